@@ -1,0 +1,1 @@
+"""The core of Modular LoRA Guard: LoRA files, branch maths, guard and reports; torch and safetensors only, no host."""
