@@ -1,0 +1,1 @@
+"""What run.py needs before anything is installed: the standard library only."""

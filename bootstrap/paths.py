@@ -1,0 +1,18 @@
+"""Where things lie in the clone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACK_NAME = "modular-lora-guard"
+
+RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
+VENV = RUN / "venv"
+LOGS = RUN / "logs"
+COMFYUI = RUN / "comfyui"
+BASE = RUN / "base"  # ComfyUI's base directory: models, input, output, user
+WORLD = RUN / "world"  # the demo checkpoint, expanded
+BROWSER = RUN / "browser"
+TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
+DEMO_OUTPUT = ROOT / "demo_output"

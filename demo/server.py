@@ -1,0 +1,132 @@
+"""A ComfyUI server of our own: on the loopback interface, on a free port, ended with us."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ..bootstrap.console import RunError
+from ..bootstrap.paths import RUN
+from ..bootstrap.process import child_environment, stop, tail
+
+HOST = "127.0.0.1"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a device that ComfyUI would use."""
+    import torch
+
+    if hasattr(torch, "accelerator"):
+        return bool(torch.accelerator.is_available())
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+class Server:
+    """Starts on entry, is gone on exit, whatever happens in between."""
+
+    def __init__(
+        self,
+        comfyui: Path,
+        python: str | Path,
+        base: Path,
+        *,
+        log: Path,
+        cpu: bool,
+        port: int | None = None,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self.comfyui, self.python, self.base, self.log = comfyui, python, base, log
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.arguments = self._arguments(cpu, extra)
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def _arguments(self, cpu: bool, extra: Sequence[str]) -> list[str]:
+        known = (self.comfyui / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+        database = f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"
+        wanted = {
+            "--listen": [HOST],
+            "--port": [str(self.port)],
+            "--base-directory": [str(self.base)],
+            "--database-url": [database],  # its default lies in ComfyUI's own folder
+            "--disable-auto-launch": [],
+            "--disable-api-nodes": [],
+            **({"--cpu": []} if cpu else {}),
+        }
+        return [part for flag, value in wanted.items() if f'"{flag}"' in known for part in (flag, *value)] + list(extra)
+
+    def start(self, timeout: float = 300) -> Server:
+        """Start and wait until the server answers."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as sink:
+            self._child = subprocess.Popen(
+                [str(self.python), str(self.comfyui / "main.py"), *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                cwd=self.base,
+                env=self._environment(),
+            )
+        try:
+            self._wait(time.monotonic() + timeout, timeout)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _environment(self) -> dict[str, str]:
+        ours = RUN in self.comfyui.parents
+        return child_environment({} if ours else {"PYTHONDONTWRITEBYTECODE": "1"})
+
+    def _wait(self, deadline: float, timeout: float) -> None:
+        while not self.answers():
+            self.check()
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"ComfyUI in {self.comfyui} gave no answer within {timeout:.0f} s. Last lines of {self.log}:\n"
+                    f"{tail(self.log)}\nEnd other programs that use the processor, then try again."
+                )
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        try:
+            with DIRECT.open(f"{self.url}/system_stats", timeout=5) as answer:
+                return answer.status == 200
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def check(self) -> None:
+        """Raise with the log's last lines if the server has ended."""
+        if self._child is None or self._child.poll() is None:
+            return
+        raise RunError(
+            f"ComfyUI in {self.comfyui} ended with exit code {self._child.returncode}. Last lines of {self.log}:\n"
+            f"{tail(self.log)}\nIf a package is missing, delete {RUN} and run the same command again."
+        )
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself."""
+        return self._child.wait() if self._child else 0
+
+    def stop(self) -> None:
+        if self._child is not None:
+            stop(self._child, patience=5)
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()

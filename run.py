@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Two commands and a third: try the guard, test it, open it in the browser.
+
+    python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
+    python3 run.py test      install the test tools, run the linter and every test
+    python3 run.py comfy     open ComfyUI with the pack and the demo world in it
+
+The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
+or comfy-cli's default workspace names is used instead; nothing is written into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older ones
+    sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
+
+from bootstrap import browser, comfyui, environment, paths
+from bootstrap.console import RunError, say
+from bootstrap.process import child_environment, run_attached
+
+WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
+PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its options, and what goes on to pytest or ComfyUI."""
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
+    demo = commands.add_parser("demo", parents=[common], help="draw the comparison and write the report")
+    demo.add_argument("--steps", type=int, default=20, help="sampling steps of every picture (20)")
+    demo.add_argument("--seed", type=int, default=1, help="seed of the first prompt; the others count on (1)")
+    demo.add_argument("--output", type=Path, default=paths.DEMO_OUTPUT, help="folder of the report (demo_output)")
+    commands.add_parser("test", parents=[common], help="lint and test; what follows goes to pytest")
+    comfy = commands.add_parser("comfy", parents=[common], help="open ComfyUI; what follows goes to ComfyUI")
+    comfy.add_argument("--port", type=int, help="port of the server (a free one)")
+    comfy.add_argument("--no-browser", action="store_true", help="only print the address")
+    options, rest = parser.parse_known_args(arguments)
+    rest = [argument for argument in rest if argument != "--"]
+    if rest and options.command == "demo":
+        parser.error(f"unknown option for demo: {' '.join(rest)}")
+    return options, rest
+
+
+def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> int:
+    """Run a command of the demo package with ComfyUI's interpreter."""
+    entry = paths.ROOT / "demo" / "__main__.py"
+    extra = {} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}
+    return run_attached(
+        [host.python, entry, command, "--comfyui", host.folder, *arguments], environment=child_environment(extra)
+    )
+
+
+def run_demo(host: comfyui.Host, options: argparse.Namespace) -> int:
+    output = options.output.resolve()
+    return demo_process(
+        host, "demo", "--steps", str(options.steps), "--seed", str(options.seed), "--output", output
+    )
+
+
+def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[str]) -> int:
+    port = ["--port", str(options.port)] if options.port else []
+    quiet = ["--no-browser"] if options.no_browser else []
+    return demo_process(host, "comfy", *port, *quiet, "--", *rest)
+
+
+def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
+    """Lint, then every test; the last lines are pytest's own summary."""
+    tools = environment.ensure_test_tools(host.python, bundled=host.bundled)
+    variables = {
+        **tools,
+        **browser.ensure(),
+        "MODULAR_LORA_COMFYUI": str(host.folder),
+        "MODULAR_LORA_WORLD": str(paths.WORLD),
+        **({} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}),
+    }
+    code = demo_process(host, "world")
+    if code:
+        return code
+    settings = child_environment(variables)
+    lint = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
+    tests = run_attached([host.python, "-c", PYTEST, *rest], environment=settings, cwd=paths.ROOT)
+    return tests or lint
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    del frame
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options, rest = parse(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        host = comfyui.find(bundled=options.bundled)
+        say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
+        if options.command == "demo":
+            return run_demo(host, options)
+        if options.command == "comfy":
+            return run_comfy(host, options, rest)
+        return run_test(host, rest)
+    except RunError as error:
+        say(f"run.py: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nInterrupted.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
