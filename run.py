@@ -32,7 +32,10 @@ PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command with its options, and what goes on to pytest or ComfyUI."""
     parser = argparse.ArgumentParser(
-        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -63,9 +66,7 @@ def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> in
 
 def run_demo(host: comfyui.Host, options: argparse.Namespace) -> int:
     output = options.output.resolve()
-    return demo_process(
-        host, "demo", "--steps", str(options.steps), "--seed", str(options.seed), "--output", output
-    )
+    return demo_process(host, "demo", "--steps", str(options.steps), "--seed", str(options.seed), "--output", output)
 
 
 def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[str]) -> int:

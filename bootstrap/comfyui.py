@@ -31,8 +31,9 @@ class Host:
     @property
     def version(self) -> str:
         source = self.folder / "comfyui_version.py"
-        found = re.search(r'__version__\s*=\s*"([^"]+)"', source.read_text(encoding="utf-8")) if source.exists() else None
-        return found.group(1) if found else "unknown"
+        text = source.read_text(encoding="utf-8") if source.exists() else ""
+        found = re.search(r'__version__\s*=\s*"([^"]+)"', text)
+        return found.group(1) if found else "of unknown version"
 
 
 def comfy_cli_config(variables: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
@@ -75,7 +76,7 @@ def existing(variables: Mapping[str, str] = os.environ) -> Host | None:
     if named:
         folder, origin = Path(named).expanduser().resolve(), VARIABLE
         if not is_comfyui(folder):
-            raise RunError(f"{VARIABLE}={named}: no ComfyUI there (main.py, nodes.py, comfy, comfy_api). Correct the path.")
+            raise RunError(f"{VARIABLE}={named}: no ComfyUI there (main.py, nodes.py, comfy/). Correct the path.")
     else:
         workspace = comfy_cli_workspace(comfy_cli_config(variables))
         if workspace is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -109,10 +110,8 @@ def run_attached(command: Sequence[str | Path], *, environment: Mapping[str, str
     try:
         return child.wait()
     except KeyboardInterrupt:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            pass
         return 130
     finally:
         stop(child)

@@ -142,9 +142,7 @@ class Client:
     def image(self, reference: dict[str, str]) -> bytes:
         return self.get(f"/view?{urllib.parse.urlencode(reference)}")
 
-    def run(
-        self, prompt: Prompt, on_event: Callable[[Event], None] | None = None, timeout: float = 1800
-    ) -> Result:
+    def run(self, prompt: Prompt, on_event: Callable[[Event], None] | None = None, timeout: float = 1800) -> Result:
         """Queue a graph, follow it over the websocket, and give what it left."""
         began = time.monotonic()
         try:
