@@ -1,0 +1,41 @@
+// Opens ComfyUI's own front end in a real Chromium. playwright-core comes from the folder in MODULAR_LORA_PLAYWRIGHT.
+import { mkdtempSync, rmSync } from "node:fs";
+import { createRequire } from "node:module";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+
+const FLAGS = [
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
+
+function playwright() {
+  const folder = process.env.MODULAR_LORA_PLAYWRIGHT ?? process.cwd();
+  return createRequire(join(folder, "package.json"))("playwright-core");
+}
+
+// Runs `use(page)` on a loaded front end and always closes the browser and removes its profile.
+export async function withFrontEnd(url, use, viewport = { width: 1600, height: 1000 }) {
+  const profile = mkdtempSync(join(tmpdir(), "modular-lora-chromium-"));
+  const context = await playwright().chromium.launchPersistentContext(profile, {
+    executablePath: process.env.MODULAR_LORA_CHROMIUM ?? "/usr/bin/chromium",
+    headless: true,
+    args: FLAGS,
+    viewport,
+  });
+  try {
+    const page = context.pages()[0] ?? (await context.newPage());
+    await page.goto(url);
+    await page.waitForFunction(() => window.app?.graph && window.app.extensionManager?.workflow, null, { timeout: 120_000 });
+    await page.waitForSelector("#graph-canvas", { state: "visible" });
+    return await use(page);
+  } finally {
+    await context.close();
+    rmSync(profile, { recursive: true, force: true });
+  }
+}

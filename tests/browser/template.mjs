@@ -1,0 +1,108 @@
+// node template.mjs URL PACK WORKFLOW SCREENSHOT_FOLDER [RUN_SECONDS]
+// Opens one workflow of a pack from ComfyUI's template browser, runs it (unless RUN_SECONDS is 0) and prints as JSON what
+// a user would see: nodes, widgets, dialogs, pictures and reports. It judges nothing; the test does.
+import { join } from "node:path";
+import { withFrontEnd } from "./front_end.mjs";
+
+const [url, pack, workflow, folder, patience] = process.argv.slice(2);
+const seconds = Number(patience ?? 300);
+
+// On its very first start the front end opens the template browser by itself.
+async function closeDialogs(page) {
+  await page.waitForTimeout(1500);
+  for (let tries = 0; tries < 5 && (await page.locator(".p-dialog").count()); tries++) {
+    await page.keyboard.press("Escape");
+    await page.waitForTimeout(500);
+  }
+}
+
+async function openFromTemplates(page) {
+  await page.locator(".comfy-menu-button-wrapper").first().click();
+  await page.getByRole("menuitem", { name: "Browse Templates" }).click();
+  const dialog = page.locator(".p-dialog");
+  await dialog.locator("nav").getByText(pack, { exact: true }).click();
+  const card = dialog.getByTestId(`template-workflow-${workflow}`);
+  await card.locator("img").first().waitFor({ state: "visible" });
+  await page.waitForFunction(
+    (name) => {
+      const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
+      return picture?.complete && picture.naturalWidth > 0;
+    },
+    workflow,
+    { timeout: 15_000 },
+  );
+  const cards = await dialog.locator("[data-testid^=template-workflow-]").evaluateAll((all) =>
+    all.map((one) => one.dataset.testid.replace("template-workflow-", "")),
+  );
+  await page.screenshot({ path: join(folder, `${workflow}_templates.png`) });
+  await card.click();
+  await dialog.waitFor({ state: "hidden" });
+  await page.waitForFunction(() => window.app.graph.nodes.length > 0);
+  await page.waitForTimeout(1500); // a dialog about missing nodes or models comes after the graph
+  return cards;
+}
+
+// Runs in the page: everything that is drawn, as plain data.
+function drawnGraph() {
+  const { app, LiteGraph } = window;
+  const node = (one) => ({
+    id: one.id,
+    type: one.type,
+    title: one.title,
+    registered: one.type in LiteGraph.registered_node_types,
+    failed: Boolean(one.has_errors),
+    box: [one.pos[0], one.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, one.size[0], one.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
+    needs: one.computeSize()[1],
+    widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
+    tooltips: (one.widgets ?? []).filter((widget) => widget.tooltip).map((widget) => widget.name),
+    unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
+    pictures: (one.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]),
+    report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.element?.value ?? null,
+  });
+  return {
+    nodes: app.graph.nodes.map(node),
+    links: app.graph.links.size,
+    dialogs: [...document.querySelectorAll(".p-dialog")].map((one) => one.innerText.slice(0, 500)),
+  };
+}
+
+async function run(page) {
+  await page.evaluate(() => {
+    window.modularLoraRun = { state: "queued", errors: [] };
+    const note = (name, state) =>
+      window.app.api.addEventListener(name, ({ detail }) => {
+        window.modularLoraRun.state = state;
+        if (detail?.exception_message) window.modularLoraRun.errors.push(detail.exception_message);
+      });
+    note("execution_success", "success");
+    note("execution_error", "error");
+    note("execution_interrupted", "interrupted");
+  });
+  await page.keyboard.press("Control+Enter");
+  await page.waitForFunction(
+    () => window.modularLoraRun.state !== "queued" || document.querySelector(".p-dialog"),
+    null,
+    { timeout: seconds * 1000 },
+  );
+  await page.waitForTimeout(2000); // pictures are fetched after the last event
+  return page.evaluate(() => window.modularLoraRun);
+}
+
+const result = await withFrontEnd(url, async (page) => {
+  const complaints = [];
+  page.on("pageerror", (error) => complaints.push(String(error)));
+  await closeDialogs(page);
+  const cards = await openFromTemplates(page);
+  const fit = () => page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+  await fit();
+  await page.waitForTimeout(1000);
+  await page.screenshot({ path: join(folder, `${workflow}_loaded.png`) });
+  const loaded = await page.evaluate(drawnGraph);
+  if (seconds === 0) return { cards, loaded, complaints };
+  const outcome = await run(page);
+  await fit();
+  await page.waitForTimeout(1000);
+  await page.screenshot({ path: join(folder, `${workflow}_ran.png`) });
+  return { cards, loaded, outcome, ran: await page.evaluate(drawnGraph), complaints };
+});
+console.log(JSON.stringify(result, null, 1));
