@@ -1,7 +1,86 @@
-"""The commands that run with ComfyUI's interpreter: demo, comfy, world."""
+"""The commands that run.py starts with ComfyUI's interpreter: demo, comfy and world."""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
 
-def main() -> int:
+from ..bootstrap.console import RunError, say
+from ..bootstrap.paths import BASE, LOGS, WORLD
+from .base import prepare
+from .client import ClientError
+from .server import Server, has_accelerator
+from .settings import DemoWorld
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="demo")
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--comfyui", type=Path, required=True)
+    demo = commands.add_parser("demo", parents=[common])
+    demo.add_argument("--steps", type=int, required=True)
+    demo.add_argument("--seed", type=int, required=True)
+    demo.add_argument("--output", type=Path, required=True)
+    comfy = commands.add_parser("comfy", parents=[common])
+    comfy.add_argument("--port", type=int)
+    comfy.add_argument("--no-browser", action="store_true")
+    comfy.add_argument("extra", nargs="*")
+    commands.add_parser("world", parents=[common])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        world = DemoWorld.expanded(WORLD)
+        if options.command == "demo":
+            return _demo(options, world)
+        if options.command == "comfy":
+            return _comfy(options, world)
+        return 0
+    except (RunError, ClientError) as error:
+        say(f"\n{options.command}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nInterrupted; the server is shut down.")
+        return 130
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    del frame
+    raise SystemExit(128 + signum)
+
+
+def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: object) -> Server:
+    """A server on the base directory in `.run/`, with the pack and the demo world in place."""
+    prepare(BASE, checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
+    return Server(options.comfyui, sys.executable, BASE, log=LOGS / f"{name}.log", cpu=not has_accelerator(), **more)
+
+
+def _demo(options: argparse.Namespace, world: DemoWorld) -> int:
+    from .show import show
+
+    if options.steps < 1:
+        raise RunError(f"--steps {options.steps}: at least 1 is needed")
+    say("Starting ComfyUI …")
+    with server(options, world, "demo-server") as running:
+        show(running, world, steps=options.steps, seed=options.seed, output=options.output)
     return 0
+
+
+def _comfy(options: argparse.Namespace, world: DemoWorld) -> int:
+    import webbrowser
+
+    with server(options, world, "comfy-server", port=options.port, extra=options.extra) as running:
+        say(f"ComfyUI is at {running.url}  (log: {running.log}; Ctrl+C ends it)")
+        say("Open a workflow from the template browser: Workflow > Browse Templates > modular-lora-guard")
+        if not options.no_browser:
+            webbrowser.open(running.url)
+        return running.wait()
