@@ -1,4 +1,4 @@
-"""Unmerged LoRA branches on the layers of a torch model: y = W0·x + Σᵢ strengthᵢ·Bᵢ(Aᵢ·x), fused by concatenating ranks.
+"""Unmerged LoRA branches on the layers of a model: y = W0·x + Σᵢ strengthᵢ·Bᵢ(Aᵢ·x), fused by concatenating ranks.
 
 A layer has one down and one up product however many LoRAs act on it. The branches are plain objects in
 ``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save path ever sees them.
@@ -50,11 +50,12 @@ def layer_spec(path: str, module: nn.Module) -> LayerSpec:
 
 @dataclass(frozen=True)
 class Term:
-    """One LoRA on one layer: ΔW = up·down. Strength and alpha/rank are folded into ``up``."""
+    """One LoRA on one layer: ΔW = scale·up·down, with scale = strength·alpha/rank."""
 
     role: Role
     down: Tensor  # r in·k·k
     up: Tensor  # out r
+    scale: float
 
 
 class FusedLayer:
@@ -81,7 +82,7 @@ class FusedLayer:
         if not terms:
             return None
         down = torch.cat([t.down.float() for t in terms])  # R in·k·k
-        up = torch.cat([t.up.float() for t in terms], dim=1)  # out R
+        up = torch.cat([t.scale * t.up.float() for t in terms], dim=1)  # out R
         kernel = self.spec.weight_shape[2:]
         if kernel:
             down = down.reshape(-1, *self.spec.weight_shape[1:])  # R in k k
@@ -133,7 +134,7 @@ class Branches:
 
     @contextmanager
     def only(self, *roles: str) -> Iterator[None]:
-        """Per-pass switch for audits: only these roles act ("safety", "task", none = base). No graph input reaches it."""
+        """Per-pass switch for audits: only these roles act (safety, task, none = base). No graph input reaches it."""
         before, self.roles = self.roles, frozenset(roles)
         try:
             yield
@@ -144,7 +145,8 @@ class Branches:
         """(evaluations by root, firings by layer path), read from the counters in one go."""
         ticks = torch.stack([t.cpu() for t in (*self.evaluated.values(), *(f.fired for f in self.layers.values()))])
         values = ticks.tolist()
-        return dict(zip(self.roots, values, strict=False)), dict(zip(self.layers, values[len(self.roots) :], strict=True))
+        fired = dict(zip(self.layers, values[len(self.roots) :], strict=True))
+        return dict(zip(self.roots, values, strict=False)), fired
 
     def root_of(self, path: str) -> str:
         """The root whose evaluations the layer at ``path`` must match."""
@@ -247,7 +249,7 @@ class Attachment:
 
 
 def _refuse_foreign_forward(path: str, module: nn.Module) -> None:
-    """ComfyUI's own bypass loader leaves the bound forward of the class behind; anything else is another pack's hook."""
+    """A loader that restored the class's bound forward left nothing behind; anything else is another pack's hook."""
     former = module.__dict__.get("forward")
     if former is not None and getattr(former, "__func__", None) is not type(module).forward:
         raise GuardError(

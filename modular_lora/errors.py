@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class GuardError(RuntimeError):
-    """The guard stopped something: a LoRA that does not apply whole, a refused path, a run whose branches fell short."""
+    """The guard stopped something: a LoRA that does not apply whole, a refused path, a run that fell short."""
 
 
 class LoraFileError(GuardError):

@@ -1,0 +1,143 @@
+"""What a guarded run says of itself, and the ledger that binds it to tensors by content.
+
+Counts come from the counters on the branches (branches.py), never from what a graph claims.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .branches import ALL_ROLES, Branches
+from .errors import GuardError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """One LoRA of a guarded run."""
+
+    role: str
+    name: str
+    sha256: str
+    strength_model: float
+    strength_clip: float
+    block_weights: str = ""
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """One sampling run. ``status`` is "guarded" only where every branch ran in every evaluation, else "not sampled"."""
+
+    status: str
+    pack: str
+    base_family: str
+    base_sha256: str
+    base_had_merged_loras: bool
+    loras: tuple[LoraRecord, ...]
+    net_strength: Mapping[str, float]
+    layers: int = 0
+    evaluations: int = 0
+    firings: int = 0
+    text_encoder: str = ""  # "guarded" where the LoRAs have a text-encoder half, else ""
+    embeddings_sha256: tuple[str, ...] = ()
+    vae_sha256: str = ""
+    image_sha256: str = ""
+
+    def to_json(self) -> str:
+        """Compact JSON with sorted keys, the form that goes into PNG text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def of(self, **changes) -> Attestation:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+class Run:
+    """One run of a guarded model, from the counters' state at the start to their state at the end."""
+
+    def __init__(self, branches: Branches):
+        self.branches = branches
+        self.roles = branches.roles
+        self._start = branches.counts()
+
+    def finish(self, may_be_empty: bool) -> tuple[int, int]:
+        """(evaluations, firings) since the start.
+
+        Raises GuardError unless every guarded layer fired once an evaluation of its root, or where nothing was
+        evaluated although the run had steps to do (``may_be_empty`` False).
+        """
+        evaluated, fired = self.branches.counts()
+        evaluations = {root: n - self._start[0][root] for root, n in evaluated.items()}
+        firings = {path: n - self._start[1][path] for path, n in fired.items()}
+        if self.roles != ALL_ROLES:
+            return sum(evaluations.values()), 0
+        short = {p: n for p, n in firings.items() if n != evaluations[self.branches.root_of(p)]}
+        if short:
+            path, n = next(iter(short.items()))
+            total = evaluations[self.branches.root_of(path)]
+            raise GuardError(
+                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
+                f"in {n} of {total} evaluations; nodes that skip layers or "
+                "evaluations (EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
+            )
+        if not any(evaluations.values()) and not may_be_empty:
+            raise GuardError(
+                "The guarded model was never evaluated although there were steps to sample: another node put a "
+                "different model in its place; remove it."
+            )
+        return sum(evaluations.values()), sum(firings.values())
+
+
+class Ledger(Generic[T]):
+    """A bounded map from content digest to value; the least recently used entry goes first."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._entries: OrderedDict[str, T] = OrderedDict()
+
+    def put(self, digest: str, value: T) -> None:
+        self._entries[digest] = value
+        self._entries.move_to_end(digest)
+        while len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+
+    def get(self, digest: str) -> T | None:
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+        return self._entries.get(digest)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of shape, dtype and contents; the same on every device."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def row_digests(tensor: Tensor) -> tuple[str, ...]:
+    """SHA-256 of every row of an embedding (b n d -> b·n digests), as float32."""
+    rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
+    return tuple(hashlib.sha256(_bytes(row)).hexdigest() for row in rows)
+
+
+def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over named weights in name order, each as float32: independent of device and of storage precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.detach().float() if tensor.is_floating_point() else tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

@@ -1,0 +1,249 @@
+"""The guard: safety and task LoRAs matched, checked and fused into branches, whole or stopped.
+
+W* = W0 + Σ_s strength·ΔW_s + Σ_t strength·ΔW_t (arXiv 2412.00357, Modular LoRA), with W0 never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .attestation import Attestation, LoraRecord
+from .blocks import block_of, parse_block_weights
+from .branches import Branches, FusedLayer, LayerSpec, Role, Term
+from .errors import GuardError
+from .files import LoraFile
+from .interference import Factor, Interference, cancelled, factors, interference, norm
+from .matching import KeyMap, Match, is_text, match_layers, mismatch
+
+Part = Literal["model", "text"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the guard insists on. ``net_strength_floor``: least net strength of every safety LoRA."""
+
+    net_strength_floor: float = 0.5
+
+
+@dataclass(frozen=True)
+class SafetyLora:
+    """A safety LoRA and its strength (> 0), on U-Net and text encoder alike."""
+
+    lora: LoraFile
+    strength: float
+
+    def __post_init__(self):
+        if not (math.isfinite(self.strength) and self.strength > 0):
+            raise GuardError(
+                f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
+                "give a strength above 0, or take the node out if you do not want it."
+            )
+
+
+@dataclass(frozen=True)
+class TaskLora:
+    """A task LoRA, its strengths on model and text encoder, and block weights (see blocks.py)."""
+
+    lora: LoraFile
+    strength_model: float
+    strength_clip: float
+    block_weights: str = ""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.strength_model) and math.isfinite(self.strength_clip)):
+            raise GuardError(f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.")
+
+
+Safety = tuple[SafetyLora, ...]
+Tasks = tuple[TaskLora, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer)."""
+
+    family: str
+    key_map: KeyMap
+    specs: Mapping[str, LayerSpec]
+    roots: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoraLine:
+    """How one LoRA applies to one model: layer counts, rank range and Frobenius norm of strength·ΔW."""
+
+    role: Role
+    name: str
+    sha256: str
+    strength: float
+    matched: int
+    unmatched: tuple[str, ...]
+    elsewhere: int  # layers of the file for the other model (text encoder or U-Net)
+    zero_layers: int
+    ranks: tuple[int, int]
+    norm: float
+
+
+@dataclass(frozen=True)
+class GuardedPart:
+    """The guard on one model (U-Net or text encoder)."""
+
+    part: Part
+    branches: Branches
+    lines: tuple[LoraLine, ...]
+    interference: tuple[tuple[str, Interference], ...]  # by safety LoRA
+
+    @property
+    def layers(self) -> int:
+        return len(self.branches.layers)
+
+
+@dataclass(frozen=True)
+class _Applied:
+    role: Role
+    lora: LoraFile
+    strength: float
+    match: Match
+    factors: dict[str, Factor]  # weight key -> factor, block weight folded into its scale
+
+
+def check_roles(safety: Safety, tasks: Tasks) -> None:
+    """Raise GuardError where no safety LoRA is given, or one file is used twice or in both roles."""
+    if not safety:
+        raise GuardError("Guard Model got no safety LoRA: connect Load Safety LoRA.")
+    shas = [s.lora.sha256 for s in safety]
+    for item in tasks:
+        if item.lora.sha256 in shas:
+            raise GuardError(
+                f"{item.lora.name} is the safety LoRA and a task LoRA at once, so one can cancel the other: "
+                "take it out of the task LoRAs."
+            )
+    shas += [t.lora.sha256 for t in tasks]
+    for item in (*safety, *tasks):
+        if shas.count(item.lora.sha256) > 1:
+            raise GuardError(f"{item.lora.name} is loaded more than once: load it once, with the strength you want.")
+
+
+def build_part(
+    part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: Policy, enforce: bool = True
+) -> GuardedPart:
+    """Match, check and fuse every LoRA on one model.
+
+    Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, a task LoRA matches
+    nothing at all, or (``enforce``) the net strength of a safety LoRA falls below ``policy.net_strength_floor``.
+    """
+    applied = [_apply("safety", s.lora, s.strength, "", part, info) for s in safety]
+    for t in tasks:
+        strength = t.strength_model if part == "model" else t.strength_clip
+        applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
+    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.factors)
+    layers = {spec.path: FusedLayer(spec, terms) for spec, terms in _terms(applied, info)}
+    roots = tuple(root for root in info.roots if any(path.startswith(root + ".") for path in layers))
+    return GuardedPart(part, Branches(layers, roots), tuple(_line(a) for a in applied), reports)
+
+
+def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
+    """Raise GuardError where a task LoRA applies nowhere, or a safety LoRA's text-encoder half has no CLIP."""
+    for lines in zip(*(part.lines for part in parts), strict=True):
+        first = lines[0]
+        if first.role == "safety" and first.elsewhere and not has_clip:
+            raise GuardError(
+                f"Safety LoRA {first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect "
+                "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+            )
+        if not any(line.matched for line in lines):
+            raise GuardError(f"{first.name} applies to no layer at all: use a LoRA made for this base.")
+
+
+def text_digest(safety: Safety) -> str:
+    """What the guarded text encoder's embeddings are bound to; empty where no safety LoRA has a text-encoder half."""
+    text = sorted(f"{s.lora.sha256}@{s.strength!r}" for s in safety if any(map(is_text, s.lora.layers)))
+    return hashlib.sha256("\n".join(text).encode()).hexdigest() if text else ""
+
+
+def make_record(
+    pack: str,
+    family: str,
+    base_sha256: str,
+    merged: bool,
+    parts: tuple[GuardedPart, GuardedPart | None],
+    safety: Safety,
+    tasks: Tasks,
+) -> Attestation:
+    """The attestation of a guard that has not run yet."""
+    model, text = parts
+    loras = [LoraRecord("safety", s.lora.name, s.lora.sha256, s.strength, s.strength) for s in safety]
+    for t in tasks:
+        strengths = t.strength_model, t.strength_clip, t.block_weights
+        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths))
+    return Attestation(
+        status="not sampled",
+        pack=pack,
+        base_family=family,
+        base_sha256=base_sha256,
+        base_had_merged_loras=merged,
+        loras=tuple(loras),
+        net_strength={name: result.net_strength for name, result in model.interference},
+        layers=model.layers,
+        text_encoder=f"guarded, {text.layers} layers" if text else "",
+    )
+
+
+def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> _Applied:
+    names = [name for name in lora.layers if is_text(name) == (part == "text")]
+    shapes = {key: spec.weight_shape for key, spec in info.specs.items()}
+    match = match_layers(lora, names, info.key_map, shapes, info.family)
+    if names and match.unmatched and (role == "safety" or not match.targets):
+        raise GuardError(mismatch(lora, match, info.family))
+    if role == "safety" and (zero := sorted(set(lora.zero_layers) & set(names))):
+        raise GuardError(
+            f"Safety LoRA {lora.name}: layer {zero[0]} ({len(zero)} in all) is all zero and would do nothing; "
+            "train or export the file again."
+        )
+    for name, target in match.targets.items():
+        if problem := info.specs[target.key].problem:
+            raise GuardError(f"{lora.name}: layer {name} is {problem} and takes no branch; use a LoRA without it.")
+    found = factors(lora, match, shapes)
+    weights = parse_block_weights(blocks, found, info.specs, lora.name)
+    weighted = {k: replace(f, scale=f.scale * weights.get(block_of(k), 1.0)) for k, f in found.items()}
+    return _Applied(role, lora, strength, match, weighted)
+
+
+def _terms(applied: list[_Applied], info: ModelInfo) -> list[tuple[LayerSpec, list[Term]]]:
+    terms: dict[str, list[Term]] = {}
+    for a in applied:
+        for key, f in a.factors.items():
+            if a.strength * f.scale != 0:
+                terms.setdefault(key, []).append(Term(a.role, f.down, f.up, a.strength * f.scale))
+    return [(info.specs[key], layer_terms) for key, layer_terms in terms.items()]
+
+
+def _net_strength(safety: _Applied, applied: list[_Applied], policy: Policy, enforce: bool) -> tuple[str, Interference]:
+    others = [(a.lora.name, a.factors, a.strength) for a in applied if a is not safety]
+    result = interference(safety.factors, safety.strength, others, policy.net_strength_floor)
+    if enforce and result.net_strength < policy.net_strength_floor:
+        floor = policy.net_strength_floor
+        raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
+    return safety.lora.name, result
+
+
+def _line(a: _Applied) -> LoraLine:
+    ranks = [f.down.shape[0] for f in a.factors.values()] or [0]
+    total = math.sqrt(sum(norm(f) ** 2 for f in a.factors.values()))
+    zero = len(set(a.lora.zero_layers) & set(a.match.targets))
+    return LoraLine(
+        role=a.role,
+        name=a.lora.name,
+        sha256=a.lora.sha256,
+        strength=a.strength,
+        matched=len(a.match.targets),
+        unmatched=a.match.unmatched,
+        elsewhere=len(a.lora.layers) - len(a.match.targets) - len(a.match.unmatched),
+        zero_layers=zero,
+        ranks=(min(ranks), max(ranks)),
+        norm=abs(a.strength) * total,
+    )

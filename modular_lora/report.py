@@ -1,0 +1,69 @@
+"""The words on the nodes: every report is formatted here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .attestation import Attestation
+from .guard import GuardedPart, LoraLine
+from .interference import Interference
+
+_PARTS = {"model": "U-Net", "text": "text encoder"}
+
+
+def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], notes: Iterable[str]) -> str:
+    """The report on Guard Model: base, every LoRA on every model, net strength, warnings and notes."""
+    lines = [f"base {base}, sha256 {base_sha256[:16]}"]
+    for part in parts:
+        if any(line.matched or line.unmatched for line in part.lines):
+            lines.append(f"{_PARTS[part.part]}: {part.layers} layers guarded")
+            lines += [f"  {_lora(line)}" for line in part.lines]
+            lines += [f"  {_interference(name, result)}" for name, result in part.interference]
+            lines += [f"  WARNING: {w}" for _, result in part.interference for w in result.warnings]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _lora(line: LoraLine) -> str:
+    ranks = f"rank {line.ranks[0]}" if line.ranks[0] == line.ranks[1] else f"ranks {line.ranks[0]}-{line.ranks[1]}"
+    text = f"{line.role} {line.name}: {line.matched} layers, {ranks}, strength {line.strength:g}, norm {line.norm:.3g}"
+    if line.unmatched:
+        text += f"; {len(line.unmatched)} keys match no layer (first {line.unmatched[0]})"
+    if line.zero_layers:
+        text += f"; {line.zero_layers} layers are all zero"
+    return f"{text}; sha256 {line.sha256[:16]}"
+
+
+def _interference(name: str, result: Interference) -> str:
+    layer, lowest = result.lowest_net
+    return (
+        f"interference with {name}: net strength {result.net_strength:.3f} (lowest {lowest:.3f} in {layer}), "
+        f"mean cosine {result.mean_cosine:+.4f}, energy overlap {result.energy_overlap:.1%}, "
+        f"row overlap {result.row_overlap:.1%}"
+    )
+
+
+def format_attestation(a: Attestation) -> str:
+    """The report on the samplers and on the decode: one run."""
+    lines = [
+        f"{a.status}: {a.firings} branch firings in {a.layers} layers over {a.evaluations} evaluations",
+        f"base {a.base_family}, sha256 {a.base_sha256[:16]}" + ", LoRAs merged before" * a.base_had_merged_loras,
+        *(f"{r.role} {r.name} at {r.strength_model:g} / {r.strength_clip:g}, sha256 {r.sha256[:16]}" for r in a.loras),
+        *(f"net strength of {name}: {value:.3f}" for name, value in a.net_strength.items()),
+    ]
+    if a.text_encoder:
+        lines.append(f"text encoder: {a.text_encoder}")
+    if a.vae_sha256:
+        lines.append(f"VAE sha256 {a.vae_sha256[:16]}")
+    if a.image_sha256:
+        lines.append(f"image sha256 {a.image_sha256[:16]}")
+    return "\n".join(lines)
+
+
+def format_interference(name: str, result: Interference) -> str:
+    """The table on LoRA Interference: one safety LoRA against the others, layer by layer."""
+    head = f"{'layer':<72} {'cosine':>8} {'energy':>7} {'rows':>6} {'net':>7}"
+    rows = [
+        f"{r.layer:<72} {r.cosine:+8.4f} {r.energy_overlap:7.1%} {r.row_overlap:6.1%} {r.net_strength:7.3f}"
+        for r in result.layers
+    ]
+    return "\n".join([_interference(name, result), *(f"WARNING: {w}" for w in result.warnings), head, *rows])

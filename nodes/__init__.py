@@ -1,0 +1,1 @@
+"""ComfyUI nodes of Modular LoRA Guard (V3 schema); host.py alone touches ComfyUI's internals."""

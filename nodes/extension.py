@@ -1,0 +1,34 @@
+"""What ComfyUI loads: the list of nodes, and the one line that an older ComfyUI gets."""
+
+from __future__ import annotations
+
+try:
+    from comfy_api.latest import ComfyExtension, io
+except ImportError as error:
+    raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
+
+from .guard import GuardedAsModel, GuardModel
+from .interference import LoraInterference
+from .load import LoadSafetyLora, LoadTaskLora
+from .picture import GuardedDecode, SaveAttestedImage
+from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
+from .sockets import register_safety_folder
+
+
+class ModularLoraExtension(ComfyExtension):
+    """The pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register_safety_folder()
+        return [
+            LoadSafetyLora,
+            LoadTaskLora,
+            GuardModel,
+            GuardedAsModel,
+            GuardedKSampler,
+            GuardedKSamplerAdvanced,
+            GuardedGuider,
+            GuardedDecode,
+            SaveAttestedImage,
+            LoraInterference,
+        ]

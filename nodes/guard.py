@@ -1,0 +1,76 @@
+"""Guard Model, and the explicit way back to MODEL for packs that take nothing else."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..modular_lora.guard import Policy
+from . import host
+from .load import stacked
+from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
+
+
+class GuardModel(io.ComfyNode):
+    """MODEL + safety LoRAs + task LoRAs -> GUARDED_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraGuardModel",
+            display_name="Guard Model",
+            category=CATEGORY,
+            description="Puts the safety LoRA and task LoRAs beside the model's weights, never into them, and checks "
+            "that each applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
+            inputs=[
+                io.Model.Input("model", tooltip="The pretrained model (W0), from the checkpoint loader."),
+                SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
+                TaskSocket.Input("task_lora", optional=True, tooltip="From Load Task LoRA."),
+                StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The checkpoint's CLIP; needed where a LoRA has text-encoder layers."
+                ),
+                io.Boolean.Input(
+                    "accept_merged",
+                    default=False,
+                    optional=True,
+                    tooltip="Take a MODEL that already has a LoRA merged into its weights; the report then says so.",
+                ),
+            ],
+            outputs=[
+                GuardedSocket.Output(
+                    "guarded_model", tooltip="For the Guarded samplers; no merging or saving node takes it."
+                ),
+                io.Clip.Output("guarded_clip", display_name="clip", tooltip="Encode every prompt with this CLIP."),
+                io.String.Output(
+                    "report", tooltip="What was matched, at which strength, with which hashes and warnings."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
+        tasks = (*task_lora, *stacked(lora_stack))
+        guarded, guarded_clip = host.guard(model, clip, safety_lora, tasks, accept_merged, Policy())
+        show(cls, guarded.report)
+        return io.NodeOutput(guarded, guarded_clip, guarded.report)
+
+
+class GuardedAsModel(io.ComfyNode):
+    """The second barrier: a MODEL that is still guarded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraGuardedAsModel",
+            display_name="Guarded Model as MODEL",
+            category=CATEGORY,
+            description="For packs that only take MODEL (detailers, upscalers). The MODEL stays guarded: nodes that "
+            "would merge, save or drop the LoRAs stop with an error.",
+            inputs=[GuardedSocket.Input("guarded_model", tooltip="From Guard Model.")],
+            outputs=[io.Model.Output("model", tooltip="The guarded model as a MODEL.")],
+        )
+
+    @classmethod
+    def execute(cls, guarded_model) -> io.NodeOutput:
+        return io.NodeOutput(host.unwrap(guarded_model))

@@ -1,0 +1,393 @@
+"""The one module that touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
+
+A guarded model is ComfyUI's own ModelPatcher with a mixin in front of its class. The branches sit on the layers while
+the model is loaded (``inject_model``/``eject_model``, 0.3.75 and 0.33.0) and are checked and counted between
+``pre_run`` and ``cleanup``, which every guider calls around a run (0.3.75 and 0.33.0). What would merge, save or drop
+them raises GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sd
+import torch
+
+from ..modular_lora.attestation import Attestation, Ledger, Run, row_digests, tensor_sha256, weights_sha256
+from ..modular_lora.branches import Attachment, layer_spec
+from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.guard import (
+    GuardedPart,
+    ModelInfo,
+    Policy,
+    Safety,
+    Tasks,
+    build_part,
+    check_coverage,
+    check_roles,
+    make_record,
+    text_digest,
+)
+from ..modular_lora.matching import is_text
+from ..modular_lora.report import format_guard
+
+PACK = "modular-lora-guard 0.1.0"
+KEY = "modular_lora"
+SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+
+latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
+images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
+embeddings: Ledger[str] = Ledger(200_000)  # content of one embedding row -> digest of the safety LoRAs that shaped it
+_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What a guarded model and all its clones share."""
+
+    part: GuardedPart
+    record: Attestation  # the run's attestation, counts still empty
+    patches: frozenset[str]  # weights that a merged LoRA may change ("accept merged"), else empty
+    text_digest: str  # digest of the safety LoRAs' text-encoder half; "" where they have none
+
+
+class GuardedModel:
+    """What a GUARDED_MODEL socket carries: opaque, so that a detour into a MODEL input fails with a clear error."""
+
+    __slots__ = ("_patcher", "report")
+
+    def __init__(self, patcher, report: str):
+        self._patcher, self.report = patcher, report
+
+    def __getattr__(self, name: str):
+        raise HandleError(
+            f"A guarded model has no {name!r}: it was wired into a node made for MODEL; sample it with a Guarded "
+            "KSampler or Guarded Guider, or make it a MODEL with Guarded Model as MODEL."
+        )
+
+
+def unwrap(value: object):
+    """A fresh clone of the guarded patcher in a GUARDED_MODEL or in a MODEL that is guarded; GuardError otherwise."""
+    patcher = value._patcher if isinstance(value, GuardedModel) else value
+    if not isinstance(patcher, GuardMixin):
+        raise GuardError(
+            f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
+            "output of Guard Model."
+        )
+    return patcher.clone()
+
+
+def _refused(name: str, what: str, remedy: str) -> Callable:
+    def refuse(self, *args, **kwargs):
+        raise GuardError(f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.")
+
+    return refuse
+
+
+_BEFORE = "use Load Task LoRA, or do this before Guard Model"
+_BASE = "connect the unguarded checkpoint to that node instead"
+
+
+class GuardMixin:
+    """In front of a ModelPatcher's class: attaches, checks and counts the branches; refuses what would lose them."""
+
+    guard_state: GuardState
+    guard_seat: Attachment
+
+    add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _BEFORE)
+    get_key_patches = _refused("get_key_patches", "be merged into another model", _BASE)
+    model_state_dict = _refused("model_state_dict", "give its weights away", _BASE)
+    state_dict_for_saving = _refused("state_dict_for_saving", "be saved as a checkpoint", _BASE)  # 0.33.0
+    add_hook_patches = _refused("add_hook_patches", "take a LoRA hook", _BEFORE)
+    set_injections = _refused("set_injections", "take another loader's injections", _BEFORE)
+    add_weight_wrapper = _refused("add_weight_wrapper", "take a weight wrapper", _BEFORE)
+
+    def clone(self, *args, **kwargs):
+        """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
+        return _wrap(super().clone(*args, **kwargs), self.guard_state)
+
+    def add_object_patch(self, name, obj):
+        if name.startswith("diffusion_model"):
+            raise GuardError(f"A guarded model cannot take a replaced {name}: its branches would be lost; {_BEFORE}.")
+        super().add_object_patch(name, obj)
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **kwargs):
+        if force_patch_weights:  # what 0.3.75 asks for just before it saves a model
+            raise GuardError(f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.")
+        return super().partially_load(device_to, extra_memory, force_patch_weights=False, **kwargs)
+
+    def inject_model(self):
+        if self.is_injected or self.skip_injection:
+            return
+        super().inject_model()
+        self.guard_seat.attach()
+        self.is_injected = True
+
+    def eject_model(self):
+        if self.is_injected:
+            self.guard_seat.detach()
+        super().eject_model()
+
+    def pre_run(self):
+        if not self.guard_checked:
+            raise GuardError("This sampler left out the guard's own check: sample with a node that uses a guider.")
+        self.guard_checked = False
+        self.guard_begin()
+        super().pre_run()
+
+    def cleanup(self):
+        super().cleanup()
+        self.guard_end()
+
+    def guard_begin(self) -> None:
+        """Verify that nothing was put beside the guard, take the model's seat, start counting."""
+        _check_clean(self, self.guard_state.patches, "The guarded model")
+        self.guard_seat.attach()
+        self.guard_seat.verify()
+        self.guard_state.part.branches.to(self.load_device, self.model_dtype() or torch.float32)
+        self.guard_run, self.guard_counts = Run(self.guard_state.part.branches), None
+        self.guard_before = sys.exc_info()[1]
+
+    def guard_end(self, may_be_empty: bool | None = None) -> None:
+        """Check the counts of the run; a run that an interrupt or error ended is simply not attested."""
+        run, self.guard_run = self.guard_run, None
+        if run is None or sys.exc_info()[1] is not self.guard_before:
+            return
+        self.guard_counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
+
+
+@cache
+def _guarded_class(base: type, mixin: type) -> type:
+    return type(f"Guarded{base.__name__}", (mixin, base), {})
+
+
+def _wrap(patcher, state: GuardState):
+    """Put the guard in front of a patcher that nobody else holds (a fresh clone)."""
+    if not isinstance(patcher, GuardMixin):
+        patcher.__class__ = _guarded_class(type(patcher), GuardMixin)
+    patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
+    patcher.guard_run = patcher.guard_before = patcher.guard_counts = patcher.guard_result = None
+    patcher.guard_checked, patcher.guard_may_be_empty = False, False
+    patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
+    if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
+        patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
+    return patcher
+
+
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE, 0.3.75 and 0.33.0)."""
+    patcher = executor.class_obj.model_patcher
+    state: GuardState = patcher.guard_state
+    hashes = _check_conditioning(executor.class_obj.conds, state)
+    _silence_previews(callback)
+    patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
+    start = _start_of(latent_image)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    evaluations, firings = patcher.guard_counts or (0, 0)
+    status = "not sampled" if not evaluations else "guarded" if start != "outside" else "guarded, outside start"
+    patcher.guard_result = state.record.of(
+        status=status, evaluations=evaluations, firings=firings, embeddings_sha256=hashes
+    )
+    for latent in output if evaluations else ():
+        latents.put(tensor_sha256(latent), patcher.guard_result)
+    return output
+
+
+def _start_of(latent_image: torch.Tensor) -> str:
+    """What a run starts from: noise (an empty latent), guarded (a guarded run made the whole batch) or outside."""
+    if torch.count_nonzero(latent_image) == 0:
+        return "noise"
+    known = [latents.get(tensor_sha256(latent)) for latent in latent_image]
+    return "guarded" if all(a is not None and a.status == "guarded" for a in known) else "outside"
+
+
+def _silence_previews(callback: Callable | None) -> None:
+    """No picture before the gate: empties latent_preview.prepare_callback's previewer (0.3.75 and 0.33.0)."""
+    cells = getattr(callback, "__closure__", None) or ()
+    for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
+        if name == "previewer":
+            cell.cell_contents = None
+
+
+def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tuple[str, ...]:
+    """Hashes of the embeddings; GuardError where the guarded text encoder is needed and did not make one of them."""
+    hashes = []
+    for name, entries in conds.items():
+        for entry in entries:
+            for key in ("cross_attn", "pooled_output"):
+                if (tensor := entry.get(key)) is None:
+                    continue
+                if key == "cross_attn":
+                    hashes.append(tensor_sha256(tensor))
+                if state.text_digest and not _made_by(tensor, state.text_digest):
+                    raise GuardError(
+                        f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
+                        "text-encoder half: encode prompts with the CLIP output of Guard Model (ConditioningAverage "
+                        "makes a new embedding and cannot be checked: use ConditioningCombine or ConditioningConcat)."
+                    )
+    return tuple(hashes)
+
+
+def _made_by(embedding: torch.Tensor, digest: str) -> bool:
+    rows = embedding.detach().reshape(-1, embedding.shape[-1])
+    rows = rows[rows.abs().amax(1) > 0]  # ConditioningZeroOut's rows carry nothing
+    return all(embeddings.get(row) == digest for row in row_digests(rows))
+
+
+class GuardedClipMixin:
+    """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
+
+    def clone(self, *args, **kwargs):
+        return _wrap_clip(super().clone(*args, **kwargs), self.patcher.guard_state)
+
+    def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        self.load_model()
+        self.patcher.guard_begin()
+        try:
+            result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
+        finally:
+            self.patcher.guard_end(may_be_empty=False)
+        made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
+        for tensor in made:
+            for row in row_digests(tensor) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else ():
+                embeddings.put(row, self.patcher.guard_state.text_digest)
+        return result
+
+    def encode_from_tokens_scheduled(self, *args, **kwargs):
+        if self.patcher.forced_hooks is not None:
+            raise GuardError("A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.")
+        return super().encode_from_tokens_scheduled(*args, **kwargs)
+
+    get_sd = _refused("get_sd", "be saved", _BASE)
+    load_sd = _refused("load_sd", "take other weights", _BEFORE)
+
+
+def _wrap_clip(clip, state: GuardState):
+    if not isinstance(clip, GuardedClipMixin):
+        clip.__class__ = _guarded_class(type(clip), GuardedClipMixin)
+    clip.patcher = _wrap(clip.patcher, state)
+    return clip
+
+
+def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: Policy):
+    """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
+    check_roles(safety, tasks)
+    for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
+        if patcher is not None:
+            _check_incoming(patcher, accept_merged, what)
+    model_part = build_part("model", model_info(model), safety, tasks, policy)
+    text_part = build_part("text", clip_info(clip), safety, tasks, policy) if clip else None
+    parts = tuple(part for part in (model_part, text_part) if part)
+    check_coverage(parts, clip is not None)
+    text = text_part if text_part and text_part.layers else None
+    digest = text_digest(safety)
+    record = make_record(
+        PACK, _family(model), model_sha256(model), bool(model.patches), (model_part, text), safety, tasks
+    )
+    guarded = _wrap(model.clone(), GuardState(model_part, record, frozenset(model.patches), digest))
+    if text:
+        clip = _wrap_clip(clip.clone(), GuardState(text, record, frozenset(clip.patcher.patches), digest))
+    report = format_guard(record.base_family, record.base_sha256, parts, _notes(model, clip, tasks))
+    return GuardedModel(guarded, report), clip
+
+
+def _notes(model, clip, tasks: Tasks) -> Iterable[str]:
+    if model.patches:
+        yield f"a LoRA was merged into {len(model.patches)} weights before the guard, so the base is not W0"
+    for t in tasks:
+        if clip is None and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
+            yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
+
+
+def _check_incoming(patcher, accept_merged: bool, what: str) -> None:
+    if isinstance(patcher, GuardMixin):
+        raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
+    if patcher.patches and not accept_merged:
+        raise GuardError(
+            f"{what} has a LoRA or model merged into {len(patcher.patches)} weights already: load it with Load Task "
+            "LoRA instead, or switch accept_merged on and take it as part of the base."
+        )
+    _check_clean(patcher, frozenset(patcher.patches), what)
+
+
+def _check_clean(patcher, patches: frozenset[str], what: str) -> None:
+    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher, 0.3.75 and 0.33.0)."""
+    skipping = [k for kinds in patcher.wrappers.values() for k in kinds if k in SKIPPING_WRAPPERS]
+    replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
+    found = {
+        "a LoRA or merge in its weights": frozenset(patcher.patches) != patches,
+        "a LoRA hook": bool(patcher.hook_patches),
+        "another loader's injections (bypass LoRA)": any(patcher.injections.values()),
+        "a weight wrapper": bool(patcher.weight_wrapper_patches),
+        "a replaced diffusion_model": bool(replaced),
+        "a node that skips evaluations (EasyCache)": bool(skipping),
+    }
+    for problem in (name for name, present in found.items() if present):
+        raise GuardError(f"{what} carries {problem} beside the guard: remove that node, or use Load Task LoRA.")
+
+
+def model_info(model) -> ModelInfo:
+    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
+    return ModelInfo(
+        _family(model), comfy.lora.model_lora_keys_unet(model.model, {}), _specs(model.model), ("diffusion_model",)
+    )
+
+
+def clip_info(clip) -> ModelInfo:
+    """Key map and layers of a CLIP; the transformers of its encoders are what is evaluated (0.3.75 and 0.33.0)."""
+    encoders = clip.cond_stage_model
+    roots = tuple(f"{name}.transformer" for name, child in encoders.named_children() if hasattr(child, "transformer"))
+    return ModelInfo(type(encoders).__name__, comfy.lora.model_lora_keys_clip(encoders, {}), _specs(encoders), roots)
+
+
+def _specs(module: torch.nn.Module) -> dict:
+    found = ((path, m) for path, m in module.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
+    return {f"{path}.weight": layer_spec(path, m) for path, m in found}
+
+
+def _family(model) -> str:
+    return type(model.model.model_config).__name__
+
+
+def model_sha256(patcher) -> str:
+    """SHA-256 of W0: contents as float32, merged LoRAs taken back out; remembered while the model is loaded."""
+    module = patcher.model
+    if module not in _weights:
+        backup = {key: entry.weight for key, entry in patcher.backup.items()}
+        backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
+        _weights[module] = weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
+    return _weights[module]
+
+
+def vae_sha256(vae) -> str:
+    """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
+    module = vae.first_stage_model
+    if module not in _weights:
+        _weights[module] = weights_sha256(module.state_dict().items())
+    return _weights[module]
+
+
+def common_ksampler(patcher, *settings, **options):
+    """The stock KSampler's own function (nodes.common_ksampler, 0.3.75 and 0.33.0), so results are bit-identical."""
+    import nodes  # ComfyUI's top-level module, complete only after start-up
+
+    return nodes.common_ksampler(patcher, *settings, **options)[0]
+
+
+def attestation(patcher) -> Attestation:
+    """The last run of this patcher; "not sampled" where it had none."""
+    return patcher.guard_result or patcher.guard_state.record
+
+
+def decode(vae, samples: torch.Tensor) -> torch.Tensor:
+    """As the stock VAE Decode: b h w c, a video's frames along b."""
+    pictures = vae.decode(samples)
+    return pictures.reshape(-1, *pictures.shape[-3:]) if pictures.ndim == 5 else pictures

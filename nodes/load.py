@@ -1,0 +1,148 @@
+"""Load Safety LoRA and Load Task LoRA: files become handles, no weights are touched."""
+
+from __future__ import annotations
+
+import math
+
+from comfy_api.latest import io
+
+from ..modular_lora.errors import LoraFileError
+from ..modular_lora.files import read_lora, sha256_file
+from ..modular_lora.guard import SafetyLora, TaskLora
+from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
+
+SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
+TASK_FOLDERS = ("loras",)
+
+
+def _missing(name: str | None, folders: tuple[str, ...]) -> str | None:
+    """The error for a file that is not there; None where it is, or where the name comes over a link."""
+    if name is None:
+        return None
+    try:
+        lora_path(name, *folders)
+    except LoraFileError as error:
+        return str(error)
+    return None
+
+
+class LoadSafetyLora(io.ComfyNode):
+    """One safety LoRA; several are chained."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraLoadSafety",
+            display_name="Load Safety LoRA",
+            category=f"{CATEGORY}/load",
+            description="Loads a safety LoRA for Guard Model; it stays out of the weights and applies whole or not at all.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    lora_names(*SAFETY_FOLDERS),
+                    tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength on U-Net and text encoder; must be above 0.",
+                ),
+                io.String.Input(
+                    "expected_sha256",
+                    default="",
+                    optional=True,
+                    tooltip="SHA-256 of the file; if given, another file of the same name is refused.",
+                ),
+                SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
+            ],
+            outputs=[
+                SafetySocket.Output("safety_lora_out", display_name="safety_lora", tooltip="All safety LoRAs so far.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
+        if strength is not None and not (math.isfinite(strength) and strength > 0):
+            return f"strength {strength:g} would switch the safety LoRA off or turn it round: give a strength above 0"
+        return _missing(lora_name, SAFETY_FOLDERS) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_):
+        return sha256_file(lora_path(lora_name, *SAFETY_FOLDERS))
+
+    @classmethod
+    def execute(cls, lora_name, strength, expected_sha256="", safety_lora=()) -> io.NodeOutput:
+        lora = read_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
+        return io.NodeOutput((*safety_lora, SafetyLora(lora, strength)))
+
+
+class LoadTaskLora(io.ComfyNode):
+    """One task LoRA; several are chained, and other packs' LORA_STACK comes in and goes out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraLoadTask",
+            display_name="Load Task LoRA",
+            category=f"{CATEGORY}/load",
+            description="Loads a task LoRA (style, character, ...) for Guard Model, kept out of the weights.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name", lora_names(*TASK_FOLDERS), tooltip="Task LoRA (.safetensors) from the loras folder."
+                ),
+                io.Float.Input(
+                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength on the U-Net."
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength on the text encoder.",
+                ),
+                io.String.Input(
+                    "block_weights",
+                    default="",
+                    optional=True,
+                    tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
+                ),
+                TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
+                StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."),
+            ],
+            outputs=[
+                TaskSocket.Output(
+                    "task_lora_out", display_name="task_lora", tooltip="All task LoRAs so far, for Guard Model."
+                ),
+                StackSocket.Output(
+                    "lora_stack_out",
+                    display_name="lora_stack",
+                    tooltip="The same task LoRAs as a LORA_STACK; never the safety LoRA, no block weights.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None) -> bool | str:
+        return _missing(lora_name, TASK_FOLDERS) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_):
+        return sha256_file(lora_path(lora_name, *TASK_FOLDERS))
+
+    @classmethod
+    def execute(
+        cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
+    ) -> io.NodeOutput:
+        lora = read_lora(lora_path(lora_name, *TASK_FOLDERS))
+        tasks = (*task_lora, *stacked(lora_stack), TaskLora(lora, strength_model, strength_clip, block_weights))
+        return io.NodeOutput(tasks, [*lora_stack, (lora_name, strength_model, strength_clip)])
+
+
+def stacked(lora_stack) -> tuple[TaskLora, ...]:
+    """Task LoRAs of a LORA_STACK: (name, model strength, clip strength) each; "None" entries are empty rows."""
+    rows = [row for row in lora_stack or () if row[0] not in (None, "", "None")]
+    return tuple(TaskLora(read_lora(lora_path(name, *TASK_FOLDERS)), model, clip) for name, model, clip in rows)

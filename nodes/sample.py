@@ -1,0 +1,185 @@
+"""Guarded KSampler, its Advanced form and Guarded Guider: the stock samplers on a model that must be guarded."""
+
+from __future__ import annotations
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..modular_lora.report import format_attestation
+from . import host
+from .sockets import CATEGORY, model_input, show
+
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+MAX_STEP = 10_000
+
+
+def _conditioning() -> list[io.Input]:
+    made = "encoded with Guard Model's CLIP output"
+    return [
+        io.Conditioning.Input("positive", tooltip=f"What to draw, {made}."),
+        io.Conditioning.Input("negative", tooltip=f"What to leave out, {made}."),
+    ]
+
+
+def _settings() -> list[io.Input]:
+    cfg = "Classifier-free guidance scale: how closely the picture follows the prompt."
+    return [
+        io.Int.Input("steps", default=20, min=1, max=MAX_STEP, tooltip="Number of denoising steps."),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=cfg),
+        io.Combo.Input("sampler_name", comfy.samplers.KSampler.SAMPLERS, tooltip="Sampling algorithm."),
+        io.Combo.Input(
+            "scheduler", comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise is taken away over the steps."
+        ),
+    ]
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Latent.Output("latent", tooltip="The sampled latent; decode it with Guarded VAE Decode."),
+        io.String.Output("report", tooltip="Attestation of this run: evaluations, branch firings, hashes, strengths."),
+    ]
+
+
+def _run(
+    node, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options
+) -> io.NodeOutput:
+    patcher = host.unwrap(model)
+    out = host.common_ksampler(
+        patcher, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options
+    )
+    report = format_attestation(host.attestation(patcher))
+    show(node, report)
+    return io.NodeOutput(out, report)
+
+
+class GuardedKSampler(io.ComfyNode):
+    """The stock KSampler, attested."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        seed = "Seed of the noise."
+        denoise = "1 starts from noise; less keeps part of the latent image."
+        return io.Schema(
+            node_id="ModularLoraKSampler",
+            display_name="Guarded KSampler",
+            category=f"{CATEGORY}/sample",
+            description="KSampler for a guarded model: the stock node's result, and the check that every branch ran.",
+            inputs=[
+                model_input(),
+                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed),
+                *_settings(),
+                *_conditioning(),
+                io.Latent.Input("latent_image", tooltip="Latent to denoise; its size is the size of the picture."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise),
+            ],
+            outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
+    ) -> io.NodeOutput:
+        settings = (seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
+        return _run(cls, model, *settings, denoise=denoise)
+
+
+class GuardedKSamplerAdvanced(io.ComfyNode):
+    """The stock KSampler (Advanced), attested."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        switch = ["enable", "disable"]
+        return io.Schema(
+            node_id="ModularLoraKSamplerAdvanced",
+            display_name="Guarded KSampler (Advanced)",
+            category=f"{CATEGORY}/sample",
+            description="KSampler (Advanced) for a guarded model, plus the check that every branch ran.",
+            inputs=[
+                model_input(),
+                io.Combo.Input("add_noise", switch, tooltip="Add noise to the latent first."),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise.",
+                ),
+                *_settings(),
+                *_conditioning(),
+                io.Latent.Input("latent_image", tooltip="Latent to denoise."),
+                io.Int.Input("start_at_step", default=0, min=0, max=MAX_STEP, tooltip="First step of this run."),
+                io.Int.Input(
+                    "end_at_step", default=MAX_STEP, min=0, max=MAX_STEP, tooltip="Step at which this run ends."
+                ),
+                io.Combo.Input(
+                    "return_with_leftover_noise", switch[::-1], tooltip="Leave the remaining noise in the latent."
+                ),
+            ],
+            outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        add_noise,
+        noise_seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        start_at_step,
+        end_at_step,
+        return_with_leftover_noise,
+    ) -> io.NodeOutput:
+        settings = (noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
+        return _run(
+            cls,
+            model,
+            *settings,
+            disable_noise=add_noise == "disable",
+            start_step=start_at_step,
+            last_step=end_at_step,
+            force_full_denoise=return_with_leftover_noise == "disable",
+        )
+
+
+class GuardedGuider(io.ComfyNode):
+    """A CFG guider on a guarded model, for SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraGuider",
+            display_name="Guarded Guider",
+            category=f"{CATEGORY}/sample",
+            description="CFG guider on a guarded model, for SamplerCustomAdvanced; the run is checked and attested as "
+            "in the Guarded KSampler, and Guarded VAE Decode shows the report.",
+            inputs=[
+                model_input(),
+                *_conditioning(),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance scale.",
+                ),
+            ],
+            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg) -> io.NodeOutput:
+        guider = comfy.samplers.CFGGuider(host.unwrap(model))
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)

@@ -1,0 +1,53 @@
+"""The pack's socket types and what its nodes share: category, LoRA drop-downs, the report on a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..modular_lora.errors import LoraFileError
+
+CATEGORY = "modular lora"
+SAFETY_FOLDER = "safety_loras"
+
+SafetySocket = io.Custom("MODULAR_LORA_SAFETY")
+TaskSocket = io.Custom("MODULAR_LORA_TASK")
+GuardedSocket = io.Custom("MODULAR_LORA_GUARDED_MODEL")
+StackSocket = io.Custom("LORA_STACK")
+
+
+def model_input() -> io.Input:
+    """A guarded model, or a MODEL that is checked to be guarded."""
+    tip = "Guarded model from Guard Model, or the MODEL of Guarded Model as MODEL; an unguarded MODEL is refused."
+    return io.MultiType.Input("model", [GuardedSocket, io.Model], tooltip=tip)
+
+
+def register_safety_folder() -> None:
+    """Give safety LoRAs a model folder of their own beside ``loras``."""
+    folder_paths.add_model_folder_path(SAFETY_FOLDER, str(Path(folder_paths.models_dir) / SAFETY_FOLDER))
+
+
+def lora_names(*folders: str) -> list[str]:
+    """Names of the .safetensors files in these model folders, each once, the first folder's first."""
+    names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
+    return list(dict.fromkeys(name for name in names if name.lower().endswith(".safetensors")))
+
+
+def lora_path(name: str, *folders: str) -> Path:
+    """Path of a LoRA file by its name in a drop-down or LORA_STACK; LoraFileError where no folder has it."""
+    for folder in folders:
+        for spelling in (name, name.replace("\\", "/")):  # stacks written on Windows
+            if path := folder_paths.get_full_path(folder, spelling):
+                return Path(path)
+    raise LoraFileError(
+        f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page."
+    )
+
+
+def show(node: type[io.ComfyNode], text: str) -> None:
+    """Put a report on the node itself, as text that the front end draws under it (0.3.75 and 0.33.0)."""
+    if node.hidden and node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
