@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -162,9 +163,10 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value out of a file on one printable line of bounded length."""
-    text = ascii(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    """A value out of a file on one printable line of bounded length; a file may nest it deeper than repr() can go."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 3, 120
+    return short.repr(value)
 
 
 def _plain(text: str) -> str:
