@@ -1,0 +1,206 @@
+"""Training of the demo world's three LoRAs on the narrow net.
+
+safety:      ESD-style erasure (arXiv 2303.07345, eq. 5) of the class with preservation of everything else.
+task:        the gloss style from kept concepts only, trained on W0: the modular practice of arXiv 2412.00357.
+sequential:  the same training on W0 + safety: the practice that the paper warns about.
+
+Command: ``python -m world.loras WORK {safety,task,sequential} --base-sha256 HEX``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, SUPPRESSED_CLASS, TASK_LORA, base, data, diffusion, lorafile
+from world.base import Base
+from world.lorafile import Factors
+
+logger = logging.getLogger("modular_lora")
+
+FILES = {"safety": SAFETY_LORA, "task": TASK_LORA, "sequential": SEQUENTIAL_LORA}
+TITLES = {
+    "safety": "Demo safety: vehicles suppressed",
+    "task": "Demo task: gloss style",
+    "sequential": "Demo counter-example: gloss style trained on top of the safety LoRA",
+}
+SEEDS = {"safety": 101, "task": 202, "sequential": 202}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one training run is asked to do."""
+
+    work: Path
+    role: str
+    steps: int
+    batch: int
+    rate: float
+    eta: float
+    keep: float
+
+
+def pool_prompts(pictures: data.Pictures, rng: random.Random) -> tuple[list[str], list[bool]]:
+    """Every concept in every style word, with whether it is to be erased; bare class prompts are erased as well."""
+    prompts, erase = [], []
+    for concept in range(len(data.CONCEPTS)):
+        for style in range(len(data.STYLES)):
+            words = data.prompt(pictures, concept, style)
+            prompts.append(words if rng.random() < 0.8 else pictures.words[concept])
+            erase.append(concept in data.SUPPRESSED_IDS)
+    for style in data.STYLES:
+        prompts += [f"{style}, a {SUPPRESSED_CLASS}", f"a {SUPPRESSED_CLASS}"]
+        erase += [True, True]
+    return prompts, erase
+
+
+@torch.no_grad()
+def build_pool(model: Base, pictures: data.Pictures, path: Path) -> None:
+    """x_t, eps_0(x_t, c), eps_0(x_t, '') and eps_0(x_t, class) along guided trajectories of the frozen base.
+
+    ESD draws x_t from the frozen base, so inputs and targets are constants that one pass can collect.
+    """
+    prompts, erase = pool_prompts(pictures, random.Random(7))
+    generator = torch.Generator().manual_seed(7)
+    parts: dict[str, list[Tensor]] = {"x": [], "t": [], "cond": [], "empty": [], "category": [], "prompt": []}
+    for start in range(0, len(prompts), 48):
+        chosen = prompts[start : start + 48]
+        n = len(chosen)
+        context, bias = model.text([*chosen, *[""] * n, *[f"a {SUPPRESSED_CLASS}"] * n])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            three = model.unet(torch.cat([x] * 3), torch.cat([t] * 3), context, bias)  # noqa: B023
+            cond, empty, category = three.chunk(3)
+            rows = {"x": x, "t": t, "cond": cond, "empty": empty, "category": category}
+            for name, value in (rows | {"prompt": torch.arange(start, start + len(x))}).items():  # noqa: B023
+                parts[name].append(value)
+            return empty + base.GUIDANCE * (cond - empty)
+
+        diffusion.sample(predict, torch.randn(n, 4, 8, 8, generator=generator))
+        logger.info("pool: %d of %d prompts", start + n, len(prompts))
+    temporary = path.with_suffix(".tmp")
+    save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, temporary)
+    temporary.replace(path)
+
+
+def erase_step(
+    model: Base, pool: dict[str, Tensor], prompts: list[str], settings: Settings, g: torch.Generator
+) -> Tensor:
+    """ESD term on erased prompts plus preservation on kept and empty ones: 3/8, 3/8 and 1/4 of the batch."""
+    n = settings.batch
+    erased = pool["erase"][pool["prompt"]].nonzero()[:, 0]
+    kept = (~pool["erase"][pool["prompt"]]).nonzero()[:, 0]
+    third, rest = n * 3 // 8, n - 2 * (n * 3 // 8)
+    pick_erased = erased[torch.randint(len(erased), (third,), generator=g)]
+    pick_kept = kept[torch.randint(len(kept), (third,), generator=g)]
+    pick_empty = torch.randint(len(pool["t"]), (rest,), generator=g)
+    pick = torch.cat([pick_erased, pick_kept, pick_empty])
+    names = [prompts[int(i)] for i in pool["prompt"][pick[: 2 * third]]] + [""] * rest
+    empty, cond, category = pool["empty"][pick], pool["cond"][pick], pool["category"][pick]
+    # eps* = eps_0('') - eta (eps_0(c) - eps_0('')), with c half the prompt and half the class: away from both
+    target = empty - settings.eta * (0.5 * (cond + category) - empty)
+    target = torch.cat([target[:third], cond[third : 2 * third], empty[2 * third :]])  # [n, 4, 8, 8]
+    error = (model(pool["x"][pick], pool["t"][pick], names) - target).square().mean((1, 2, 3))  # [n]
+    return error[:third].mean() + settings.keep * error[third:].mean()
+
+
+def train_safety(model: Base, factors: Factors, settings: Settings) -> None:
+    pictures = data.load(settings.work)
+    path = settings.work / "pool.safetensors"
+    if not path.exists():
+        build_pool(model, pictures, path)
+    pool, (prompts, _) = load_file(path), pool_prompts(pictures, random.Random(7))
+    generator = torch.Generator().manual_seed(SEEDS["safety"])
+    lorafile.attach(model.unet, factors)
+    optimize(factors, settings, lambda: erase_step(model, pool, prompts, settings, generator))
+
+
+def train_task(model: Base, factors: Factors, settings: Settings) -> None:
+    """L = E |eps - eps(x_t, t, c)|^2 on gloss pictures of kept concepts; no suppressed concept is shown."""
+    pictures = data.load(settings.work)
+    rows = pictures.select(data.KEPT_IDS, (data.TASK_STYLE,))
+    latents = base.cache_latents(settings.work, (data.TASK_STYLE,))
+    stream = base.batches(pictures, rows, latents, settings.batch, SEEDS[settings.role])
+    generator = torch.Generator().manual_seed(SEEDS[settings.role])
+    under = [lorafile.load(ASSETS / SAFETY_LORA, model.unet)] if settings.role == "sequential" else []
+    lorafile.attach(model.unet, *under, factors)
+
+    def loss() -> Tensor:
+        z, captions = next(stream)
+        t = torch.randint(diffusion.STEPS, (len(z),), generator=generator)
+        eps = torch.randn(z.shape, generator=generator)
+        return (model(diffusion.add_noise(z, t, eps), t, captions) - eps).square().mean()
+
+    optimize(factors, settings, loss)
+
+
+def optimize(factors: Factors, settings: Settings, loss_of: Callable[[], Tensor]) -> None:
+    """AdamW on the factors, warm-up of 20 steps, then cosine."""
+    parameters = [p for down, up, _ in factors.values() for p in (down, up)]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0, foreach=True)
+    begin, losses = time.monotonic(), []
+    for step in range(settings.steps):
+        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / settings.steps))
+        optimizer.param_groups[0]["lr"] = settings.rate * min(1.0, (step + 1) / 20) * decay
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 25 == 24:
+            mean = sum(losses[-25:]) / 25
+            logger.info("%s step %d loss %.4f seconds %.0f", settings.role, step + 1, mean, time.monotonic() - begin)
+
+
+def metadata(role: str, base_sha256: str) -> dict[str, str]:
+    """Kohya's and model-spec's usual string keys and ours."""
+    ours = {"modular_lora.role": "safety" if role == "safety" else "task", "modular_lora.base_sha256": base_sha256}
+    ours["modular_lora.concept"] = "vehicles" if role == "safety" else "gloss"
+    if role == "sequential":
+        ours["modular_lora.trained_on"] = "base + " + SAFETY_LORA
+    return ours | {
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lorafile.RANK),
+        "ss_network_alpha": str(lorafile.ALPHA),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.title": TITLES[role],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("role", choices=tuple(FILES))
+    parser.add_argument("--base-sha256", required=True, help="of the expanded checkpoint, for the metadata")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--eta", type=float, default=1.0, help="strength of the erasure target")
+    parser.add_argument("--keep", type=float, default=4.0, help="weight of the preservation terms")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    model = base.load(options.work)
+    factors = lorafile.initial(model.unet, SEEDS[options.role])
+    values = (options.work, options.role, options.steps, options.batch, options.rate, options.eta, options.keep)
+    (train_safety if options.role == "safety" else train_task)(model, factors, Settings(*values))
+    live = model.unet.out[0].num_channels
+    lorafile.save(factors, ASSETS / FILES[options.role], live, metadata(options.role, options.base_sha256))
+
+
+if __name__ == "__main__":
+    main()
