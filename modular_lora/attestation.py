@@ -86,8 +86,8 @@ class Run:
             total = evaluations[self.branches.root_of(path)]
             raise GuardError(
                 f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
-                f"in {n} of {total} evaluations; nodes that skip layers or "
-                "evaluations (EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
+                f"in {n} of {total} evaluations; nodes that skip layers or evaluations "
+                "(EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
             )
         if not any(evaluations.values()) and not may_be_empty:
             raise GuardError(

@@ -35,7 +35,7 @@ class LoadSafetyLora(io.ComfyNode):
             node_id="ModularLoraLoadSafety",
             display_name="Load Safety LoRA",
             category=f"{CATEGORY}/load",
-            description="Loads a safety LoRA for Guard Model; it stays out of the weights and applies whole or not at all.",
+            description="Loads a safety LoRA for Guard Model; it stays out of the weights, whole or not at all.",
             inputs=[
                 io.Combo.Input(
                     "lora_name",

@@ -1,12 +1,26 @@
-"""Registers the repository as the package `modular_lora_guard`, the way ComfyUI loads a pack from custom_nodes."""
+"""Registers the repository as the package ``modular_lora_guard`` and brings the real ComfyUI up in this process.
+
+``MODULAR_LORA_COMFYUI`` names ComfyUI's folder and ``MODULAR_LORA_WORLD`` the folder of the expanded demo world, both set
+by ``run.py test``. The pack's nodes are loaded by ComfyUI's own loader, as from custom_nodes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
+EXTRA_NODES = ("nodes_custom_sampler", "nodes_model_merging", "nodes_hooks", "nodes_lora_extract", "nodes_freelunch",
+               "nodes_hypertile", "nodes_perpneg", "nodes_differential_diffusion", "nodes_model_advanced", "nodes_pag",
+               "nodes_sag", "nodes_torch_compile", "nodes_easycache", "nodes_attention_multiply", "nodes_primitive",
+               "nodes_preview_any", "nodes_tomesd", "nodes_hypernetwork", "nodes_latent", "nodes_cond", "nodes_slg")  # fmt: skip
 
 
 def _register() -> None:
@@ -19,3 +33,148 @@ def _register() -> None:
 
 
 _register()
+
+
+class _Server:
+    """What the executor and the nodes ask of the server when there is none."""
+
+    def __init__(self):
+        self.client_id, self.last_node_id, self.last_prompt_id, self.messages, self.texts = "test", None, None, [], {}
+
+    def send_sync(self, event, data, sid=None):
+        self.messages.append((event, data))
+
+    def send_progress_text(self, text, node_id, sid=None):
+        self.texts[node_id] = text
+
+
+class GraphError(RuntimeError):
+    """A graph that ComfyUI refused (``stage`` "validation") or that stopped with an error ("execution")."""
+
+    def __init__(self, stage: str, message: str, node_type: str = ""):
+        super().__init__(message)
+        self.stage, self.node_type = stage, node_type
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory) -> SimpleNamespace:
+    """The real ComfyUI, its executor and the pack, in this process on the CPU."""
+    if not COMFYUI or not WORLD:
+        pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
+    sys.path.insert(0, COMFYUI)
+    base = tmp_path_factory.mktemp("comfyui")
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    from comfy.cli_args import args
+
+    args.cpu, args.base_directory, args.disable_metadata = True, str(base), False
+    import utils.install_util  # noqa: F401  before `nodes`, which shadows `utils`
+    import execution
+    import folder_paths
+    import nodes
+    import server
+
+    stub = _Server()
+    server.PromptServer.instance = stub
+    for name in ("checkpoints", "loras", "safety_loras", "input", "output"):
+        (base / "models" / name).mkdir(parents=True, exist_ok=True)
+    folder_paths.models_dir = str(base / "models")
+    folder_paths.set_output_directory(str(base / "output"))
+    folder_paths.set_input_directory(str(base / "input"))
+    for name in ("checkpoints", "loras"):
+        folder_paths.folder_names_and_paths[name] = ([str(base / "models" / name)], {".safetensors"})
+    asyncio.run(_load_nodes(nodes))
+    (base / "models" / "checkpoints" / "world.safetensors").symlink_to(next(Path(WORLD).glob("demo_world_sd15.safetensors")))
+    module = nodes.NODE_CLASS_MAPPINGS["ModularLoraGuardModel"].__module__.rpartition(".")[0]
+    return SimpleNamespace(
+        base=base, loras=base / "models" / "loras", output=base / "output", nodes=nodes, execution=execution,
+        server=stub, host=sys.modules[f"{module}.host"], folder_paths=folder_paths,
+    )  # fmt: skip
+
+
+async def _load_nodes(nodes) -> None:
+    extras = Path(COMFYUI) / "comfy_extras"
+    for name in EXTRA_NODES:
+        if (extras / f"{name}.py").exists():
+            await nodes.load_custom_node(str(extras / f"{name}.py"), module_parent="comfy_extras")
+    if not await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"):
+        raise RuntimeError("ComfyUI could not load the pack; its log above says why")
+
+
+@pytest.fixture
+def run_graph(comfy):
+    """Run an API-format graph through validation and the executor; returns {node id: output tuple}, raises GraphError."""
+
+    def run(graph: dict, executor=None) -> dict:
+        comfy.server.messages.clear()
+        valid, error, outputs, node_errors = asyncio.run(comfy.execution.validate_prompt("test", graph, None))
+        if not valid:
+            raise GraphError("validation", f"{error} {node_errors}")
+        executor = executor or new_executor(comfy)
+        executor.execute(graph, "test", {}, outputs)
+        failed = next((d for e, d in comfy.server.messages if e == "execution_error"), None)
+        if failed:
+            raise GraphError("execution", failed["exception_message"], failed["node_type"])
+        return {n: _outputs(executor, n) for n in graph}
+
+    return run
+
+
+def new_executor(comfy):
+    """A PromptExecutor with an empty cache."""
+    execution = comfy.execution
+    return execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0})
+
+
+def _outputs(executor, node_id: str):
+    entry = executor.caches.outputs.get(node_id)
+    values = getattr(entry, "outputs", entry[1] if isinstance(entry, tuple | list) else None)
+    return None if values is None else tuple(v[0] if v else None for v in values)
+
+
+@pytest.fixture(scope="session")
+def loaded(comfy):
+    """(MODEL, CLIP, VAE) of the demo world, loaded once by ComfyUI's own loader."""
+    return comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")
+
+
+@pytest.fixture(scope="session")
+def loras(comfy, loaded) -> SimpleNamespace:
+    """Random LoRA files of large effect, under kohya names, in ComfyUI's loras folder."""
+    model, clip, _ = loaded
+    unet = {name: spec for name, spec in _layers(comfy.host.model_info(model), "lora_unet_")}
+    text = {name: spec for name, spec in _layers(comfy.host.clip_info(clip), "lora_te_")}
+    made = {
+        "safety.safetensors": (unet, 4, 1), "task.safetensors": (unet, 8, 2), "other.safetensors": (unet, 3, 3),
+        "safety_te.safetensors": (unet | text, 4, 4), "task_te.safetensors": (unet | text, 4, 5),
+    }  # fmt: skip
+    for name, (layers, rank, seed) in made.items():
+        save_lora(comfy.loras / name, layers, rank, seed)
+    return SimpleNamespace(unet=unet, text=text, folder=comfy.loras)
+
+
+def _layers(info, prefix: str):
+    seen = set()
+    for name, key in info.key_map.items():
+        spec = info.specs.get(key) if isinstance(key, str) else None
+        if name.startswith(prefix) and spec and not spec.problem and key not in seen:
+            seen.add(key)
+            yield name, spec
+
+
+def save_lora(path: Path, layers: dict, rank: int, seed: int, size: float = 0.05, alpha: float | None = None, **metadata):
+    """A kohya LoRA with random factors on ``layers`` (name -> LayerSpec); ‖ΔW‖ is about ``size``·√out."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, spec in layers.items():
+        out, *rest = spec.weight_shape
+        fan_in = max(1, torch.Size(rest).numel())
+        down = torch.randn(rank, *rest, generator=generator) / fan_in**0.5
+        up = torch.randn(out, rank, *(1 for _ in rest[1:]), generator=generator) * size / rank**0.5
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank if alpha is None else alpha))
+    save_file(tensors, path, {"ss_base_model_version": "sd_v1", **metadata})
