@@ -40,12 +40,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
-    demo = commands.add_parser("demo", parents=[common], help="draw the comparison and write the report")
+    demo = commands.add_parser(
+        "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
+    )
     demo.add_argument("--steps", type=int, default=20, help="sampling steps of every picture (20)")
     demo.add_argument("--seed", type=int, default=1, help="seed of the first prompt; the others count on (1)")
     demo.add_argument("--output", type=Path, default=paths.DEMO_OUTPUT, help="folder of the report (demo_output)")
-    commands.add_parser("test", parents=[common], help="lint and test; what follows goes to pytest")
-    comfy = commands.add_parser("comfy", parents=[common], help="open ComfyUI; what follows goes to ComfyUI")
+    commands.add_parser("test", allow_abbrev=False, parents=[common], help="lint and test; what follows goes to pytest")
+    comfy = commands.add_parser(
+        "comfy", allow_abbrev=False, parents=[common], help="open ComfyUI; what follows goes to ComfyUI"
+    )
     comfy.add_argument("--port", type=int, help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
     options, rest = parser.parse_known_args(arguments)

@@ -111,7 +111,7 @@ def _make_venv(python: Path) -> None:
 
 def pip(python: Path, title: str, arguments: Sequence[str | Path]) -> None:
     run_logged(
-        [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments],
+        [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile", *arguments],
         title=title,
         log=paths.LOGS / "pip.log",
         remedy=PIP_REMEDY,
