@@ -34,10 +34,11 @@ class Nodes:
     sampler: str
     decode: str
     save: str
+    save_inputs: tuple[tuple[str, Any], ...] = ()
 
 
 STOCK = Nodes("KSampler", "VAEDecode", "SaveImage")
-GUARDED = Nodes("ModularLoraKSampler", "ModularLoraDecode", "ModularLoraSaveImage")
+GUARDED = Nodes("ModularLoraKSampler", "ModularLoraDecode", "ModularLoraSaveImage", (("unattested", "refuse"),))
 
 
 def base(setting: Setting) -> Graph:
@@ -107,7 +108,12 @@ def branches(setting: Setting, nodes: Nodes, arm: str, *, model: Link, clip: Lin
             denoise=1.0,
         )
         graph[f"decode-{index}"] = node(nodes.decode, samples=[f"sampler-{index}", 0], vae=["checkpoint", 2])
-        graph[save_node(index)] = node(nodes.save, images=[f"decode-{index}", 0], filename_prefix=f"demo/{arm}-{index}")
+        graph[save_node(index)] = node(
+            nodes.save,
+            images=[f"decode-{index}", 0],
+            filename_prefix=f"demo/{arm}-{index}",
+            **dict(nodes.save_inputs),
+        )
     return graph
 
 
