@@ -1,7 +1,7 @@
 """Registers the repository as the package ``modular_lora_guard`` and brings the real ComfyUI up in this process.
 
-``MODULAR_LORA_COMFYUI`` names ComfyUI's folder and ``MODULAR_LORA_WORLD`` the folder of the expanded demo world, both set
-by ``run.py test``. The pack's nodes are loaded by ComfyUI's own loader, as from custom_nodes.
+``MODULAR_LORA_COMFYUI`` names ComfyUI's folder and ``MODULAR_LORA_WORLD`` the folder of the expanded demo world, both
+set by ``run.py test``. The pack's nodes are loaded by ComfyUI's own loader, as from custom_nodes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
-EXTRA_NODES = ("nodes_custom_sampler", "nodes_model_merging", "nodes_hooks", "nodes_lora_extract", "nodes_freelunch",
-               "nodes_hypertile", "nodes_perpneg", "nodes_differential_diffusion", "nodes_model_advanced", "nodes_pag",
-               "nodes_sag", "nodes_torch_compile", "nodes_easycache", "nodes_attention_multiply", "nodes_primitive",
-               "nodes_preview_any", "nodes_tomesd", "nodes_hypernetwork", "nodes_latent", "nodes_cond", "nodes_slg")  # fmt: skip
+EXTRA_NODES = (
+    "nodes_custom_sampler",
+    "nodes_model_merging",
+    "nodes_hooks",
+    "nodes_lora_extract",
+    "nodes_freelunch",
+    "nodes_hypertile",
+    "nodes_perpneg",
+    "nodes_differential_diffusion",
+    "nodes_model_advanced",
+    "nodes_pag",
+    "nodes_sag",
+    "nodes_torch_compile",
+    "nodes_easycache",
+    "nodes_attention_multiply",
+    "nodes_primitive",
+    "nodes_preview_any",
+    "nodes_tomesd",
+    "nodes_hypernetwork",
+    "nodes_latent",
+    "nodes_cond",
+    "nodes_slg",
+)
 
 
 def _register() -> None:
@@ -33,6 +52,7 @@ def _register() -> None:
 
 
 _register()
+sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
 
 
 class _Server:
@@ -61,36 +81,54 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
     """The real ComfyUI, its executor and the pack, in this process on the CPU."""
     if not COMFYUI or not WORLD:
         pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
-    sys.path.insert(0, COMFYUI)
     base = tmp_path_factory.mktemp("comfyui")
-    import comfy.options
-
-    comfy.options.enable_args_parsing(False)
-    from comfy.cli_args import args
-
-    args.cpu, args.base_directory, args.disable_metadata = True, str(base), False
-    import utils.install_util  # noqa: F401  before `nodes`, which shadows `utils`
-    import execution
-    import folder_paths
-    import nodes
-    import server
-
-    stub = _Server()
-    server.PromptServer.instance = stub
-    for name in ("checkpoints", "loras", "safety_loras", "input", "output"):
-        (base / "models" / name).mkdir(parents=True, exist_ok=True)
+    execution, folder_paths, nodes, server = _import_comfyui(base)
+    server.PromptServer.instance = stub = _Server()
+    for name in ("checkpoints", "loras", "safety_loras"):
+        (base / "models" / name).mkdir(parents=True)
+        folder_paths.folder_names_and_paths[name] = ([str(base / "models" / name)], {".safetensors"})
     folder_paths.models_dir = str(base / "models")
     folder_paths.set_output_directory(str(base / "output"))
-    folder_paths.set_input_directory(str(base / "input"))
-    for name in ("checkpoints", "loras"):
-        folder_paths.folder_names_and_paths[name] = ([str(base / "models" / name)], {".safetensors"})
     asyncio.run(_load_nodes(nodes))
-    (base / "models" / "checkpoints" / "world.safetensors").symlink_to(next(Path(WORLD).glob("demo_world_sd15.safetensors")))
+    _write_lively(Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors")
     module = nodes.NODE_CLASS_MAPPINGS["ModularLoraGuardModel"].__module__.rpartition(".")[0]
+    core = lambda name: sys.modules[f"{module.rpartition('.')[0]}.modular_lora.{name}"]  # noqa: E731
     return SimpleNamespace(
-        base=base, loras=base / "models" / "loras", output=base / "output", nodes=nodes, execution=execution,
-        server=stub, host=sys.modules[f"{module}.host"], folder_paths=folder_paths,
-    )  # fmt: skip
+        base=base,
+        loras=base / "models" / "loras",
+        output=base / "output",
+        nodes=nodes,
+        execution=execution,
+        server=stub,
+        host=sys.modules[f"{module}.host"],
+        folder_paths=folder_paths,
+        host_guard=core("guard"),
+        host_files=core("files"),
+    )
+
+
+def _import_comfyui(base: Path) -> list:
+    """ComfyUI's own top-level modules; `utils` before `nodes`, which puts another `utils` on the path."""
+    sys.path.insert(0, COMFYUI)
+    importlib.import_module("comfy.options").enable_args_parsing(False)
+    args = importlib.import_module("comfy.cli_args").args
+    args.cpu, args.base_directory = True, str(base)
+    importlib.import_module("utils.install_util")
+    return [importlib.import_module(name) for name in ("execution", "folder_paths", "nodes", "server")]
+
+
+def _write_lively(world: Path, path: Path) -> None:
+    """The demo world with a random text encoder: its own is a lookup table whose layers are zero and take no LoRA."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator, tensors = torch.Generator().manual_seed(0), load_file(world)
+    for name, tensor in tensors.items():
+        if name.startswith("cond_stage_model.") and tensor.is_floating_point() and ".encoder.layers." in name:
+            size = 0.03 if tensor.dim() > 1 else 0.0
+            random = torch.randn(tensor.shape, generator=generator) * size
+            tensors[name] = (random + ("norm" in name and name.endswith("weight"))).half()
+    save_file(tensors, path)
 
 
 async def _load_nodes(nodes) -> None:
@@ -104,7 +142,7 @@ async def _load_nodes(nodes) -> None:
 
 @pytest.fixture
 def run_graph(comfy):
-    """Run an API-format graph through validation and the executor; returns {node id: output tuple}, raises GraphError."""
+    """Runs an API-format graph through validation and the executor: {node id: outputs}, or GraphError."""
 
     def run(graph: dict, executor=None) -> dict:
         comfy.server.messages.clear()
@@ -143,12 +181,15 @@ def loaded(comfy):
 def loras(comfy, loaded) -> SimpleNamespace:
     """Random LoRA files of large effect, under kohya names, in ComfyUI's loras folder."""
     model, clip, _ = loaded
-    unet = {name: spec for name, spec in _layers(comfy.host.model_info(model), "lora_unet_")}
-    text = {name: spec for name, spec in _layers(comfy.host.clip_info(clip), "lora_te_")}
+    unet = dict(_layers(comfy.host.model_info(model), "lora_unet_"))
+    text = dict(_layers(comfy.host.clip_info(clip), "lora_te_"))
     made = {
-        "safety.safetensors": (unet, 4, 1), "task.safetensors": (unet, 8, 2), "other.safetensors": (unet, 3, 3),
-        "safety_te.safetensors": (unet | text, 4, 4), "task_te.safetensors": (unet | text, 4, 5),
-    }  # fmt: skip
+        "safety.safetensors": (unet, 4, 1),
+        "task.safetensors": (unet, 8, 2),
+        "other.safetensors": (unet, 3, 3),
+        "safety_te.safetensors": (unet | text, 4, 4),
+        "task_te.safetensors": (unet | text, 4, 5),
+    }
     for name, (layers, rank, seed) in made.items():
         save_lora(comfy.loras / name, layers, rank, seed)
     return SimpleNamespace(unet=unet, text=text, folder=comfy.loras)
@@ -163,7 +204,9 @@ def _layers(info, prefix: str):
             yield name, spec
 
 
-def save_lora(path: Path, layers: dict, rank: int, seed: int, size: float = 0.05, alpha: float | None = None, **metadata):
+def save_lora(
+    path: Path, layers: dict, rank: int, seed: int, size: float = 0.05, alpha: float | None = None, **metadata
+):
     """A kohya LoRA with random factors on ``layers`` (name -> LayerSpec); ‖ΔW‖ is about ``size``·√out."""
     import torch
     from safetensors.torch import save_file
