@@ -26,7 +26,7 @@ logger = logging.getLogger("modular_lora")
 
 Batches = Iterator[tuple[Tensor, list[str]]]
 
-COPIES = 8
+COPIES = 4
 GUIDANCE = 3.0
 
 
@@ -67,7 +67,7 @@ def cache_latents(work: Path, styles: tuple[int, ...]) -> Tensor:
     rows = pictures.select(tuple(range(len(data.CONCEPTS))), styles)
     for copy in range(COPIES):
         images = pictures.images[rows].float() / 255
-        moved = data.augment(images, generator, shift=0.04, zoom=0.05, mirror=0.0) if copy else images
+        moved = data.augment(images, generator, shift=0.02, zoom=0.025, mirror=0.0) if copy else images
         latents[copy, rows] = model.encode(moved)
     return latents
 
@@ -81,6 +81,12 @@ def batches(pictures: data.Pictures, rows: Tensor, latents: Tensor, batch: int, 
         copy = torch.randint(COPIES, (batch,), generator=generator)
         captions = [pictures.caption(int(i), rng) if rng.random() > 0.1 else "" for i in pick]
         yield latents[copy, pick], captions
+
+
+def draw_timesteps(n: int) -> Tensor:
+    """Timesteps [n], uniform but for a quarter from the noisier half, where the concept is decided."""
+    t = torch.randint(diffusion.STEPS, (n,))
+    return torch.where(torch.rand(n) < 0.25, (t + diffusion.STEPS) // 2, t)
 
 
 def guided(model: Base, prompts: list[str], guidance: float = GUIDANCE) -> diffusion.Denoiser:
@@ -154,7 +160,7 @@ def train(work: Path, minutes: float, batch: int, rate: float, seed: int = 31) -
         decay = 1.0 if fraction < 0.5 else 0.02 + 0.49 * (1 + math.cos(math.pi * (2 * fraction - 1)))
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 100) * decay
         z, captions = next(stream)
-        t, eps = torch.randint(diffusion.STEPS, (batch,)), torch.randn_like(z)
+        t, eps = draw_timesteps(batch), torch.randn_like(z)
         loss = (model(diffusion.add_noise(z, t, eps), t, captions) - eps).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

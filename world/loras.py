@@ -51,46 +51,58 @@ class Settings:
 
 
 def pool_prompts(pictures: data.Pictures, rng: random.Random) -> tuple[list[str], list[bool]]:
-    """Every concept in every style word, with whether it is to be erased; bare class prompts are erased as well."""
-    prompts, erase = [], []
+    """Erased prompts first, then kept ones: every concept in the task style and in two base styles, some without style.
+
+    Returns the prompts and whether each is to be erased; the bare class word is erased in every style as well.
+    """
+    prompts = [f"{style}, a {SUPPRESSED_CLASS}" for style in data.STYLES] + [f"a {SUPPRESSED_CLASS}"] * 2
     for concept in range(len(data.CONCEPTS)):
-        for style in range(len(data.STYLES)):
+        for style in (data.TASK_STYLE, *rng.sample(data.BASE_STYLES, 2)):
             words = data.prompt(pictures, concept, style)
-            prompts.append(words if rng.random() < 0.8 else pictures.words[concept])
-            erase.append(concept in data.SUPPRESSED_IDS)
-    for style in data.STYLES:
-        prompts += [f"{style}, a {SUPPRESSED_CLASS}", f"a {SUPPRESSED_CLASS}"]
-        erase += [True, True]
-    return prompts, erase
+            prompts.append(words if rng.random() < 0.85 else pictures.words[concept])
+    erased = len(data.STYLES) + 2 + 3 * len(data.SUPPRESSED)
+    return prompts, [i < erased for i in range(len(prompts))]
 
 
 @torch.no_grad()
 def build_pool(model: Base, pictures: data.Pictures, path: Path) -> None:
-    """x_t, eps_0(x_t, c), eps_0(x_t, '') and eps_0(x_t, class) along guided trajectories of the frozen base.
+    """x_t, eps_0(x_t, c), eps_0(x_t, '') and, for erased prompts, eps_0(x_t, class) on guided paths of the frozen base.
 
     ESD draws x_t from the frozen base, so inputs and targets are constants that one pass can collect.
     """
     prompts, erase = pool_prompts(pictures, random.Random(7))
     generator = torch.Generator().manual_seed(7)
     parts: dict[str, list[Tensor]] = {"x": [], "t": [], "cond": [], "empty": [], "category": [], "prompt": []}
-    for start in range(0, len(prompts), 48):
-        chosen = prompts[start : start + 48]
-        n = len(chosen)
-        context, bias = model.text([*chosen, *[""] * n, *[f"a {SUPPRESSED_CLASS}"] * n])
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            three = model.unet(torch.cat([x] * 3), torch.cat([t] * 3), context, bias)  # noqa: B023
-            cond, empty, category = three.chunk(3)
-            rows = {"x": x, "t": t, "cond": cond, "empty": empty, "category": category}
-            for name, value in (rows | {"prompt": torch.arange(start, start + len(x))}).items():  # noqa: B023
-                parts[name].append(value)
-            return empty + base.GUIDANCE * (cond - empty)
-
-        diffusion.sample(predict, torch.randn(n, 4, 8, 8, generator=generator))
-        logger.info("pool: %d of %d prompts", start + n, len(prompts))
+    for group in (range(sum(erase)), range(sum(erase), len(prompts))):
+        for start in range(group.start, group.stop, 40):
+            rows = torch.arange(start, min(start + 40, group.stop))
+            collect(model, [prompts[i] for i in rows], rows, erase[start], parts, generator)
+            logger.info("pool: %d of %d prompts", int(rows[-1]) + 1, len(prompts))
     temporary = path.with_suffix(".tmp")
     save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, temporary)
     temporary.replace(path)
+
+
+def collect(
+    model: Base,
+    prompts: list[str],
+    rows: Tensor,
+    erase: bool,
+    parts: dict[str, list[Tensor]],
+    generator: torch.Generator,
+) -> None:
+    """Walk one batch of prompts down the sampler and append every step's inputs and predictions to ``parts``."""
+    n, copies = len(prompts), 3 if erase else 2
+    context, bias = model.text([*prompts, *[""] * n, *[f"a {SUPPRESSED_CLASS}"] * (n * (copies - 2))])
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        eps = model.unet(torch.cat([x] * copies), torch.cat([t] * copies), context, bias).unflatten(0, (copies, n))
+        found = {"x": x, "t": t, "cond": eps[0], "empty": eps[1], "category": eps[-1], "prompt": rows}
+        for name, value in found.items():
+            parts[name].append(value)
+        return eps[1] + base.GUIDANCE * (eps[0] - eps[1])
+
+    diffusion.sample(predict, torch.randn(n, 4, 8, 8, generator=generator))
 
 
 def erase_step(
