@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 ENLARGE = 3
-GAP, LABEL, NAMES = 10, 34, 150
+GAP, LABEL, NAMES = 10, 24, 120
 INK, PAPER, MARK = (30, 33, 38), (255, 255, 255), (190, 60, 45)
 
 
 def attestation(png: bytes) -> dict[str, Any]:
-    """What the pack's save node wrote into a PNG: its text entries that hold JSON and name the pack."""
+    """What the pack's save node wrote into a PNG: the JSON objects in its text entries that name the pack."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as picture:
         entries = dict(getattr(picture, "text", None) or {})
     found = {key: _json(value) for key, value in entries.items() if "modular" in key.lower()}
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if isinstance(value, dict)}
 
 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        return None
 
 
 def comparison(rows: Sequence[tuple[str, bool]], columns: Mapping[str, Sequence[bytes]], destination: Path) -> None:

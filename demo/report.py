@@ -22,7 +22,8 @@ th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-bot
 thead th { font-weight: 600; max-width: 11rem; } thead small { display: block; font-weight: 400; opacity: .75; }
 tbody th { font-weight: 500; min-width: 8rem; } img { width: 160px; height: 160px; display: block; border-radius: 4px; }
 .group th { padding-top: 1.2rem; font-weight: 600; } .suppressed { color: var(--mark); } .kept { color: var(--good); }
-pre { padding: .8rem; border: 1px solid var(--line); border-radius: 4px; overflow-x: auto; font-size: .85rem; }
+pre { padding: .8rem; border: 1px solid var(--line); border-radius: 4px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .85rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
 """
 

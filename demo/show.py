@@ -105,13 +105,19 @@ def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: grap
     )
 
 
+def _attested(arm: Arm) -> int:
+    records = [record for png in arm.pictures for record in pictures.attestation(png).values()]
+    return sum(record.get("status") == "guarded" for record in records)
+
+
 def _facts(client: Client, arms: dict[str, Arm], setting: graphs.Setting) -> dict[str, str]:
-    system = client.get_json("/system_stats")["system"]
-    devices = client.get_json("/system_stats")["devices"]
+    stats = client.get_json("/system_stats")
+    system, devices = stats["system"], stats["devices"]
     return {
         "Pictures": f"{setting.steps} steps, {setting.sampler}, {setting.scheduler}, CFG {setting.cfg:g}, "
         f"seeds from {setting.seed}, {setting.size} × {setting.size} pixels",
         "Files": f"{setting.checkpoint}, {setting.safety}, {setting.task} (guarded), {setting.sequential} (unguarded)",
+        "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded pictures",
         "Times": ", ".join(f"{arm.title} {arm.seconds:.1f} s" for arm in arms.values()),
         "ComfyUI": str(system.get("comfyui_version")),
         "PyTorch": str(system.get("pytorch_version")),
