@@ -93,9 +93,8 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     if code:
         return code
     settings = child_environment(variables)
-    lint = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
-    tests = run_attached([host.python, "-c", PYTEST, *rest], environment=settings, cwd=paths.ROOT)
-    return tests or lint
+    code = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
+    return code or run_attached([host.python, "-c", PYTEST, *rest], environment=settings, cwd=paths.ROOT)
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
