@@ -4,6 +4,7 @@ import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
+const PATIENCE = 180_000; // milliseconds; a busy machine starts the front end slowly
 const FLAGS = [
   "--no-sandbox",
   "--disable-gpu",
@@ -30,8 +31,10 @@ export async function withFrontEnd(url, use, viewport = { width: 1600, height: 1
   });
   try {
     const page = context.pages()[0] ?? (await context.newPage());
+    page.setDefaultTimeout(PATIENCE);
+    page.setDefaultNavigationTimeout(PATIENCE);
     await page.goto(url);
-    await page.waitForFunction(() => window.app?.graph && window.app.extensionManager?.workflow, null, { timeout: 120_000 });
+    await page.waitForFunction(() => window.app?.graph && window.app.extensionManager?.workflow);
     await page.waitForSelector("#graph-canvas", { state: "visible" });
     return await use(page);
   } finally {

@@ -1,43 +1,34 @@
-// node template.mjs URL PACK WORKFLOW SCREENSHOT_FOLDER [RUN_SECONDS]
-// Opens one workflow of a pack from ComfyUI's template browser, runs it (unless RUN_SECONDS is 0) and prints as JSON what
-// a user would see: nodes, widgets, dialogs, pictures and reports. It judges nothing; the test does.
+// node template.mjs URL PACK SCREENSHOT_FOLDER SECONDS WORKFLOW...
+// Opens workflows of a pack from ComfyUI's template browser, runs each (for SECONDS at most) and prints as JSON what a
+// user would see: nodes, widgets, dialogs, pictures and reports. It judges nothing; the test does.
 import { join } from "node:path";
 import { withFrontEnd } from "./front_end.mjs";
 
-const [url, pack, workflow, folder, patience] = process.argv.slice(2);
-const seconds = Number(patience ?? 300);
+const [url, pack, folder, seconds, ...workflows] = process.argv.slice(2);
 
-// On its very first start the front end opens the template browser by itself.
-async function closeDialogs(page) {
-  await page.waitForTimeout(1500);
-  for (let tries = 0; tries < 5 && (await page.locator(".p-dialog").count()); tries++) {
-    await page.keyboard.press("Escape");
-    await page.waitForTimeout(500);
-  }
+// On its very first start the front end opens the template browser by itself; we want to open it.
+async function skipTutorial() {
+  await fetch(`${url}/api/settings/Comfy.TutorialCompleted`, { method: "POST", body: "true" });
 }
 
-async function openFromTemplates(page) {
+async function openFromTemplates(page, workflow) {
   await page.locator(".comfy-menu-button-wrapper").first().click();
   await page.getByRole("menuitem", { name: "Browse Templates" }).click();
   const dialog = page.locator(".p-dialog");
   await dialog.locator("nav").getByText(pack, { exact: true }).click();
   const card = dialog.getByTestId(`template-workflow-${workflow}`);
   await card.locator("img").first().waitFor({ state: "visible" });
-  await page.waitForFunction(
-    (name) => {
-      const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
-      return picture?.complete && picture.naturalWidth > 0;
-    },
-    workflow,
-    { timeout: 15_000 },
-  );
+  await page.waitForFunction((name) => {
+    const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
+    return picture?.complete && picture.naturalWidth > 0;
+  }, workflow);
   const cards = await dialog.locator("[data-testid^=template-workflow-]").evaluateAll((all) =>
     all.map((one) => one.dataset.testid.replace("template-workflow-", "")),
   );
   await page.screenshot({ path: join(folder, `${workflow}_templates.png`) });
   await card.click();
   await dialog.waitFor({ state: "hidden" });
-  await page.waitForFunction(() => window.app.graph.nodes.length > 0);
+  await page.waitForFunction((name) => window.app.extensionManager.workflow.activeWorkflow?.filename === name, workflow);
   await page.waitForTimeout(1500); // a dialog about missing nodes or models comes after the graph
   return cards;
 }
@@ -54,10 +45,10 @@ function drawnGraph() {
     box: [one.pos[0], one.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, one.size[0], one.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
     needs: one.computeSize()[1],
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
-    tooltips: (one.widgets ?? []).filter((widget) => widget.tooltip).map((widget) => widget.name),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
     pictures: (one.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]),
-    report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.element?.value ?? null,
+    report: one.widgets?.find((widget) => widget.name === "$$node-text-preview")?.value ?? null,
+    outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });
   return {
     nodes: app.graph.nodes.map(node),
@@ -82,27 +73,31 @@ async function run(page) {
   await page.waitForFunction(
     () => window.modularLoraRun.state !== "queued" || document.querySelector(".p-dialog"),
     null,
-    { timeout: seconds * 1000 },
+    { timeout: Number(seconds) * 1000 },
   );
   await page.waitForTimeout(2000); // pictures are fetched after the last event
   return page.evaluate(() => window.modularLoraRun);
 }
 
+async function shoot(page, name) {
+  await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+  await page.waitForTimeout(1000);
+  await page.screenshot({ path: join(folder, `${name}.png`) });
+}
+
+await skipTutorial();
 const result = await withFrontEnd(url, async (page) => {
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
-  await closeDialogs(page);
-  const cards = await openFromTemplates(page);
-  const fit = () => page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
-  await fit();
-  await page.waitForTimeout(1000);
-  await page.screenshot({ path: join(folder, `${workflow}_loaded.png`) });
-  const loaded = await page.evaluate(drawnGraph);
-  if (seconds === 0) return { cards, loaded, complaints };
-  const outcome = await run(page);
-  await fit();
-  await page.waitForTimeout(1000);
-  await page.screenshot({ path: join(folder, `${workflow}_ran.png`) });
-  return { cards, loaded, outcome, ran: await page.evaluate(drawnGraph), complaints };
+  const seen = {};
+  for (const workflow of workflows) {
+    const cards = await openFromTemplates(page, workflow);
+    await shoot(page, `${workflow}_loaded`);
+    const loaded = await page.evaluate(drawnGraph);
+    const outcome = await run(page);
+    await shoot(page, `${workflow}_ran`);
+    seen[workflow] = { cards, loaded, outcome, ran: await page.evaluate(drawnGraph) };
+  }
+  return { seen, complaints };
 });
 console.log(JSON.stringify(result, null, 1));
