@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def _register() -> None:
 
 _register()
 sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
+from graphs import GraphError  # noqa: E402
 
 
 class _Server:
@@ -66,14 +68,6 @@ class _Server:
 
     def send_progress_text(self, text, node_id, sid=None):
         self.texts[node_id] = text
-
-
-class GraphError(RuntimeError):
-    """A graph that ComfyUI refused (``stage`` "validation") or that stopped with an error ("execution")."""
-
-    def __init__(self, stage: str, message: str, node_type: str = ""):
-        super().__init__(message)
-        self.stage, self.node_type = stage, node_type
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +87,7 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
     _write_lively(Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors")
     module = nodes.NODE_CLASS_MAPPINGS["ModularLoraGuardModel"].__module__.rpartition(".")[0]
     core = lambda name: sys.modules[f"{module.rpartition('.')[0]}.modular_lora.{name}"]  # noqa: E731
-    return SimpleNamespace(
+    space = SimpleNamespace(
         base=base,
         loras=base / "models" / "loras",
         output=base / "output",
@@ -105,6 +99,8 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
         host_guard=core("guard"),
         host_files=core("files"),
     )
+    space.executor = new_executor(space)
+    return space
 
 
 def _import_comfyui(base: Path) -> list:
@@ -136,6 +132,7 @@ async def _load_nodes(nodes) -> None:
     for name in EXTRA_NODES:
         if (extras / f"{name}.py").exists():
             await nodes.load_custom_node(str(extras / f"{name}.py"), module_parent="comfy_extras")
+    await nodes.load_custom_node(str(ROOT / "tests" / "helper_nodes.py"), module_parent="custom_nodes")
     if not await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"):
         raise RuntimeError("ComfyUI could not load the pack; its log above says why")
 
@@ -147,10 +144,10 @@ def run_graph(comfy):
     def run(graph: dict, executor=None) -> dict:
         comfy.server.messages.clear()
         valid, error, outputs, node_errors = asyncio.run(comfy.execution.validate_prompt("test", graph, None))
-        if not valid:
+        if not valid or node_errors:
             raise GraphError("validation", f"{error} {node_errors}")
-        executor = executor or new_executor(comfy)
-        executor.execute(graph, "test", {}, outputs)
+        executor = executor or comfy.executor  # stock caching: the checkpoint is loaded once
+        executor.execute(graph, "test", {"client_id": "test"}, outputs)
         failed = next((d for e, d in comfy.server.messages if e == "execution_error"), None)
         if failed:
             raise GraphError("execution", failed["exception_message"], failed["node_type"])
@@ -161,12 +158,18 @@ def run_graph(comfy):
 
 def new_executor(comfy):
     """A PromptExecutor with an empty cache."""
-    execution = comfy.execution
-    return execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0})
+    execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    return execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
+
+
+async def _value(awaitable):
+    return await awaitable
 
 
 def _outputs(executor, node_id: str):
     entry = executor.caches.outputs.get(node_id)
+    if inspect.isawaitable(entry):  # 0.33.0
+        entry = asyncio.run(_value(entry))
     values = getattr(entry, "outputs", entry[1] if isinstance(entry, tuple | list) else None)
     return None if values is None else tuple(v[0] if v else None for v in values)
 

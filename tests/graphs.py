@@ -5,6 +5,14 @@ from __future__ import annotations
 STEPS, SIZE = 2, 64
 
 
+class GraphError(RuntimeError):
+    """A graph that ComfyUI refused (``stage`` "validation") or that stopped with an error ("execution")."""
+
+    def __init__(self, stage: str, message: str, node_type: str = ""):
+        super().__init__(message)
+        self.stage, self.node_type = stage, node_type
+
+
 def base_graph() -> dict:
     """Checkpoint, prompts and an empty latent."""
     encode = lambda text: {"class_type": "CLIPTextEncode", "inputs": {"clip": ["ckpt", 1], "text": text}}  # noqa: E731
