@@ -79,15 +79,16 @@ class FusedLayer:
 
     def _fuse(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         terms = [t for t in self.terms if t.role in roles]
-        if not terms:
-            return None
+        return _plain(lambda: self._concatenate(terms, dtype, device)) if terms else None
+
+    def _concatenate(self, terms: list[Term], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         down = torch.cat([t.down.float() for t in terms])  # R in·k·k
         up = torch.cat([t.scale * t.up.float() for t in terms], dim=1)  # out R
         kernel = self.spec.weight_shape[2:]
         if kernel:
             down = down.reshape(-1, *self.spec.weight_shape[1:])  # R in k k
             up = up.reshape(*up.shape, *(1 for _ in kernel))  # out R 1 1
-        return _plain(lambda: (down.to(device, dtype).contiguous(), up.to(device, dtype).contiguous()))
+        return down.to(device, dtype).contiguous(), up.to(device, dtype).contiguous()
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
         """y + U·(D·x); the branch is taken in the activation's dtype, whatever the weight is stored in."""

@@ -1,0 +1,196 @@
+"""What a run may say of itself, the ledger, and hashes over tensor contents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from modular_lora_guard.modular_lora.attestation import (
+    Attestation,
+    Ledger,
+    LoraRecord,
+    Run,
+    row_digests,
+    tensor_sha256,
+    weights_sha256,
+)
+from modular_lora_guard.modular_lora.branches import Branches, FusedLayer, LayerSpec, Term
+from modular_lora_guard.modular_lora.errors import GuardError
+
+ROOTS = ("unet", "text")
+PATHS = ("unet.a", "unet.b", "text.a")
+
+
+def counted() -> Branches:
+    term = Term("safety", torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    return Branches({path: FusedLayer(LayerSpec(path, (2, 2)), [term]) for path in PATHS}, ROOTS)
+
+
+def evaluate(branches: Branches, *paths: str, root: str = "unet") -> None:
+    branches.evaluated[root].add_(1)
+    for path in paths:
+        branches.layers[path].fired.add_(1)
+
+
+def test_a_run_counts_from_where_it_started():
+    branches = counted()
+    evaluate(branches, "unet.a", "unet.b")
+    run = Run(branches)
+    for _ in range(3):
+        evaluate(branches, "unet.a", "unet.b")
+    evaluate(branches, "text.a", root="text")
+    assert run.finish(may_be_empty=False) == (4, 7)
+
+
+def test_a_run_before_that_fell_short_does_not_spoil_the_next_one():
+    branches = counted()
+    evaluate(branches, "unet.a")
+    run = Run(branches)
+    evaluate(branches, "unet.a", "unet.b")
+    assert run.finish(may_be_empty=False) == (1, 2)
+
+
+@pytest.mark.parametrize("may_be_empty", [False, True])
+def test_a_layer_that_fell_short_stops_the_run_and_is_named(may_be_empty):
+    branches = counted()
+    run = Run(branches)
+    for _ in range(2):
+        evaluate(branches, "unet.a", "unet.b")
+    evaluate(branches, "unet.a")
+    with pytest.raises(GuardError, match=r"1 of 3 layers fell short, first unet\.b in 2 of 3 evaluations"):
+        run.finish(may_be_empty)
+
+
+def test_a_layer_that_fired_too_often_stops_the_run_too():
+    branches = counted()
+    run = Run(branches)
+    evaluate(branches, "unet.a", "unet.a", "unet.b")
+    with pytest.raises(GuardError, match=r"first unet\.a in 2 of 1 evaluations"):
+        run.finish(may_be_empty=False)
+
+
+def test_branches_without_an_evaluation_of_their_root_stop_the_run():
+    branches = counted()
+    run = Run(branches)
+    evaluate(branches, "unet.a", "unet.b", "text.a")
+    with pytest.raises(GuardError, match=r"first text\.a in 1 of 0 evaluations"):
+        run.finish(may_be_empty=False)
+
+
+def test_zero_evaluations_stop_a_run_that_had_steps_and_are_reported_by_one_that_had_none():
+    run = Run(counted())
+    with pytest.raises(GuardError, match="never evaluated although there were steps to sample"):
+        run.finish(may_be_empty=False)
+    assert run.finish(may_be_empty=True) == (0, 0)
+
+
+@pytest.mark.parametrize("roles", [(), ("safety",), ("task",)])
+def test_an_audit_pass_with_some_roles_off_never_claims_firings(roles):
+    branches = counted()
+    with branches.only(*roles):
+        run = Run(branches)
+        evaluate(branches, "unet.a")
+        assert run.finish(may_be_empty=False) == (1, 0)
+
+
+def test_the_ledger_forgets_the_least_recently_used_entry_first():
+    ledger: Ledger[int] = Ledger(3)
+    for i, digest in enumerate("abc"):
+        ledger.put(digest, i)
+    assert ledger.get("a") == 0
+    ledger.put("b", 7)
+    ledger.put("d", 3)
+    assert ledger.get("c") is None
+    assert [ledger.get(digest) for digest in "abd"] == [0, 7, 3]
+
+
+def test_the_ledger_stays_within_its_size():
+    ledger: Ledger[int] = Ledger(5)
+    for i in range(100):
+        ledger.put(str(i), i)
+    assert [ledger.get(str(i)) for i in range(100)] == [None] * 95 + list(range(95, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_a_tensor_hash_depends_on_contents_only_not_on_memory_layout(dtype):
+    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    padded = torch.zeros(2, 3, 9, dtype=dtype)
+    padded[..., 2:6] = tensor
+    turned = tensor.transpose(0, 2).contiguous().transpose(0, 2)
+    assert tensor_sha256(padded[..., 2:6]) == tensor_sha256(turned) == tensor_sha256(tensor)
+    if torch.cuda.is_available():
+        assert tensor_sha256(tensor.cuda()) == tensor_sha256(tensor)
+
+
+def test_a_tensor_hash_tells_shape_dtype_and_a_single_bit_apart():
+    zeros = torch.zeros(2, 3)
+    minus = zeros.clone()
+    minus[1, 2] = -0.0
+    others = [zeros.reshape(3, 2), zeros.half(), zeros.int(), minus, zeros[:, :2], zeros[:0], zeros.half()[:0]]
+    hashes = [tensor_sha256(t) for t in (zeros, *others)]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_tensor_hash_takes_scalars_inference_tensors_and_tensors_with_gradients():
+    with torch.inference_mode():
+        made = torch.ones(3)
+    leaf = torch.ones(3, requires_grad=True)
+    assert tensor_sha256(made) == tensor_sha256(leaf) == tensor_sha256(torch.ones(3))
+    assert tensor_sha256(torch.tensor(1.0)) != tensor_sha256(torch.tensor([1.0]))
+
+
+def test_row_digests_name_every_row_whatever_its_precision_and_neighbours():
+    rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).half()  # b n d
+    found = row_digests(rows)
+    assert len(found) == len(set(found)) == 10
+    assert row_digests(rows.float()) == found
+    assert row_digests(rows[1, 3]) == (found[8],)
+    assert row_digests(torch.cat([rows[1:], rows[:1]], 1)) == (*found[5:], *found[:5])
+
+
+def test_a_weights_hash_depends_on_names_shapes_and_values_only():
+    half = {"b": torch.randn(3, 4).half(), "a": torch.randn(2), "n": torch.tensor(7)}
+    full = {name: half[name].float() if half[name].is_floating_point() else half[name] for name in ("n", "a", "b")}
+    whole = weights_sha256(half.items())
+    assert weights_sha256(iter(full.items())) == whole
+    others = [
+        {**full, "c": torch.zeros(1)},
+        {"a": full["a"], "b": full["b"]},
+        {**full, "b": full["b"].reshape(4, 3)},
+        {**full, "b": full["b"] + 1e-3},
+        {**full, "n": torch.tensor(8)},
+        {"b": full["a"], "a": full["b"], "n": full["n"]},
+    ]
+    assert len({whole, *(weights_sha256(other.items()) for other in others)}) == len(others) + 1
+
+
+def record() -> Attestation:
+    loras = (
+        LoraRecord("safety", "s.safetensors", "1" * 64, 1.0, 1.0),
+        LoraRecord("task", "t", "2" * 64, 0.7, -0.1, "1"),
+    )
+    return Attestation("not sampled", "pack 1", "SD15", "3" * 64, False, loras, {"s.safetensors": 0.93}, layers=7)
+
+
+def test_an_attestation_survives_json():
+    sampled = record().of(status="guarded", evaluations=4, firings=28, embeddings_sha256=("4" * 64, "5" * 64))
+    fields = json.loads(sampled.to_json())
+    assert "\n" not in sampled.to_json()
+    fields["loras"] = tuple(LoraRecord(**item) for item in fields["loras"])
+    fields["embeddings_sha256"] = tuple(fields["embeddings_sha256"])
+    assert Attestation(**fields) == sampled
+
+
+def test_a_changed_copy_leaves_the_record_alone():
+    first = record()
+    second = first.of(status="guarded", evaluations=1)
+    assert (first.status, first.evaluations) == ("not sampled", 0)
+    assert asdict(second) == asdict(first) | {"status": "guarded", "evaluations": 1}
+
+
+def test_the_same_attestation_always_has_the_same_json():
+    assert record().to_json() == record().to_json()
+    keys = list(json.loads(record().to_json()))
+    assert keys == sorted(keys)
