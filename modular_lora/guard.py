@@ -142,8 +142,7 @@ def build_part(
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.factors)
     layers = {spec.path: FusedLayer(spec, terms) for spec, terms in _terms(applied, info)}
-    roots = tuple(root for root in info.roots if any(path.startswith(root + ".") for path in layers))
-    return GuardedPart(part, Branches(layers, roots), tuple(_line(a) for a in applied), reports)
+    return GuardedPart(part, Branches(layers, info.roots), tuple(_line(a) for a in applied), reports)
 
 
 def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:

@@ -21,7 +21,7 @@ import comfy.sd
 import torch
 
 from ..modular_lora.attestation import Attestation, Ledger, Run, row_digests, tensor_sha256, weights_sha256
-from ..modular_lora.branches import Attachment, layer_spec
+from ..modular_lora.branches import ALL_ROLES, Attachment, layer_spec
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.guard import (
     GuardedPart,
@@ -106,6 +106,7 @@ class GuardMixin:
     get_key_patches = _refused("get_key_patches", "be merged into another model", _BASE)
     model_state_dict = _refused("model_state_dict", "give its weights away", _BASE)
     state_dict_for_saving = _refused("state_dict_for_saving", "be saved as a checkpoint", _BASE)  # 0.33.0
+    model_state_dict_for_saving = _refused("model_state_dict_for_saving", "be saved", _BASE)  # 0.33.0, text encoders
     add_hook_patches = _refused("add_hook_patches", "take a LoRA hook", _BEFORE)
     set_injections = _refused("set_injections", "take another loader's injections", _BEFORE)
     add_weight_wrapper = _refused("add_weight_wrapper", "take a weight wrapper", _BEFORE)
@@ -152,7 +153,8 @@ class GuardMixin:
         _check_clean(self, self.guard_state.patches, "The guarded model")
         self.guard_seat.attach()
         self.guard_seat.verify()
-        self.guard_state.part.branches.to(self.load_device, self.model_dtype() or torch.float32)
+        dtype = getattr(self.model, "manual_cast_dtype", None) or self.model_dtype() or torch.float32
+        self.guard_state.part.branches.to(self.load_device, dtype)
         self.guard_run, self.guard_counts = Run(self.guard_state.part.branches), None
         self.guard_before = sys.exc_info()[1]
 
@@ -192,11 +194,12 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     start = _start_of(latent_image)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings = patcher.guard_counts or (0, 0)
-    status = "not sampled" if not evaluations else "guarded" if start != "outside" else "guarded, outside start"
+    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
+    status = "not sampled" if not complete else "guarded, outside start" if start == "outside" else "guarded"
     patcher.guard_result = state.record.of(
         status=status, evaluations=evaluations, firings=firings, embeddings_sha256=hashes
     )
-    for latent in output if evaluations else ():
+    for latent in output if complete else ():
         latents.put(tensor_sha256(latent), patcher.guard_result)
     return output
 
@@ -215,6 +218,8 @@ def _silence_previews(callback: Callable | None) -> None:
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
             cell.cell_contents = None
+        elif name == "packed_callback":  # 0.33.0 puts it around the callback where there are several latents
+            _silence_previews(cell.cell_contents)
 
 
 def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tuple[str, ...]:
@@ -329,6 +334,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str) -> None:
         "a weight wrapper": bool(patcher.weight_wrapper_patches),
         "a replaced diffusion_model": bool(replaced),
         "a node that skips evaluations (EasyCache)": bool(skipping),
+        "copies of its model on more GPUs (MultiGPU CFG Split)": bool(patcher.additional_models.get("multigpu")),
     }
     for problem in (name for name, present in found.items() if present):
         raise GuardError(f"{what} carries {problem} beside the guard: remove that node, or use Load Task LoRA.")

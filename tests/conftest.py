@@ -54,7 +54,7 @@ def _register() -> None:
 
 _register()
 sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
-from graphs import GraphError  # noqa: E402
+from graphs import GraphError, save_lora  # noqa: E402
 
 
 class _Server:
@@ -205,22 +205,3 @@ def _layers(info, prefix: str):
         if name.startswith(prefix) and spec and not spec.problem and key not in seen:
             seen.add(key)
             yield name, spec
-
-
-def save_lora(
-    path: Path, layers: dict, rank: int, seed: int, size: float = 0.05, alpha: float | None = None, **metadata
-):
-    """A kohya LoRA with random factors on ``layers`` (name -> LayerSpec); ‖ΔW‖ is about ``size``·√out."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, spec in layers.items():
-        out, *rest = spec.weight_shape
-        fan_in = max(1, torch.Size(rest).numel())
-        down = torch.randn(rank, *rest, generator=generator) / fan_in**0.5
-        up = torch.randn(out, rank, *(1 for _ in rest[1:]), generator=generator) * size / rank**0.5
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank if alpha is None else alpha))
-    save_file(tensors, path, {"ss_base_model_version": "sd_v1", **metadata})
