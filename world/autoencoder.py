@@ -137,18 +137,29 @@ def crops(images: Tensor, fraction: float, generator: torch.Generator) -> Tensor
     return images[:, :, y : y + data.SIZE // 2, x : x + data.SIZE // 2]
 
 
-def train(work: Path, batch: int, minutes: float, resume: bool) -> None:
+def prepare(work: Path, resume: bool, refine: bool) -> Autoencoder:
+    """Fresh or resumed model; ``refine`` freezes the encoder so that latents stay what the base was trained on."""
+    model = Autoencoder().to(memory_format=torch.channels_last)
+    if resume or refine:
+        model.load_state_dict(load_file(work / "autoencoder.safetensors"), strict=False)
+    if refine:
+        model.norm = nn.Identity()
+        model.taesd_encoder.requires_grad_(False)
+    return model
+
+
+def train(work: Path, batch: int, minutes: float, resume: bool, refine: bool) -> None:
     """Train on augmented pictures of all styles for ``minutes`` of wall time, cosine learning rate."""
     torch.manual_seed(11)
     generator = torch.Generator().manual_seed(11)
     images = data.load(work).images.float() / 255  # [n, 3, 64, 64]
-    model = Autoencoder().to(memory_format=torch.channels_last)
-    if resume:
-        model.load_state_dict(load_file(work / "autoencoder.safetensors"), strict=False)
+    model = prepare(work, resume, refine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     begin, step, fraction = time.monotonic(), 0, 0.0
     while fraction < 1:
-        rate = 2e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * fraction)))
+        rate = (
+            (1e-3 if refine else 2e-3) * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * fraction)))
+        )
         optimizer.param_groups[0]["lr"] = rate
         pick = torch.randint(len(images), (batch,), generator=generator)
         x = crops(data.augment(images[pick], generator), fraction, generator).to(memory_format=torch.channels_last)
@@ -163,7 +174,8 @@ def train(work: Path, batch: int, minutes: float, resume: bool) -> None:
             l1 = (y.detach() - x).abs().mean()
             logger.info("step %d loss %.4f l1 %.4f seconds %.0f", step, loss.item(), l1, time.monotonic() - begin)
         step, fraction = step + 1, (time.monotonic() - begin) / (60 * minutes)
-    calibrate(model, images, generator)
+    if not refine:
+        calibrate(model, images, generator)
     save(model, work / "autoencoder.safetensors")
     logger.info("autoencoder: %d steps of %d in %.0f s", step, batch, time.monotonic() - begin)
     report(model, images, work)
@@ -186,11 +198,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--resume", action="store_true", help="start from WORK/autoencoder.safetensors")
+    parser.add_argument("--refine", action="store_true", help="train the decoder alone, from the same file")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    train(options.work, options.batch, options.minutes, options.resume)
+    train(options.work, options.batch, options.minutes, options.resume, options.refine)
 
 
 if __name__ == "__main__":
