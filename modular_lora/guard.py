@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,8 @@ from .interference import Factor, Interference, cancelled, factors, interference
 from .matching import KeyMap, Match, is_text, match_layers, mismatch
 
 Part = Literal["model", "text"]
+ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
+BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,23 @@ def make_record(
         layers=model.layers,
         text_encoder=f"guarded, {text.layers} layers" if text else "",
     )
+
+
+def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool) -> Iterator[str]:
+    """What is worth a line on the node and stops nothing."""
+    if merged:
+        yield f"a LoRA was merged into {merged} weights before the guard, so the base is not W0"
+    for t in tasks:
+        if not has_clip and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
+            yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
+        if t.lora.metadata.get(ROLE_KEY) == "safety":
+            yield f"{t.lora.name} says that it is a safety LoRA and acts as a task LoRA"
+    loras = [item.lora for item in (*safety, *tasks)]
+    if other := [lora.name for lora in loras if lora.metadata.get(BASE_KEY, base_sha256) != base_sha256]:
+        yield (
+            f"{len(other)} of {len(loras)} LoRAs were recorded on another base of this family ({', '.join(other)}): "
+            "normal for community checkpoints, but look at what comes out"
+        )
 
 
 def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> _Applied:

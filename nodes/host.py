@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,9 +33,9 @@ from ..modular_lora.guard import (
     check_coverage,
     check_roles,
     make_record,
+    notes,
     text_digest,
 )
-from ..modular_lora.matching import is_text
 from ..modular_lora.report import format_guard
 
 PACK = "modular-lora-guard 0.1.0"
@@ -300,16 +300,9 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     guarded = _wrap(model.clone(), GuardState(model_part, record, frozenset(model.patches), digest))
     if text:
         clip = _wrap_clip(clip.clone(), GuardState(text, record, frozenset(clip.patcher.patches), digest))
-    report = format_guard(record.base_family, record.base_sha256, parts, _notes(model, clip, tasks))
+    remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
+    report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     return GuardedModel(guarded, report), clip
-
-
-def _notes(model, clip, tasks: Tasks) -> Iterable[str]:
-    if model.patches:
-        yield f"a LoRA was merged into {len(model.patches)} weights before the guard, so the base is not W0"
-    for t in tasks:
-        if clip is None and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
-            yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
 
 
 def _check_incoming(patcher, accept_merged: bool, what: str) -> None:

@@ -150,6 +150,19 @@ def test_a_task_lora_with_a_text_half_and_no_clip_is_a_counted_note(run_graph, l
     assert f"has {len(loras.text)} text-encoder layers that do not act" in results["guard"][2]
 
 
+def test_a_lora_recorded_on_another_base_is_a_counted_note(comfy, run_graph, loras):
+    own = comfy.host.model_sha256(run_graph(guarded_graph())["ckpt"][0])
+    for name, base in (("here.safetensors", own), ("elsewhere.safetensors", "0" * 64)):
+        tensors = {
+            k: v * 1.01 if "lora_up" in k else v for k, v in load_file(loras.folder / "other.safetensors").items()
+        }
+        save_file(tensors, loras.folder / name, {"modular_lora.base_sha256": base, "modular_lora.role": "safety"})
+    assert "another base" not in run_graph(guarded_graph(task="here.safetensors"))["guard"][2]
+    report = run_graph(guarded_graph(task="elsewhere.safetensors"))["guard"][2]
+    assert "1 of 2 LoRAs were recorded on another base of this family (elsewhere.safetensors)" in report
+    assert "says that it is a safety LoRA and acts as a task LoRA" in report
+
+
 def test_conditioning_of_the_unguarded_clip_is_refused_where_safety_has_a_text_half(run_graph, loras):
     graph = guarded_graph("safety_te.safetensors", None, clip=True)
     assert "text encoder: guarded" in run_graph(graph)["sample"][1]
