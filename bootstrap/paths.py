@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -11,8 +12,14 @@ RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
 VENV = RUN / "venv"
 LOGS = RUN / "logs"
 COMFYUI = RUN / "comfyui"
-BASE = RUN / "base"  # ComfyUI's base directory: models, input, output, user
 WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
 DEMO_OUTPUT = ROOT / "demo_output"
+
+
+def base_of(comfyui: Path) -> Path:
+    """The base directory (models, input, output, user) that a ComfyUI is given instead of its own folder."""
+    if comfyui == COMFYUI:
+        return RUN / "base"
+    return RUN / f"base-{hashlib.sha256(str(comfyui).encode()).hexdigest()[:8]}"

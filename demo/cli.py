@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..bootstrap.console import RunError, say
-from ..bootstrap.paths import BASE, LOGS, WORLD
+from ..bootstrap.paths import LOGS, WORLD, base_of
 from .base import prepare
 from .client import ClientError
 from .server import Server, has_accelerator
@@ -59,9 +59,11 @@ def _terminated(signum: int, frame: object) -> NoReturn:
 
 
 def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: object) -> Server:
-    """A server on the base directory in `.run/`, with the pack and the demo world in place."""
-    prepare(BASE, checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
-    return Server(options.comfyui, sys.executable, BASE, log=LOGS / f"{name}.log", cpu=not has_accelerator(), **more)
+    """A server on a base directory in `.run/`, with the pack and the demo world in place."""
+    base = base_of(options.comfyui)
+    prepare(base, checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
+    log = LOGS / f"{name}.log"
+    return Server(options.comfyui, sys.executable, base, log=log, cpu=not has_accelerator(), **more)
 
 
 def _demo(options: argparse.Namespace, world: DemoWorld) -> int:

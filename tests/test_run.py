@@ -227,3 +227,9 @@ def test_a_missing_browser_gives_a_reason_instead(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(browser, "find_chromium", lambda: None)
     monkeypatch.setattr(browser.sys, "platform", "darwin")
     assert "chromium not found" in browser.ensure()["MODULAR_LORA_NO_BROWSER"]
+
+
+def test_every_comfyui_has_a_base_directory_of_its_own(tmp_path: Path) -> None:
+    places = [paths.base_of(folder) for folder in (paths.COMFYUI, tmp_path / "one", tmp_path / "two")]
+    assert len(set(places)) == 3
+    assert all(place.parent == paths.RUN for place in places)
