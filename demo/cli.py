@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..bootstrap.console import RunError, say
 from ..bootstrap.paths import LOGS, WORLD, base_of
@@ -58,7 +58,7 @@ def _terminated(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: object) -> Server:
+def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any) -> Server:
     """A server on a base directory in `.run/`, with the pack and the demo world in place."""
     base = base_of(options.comfyui)
     prepare(base, checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)

@@ -68,7 +68,7 @@ class Server:
         }
         return [part for flag, value in wanted.items() if f'"{flag}"' in known for part in (flag, *value)] + list(extra)
 
-    def start(self, timeout: float = 300) -> Server:
+    def start(self, timeout: float = 600) -> Server:
         """Start and wait until the server answers."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as sink:
