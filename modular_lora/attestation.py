@@ -35,7 +35,10 @@ class LoraRecord:
 
 @dataclass(frozen=True)
 class Attestation:
-    """One sampling run. ``status`` is "guarded" only where every branch ran in every evaluation, else "not sampled"."""
+    """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.
+
+    It is "not sampled" where nothing was evaluated; see ``guarded_status`` for what may follow "guarded".
+    """
 
     status: str
     pack: str
@@ -59,6 +62,11 @@ class Attestation:
     def of(self, **changes) -> Attestation:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def guarded_status(merged_base: bool, outside_start: bool) -> str:
+    """What a whole run may say, with what the guard cannot answer for: LoRAs merged before, a start made elsewhere."""
+    return "guarded" + ", merged base" * merged_base + ", outside start" * outside_start
 
 
 class Run:
@@ -125,7 +133,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def row_digests(tensor: Tensor) -> tuple[str, ...]:
     """SHA-256 of every row of an embedding (b n d -> b·n digests), as float32."""
-    rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
+    rows = tensor.detach().float().cpu().reshape(-1, tensor.shape[-1])
     return tuple(hashlib.sha256(_bytes(row)).hexdigest() for row in rows)
 
 

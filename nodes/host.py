@@ -20,7 +20,8 @@ import comfy.patcher_extension
 import comfy.sd
 import torch
 
-from ..modular_lora.attestation import Attestation, Ledger, Run, row_digests, tensor_sha256, weights_sha256
+from ..modular_lora import attestation as attest
+from ..modular_lora.attestation import Attestation, Ledger, row_digests, tensor_sha256
 from ..modular_lora.branches import ALL_ROLES, Attachment, layer_spec
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.guard import (
@@ -66,6 +67,9 @@ class GuardedModel:
 
     def __init__(self, patcher, report: str):
         self._patcher, self.report = patcher, report
+
+    def __deepcopy__(self, memo):
+        return self  # a switch that copies its inputs must not copy the model
 
     def __getattr__(self, name: str):
         raise HandleError(
@@ -155,7 +159,7 @@ class GuardMixin:
         self.guard_seat.verify()
         dtype = getattr(self.model, "manual_cast_dtype", None) or self.model_dtype() or torch.float32
         self.guard_state.part.branches.to(self.load_device, dtype)
-        self.guard_run, self.guard_counts = Run(self.guard_state.part.branches), None
+        self.guard_run, self.guard_counts = attest.Run(self.guard_state.part.branches), None
         self.guard_before = sys.exc_info()[1]
 
     def guard_end(self, may_be_empty: bool | None = None) -> None:
@@ -195,10 +199,11 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings = patcher.guard_counts or (0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = "not sampled" if not complete else "guarded, outside start" if start == "outside" else "guarded"
-    patcher.guard_result = state.record.of(
-        status=status, evaluations=evaluations, firings=firings, embeddings_sha256=hashes
+    status = (
+        attest.guarded_status(state.record.base_had_merged_loras, start == "outside") if complete else "not sampled"
     )
+    counts = {"evaluations": evaluations, "firings": firings}
+    patcher.guard_result = state.record.of(status=status, embeddings_sha256=hashes, **counts)
     for latent in output if complete else ():
         latents.put(tensor_sha256(latent), patcher.guard_result)
     return output
@@ -362,7 +367,7 @@ def model_sha256(patcher) -> str:
     if module not in _weights:
         backup = {key: entry.weight for key, entry in patcher.backup.items()}
         backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
-        _weights[module] = weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
+        _weights[module] = attest.weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
     return _weights[module]
 
 
@@ -370,7 +375,7 @@ def vae_sha256(vae) -> str:
     """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
     module = vae.first_stage_model
     if module not in _weights:
-        _weights[module] = weights_sha256(module.state_dict().items())
+        _weights[module] = attest.weights_sha256(module.state_dict().items())
     return _weights[module]
 
 
