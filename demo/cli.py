@@ -80,6 +80,7 @@ def _demo(options: argparse.Namespace, world: DemoWorld) -> int:
 def _comfy(options: argparse.Namespace, world: DemoWorld) -> int:
     import webbrowser
 
+    say("Starting ComfyUI …")
     with server(options, world, "comfy-server", port=options.port, extra=options.extra) as running:
         say(f"ComfyUI is at {running.url}  (log: {running.log}; Ctrl+C ends it)")
         say("Open a workflow from the template browser: Workflow > Browse Templates > modular-lora-guard")
