@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Pat
     report = _report(client, arms, results["guarded"], setting)
     pictures.write_atomically(page(report).encode(), output / "report.html")
     say(f"\nReport:   {output / 'report.html'}\nPictures: {output / 'comparison.png'} and {output / 'pictures'}")
-    say(f"\n{LOOKOUT}")
+    say(f"\n{textwrap.fill(LOOKOUT, 100)}")
 
 
 def _run(client: Client, plan: Plan, setting: graphs.Setting) -> tuple[Arm, Result]:
