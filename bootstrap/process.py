@@ -51,12 +51,13 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return environment
 
 
-def tail(log: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, indented."""
+def tail(log: Path, start: int = 0) -> str:
+    """The last lines of a log, indented, from byte `start` on."""
     if not log.is_file():
         return "  (no output)"
-    found = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in found[-lines:]) or "  (no output)"
+    text = log.read_bytes()[start:].decode("utf-8", "replace")
+    found = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in found[-TAIL_LINES:]) or "  (no output)"
 
 
 def run_logged(
@@ -74,6 +75,7 @@ def run_logged(
     with log.open("a", encoding="utf-8") as sink:
         sink.write(f"$ {' '.join(map(str, command))}\n")
         sink.flush()
+        start = log.stat().st_size
         try:
             child = subprocess.Popen(
                 list(map(str, command)),
@@ -89,7 +91,7 @@ def run_logged(
     took = time.monotonic() - began
     if code:
         status(f"  {title}: failed after {took:.0f} s", final=True)
-        raise RunError(f"{title}: exit code {code}. Last lines of {log}:\n{tail(log)}\n{remedy}")
+        raise RunError(f"{title}: exit code {code}. Last lines of {log}:\n{tail(log, start)}\n{remedy}")
     status(f"  {title}: {took:.0f} s", final=True)
 
 
