@@ -25,7 +25,7 @@ from world import ASSETS, CHECKPOINT, LIVE_WEIGHTS, layout
 
 logger = logging.getLogger("modular_lora")
 
-SHA256 = ""  # of the expanded checkpoint
+SHA256 = "6c7122c557efac0dcda26ffcb8478b9be4e3db7bd077865389cdc3768eff0bee"  # of the expanded checkpoint
 LATENT_SCALE = 0.18215  # stock factor between autoencoder latents and U-Net latents; makes the latter unit variance
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
