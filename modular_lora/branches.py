@@ -244,7 +244,7 @@ class Attachment:
         lost = sum(module.__dict__.get("forward") is not stand_in for module, stand_in, _ in self._placed)
         if not self.attached or lost:
             raise GuardError(
-                f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before the run: "
+                f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
                 "another node replaced their forward; remove it, or put it before Guard Model."
             )
 

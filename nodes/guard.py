@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..modular_lora.guard import Policy
+from ..modular_lora.guard import Policy, SafetyLora, TaskLora
 from . import host
-from .load import stacked
+from .load import handles, stacked
 from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
 
 
@@ -50,8 +50,8 @@ class GuardModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
-        tasks = (*task_lora, *stacked(lora_stack))
-        guarded, guarded_clip = host.guard(model, clip, safety_lora, tasks, accept_merged, Policy())
+        safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
+        guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, Policy())
         show(cls, guarded.report)
         return io.NodeOutput(guarded, guarded_clip, guarded.report)
 

@@ -167,7 +167,9 @@ class GuardMixin:
         run, self.guard_run = self.guard_run, None
         if run is None or sys.exc_info()[1] is not self.guard_before:
             return
-        self.guard_counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
+        counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
+        self.guard_seat.verify()  # what took branches and evaluation counter off together leaves equal counts behind
+        self.guard_counts = counts
 
 
 @cache
@@ -191,7 +193,9 @@ def _wrap(patcher, state: GuardState):
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
     """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE, 0.3.75 and 0.33.0)."""
     patcher = executor.class_obj.model_patcher
-    state: GuardState = patcher.guard_state
+    if not isinstance(patcher, GuardMixin):
+        raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
+    patcher.guard_counts, state = None, patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     _silence_previews(callback)
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
@@ -289,6 +293,7 @@ def _wrap_clip(clip, state: GuardState):
 
 def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: Policy):
     """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
+    _check_types(model, clip)
     check_roles(safety, tasks)
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
         if patcher is not None:
@@ -308,6 +313,15 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     return GuardedModel(guarded, report), clip
+
+
+def _check_types(model, clip) -> None:
+    """Any-type nodes can bring anything to a socket."""
+    kinds = {"model": (model, comfy.model_patcher.ModelPatcher, "MODEL"), "clip": (clip, comfy.sd.CLIP, "CLIP")}
+    for name, (value, kind, remedy) in kinds.items():
+        if not isinstance(value, kind) and not (name == "clip" and value is None):
+            what = type(value).__name__
+            raise GuardError(f"Guard Model got a {what} on its input {name}: connect the checkpoint's {remedy}.")
 
 
 def _check_incoming(patcher, accept_merged: bool, what: str) -> None:

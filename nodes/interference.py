@@ -7,11 +7,11 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
-from ..modular_lora.guard import Policy, build_part
+from ..modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
 from ..modular_lora.interference import Interference
 from ..modular_lora.report import format_interference
 from . import host
-from .load import stacked
+from .load import handles, stacked
 from .sockets import CATEGORY, SafetySocket, StackSocket, TaskSocket, show
 
 WIDTH, ROW, LABEL, MIDDLE = 900, 12, 480, 690
@@ -48,8 +48,8 @@ class LoraInterference(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=()) -> io.NodeOutput:
-        tasks = (*task_lora, *stacked(lora_stack))
-        part = build_part("model", host.model_info(model), safety_lora, tasks, Policy(), enforce=False)
+        safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
+        part = build_part("model", host.model_info(model), safety, tasks, Policy(), enforce=False)
         table = "\n\n".join(format_interference(name, result) for name, result in part.interference)
         show(cls, "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING"))))
         return io.NodeOutput(table, _pictures([_draw(name, result) for name, result in part.interference]))

@@ -6,7 +6,7 @@ import math
 
 from comfy_api.latest import io
 
-from ..modular_lora.errors import LoraFileError
+from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files import read_lora, sha256_file
 from ..modular_lora.guard import SafetyLora, TaskLora
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
@@ -76,7 +76,7 @@ class LoadSafetyLora(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name, strength, expected_sha256="", safety_lora=()) -> io.NodeOutput:
         lora = read_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
-        return io.NodeOutput((*safety_lora, SafetyLora(lora, strength)))
+        return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
 
 class LoadTaskLora(io.ComfyNode):
@@ -138,8 +138,17 @@ class LoadTaskLora(io.ComfyNode):
         cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
     ) -> io.NodeOutput:
         lora = read_lora(lora_path(lora_name, *TASK_FOLDERS))
-        tasks = (*task_lora, *stacked(lora_stack), TaskLora(lora, strength_model, strength_clip, block_weights))
+        before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
+        tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
         return io.NodeOutput(tasks, [*lora_stack, (lora_name, strength_model, strength_clip)])
+
+
+def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
+    """The LoRAs on a socket; GuardError for anything else that an any-type node brought there."""
+    if isinstance(value, tuple) and all(isinstance(item, kind) for item in value):
+        return value
+    role = "Safety" if kind is SafetyLora else "Task"
+    raise GuardError(f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.")
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
