@@ -105,6 +105,17 @@ def collect(
     diffusion.sample(predict, torch.randn(n, 4, 8, 8, generator=generator))
 
 
+def spread(pool: dict[str, Tensor]) -> Tensor:
+    """d_t = mean |eps_0(x_t, c) - eps_0(x_t, '')|^2 by timestep [1000], what errors are counted relative to.
+
+    Without it the noisiest steps, where predictions differ least and the concept is decided, would hardly count.
+    """
+    effect = (pool["cond"] - pool["empty"]).square().mean((1, 2, 3))  # [n]
+    total = torch.zeros(diffusion.STEPS).index_add_(0, pool["t"], effect)
+    count = torch.zeros(diffusion.STEPS).index_add_(0, pool["t"], torch.ones_like(effect))
+    return (total / count.clamp(min=1)).clamp(min=1e-8)
+
+
 def erase_step(
     model: Base, pool: dict[str, Tensor], prompts: list[str], settings: Settings, g: torch.Generator
 ) -> Tensor:
@@ -123,6 +134,7 @@ def erase_step(
     target = empty - settings.eta * (0.5 * (cond + category) - empty)
     target = torch.cat([target[:third], cond[third : 2 * third], empty[2 * third :]])  # [n, 4, 8, 8]
     error = (model(pool["x"][pick], pool["t"][pick], names) - target).square().mean((1, 2, 3))  # [n]
+    error = error / pool["spread"][pool["t"][pick]]
     return error[:third].mean() + settings.keep * error[third:].mean()
 
 
@@ -132,6 +144,7 @@ def train_safety(model: Base, factors: Factors, settings: Settings) -> None:
     if not path.exists():
         build_pool(model, pictures, path)
     pool, (prompts, _) = load_file(path), pool_prompts(pictures, random.Random(7))
+    pool["spread"] = spread(pool)
     generator = torch.Generator().manual_seed(SEEDS["safety"])
     lorafile.attach(model.unet, factors)
     optimize(factors, settings, lambda: erase_step(model, pool, prompts, settings, generator))
@@ -201,13 +214,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=1.0, help="strength of the erasure target")
-    parser.add_argument("--keep", type=float, default=4.0, help="weight of the preservation terms")
+    parser.add_argument("--keep", type=float, default=2.0, help="weight of the preservation terms")
+    parser.add_argument("--resume", action="store_true", help="go on from the role's file in world/assets")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     model = base.load(options.work)
     factors = lorafile.initial(model.unet, SEEDS[options.role])
+    if options.resume:
+        saved = lorafile.load(ASSETS / FILES[options.role], model.unet)
+        factors = {k: (down.requires_grad_(), up.requires_grad_(), scale) for k, (down, up, scale) in saved.items()}
     values = (options.work, options.role, options.steps, options.batch, options.rate, options.eta, options.keep)
     (train_safety if options.role == "safety" else train_task)(model, factors, Settings(*values))
     live = model.unet.out[0].num_channels
