@@ -30,9 +30,7 @@ from ..modular_lora.guard import (
     Policy,
     Safety,
     Tasks,
-    build_part,
-    check_coverage,
-    check_roles,
+    build_parts,
     make_record,
     notes,
     text_digest,
@@ -149,8 +147,10 @@ class GuardMixin:
         super().pre_run()
 
     def cleanup(self):
-        super().cleanup()
-        self.guard_end()
+        try:
+            self.guard_end()  # first: ModelPatcher.cleanup takes the branches off and puts them back
+        finally:
+            super().cleanup()
 
     def guard_begin(self) -> None:
         """Verify that nothing was put beside the guard, take the model's seat, start counting."""
@@ -294,20 +294,16 @@ def _wrap_clip(clip, state: GuardState):
 def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: Policy):
     """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
     _check_types(model, clip)
-    check_roles(safety, tasks)
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
         if patcher is not None:
             _check_incoming(patcher, accept_merged, what)
-    model_part = build_part("model", model_info(model), safety, tasks, policy)
-    text_part = build_part("text", clip_info(clip), safety, tasks, policy) if clip else None
-    parts = tuple(part for part in (model_part, text_part) if part)
-    check_coverage(parts, clip is not None)
-    text = text_part if text_part and text_part.layers else None
+    parts = build_parts(model_info(model), clip_info(clip) if clip else None, safety, tasks, policy)
+    text = parts[1] if clip and parts[1].layers else None
     digest = text_digest(safety)
     record = make_record(
-        PACK, _family(model), model_sha256(model), bool(model.patches), (model_part, text), safety, tasks
+        PACK, _family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
     )
-    guarded = _wrap(model.clone(), GuardState(model_part, record, frozenset(model.patches), digest))
+    guarded = _wrap(model.clone(), GuardState(parts[0], record, frozenset(model.patches), digest))
     if text:
         clip = _wrap_clip(clip.clone(), GuardState(text, record, frozenset(clip.patcher.patches), digest))
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
@@ -317,11 +313,10 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
 
 def _check_types(model, clip) -> None:
     """Any-type nodes can bring anything to a socket."""
-    kinds = {"model": (model, comfy.model_patcher.ModelPatcher, "MODEL"), "clip": (clip, comfy.sd.CLIP, "CLIP")}
-    for name, (value, kind, remedy) in kinds.items():
-        if not isinstance(value, kind) and not (name == "clip" and value is None):
-            what = type(value).__name__
-            raise GuardError(f"Guard Model got a {what} on its input {name}: connect the checkpoint's {remedy}.")
+    kinds = (model, comfy.model_patcher.ModelPatcher, "MODEL"), (clip, comfy.sd.CLIP | None, "CLIP")
+    for got, kind, name in kinds:
+        if not isinstance(got, kind):
+            raise GuardError(f"Guard Model got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
 
 
 def _check_incoming(patcher, accept_merged: bool, what: str) -> None:
@@ -403,9 +398,3 @@ def common_ksampler(patcher, *settings, **options):
 def attestation(patcher) -> Attestation:
     """The last run of this patcher; "not sampled" where it had none."""
     return patcher.guard_result or patcher.guard_state.record
-
-
-def decode(vae, samples: torch.Tensor) -> torch.Tensor:
-    """As the stock VAE Decode: b h w c, a video's frames along b."""
-    pictures = vae.decode(samples)
-    return pictures.reshape(-1, *pictures.shape[-3:]) if pictures.ndim == 5 else pictures
