@@ -46,8 +46,8 @@ def world(comfy):
     asyncio.run(comfy.nodes.load_custom_node(str(Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_mask.py")))
     before = dict(comfy.nodes.NODE_CLASS_MAPPINGS)
     install(comfy.nodes, (model, clip, vae))
-    execution = comfy.execution
-    yield execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0})
+    execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    yield execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - set(before):
         del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
