@@ -130,6 +130,17 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
             raise GuardError(f"{item.lora.name} is loaded more than once: load it once, with the strength you want.")
 
 
+def build_parts(
+    model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: Policy
+) -> tuple[GuardedPart, ...]:
+    """The guard on a model and, where one is connected, on its text encoder, with every check; raises GuardError."""
+    check_roles(safety, tasks)
+    infos: list[tuple[Part, ModelInfo]] = [("model", model)] + ([("text", clip)] if clip else [])
+    parts = tuple(build_part(part, info, safety, tasks, policy) for part, info in infos)
+    check_coverage(parts, clip is not None)
+    return parts
+
+
 def build_part(
     part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: Policy, enforce: bool = True
 ) -> GuardedPart:

@@ -47,7 +47,8 @@ class GuardedDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
-        pictures = host.decode(vae, samples["samples"])  # b h w c
+        pictures = vae.decode(samples["samples"])  # b h w c, of a video b t h w c
+        pictures = pictures.reshape(-1, *pictures.shape[-3:])
         runs = [host.latents.get(tensor_sha256(latent)) for latent in samples["samples"]]
         report = "\n".join(dict.fromkeys(_bind(pictures, runs, host.vae_sha256(vae))))
         show(cls, report)
