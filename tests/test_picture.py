@@ -114,6 +114,7 @@ def test_live_previews_are_off_in_guarded_runs(comfy, run_graph, loras, monkeypa
     from comfy.cli_args import LatentPreviewMethod, args
 
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(latent_preview, "default_preview_method", LatentPreviewMethod.Latent2RGB, raising=False)  # 0.33
     seen = []
     decode_preview = latent_preview.Latent2RGBPreviewer.decode_latent_to_preview
     monkeypatch.setattr(
