@@ -47,7 +47,7 @@ def wilson(hits: int, n: int) -> list[float]:
     z, p = 1.96, hits / n
     centre, half = p + z * z / (2 * n), z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
-    return [round((centre - half) / scale, 4), round((centre + half) / scale, 4)]
+    return [round(max(0.0, centre - half) / scale, 4), round((centre + half) / scale, 4)]
 
 
 def rate(hits: Tensor) -> dict[str, object]:
