@@ -38,11 +38,15 @@ class GuardModel(io.ComfyNode):
             ],
             outputs=[
                 GuardedSocket.Output(
-                    "guarded_model", tooltip="For the Guarded samplers; no merging or saving node takes it."
+                    "guarded_model",
+                    display_name="guarded_model",
+                    tooltip="For the Guarded samplers; no merging or saving node takes it.",
                 ),
                 io.Clip.Output("guarded_clip", display_name="clip", tooltip="Encode every prompt with this CLIP."),
                 io.String.Output(
-                    "report", tooltip="What was matched, at which strength, with which hashes and warnings."
+                    "report",
+                    display_name="report",
+                    tooltip="What was matched, at which strength, with which hashes and warnings.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -68,7 +72,7 @@ class GuardedAsModel(io.ComfyNode):
             description="For packs that only take MODEL (detailers, upscalers). The MODEL stays guarded: nodes that "
             "would merge, save or drop the LoRAs stop with an error.",
             inputs=[GuardedSocket.Input("guarded_model", tooltip="From Guard Model.")],
-            outputs=[io.Model.Output("model", tooltip="The guarded model as a MODEL.")],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="The guarded model as a MODEL.")],
         )
 
     @classmethod

@@ -38,12 +38,15 @@ class LoraInterference(io.ComfyNode):
                 StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
             ],
             outputs=[
-                io.String.Output("table", tooltip="One line a layer."),
+                io.String.Output("table", display_name="table", tooltip="One line a layer."),
                 io.Image.Output(
-                    "picture", tooltip="Cosine of safety and task on every layer; one picture a safety LoRA."
+                    "picture",
+                    display_name="picture",
+                    tooltip="Cosine of safety and task on every layer; one picture a safety LoRA.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io
 
 from ..modular_lora.errors import GuardError, LoraFileError
@@ -140,7 +142,7 @@ class LoadTaskLora(io.ComfyNode):
         lora = read_lora(lora_path(lora_name, *TASK_FOLDERS))
         before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
         tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
-        return io.NodeOutput(tasks, [*lora_stack, (lora_name, strength_model, strength_clip)])
+        return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
 
 
 def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
@@ -149,6 +151,13 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
         return value
     role = "Safety" if kind is SafetyLora else "Task"
     raise GuardError(f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.")
+
+
+def stack_name(task: TaskLora) -> str:
+    """The name under which a LORA_STACK knows the file: its path below a loras folder."""
+    roots = (Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras"))
+    path = task.lora.path.resolve()
+    return next((str(path.relative_to(root)) for root in roots if path.is_relative_to(root)), task.lora.name)
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:

@@ -39,8 +39,10 @@ class GuardedDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that turns latents into pictures."),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The pictures; any edit makes them unattested."),
-                io.String.Output("report", tooltip="Attestation of the pictures, or why there is none."),
+                io.Image.Output("image", display_name="image", tooltip="The pictures; any edit makes them unattested."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Attestation of the pictures, or why there is none."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

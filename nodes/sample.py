@@ -35,8 +35,14 @@ def _settings() -> list[io.Input]:
 
 def _outputs() -> list[io.Output]:
     return [
-        io.Latent.Output("latent", tooltip="The sampled latent; decode it with Guarded VAE Decode."),
-        io.String.Output("report", tooltip="Attestation of this run: evaluations, branch firings, hashes, strengths."),
+        io.Latent.Output(
+            "latent", display_name="latent", tooltip="The sampled latent; decode it with Guarded VAE Decode."
+        ),
+        io.String.Output(
+            "report",
+            display_name="report",
+            tooltip="Attestation of this run: evaluations, branch firings, hashes, strengths.",
+        ),
     ]
 
 
@@ -174,7 +180,7 @@ class GuardedGuider(io.ComfyNode):
                     tooltip="Classifier-free guidance scale.",
                 ),
             ],
-            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

@@ -222,7 +222,9 @@ def test_lora_stack_comes_in_and_goes_out_unchanged_and_without_the_safety_lora(
     stack = [("other.safetensors", 0.5, 0.5), ("None", 1.0, 1.0)]
     tasks, out = load.execute("task.safetensors", 0.7, 0.6, lora_stack=stack).args
     assert stack == [("other.safetensors", 0.5, 0.5), ("None", 1.0, 1.0)]
-    assert out == [*stack, ("task.safetensors", 0.7, 0.6)]
+    assert out == [("other.safetensors", 0.5, 0.5), ("task.safetensors", 0.7, 0.6)]
+    _, chained = load.execute("other.safetensors", 1.0, 1.0, task_lora=tasks[1:]).args
+    assert chained == [("task.safetensors", 0.7, 0.6), ("other.safetensors", 1.0, 1.0)]
     assert [t.lora.name for t in tasks] == ["other.safetensors", "task.safetensors"]
 
 
