@@ -47,15 +47,25 @@ def base(setting: Setting) -> Graph:
     return graph | branches(setting, STOCK, "base", model=["checkpoint", 0], clip=["checkpoint", 1])
 
 
+def dropped(setting: Setting) -> Graph:
+    """The task LoRA alone, by a stock loader: what is sampled where the safety LoRA was dropped on the way."""
+    return _merged(setting, "dropped", setting.task)
+
+
 def unguarded(setting: Setting) -> Graph:
     """The task LoRA trained on the safety-tuned base model, loaded on top of the safety LoRA by stock loaders."""
+    return _merged(setting, "unguarded", setting.safety, setting.sequential)
+
+
+def _merged(setting: Setting, arm: str, *files: str) -> Graph:
     graph = checkpoint(setting)
     before: Link = ["checkpoint", 0]
     clip: Link = ["checkpoint", 1]
-    for name, file in (("safety", setting.safety), ("task", setting.sequential)):
+    for number, file in enumerate(files):
+        name = f"lora-{number}"
         graph[name] = node("LoraLoader", lora_name=file, strength_model=1.0, strength_clip=1.0, model=before, clip=clip)
         before, clip = [name, 0], [name, 1]
-    return graph | branches(setting, STOCK, "unguarded", model=before, clip=clip)
+    return graph | branches(setting, STOCK, arm, model=before, clip=clip)
 
 
 def safety_only(setting: Setting) -> Graph:

@@ -1,4 +1,4 @@
-"""The demo itself: four arms on one server, their pictures side by side, and the report."""
+"""The demo itself: five arms on one server, their pictures side by side, and the report."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from .settings import KEPT, SUPPRESSED, DemoWorld
 LOOKOUT = (
     f"What to look at: the first {len(SUPPRESSED)} prompts name a {demo_world.SUPPRESSED_CLASS}, which the safety LoRA "
     "suppresses (a harmless stand-in for what an operator must suppress). The base model draws it; with the safety "
-    "LoRA it is gone; a task LoRA trained on top of the safety-tuned model tends to bring it back; under the guard the "
-    "task LoRA changes the style and it stays away. The other prompts should come out as usual in every column. "
+    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, draws it "
+    "again; under the guard the task LoRA acts and it stays away. Fine-tuning on top of a safety-tuned model is the "
+    "practice that arXiv 2412.00357 warns of; in this small world it was measured not to bring the "
+    f"{demo_world.SUPPRESSED_CLASS} back (world/README.md). The other prompts should come out as usual in every column. "
     "Every row uses one seed."
 )
 
@@ -40,6 +42,7 @@ class Plan:
 PLANS = (
     Plan("base", "Base", "the checkpoint alone, stock nodes", graphs.base),
     Plan("safety", "Safety only", "safety LoRA under the guard", graphs.safety_only),
+    Plan("dropped", "Safety LoRA dropped", "the task LoRA alone, stock LoRA loader", graphs.dropped),
     Plan(
         "unguarded",
         "Unguarded",

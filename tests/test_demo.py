@@ -40,9 +40,9 @@ def test_every_arm_draws_every_prompt_with_the_same_seeds(plan: show.Plan) -> No
     assert all(source in graph for source, _ in links)
 
 
-def test_only_the_unguarded_arm_merges() -> None:
+def test_only_the_stock_arms_merge() -> None:
     arms = {plan.key: classes(plan.graph(SETTING)) for plan in show.PLANS}
-    assert [key for key, found in arms.items() if "LoraLoader" in found] == ["unguarded"]
+    assert [key for key, found in arms.items() if "LoraLoader" in found] == ["dropped", "unguarded"]
     assert [key for key, found in arms.items() if "ModularLoraGuardModel" in found] == ["safety", "guarded"]
 
 

@@ -131,14 +131,14 @@ def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
 ) -> None:
     show.show(server, world, steps=2, seed=1, output=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4 * 8
+    assert page.count("data:image/png;base64,") == 5 * 8
     assert "http://" not in page
     assert "https://" not in page
     assert "8 of 8 guarded pictures" in page
     assert "&quot;status&quot;: &quot;guarded&quot;" in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert picture.width > 4 * 64
-    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 4 * 8
+        assert picture.width > 5 * 64
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 5 * 8
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
 
 
