@@ -55,6 +55,11 @@ class Attestation:
     vae_sha256: str = ""
     image_sha256: str = ""
 
+    @property
+    def safety(self) -> frozenset[LoraRecord]:
+        """The safety LoRAs, in any order."""
+        return frozenset(lora for lora in self.loras if lora.role == "safety")
+
     def to_json(self) -> str:
         """Compact JSON with sorted keys, the form that goes into PNG text."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

@@ -199,13 +199,11 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     hashes = _check_conditioning(executor.class_obj.conds, state)
     _silence_previews(callback)
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
-    start = _start_of(latent_image)
+    outside = _starts_outside(latent_image, state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings = patcher.guard_counts or (0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = (
-        attest.guarded_status(state.record.base_had_merged_loras, start == "outside") if complete else "not sampled"
-    )
+    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
     counts = {"evaluations": evaluations, "firings": firings}
     patcher.guard_result = state.record.of(status=status, embeddings_sha256=hashes, **counts)
     for latent in output if complete else ():
@@ -213,12 +211,12 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     return output
 
 
-def _start_of(latent_image: torch.Tensor) -> str:
-    """What a run starts from: noise (an empty latent), guarded (a guarded run made the whole batch) or outside."""
+def _starts_outside(latent_image: torch.Tensor, record: Attestation) -> bool:
+    """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
     if torch.count_nonzero(latent_image) == 0:
-        return "noise"
+        return False
     known = [latents.get(tensor_sha256(latent)) for latent in latent_image]
-    return "guarded" if all(a is not None and a.status == "guarded" for a in known) else "outside"
+    return any(a is None or a.status != "guarded" or a.safety != record.safety for a in known)
 
 
 def _silence_previews(callback: Callable | None) -> None:

@@ -86,6 +86,10 @@ def test_a_run_that_starts_from_an_outside_latent_says_so(run_graph, loras):
     graph["first"] = sampler(["guard", 0], "ModularLoraKSampler", seed=9)
     graph["sample"]["inputs"]["latent_image"] = ["first", 0]
     assert run_graph(graph)["sample"][1].startswith("guarded: ")
+    graph["weaker"] = node("ModularLoraLoadSafety", lora_name="other.safetensors", strength=1.0)
+    graph["weak"] = node("ModularLoraGuardModel", model=["ckpt", 0], safety_lora=["weaker", 0])
+    graph["first"]["inputs"]["model"] = ["weak", 0]
+    assert run_graph(graph)["sample"][1].startswith("guarded, outside start: ")
 
 
 def test_no_step_at_all_reads_not_sampled(run_graph, loras):
