@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora
 from . import host
 from .load import handles, stacked
 from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
+
+NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
 
 class GuardModel(io.ComfyNode):
@@ -57,6 +60,8 @@ class GuardModel(io.ComfyNode):
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, Policy())
         show(cls, guarded.report)
+        if clip is None:
+            guarded_clip = ExecutionBlocker(NO_CLIP)
         return io.NodeOutput(guarded, guarded_clip, guarded.report)
 
 

@@ -211,7 +211,8 @@ class Mutator:
         self._route(pick(("plain", "model", "stock", "advanced", "guider", "perpneg")))
         for _ in range(pick((1, 1, 2, 3))):
             getattr(self, pick(("insert", "insert", "insert", "rewire", "bypass", "hide", "settings", "settings")))()
-        self._add_helpers()
+            self._add_helpers()
+        self._add_saves()
 
     def _route(self, kind: str) -> None:
         self.done.append(kind)
@@ -330,9 +331,12 @@ class Mutator:
         self.done.append(f"set {name} {fits}")
 
     def _add_helpers(self) -> None:
-        """Helpers that some link names, and a save right behind every guarded decode."""
+        """The helpers that some link names."""
         while missing := {link[0] for *_, link in edges(self.graph) if link[0] in HELPERS} - set(self.graph):
-            self.graph |= {name: copy.deepcopy(HELPERS[name]) for name in missing}
+            self.graph |= {name: copy.deepcopy(HELPERS[name]) for name in sorted(missing)}
+
+    def _add_saves(self) -> None:
+        """A save right behind every guarded decode."""
         for name in [n for n, node in self.graph.items() if node["class_type"] == "ModularLoraDecode"]:
             self.graph[f"save_{name}"] = copy.deepcopy(self.graph["save"])
             self.graph[f"save_{name}"]["inputs"] |= {"images": [name, 0]}

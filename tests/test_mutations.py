@@ -180,6 +180,9 @@ class Judge:
             assert "exception_during" not in str(error), str(error)
             return "refused by ComfyUI"
         kind = next(d["exception_type"] for e, d in self.comfy.server.messages if e == "execution_error")
+        if kind == "ExecutionBlocked":
+            assert "Guard Model gives no CLIP" in str(error), str(error)
+            return "refused by the guard"
         assert kind.endswith((".errors.GuardError", ".errors.HandleError", ".errors.LoraFileError")), f"{kind}: {error}"
         return "refused by the guard"
 

@@ -145,6 +145,13 @@ def test_a_safety_lora_with_a_text_half_needs_a_clip(run_graph, loras):
         run_graph(guarded_graph("safety_te.safetensors", None))
 
 
+def test_the_clip_output_without_a_clip_input_says_so(run_graph, loras):
+    graph = guarded_graph()
+    graph["pos"]["inputs"]["clip"] = ["guard", 1]
+    with pytest.raises(GraphError, match="Guard Model gives no CLIP, because none is connected"):
+        run_graph(graph)
+
+
 def test_a_task_lora_with_a_text_half_and_no_clip_is_a_counted_note(run_graph, loras):
     results = run_graph(guarded_graph(task="task_te.safetensors"))
     assert f"has {len(loras.text)} text-encoder layers that do not act" in results["guard"][2]
