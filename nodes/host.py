@@ -115,7 +115,9 @@ class GuardMixin:
 
     def clone(self, *args, **kwargs):
         """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
-        return _wrap(super().clone(*args, **kwargs), self.guard_state)
+        clone = _wrap(super().clone(*args, **kwargs), self.guard_state)
+        clone.parent = self.parent  # the unguarded model: LoadedModel follows one dead clone's parent, not a chain
+        return clone
 
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):

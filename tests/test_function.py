@@ -238,3 +238,18 @@ def test_unguarded_and_guarded_samplers_in_one_graph_each_get_their_model(comfy,
     assert torch.equal(results["plain"][0]["samples"], alone["plain"][0]["samples"])
     assert not torch.equal(results["plain"][0]["samples"], results["sample"][0]["samples"])
     assert results["plaindecode"][1].startswith("unattested")
+
+
+def test_guarded_models_that_die_together_leave_nothing_dead_behind(comfy, loaded, guarded):
+    """ComfyUI collects garbage at every load while a loaded model's patcher is gone, and warns of a leak."""
+    from comfy.model_management import current_loaded_models
+
+    handle, _ = guarded(("safety.safetensors", 1.0))
+    clone = handle.clone()
+    evaluate(clone)
+    cycle = [clone, handle]
+    cycle.append(cycle)  # as an exception's traceback holds them, together with the frame that holds the exception
+    del clone, handle, cycle
+    gc.collect()
+    assert not any(entry.is_dead() for entry in current_loaded_models)
+    evaluate(loaded[0])
