@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import hashlib
 import json
 from collections import Counter
@@ -153,6 +154,9 @@ class Judge:
 
     def run(self, mutant: Mutator, seed: int) -> str:
         """What came of a mutated graph: refused by ComfyUI, refused by the guard, attested or unattested."""
+        # frames of the last error: where they die later, together with a chain of stock patchers that they hold,
+        # ComfyUI keeps a dead entry among its loaded models and collects garbage at every load from then on
+        gc.collect(1)
         graph = mutant.graph
         for name, node in graph.items():
             if node["class_type"] == "ModularLoraSaveImage":
