@@ -14,7 +14,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -89,7 +89,7 @@ class LoraFile:
     metadata: dict[str, str]
     layers: dict[str, LoraLayer]
 
-    @property
+    @cached_property
     def zero_layers(self) -> tuple[str, ...]:
         """Names of the layers that change nothing."""
         return tuple(name for name, layer in self.layers.items() if layer.is_zero)
