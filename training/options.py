@@ -1,0 +1,179 @@
+"""Options of the trainers, under the names that sd-scripts uses; one definition for command line, TOML and nodes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ..modular_lora.errors import GuardError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Target = Literal["cross-attention", "attention", "linear", "conv"]
+Precision = Literal["no", "bf16", "fp16"]
+SavePrecision = Literal["fp16", "bf16", "float"]
+Optimizer = Literal["AdamW", "AdamW8bit", "Adafactor", "Prodigy"]
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
+Action = Literal["erase", "enhance"]
+T = TypeVar("T")
+
+
+class OptionError(GuardError):
+    """An option that does not exist, or a value that does not fit it."""
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; sequences default to ()."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both trainings share."""
+
+    output_name: str = opt("lora", "file name of the LoRA, without ending")
+    output_dir: str = opt("output", "folder of the LoRA, its checkpoints, previews and logs")
+    network_dim: int = opt(16, "rank")
+    network_alpha: float = opt(16.0, "alpha; the LoRA counts alpha / rank")
+    target: Target = opt(
+        "linear", "layers: cross-attention, attention, linear (all Linear and 1×1 conv), conv (3×3 too)"
+    )
+    learning_rate: float = opt(1e-4, "learning rate; Prodigy wants 1")
+    optimizer_type: Optimizer = opt("AdamW", "AdamW, AdamW8bit (bitsandbytes), Adafactor, Prodigy (prodigyopt)")
+    lr_scheduler: Scheduler = opt("cosine", "schedule of the learning rate")
+    lr_warmup_steps: int = opt(0, "steps of linear warm-up")
+    max_train_steps: int = opt(1000, "optimizer steps")
+    train_batch_size: int = opt(1, "pictures, or noisy latents, a micro-batch")
+    gradient_accumulation_steps: int = opt(1, "micro-batches an optimizer step")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: not")
+    mixed_precision: Precision = opt("no", "weights and activations: no (float32), bf16, fp16; adapters stay float32")
+    save_precision: SavePrecision = opt("fp16", "type of the saved LoRA: fp16, bf16, float")
+    min_snr_gamma: float = opt(0.0, "min-SNR weighting (arXiv 2303.09556), usually 5; 0: off")
+    seed: int = opt(42, "seed of data order, noise and, with the role, of the initial weights")
+    save_every_n_steps: int = opt(0, "write LoRA and training state every N steps; 0: only at the end")
+    resume: str = opt("", "folder of a saved training state to go on from")
+    sample_every_n_steps: int = opt(0, "draw the sample prompts every N steps; 0: never")
+    sample_prompts: tuple[str, ...] = opt((), "prompts of the previews")
+    sample_steps: int = opt(20, "sampling steps of a preview")
+    sample_cfg: float = opt(7.0, "guidance of a preview")
+    sample_size: int = opt(512, "width and height of a preview in pixels")
+    clip_skip: int = opt(1, "1: last layer of the text encoder (family's own for SD2 and SDXL), 2: the one before, ...")
+    log_with: Literal["none", "tensorboard", "wandb"] = opt("none", "logs beside the loss curve on the node")
+    no_dataset_metadata: bool = opt(False, "leave captions, folder and output names out of the file's metadata")
+    training_comment: str = opt("", "a line for the file's metadata (ss_training_comment)")
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """A task LoRA from captioned pictures, on W0; the safety LoRA is given and stays out of the training."""
+
+    train_data_dir: str = opt("", "folder of N_name folders with pictures and captions")
+    dataset_config: str = opt("", "TOML of the data set, instead of train_data_dir")
+    resolution: int = opt(512, "area of the pictures is resolution² where the data set says nothing")
+    safety_lora: str = opt("", "safety LoRA file: recorded, shown in previews, never in the training forward")
+    safety_strength: float = opt(1.0, "its strength in the previews")
+    project: bool = opt(False, "keep the LoRA's down matrices out of the safety LoRA's row space, layer by layer")
+    network_train_text_encoder: bool = opt(False, "train the text encoder's attention and MLP as well")
+    text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder")
+    network_weights: str = opt("", "task LoRA file to go on from (weights only; resume continues exactly)")
+    network_dropout: float = opt(0.0, "dropout of the adapters' input")
+    noise_offset: float = opt(0.0, "adds this much of one random shift a channel to the noise, usually 0.0357")
+    allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
+
+
+@dataclass(frozen=True)
+class SafetyOptions(Options):
+    """A safety LoRA that erases a concept given by prompts; no pictures."""
+
+    network_dim: int = opt(8, "rank")
+    network_alpha: float = opt(8.0, "alpha; the LoRA counts alpha / rank")
+    objective: Objective = opt("esd-x", "esd-x (cross-attention), esd-u (all but it), sdd, leco")
+    concept: tuple[str, ...] = opt((), "prompts of the concept to erase")
+    synonyms: tuple[str, ...] = opt((), "more prompts of it, erased the same way")
+    preserve: tuple[str, ...] = opt((), "prompts that must stay as they are")
+    preserve_weight: float = opt(1.0, "weight of the preservation term")
+    negative_guidance: float = opt(1.0, "ESD's η, LECO's guidance_scale g")
+    guidance_scale: float = opt(3.0, "guidance of the partial denoising")
+    denoising_steps: int = opt(50, "steps of the partial denoising")
+    train_size: int = opt(512, "width and height of the noisy latents in pixels")
+    positive: tuple[str, ...] = opt((), "LECO: what is moved away from; empty: the concept")
+    neutral: str = opt("", "LECO: what the concept is moved to")
+    unconditional: str = opt("", "LECO: the unconditional prompt")
+    action: Action = opt("erase", "LECO: erase or enhance")
+    on_policy: bool = opt(False, "draw x_t anew in every step, as the papers do, instead of from a pool")
+    pool_size: int = opt(0, "noisy latents in the pool; 0: chosen from prompts and steps")
+    pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never")
+
+
+def load(cls: type[T], config: str | Path | None = None, values: dict[str, Any] | None = None) -> T:
+    """Options from a TOML file, overridden by ``values``; OptionError for an unknown key (with the nearest known)."""
+    found: dict[str, Any] = {}
+    if config:
+        try:
+            found = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise OptionError(f"{config}: cannot be read as TOML ({error}): mend the file.") from error
+    found |= values or {}
+    known = {f.name: hint for f, hint in _fields(cls)}
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise OptionError(
+                f"Option {name!r} does not exist: {f'did you mean {near[0]!r}?' if near else 'see --help.'}"
+            )
+    return cls(**{name: coerce(name, value, known[name]) for name, value in found.items()})
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type of option ``name``; OptionError where it is none."""
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise OptionError(f"{name}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}: choose one.")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise OptionError(f"{name}: {value!r} is no list of texts: give one, each in quotes.")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise OptionError(f"{name}: {value!r} is a {type(value).__name__}, {hint.__name__} is needed: correct it.")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One ``--name`` an option, with its help and default; an absent one leaves the TOML's value."""
+    for f, hint in _fields(cls):
+        what: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": f"{f.metadata['help']} ({f.default!r})".replace("%", "%%"),
+        }
+        if hint is bool:
+            what["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is Literal:
+            what["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            what |= {"nargs": "+", "metavar": "TEXT"}
+        else:
+            what |= {"type": hint, "metavar": hint.__name__.upper()}
+        parser.add_argument(f"--{f.name}", **what)
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
