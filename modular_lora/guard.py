@@ -22,6 +22,8 @@ from .matching import KeyMap, Match, is_text, match_layers, mismatch
 Part = Literal["model", "text"]
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
 BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
+CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden
+TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that were in the forward during training
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,9 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
             yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
         if t.lora.metadata.get(ROLE_KEY) == "safety":
             yield f"{t.lora.name} says that it is a safety LoRA and acts as a task LoRA"
+        for key, what in ((CONTAMINATED_KEY, "a base that is not clean"), (TRAINED_ON_KEY, "more than W0")):
+            if said := t.lora.metadata.get(key):
+                yield f"task {t.lora.name} says that it was trained on {what} ({said[:120]!r}): retrain it on W0"
     loras = [item.lora for item in (*safety, *tasks)]
     if other := [lora.name for lora in loras if lora.metadata.get(BASE_KEY, base_sha256) != base_sha256]:
         yield (

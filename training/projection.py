@@ -31,9 +31,8 @@ from ..modular_lora.matching import Target, match_layers
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does
 
-_DOWN = re.compile(
-    r"(\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A(\.[^.]+)?)\.weight$"
-)  # in any naming
+# the end of a down tensor's name, whoever wrote the file
+_DOWN = re.compile(r"(\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A(\.[^.]+)?)\.weight$")
 
 
 @dataclass(frozen=True)

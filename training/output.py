@@ -1,0 +1,274 @@
+"""LoRA files as kohya's sd-scripts writes them: names, types, ss_* and modelspec.* metadata, sshs_* hashes.
+
+A layer is ``NAME.lora_down.weight`` (r in[ k k]), ``NAME.lora_up.weight`` (out r[ 1 1]) and ``NAME.alpha`` (0-dim, of
+the same type). Metadata is text only. sshs_model_hash and sshs_legacy_hash are what sd-webui-additional-networks
+looks LoRAs up by; both are taken from the file as it would be with its ss_* metadata alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import LoraFile, LoraLayer, read_lora
+from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from .options import Options, SafetyOptions, SavePrecision, TaskOptions
+from .projection import project, residual
+from .trainee import Prediction
+
+CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
+SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
+PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
+ENGINE_KEY = "modular_lora.engine"
+DATASET_KEY = "modular_lora.dataset_sha256"
+INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
+
+DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
+LEGACY_START, LEGACY_SIZE = 0x100000, 0x10000  # bytes that the legacy hash looks at
+LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out
+
+_log = logging.getLogger("modular_lora")
+_FAMILIES = (  # ComfyUI's family name, sd-scripts' base version and architecture, whose layer names the file has
+    (r"SD15", "sd_v1", "stable-diffusion-v1", "diffusers"),
+    (r"SD2\d", "sd_v2", "stable-diffusion-v2-512", "diffusers"),
+    (r"SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"),
+)
+
+Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # kohya layer name -> down, up (float32), alpha
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """What a file says of the pictures that it was trained on."""
+
+    sha256: str
+    images: int
+    reg_images: int = 0
+    batches_per_epoch: int = 0
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> tag -> captions with it
+    dirs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> {"n_repeats", "img_count"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a LoRA comes from, beside its options. Times are Unix times in seconds."""
+
+    family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
+    prediction: Prediction
+    base_sha256: str  # modular_lora.attestation.weights_sha256 of W0
+    engine: str  # name and version of what trained it
+    steps: int
+    started: float
+    finished: float
+    base_name: str = ""  # file name of the checkpoint
+    safety_sha256: tuple[str, ...] = ()
+    contaminated_base: str = ""  # what `contamination.check_base` returned
+    initialisation: str = ""
+    dataset: DatasetRecord | None = None
+
+
+def metadata(options: Options, made: Provenance) -> dict[str, str]:
+    """The metadata of a LoRA file, text only; without `LEAKS` where ``options.no_dataset_metadata`` says so."""
+    role = "safety" if isinstance(options, SafetyOptions) else "task"
+    found = _training(options, made) | _modelspec(options, made)
+    found |= {ROLE_KEY: role, BASE_KEY: made.base_sha256, ENGINE_KEY: made.engine}
+    found |= {
+        SAFETY_KEY: ",".join(made.safety_sha256),
+        CONTAMINATED_KEY: made.contaminated_base,
+        INITIALISATION_KEY: made.initialisation,
+    }
+    if isinstance(options, SafetyOptions):
+        found[CONCEPT_KEY] = ", ".join(options.concept)
+    if made.dataset:
+        found |= _dataset(made.dataset)
+    if options.no_dataset_metadata:
+        found = {key: value for key, value in found.items() if key not in LEAKS}
+    return {key: str(value) for key, value in found.items() if value not in ("", None)}
+
+
+def write(
+    path: str | Path,
+    layers: Factors,
+    metadata: Mapping[str, str],
+    precision: SavePrecision = "fp16",
+    bases: Mapping[str, Tensor] | None = None,
+) -> LoraFile:
+    """Write a LoRA file, whole or not at all, and give it as read back.
+
+    ``bases`` (kohya layer name -> Q, see projection.bases): those layers' down is projected once more in float32 just
+    before the cast, and the largest residual after it goes into the metadata. Layers that are zero are left out, with
+    a line in the log. Raises GuardError, naming layer and remedy, where values are not finite or the type cannot hold
+    them, where every layer is zero, or where the file cannot be written.
+    """
+    dtype, name = DTYPES[precision], Path(path).name
+    tensors: dict[str, Tensor] = {}
+    residuals, zero = [], []
+    for layer, (down, up, alpha) in layers.items():
+        Q = (bases or {}).get(layer)
+        down = down.detach().float().cpu()
+        if Q is not None:
+            down = project(down, Q.cpu())
+        pair = _cast(name, layer, down, dtype), _cast(name, layer, up.detach().float().cpu(), dtype)
+        if LoraLayer(layer, *pair, alpha).is_zero:
+            zero.append(layer)
+            continue
+        if Q is not None:
+            residuals.append(residual(pair[0], Q))
+        tensors |= {f"{layer}.lora_down.weight": pair[0], f"{layer}.lora_up.weight": pair[1]}
+        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    if not tensors:
+        raise GuardError(
+            f"{name}: all {len(zero)} layers are zero in {precision}, it would change nothing: train longer or with a "
+            "higher learning rate, or save as float."
+        )
+    if zero:
+        _log.warning("%s: %d of %d layers are zero and left out (first %s)", name, len(zero), len(layers), zero[0])
+    if residuals:
+        metadata = {**metadata, PROJECTED_KEY: f"residual {max(residuals):.1e}"}
+    return write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
+    """Write LoRA tensors under their own names, hashes added, and give the file as read back; see `write`.
+
+    The bytes pass `read_lora` in a temporary folder first; then they go beside ``path`` under another ending, to the
+    disk, and only then take their name.
+    """
+    path = Path(path)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(tensors, dict(metadata) | kohya_hashes(tensors, metadata))
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder) / path.name
+            trial.write_bytes(data)
+            lora = read_lora(trial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise GuardError(f"{path}: cannot be written ({error.strerror}): check the folder and the disk.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return replace(lora, path=path)
+
+
+def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash and sshs_legacy_hash, of the file as it would be with its ss_* metadata alone.
+
+    The former is the SHA-256 of all bytes behind the header, the latter the first eight digits of the SHA-256 of
+    `LEGACY_SIZE` bytes from `LEGACY_START` on (those of no bytes at all for a smaller file).
+    """
+    data = safetensors.torch.save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    start = 8 + int.from_bytes(data[:8], "little")
+    window = data[LEGACY_START : LEGACY_START + LEGACY_SIZE]
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
+    }
+
+
+def _cast(file: str, layer: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(value.isfinite().all()):
+        raise GuardError(f"{file}: layer {layer} has values that are not finite: lower the learning rate, train again.")
+    cast = value.to(dtype, copy=True)
+    if not bool(cast.isfinite().all()):
+        peak = float(value.abs().max())
+        raise GuardError(f"{file}: layer {layer} goes up to {peak:.3g}, beyond {dtype}: set save_precision to bf16.")
+    return cast
+
+
+def _family(made: Provenance) -> tuple[str, str, str]:
+    """ss_base_model_version, architecture and naming of the base; a family that sd-scripts does not know as it is."""
+    for pattern, version, architecture, naming in _FAMILIES:
+        if re.match(pattern, made.family):
+            if made.prediction == "epsilon" or version == "sdxl_base_v1-0":
+                return version, architecture, naming
+            return f"{version}_v", architecture.replace("v2-512", "v2-768-v"), naming
+    return made.family, made.family, "diffusers"
+
+
+def _training(options: Options, made: Provenance) -> dict[str, object]:
+    """The ss_* keys that apply, with sd-scripts' values."""
+    version, _, _ = _family(made)
+    names = (
+        "output_name learning_rate gradient_checkpointing gradient_accumulation_steps max_train_steps lr_warmup_steps "
+        "lr_scheduler network_dim network_alpha mixed_precision clip_skip seed training_comment max_grad_norm"
+    )
+    found: dict[str, object] = {f"ss_{name}": getattr(options, name) for name in names.split()}
+    optimizer = options.optimizer_type
+    if options.optimizer_args:
+        optimizer += f"({','.join(options.optimizer_args)})"
+    found |= {
+        "ss_session_id": int(made.started),
+        "ss_training_started_at": made.started,
+        "ss_training_finished_at": made.finished,
+        "ss_steps": made.steps,
+        "ss_base_model_version": version,
+        "ss_v2": version.startswith("sd_v2"),
+        "ss_network_module": "networks.lora",
+        "ss_optimizer": optimizer,
+        "ss_unet_lr": options.learning_rate,
+        "ss_batch_size_per_device": options.train_batch_size,
+        "ss_total_batch_size": options.train_batch_size * options.gradient_accumulation_steps,
+        "ss_cache_latents": True,
+        "ss_sd_model_name": made.base_name,
+        "ss_min_snr_gamma": options.min_snr_gamma or None,
+    }
+    if options.target == "conv":
+        arguments = {"conv_dim": str(options.network_dim), "conv_alpha": str(options.network_alpha)}
+        found["ss_network_args"] = json.dumps(arguments)
+    if isinstance(options, TaskOptions):
+        found |= {
+            "ss_text_encoder_lr": options.text_encoder_lr if options.network_train_text_encoder else None,
+            "ss_network_dropout": options.network_dropout or None,
+            "ss_noise_offset": options.noise_offset or None,
+            "ss_resolution": f"({options.resolution}, {options.resolution})",
+        }
+    return found
+
+
+def _modelspec(options: Options, made: Provenance) -> dict[str, object]:
+    """modelspec.* (sai_model_spec 1.0.1), as sd-scripts fills it in."""
+    _, architecture, naming = _family(made)
+    size = options.resolution if isinstance(options, TaskOptions) else options.train_size
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": naming,
+        "modelspec.title": "LoRA" if options.no_dataset_metadata else options.output_name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.date": datetime.datetime.fromtimestamp(int(made.finished)).isoformat(),
+        "modelspec.prediction_type": "v" if made.prediction == "v_prediction" else "epsilon",
+        "modelspec.implementation_version": made.engine,
+        "modelspec.encoder_layer": options.clip_skip if options.clip_skip > 1 else None,
+    }
+
+
+def _dataset(data: DatasetRecord) -> dict[str, object]:
+    return {
+        DATASET_KEY: data.sha256,
+        "ss_num_train_images": data.images,
+        "ss_num_reg_images": data.reg_images,
+        "ss_num_batches_per_epoch": data.batches_per_epoch or None,
+        "ss_tag_frequency": json.dumps(data.tag_frequency) if data.tag_frequency else None,
+        "ss_dataset_dirs": json.dumps(data.dirs) if data.dirs else None,
+    }
