@@ -52,6 +52,7 @@ class Options:
     )
     learning_rate: float = opt(1e-4, "learning rate; Prodigy wants 1")
     optimizer_type: Optimizer = opt("AdamW", "AdamW, AdamW8bit (bitsandbytes), Adafactor, Prodigy (prodigyopt)")
+    optimizer_args: tuple[str, ...] = opt((), "name=value arguments of the optimizer, e.g. weight_decay=0.01")
     lr_scheduler: Scheduler = opt("cosine", "schedule of the learning rate")
     lr_warmup_steps: int = opt(0, "steps of linear warm-up")
     max_train_steps: int = opt(1000, "optimizer steps")

@@ -1,0 +1,262 @@
+"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: the other module beside host.py that touches ComfyUI's internals.
+
+ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
+autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
+over the same storage, which costs no memory; in another precision than the model was loaded in, as a copy, which
+costs the network's size once. On leaving, the parameters themselves are put back, bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from torch import Tensor, nn
+
+from ..modular_lora.branches import Attachment
+from ..modular_lora.errors import GuardError
+from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, check_coverage
+from ..training.trainee import Cond, Schedule
+from . import host
+
+FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHUNK = 75  # tokens between start and end token
+
+
+class ComfyTrainee:
+    """See training.trainee.Trainee; made by `opened`."""
+
+    def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
+        self._model, self._clip, self._vae = model.model, clip, vae
+        self._info, self._text_info = host.model_info(model), host.clip_info(clip)  # as of now: PEFT changes paths
+        self._chunks = max_token_length // CHUNK
+        self.family, self.dtype, self.device = host._family(model), dtype, model.load_device
+        self.base_sha256, self.patches = host.model_sha256(model), len(model.patches)
+        self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
+        self.unet_names = unet_names(self._info, self.family)
+        self.text_names = text_names(self._text_info)
+        self.latent_channels, self.downscale = self._model.latent_format.latent_channels, 8
+        self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
+        prediction = (
+            "v_prediction" if isinstance(self._model.model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+        )
+        self.schedule = Schedule((1 / (1 + self._sigmas**2)).cpu(), prediction)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The base's weights by the guard's keys, for the contamination check; read before adapters go in."""
+        return self._model.state_dict()
+
+    @property
+    def infos(self) -> tuple[ModelInfo, ModelInfo]:
+        """Key maps and layers of U-Net and text encoder, as the guard knows them."""
+        return self._info, self._text_info
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """ε or v, b c h w float32: BaseModel.apply_model with its model_sampling giving the raw output."""
+        sigma = self._sigmas[t]
+        x = x_t * (1 + sigma[:, None, None, None] ** 2).sqrt()  # k-diffusion's scale, which apply_model takes
+        options = {"optimized_attention_override": _sdpa}
+        return self._model.apply_model(x, sigma, transformer_options=options, **self._conditioning(x, cond))
+
+    def _conditioning(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """BaseModel.extra_conds, one row a picture since it takes one size for a whole batch."""
+        if cond.pooled is None or self._model.adm_channels in (None, 0):
+            return {"c_crossattn": cond.cross.to(self.device)}
+        height, width = (8 * n for n in x.shape[-2:])
+        rows = []
+        for row in range(len(cond)):
+            h, w, top, left, to_h, to_w = (
+                (height, width, 0, 0, height, width) if cond.sizes is None else cond.sizes[row]
+            )
+            sizes = {
+                "height": h,
+                "width": w,
+                "crop_h": top,
+                "crop_w": left,
+                "target_height": to_h,
+                "target_width": to_w,
+            }
+            pooled = cond.pooled[row : row + 1].to(self.device)
+            rows.append(self._model.encode_adm(device=self.device, pooled_output=pooled, noise=x, **sizes))
+        return {"c_crossattn": cond.cross.to(self.device), "y": torch.cat(rows).to(self.device)}
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of prompts taken literally (no weights in brackets), each padded to one number of tokens."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        pooled = [p for _, p in rows if p is not None]
+        return Cond(torch.cat([c for c, _ in rows]), torch.cat(pooled) if pooled else None)
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        tokens, empty = (self._clip.tokenize(words, disable_weights=True) for words in (prompt, ""))
+        for name in tokens:
+            tokens[name] = (tokens[name] + empty[name] * self._chunks)[: self._chunks]
+        return self._clip.encode_from_tokens(tokens, return_pooled=True)
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether a prompt is cut off at max_token_length."""
+        return any(len(chunks) > self._chunks for chunks in self._clip.tokenize(prompt, disable_weights=True).values())
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents of pictures (b h w 3, 0..1), in the model's scale."""
+        return self._model.process_latent_in(self._vae.encode(pictures)).float().to(self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents."""
+        return self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
+
+    @contextmanager
+    def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
+        """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
+        pairs = ((self._model, "model", self._info), (self.text_encoder, "text", self._text_info))
+        parts = [build_part(name, info, tuple(safety), (), Policy()) for _, name, info in pairs]
+        check_coverage(tuple(parts), True)
+        with ExitStack() as stack:
+            for (module, _, _), part in zip(pairs, parts, strict=True):
+                if part.branches.layers:
+                    part.branches.to(self.device, self.dtype)
+                    seat = Attachment(module, part.branches)
+                    stack.callback(seat.detach)
+                    seat.attach()
+            yield
+
+
+def _sdpa(function, *args, **kwargs):
+    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch, 0.3.75 and 0.33.0)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def opened(
+    model,
+    clip,
+    vae,
+    mixed_precision: str,
+    max_token_length: int = 75,
+    train_text_encoder: bool = False,
+    accept_merged: bool = False,
+) -> Iterator[ComfyTrainee]:
+    """A trainee on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
+
+    Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
+    """
+    _check(model, clip, accept_merged)
+    if getattr(model, "is_dynamic", lambda: False)():
+        model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
+    comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
+    dtype = DTYPES[mixed_precision]
+    trainee = ComfyTrainee(model, clip, vae, dtype, max_token_length)
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
+        stack.enter_context(
+            _plain_weights(trainee.text_encoder, dtype if train_text_encoder else None, clip.patcher.load_device)
+        )
+        stack.enter_context(_cloned_norm_inputs(trainee.text_encoder if train_text_encoder else None))
+        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
+        stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
+        yield trainee
+
+
+def _check(model, clip, accept_merged: bool) -> None:
+    host._check_types(model, clip)
+    if isinstance(model, host.GuardMixin) or isinstance(clip, host.GuardedClipMixin):
+        raise GuardError(
+            "The MODEL or CLIP is guarded, and a LoRA is trained on W0 alone: connect the checkpoint loader's own; the "
+            "trainer takes the safety LoRA by name and shows it in the previews."
+        )
+    host._check_incoming(model, accept_merged, "The MODEL")
+    host._check_incoming(clip.patcher, accept_merged, "The CLIP")
+    if (family := host._family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
+        raise GuardError(
+            f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: train "
+            "it with the kohya engine."
+        )
+
+
+@contextmanager
+def _plain_weights(module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Parameters and buffers as plain tensors, over the same storage or, in another dtype or place, copied."""
+    kept: list[tuple[dict, str, Tensor]] = []
+    try:
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, value in tensors.items():
+                    if value is not None:
+                        kept.append((tensors, name, value))
+                        tensors[name] = _plain(value, dtype, device)
+        yield
+    finally:
+        for tensors, name, value in reversed(kept):
+            tensors[name] = value
+
+
+@torch.no_grad()
+def _plain(value: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    if value.dtype == wanted and value.device == device:
+        view = (value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
+        plain = torch.empty(0, dtype=wanted, device=device).set_(*view)
+    else:
+        plain = value.detach().to(device, wanted, copy=True)
+    return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
+
+
+@contextmanager
+def _cloned_norm_inputs(text_encoder: nn.Module | None) -> Iterator[None]:
+    """CLIPLayer adds to its input in place (0.3.75, 0.33.0), and the norm before still needs it going back: a copy."""
+    norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm)) if text_encoder else ()
+    hooks = [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in reversed(hooks):
+            hook.remove()
+
+
+@contextmanager
+def _attribute(owner, name: str, value) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _raw(sampling):
+    """A model_sampling whose calculate_denoised gives what the network said (0.3.75 and 0.33.0)."""
+    raw = copy.copy(sampling)
+    raw.calculate_denoised = lambda sigma, model_output, model_input: model_output
+    return raw
+
+
+def unet_names(info: ModelInfo, family: str) -> dict[str, str]:
+    """Path of each Linear and Conv2d in the U-Net -> kohya's name: LDM names for SDXL, diffusers names for the rest."""
+    ldm = family not in ("SD15", "SD20")
+    found = {}
+    for name, key in info.key_map.items():
+        if not name.startswith("lora_unet_") or not isinstance(key, str) or not _trainable(info, key):
+            continue
+        path = info.specs[key].path.removeprefix("diffusion_model.")
+        if (name == f"lora_unet_{path.replace('.', '_')}") == ldm:
+            found[path] = name
+    return found
+
+
+def text_names(info: ModelInfo) -> dict[str, str]:
+    """Path of each Linear of the text encoders -> kohya's name: lora_te_, or lora_te1_ and lora_te2_ for two."""
+    two = any(name.startswith("lora_te2_") for name in info.key_map)
+    prefixes = ("lora_te1_text_model_", "lora_te2_text_model_") if two else ("lora_te_text_model_",)
+    keys = {name: key for name, key in info.key_map.items() if name.startswith(prefixes) and isinstance(key, str)}
+    return {info.specs[key].path: name for name, key in keys.items() if _trainable(info, key)}
+
+
+def _trainable(info: ModelInfo, key: str) -> bool:
+    return key in info.specs and not info.specs[key].problem and len(info.specs[key].weight_shape) in (2, 4)

@@ -1,0 +1,187 @@
+"""LoRA adapters on a model by PEFT: put in for a training, taken out again, the model bitwise what it was.
+
+dW = alpha / rank · B A, with A (rank in[ k k]) drawn from the seed of the LoRA's role and B (out rank[ 1 1]) = 0
+(arXiv 2106.09685; PEFT's lora_A and lora_B are kohya's lora_down and lora_up).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import LoraFile
+from .options import Target
+from .seeds import role_seed
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+except ImportError as error:  # the pack also loads, guards and samples without it
+    LoraConfig, MISSING = None, error
+
+ADAPTER = "modular_lora"
+TRANSFORMER = re.compile(r"\.transformer_blocks\.|\.proj_(in|out)$")
+RESIDUAL = re.compile(r"\.(in_layers|out_layers|emb_layers|skip_connection|op|conv)(\.|$)")
+CROSS, ATTENTION = re.compile(r"\.attn2\."), re.compile(r"\.attn[12]\.")
+
+Factors = dict[str, tuple[Tensor, Tensor, float]]  # kohya layer name -> down, up, alpha
+
+
+def select(names: Mapping[str, str], target: Target) -> dict[str, str]:
+    """The part of ``names`` (module path -> kohya layer name of a U-Net) that a target takes, as in sd-scripts.
+
+    cross-attention: attn2; attention: attn1, attn2; linear: all of the transformer blocks with proj_in and proj_out;
+    conv: the residual, down- and upsampling blocks as well.
+    """
+    rules: dict[str, Callable[[str], object]] = {
+        "cross-attention": CROSS.search,
+        "attention": ATTENTION.search,
+        "linear": TRANSFORMER.search,
+        "conv": lambda path: TRANSFORMER.search(path) or RESIDUAL.search(path),
+    }
+    return {path: name for path, name in names.items() if rules[target](path)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where adapters go: ``unet`` and ``text`` map module paths to kohya layer names."""
+
+    unet: Mapping[str, str]
+    text: Mapping[str, str]
+    rank: int
+    alpha: float
+    dropout: float
+    seed: int
+    role: str  # "task" or "safety"
+
+
+class Adapters:
+    """The adapters of one training; made by `adapted`."""
+
+    def __init__(self, layers: dict[str, LoraLayer], alpha: float):
+        self.layers, self.alpha = layers, alpha  # kohya layer name -> PEFT's wrapper of that layer
+
+    def parameters(self, prefix: str = "") -> list[nn.Parameter]:
+        """A and B of every layer whose kohya name starts with ``prefix``."""
+        found = ((name, self._pair(layer)) for name, layer in self.layers.items())
+        return [module.weight for name, pair in found if name.startswith(prefix) for module in pair]
+
+    def downs(self) -> dict[str, nn.Parameter]:
+        """A (rank in[ k k]) by kohya layer name."""
+        return {name: self._pair(layer)[0].weight for name, layer in self.layers.items()}
+
+    def factors(self, value_of: Callable[[nn.Parameter], Tensor] = lambda weight: weight) -> Factors:
+        """Copies of all factors, float32 on the CPU; ``value_of`` gives what stands behind a weight."""
+        copies = {n: tuple(_copy(value_of(m.weight)) for m in self._pair(layer)) for n, layer in self.layers.items()}
+        return {name: (*pair, self.alpha) for name, pair in copies.items()}
+
+    @torch.no_grad()
+    def load(self, lora: LoraFile) -> None:
+        """Go on from a LoRA file; GuardError unless it has the same layers, shapes and alpha."""
+        if missing := sorted(set(self.layers) ^ set(lora.layers)):
+            raise GuardError(
+                f"{lora.name}: {len(missing)} layers differ from those to be trained (first: {missing[0]}): "
+                "choose the target and text-encoder setting it was trained with."
+            )
+        for name, layer in self.layers.items():
+            saved = lora.layers[name]
+            for module, value in zip(self._pair(layer), (saved.down, saved.up), strict=True):
+                if module.weight.shape != value.shape or saved.alpha not in (None, self.alpha):
+                    raise GuardError(
+                        f"{lora.name}: layer {name} has rank {saved.rank} and alpha {saved.alpha}, the training "
+                        f"{module.weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's."
+                    )
+                module.weight.copy_(value)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The plain base: PEFT then calls the layer alone, bit for bit."""
+        try:
+            self._enable(False)
+            yield
+        finally:
+            self._enable(True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout."""
+        layers = list(self.layers.values())
+        try:
+            for layer in layers:
+                layer.eval()
+            yield
+        finally:
+            for layer in layers:
+                layer.lora_dropout.train()
+
+    def _enable(self, on: bool) -> None:
+        for layer in self.layers.values():
+            layer._disable_adapters = not on  # what LoraLayer.enable_adapters does, without touching requires_grad
+
+    @staticmethod
+    def _pair(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
+        return layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.float32, copy=True)
+
+
+@contextmanager
+def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Adapters]:
+    """Adapters on the named layers of both models; on leaving, the very modules that were there are put back.
+
+    Raises GuardError where PEFT is missing, nothing is named, or PEFT leaves a layer out.
+    """
+    if LoraConfig is None:
+        raise GuardError(
+            f"Training needs PEFT ({MISSING}): pip install -r requirements.txt of this pack, then restart."
+        )
+    placed: list[tuple[nn.Module, str, nn.Module]] = []
+    layers: dict[str, LoraLayer] = {}
+    try:
+        for model, names in ((unet, spec.unet), (text_encoder, spec.text)):
+            if names:
+                layers |= _inject(model, names, spec, placed)
+        if not layers:
+            raise GuardError("No layer was chosen for training: choose a target that this model has.")
+        _initialise(layers, spec)
+        yield Adapters(layers, spec.alpha)
+    finally:
+        for parent, attribute, module in reversed(placed):
+            setattr(parent, attribute, module)
+        for model in (unet, text_encoder):
+            model.__dict__.pop("peft_config", None)
+
+
+def _inject(model: nn.Module, names: Mapping[str, str], spec: Spec, placed: list) -> dict[str, LoraLayer]:
+    for path in names:
+        parent, _, attribute = path.rpartition(".")
+        placed.append((model.get_submodule(parent), attribute, model.get_submodule(path)))
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=list(names))
+    with torch.random.fork_rng():  # PEFT draws an A of its own, which is replaced
+        inject_adapter_in_model(config, model, ADAPTER)
+    wrapped = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if odd := sorted(set(wrapped) ^ set(names)):
+        raise GuardError(
+            f"PEFT treats {len(odd)} layers otherwise than asked (first: {odd[0]}): choose another target."
+        )
+    return {names[path]: module for path, module in wrapped.items()}
+
+
+@torch.no_grad()
+def _initialise(layers: dict[str, LoraLayer], spec: Spec) -> None:
+    """A ~ U(−1/√in, 1/√in), kaiming_uniform(a=√5) as PEFT and sd-scripts draw it; B = 0."""
+    generator = torch.Generator().manual_seed(role_seed(spec.seed, spec.role))
+    for name in sorted(layers):
+        down, up = Adapters._pair(layers[name])
+        bound = 1 / math.sqrt(down.weight[0].numel())
+        down.weight.copy_((2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound)
+        up.weight.zero_()

@@ -1,0 +1,180 @@
+"""The training loop: one for task and safety LoRAs, knowing neither model family nor host.
+
+Every step draws its random numbers from a generator of its own (seeds.step_generator), so going on at step n needs
+adapters, optimizer and schedule, and no generator state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..modular_lora.errors import GuardError
+from .logs import logs
+from .optim import Masters, make_optimizer, make_scheduler
+from .options import Options
+from .seeds import role_seed
+from .state import load_state, save_state
+
+logger = logging.getLogger("modular_lora")
+
+
+class Watch(Protocol):
+    """What a host shows of a training."""
+
+    def check(self) -> None:
+        """Raise to interrupt."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """Preparation: caching, pools."""
+
+    def step(self, step: int, total: int, losses: list[float]) -> None:
+        """``step`` optimizer steps are done; ``losses`` has one a step."""
+
+    def sample(self, step: int, pictures: list[Path]) -> None:
+        """Previews were drawn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one training consists of, beside its options."""
+
+    groups: list[tuple[list[nn.Parameter], float]]  # parameters and learning rate
+    loss: Callable[[int, int], Tensor]  # (step, micro-batch) -> scalar
+    write: Callable[[Path, int, Masters], None]  # the LoRA file as of ``step``
+    fingerprint: dict[str, str]  # what a resumed state must agree on
+    after_step: Callable[[Masters], None] = lambda masters: None  # on the float32 values, before they are given back
+    preview: Callable[[int], list[Path]] = lambda step: []
+    extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
+    load_extra: Callable[[dict[str, Any]], None] = lambda state: None
+
+
+@dataclass
+class _Fit:
+    job: Job
+    options: Options
+    masters: Masters
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    losses: list[float] = field(default_factory=list)
+    whole: bool = True  # between steps: nothing is half done
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def state(self) -> dict[str, Any]:
+        kept = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in kept.items()}
+        values = [value.detach().cpu() for value in self.masters.values]
+        return state | {"values": values, "losses": self.losses, "extra": self.job.extra()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.masters.load(state["values"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.job.load_extra(state["extra"])
+        self.losses[:] = state["losses"]
+
+
+def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[float]:
+    """Train to ``max_train_steps``; gives the loss of every step. The LoRA file is written at its end and on the way.
+
+    An interrupt or error after the first step leaves a training state to resume from. Raises GuardError where the loss
+    is not finite, before the adapters are touched by it.
+    """
+    run = _begin(job, options, device)
+    saved = run.step
+    devices = [device] if device.type == "cuda" else []
+    with logs(options) as log, torch.random.fork_rng(devices):
+        try:
+            while run.step < options.max_train_steps:
+                watch.check()
+                _step(run)
+                log(run.step, {"loss": run.losses[-1], "lr": run.optimizer.param_groups[0]["lr"]})
+                watch.step(run.step, options.max_train_steps, run.losses)
+                if _due(options.save_every_n_steps, run.step) and run.step < options.max_train_steps:
+                    _save(run)
+                    saved = run.step
+                if _due(options.sample_every_n_steps, run.step):
+                    watch.sample(run.step, job.preview(run.step))
+        except BaseException:
+            if run.step > saved and run.whole:
+                _save_state(run)
+            raise
+    job.write(Path(options.output_dir) / f"{options.output_name}.safetensors", run.step, run.masters)
+    return run.losses
+
+
+def state_folder(options: Options, step: int) -> Path:
+    return Path(options.output_dir) / f"{options.output_name}-step{step:08d}-state"
+
+
+def _begin(job: Job, options: Options, device: torch.device) -> _Fit:
+    masters = Masters([p for parameters, _ in job.groups for p in parameters])
+    rest, groups = list(masters.values), []
+    for parameters, rate in job.groups:
+        groups.append({"params": rest[: len(parameters)], "lr": rate})
+        del rest[: len(parameters)]
+    optimizer = make_optimizer(groups, options)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
+    run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler)
+    if options.resume:
+        run.load(load_state(Path(options.resume), job.fingerprint))
+        logger.info("going on at step %d of %d", run.step, options.max_train_steps)
+    return run
+
+
+def _step(run: _Fit) -> None:
+    options, total, run.whole = run.options, 0.0, False
+    torch.manual_seed(role_seed(options.seed, f"dropout:{run.step}"))
+    for micro in range(options.gradient_accumulation_steps):
+        loss = run.job.loss(run.step, micro) / options.gradient_accumulation_steps
+        run.scaler.scale(loss).backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise GuardError(
+            f"The loss is {total} at step {run.step + 1}: lower learning_rate, or use mixed_precision bf16 or no; the "
+            "last saved state is whole."
+        )
+    run.masters.take_grads()
+    run.scaler.unscale_(run.optimizer)
+    if options.max_grad_norm:
+        nn.utils.clip_grad_norm_(run.masters.values, options.max_grad_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.schedule.step()
+    run.job.after_step(run.masters)
+    run.masters.give_back()
+    run.losses.append(total)
+    run.whole = True
+
+
+def _save(run: _Fit) -> None:
+    name = f"{run.options.output_name}-step{run.step:08d}.safetensors"
+    run.job.write(Path(run.options.output_dir) / name, run.step, run.masters)
+    _save_state(run)
+
+
+def _save_state(run: _Fit) -> None:
+    """The newest state replaces the ones before it; LoRA files of earlier steps stay."""
+    newest = state_folder(run.options, run.step)
+    save_state(newest, run.job.fingerprint, run.state())
+    for folder in newest.parent.glob(f"{run.options.output_name}-step*-state"):
+        if folder != newest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,90 @@
+"""Optimizers and schedules by name, as sd-scripts names them, from the libraries that have them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .options import OptionError, Options
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimizer:
+    """An optimizer over ``groups`` ({"params", "lr"}); OptionError where its library is not installed."""
+    kind, arguments = options.optimizer_type, _arguments(options.optimizer_args)
+    try:
+        if kind == "AdamW8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **arguments)
+        if kind == "Prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(groups, **arguments)
+        if kind == "Adafactor":
+            from transformers.optimization import Adafactor
+
+            fixed_rate = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            return Adafactor(groups, **fixed_rate | arguments)
+        return torch.optim.AdamW(groups, **arguments)
+    except ImportError as error:
+        raise OptionError(f"optimizer_type {kind}: {error}: install that library, or use AdamW.") from error
+    except TypeError as error:
+        raise OptionError(f"optimizer_args {' '.join(options.optimizer_args)}: {error}: correct them.") from error
+
+
+def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """{"weight_decay": 0.01} of "weight_decay=0.01"."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            equals = ""
+        if not equals:
+            raise OptionError(f"optimizer_args: {pair!r} is not name=value: write e.g. weight_decay=0.01.")
+    return found
+
+
+def make_scheduler(optimizer: Optimizer, options: Options):
+    """transformers' schedule of that name over ``max_train_steps``."""
+    from transformers import get_scheduler
+
+    steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+    if options.lr_scheduler == "constant":
+        steps = {}
+    return get_scheduler(options.lr_scheduler, optimizer, **steps)
+
+
+class Masters:
+    """float32 copies of parameters that are computed with in half precision; float32 ones stand for themselves."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.working = list(parameters)
+        self.values = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.working]
+
+    def of(self, working: nn.Parameter) -> nn.Parameter:
+        """The float32 values that stand behind a parameter."""
+        return next(v for w, v in zip(self.working, self.values, strict=True) if w is working)
+
+    def take_grads(self) -> None:
+        for working, value in zip(self.working, self.values, strict=True):
+            if value is not working and working.grad is not None:
+                value.grad, working.grad = working.grad.float(), None
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        for working, value in zip(self.working, self.values, strict=True):
+            if value is not working:
+                working.copy_(value)
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        for value, tensor in zip(self.values, tensors, strict=True):
+            value.copy_(tensor)
+        self.give_back()

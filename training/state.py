@@ -1,0 +1,46 @@
+"""Training state on disk: written beside, then renamed, so that a killed process leaves a whole state or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modular_lora.errors import GuardError
+
+DESCRIPTION, TENSORS = "state.json", "state.pt"
+
+
+def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any]) -> None:
+    """``folder`` with state.json (what the run was) and state.pt (tensors and numbers)."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with open(temporary / TENSORS, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    (temporary / DESCRIPTION).write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load_state(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
+    """What `save_state` wrote; GuardError where it is damaged or of another run, with what differs."""
+    try:
+        saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise GuardError(f"resume {folder.name}: no whole training state ({error}): choose another one.") from error
+    for name in sorted(set(saved) | set(fingerprint)):
+        if saved.get(name) != fingerprint.get(name):
+            raise GuardError(
+                f"resume {folder.name}: {name} was {saved.get(name)!r} and is {fingerprint.get(name)!r} now: set it "
+                "back, or start anew with network_weights."
+            )
+    return state
