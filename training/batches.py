@@ -1,0 +1,86 @@
+"""Which pictures, mirrored or not, with which captions, make the batch of a step: a function of seed and step alone.
+
+A training that is resumed asks for the next step; there is no state to save.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from . import captions
+from .dataset import DatasetReport, grouped
+from .dataset_config import DatasetConfig, DatasetError
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One picture of a batch."""
+
+    picture: int  # index into DatasetReport.pictures
+    flipped: bool
+    caption: str
+    weight: float  # of its loss: 1, or prior_loss_weight of a regularisation picture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every epoch draws each picture ``Picture.draws`` times; a batch holds pictures of one bucket of one data set.
+
+    Buckets are shuffled, cut into batches (the last of a bucket may be smaller), and the batches shuffled, anew in
+    every epoch. ``accumulation`` batches are an optimizer step, which token warm-up counts in.
+    """
+
+    config: DatasetConfig
+    report: DatasetReport
+    seed: int
+    prior_loss_weight: float = 1.0
+    max_train_steps: int = 0
+    accumulation: int = 1
+    _orders: dict[int, list[list[int]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.report.problems:
+            raise DatasetError(self.report.problems[0])
+
+    def epoch(self, step: int) -> int:
+        """Epoch of a step, both from 0."""
+        return step // self.report.batches
+
+    def batch(self, step: int) -> tuple[Draw, ...]:
+        """The batch of micro-batch ``step``, from 0."""
+        epoch, position = divmod(step, self.report.batches)
+        rng = self._rng("draw", epoch, position)
+        return tuple(
+            self._draw(index, rng, epoch, step // self.accumulation) for index in self._batches(epoch)[position]
+        )
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._orders:
+            self._orders.clear()  # one epoch at a time
+            self._orders[epoch] = self._order(epoch)
+        return self._orders[epoch]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        rng, batches = self._rng("order", epoch), []
+        for size, rows in grouped(self.config, self.report.pictures):
+            rng.shuffle(rows)
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+        rng.shuffle(batches)
+        return batches
+
+    def _draw(self, index: int, rng: random.Random, epoch: int, step: int) -> Draw:
+        picture = self.report.pictures[index]
+        flipped = picture.subset.flip_aug and rng.random() < 0.5
+        caption = captions.draw(
+            picture.caption,
+            picture.subset.rules,
+            rng,
+            epoch=epoch,
+            step=step,
+            max_train_steps=self.max_train_steps,
+        )
+        return Draw(index, flipped, caption, self.prior_loss_weight if picture.is_reg else 1.0)
+
+    def _rng(self, *what: object) -> random.Random:
+        return random.Random("/".join(map(str, (self.seed, *what))))

@@ -1,0 +1,368 @@
+"""A look at every picture and caption of a data set before training: one report, with counts and names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from . import captions, pictures
+from .captions import CaptionError
+from .dataset_config import CAPTION_ENDINGS, Dataset, DatasetConfig, Subset
+from .pictures import ENDINGS, Fit, PictureError, Size
+
+SIDE_FILES = re.compile(r"\..*|.*\.(npz|safetensors)|metadata_cache\.json|thumbs\.db|desktop\.ini", re.IGNORECASE)
+WORDS = re.compile(r"\w+|[^\w\s]")
+PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
+SHOWN = 10
+KINDS = {  # finding -> what a report says of it
+    "broken": "broken pictures, LEFT OUT: mend or delete them",
+    "too_small": "pictures smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
+    "empty_captions": "EMPTY caption files, trained without text: write captions, or delete them for class tokens",
+    "unreadable_captions": "UNREADABLE caption files, class tokens instead: save them as UTF-8",
+    "without_caption": "pictures without caption file, trained with the class tokens",
+    "without_text": "pictures WITHOUT caption file and class tokens, trained without text: write captions",
+    "missing_masks": "pictures WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
+    "unused_masks": "masks without picture",
+    "duplicates": "pictures that are there more than once: delete all but one, or use num_repeats",
+    "upscaled": "pictures smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
+    "turned": "pictures turned by their EXIF orientation (sd-scripts takes them unturned)",
+    "transparent": "pictures with transparent parts, put on white",
+    "animated": "animated pictures, first frame taken",
+    "further_lines": "captions of several lines, only the first is used: enable_wildcard draws among them",
+    "long_captions": f"captions of more than about {PROMPT_WORDS} tokens",
+    "captions_alone": "caption files without picture",
+    "unsupported": "files that are no picture for training: convert them to PNG, JPEG or WebP",
+    "ignored_folders": "folders not looked into",
+    "unused_regularisation": "regularisation pictures beyond the number of training pictures, not used",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be trained on."""
+
+    path: Path
+    name: str  # folder/file
+    sha256: str  # of the file
+    size: Size  # width height, EXIF orientation applied
+    fit: Fit
+    caption: str  # of the file, lines joined by newlines, or the class tokens; captions.draw makes a draw's text of it
+    draws: int  # an epoch
+    mask_path: Path | None
+    dataset: int
+    subset: Subset
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether it is a regularisation picture, its loss weighted by prior_loss_weight."""
+        return self.subset.is_reg
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a data set holds; ``problems`` stop a training, ``findings`` are said and counted."""
+
+    source: str
+    pictures: tuple[Picture, ...]
+    folders: tuple[tuple[str, int, int, bool], ...]  # name, pictures, num_repeats, regularisation
+    findings: Mapping[str, tuple[str, ...]]  # kind, see KINDS -> names
+    buckets: Mapping[Size, tuple[int, int]]  # width height -> pictures, draws an epoch
+    draws: int  # pictures an epoch, repeats counted
+    batches: int  # an epoch
+    regularisation: int  # pictures
+    distinct_captions: int
+    dataset_sha256: str  # of files, captions, masks and settings; neither paths nor their order matter
+    problems: tuple[str, ...]
+
+
+def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = None) -> DatasetReport:
+    """Decodes every picture of ``config``; ``progress`` gets (done, all) and may raise to stop."""
+    found: dict[str, list[str]] = defaultdict(list)
+    found["ignored_folders"] += config.ignored
+    folders = [_folder(subset, found) for subset in _once(config, found)]
+    total, done, out = sum(len(folder.files) for folder in folders), 0, []
+    for folder in folders:
+        for path in folder.files:
+            picture = folder.picture(path)
+            out += [picture] if picture else []
+            done += 1
+            if progress:
+                progress(done, total)
+    return _report(config, _paired(out, found), folders, found)
+
+
+def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
+    """Pixels (h w 3, float32 0..1) in the picture's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
+
+    The mask is the red channel of the subset's mask picture (the field's form), or with ``alpha_mask`` the alpha; None:
+    the whole picture counts. PictureError where the file is another one than the report saw.
+    """
+    data = picture.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != picture.sha256:
+        raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
+    decoded = pictures.decode(data)
+    place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
+    if picture.mask_path:
+        image = pictures.decode(picture.mask_path.read_bytes()).image.getchannel("R")
+        if image.size != picture.size:
+            image = image.resize(picture.size)
+    else:
+        image = decoded.alpha if picture.subset.alpha_mask else None
+    mask = None if image is None else pictures.mask(place(image), flipped, downscale)
+    return pictures.pixels(place(decoded.image), flipped), mask
+
+
+def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
+    """Tags of each folder's captions with their counts, as sd-scripts writes ss_tag_frequency."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for picture in pictures:
+        lines = picture.caption.splitlines() if picture.subset.rules.enable_wildcard else [_first(picture.caption)]
+        counts[picture.subset.image_dir.name].update(tag.lower() for line in lines for tag in captions.tags(line))
+    return {name: dict(count) for name, count in counts.items()}
+
+
+def format_report(report: DatasetReport) -> str:
+    """The report as plain text; at most ten names a line of findings."""
+    lines = [f"Data set {report.source}"]
+    lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
+    training = len(report.pictures) - report.regularisation
+    reg = f" and {report.regularisation} regularisation pictures" if report.regularisation else ""
+    lines.append(f"  {training} pictures{reg}, {report.draws} draws in {report.batches} batches an epoch")
+    for name, count, repeats, is_reg in report.folders:
+        lines.append(f"  {name}: {count} pictures, {repeats} repeats{', regularisation' if is_reg else ''}")
+    for (width, height), (count, draws) in report.buckets.items():
+        lines.append(f"  bucket {width}×{height}: {count} pictures, {draws} draws")
+    lines.append(f"  {report.distinct_captions} distinct captions")
+    for kind, names in report.findings.items():
+        rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        lines.append(f"  {len(names)} {KINDS[kind]}: {'; '.join(names[:SHOWN])}{rest}")
+    return "\n".join([*lines, f"  sha256 {report.dataset_sha256}"])
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A subset's folder as it lies on the disk."""
+
+    index: int  # of the data set
+    dataset: Dataset
+    subset: Subset
+    files: tuple[Path, ...]  # pictures, by ending
+    names: frozenset[str]
+    masks: Mapping[str, Path]  # stem -> mask
+    found: dict[str, list[str]]
+
+    def picture(self, path: Path) -> Picture | None:
+        """None for one that can't be trained on, which is then among the findings."""
+        name = self.name(path)
+        try:
+            data = path.read_bytes()
+            decoded = pictures.decode(data)
+        except (OSError, PictureError) as error:
+            self.found["broken"].append(f"{name}: {error}")
+            return None
+        size = decoded.image.size
+        try:
+            fit = pictures.fit(size, self.dataset.buckets)
+        except PictureError:
+            self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
+            return None
+        self._note(name, decoded, fit)
+        mask_path, caption = self._mask(path, name), self._caption(path, name)
+        digest = hashlib.sha256(data).hexdigest()
+        return Picture(
+            path, name, digest, size, fit, caption, self.subset.num_repeats, mask_path, self.index, self.subset
+        )
+
+    def name(self, path: Path) -> str:
+        return f"{path.parent.name}/{path.name}"
+
+    def _note(self, name: str, decoded: pictures.Decoded, fit: Fit) -> None:
+        size = decoded.image.size
+        if fit.resized[0] > size[0] or fit.resized[1] > size[1]:
+            self.found["upscaled"].append(f"{name}: {size[0]}×{size[1]} to {fit.resized[0]}×{fit.resized[1]}")
+        for kind, is_so in (("turned", decoded.turned), ("animated", decoded.frames > 1)):
+            if is_so:
+                self.found[kind].append(name)
+        if decoded.alpha is not None and not self.subset.alpha_mask:
+            self.found["transparent"].append(name)
+
+    def _mask(self, path: Path, name: str) -> Path | None:
+        if self.subset.conditioning_data_dir is None:
+            return None
+        mask = self.masks.get(path.stem)
+        try:
+            if mask is not None:
+                pictures.decode(mask.read_bytes())
+                return mask
+            self.found["missing_masks"].append(name)
+        except (OSError, PictureError) as error:
+            self.found["missing_masks"].append(f"{name}: its mask {mask.name} can't be read, {error}")
+        return None
+
+    def _caption(self, path: Path, name: str) -> str:
+        """What the file says; the class tokens where there is none."""
+        files = [path.with_suffix(ending) for ending in self.subset.caption_endings]
+        file = next((f for f in files if f.name in self.names), None)
+        if file is not None:
+            try:
+                return self._noted(captions.read(file), name)
+            except (OSError, CaptionError) as error:
+                self.found["unreadable_captions"].append(f"{name}: {error}")
+        else:
+            others = [path.stem + e for e in CAPTION_ENDINGS if path.stem + e in self.names]
+            hint = f" (there is {others[0]}, caption_extension is {files[0].suffix})" if others else ""
+            kind = "without_caption" if self.subset.class_tokens else "without_text"
+            self.found[kind].append(name + hint)
+        return self.subset.class_tokens or ""
+
+    def _noted(self, caption: str, name: str) -> str:
+        lines = caption.splitlines()
+        if not lines:
+            self.found["empty_captions"].append(name)
+        if len(lines) > 1 and not self.subset.rules.enable_wildcard:
+            self.found["further_lines"].append(name)
+        if any(len(WORDS.findall(line)) > PROMPT_WORDS for line in lines):
+            self.found["long_captions"].append(name)
+        return caption
+
+
+def _once(config: DatasetConfig, found: dict[str, list[str]]) -> list[tuple[int, Dataset, Subset]]:
+    """Every subset, but a folder once in a data set, as in sd-scripts."""
+    out, seen = [], set()
+    for index, dataset in enumerate(config.datasets):
+        for subset in dataset.subsets:
+            key = (index, subset.image_dir)
+            if key in seen:
+                found["ignored_folders"].append(f"{subset.image_dir.name}: given twice in a data set, the first counts")
+            else:
+                out.append((index, dataset, subset))
+            seen.add(key)
+    return out
+
+
+def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> _Folder:
+    index, dataset, subset = where
+    entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
+    files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
+    stems, endings = {file.stem for file in files}, {*subset.caption_endings, *CAPTION_ENDINGS}
+    for entry in entries:
+        name = f"{entry.parent.name}/{entry.name}"
+        if SIDE_FILES.fullmatch(entry.name) or entry in files:
+            continue
+        if entry.is_dir():
+            if entry != subset.conditioning_data_dir:
+                found["ignored_folders"].append(f"{name}: inside a folder of pictures")
+        elif entry.suffix not in endings:
+            found["unsupported"].append(name)
+        elif entry.stem not in stems:
+            found["captions_alone"].append(name)
+    masks = _masks(subset, stems, found)
+    return _Folder(index, dataset, subset, files, frozenset(entry.name for entry in entries), masks, found)
+
+
+def _masks(subset: Subset, stems: set[str], found: dict[str, list[str]]) -> dict[str, Path]:
+    if subset.conditioning_data_dir is None:
+        return {}
+    entries = sorted(subset.conditioning_data_dir.iterdir(), key=lambda entry: entry.name, reverse=True)
+    masks = {entry.stem: entry for entry in entries if entry.suffix.lower() in ENDINGS}  # the first by name counts
+    found["unused_masks"] += [mask.name for stem, mask in masks.items() if stem not in stems]
+    return masks
+
+
+def _paired(found_pictures: list[Picture], found: dict[str, list[str]]) -> list[Picture]:
+    """Regularisation pictures drawn as often as the training pictures of their data set, as in sd-scripts."""
+    out = list(found_pictures)
+    for dataset in {picture.dataset for picture in out}:
+        rows = [i for i, picture in enumerate(out) if picture.dataset == dataset and picture.is_reg]
+        wanted = sum(p.draws for p in out if p.dataset == dataset and not p.is_reg)
+        draws = regularisation_draws(wanted, [out[i].draws for i in rows])
+        for i, count in zip(rows, draws, strict=True):
+            out[i] = Picture(**{**vars(out[i]), "draws": count})
+            if not count:
+                found["unused_regularisation"].append(out[i].name)
+    return [picture for picture in out if picture.draws]
+
+
+def regularisation_draws(wanted: int, repeats: Sequence[int]) -> list[int]:
+    """Draws an epoch of regularisation pictures with these num_repeats, to pair with ``wanted`` training draws.
+
+    In order, each gets its repeats until there are enough; if there never are, all get one more in turn.
+    """
+    draws, total = [0] * len(repeats), 0
+    for i, count in enumerate(repeats):
+        if total < wanted:
+            draws[i], total = count, total + count
+    if repeats and total < wanted:
+        each, rest = divmod(wanted - total, len(repeats))
+        draws = [count + each + (i < rest) for i, count in enumerate(draws)]
+    return draws
+
+
+def _report(
+    config: DatasetConfig, out: list[Picture], folders: list[_Folder], found: dict[str, list[str]]
+) -> DatasetReport:
+    found["duplicates"] += _duplicates(out)
+    counted = Counter(picture.subset.image_dir for picture in out)
+    buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
+    for picture in out:
+        buckets[picture.fit.bucket][0] += 1
+        buckets[picture.fit.bucket][1] += picture.draws
+    problems = []
+    if not any(not picture.is_reg for picture in out):
+        seen = sum(len(folder.files) for folder in folders)
+        problems.append(
+            f"{config.source}: none of {seen} pictures can be trained on: see below, or correct the folder."
+        )
+    subsets = [folder.subset for folder in folders]
+    return DatasetReport(
+        source=config.source,
+        pictures=tuple(out),
+        folders=tuple((s.image_dir.name, counted[s.image_dir], s.num_repeats, s.is_reg) for s in subsets),
+        findings={kind: tuple(found[kind]) for kind in KINDS if found[kind]},
+        buckets={size: tuple(buckets[size]) for size in sorted(buckets)},
+        draws=sum(picture.draws for picture in out),
+        batches=sum(-(-len(rows) // size) for size, rows in grouped(config, out)),
+        regularisation=sum(picture.is_reg for picture in out),
+        distinct_captions=len({picture.caption for picture in out}),
+        dataset_sha256=_digest(config, out),
+        problems=tuple(problems),
+    )
+
+
+def grouped(config: DatasetConfig, pictures: Sequence[Picture]) -> list[tuple[int, list[int]]]:
+    """(batch size, indices of pictures, each as often as it is drawn) of every bucket of every data set, in order."""
+    rows: dict[tuple[int, Size], list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        rows[picture.dataset, picture.fit.bucket] += [index] * picture.draws
+    return [(config.datasets[key[0]].batch_size, rows[key]) for key in sorted(rows)]
+
+
+def _duplicates(out: list[Picture]) -> list[str]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for picture in out:
+        same[picture.sha256].append(picture.name)
+    return [" = ".join(names) for names in same.values() if len(names) > 1]
+
+
+def _digest(config: DatasetConfig, out: list[Picture]) -> str:
+    rows = []
+    for picture in out:
+        subset, dataset = picture.subset, config.datasets[picture.dataset]
+        mask = hashlib.sha256(picture.mask_path.read_bytes()).hexdigest() if picture.mask_path else ""
+        drawing = (subset.flip_aug, subset.alpha_mask, subset.is_reg, subset.resize_interpolation, asdict(subset.rules))
+        rows.append(
+            (picture.sha256, mask, picture.caption, picture.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
+        )
+    lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _first(caption: str) -> str:
+    return (caption.splitlines() or [""])[0]
