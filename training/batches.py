@@ -1,4 +1,4 @@
-"""Which pictures, mirrored or not, with which captions, make the batch of a step: a function of seed and step alone.
+"""Which pictures, mirrored or not, with which captions, make the batch of a step: a function of seed and step.
 
 A training that is resumed asks for the next step; there is no state to save.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from . import captions
 from .dataset import DatasetReport, grouped
 from .dataset_config import DatasetConfig, DatasetError
+from .seeds import role_seed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Plan:
     """Every epoch draws each picture ``Picture.draws`` times; a batch holds pictures of one bucket of one data set.
 
     Buckets are shuffled, cut into batches (the last of a bucket may be smaller), and the batches shuffled, anew in
-    every epoch. ``accumulation`` batches are an optimizer step, which token warm-up counts in.
+    every epoch. ``accumulation`` micro-batches are an optimizer step; token warm-up counts these.
     """
 
     config: DatasetConfig
@@ -43,17 +44,11 @@ class Plan:
         if self.report.problems:
             raise DatasetError(self.report.problems[0])
 
-    def epoch(self, step: int) -> int:
-        """Epoch of a step, both from 0."""
-        return step // self.report.batches
-
-    def batch(self, step: int) -> tuple[Draw, ...]:
-        """The batch of micro-batch ``step``, from 0."""
-        epoch, position = divmod(step, self.report.batches)
+    def batch(self, step: int, micro: int = 0) -> tuple[Draw, ...]:
+        """Pictures of an optimizer step's micro-batch, both from 0."""
+        epoch, position = divmod(step * self.accumulation + micro, self.report.batches)
         rng = self._rng("draw", epoch, position)
-        return tuple(
-            self._draw(index, rng, epoch, step // self.accumulation) for index in self._batches(epoch)[position]
-        )
+        return tuple(self._draw(index, rng, epoch, step) for index in self._batches(epoch)[position])
 
     def _batches(self, epoch: int) -> list[list[int]]:
         if epoch not in self._orders:
@@ -83,4 +78,4 @@ class Plan:
         return Draw(index, flipped, caption, self.prior_loss_weight if picture.is_reg else 1.0)
 
     def _rng(self, *what: object) -> random.Random:
-        return random.Random("/".join(map(str, (self.seed, *what))))
+        return random.Random(role_seed(self.seed, ":".join(map(str, ("data", *what)))))

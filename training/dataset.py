@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -54,6 +54,7 @@ class Picture:
     size: Size  # width height, EXIF orientation applied
     fit: Fit
     caption: str  # of the file, lines joined by newlines, or the class tokens; captions.draw makes a draw's text of it
+    caption_ending: str  # of its file; '' where there is none
     draws: int  # an epoch
     mask_path: Path | None
     dataset: int
@@ -110,22 +111,13 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
     decoded = pictures.decode(data)
     place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
     if picture.mask_path:
-        image = pictures.decode(picture.mask_path.read_bytes()).image.getchannel("R")
+        image = pictures.decode(picture.mask_path.read_bytes(), on_white=False).image.getchannel("R")
         if image.size != picture.size:
             image = image.resize(picture.size)
     else:
         image = decoded.alpha if picture.subset.alpha_mask else None
     mask = None if image is None else pictures.mask(place(image), flipped, downscale)
     return pictures.pixels(place(decoded.image), flipped), mask
-
-
-def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
-    """Tags of each folder's captions with their counts, as sd-scripts writes ss_tag_frequency."""
-    counts: dict[str, Counter] = defaultdict(Counter)
-    for picture in pictures:
-        lines = picture.caption.splitlines() if picture.subset.rules.enable_wildcard else [_first(picture.caption)]
-        counts[picture.subset.image_dir.name].update(tag.lower() for line in lines for tag in captions.tags(line))
-    return {name: dict(count) for name, count in counts.items()}
 
 
 def format_report(report: DatasetReport) -> str:
@@ -174,11 +166,10 @@ class _Folder:
             self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
             return None
         self._note(name, decoded, fit)
-        mask_path, caption = self._mask(path, name), self._caption(path, name)
+        mask_path, (caption, ending) = self._mask(path, name), self._caption(path, name)
         digest = hashlib.sha256(data).hexdigest()
-        return Picture(
-            path, name, digest, size, fit, caption, self.subset.num_repeats, mask_path, self.index, self.subset
-        )
+        draws = self.subset.num_repeats
+        return Picture(path, name, digest, size, fit, caption, ending, draws, mask_path, self.index, self.subset)
 
     def name(self, path: Path) -> str:
         return f"{path.parent.name}/{path.name}"
@@ -206,13 +197,13 @@ class _Folder:
             self.found["missing_masks"].append(f"{name}: its mask {mask.name} can't be read, {error}")
         return None
 
-    def _caption(self, path: Path, name: str) -> str:
-        """What the file says; the class tokens where there is none."""
+    def _caption(self, path: Path, name: str) -> tuple[str, str]:
+        """What the file says, and its ending; the class tokens where there is none."""
         files = [path.with_suffix(ending) for ending in self.subset.caption_endings]
         file = next((f for f in files if f.name in self.names), None)
         if file is not None:
             try:
-                return self._noted(captions.read(file), name)
+                return self._noted(captions.read(file), name), file.suffix
             except (OSError, CaptionError) as error:
                 self.found["unreadable_captions"].append(f"{name}: {error}")
         else:
@@ -220,7 +211,7 @@ class _Folder:
             hint = f" (there is {others[0]}, caption_extension is {files[0].suffix})" if others else ""
             kind = "without_caption" if self.subset.class_tokens else "without_text"
             self.found[kind].append(name + hint)
-        return self.subset.class_tokens or ""
+        return self.subset.class_tokens or "", ""
 
     def _noted(self, caption: str, name: str) -> str:
         lines = caption.splitlines()
@@ -250,12 +241,11 @@ def _once(config: DatasetConfig, found: dict[str, list[str]]) -> list[tuple[int,
 def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> _Folder:
     index, dataset, subset = where
     entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
+    entries = [entry for entry in entries if not SIDE_FILES.fullmatch(entry.name)]
     files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
     stems, endings = {file.stem for file in files}, {*subset.caption_endings, *CAPTION_ENDINGS}
-    for entry in entries:
+    for entry in sorted(set(entries) - set(files)):
         name = f"{entry.parent.name}/{entry.name}"
-        if SIDE_FILES.fullmatch(entry.name) or entry in files:
-            continue
         if entry.is_dir():
             if entry != subset.conditioning_data_dir:
                 found["ignored_folders"].append(f"{name}: inside a folder of pictures")
@@ -284,7 +274,7 @@ def _paired(found_pictures: list[Picture], found: dict[str, list[str]]) -> list[
         wanted = sum(p.draws for p in out if p.dataset == dataset and not p.is_reg)
         draws = regularisation_draws(wanted, [out[i].draws for i in rows])
         for i, count in zip(rows, draws, strict=True):
-            out[i] = Picture(**{**vars(out[i]), "draws": count})
+            out[i] = replace(out[i], draws=count)
             if not count:
                 found["unused_regularisation"].append(out[i].name)
     return [picture for picture in out if picture.draws]
@@ -309,7 +299,7 @@ def _report(
     config: DatasetConfig, out: list[Picture], folders: list[_Folder], found: dict[str, list[str]]
 ) -> DatasetReport:
     found["duplicates"] += _duplicates(out)
-    counted = Counter(picture.subset.image_dir for picture in out)
+    counted = Counter((picture.dataset, picture.subset.image_dir) for picture in out)
     buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
     for picture in out:
         buckets[picture.fit.bucket][0] += 1
@@ -320,11 +310,11 @@ def _report(
         problems.append(
             f"{config.source}: none of {seen} pictures can be trained on: see below, or correct the folder."
         )
-    subsets = [folder.subset for folder in folders]
+    rows = [(counted[folder.index, folder.subset.image_dir], folder.subset) for folder in folders]
     return DatasetReport(
         source=config.source,
         pictures=tuple(out),
-        folders=tuple((s.image_dir.name, counted[s.image_dir], s.num_repeats, s.is_reg) for s in subsets),
+        folders=tuple((s.image_dir.name, count, s.num_repeats, s.is_reg) for count, s in rows),
         findings={kind: tuple(found[kind]) for kind in KINDS if found[kind]},
         buckets={size: tuple(buckets[size]) for size in sorted(buckets)},
         draws=sum(picture.draws for picture in out),
@@ -362,7 +352,3 @@ def _digest(config: DatasetConfig, out: list[Picture]) -> str:
         )
     lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _first(caption: str) -> str:
-    return (caption.splitlines() or [""])[0]

@@ -26,7 +26,7 @@ from ..modular_lora.errors import GuardError
 
 Size = tuple[int, int]  # width height
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF")  # what such files hold, whatever their ending says
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF")  # of such files, whatever their ending says
 MAX_PIXELS = 178_956_970  # where PIL stops too, unless the host has changed it
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 INTERPOLATIONS = {
@@ -69,7 +69,7 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """A picture with its EXIF orientation applied, transparent parts on white."""
+    """A picture with its EXIF orientation applied."""
 
     image: Image.Image  # RGB
     alpha: Image.Image | None  # L; None: opaque
@@ -145,21 +145,24 @@ def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
     return torch.tensor([original[1], original[0], top, left, fit.bucket[1], fit.bucket[0]])
 
 
-def decode(data: bytes) -> Decoded:
+def decode(data: bytes, on_white: bool = True) -> Decoded:
     """The whole picture of a file's bytes; PictureError for anything truncated, damaged, too large or no picture.
 
-    Grey, palette, 16-bit and CMYK pictures become RGB; ICC profiles are not applied, as in sd-scripts.
+    Grey, palette, 16-bit and CMYK pictures become RGB; ICC profiles are not applied, as in sd-scripts. Without
+    ``on_white`` transparent parts keep the colour that is hidden in them, as in sd-scripts.
     """
     if not data:
         raise PictureError("empty file (0 bytes)")
     try:
-        with _strict(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        Image.init()
+        formats = [name for name in FORMATS if name in Image.OPEN]  # a PIL may be built without WebP
+        with _strict(), Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down")
             frames = getattr(image, "n_frames", 1)
             image.load()
             upright, turned = _upright(image)
-            rgb, alpha = _split(upright)
+            rgb, alpha = _split(upright, on_white)
             return Decoded(rgb, alpha, turned, frames)
     except PictureError:
         raise
@@ -193,8 +196,8 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     return image, False
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """(RGB on white, alpha or None where all is opaque)."""
+def _split(image: Image.Image, on_white: bool) -> tuple[Image.Image, Image.Image | None]:
+    """(RGB, alpha or None where all is opaque)."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits; PIL's own conversion cuts off at 255
         values = np.asarray(image).astype(np.float32)
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
@@ -203,8 +206,9 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         return image.convert("RGB"), None
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return image.convert("RGB"), None
+    opaque = alpha.getextrema()[0] == 255
+    if opaque or not on_white:
+        return image.convert("RGB"), None if opaque else alpha
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     return white.convert("RGB"), alpha
