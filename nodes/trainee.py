@@ -11,21 +11,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, check_coverage
+from ..training.options import Options
 from ..training.trainee import Cond, Schedule
 from . import host
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINE = f"{host.PACK}, embedded"
 CHUNK = 75  # tokens between start and end token
 
 
@@ -34,13 +39,13 @@ class ComfyTrainee:
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
-        self._info, self._text_info = host.model_info(model), host.clip_info(clip)  # as of now: PEFT changes paths
+        self.infos = host.model_info(model), host.clip_info(clip)  # as of now: PEFT changes paths
         self._chunks = max_token_length // CHUNK
         self.family, self.dtype, self.device = host._family(model), dtype, model.load_device
         self.base_sha256, self.patches = host.model_sha256(model), len(model.patches)
         self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
-        self.unet_names = unet_names(self._info, self.family)
-        self.text_names = text_names(self._text_info)
+        self.unet_names = unet_names(self.infos[0], self.family)
+        self.text_names = text_names(self.infos[1])
         self.latent_channels, self.downscale = self._model.latent_format.latent_channels, 8
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         prediction = (
@@ -51,11 +56,6 @@ class ComfyTrainee:
     def weights(self) -> Mapping[str, Tensor]:
         """The base's weights by the guard's keys, for the contamination check; read before adapters go in."""
         return self._model.state_dict()
-
-    @property
-    def infos(self) -> tuple[ModelInfo, ModelInfo]:
-        """Key maps and layers of U-Net and text encoder, as the guard knows them."""
-        return self._info, self._text_info
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """ε or v, b c h w float32: BaseModel.apply_model with its model_sampling giving the raw output."""
@@ -115,7 +115,7 @@ class ComfyTrainee:
     @contextmanager
     def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
         """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
-        pairs = ((self._model, "model", self._info), (self.text_encoder, "text", self._text_info))
+        pairs = ((self._model, "model", self.infos[0]), (self.text_encoder, "text", self.infos[1]))
         parts = [build_part(name, info, tuple(safety), (), Policy()) for _, name, info in pairs]
         check_coverage(tuple(parts), True)
         with ExitStack() as stack:
@@ -134,25 +134,18 @@ def _sdpa(function, *args, **kwargs):
 
 
 @contextmanager
-def opened(
-    model,
-    clip,
-    vae,
-    mixed_precision: str,
-    max_token_length: int = 75,
-    train_text_encoder: bool = False,
-    accept_merged: bool = False,
-) -> Iterator[ComfyTrainee]:
+def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyTrainee]:
     """A trainee on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
 
     Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
     """
-    _check(model, clip, accept_merged)
+    _check(model, clip, getattr(options, "allow_contaminated_base", False))
+    clip = _clip_skip(clip, options.clip_skip)
     if getattr(model, "is_dynamic", lambda: False)():
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
     comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
-    dtype = DTYPES[mixed_precision]
-    trainee = ComfyTrainee(model, clip, vae, dtype, max_token_length)
+    dtype = DTYPES[options.mixed_precision]
+    trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
         stack.enter_context(
@@ -162,6 +155,34 @@ def opened(
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
         stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
         yield trainee
+
+
+def _clip_skip(clip, skip: int):
+    """CLIP.clip_layer, counted as sd-scripts counts (0.3.75 and 0.33.0); 1 is the family's own layer."""
+    if skip == 1:
+        return clip
+    clip = clip.clone()
+    clip.clip_layer(-skip)
+    return clip
+
+
+def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str):
+    """(MODEL, CLIP, VAE) of a file, the U-Net loaded in the precision it is trained in (0.3.75 and 0.33.0)."""
+    if not path.is_file():
+        raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
+    loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": DTYPES[mixed_precision]})[:3]
+    if vae is not None:
+        loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
+    for part, what in zip(loaded, ("U-Net", "text encoder", "VAE"), strict=True):
+        if part is None:
+            raise GuardError(f"{path.name}: has no {what}: use a whole checkpoint.")
+    return loaded
+
+
+def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
+    """Key maps and layers of a checkpoint's U-Net and text encoder."""
+    model, clip, _ = load_checkpoint(path, None, "no")
+    return host.model_info(model), host.clip_info(clip)
 
 
 def _check(model, clip, accept_merged: bool) -> None:

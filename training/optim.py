@@ -67,10 +67,11 @@ class Masters:
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.working = list(parameters)
         self.values = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.working]
+        self._behind = {id(p): value for p, value in zip(self.working, self.values, strict=True)}
 
     def of(self, working: nn.Parameter) -> nn.Parameter:
         """The float32 values that stand behind a parameter."""
-        return next(v for w, v in zip(self.working, self.values, strict=True) if w is working)
+        return self._behind[id(working)]
 
     def take_grads(self) -> None:
         for working, value in zip(self.working, self.values, strict=True):

@@ -28,6 +28,17 @@ Scheduler = Literal[
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 T = TypeVar("T")
+SAVING = {
+    "output_name",
+    "output_dir",
+    "save_precision",
+    "no_dataset_metadata",
+    "training_comment",
+    "save_every_n_steps",
+}
+SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
+HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
+ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength"}  # options that do not change what is trained
 
 
 class OptionError(GuardError):
@@ -71,6 +82,8 @@ class Options:
     sample_steps: int = opt(20, "sampling steps of a preview")
     sample_cfg: float = opt(7.0, "guidance of a preview")
     sample_size: int = opt(512, "width and height of a preview in pixels")
+    known_bases: tuple[str, ...] = opt((), "JSON registries of bases by content hash, beside the bundled one")
+    max_token_length: Literal[75, 150, 225] = opt(75, "tokens of a prompt: 75, 150 or 225; what is beyond is cut off")
     clip_skip: int = opt(1, "1: last layer of the text encoder (family's own for SD2 and SDXL), 2: the one before, ...")
     log_with: Literal["none", "tensorboard", "wandb"] = opt("none", "logs beside the loss curve on the node")
     no_dataset_metadata: bool = opt(False, "leave captions, folder and output names out of the file's metadata")
@@ -83,6 +96,8 @@ class TaskOptions(Options):
 
     train_data_dir: str = opt("", "folder of N_name folders with pictures and captions")
     dataset_config: str = opt("", "TOML of the data set, instead of train_data_dir")
+    reg_data_dir: str = opt("", "folder of N_name folders with regularisation pictures")
+    prior_loss_weight: float = opt(1.0, "weight of the regularisation pictures' loss")
     resolution: int = opt(512, "area of the pictures is resolution² where the data set says nothing")
     safety_lora: str = opt("", "safety LoRA file: recorded, shown in previews, never in the training forward")
     safety_strength: float = opt(1.0, "its strength in the previews")
@@ -108,6 +123,7 @@ class SafetyOptions(Options):
     preserve_weight: float = opt(1.0, "weight of the preservation term")
     negative_guidance: float = opt(1.0, "ESD's η, LECO's guidance_scale g")
     guidance_scale: float = opt(3.0, "guidance of the partial denoising")
+    relative_error: bool = opt(True, "errors count relative to the prompts' effect at each timestep; the papers: no")
     denoising_steps: int = opt(50, "steps of the partial denoising")
     train_size: int = opt(512, "width and height of the noisy latents in pixels")
     positive: tuple[str, ...] = opt((), "LECO: what is moved away from; empty: the concept")
@@ -157,6 +173,12 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def fingerprint(options: Options) -> dict[str, str]:
+    """The options that a resumed training must share with the one that it goes on from."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: repr(value) for name, value in values.items() if name not in ELSEWHERE}
+
+
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     """One ``--name`` an option, with its help and default; an absent one leaves the TOML's value."""
     for f, hint in _fields(cls):
@@ -167,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
         if hint is bool:
             what["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is Literal:
-            what["choices"] = typing.get_args(hint)
+            what |= {"choices": typing.get_args(hint), "type": type(typing.get_args(hint)[0])}
         elif typing.get_origin(hint) is tuple:
             what |= {"nargs": "+", "metavar": "TEXT"}
         else:

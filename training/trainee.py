@@ -6,11 +6,14 @@ x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, with t an index into ᾱ (DDPM, arXiv 20
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ..modular_lora.guard import ModelInfo, SafetyLora
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -81,6 +84,7 @@ class Trainee(Protocol):
 
     family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
     base_sha256: str  # modular_lora.attestation.weights_sha256 of W0
+    patches: int  # weights that a LoRA or model was merged into, where that was accepted
     unet: nn.Module
     text_encoder: nn.Module
     unet_names: Mapping[str, str]  # path of a module in unet -> kohya's layer name, every Linear and Conv2d it names
@@ -88,6 +92,7 @@ class Trainee(Protocol):
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype  # of weights and activations; adapters are float32
+    infos: tuple[ModelInfo, ModelInfo]  # key maps and layers of U-Net and text encoder, as the guard knows them
     latent_channels: int
     downscale: int  # pixels a latent cell
 
@@ -102,3 +107,12 @@ class Trainee(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (b h w 3, float32 0..1) of latents."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The base's weights under the guard's keys; to be read before adapters go in."""
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether ``encode`` cuts a prompt off."""
+
+    def attached(self, safety: Sequence[SafetyLora]) -> AbstractContextManager[None]:
+        """The safety LoRAs as frozen forward branches, as the guard serves them, while inside."""

@@ -231,11 +231,31 @@ def sheet(images: Tensor, columns: int, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def export(pictures: Pictures, folder: Path) -> int:
+    """The task style's kept concepts as a data set in kohya's form: PNG files with captions; returns their number."""
+    from PIL import Image
+
+    rows = pictures.select(KEPT_IDS, (TASK_STYLE,))
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        concept = int(pictures.concept[row])
+        stem = folder / CONCEPTS[concept]
+        picture = Image.fromarray(pictures.images[row].permute(1, 2, 0).numpy())
+        picture.save(stem.with_suffix(".png"), optimize=True)
+        stem.with_suffix(".txt").write_text(prompt(pictures, concept, TASK_STYLE) + "\n", encoding="utf-8")
+    return len(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder for downloads, checkpoints and logs")
-    work = parser.parse_args().work
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the task style's data set from WORK")
+    options = parser.parse_args()
+    work = options.work
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.export:
+        logger.info("wrote %d pictures to %s", export(load(work), options.export), options.export)
+        return
     build(work)
     pictures = load(work)
     order = torch.argsort(pictures.concept * len(STYLES) + pictures.style)

@@ -1,0 +1,153 @@
+"""The command line: train-task, train-safety, project, inspect and dataset, with options as in sd-scripts.
+
+Every option can stand in a TOML file as well (--config), under the same name; the command line goes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import read_lora
+from ..modular_lora.guard import SafetyLora
+from . import dataset, inspection, options, output, projection
+from .options import SafetyOptions, TaskOptions
+from .safety import train_safety
+from .task import read_dataset, train_task
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads")
+logger = logging.getLogger("modular_lora")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 0, or 1 with one line that says what is wrong and what to do."""
+    chosen = vars(parser().parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        say({"project": project, "inspect": inspect}.get(chosen["command"], with_options)(chosen))
+    except GuardError as error:
+        logger.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; resume from the newest -state folder in output_dir")
+        return 130
+    return 0
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    for name, cls, help in (
+        ("train-task", TaskOptions, "a task LoRA from captioned pictures, on W0, the safety LoRA frozen and detached"),
+        ("train-safety", SafetyOptions, "a safety LoRA that erases a concept given by prompts"),
+        ("dataset", TaskOptions, "look through a data set and say what is wrong with it"),
+    ):
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.add_argument("--config", type=Path, metavar="TOML", help="options in a file, under the same names")
+        if name != "dataset":
+            _model_arguments(command, required=True)
+            command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
+        options.add_arguments(command, cls)
+    command = commands.add_parser("project", help="keep an existing task LoRA clear of a safety LoRA's row space")
+    command.add_argument("task", type=Path)
+    command.add_argument("safety", type=Path, nargs="+")
+    command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
+    command.add_argument("--save_precision", choices=tuple(output.DTYPES), help="type to save in (the file's own)")
+    _model_arguments(command, required=False)
+    command = commands.add_parser("inspect", help="say what a LoRA file is")
+    command.add_argument("lora", type=Path)
+    return made
+
+
+def _model_arguments(command: argparse.ArgumentParser, required: bool) -> None:
+    why = "" if required else "; without one, layers are paired by equal names"
+    command.add_argument("--checkpoint", type=Path, required=required, help=f"checkpoint file{why}")
+    command.add_argument("--vae", type=Path, help="VAE file, where the checkpoint's own is not wanted")
+    command.add_argument(
+        "--comfyui", type=Path, help="folder of ComfyUI (where the pack is in its custom_nodes: found)"
+    )
+    command.add_argument("--cpu", action="store_true", help="train on the CPU")
+
+
+def with_options(chosen: dict) -> str:
+    """train-task, train-safety and dataset."""
+    cls = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
+    values = {name: value for name, value in chosen.items() if name not in OWN}
+    made = options.load(cls, chosen["config"], values)
+    if chosen["command"] == "dataset":
+        return dataset.format_report(read_dataset(made)[1])
+    if chosen["threads"]:
+        import torch
+
+        torch.set_num_threads(chosen["threads"])
+    host = _host(chosen)
+    loaded = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], made.mixed_precision)
+    common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
+    train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
+    with host.opened(*loaded, made, train_text) as trainee:
+        if isinstance(made, SafetyOptions):
+            return train_safety(trainee, made, Lines(), **common).report
+        safety = [SafetyLora(read_lora(made.safety_lora), made.safety_strength)] if made.safety_lora else []
+        return train_task(trainee, made, Lines(), safety, **common).report
+
+
+def project(chosen: dict) -> str:
+    """The task LoRA's file with its down matrices projected, written to --output."""
+    task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
+    infos = _host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
+    dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
+    tensors, report = projection.project_file(task, safety, infos, dtype)
+    output.write_tensors(chosen["output"], tensors, projection.metadata(task, safety, report))
+    return projection.format_projection(report)
+
+
+def inspect(chosen: dict) -> str:
+    return inspection.format_inspection(inspection.inspect(chosen["lora"]))
+
+
+class Lines:
+    """Progress as lines of the log."""
+
+    def check(self) -> None:
+        """Ctrl+C raises by itself."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            logger.info("%s: %d of %d", text, done, total)
+
+    def step(self, step: int, total: int, losses: list[float]) -> None:
+        if step == total or step % 10 == 0:
+            window = losses[-50:]
+            logger.info("step %d of %d  loss %.4f", step, total, sum(window) / len(window))
+
+    def sample(self, step: int, pictures: list[Path]) -> None:
+        logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
+
+
+def _host(chosen: dict):
+    """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
+    folder = next((path for path in _comfyui_folders(chosen["comfyui"]) if (path / "comfy" / "sd.py").exists()), None)
+    if folder is None:
+        raise GuardError("ComfyUI was not found: name its folder with --comfyui, or set COMFYUI_PATH.")
+    sys.path.insert(0, str(folder))
+    importlib.import_module("comfy.options").enable_args_parsing(False)
+    importlib.import_module("comfy.cli_args").args.cpu = chosen["cpu"]
+    return importlib.import_module("..nodes.trainee", __package__)
+
+
+def _comfyui_folders(given: Path | None) -> list[Path]:
+    if given:
+        return [given]
+    named = [os.environ.get(name) for name in ("MODULAR_LORA_COMFYUI", "COMFYUI_PATH")]
+    return [*(Path(name) for name in named if name), ROOT.parent.parent, ROOT / ".run" / "comfyui"]

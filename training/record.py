@@ -1,0 +1,85 @@
+"""What a training writes and says of itself: the LoRA files of its steps, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..modular_lora.files import LoraFile
+from . import output
+from .adapters import Factors, Spec
+from .options import Options, fingerprint
+from .trainee import Trainee
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training gave."""
+
+    lora: LoraFile
+    losses: tuple[float, ...]
+    report: str
+
+
+@dataclass(eq=False)
+class Record:
+    """One training on one base; remembers the file that it wrote last."""
+
+    trainee: Trainee
+    options: Options
+    spec: Spec
+    engine: str
+    base_name: str
+    safety: tuple[LoraFile, ...] = ()
+    contaminated: str = ""  # what the base carried, where that was overridden
+    dataset: output.DatasetRecord | None = None
+    started: float = field(default_factory=time.time)
+    last: LoraFile | None = None
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a training state must agree on to be gone on from."""
+        shas = hashlib.sha256("".join(sorted(lora.sha256 for lora in self.safety)).encode()).hexdigest()
+        found = fingerprint(self.options) | {"role": self.spec.role, "base_sha256": self.trainee.base_sha256}
+        found |= {
+            "safety_sha256": shas if self.safety else "",
+            "layers": str(len(self.spec.unet) + len(self.spec.text)),
+        }
+        return found | {"dataset_sha256": self.dataset.sha256 if self.dataset else ""}
+
+    def write(self, path: Path, step: int, factors: Factors, bases: Mapping[str, Tensor] | None = None) -> None:
+        """The LoRA as of ``step``; see `output.write`."""
+        made = output.Provenance(
+            family=self.trainee.family,
+            prediction=self.trainee.schedule.prediction,
+            base_sha256=self.trainee.base_sha256,
+            engine=self.engine,
+            steps=step,
+            started=self.started,
+            finished=time.time(),
+            base_name=self.base_name,
+            safety_sha256=tuple(lora.sha256 for lora in self.safety),
+            contaminated_base=self.contaminated,
+            initialisation=f"{self.spec.role}:{self.spec.seed}",
+            dataset=self.dataset,
+        )
+        metadata = output.metadata(self.options, made)
+        self.last = output.write(path, factors, metadata, self.options.save_precision, bases)
+
+    def trained(self, losses: Sequence[float], lines: Sequence[str]) -> Trained:
+        """The result, with its report."""
+        assert self.last is not None, "fit() writes at its end"
+        window = losses[-min(50, len(losses)) :]
+        head = [
+            f"{self.last.name}: {self.spec.role} LoRA, {len(self.last.layers)} layers, rank {self.spec.rank}, alpha "
+            f"{self.spec.alpha:g}, {len(losses)} steps, loss {sum(window) / len(window):.4f} (mean of the last "
+            f"{len(window)}), {time.time() - self.started:.0f} s",
+            f"base {self.base_name or self.trainee.family}, content SHA-256 {self.trainee.base_sha256[:12]}",
+            f"file SHA-256 {self.last.sha256}",
+        ]
+        return Trained(self.last, tuple(losses), "\n".join([*head, *lines]))

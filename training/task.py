@@ -1,0 +1,159 @@
+"""A task LoRA from captioned pictures, on W0; the safety LoRA is given, recorded, and out of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..modular_lora.files import LoraFile, LoraLayer, read_lora
+from ..modular_lora.guard import SafetyLora
+from . import contamination, dataset, dataset_config, dataset_export
+from .adapters import Adapters, Spec, adapted, select
+from .batches import Plan
+from .checkpointing import checkpointed
+from .denoising import Captions, Denoising, Latents
+from .loop import Job, Watch, fit
+from .options import OptionError, TaskOptions
+from .previews import Previews
+from .projection import bases, project
+from .record import Record, Trained
+from .trainee import Trainee
+
+ROLE = "task"
+
+
+def read_dataset(
+    options: TaskOptions, watch: Watch | None = None
+) -> tuple[dataset_config.DatasetConfig, dataset.DatasetReport]:
+    """The data set that the options name, looked through; DatasetError where it cannot be read."""
+    if bool(options.train_data_dir) == bool(options.dataset_config):
+        raise OptionError("Give train_data_dir or dataset_config, and not both.")
+    defaults = {"resolution": options.resolution, "batch_size": options.train_batch_size}
+    if options.dataset_config:
+        config = dataset_config.from_toml(options.dataset_config, defaults)
+    else:
+        config = dataset_config.from_folders(options.train_data_dir, options.reg_data_dir or None, defaults)
+    progress = None if watch is None else lambda done, total: watch.stage("reading pictures", done, total)
+    return config, dataset.scan(config, progress)
+
+
+def train_task(
+    trainee: Trainee,
+    options: TaskOptions,
+    watch: Watch,
+    safety: Sequence[SafetyLora] = (),
+    *,
+    engine: str,
+    base_name: str = "",
+) -> Trained:
+    """Train a task LoRA and write it to ``output_dir``; raises GuardError, OptionError or DatasetError.
+
+    ``safety`` is recorded, shown in previews, and what projection keeps clear of; the training forward knows nothing
+    of it, so the LoRA is bit for bit the same without it (projection off).
+    """
+    config, found = read_dataset(options, watch)
+    loras = tuple(s.lora for s in safety)
+    contaminated = _check_base(trainee, options, loras, base_name)
+    steps = options.max_train_steps, options.gradient_accumulation_steps
+    plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
+    loss = Denoising(trainee, options, plan, Latents(trainee, found, watch), Captions(trainee))
+    spec = _spec(trainee, options)
+    record = Record(trainee, options, spec, engine, base_name, loras, contaminated, dataset_export.record(found))
+    with (
+        adapted(trainee.unet, trainee.text_encoder, spec) as adapters,
+        checkpointed(trainee.unet, options.gradient_checkpointing),
+    ):
+        spans = _prepare(trainee, options, adapters, loras)
+        job = Job(
+            groups=_groups(adapters, options),
+            loss=loss.loss,
+            write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
+            fingerprint=record.fingerprint,
+            after_step=lambda masters: _project(adapters, spans, masters.of),
+            preview=Previews(trainee, adapters, options, safety),
+        )
+        losses = fit(job, options, trainee.device, watch)
+    return record.trained(losses, _lines(trainee, options, found, safety, spans, contaminated))
+
+
+def _check_base(trainee: Trainee, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
+    known = contamination.known_bases(*options.known_bases)
+    where = (name or trainee.family, trainee.base_sha256, trainee.weights())
+    found = contamination.check_base(*where, safety, trainee.infos, known=known, allow=options.allow_contaminated_base)
+    if trainee.patches:  # accepted by the host
+        found = "; ".join(filter(None, [found, f"a LoRA or model was merged into {trainee.patches} of its weights"]))
+    return found
+
+
+def _spec(trainee: Trainee, options: TaskOptions) -> Spec:
+    return Spec(
+        unet=select(trainee.unet_names, options.target),
+        text=trainee.text_names if options.network_train_text_encoder else {},
+        rank=options.network_dim,
+        alpha=options.network_alpha,
+        dropout=options.network_dropout,
+        seed=options.seed,
+        role=ROLE,
+    )
+
+
+def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:
+    """The adapters' parameters with their learning rates; nothing else is ever in the optimizer."""
+    groups = [(adapters.parameters("lora_unet_"), options.learning_rate)]
+    if options.network_train_text_encoder:
+        groups.append((adapters.parameters("lora_te"), options.text_encoder_lr))
+    return groups
+
+
+def _prepare(
+    trainee: Trainee, options: TaskOptions, adapters: Adapters, safety: Sequence[LoraFile]
+) -> dict[str, Tensor]:
+    """Load what is gone on from; the bases Q that projection keeps clear of, by kohya layer name."""
+    if options.network_weights:
+        start = read_lora(options.network_weights)
+        contamination.check_start(start, safety, trainee.infos)
+        adapters.load(start)
+    if not options.project:
+        return {}
+    if not safety:
+        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
+    layers = {name: LoraLayer(name, *factors) for name, factors in adapters.factors().items()}
+    spans = {name: Q.to(trainee.device) for name, Q in bases(layers, safety, trainee.infos).items()}
+    _project(adapters, spans, lambda weight: weight)
+    return spans
+
+
+@torch.no_grad()
+def _project(adapters: Adapters, spans: Mapping[str, Tensor], value_of: Callable[[nn.Parameter], Tensor]) -> None:
+    """A ← A − (A Q) Qᵀ on every layer that the safety LoRA changes as well."""
+    downs = adapters.downs() if spans else {}
+    for name, Q in spans.items():
+        A = value_of(downs[name])
+        A.copy_(project(A, Q))
+
+
+def _lines(
+    trainee: Trainee,
+    options: TaskOptions,
+    report: dataset.DatasetReport,
+    safety: Sequence[SafetyLora],
+    spans: Mapping[str, Tensor],
+    contaminated: str,
+) -> list[str]:
+    shown = "previews show it attached" if options.sample_every_n_steps else "no previews were drawn"
+    lines = [
+        f"safety LoRA {s.lora.name} {s.lora.sha256[:12]}: frozen, in no optimizer group, not in the training; {shown}"
+        for s in safety
+    ]
+    if not safety:
+        lines.append("no safety LoRA was given: the previews show the task LoRA alone")
+    if spans:
+        lines.append(f"projection: {len(spans)} layers kept clear of the safety LoRA's row space after every step")
+    cut = sum(trainee.too_long(picture.caption) for picture in report.pictures)
+    if cut:
+        lines.append(f"{cut} captions are longer than {options.max_token_length} tokens and were cut off")
+    if contaminated:
+        lines.append(f"WARNING: trained on a base that {contaminated} (allow_contaminated_base); the file says so")
+    return [*lines, *dataset.format_report(report).splitlines()]
