@@ -7,7 +7,9 @@ import importlib.util
 import math
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -208,14 +210,16 @@ def test_sdxl_sizes_are_original_crop_and_target():
 
 
 def sd_scripts(folder: Path, file: str, name: str):
-    """A function or class of a real checkout, without what its module imports."""
+    """A function, class or method of a real checkout, without what its module imports."""
     checkout = os.environ.get("SD_SCRIPTS_PATH")
     if not checkout:
         pytest.skip("SD_SCRIPTS_PATH names no sd-scripts checkout to compare with")
     tree = ast.parse((Path(checkout) / "library" / file).read_text(encoding="utf-8"))
-    node = next(node for node in tree.body if getattr(node, "name", None) == name)
+    node = next(node for node in ast.walk(tree) if getattr(node, "name", None) == name)
     path = folder / f"{name}.py"
-    imports = "import math\nimport numpy as np\nfrom typing import Optional, Tuple\n"
+    imports = (
+        "from __future__ import annotations\nimport math, random, re\nimport numpy as np\nfrom typing import Tuple\n"
+    )
     path.write_text(f"{imports}\n{ast.unparse(node)}", encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -236,3 +240,32 @@ def test_buckets_are_those_of_sd_scripts(tmp_path):
                 size = (generator.randint(64, 2500), generator.randint(64, 2500))
                 found = fit(size, Buckets(resolution, True, 256, 1280, step, no_upscale))
                 assert (found.bucket, found.resized) == other.select_bucket(*size)[:2]
+
+
+@pytest.mark.parametrize(
+    ("caption", "rules"),
+    [
+        ("a, b, c", {"shuffle_caption": True, "keep_tokens": 1, "caption_prefix": "p,", "caption_suffix": ", s"}),
+        ("a, b ||| c, d ||| e", {"shuffle_caption": True, "keep_tokens_separator": "|||"}),
+        ("a;;;b, c", {"shuffle_caption": True, "secondary_separator": ";;;"}),
+        ("a, b, c", {"caption_tag_dropout_rate": 0.5, "keep_tokens": 1}),
+        ("a, b, c", {"caption_dropout_rate": 0.3}),
+        ("{x|y} {{z}}, {q}", {"enable_wildcard": True}),
+        ("one\ntwo {a|b}", {"enable_wildcard": True}),
+        ("one\ntwo", {}),
+        ("a, b, c, d, e", {"token_warmup_step": 0.5, "token_warmup_min": 1}),
+        ("a, b, c, d, e", {"token_warmup_step": 20.0, "token_warmup_min": 2, "keep_tokens": 1}),
+        ("a. b. c", {"shuffle_caption": True, "caption_separator": "."}),
+        ("a, b", {"caption_dropout_every_n_epochs": 2}),
+    ],
+)
+def test_draws_are_those_of_sd_scripts(tmp_path, caption, rules):
+    process = sd_scripts(tmp_path, "train_util.py", "process_caption")
+    for epoch, step in ((0, 0), (1, 7), (2, 13), (3, 40)):
+        ours = {drawn(caption, seed, epoch=epoch, step=step, steps=30, **rules) for seed in range(200)}
+        theirs = set()
+        for seed in range(200):
+            random.seed(seed)
+            state = SimpleNamespace(current_epoch=epoch + 1, current_step=step, max_train_steps=30, replacements={})
+            theirs.add(process(state, SimpleNamespace(**asdict(CaptionRules(**rules))), caption))
+        assert ours == theirs

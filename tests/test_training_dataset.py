@@ -346,6 +346,16 @@ def test_errors_name_file_table_key_and_remedy(pair, text):
     assert "\n" not in str(caught.value) or "TOML" in str(caught.value)
 
 
+def test_captions_are_found_by_any_ending_that_is_asked_for(pair):
+    (pair / "a" / "p.wd14.TXT").write_text("tagged")
+    text = GOOD + 'caption_extension = "wd14.txt"\n'
+    report = scan(from_toml(toml(pair, text)))
+    assert [(p.caption, p.caption_ending) for p in report.pictures] == [("tagged", ".wd14.TXT")]
+    (plain,) = scan(from_toml(toml(pair, GOOD))).pictures
+    assert (plain.caption, plain.caption_ending) == ("x, y", ".txt")
+    assert set(report.findings) == {"upscaled"}
+
+
 def test_the_same_folder_twice_in_a_data_set_counts_once(pair):
     report = scan(from_toml(toml(pair, GOOD + '[[datasets.subsets]]\nimage_dir = "HERE/a"\n')))
     assert len(report.pictures) == 1

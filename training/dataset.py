@@ -146,7 +146,7 @@ class _Folder:
     dataset: Dataset
     subset: Subset
     files: tuple[Path, ...]  # pictures, by ending
-    names: frozenset[str]
+    captions: Mapping[str, Path]  # stem and ending, this in small letters -> file
     masks: Mapping[str, Path]  # stem -> mask
     found: dict[str, list[str]]
 
@@ -199,16 +199,17 @@ class _Folder:
 
     def _caption(self, path: Path, name: str) -> tuple[str, str]:
         """What the file says, and its ending; the class tokens where there is none."""
-        files = [path.with_suffix(ending) for ending in self.subset.caption_endings]
-        file = next((f for f in files if f.name in self.names), None)
+        found = (self.captions.get(path.stem + ending.lower()) for ending in self.subset.caption_endings)
+        file = next(filter(None, found), None)
         if file is not None:
             try:
-                return self._noted(captions.read(file), name), file.suffix
+                return self._noted(captions.read(file), name), file.name[len(path.stem) :]
             except (OSError, CaptionError) as error:
                 self.found["unreadable_captions"].append(f"{name}: {error}")
         else:
-            others = [path.stem + e for e in CAPTION_ENDINGS if path.stem + e in self.names]
-            hint = f" (there is {others[0]}, caption_extension is {files[0].suffix})" if others else ""
+            others = [self.captions[path.stem + e].name for e in CAPTION_ENDINGS if path.stem + e in self.captions]
+            wanted = self.subset.caption_endings[0]
+            hint = f" (there is {others[0]}, caption_extension is {wanted})" if others else ""
             kind = "without_caption" if self.subset.class_tokens else "without_text"
             self.found[kind].append(name + hint)
         return self.subset.class_tokens or "", ""
@@ -243,18 +244,28 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
     entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
     entries = [entry for entry in entries if not SIDE_FILES.fullmatch(entry.name)]
     files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
-    stems, endings = {file.stem for file in files}, {*subset.caption_endings, *CAPTION_ENDINGS}
+    stems, texts = {file.stem for file in files}, _captions(entries, subset)
     for entry in sorted(set(entries) - set(files)):
         name = f"{entry.parent.name}/{entry.name}"
         if entry.is_dir():
             if entry != subset.conditioning_data_dir:
                 found["ignored_folders"].append(f"{name}: inside a folder of pictures")
-        elif entry.suffix not in endings:
+        elif entry not in texts:
             found["unsupported"].append(name)
-        elif entry.stem not in stems:
+        elif texts[entry] not in stems:
             found["captions_alone"].append(name)
+    by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
     masks = _masks(subset, stems, found)
-    return _Folder(index, dataset, subset, files, frozenset(entry.name for entry in entries), masks, found)
+    return _Folder(index, dataset, subset, files, by_name, masks, found)
+
+
+def _captions(entries: list[Path], subset: Subset) -> dict[Path, str]:
+    """Caption files -> stem, by any ending that may be meant; '.wd14.txt' goes before '.txt'."""
+    endings = sorted({ending.lower() for ending in (*subset.caption_endings, *CAPTION_ENDINGS)}, key=len)
+    out = {}
+    for ending in endings:
+        out |= {e: e.name[: -len(ending)] for e in entries if e.name.lower().endswith(ending) and e.is_file()}
+    return out
 
 
 def _masks(subset: Subset, stems: set[str], found: dict[str, list[str]]) -> dict[str, Path]:

@@ -38,7 +38,6 @@ INTERPOLATIONS = {
     "area": Image.Resampling.BOX,
     "box": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,
-    "lanczos4": Image.Resampling.LANCZOS,
 }
 
 
@@ -137,7 +136,8 @@ def _shrunk(size: Size, area: int, step: int) -> Size:
 def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
     """SDXL's size conditioning (6, int64): original h w, crop top left, target h w (arXiv 2307.01952, section 2.2).
 
-    The crop is the real one, in pixels of the resized picture; of a flipped picture, from its other side.
+    The crop is the real one, in pixels of the resized picture; of a flipped picture, from its other side. sd-scripts
+    gives half the gap that the picture would leave when fitted inside the bucket.
     """
     left, top = fit.crop
     if flipped:
