@@ -156,27 +156,27 @@ def test_a_contaminated_base_is_refused_with_the_remedy_or_recorded(caplog):
     W = merged(weights(), safety, 0.5)
     assert check(weights(), safety) == ""
     with pytest.raises(
-        GuardError, match=r"base.safetensors contains the safety LoRA safety at strength 0\.\d\d"
+        GuardError, match=r"base.safetensors contains the safety LoRA safety \(U-Net\) at strength 0\.\d"
     ) as error:
         check(W, other, safety)
     assert "train on the original base W0, or set allow_contaminated_base" in str(error.value)
     assert "\n" not in str(error.value)
     with caplog.at_level(logging.WARNING, "modular_lora"):
         recorded = check(W, other, safety, allow=True)
-    assert recorded.startswith("contains the safety LoRA safety at strength 0.")
+    assert recorded.startswith("contains the safety LoRA safety (U-Net) at strength 0.")
     assert "trained on all the same (allow_contaminated_base)" in caplog.text
 
 
 def test_a_merge_at_strength_one_can_be_undone_and_the_error_says_how():
     safety = lora(1, size=1.0)
-    with pytest.raises(GuardError, match="or merge safety into it at strength −1 first"):
+    with pytest.raises(GuardError, match=r"or merge safety \(U-Net\) into it at strength −1 first"):
         check(merged(weights(), safety, 1.0), safety)
 
 
 def test_a_lora_too_small_to_be_found_is_said_to_be(caplog):
     with caplog.at_level(logging.WARNING, "modular_lora"):
         assert check(weights(), lora(1, size=1e-4)) == ""
-    assert "safety is too small beside the weights to be found if it was merged" in caplog.text
+    assert "safety (U-Net) is too small beside the weights to be found if it was merged" in caplog.text
 
 
 def test_the_registry_goes_first():
@@ -187,6 +187,24 @@ def test_the_registry_goes_first():
     with pytest.raises(GuardError, match=r"is known as contaminated: bad \(merged by hand\)"):
         check(weights(), known=known, sha256="1" * 64)
     assert check(weights(), known=known, sha256="1" * 64, allow=True).startswith("is known as contaminated: bad")
+
+
+def test_a_safety_lora_merged_into_the_text_encoder_alone_is_found_whatever_the_registry_says_of_the_unet():
+    def renamed(names: Mapping) -> dict:
+        return {f"lora_te_{n}" if n in ("layer_1", "layer_2", "layer_4", "layer_5") else n: x for n, x in names.items()}
+
+    safety = replace(lora(1), layers=renamed(lora(1).layers))
+    clean = renamed(weights())
+    W = clean | {n: w for n, w in merged(clean, safety, 1.0).items() if n.startswith("lora_te_")}
+    known = {"0" * 64: KnownBase("good", "clean")}
+    assert check(clean, safety) == check(clean, safety, known=known) == ""
+    for registry in ({}, known):
+        with pytest.raises(GuardError, match=r"contains the safety LoRA safety \(text encoder\) at strength"):
+            check(W, safety, known=registry)
+    unet = {n: w for n, w in W.items() if not n.startswith("lora_te_")}  # no text encoder at hand
+    assert check(unet, safety) == check(unet, safety, known=known) == ""
+    with pytest.raises(GuardError, match="safety: the base has none of its 24 layers"):
+        check({}, safety)
 
 
 def test_a_registry_of_ones_own_adds_to_the_bundled_one_and_overrules_it(tmp_path):

@@ -19,7 +19,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
 from ..modular_lora.interference import Factor, factors, inner, norm
-from ..modular_lora.matching import match_layers
+from ..modular_lora.matching import is_text, match_layers
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find
 WHOLE = 0.02  # of strength 1: this close, taking the LoRA out again gives W0 up to rounding
@@ -149,14 +149,16 @@ def check_base(
 ) -> str:
     """Refuse a base that carries a safety LoRA; what goes into the file's metadata where that is allowed, else "".
 
-    ``name`` is the base's, for messages. A base that ``known`` calls clean is not tested. Raises GuardError.
+    ``name`` is the base's, for messages; ``base_sha256`` is of its U-Net. A U-Net that ``known`` calls clean is not
+    tested; a text encoder is, on its own, since a safety LoRA may be merged into one of the two. Raises GuardError.
     """
     entry = known.get(base_sha256)
-    if entry and entry.status == "clean":
-        return ""
-    problems = [f"is known as contaminated: {entry.name}" + f" ({entry.note})" * bool(entry.note)] if entry else []
+    clean = entry is not None and entry.status == "clean"
+    problems = []
+    if entry and not clean:
+        problems.append(f"is known as contaminated: {entry.name}" + f" ({entry.note})" * bool(entry.note))
     remedy = "train on the original base W0"
-    for lora in safety:
+    for lora in (half for whole in safety for half in _halves(whole, weights, infos, clean)):
         finding = measure(weights, lora, infos)
         _log.info("%s: %s", name, finding)
         if finding.verdict != "clean":
@@ -187,6 +189,22 @@ def check_start(start: LoraFile, safety: Sequence[LoraFile], infos: Sequence[Mod
         s = math.fsum(inner(ours[key], D) for key, D in theirs.items() if key in ours) / energy if energy else 0.0
         if s > LEAST_T:
             raise GuardError(f"{start.name} contains the safety LoRA {lora.name} at strength {s:.2f}: {remedy}.")
+
+
+def _halves(
+    lora: LoraFile, weights: Mapping[str, Tensor], infos: Sequence[ModelInfo], only_text: bool
+) -> list[LoraFile]:
+    """The file's U-Net half (unless ``only_text``) and text-encoder half, those of which the base has a weight."""
+    halves = []
+    for text, part in ((False, "U-Net"), (True, "text encoder")):
+        layers = {n: x for n, x in lora.layers.items() if is_text(n) is text}
+        halves.append(replace(lora, name=f"{lora.name} ({part})", layers=layers))
+    present = [half for half in halves if not weights.keys().isdisjoint(_factors(half, infos))]
+    if not present:
+        raise GuardError(
+            f"{lora.name}: the base has none of its {len(lora.layers)} layers: use one made for this base."
+        )
+    return [half for half in present if not (only_text and half is halves[0])]
 
 
 def _factors(lora: LoraFile, infos: Sequence[ModelInfo]) -> dict[str, Factor]:
