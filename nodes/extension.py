@@ -13,6 +13,7 @@ from .load import LoadSafetyLora, LoadTaskLora
 from .picture import GuardedDecode, SaveAttestedImage
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .sockets import register_safety_folder
+from .training import DatasetReport, ProjectTaskLora, TrainSafetyLora, TrainTaskLora
 
 
 class ModularLoraExtension(ComfyExtension):
@@ -31,4 +32,8 @@ class ModularLoraExtension(ComfyExtension):
             GuardedDecode,
             SaveAttestedImage,
             LoraInterference,
+            TrainTaskLora,
+            TrainSafetyLora,
+            DatasetReport,
+            ProjectTaskLora,
         ]

@@ -19,7 +19,7 @@ from ..modular_lora.guard import SafetyLora
 from . import dataset, inspection, options, output, projection
 from .options import SafetyOptions, TaskOptions
 from .safety import train_safety
-from .task import read_dataset, train_task
+from .task import configure, train_task
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads")
@@ -86,7 +86,7 @@ def with_options(chosen: dict) -> str:
     values = {name: value for name, value in chosen.items() if name not in OWN}
     made = options.load(cls, chosen["config"], values)
     if chosen["command"] == "dataset":
-        return dataset.format_report(read_dataset(made)[1])
+        return dataset.format_report(dataset.scan(configure(made)))
     if chosen["threads"]:
         import torch
 
@@ -108,7 +108,7 @@ def project(chosen: dict) -> str:
     infos = _host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
     tensors, report = projection.project_file(task, safety, infos, dtype)
-    output.write_tensors(chosen["output"], tensors, projection.metadata(task, safety, report))
+    output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
     return projection.format_projection(report)
 
 

@@ -135,15 +135,9 @@ class SafetyOptions(Options):
     pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never")
 
 
-def load(cls: type[T], config: str | Path | None = None, values: dict[str, Any] | None = None) -> T:
+def load(cls: type[T], config: Path | None = None, values: dict[str, Any] | None = None) -> T:
     """Options from a TOML file, overridden by ``values``; OptionError for an unknown key (with the nearest known)."""
-    found: dict[str, Any] = {}
-    if config:
-        try:
-            found = tomllib.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise OptionError(f"{config}: cannot be read as TOML ({error}): mend the file.") from error
-    found |= values or {}
+    found = (parse(config) if config else {}) | (values or {})
     known = {f.name: hint for f, hint in _fields(cls)}
     for name in found:
         if name not in known:
@@ -152,6 +146,16 @@ def load(cls: type[T], config: str | Path | None = None, values: dict[str, Any] 
                 f"Option {name!r} does not exist: {f'did you mean {near[0]!r}?' if near else 'see --help.'}"
             )
     return cls(**{name: coerce(name, value, known[name]) for name, value in found.items()})
+
+
+def parse(config: str | Path) -> dict[str, Any]:
+    """What a TOML file, or a text, says; OptionError where it is none."""
+    try:
+        text = config.read_text(encoding="utf-8-sig") if isinstance(config, Path) else config
+        return tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        what = config if isinstance(config, Path) else "options"
+        raise OptionError(f"{what}: cannot be read as TOML ({error}): write name = value, texts in quotes.") from error
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
-from .projection import project, residual
+from .projection import ProjectionReport, project, residual
 from .trainee import Prediction
 
 CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
@@ -98,6 +98,12 @@ def metadata(options: Options, made: Provenance) -> dict[str, str]:
     if options.no_dataset_metadata:
         found = {key: value for key, value in found.items() if key not in LEAKS}
     return {key: str(value) for key, value in found.items() if value not in ("", None)}
+
+
+def projected_metadata(task: LoraFile, safety: Sequence[LoraFile], report: ProjectionReport) -> dict[str, str]:
+    """Metadata of a projected file: the task LoRA's own, with what it is clear of now and how well."""
+    shas = ",".join(lora.sha256 for lora in safety)
+    return task.metadata | {SAFETY_KEY: shas, PROJECTED_KEY: f"residual {report.residual:.1e}"}
 
 
 def write(

@@ -24,19 +24,14 @@ from .trainee import Trainee
 ROLE = "task"
 
 
-def read_dataset(
-    options: TaskOptions, watch: Watch | None = None
-) -> tuple[dataset_config.DatasetConfig, dataset.DatasetReport]:
-    """The data set that the options name, looked through; DatasetError where it cannot be read."""
+def configure(options: TaskOptions) -> dataset_config.DatasetConfig:
+    """The data set that the options name, its pictures not yet read; DatasetError or OptionError."""
     if bool(options.train_data_dir) == bool(options.dataset_config):
         raise OptionError("Give train_data_dir or dataset_config, and not both.")
     defaults = {"resolution": options.resolution, "batch_size": options.train_batch_size}
     if options.dataset_config:
-        config = dataset_config.from_toml(options.dataset_config, defaults)
-    else:
-        config = dataset_config.from_folders(options.train_data_dir, options.reg_data_dir or None, defaults)
-    progress = None if watch is None else lambda done, total: watch.stage("reading pictures", done, total)
-    return config, dataset.scan(config, progress)
+        return dataset_config.from_toml(options.dataset_config, defaults)
+    return dataset_config.from_folders(options.train_data_dir, options.reg_data_dir or None, defaults)
 
 
 def train_task(
@@ -53,7 +48,8 @@ def train_task(
     ``safety`` is recorded, shown in previews, and what projection keeps clear of; the training forward knows nothing
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
-    config, found = read_dataset(options, watch)
+    config = configure(options)
+    found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(trainee, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps

@@ -1,0 +1,116 @@
+"""What a training shows on its node: progress bar, loss curve, previews; and ComfyUI's interrupt button."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image, ImageDraw
+
+from .sockets import show
+
+WIDTH, HEIGHT, MARGIN = 640, 360, 40
+BACKGROUND, INK, RAW, SMOOTH = (250, 250, 248), (40, 40, 40), (190, 205, 225), (40, 90, 170)
+SECONDS = 2.0  # between two pictures of the curve
+
+
+class NodeWatch:
+    """See training.loop.Watch."""
+
+    def __init__(self, node: type[io.ComfyNode]):
+        self.node, self.pictures, self._shown = node, [], 0.0
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def check(self) -> None:
+        """Raises ComfyUI's InterruptProcessingException (0.3.75 and 0.33.0)."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        self.check()
+        self._bar.update_absolute(done, total)
+        if self._due() or done == total:
+            show(self.node, f"{text}: {done} of {total}")
+
+    def read(self, done: int, total: int) -> None:
+        self.stage("reading pictures", done, total)
+
+    def step(self, step: int, total: int, losses: list[float]) -> None:
+        if self._due() or step == total:
+            show(self.node, f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}")
+            self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses), WIDTH))
+        else:
+            self._bar.update_absolute(step, total)
+
+    def sample(self, step: int, pictures: list[Path]) -> None:
+        self.pictures = pictures
+        for path in pictures[:1]:
+            with Image.open(path) as picture:
+                self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
+        self._shown = time.monotonic()
+
+    def _due(self) -> bool:
+        due = time.monotonic() - self._shown >= SECONDS
+        if due:
+            self._shown = time.monotonic()
+        return due
+
+    def samples(self) -> torch.Tensor:
+        """The last previews as one IMAGE batch (b h w 3); one black pixel where none were drawn."""
+        if not self.pictures:
+            return torch.zeros(1, 1, 1, 3)
+        return torch.cat([image_tensor(Image.open(path)) for path in self.pictures])
+
+
+def smoothed(losses: Sequence[float], decay: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    mean, out = 0.0, []
+    for i, loss in enumerate(losses, 1):
+        mean = decay * mean + (1 - decay) * loss
+        out.append(mean / (1 - decay**i))
+    return out
+
+
+def loss_curve(losses: Sequence[float]) -> Image.Image:
+    """Loss of every step and its smoothed curve, from zero to just above the smoothed curve's peak."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
+    draw, smooth = ImageDraw.Draw(picture), smoothed(losses)
+    top = 1.25 * max(smooth, default=1.0) or 1.0
+    right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+
+    def line(values: Sequence[float], colour: tuple[int, int, int], width: int) -> None:
+        every = max(1, len(values) // right)
+        points = [
+            (MARGIN + (right - MARGIN) * i / max(1, len(values) - 1), bottom - (bottom - MARGIN) * min(v / top, 1))
+            for i, v in enumerate(values)
+            if i % every == 0
+        ]
+        draw.line(points, fill=colour, width=width)
+
+    line(losses, RAW, 1)
+    line(smooth, SMOOTH, 2)
+    draw.line((MARGIN, MARGIN, MARGIN, bottom, right, bottom), fill=INK)
+    draw.text((4, MARGIN - 16), f"loss {top:.4g}", fill=INK)
+    draw.text((right - 60, bottom + 6), f"{len(losses)} steps", fill=INK)
+    return picture
+
+
+def image_tensor(picture: Image.Image) -> torch.Tensor:
+    """IMAGE (1 h w 3, float32 0..1) of a picture."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32)[None] / 255)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], size: int, columns: int) -> Image.Image:
+    """Pictures on a white sheet, each within ``size`` pixels."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (size + 4), max(1, rows) * (size + 4)), (255, 255, 255))
+    for i, picture in enumerate(pictures):
+        small = picture.convert("RGB")
+        small.thumbnail((size, size))
+        sheet.paste(small, (i % columns * (size + 4) + 2, i // columns * (size + 4) + 2))
+    return sheet

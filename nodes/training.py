@@ -1,0 +1,358 @@
+"""Train Task LoRA, Train Safety LoRA, Dataset Report and Project Task LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import typing
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import read_lora
+from ..modular_lora.guard import SafetyLora, TaskLora
+from ..training import dataset, options, output, projection
+from ..training.dataset_config import DatasetConfig
+from ..training.options import SafetyOptions, TaskOptions
+from ..training.record import Trained
+from ..training.safety import train_safety
+from ..training.task import configure, train_task
+from . import host, trainee
+from .load import handles
+from .progress import NodeWatch, contact_sheet, image_tensor, loss_curve
+from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, show
+
+GROUP = f"{CATEGORY}/train"
+NUMBERED = re.compile(r"\d+_.*")
+NAME = re.compile(r"[\w][\w .+-]*")
+FROM_GRAPH = (  # files, folders and services that a graph must not name
+    "output_name", "output_dir", "train_data_dir", "reg_data_dir", "dataset_config", "resume", "safety_lora",
+    "safety_strength", "network_weights", "known_bases", "log_with",
+)  # fmt: skip
+TASK = (
+    "output_name", "network_dim", "network_alpha", "target", "learning_rate", "max_train_steps", "train_batch_size",
+    "resolution", "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
+    "gradient_checkpointing", "network_train_text_encoder", "min_snr_gamma", "noise_offset", "project",
+    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
+)  # fmt: skip
+SAFETY = (
+    "output_name", "concept", "synonyms", "preserve", "objective", "network_dim", "network_alpha", "target",
+    "learning_rate", "max_train_steps", "train_batch_size", "train_size", "negative_guidance", "preserve_weight",
+    "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision", "gradient_checkpointing",
+    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
+)  # fmt: skip
+
+
+def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
+    """Inputs of a node for the named options, with the command line's defaults and help."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return [_input(name, hints[name], fields[name]) for name in names]
+
+
+def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
+    what: dict[str, typing.Any] = {"tooltip": field.metadata["help"], "default": field.default}
+    if typing.get_origin(hint) is typing.Literal:
+        return io.Combo.Input(name, list(typing.get_args(hint)), **what)
+    if typing.get_origin(hint) is tuple:
+        return io.String.Input(
+            name, multiline=True, **what | {"default": "", "tooltip": f"{what['tooltip']}; one a line"}
+        )
+    if hint is bool:
+        return io.Boolean.Input(name, **what)
+    if hint is int:
+        return io.Int.Input(name, min=0, max=2**63 - 1 if name == "seed" else 1_000_000, **what)
+    if hint is float:
+        return io.Float.Input(
+            name, min=0.0, max=10_000.0, step=1e-6 if field.default < 1e-2 else 0.01, round=False, **what
+        )
+    return io.String.Input(name, **what)
+
+
+MORE = io.String.Input(
+    "more_options",
+    default="",
+    multiline=True,
+    optional=True,
+    tooltip="Further options as TOML, named as on the command line (python -m training train-task --help).",
+)
+RESUME = io.Boolean.Input(
+    "resume", default=False, optional=True, tooltip="Go on from the newest saved state of this output_name."
+)
+
+
+def gathered(cls: type, values: dict, more: str, **ours: str):
+    """Options of a node's inputs; multi-line texts become lists. GuardError or OptionError with the remedy."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if typing.get_origin(hints[name]) is tuple:
+            values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
+    if not NAME.fullmatch(values["output_name"]) or values["output_name"].endswith("."):
+        raise GuardError(f"output_name {values['output_name']!r}: letters, digits, - and _ only: it names the file.")
+    extra = options.parse(more)
+    if refused := sorted(set(extra) & set(FROM_GRAPH)):
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set from a graph: use the node's inputs, or the command line."
+        )
+    return options.load(cls, None, values | extra | ours)
+
+
+def data_sets() -> list[str]:
+    """Folders of N_name folders, and data-set TOML files, in ComfyUI's input folder."""
+    root = Path(folder_paths.get_input_directory())
+    entries = sorted(root.iterdir(), key=lambda e: e.name) if root.is_dir() else []
+    return [e.name for e in entries if e.suffix == ".toml" or (e.is_dir() and any(map(_numbered, e.iterdir())))]
+
+
+def _numbered(folder: Path) -> bool:
+    return folder.is_dir() and bool(NUMBERED.fullmatch(folder.name))
+
+
+def data_set_option(name: str) -> dict[str, str]:
+    """The option for a name in the drop-down."""
+    path = Path(folder_paths.get_input_directory()) / name
+    return {"dataset_config" if path.suffix == ".toml" else "train_data_dir": str(path)}
+
+
+def inside(config: DatasetConfig) -> DatasetConfig:
+    """``config``; GuardError where it reads from outside ComfyUI's input folder, which a graph must not do."""
+    root = Path(os.path.abspath(folder_paths.get_input_directory()))
+    for subset in (s for d in config.datasets for s in d.subsets):
+        for folder in (subset.image_dir, subset.conditioning_data_dir):
+            if folder and not Path(os.path.abspath(folder)).is_relative_to(root):
+                raise GuardError(f"Data set folder {folder} is outside ComfyUI's input folder: move or link it there.")
+    return config
+
+
+def data_set_input() -> io.Input:
+    tip = "Folder of N_name folders (N repeats) with pictures and captions, or a data-set TOML, in the input folder."
+    return io.Combo.Input("data_set", data_sets(), tooltip=tip)
+
+
+def data_set_state(name: str) -> str:
+    """Changes with the data set's files, so that a cached training or report is not taken for a new one."""
+    path = Path(folder_paths.get_input_directory()) / name
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def work_folder(name: str) -> Path:
+    """Where a training of that name keeps checkpoints, states, previews and logs."""
+    return Path(folder_paths.get_output_directory()) / "modular_lora" / name
+
+
+def newest_state(name: str, resume: bool) -> str:
+    """The newest saved state's folder; "" where none is wanted."""
+    if not resume:
+        return ""
+    states = sorted(work_folder(name).glob(f"{name}-step*-state"))
+    if not states:
+        raise GuardError(f"resume: {name} has no saved state: set save_every_n_steps, or switch resume off.")
+    return str(states[-1])
+
+
+def published(trained: Trained, folder: str) -> Path:
+    """A copy of the LoRA in a model folder under a name of its own, whole or not at all."""
+    target = Path(folder_paths.get_folder_paths(folder)[0])
+    target.mkdir(parents=True, exist_ok=True)
+    stem = trained.lora.path.stem
+    free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
+    path = next(p for p in free if not p.exists())
+    temporary = path.with_suffix(".partial")
+    shutil.copyfile(trained.lora.path, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
+    """What both trainings give: the LoRA on its socket, report, loss curve, previews."""
+    comfy.model_management.soft_empty_cache()
+    report = f"saved as {path.name} in {path.parent.name}\n{trained.report}"
+    show(node, report)
+    curve = image_tensor(loss_curve(trained.losses))
+    return io.NodeOutput((handle,), report, curve, watch.samples(), ui=ui.PreviewImage(curve, cls=node))
+
+
+OUTPUTS = [
+    io.String.Output("report", display_name="report", tooltip="What was trained, on what, and what was noticed."),
+    io.Image.Output("loss", display_name="loss", tooltip="Loss of every step, and its smoothed curve."),
+    io.Image.Output("samples", display_name="samples", tooltip="The last previews, safety LoRA attached."),
+]
+
+
+def _loaded_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
+        io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
+        io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
+    ]
+
+
+class TrainTaskLora(io.ComfyNode):
+    """A task LoRA on W0; the safety LoRA is recorded, shown in previews, and out of the training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraTrainTask",
+            display_name="Train Task LoRA",
+            category=GROUP,
+            description="Trains a LoRA on captioned pictures, on the pretrained weights alone. The safety LoRA is "
+            "frozen and detached: it is attached for previews only, so that they show what will be served.",
+            inputs=[
+                *_loaded_inputs(),
+                data_set_input(),
+                *option_inputs(TaskOptions, TASK),
+                SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
+                MORE,
+                RESUME,
+            ],
+            outputs=[
+                TaskSocket.Output("task_lora", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
+                *OUTPUTS,
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, data_set, **_):
+        return data_set_state(data_set)
+
+    @classmethod
+    def execute(cls, model, clip, vae, data_set, safety_lora=(), more_options="", resume=False, **values):
+        safety, name = handles(safety_lora, SafetyLora), values["output_name"]
+        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume), **data_set_option(data_set)}
+        made = gathered(TaskOptions, values, more_options, **ours)
+        inside(configure(made))
+        watch = NodeWatch(cls)
+        with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+            trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
+        path = published(trained, "loras")
+        return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
+
+
+class TrainSafetyLora(io.ComfyNode):
+    """A safety LoRA that erases a concept given by prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraTrainSafety",
+            display_name="Train Safety LoRA",
+            category=GROUP,
+            description="Trains a LoRA that takes a concept away, from prompts alone (ESD, SDD or LECO), and holds "
+            "what is listed under preserve to what the base does.",
+            inputs=[*_loaded_inputs(), *option_inputs(SafetyOptions, SAFETY), MORE, RESUME],
+            outputs=[
+                SafetySocket.Output(
+                    "safety_lora", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."
+                ),
+                *OUTPUTS,
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, more_options="", resume=False, **values):
+        name = values["output_name"]
+        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume)}
+        made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
+        with trainee.opened(model, clip, vae, made) as opened:
+            trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
+        path = published(trained, SAFETY_FOLDER)
+        return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
+
+
+class DatasetReport(io.ComfyNode):
+    """A data set looked through before anything is trained on it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraDatasetReport",
+            display_name="Dataset Report",
+            category=GROUP,
+            description="Counts and names what a data set holds: pictures, captions, buckets; broken pictures, empty "
+            "or missing captions, duplicates.",
+            inputs=[
+                data_set_input(),
+                *option_inputs(TaskOptions, ("resolution", "train_batch_size")),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="Counts and names."),
+                io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 pictures."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, data_set, **_):
+        return data_set_state(data_set)
+
+    @classmethod
+    def execute(cls, data_set, resolution, train_batch_size) -> io.NodeOutput:
+        values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
+        found = dataset.scan(inside(configure(options.load(TaskOptions, None, values))), NodeWatch(cls).read)
+        report = dataset.format_report(found)
+        show(cls, report)
+        sheet = contact_sheet([Image.open(p.path) for p in found.pictures[:48]], 96, 8)
+        picture = image_tensor(sheet)
+        return io.NodeOutput(report, picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class ProjectTaskLora(io.ComfyNode):
+    """An existing task LoRA kept clear of a safety LoRA's row space, as a new file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraProjectTask",
+            display_name="Project Task LoRA",
+            category=GROUP,
+            description="Takes out of a task LoRA what answers to the safety LoRA's inputs: on each layer, and for "
+            "inputs in the safety LoRA's row space, the two together then answer as the safety LoRA alone.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that gives the layers their names; it is not changed."),
+                io.Clip.Input("clip", tooltip="Its CLIP, for layers of the text encoder."),
+                TaskSocket.Input("task_lora", tooltip="One task LoRA, from Load Task LoRA."),
+                SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
+                io.Combo.Input(
+                    "save_precision", list(output.DTYPES), default="fp16", tooltip="Type of the new file's numbers."
+                ),
+            ],
+            outputs=[
+                TaskSocket.Output("task_lora_out", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
+                io.String.Output("report", display_name="report", tooltip="Energy removed, layer by layer."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, task_lora, safety_lora, save_precision) -> io.NodeOutput:
+        tasks, safety = handles(task_lora, TaskLora), handles(safety_lora, SafetyLora)
+        if len(tasks) != 1:
+            raise GuardError(
+                f"Project Task LoRA got {len(tasks)} task LoRAs: connect one, and project the others apart."
+            )
+        task, loras = tasks[0], [s.lora for s in safety]
+        infos = (host.model_info(model), host.clip_info(clip))
+        tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
+        path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{task.lora.path.stem}_projected.safetensors"
+        lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
+        text = projection.format_projection(report)
+        show(cls, f"saved as {path.name}\n" + projection.format_projection(report, rows=False))
+        return io.NodeOutput((dataclasses.replace(task, lora=lora),), text)
