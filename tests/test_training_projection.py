@@ -14,7 +14,7 @@ from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.guard import ModelInfo
-from modular_lora_guard.training.output import write_tensors
+from modular_lora_guard.training.output import projected_metadata, write_tensors
 from modular_lora_guard.training.projection import (
     bases,
     format_projection,
@@ -228,7 +228,14 @@ def test_the_report_counts_the_energy_of_the_dense_matrices(tmp_path):
         read_lora(ASSETS / "demo_safety_vehicles.safetensors"),
     )
     tensors, report = project_file(task, [safety])
-    after = write_tensors(tmp_path / "p.safetensors", tensors, task.metadata)
+    says = projected_metadata(task, [safety], report)
+    after = write_tensors(tmp_path / "p.safetensors", tensors, says)
+    assert after.metadata["modular_lora.safety_sha256"] == safety.sha256
+    assert after.metadata["modular_lora.projected"] == f"residual {report.residual:.1e}"
+    assert after.metadata["ss_network_dim"] == task.metadata["ss_network_dim"]
+    assert projected_metadata(after, [safety, task], report)["modular_lora.safety_sha256"] == (
+        f"{safety.sha256},{task.sha256}"
+    )
     dense = lambda x: float((x.scale * x.up.double().flatten(1) @ x.down.double().flatten(1)).norm() ** 2)  # noqa: E731
     assert len(report.layers) == 84
     for p in report.layers[::12]:

@@ -102,8 +102,9 @@ def metadata(options: Options, made: Provenance) -> dict[str, str]:
 
 def projected_metadata(task: LoraFile, safety: Sequence[LoraFile], report: ProjectionReport) -> dict[str, str]:
     """Metadata of a projected file: the task LoRA's own, with what it is clear of now and how well."""
-    shas = ",".join(lora.sha256 for lora in safety)
-    return task.metadata | {SAFETY_KEY: shas, PROJECTED_KEY: f"residual {report.residual:.1e}"}
+    before = filter(None, task.metadata.get(SAFETY_KEY, "").split(","))
+    shas = dict.fromkeys((*before, *(lora.sha256 for lora in safety)))  # each once, in order
+    return task.metadata | {SAFETY_KEY: ",".join(shas), PROJECTED_KEY: _residual(report.residual)}
 
 
 def write(
@@ -144,7 +145,7 @@ def write(
     if zero:
         _log.warning("%s: %d of %d layers are zero and left out (first %s)", name, len(zero), len(layers), zero[0])
     if residuals:
-        metadata = {**metadata, PROJECTED_KEY: f"residual {max(residuals):.1e}"}
+        metadata = {**metadata, PROJECTED_KEY: _residual(max(residuals))}
     return write_tensors(path, tensors, metadata)
 
 
@@ -190,6 +191,10 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
     }
+
+
+def _residual(value: float) -> str:
+    return f"residual {value:.1e}"
 
 
 def _cast(file: str, layer: str, value: Tensor, dtype: torch.dtype) -> Tensor:
