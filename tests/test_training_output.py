@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,3 +285,25 @@ def test_inspect_reads_the_demo_world_loras():
     assert "safety role" in text
     assert "84 layers" in text
     assert "modular_lora.concept: vehicles" in text
+
+
+def test_comfyui_and_the_guard_load_every_layer_that_is_written(comfy, loaded, loras, tmp_path):
+    model, _, _ = loaded
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, generator=g) / 8  # noqa: E731
+    layers = {}
+    for name, spec in loras.unet.items():
+        out, *inside = spec.weight_shape
+        layers[name] = make(4, *inside), make(out, 4, *(1 for _ in inside[1:])), 4.0
+    path = write(tmp_path / "x.safetensors", layers, metadata(TaskOptions(), MADE)).path
+    info = comfy.host.model_info(model)
+    patches = sys.modules["comfy.lora"].load_lora(safetensors.torch.load_file(path), info.key_map)
+    assert set(patches) == {info.key_map[name] for name in layers}
+    part = comfy.host_guard.build_part(
+        "model",
+        info,
+        (comfy.host_guard.SafetyLora(comfy.host_files.read_lora(path), 1.0),),
+        (),
+        comfy.host_guard.Policy(),
+    )
+    assert (part.lines[0].matched, part.lines[0].unmatched) == (len(layers), ())
