@@ -1,0 +1,35 @@
+"""Figures that the docs' tables are drawn from: rows of docs/figures/*.json, each with the command that printed it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
+
+
+def machine() -> str:
+    """Processor, cores and whether it has the instructions that half precision is fast with."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    name = next(
+        (line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line), platform.machine()
+    )
+    fast = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
+    return f"CPU, {os.cpu_count()} cores, {name}, {', '.join(fast) or 'no AVX-512, no bf16 instructions'}"
+
+
+def record(file: str, rows: dict[str, object], command: str) -> None:
+    """Put ``rows`` (name -> value) into docs/figures/``file``, in the place of rows of the same names."""
+    path = FOLDER / file
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    kept = [row for row in kept if row["name"] not in rows]
+    common = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
+    kept += [{"name": name, "value": value, **common} for name, value in rows.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"rows": kept}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
