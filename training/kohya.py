@@ -1,0 +1,233 @@
+"""The second engine: an unmodified checkout of kohya-ss/sd-scripts, for every family it trains and for many GPUs.
+
+accelerate starts kohya_entry.py, that starts the checkout's own script with our ``--network_module``. The command is
+a fixed list of arguments, no shell reads it, nothing is downloaded, and several GPUs or machines are accelerate's
+own configuration. Nothing counts as done before the file that was written has passed every check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import LoraFile, read_lora, sha256_file
+from ..modular_lora.guard import SafetyLora
+from ..modular_lora.interference import Factor, norm
+from . import dataset, kohya_entry, kohya_process
+from .dataset_export import to_toml
+from .kohya_arguments import FAMILIES, Family, Run, leco_prompts, safety_arguments, sample_prompts, task_arguments
+from .kohya_checkout import Engine
+from .kohya_checks import LAYERS_KEY
+from .loop import Watch
+from .options import OptionError, Options, SafetyOptions, TaskOptions
+from .task import configure
+
+CLIP_TOKENS = 77
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, eq=False)
+class KohyaResult:
+    """A LoRA file that sd-scripts wrote and that passed every check."""
+
+    lora: LoraFile
+    losses: tuple[float, ...]  # one a step: sd-scripts' moving average
+    previews: tuple[Path, ...]
+    norm: float  # ‖ΔW‖ over all layers
+    engine: Engine
+    argv: tuple[str, ...]
+    report: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint to train on: one file, as sd-scripts loads it."""
+
+    checkpoint: Path
+    family: str  # ComfyUI's name, a key of FAMILIES
+    sha256: str = ""  # of its contents (attestation.weights_sha256), where it is loaded in ComfyUI as well
+    v_prediction: bool = False
+    tokenizer: str = ""  # folder with CLIP's vocab.json and merges.txt; "": the hub's cache must have it
+
+
+def train_task(
+    engine: Engine,
+    options: TaskOptions,
+    base: Base,
+    watch: Watch,
+    safety: Sequence[SafetyLora] = (),
+    extra: Sequence[str] = (),
+) -> KohyaResult:
+    """Train a task LoRA with sd-scripts; ``extra`` are further arguments of its script, passed on as they are.
+
+    ``safety`` is recorded, looked for in the base, shown in previews, and what projection keeps clear of. Raises
+    GuardError (its last words where the script fails), OptionError or DatasetError.
+    """
+    if options.project and not safety:
+        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
+    config = configure(options)
+    report = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    if report.problems:
+        raise GuardError(report.problems[0])
+    masked = any(s.alpha_mask or s.conditioning_data_dir for d in config.datasets for s in d.subsets)
+
+    def arguments(run: Run, folder: Path) -> list[str]:
+        texts = {"dataset.toml": to_toml(config, report), "prompts.json": sample_prompts(options)}
+        pictures, prompts = (_write(folder / name, text) for name, text in texts.items())
+        run = replace(run, dataset_config=pictures, dataset_sha256=report.dataset_sha256, masked_loss=masked)
+        return task_arguments(options, replace(run, prompts=prompts), safety, extra)
+
+    return _train(engine, options, base, _family(base).script, arguments, watch)
+
+
+def train_safety(
+    engine: Engine, options: SafetyOptions, base: Base, watch: Watch, extra: Sequence[str] = ()
+) -> KohyaResult:
+    """Train a safety LoRA with sd-scripts' LECO (0.11 and later), which draws x_t anew in every step.
+
+    Raises GuardError where this checkout has none, OptionError for what it lacks; else as `train_task`.
+    """
+    script = _family(base).leco
+    if not script:
+        raise GuardError(f"{base.family}: sd-scripts has no erasure trainer for it: use SD15, SD20 or SDXL.")
+
+    def arguments(run: Run, folder: Path) -> list[str]:
+        prompts = _write(folder / "prompts.toml", leco_prompts(options))
+        return safety_arguments(options, replace(run, prompts=prompts), extra)
+
+    return _train(engine, options, base, script, arguments, watch)
+
+
+def _train(
+    engine: Engine,
+    options: Options,
+    base: Base,
+    script: str,
+    arguments: Callable[[Run, Path], list[str]],
+    watch: Watch,
+) -> KohyaResult:
+    path = engine.script(script)
+    checkpoint = base.checkpoint.absolute()
+    if not checkpoint.is_file():
+        raise GuardError(f"{checkpoint}: no such checkpoint file: sd-scripts trains on one .safetensors file.")
+    output = Path(options.output_dir).absolute()
+    started, before = time.time(), _stamp(output / f"{options.output_name}.safetensors")
+    with tempfile.TemporaryDirectory(prefix="modular_lora_") as name:
+        folder = Path(name)
+        run = Run(
+            checkpoint=checkpoint,
+            family=_family(base),
+            engine=str(engine),
+            base_file_sha256=sha256_file(checkpoint),
+            base_sha256=base.sha256,
+            v_prediction=base.v_prediction,
+            tokenizer_dir=_tokenizers(base, folder / "tokenizers"),
+        )
+        argv = (*_launch(engine, options), str(path), *arguments(run, folder))
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            progress = kohya_process.run(argv, _environment(engine), engine.checkout, output / "sample", watch)
+        finally:
+            for part in output.glob(f".{options.output_name}*.part.safetensors"):
+                part.unlink(missing_ok=True)
+    lora, size = _check(output / f"{options.output_name}.safetensors", before)
+    losses = tuple(progress.losses)
+    report = _report(lora, losses, size, engine, time.time() - started)
+    return KohyaResult(lora, losses, tuple(progress.previews), size, engine, argv, report)
+
+
+def _launch(engine: Engine, options: Options) -> list[str]:
+    """accelerate, with its own configuration file or for one process, and our entry."""
+    own = ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
+    own += ["--mixed_precision", options.mixed_precision, "--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
+    config = ["--config_file", engine.accelerate_config] if engine.accelerate_config else own
+    return [engine.python, "-m", "accelerate.commands.launch", "--quiet", *config, str(Path(kohya_entry.__file__))]
+
+
+def _environment(engine: Engine) -> dict[str, str]:
+    """This process's, without its packages where the interpreter is another, and with every hub offline."""
+    found = dict(os.environ)
+    if Path(engine.python) != Path(sys.executable):
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__"):
+            found.pop(name, None)
+    found |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    # a spinning OpenMP takes ten times as long as soon as another process wants a core
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | found | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _tokenizers(base: Base, folder: Path) -> str:
+    """sd-scripts' --tokenizer_cache_dir from one folder of tokenizer files; "" where there is none to give.
+
+    ComfyUI's own files say model_max_length 8192; sd-scripts pads to it, and CLIP has 77 positions.
+    """
+    names = _family(base).tokenizers
+    if not base.tokenizer or not names:
+        return ""
+    source = Path(base.tokenizer)
+    for name in names:
+        target = folder / name.replace("/", "_")
+        target.mkdir(parents=True)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, target / file)
+            elif not file.startswith("special"):
+                raise GuardError(f"tokenizer {source}: has no {file}: give a folder with CLIP's tokenizer.")
+        config = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+        _write(target / "tokenizer_config.json", json.dumps(config | {"model_max_length": CLIP_TOKENS}))
+    return str(folder)
+
+
+def _family(base: Base) -> Family:
+    if base.family not in FAMILIES:
+        raise GuardError(f"{base.family}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.")
+    return FAMILIES[base.family]
+
+
+def _check(path: Path, before: tuple[int, int] | None) -> tuple[LoraFile, float]:
+    """The file read back, and ‖ΔW‖; GuardError unless this run wrote it, whole and with something in it."""
+    if _stamp(path) in (None, before):
+        raise GuardError(f"{path.name}: sd-scripts ended without an error and did not write it: see its output.")
+    lora = read_lora(path)
+    said = lora.metadata.get(LAYERS_KEY, "")
+    if said != str(len(lora.layers)):
+        raise GuardError(
+            f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again."
+        )
+    size = math.hypot(
+        *(norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in lora.layers.values())
+    )
+    if not (math.isfinite(size) and size > 0):
+        raise GuardError(f"{path.name}: ‖ΔW‖ is {size}, it would change nothing: raise the learning rate or the steps.")
+    return lora, size
+
+
+def _report(lora: LoraFile, losses: Sequence[float], size: float, engine: Engine, seconds: float) -> str:
+    zero = f", {len(lora.zero_layers)} of them zero" if lora.zero_layers else ""
+    last = f", loss {losses[-1]:.4f} (sd-scripts' average)" if losses else ""
+    return (
+        f"{lora.name}: {len(lora.layers)} layers{zero}, ‖ΔW‖ {size:.4g}, {len(losses)} steps{last}, {seconds:.0f} s\n"
+        f"{engine}\nfile SHA-256 {lora.sha256}"
+    )
+
+
+def _write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
