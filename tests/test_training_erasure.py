@@ -319,6 +319,14 @@ def test_plan_covers_every_term_and_is_no_larger_than_needed(terms, examples, st
     assert len(plan.terms) == terms or (len(plan.terms) - 1) * steps < examples
 
 
+@pytest.mark.parametrize(("steps", "erase"), [(1, 3), (2, 5), (6, 5), (7, 10), (20, 15)])
+def test_pool_is_as_large_as_rows_and_prompts_make_worthwhile(steps, erase):
+    """One example a row at most, all of a prompt's walk if rows want it, and one for every four rows of a long run."""
+    run = erasure(Toy(), max_train_steps=steps)
+    run.prepare(0)
+    assert len(run.pools["erase"]) == erase
+
+
 def test_pool_size_bounds_the_memory_that_the_report_names():
     run = erasure(Toy(), pool_size=8)
     run.prepare(0)

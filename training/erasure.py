@@ -39,6 +39,7 @@ from .targets import EMPTY, Prompts, Term
 from .trainee import Cond, Trainee
 
 Role = Literal["erase", "keep", "empty"]
+REUSE = 4  # times that an example is trained on where pool_size is 0 and every prompt has its walk
 WALKS = 8  # walks that measure d_t where no pool of the frozen base does
 
 
@@ -270,10 +271,15 @@ class Erasure:
 
     def _plans(self, epoch: int) -> dict[str, Plan]:
         o = self.options
-        steps = min(o.pool_refresh_every or o.max_train_steps, o.max_train_steps)
-        examples = o.pool_size or steps * o.train_batch_size * o.gradient_accumulation_steps
         roles = {"erase": self.erased, "keep": self.kept} if self.kept else {"erase": self.erased}
-        return {role: self._plan(role, len(terms), examples // len(roles), epoch) for role, terms in roles.items()}
+        steps = min(o.pool_refresh_every or o.max_train_steps, o.max_train_steps)
+        rows = steps * o.train_batch_size * o.gradient_accumulation_steps // len(roles)
+        plans = {}
+        for role, terms in roles.items():
+            walks = max(len(terms), -(-rows // (REUSE * o.denoising_steps)))
+            examples = max(1, o.pool_size // len(roles)) if o.pool_size else min(rows, walks * o.denoising_steps)
+            plans[role] = self._plan(role, len(terms), examples, epoch)
+        return plans
 
     def _plan(self, role: str, terms: int, examples: int, epoch: int) -> Plan:
         o, seed = self.options, role_seed(self.options.seed, f"pool {role} {epoch}")
