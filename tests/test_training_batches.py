@@ -89,6 +89,7 @@ def test_regularisation_pictures_pair_with_the_training_pictures_and_have_their_
     assert all((draw.weight == 0.5) == pictures[draw.picture].is_reg for batch in epoch(found) for draw in batch)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.lists(st.integers(1, 5), max_size=9))
 def test_regularisation_draws_are_enough_and_even(wanted, repeats):
     draws = regularisation_draws(wanted, repeats)

@@ -29,11 +29,13 @@ def every(caption: str, **rules) -> set[str]:
     return {drawn(caption, seed, **rules) for seed in range(60)}
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_without_rules_a_caption_is_its_first_line(caption):
     assert drawn(caption) == (caption.splitlines() or [""])[0]
 
 
+@settings(deadline=None)
 @given(TAGS, st.integers(0, 9), st.integers(0, 2**32))
 def test_shuffling_keeps_the_first_tags_in_place_and_loses_none(found, keep, seed):
     out = tags(drawn(", ".join(found), seed, shuffle_caption=True, keep_tokens=keep))
@@ -45,6 +47,7 @@ def test_shuffling_reaches_every_order():
     assert len(every("a, b, c", shuffle_caption=True)) == 6
 
 
+@settings(deadline=None)
 @given(TAGS, TAGS, TAGS, st.integers(0, 2**32))
 def test_what_stands_before_and_after_the_keep_separator_stays(head, free, tail, seed):
     caption = "|||".join(", ".join(part) for part in (head, free, tail))
@@ -78,6 +81,7 @@ def test_wildcards_draw_among_lines_with_prefix_and_suffix_on_the_line_drawn():
     assert lines == {"p one s", "p one t", "p two s", "p two t"}
 
 
+@settings(deadline=None)
 @given(st.text("{}|ab", max_size=12), st.integers(0, 99))
 def test_any_nesting_of_braces_gives_a_text(caption, seed):
     out = drawn(caption, seed, enable_wildcard=True)
@@ -98,6 +102,7 @@ def test_every_nth_epoch_counted_from_one_has_no_captions():
     assert texts == ["a", "a", "", "a", "a", "", "a"]
 
 
+@settings(deadline=None)
 @given(TAGS, st.integers(0, 3), st.integers(0, 3), st.integers(1, 50))
 def test_token_warmup_grows_from_the_least_to_all_tags(found, keep, least, warm):
     rules = {"keep_tokens": keep, "token_warmup_min": least, "token_warmup_step": float(warm)}
@@ -114,6 +119,7 @@ def test_a_share_as_token_warmup_counts_all_steps():
     assert drawn("a, b, c", step=50, steps=200, token_warmup_step=0.25, token_warmup_min=1) == "a, b, c"
 
 
+@settings(deadline=None)
 @given(st.text("ab,{|}\n", max_size=30), st.integers(0, 2**32))
 def test_a_draw_depends_on_its_seed_alone(caption, seed):
     rules = {"shuffle_caption": True, "enable_wildcard": True, "caption_tag_dropout_rate": 0.4}
@@ -153,6 +159,7 @@ def bucket_options(draw_: st.DrawFn) -> Buckets:
     return Buckets(resolution, draw_(st.booleans()), least, most, step, draw_(st.booleans()))
 
 
+@settings(deadline=None)
 @given(bucket_options())
 def test_buckets_have_at_most_the_area_and_multiples_of_the_step(options):
     args = (options.resolution, options.min_bucket_reso, options.max_bucket_reso, options.bucket_reso_steps)
@@ -170,7 +177,7 @@ def test_buckets_have_at_most_the_area_and_multiples_of_the_step(options):
         assert taller > options.max_bucket_reso or width * taller > area
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(SIDE, SIDE, bucket_options())
 def test_a_picture_covers_its_bucket_and_is_cut_at_the_centre(width, height, options):
     try:
@@ -184,7 +191,10 @@ def test_a_picture_covers_its_bucket_and_is_cut_at_the_centre(width, height, opt
     scale = max(r / side for r, side in zip(found.resized, (width, height), strict=True))
     if options.enable_bucket and options.bucket_no_upscale:
         assert scale <= 1 or max(found.resized) <= max(width, height)
-        assert math.prod(found.bucket) <= math.prod(options.resolution) + sum(found.bucket) / 2
+        most = (
+            math.prod(options.resolution) * (1 + 1 / min(found.bucket)) ** 2
+        )  # one side is rounded, the other follows
+        assert math.prod(found.bucket) <= most
     else:
         assert min(r - b for r, b in zip(found.resized, found.bucket, strict=True)) <= 1
 

@@ -193,6 +193,22 @@ def test_what_is_loaded_is_upright_in_its_bucket_and_can_be_mirrored(tmp_path):
     assert torch.equal(load(picture, flipped=True)[0], pixels.flip(1))
 
 
+def test_pictures_are_averaged_when_they_shrink_and_interpolated_when_they_grow(tmp_path):
+    (tmp_path / "1_x").mkdir()
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[::2] = 200  # rows of 200 and 0
+    Image.fromarray(stripes).save(tmp_path / "1_x" / "a.png")
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:, 16:] = 200
+    Image.fromarray(halves).save(tmp_path / "1_x" / "b.png")
+    shrunk, grown = (load(picture)[0] for picture in looked_at(tmp_path)[1].pictures)
+    assert torch.equal(shrunk, torch.full((64, 64, 3), 100 / 255))
+    assert grown.shape == (64, 64, 3)
+    assert 0.1 < grown[5, 32, 0] < 200 / 255
+    for picture in looked_at(tmp_path, resize_interpolation="nearest")[1].pictures:
+        assert set((load(picture)[0] * 255).round().unique().tolist()) <= {0.0, 200.0}
+
+
 def test_a_picture_that_changed_after_the_report_is_an_error(tmp_path):
     file = noise(tmp_path / "1_x" / "a.png")
     _, report = looked_at(tmp_path)
