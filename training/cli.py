@@ -91,7 +91,7 @@ def with_options(chosen: dict) -> str:
         import torch
 
         torch.set_num_threads(chosen["threads"])
-    host = _host(chosen)
+    host = comfy_host(chosen)
     loaded = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], made.mixed_precision)
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
@@ -105,7 +105,7 @@ def with_options(chosen: dict) -> str:
 def project(chosen: dict) -> str:
     """The task LoRA's file with its down matrices projected, written to --output."""
     task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
-    infos = _host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
+    infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
     tensors, report = projection.project_file(task, safety, infos, dtype)
     output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
@@ -135,7 +135,7 @@ class Lines:
         logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
 
 
-def _host(chosen: dict):
+def comfy_host(chosen: dict):
     """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
     folder = next((path for path in _comfyui_folders(chosen["comfyui"]) if (path / "comfy" / "sd.py").exists()), None)
     if folder is None:
