@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import queue
@@ -25,7 +24,6 @@ from ..modular_lora.errors import GuardError
 from .kohya_entry import MARK
 from .loop import Watch
 
-logger = logging.getLogger("modular_lora")
 
 POLL = 0.2  # seconds between looks at interrupt and previews
 GRACE = 10.0  # seconds to end in after SIGTERM
@@ -148,11 +146,13 @@ def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
 
 
 def _feed(pipe: IO[bytes], lines: queue.Queue[str | None]) -> None:
-    """Lines of a pipe, at \\r as well: tqdm writes its bar over itself; None at the end."""
+    """Lines of a pipe, None at its end. tqdm writes \\r before a bar and nothing after it, so "]" ends a line, too."""
     rest = b""
     with suppress(ValueError, OSError):  # closed while read
         while block := pipe.read1(65536):
             *whole, rest = re.split(rb"[\r\n]", rest + block)
+            if rest.endswith(b"]"):
+                whole, rest = [*whole, rest], b""
             for line in whole:
                 lines.put(line.decode("utf-8", "replace"))
     lines.put(rest.decode("utf-8", "replace"))
