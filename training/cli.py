@@ -13,22 +13,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
-from . import dataset, inspection, options, output, projection
+from . import dataset, inspection, kohya, options, output, projection
+from .kohya_arguments import FAMILIES
+from .kohya_checkout import find_engine
 from .options import SafetyOptions, TaskOptions
 from .safety import train_safety
 from .task import configure, train_task
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads")
+OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
+KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
 logger = logging.getLogger("modular_lora")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, or 1 with one line that says what is wrong and what to do."""
-    chosen = vars(parser().parse_args(arguments))
+    made = parser()
+    parsed, extra = made.parse_known_args(arguments)
+    if extra and getattr(parsed, "engine", "") != "kohya":
+        made.error(f"unknown option {extra[0]}")
+    chosen = vars(parsed) | {"extra": extra}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         say({"project": project, "inspect": inspect}.get(chosen["command"], with_options)(chosen))
@@ -58,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         if name != "dataset":
             _model_arguments(command, required=True)
             command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
+            _kohya_arguments(command)
         options.add_arguments(command, cls)
     command = commands.add_parser("project", help="keep an existing task LoRA clear of a safety LoRA's row space")
     command.add_argument("task", type=Path)
@@ -80,16 +90,28 @@ def _model_arguments(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--cpu", action="store_true", help="train on the CPU")
 
 
+def _kohya_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("the kohya engine", "options unknown here are passed on to sd-scripts' script")
+    group.add_argument("--engine", choices=("embedded", "kohya"), default="embedded")
+    group.add_argument("--sd_scripts", default="", help="folder of a checkout (SD_SCRIPTS_PATH)")
+    group.add_argument("--sd_scripts_python", default="", help="its interpreter (SD_SCRIPTS_PYTHON, or its own venv)")
+    group.add_argument("--accelerate_config", default="", help="accelerate's file, for several GPUs or machines")
+    group.add_argument("--family", choices=tuple(FAMILIES), default="SD15", help="of the checkpoint (SD15)")
+    group.add_argument("--v_prediction", action="store_true", help="the checkpoint predicts v")
+    group.add_argument("--tokenizer", default="", help="folder with CLIP's vocab.json and merges.txt, to stay offline")
+
+
 def with_options(chosen: dict) -> str:
     """train-task, train-safety and dataset."""
     cls = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
-    values = {name: value for name, value in chosen.items() if name not in OWN}
+    values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
     made = options.load(cls, chosen["config"], values)
     if chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
+    safety = _safety(made)
+    if chosen["engine"] == "kohya":
+        return _with_kohya(chosen, made, safety)
     if chosen["threads"]:
-        import torch
-
         torch.set_num_threads(chosen["threads"])
     host = comfy_host(chosen)
     loaded = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], made.mixed_precision)
@@ -98,8 +120,23 @@ def with_options(chosen: dict) -> str:
     with host.opened(*loaded, made, train_text) as trainee:
         if isinstance(made, SafetyOptions):
             return train_safety(trainee, made, Lines(), **common).report
-        safety = [SafetyLora(read_lora(made.safety_lora), made.safety_strength)] if made.safety_lora else []
         return train_task(trainee, made, Lines(), safety, **common).report
+
+
+def _safety(made: options.Options) -> list[SafetyLora]:
+    if not (isinstance(made, TaskOptions) and made.safety_lora):
+        return []
+    return [SafetyLora(read_lora(made.safety_lora), made.safety_strength)]
+
+
+def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -> str:
+    engine = find_engine(chosen["sd_scripts"], chosen["sd_scripts_python"], chosen["accelerate_config"])
+    base = kohya.Base(
+        chosen["checkpoint"], chosen["family"], v_prediction=chosen["v_prediction"], tokenizer=chosen["tokenizer"]
+    )
+    if isinstance(made, SafetyOptions):
+        return kohya.train_safety(engine, made, base, Lines(), chosen["extra"]).report
+    return kohya.train_task(engine, made, base, Lines(), safety, chosen["extra"]).report
 
 
 def project(chosen: dict) -> str:
