@@ -54,6 +54,12 @@ class NodeWatch:
                 self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
         self._shown = time.monotonic()
 
+    def finish(self, losses: Sequence[float]) -> torch.Tensor:
+        """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""
+        curve = loss_curve(losses)
+        self._bar.update_absolute(len(losses), len(losses), ("JPEG", curve, WIDTH))
+        return image_tensor(curve)
+
     def _due(self) -> bool:
         due = time.monotonic() - self._shown >= SECONDS
         if due:

@@ -17,13 +17,16 @@ import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
+import folder_paths
 import torch
 from torch import Tensor, nn
 
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, check_coverage
+from ..training.kohya import Base
 from ..training.options import Options
 from ..training.trainee import Cond, Schedule
 from . import host
@@ -177,6 +180,22 @@ def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str):
         if part is None:
             raise GuardError(f"{path.name}: has no {what}: use a whole checkpoint.")
     return loaded
+
+
+def kohya_base(model, clip, ckpt_name: str, options: Options) -> Base:
+    """The loaded model as sd-scripts is to find it; its memory is given back first. Raises GuardError."""
+    _check(model, clip, getattr(options, "allow_contaminated_base", False))
+    if not (path := folder_paths.get_full_path("checkpoints", ckpt_name)):
+        raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
+    base = Base(
+        Path(path),
+        host._family(model),
+        host.model_sha256(model),
+        isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
+        str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"),  # 0.3.75 and 0.33.0
+    )
+    comfy.model_management.unload_all_models()
+    return base
 
 
 def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:

@@ -18,15 +18,16 @@ from PIL import Image
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora, TaskLora
-from ..training import dataset, options, output, projection
+from ..training import dataset, kohya, options, output, projection
 from ..training.dataset_config import DatasetConfig
+from ..training.kohya_checkout import find_engine
 from ..training.options import SafetyOptions, TaskOptions
 from ..training.record import Trained
 from ..training.safety import train_safety
 from ..training.task import configure, train_task
 from . import host, trainee
 from .load import handles
-from .progress import NodeWatch, contact_sheet, image_tensor, loss_curve
+from .progress import NodeWatch, contact_sheet, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, show
 
 GROUP = f"{CATEGORY}/train"
@@ -82,6 +83,13 @@ MORE = io.String.Input(
     multiline=True,
     optional=True,
     tooltip="Further options as TOML, named as on the command line (python -m training train-task --help).",
+)
+ENGINE = io.Combo.Input(
+    "engine",
+    ["embedded", "kohya"],
+    default="embedded",
+    optional=True,
+    tooltip="embedded: on the model as loaded. kohya: a checkout of sd-scripts that the host set (SD_SCRIPTS_PATH).",
 )
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Go on from the newest saved state of this output_name."
@@ -179,7 +187,7 @@ def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: obje
     comfy.model_management.soft_empty_cache()
     report = f"saved as {path.name} in {path.parent.name}\n{trained.report}"
     show(node, report)
-    curve = image_tensor(loss_curve(trained.losses))
+    curve = watch.finish(trained.losses)
     return io.NodeOutput((handle,), report, curve, watch.samples(), ui=ui.PreviewImage(curve, cls=node))
 
 
@@ -188,6 +196,12 @@ OUTPUTS = [
     io.Image.Output("loss", display_name="loss", tooltip="Loss of every step, and its smoothed curve."),
     io.Image.Output("samples", display_name="samples", tooltip="The last previews, safety LoRA attached."),
 ]
+
+
+def engine_inputs() -> list[io.Input]:
+    names = folder_paths.get_filename_list("checkpoints")
+    tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
+    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip)]
 
 
 def _loaded_inputs() -> list[io.Input]:
@@ -216,6 +230,7 @@ class TrainTaskLora(io.ComfyNode):
                 SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
                 MORE,
                 RESUME,
+                *engine_inputs(),
             ],
             outputs=[
                 TaskSocket.Output("task_lora", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
@@ -230,14 +245,30 @@ class TrainTaskLora(io.ComfyNode):
         return data_set_state(data_set)
 
     @classmethod
-    def execute(cls, model, clip, vae, data_set, safety_lora=(), more_options="", resume=False, **values):
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        data_set,
+        safety_lora=(),
+        more_options="",
+        resume=False,
+        engine="",
+        ckpt_name="",
+        **values,
+    ):
         safety, name = handles(safety_lora, SafetyLora), values["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume), **data_set_option(data_set)}
         made = gathered(TaskOptions, values, more_options, **ours)
         inside(configure(made))
         watch = NodeWatch(cls)
-        with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
-            trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
+        if engine == "kohya":
+            base = trainee.kohya_base(model, clip, ckpt_name, made)
+            trained = kohya.train_task(find_engine(), made, base, watch, safety)
+        else:
+            with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+                trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
         path = published(trained, "loras")
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
 
@@ -253,7 +284,7 @@ class TrainSafetyLora(io.ComfyNode):
             category=GROUP,
             description="Trains a LoRA that takes a concept away, from prompts alone (ESD, SDD or LECO), and holds "
             "what is listed under preserve to what the base does.",
-            inputs=[*_loaded_inputs(), *option_inputs(SafetyOptions, SAFETY), MORE, RESUME],
+            inputs=[*_loaded_inputs(), *option_inputs(SafetyOptions, SAFETY), MORE, RESUME, *engine_inputs()],
             outputs=[
                 SafetySocket.Output(
                     "safety_lora", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."
@@ -265,12 +296,16 @@ class TrainSafetyLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, more_options="", resume=False, **values):
+    def execute(cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", **values):
         name = values["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume)}
         made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
-        with trainee.opened(model, clip, vae, made) as opened:
-            trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
+        if engine == "kohya":
+            base = trainee.kohya_base(model, clip, ckpt_name, made)
+            trained = kohya.train_safety(find_engine(), made, base, watch)
+        else:
+            with trainee.opened(model, clip, vae, made) as opened:
+                trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
         path = published(trained, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
 
