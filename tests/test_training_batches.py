@@ -6,6 +6,7 @@ import ast
 import os
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,14 @@ def test_going_on_at_a_step_equals_having_come_from_the_first(folders, seed, ste
     for earlier in range(0, step, 7):
         whole.batch(earlier)
     assert whole.batch(step) == resumed.batch(step)
+
+
+def test_an_epoch_mixes_buckets_and_the_pictures_within(folders):
+    found = plan(folders)
+    first, second = ([tuple(draw.picture for draw in batch) for batch in epoch(found, number)] for number in range(2))
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
+    order = [bucket(found.report.pictures[batch[0]]) for batch in first]
+    assert sum(a != b for a, b in pairwise(order)) >= len(set(order))
 
 
 def test_epochs_and_seeds_differ_in_order_mirroring_and_captions(folders):

@@ -244,6 +244,14 @@ def test_alpha_and_mask_pictures_are_masks_at_latent_resolution(tmp_path):
     assert torch.equal(load(report.pictures[0], flipped=True)[1], alpha.flip(1))
     assert torch.allclose(grey, torch.full((8, 8), 127 / 255))
     assert none is None
+    before = report.dataset_sha256
+    paint(tmp_path / "masks" / "p.png", colour=(255, 0, 0, 0), mode="RGBA")
+    changed = scan(from_toml(toml(tmp_path, text)))
+    assert torch.equal(load(changed.pictures[1])[1], torch.ones(8, 8))
+    paint(tmp_path / "masks" / "p.png", colour=(0, 9, 9, 0), mode="RGBA")
+    assert torch.equal(load(changed.pictures[1])[1], torch.zeros(8, 8))
+    assert changed.dataset_sha256 != before
+    assert "transparent" not in report.findings
     assert report.findings["missing_masks"] == ("b/q.png",)
     assert report.findings["unused_masks"] == ("z.png",)
 
@@ -255,6 +263,9 @@ def test_the_hash_knows_files_captions_and_settings_but_no_paths(tmp_path):
     one, two = (looked_at(tmp_path / name)[1].dataset_sha256 for name in ("one", "two"))
     assert one == two
     (tmp_path / "two" / "2_x").rename(tmp_path / "two" / "2_y")
+    for old, new in (("0", "9"), ("2", "0")):
+        for ending in (".png", ".txt"):
+            (tmp_path / "two" / "2_y" / f"{old}{ending}").rename(tmp_path / "two" / "2_y" / f"{new}{ending}")
     assert looked_at(tmp_path / "two")[1].dataset_sha256 == one
     changed = {
         looked_at(tmp_path / "one", **change)[1].dataset_sha256 for change in ({"flip_aug": True}, {"keep_tokens": 2})
@@ -311,6 +322,12 @@ def test_values_fall_from_general_to_data_sets_to_subsets(pair):
     assert (second.image_dir, second.is_reg) == (pair / "b", True)
 
 
+def test_bucket_limits_are_rounded_outwards_to_the_step(pair):
+    options = "enable_bucket = true\nresolution = 512\nmin_bucket_reso = 300\nmax_bucket_reso = 1000"
+    buckets = from_toml(toml(pair, GOOD.replace("s]]", f"s]]\n{options}", 1))).datasets[0].buckets
+    assert (buckets.min_bucket_reso, buckets.max_bucket_reso) == (256, 1024)
+
+
 def test_a_caption_extension_that_is_set_is_the_only_one_and_a_hint_names_the_other(pair):
     report = scan(from_toml(toml(pair, CASCADE)))
     assert report.findings["without_text"] == ("a/p.png (there is p.txt, caption_extension is .caption)",)
@@ -331,6 +348,7 @@ WRONG = {
     "[general]\nprior_loss_weight = 0.5\n" + GOOD: "prior_loss_weight is an option of the training",
     GOOD + "num_repeats = 0\n": "num_repeats = 0 has to be at least 1",
     GOOD + "num_repeats = true\n": "num_repeats = True is no whole number",
+    GOOD + 'caption_separator = ""\n': "caption_separator = '' is empty",
     GOOD + 'flip_aug = "yes"\n': "flip_aug = 'yes' is no true or false",
     GOOD + "caption_dropout_rate = 1.5\n": "caption_dropout_rate = 1.5 has to be 0 … 1",
     GOOD + 'resize_interpolation = "best"\n': "resize_interpolation = 'best' is none of nearest",
@@ -343,6 +361,9 @@ WRONG = {
     GOOD.replace(
         "s]]", "s]]\nenable_bucket = true\nbucket_reso_steps = 20", 1
     ): "bucket_reso_steps = 20 is no multiple of 8",
+    GOOD.replace(
+        "s]]", "s]]\nenable_bucket = true\nresolution = 48", 1
+    ): "bucket_reso_steps = 64 is larger than the resol",
     "[[datasets]]\n": r"\[\[datasets\]\] 1: has no \[\[datasets.subsets\]\]",
     "": r"has no \[\[datasets\]\]",
     "datasets = 3": "datasets = 3 is no array of tables",
