@@ -103,6 +103,14 @@ def test_structure_that_weights_and_lora_share_widens_the_deviation():
     assert finding.deviation > 0.3
 
 
+def test_one_layer_has_no_spread_and_decides_nothing_by_itself():
+    safety = lora(1, size=0.01)
+    one = replace(safety, layers={"layer_1": safety.layers["layer_1"]})
+    findings = [measure(weights(seed), one) for seed in range(50)]
+    assert max(abs(f.strength) for f in findings) > 0.15
+    assert all(f.verdict == "clean" for f in findings)
+
+
 def test_with_a_trusted_base_the_strength_is_exact():
     safety, W0 = lora(1, size=1e-3), weights()
     blind, exact = (measure(merged(W0, safety, 0.25), safety, base=base) for base in (None, W0))
@@ -112,7 +120,7 @@ def test_with_a_trusted_base_the_strength_is_exact():
     assert measure(W0, safety, base=W0).verdict == "clean"
 
 
-def test_no_sign_in_one_layer_decides_and_nothing_divides_by_zero():
+def test_nothing_divides_by_zero():
     safety = lora(1)
     zero = {n: torch.zeros(s) for n, s in SHAPES.items()}
     assert measure(zero, safety).verdict == "clean"

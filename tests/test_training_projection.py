@@ -251,6 +251,23 @@ def test_the_report_counts_the_energy_of_the_dense_matrices(tmp_path):
     assert text.count("lora_unet_") == 84
 
 
+@pytest.mark.parametrize(
+    ("own", "wanted", "saved"),
+    [
+        (torch.float8_e4m3fn, None, torch.float16),  # 8 bits would put the residual back
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_a_file_is_saved_in_its_own_type_or_the_one_asked_for(own, wanted, saved, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"x.lora_{k}.weight": torch.randn(8, 8, generator=g).to(own) for k in ("down", "up")}
+    save_file(tensors, tmp_path / "t.safetensors")
+    made, _ = project_file(read_lora(tmp_path / "t.safetensors"), [lora("s", ["x"], 2, 1)], dtype=wanted)
+    assert {t.dtype for t in made.values()} == {saved}
+    assert torch.equal(made["x.lora_up.weight"].float(), tensors["x.lora_up.weight"].float())
+
+
 def test_a_lora_of_the_same_initialisation_loses_most_and_the_report_says_why(tmp_path):
     safety = read_lora(ASSETS / "demo_safety_vehicles.safetensors")
     _, report = project_file(safety, [safety])
