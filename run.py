@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Two commands and a third: try the guard, test it, open it in the browser.
+"""Try the guard, test it, open it in the browser, train LoRAs.
 
     python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
     python3 run.py test      install the test tools, run the linter and every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
+    python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
 
 The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
 or comfy-cli's default workspace names is used instead; nothing is written into it.
@@ -52,7 +53,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     comfy.add_argument("--port", type=int, help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
+    lora = commands.add_parser("lora", add_help=False, parents=[common], help="train-task, train-safety, project, ...")
+    lora.add_argument("arguments", nargs=argparse.REMAINDER)
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "lora":
+        return options, [*rest, *options.arguments]
     rest = [argument for argument in rest if argument != "--"]
     if rest and options.command == "demo":
         parser.error(f"unknown option for demo: {' '.join(rest)}")
@@ -77,6 +82,13 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
     port = ["--port", str(options.port)] if options.port else []
     quiet = ["--no-browser"] if options.no_browser else []
     return demo_process(host, "comfy", *port, *quiet, "--", *rest)
+
+
+def run_lora(host: comfyui.Host, rest: Sequence[str]) -> int:
+    """The trainers' own command line, the demo world's checkpoint in its place."""
+    code = demo_process(host, "world")
+    settings = child_environment({"MODULAR_LORA_COMFYUI": str(host.folder)})
+    return code or run_attached([host.python, "-m", "training", *rest], environment=settings, cwd=paths.ROOT)
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
@@ -112,6 +124,8 @@ def main(arguments: Sequence[str]) -> int:
             return run_demo(host, options)
         if options.command == "comfy":
             return run_comfy(host, options, rest)
+        if options.command == "lora":
+            return run_lora(host, rest)
         return run_test(host, rest)
     except RunError as error:
         say(f"run.py: {error}")

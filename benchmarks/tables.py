@@ -1,0 +1,46 @@
+"""Draws the docs' tables from docs/figures/*.json: what stands between two markers is written anew.
+
+    python -m benchmarks.tables
+
+A marker names the file and, if not all rows are wanted, what their names begin with:
+``<!-- figures training.json step cpu-s, peak -->`` ... ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+from benchmarks.figures import FOLDER
+
+DOCS = FOLDER.parent
+BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def drawn(text: str) -> str:
+    """``text`` with every marked table as the figures are now."""
+    return BLOCK.sub(lambda m: m[1] + table(m[2], [p.strip() for p in m[3].split(";") if p.strip()]) + m[4], text)
+
+
+def table(file: str, beginnings: list[str]) -> str:
+    """Rows of one file as Markdown, in the order of ``beginnings``, with where each was measured."""
+    rows = json.loads((FOLDER / file).read_text(encoding="utf-8"))["rows"]
+    picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
+    lines = ["| figure | value | command | machine, date |", "|---|---|---|---|"]
+    for row in picked:
+        lines.append(f"| {row['name']} | {row['value']} | `{row['command']}` | {row['machine']}, {row['date']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    for path in DOCS.glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        if (new := drawn(text)) != text:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(new, encoding="utf-8")
+            os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
