@@ -218,6 +218,9 @@ def test_a_file_keeps_its_names_types_and_all_but_the_paired_downs(names, tmp_pa
     Q = row_basis(safety.layers[layer].down)
     assert residual(tensors[names[0]], Q) < HALF < 0.1 < residual(before[names[0]], Q)
     assert report.unpaired == ("other",)
+    energies = [float((x.scale * x.up.double() @ x.down.double()).norm() ** 2) for x in task.layers.values()]
+    lost = report.layers[0].before - report.layers[0].after
+    assert report.removed == pytest.approx(lost / sum(energies), rel=1e-6)  # of the whole LoRA, unpaired layers too
     again = write_tensors(tmp_path / "p.safetensors", tensors, {})
     assert set(again.layers) == set(task.layers)
 
