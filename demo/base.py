@@ -1,4 +1,4 @@
-"""ComfyUI's base directory for the demo and the tests: the pack, the demo checkpoint and its LoRAs in place."""
+"""ComfyUI's base directory for demo and tests: the pack, the demo checkpoint, its LoRAs and a data set in place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..bootstrap.paths import PACK_NAME, ROOT
+from ..world import ASSETS, DATA_SET
 
 FOLDERS = (
     "custom_nodes",
@@ -30,6 +31,7 @@ def prepare(base: Path, *, checkpoint: Path, loras: Iterable[Path], safety: Path
     for lora in loras:
         place_file(lora, base / "models" / "loras" / lora.name)
     place_file(safety, base / "models" / "safety_loras" / safety.name)
+    shutil.copytree(ASSETS / DATA_SET, base / "input" / DATA_SET, dirs_exist_ok=True)
 
 
 def link_folder(source: Path, link: Path) -> None:

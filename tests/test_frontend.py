@@ -11,12 +11,19 @@ from typing import Any
 
 import pytest
 from modular_lora_guard.bootstrap.paths import ROOT
-from modular_lora_guard.world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
+from modular_lora_guard.world import ASSETS, DATA_SET, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
 from PIL import Image
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 VIRTUAL = {"MarkdownNote", "Note"}  # drawn by the front end alone
 SEEDS = {"seed", "noise_seed"}  # followed by the widget "control after generate", which has no input of its own
+FEW = {  # in place of a workflow's own
+    "steps": 2,
+    "max_train_steps": 2,
+    "sample_every_n_steps": 2,
+    "synonyms": "twemoji, racing car",
+    "preserve": "twemoji, cat face",
+}
 WORDS = ("## Input", "## Output", "## Example")
 
 Json = dict[str, Any]
@@ -123,11 +130,11 @@ def test_a_workflow_runs(file, comfy, run_graph) -> None:
     graph = to_prompt(load(f"workflows/{file.name}"))
     for folder, name in (("safety_loras", SAFETY_LORA), ("loras", TASK_LORA), ("loras", SEQUENTIAL_LORA)):
         shutil.copyfile(ASSETS / name, comfy.base / "models" / folder / name)
+    shutil.copytree(ASSETS / DATA_SET, comfy.base / "input" / DATA_SET, dirs_exist_ok=True)
     for node in graph.values():
         if "ckpt_name" in node["inputs"]:
             node["inputs"]["ckpt_name"] = "world.safetensors"
-        if "steps" in node["inputs"]:
-            node["inputs"]["steps"] = 2
+        node["inputs"] |= {name: few for name, few in FEW.items() if name in node["inputs"]}
     run_graph(graph)
     texts = list(comfy.server.texts.values())
     assert any("guarded: " in text or "net strength" in text for text in texts)

@@ -16,6 +16,7 @@ from modular_lora_guard.demo.client import Client, Event, Failed, Interrupted, R
 from modular_lora_guard.demo.graphs import Graph, node
 from modular_lora_guard.demo.server import Server
 from modular_lora_guard.demo.settings import DemoWorld
+from modular_lora_guard.world import DATA_SET
 from PIL import Image
 
 pytestmark = pytest.mark.server
@@ -31,6 +32,10 @@ NODE_IDS = {
     "ModularLoraDecode",
     "ModularLoraSaveImage",
     "ModularLoraInterference",
+    "ModularLoraTrainTask",
+    "ModularLoraTrainSafety",
+    "ModularLoraDatasetReport",
+    "ModularLoraProjectTask",
 }
 GUARDED_TYPE = "MODULAR_LORA_GUARDED_MODEL"
 
@@ -219,6 +224,27 @@ def test_an_interrupt_ends_the_run_and_the_next_one_is_whole(
     other = world.setting(steps=2, seed=9, prompts=setting.prompts)
     draw(client, graphs.base(other))  # so that nothing of the first run is left in the cache
     assert [pixels(png) for png in draw(client, graphs.base(setting))] == [pixels(png) for png in before]
+
+
+def test_the_server_answers_while_it_trains(client: Client, setting: graphs.Setting) -> None:
+    graph = graphs.checkpoint(setting)
+    sections = client.get_json("/object_info/ModularLoraTrainTask")["ModularLoraTrainTask"]["input"].values()
+    given = {name: spec[1]["default"] for part in sections for name, spec in part.items() if "default" in spec[1]}
+    given |= {name: ["checkpoint", slot] for slot, name in enumerate(("model", "clip", "vae"))}
+    given |= {"data_set": DATA_SET, "resolution": 64, "target": "cross-attention", "max_train_steps": 4}
+    graph["train"] = node("ModularLoraTrainTask", **given)
+    graph["report"] = node("PreviewAny", source=["train", 1])
+    running: dict[int, int] = {}
+
+    def ask(event: Event) -> None:
+        if event.node == "train" and event.maximum == given["max_train_steps"]:
+            running[event.value] = len(client.get_json("/queue")["queue_running"])
+
+    result = client.run(graph, ask, timeout=300)
+    assert set(running.values()) == {1}
+    assert result.text("report").startswith("saved as lora.safetensors in loras")
+    with Image.open(io.BytesIO(client.image(result.images("train")[0]))) as curve:
+        assert curve.size == (640, 360)
 
 
 def test_the_workflows_are_in_the_template_browser(client: Client) -> None:

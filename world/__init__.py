@@ -13,6 +13,7 @@ SAFETY_LORA = "demo_safety_vehicles.safetensors"
 TASK_LORA = "demo_task_gloss.safetensors"
 SEQUENTIAL_LORA = "demo_sequential_gloss.safetensors"
 DETECTOR = "demo_detector.safetensors"
+DATA_SET = "gloss"  # folder of pictures in the task style, in ASSETS
 
 SUPPRESSED_CLASS = "vehicle"
 PROMPTS = {

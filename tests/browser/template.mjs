@@ -57,6 +57,15 @@ function drawnGraph() {
   };
 }
 
+// Training takes minutes; few steps and prompts take the same way.
+const FEW = { max_train_steps: 4, sample_every_n_steps: 4, synonyms: "twemoji, racing car", preserve: "twemoji, cat face" };
+
+function shorten(few) {
+  for (const widget of window.app.graph.nodes.flatMap((one) => one.widgets ?? [])) {
+    if (widget.name in few) widget.value = few[widget.name];
+  }
+}
+
 async function run(page) {
   await page.evaluate(() => {
     window.modularLoraRun = { state: "queued", errors: [] };
@@ -94,6 +103,7 @@ const result = await withFrontEnd(url, async (page) => {
     const cards = await openFromTemplates(page, workflow);
     await shoot(page, `${workflow}_loaded`);
     const loaded = await page.evaluate(drawnGraph);
+    await page.evaluate(shorten, FEW);
     const outcome = await run(page);
     await shoot(page, `${workflow}_ran`);
     seen[workflow] = { cards, loaded, outcome, ran: await page.evaluate(drawnGraph) };
