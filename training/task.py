@@ -28,7 +28,8 @@ def configure(options: TaskOptions) -> dataset_config.DatasetConfig:
     """The data set that the options name, its pictures not yet read; DatasetError or OptionError."""
     if bool(options.train_data_dir) == bool(options.dataset_config):
         raise OptionError("Give train_data_dir or dataset_config, and not both.")
-    defaults = {"resolution": options.resolution, "batch_size": options.train_batch_size}
+    shared = ("resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate")
+    defaults = {name: getattr(options, name) for name in shared} | {"batch_size": options.train_batch_size}
     if options.dataset_config:
         return dataset_config.from_toml(options.dataset_config, defaults)
     return dataset_config.from_folders(options.train_data_dir, options.reg_data_dir or None, defaults)
