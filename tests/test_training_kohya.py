@@ -334,11 +334,32 @@ def test_going_on_from_a_task_lora_and_from_a_state(stub):
         stub.train("resumed", "--resume", str(state), "--optimizer_type", "Prodigy", base_file_sha256="ab")
 
 
+def test_two_text_encoders_are_named_as_for_sdxl(stub):
+    class SdxlUNet2DConditionModel(stub.models.UNet2DConditionModel):
+        pass
+
+    encoders, unet = [stub.models.CLIPTextModel(), stub.models.CLIPTextModel()], SdxlUNet2DConditionModel()
+    tensors = load_file(stub.safety)
+    both = {k: v for k, v in tensors.items() if "unet" in k}
+    for te in ("lora_te1", "lora_te2"):
+        both |= {k.replace("lora_te", te): v.clone() for k, v in tensors.items() if k.startswith("lora_te_")}
+    save_file(both, stub.folder / "both.safetensors")
+    create = lambda file: kohya_network.create_network(1.0, 3, 2.0, None, encoders, unet, safety=str(file))  # noqa: E731
+    network = create(stub.folder / "both.safetensors")
+    held = {id(module) for module, _ in network.held.branches}
+    assert len(held) == 24
+    assert all(id(m) in held for te in encoders for m in te.modules() if isinstance(m, torch.nn.Linear))
+    names = {lora.lora_name for lora in network.text_encoder_loras}
+    assert {name.partition("_text")[0] for name in names} == {"lora_te1", "lora_te2"}
+    with pytest.raises(GuardError, match=r"4 of 20 layers are not in the model .*lora_te_text_model"):
+        create(stub.safety)
+
+
 def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):
     with pytest.raises(GuardError, match="knows UNet2DConditionModel"):
         kohya_network.find_architecture(torch.nn.Linear(1, 1))
     unet = stub.models.UNet2DConditionModel()
-    modules = kohya_preview.find_modules(unet, {})
+    modules = kohya_preview.find_modules(unet, {"lora_te": None})
     branches = modules.branches(read_lora(stub.safety), 1.0)
     assert len(branches) == 16
     assert "4 text-encoder layers are not in previews" in caplog.text

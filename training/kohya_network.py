@@ -236,12 +236,14 @@ def _layer(lora: nn.Module) -> LoraLayer:
     return LoraLayer(lora.lora_name, down, down, None)
 
 
-def _text_encoders(text_encoder: Any, architecture: Architecture) -> dict[str, nn.Module]:
-    """Text encoders by prefix; those that the script has let go of (cached outputs) are left out."""
+def _text_encoders(text_encoder: Any, architecture: Architecture) -> dict[str, nn.Module | None]:
+    """Text encoders by prefix; None for those that the script has let go of, their outputs being cached."""
     if not isinstance(text_encoder, list | tuple):
-        return {architecture.alone: text_encoder} if text_encoder is not None else {}
+        text_encoder = [text_encoder]
     prefixes = (architecture.alone,) if len(text_encoder) == 1 else architecture.text
-    return {prefix: te for prefix, te in zip(prefixes, text_encoder, strict=False) if te is not None}
+    if not any(te is not None for te in text_encoder):
+        return dict.fromkeys((architecture.alone, *architecture.text))
+    return dict(zip(prefixes, text_encoder, strict=False))
 
 
 def _narrow(network: nn.Module, target: str) -> None:

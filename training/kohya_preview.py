@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..modular_lora.branches import ALL_ROLES, FusedLayer, Term, layer_spec
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
-from ..modular_lora.matching import is_text
 
 logger = logging.getLogger("modular_lora")
 
@@ -31,7 +30,7 @@ class Modules:
     """Modules of a model that sd-scripts has loaded, by kohya's layer names."""
 
     named: Mapping[str, nn.Module]
-    text_prefixes: tuple[str, ...]
+    gone: tuple[str, ...]  # prefixes of text encoders that the script does not hold
 
     def branches(self, lora: LoraFile, strength: float) -> list[Branch]:
         """Every layer of ``lora`` on its module; GuardError unless all of them have one of their shape.
@@ -40,7 +39,7 @@ class Modules:
         """
         known = {name for name in lora.layers if name in self.named}
         missing = [name for name in lora.layers if name not in known]
-        absent = [name for name in missing if is_text(name) and not name.startswith(self.text_prefixes or ("\0",))]
+        absent = [name for name in missing if name.startswith(self.gone)]
         if len(absent) < len(missing) or not known:
             first = next(name for name in missing if name not in absent or not known)
             raise GuardError(
@@ -64,15 +63,16 @@ class Modules:
         return module, FusedLayer(spec, [Term("safety", down, up, strength * layer.scale)])
 
 
-def find_modules(unet: nn.Module, text_encoders: Mapping[str, nn.Module]) -> Modules:
-    """Linear and Conv2d modules under kohya's names: prefix and path, dots as underscores."""
+def find_modules(unet: nn.Module, text_encoders: Mapping[str, nn.Module | None]) -> Modules:
+    """Linear and Conv2d modules under kohya's names: prefix and path, dots as underscores; None: let go of."""
     named = {
         f"{prefix}_{path.replace('.', '_')}": module
         for prefix, model in {"lora_unet": unet, **text_encoders}.items()
+        if model is not None
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    return Modules(named, tuple(f"{prefix}_" for prefix in text_encoders))
+    return Modules(named, tuple(f"{prefix}_" for prefix, model in text_encoders.items() if model is None))
 
 
 @contextmanager

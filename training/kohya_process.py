@@ -24,7 +24,6 @@ from ..modular_lora.errors import GuardError
 from .kohya_entry import MARK
 from .loop import Watch
 
-
 POLL = 0.2  # seconds between looks at interrupt and previews
 GRACE = 10.0  # seconds to end in after SIGTERM
 TAIL = 25  # lines of stderr in an error
@@ -96,8 +95,10 @@ def run(argv: Sequence[str], env: Mapping[str, str], cwd: Path, samples: Path, w
     try:
         for reader in readers:
             reader.start()
-        open_pipes = len(readers)
-        while open_pipes or child.poll() is None:
+        open_pipes, until = len(readers), math.inf
+        while child.poll() is None or (open_pipes and time.monotonic() < until):
+            if child.poll() is not None:  # a worker that it left behind may keep the pipes open
+                until = min(until, time.monotonic() + GRACE)
             watch.check()
             open_pipes -= _drain(lines, progress, watch)
             _new_previews(samples, known, sizes, progress, watch)
