@@ -68,12 +68,13 @@ def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
         )
     if hint is bool:
         return io.Boolean.Input(name, **what)
+    if name == "seed":  # not renewed after each run as a sampler's: the next run would train again
+        return io.Int.Input(name, min=0, max=2**63 - 1, control_after_generate=False, **what)
     if hint is int:
-        return io.Int.Input(name, min=0, max=2**63 - 1 if name == "seed" else 1_000_000, **what)
+        return io.Int.Input(name, min=0, max=1_000_000, **what)
     if hint is float:
-        return io.Float.Input(
-            name, min=0.0, max=10_000.0, step=1e-6 if field.default < 1e-2 else 0.01, round=False, **what
-        )
+        step = 1e-6 if field.default < 1e-2 else 0.01
+        return io.Float.Input(name, min=0.0, max=10_000.0, step=step, round=False, **what)
     return io.String.Input(name, **what)
 
 
@@ -106,9 +107,7 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
         raise GuardError(f"output_name {values['output_name']!r}: letters, digits, - and _ only: it names the file.")
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
-        raise GuardError(
-            f"more_options: {refused[0]} cannot be set from a graph: use the node's inputs, or the command line."
-        )
+        raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
     return options.load(cls, None, values | extra | ours)
 
 
@@ -124,7 +123,9 @@ def _numbered(folder: Path) -> bool:
 
 
 def data_set_option(name: str) -> dict[str, str]:
-    """The option for a name in the drop-down."""
+    """The option for a name in the drop-down, which ComfyUI does not check a V3 node's value against."""
+    if name not in data_sets():
+        raise GuardError(f"Data set {name!r} is no data set in the input folder: put it there and refresh the page.")
     path = Path(folder_paths.get_input_directory()) / name
     return {"dataset_config" if path.suffix == ".toml" else "train_data_dir": str(path)}
 
@@ -132,11 +133,15 @@ def data_set_option(name: str) -> dict[str, str]:
 def inside(config: DatasetConfig) -> DatasetConfig:
     """``config``; GuardError where it reads from outside ComfyUI's input folder, which a graph must not do."""
     root = Path(os.path.abspath(folder_paths.get_input_directory()))
-    for subset in (s for d in config.datasets for s in d.subsets):
-        for folder in (subset.image_dir, subset.conditioning_data_dir):
-            if folder and not Path(os.path.abspath(folder)).is_relative_to(root):
-                raise GuardError(f"Data set folder {folder} is outside ComfyUI's input folder: move or link it there.")
+    for folder in _folders(config):
+        if not Path(os.path.abspath(folder)).is_relative_to(root):
+            raise GuardError(f"Data set folder {folder} is outside ComfyUI's input folder: move or link it there.")
     return config
+
+
+def _folders(config: DatasetConfig) -> list[Path]:
+    subsets = [subset for data in config.datasets for subset in data.subsets]
+    return [f for subset in subsets for f in (subset.image_dir, subset.conditioning_data_dir) if f]
 
 
 def data_set_input() -> io.Input:
@@ -147,11 +152,12 @@ def data_set_input() -> io.Input:
 def data_set_state(name: str) -> str:
     """Changes with the data set's files, so that a cached training or report is not taken for a new one."""
     path = Path(folder_paths.get_input_directory()) / name
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()
+    places = [path]
+    if path.suffix == ".toml":
+        places += _folders(inside(configure(options.load(TaskOptions, None, data_set_option(name)))))
+    files = sorted(p for place in places for p in (place, *place.rglob("*")) if p.is_file())
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def work_folder(name: str) -> Path:
@@ -177,8 +183,11 @@ def published(trained: Trained, folder: str) -> Path:
     free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
     path = next(p for p in free if not p.exists())
     temporary = path.with_suffix(".partial")
-    shutil.copyfile(trained.lora.path, temporary)
-    os.replace(temporary, path)
+    try:
+        shutil.copyfile(trained.lora.path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -321,10 +330,7 @@ class DatasetReport(io.ComfyNode):
             category=GROUP,
             description="Counts and names what a data set holds: pictures, captions, buckets; broken pictures, empty "
             "or missing captions, duplicates.",
-            inputs=[
-                data_set_input(),
-                *option_inputs(TaskOptions, ("resolution", "train_batch_size")),
-            ],
+            inputs=[data_set_input(), *option_inputs(TaskOptions, ("resolution", "train_batch_size"))],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Counts and names."),
                 io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 pictures."),
