@@ -28,6 +28,7 @@ Scheduler = Literal[
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 T = TypeVar("T")
+POSITIVE = ("network_dim", "network_alpha", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
 SAVING = {
     "output_name",
     "output_dir",
@@ -88,6 +89,11 @@ class Options:
     log_with: Literal["none", "tensorboard", "wandb"] = opt("none", "logs beside the loss curve on the node")
     no_dataset_metadata: bool = opt(False, "leave captions, folder and output names out of the file's metadata")
     training_comment: str = opt("", "a line for the file's metadata (ss_training_comment)")
+
+    def __post_init__(self):
+        for name in POSITIVE:
+            if (value := getattr(self, name)) <= 0:
+                raise OptionError(f"{name}: {value} must be above 0: correct it.")
 
 
 @dataclass(frozen=True)
