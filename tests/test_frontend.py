@@ -16,7 +16,7 @@ from PIL import Image
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 VIRTUAL = {"MarkdownNote", "Note"}  # drawn by the front end alone
-SEEDS = {"seed", "noise_seed"}  # followed by the widget "control after generate", which has no input of its own
+SEEDS = {"seed", "noise_seed"}  # of samplers: the widget "control after generate" follows, with no input of its own
 FEW = {  # in place of a workflow's own
     "steps": 2,
     "max_train_steps": 2,
@@ -69,7 +69,7 @@ def _node(node: Json, links: dict[int, list]) -> Json:
     for slot in node.get("inputs", []):
         if "widget" in slot:
             given[slot["name"]] = next(values)
-            if slot["name"] in SEEDS:
+            if slot["name"] in SEEDS and "Train" not in node["type"]:
                 next(values)
         elif slot["link"] is not None:
             given[slot["name"]] = links[slot["link"]]

@@ -19,12 +19,24 @@ def checkpointed(network: nn.Module, wanted: bool = True) -> Iterator[None]:
     try:
         for block in _blocks(network) if wanted else ():
             if "forward" not in block.__dict__:
-                block.__dict__["forward"] = _checkpointing(block.forward)
+                block.__dict__["forward"] = _Recomputed(block.forward)
                 placed.append(block)
         yield
     finally:
         for block in reversed(placed):
             del block.__dict__["forward"]
+
+
+@contextmanager
+def suspended(network: nn.Module) -> Iterator[None]:
+    """The blocks' own forwards in place, for previews: the guard refuses to stack its branches on replaced ones."""
+    blocks = [block for block in _blocks(network) if isinstance(block.__dict__.get("forward"), _Recomputed)]
+    placed = {block: block.__dict__.pop("forward") for block in blocks}
+    try:
+        yield
+    finally:
+        for block, forward in placed.items():
+            block.__dict__["forward"] = forward
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -36,10 +48,13 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _checkpointing(forward: Callable) -> Callable:
-    def recomputed(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+class _Recomputed:
+    """A block's forward that keeps no activations."""
 
-    return recomputed
+    def __init__(self, forward: Callable):
+        self.forward = forward
+
+    def __call__(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)

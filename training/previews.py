@@ -13,6 +13,7 @@ from PIL import Image
 from ..modular_lora.guard import SafetyLora
 from . import sampling
 from .adapters import Adapters
+from .checkpointing import suspended
 from .options import Options
 from .seeds import step_generator
 from .trainee import Trainee
@@ -28,7 +29,13 @@ class Previews:
     def __call__(self, step: int, saved: AbstractContextManager = nullcontext()) -> list[Path]:  # noqa: B008
         """One PNG a prompt, as of ``step``; inside ``saved`` the adapters are what will be saved."""
         devices = [self.trainee.device] if self.trainee.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), saved, self.adapters.evaluating(), self.trainee.attached(self.safety):
+        with (
+            torch.random.fork_rng(devices),
+            saved,
+            suspended(self.trainee.unet),
+            self.adapters.evaluating(),
+            self.trainee.attached(self.safety),
+        ):
             return [self._draw(step, i, prompt) for i, prompt in enumerate(self.options.sample_prompts)]
 
     def _draw(self, step: int, i: int, prompt: str) -> Path:

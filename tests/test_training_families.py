@@ -1,0 +1,97 @@
+"""SD2.x and SDXL trained for a step at toy width with ComfyUI's own model classes, under names that the guard loads."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modular_lora_guard.bootstrap.paths import ROOT
+from test_families import FAMILIES, layers, toy  # noqa: F401 - a fixture
+
+PICTURES = ROOT / "world" / "assets" / "gloss" / "10_gloss"
+SMALL = {"num_hidden_layers": 3, "intermediate_size": 32}
+TE1, TE2 = "lora_te1_text_model_", "lora_te2_text_model_"
+ENCODERS = {  # and how many layers act: both take the last but one, and SDXL's second encoder is pooled at its end
+    "SD20": ("comfy.text_encoders.sd2_clip", "SD2ClipModel", "SD2Tokenizer", {"lora_te_text_model_": 12}),
+    "SDXL": ("comfy.sdxl_clip", "SDXLClipModel", "SDXLTokenizer", {TE1: 12, TE2: 18}),
+}
+LDM = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
+DIFFUSERS = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def part(comfy, name: str):
+    return sys.modules[f"{comfy.host.__name__.removesuffix('.nodes.host')}.{name}"]
+
+
+@pytest.fixture
+def parts(comfy, toy):  # noqa: F811
+    """(MODEL, CLIP, VAE) of a family: ComfyUI's classes with random weights, few layers; the VAE pools and repeats."""
+
+    def make(family: str):
+        sd, patcher = importlib.import_module("comfy.sd"), importlib.import_module("comfy.model_patcher")
+        module, model, tokenizer, _ = ENCODERS[family]
+        module, cpu = importlib.import_module(module), torch.device("cpu")
+        target = SimpleNamespace(params={}, clip=getattr(module, model), tokenizer=getattr(module, tokenizer))
+        options = {f"{name}_model_config": SMALL for name in ("clip_l", "clip_g", "clip_h")}
+        options |= {"dtype": torch.float32} | ({"model_name": "clip_h"} if family == "SD20" else {})
+        clip = sd.CLIP(target, model_options=options)
+        generator = torch.Generator().manual_seed(2)
+        for p in clip.cond_stage_model.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.02
+        for p in (m.weight for m in clip.cond_stage_model.modules() if isinstance(m, torch.nn.LayerNorm)):
+            p.data.fill_(1)
+        vae = SimpleNamespace(
+            patcher=patcher.ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu),
+            encode=lambda pixels: F.avg_pool2d(F.pad(pixels.movedim(-1, 1), (0, 0, 0, 0, 0, 1)), 8),
+        )
+        return toy(family), clip, vae
+
+    return make
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy, parts, tmp_path):
+    folder = tmp_path / "data" / "1_x"
+    folder.mkdir(parents=True)
+    for stem in ("crown", "balloon"):
+        for ending in (".png", ".txt"):
+            shutil.copy(PICTURES / f"{stem}{ending}", folder)
+    trainee, task = part(comfy, "nodes.trainee"), part(comfy, "training.task")
+    options = part(comfy, "training.options").TaskOptions(
+        output_dir=str(tmp_path),
+        train_data_dir=str(tmp_path / "data"),
+        network_dim=2,
+        network_alpha=2.0,
+        target="conv",
+        max_train_steps=1,
+        train_batch_size=2,
+        resolution=64,
+        network_train_text_encoder=True,
+        save_precision="float",
+    )
+    watch = SimpleNamespace(check=lambda: None, stage=lambda *_: None, step=lambda *_: None)
+    model, clip, vae = parts(family)
+    infos = comfy.host.model_info(model), comfy.host.clip_info(clip)
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]
+    with trainee.opened(model, clip, vae, options, True) as opened:
+        assert opened.schedule.prediction == "epsilon"
+        cond = opened.encode(["a cat", ""])
+        assert cond.cross.shape == (2, 77, FAMILIES[family]["context_dim"])
+        trained = task.train_task(opened, options, watch, engine="test")
+    for old, m in zip(before, (model.model, clip.cond_stage_model), strict=True):
+        assert all(torch.equal(old[k], v) for k, v in m.state_dict().items())
+    lora = trained.lora
+    assert all(layer.up.norm() > 0 for layer in lora.layers.values())
+    for prefix, count in ENCODERS[family][3].items():
+        assert sum(name.startswith(prefix) for name in lora.layers) == count
+    assert (LDM in lora.layers, DIFFUSERS in lora.layers) == (family == "SDXL", family != "SDXL")
+    guard = comfy.host_guard
+    for name, info in zip(("model", "text"), infos, strict=True):
+        (line,) = guard.build_part(name, info, (guard.SafetyLora(lora, 1.0),), (), guard.Policy()).lines
+        assert (line.unmatched, line.matched > 10) == ((), True)
+    assert lora.metadata["ss_base_model_version"] == {"SD20": "sd_v2", "SDXL": "sdxl_base_v1-0"}[family]
