@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import record
 from training.__main__ import register
 from world import ASSETS, DETECTOR, data, detector
 from world.evaluate import cases, wilson
+
+from .figures import record
 
 register()
 cli = importlib.import_module("modular_lora_guard.training.cli")

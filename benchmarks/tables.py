@@ -12,7 +12,7 @@ import json
 import os
 import re
 
-from benchmarks.figures import FOLDER
+from .figures import FOLDER
 
 DOCS = FOLDER.parent
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)

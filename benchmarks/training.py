@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.figures import record
+from .figures import record
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW, MANY = 2, 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -85,13 +86,15 @@ def same(a: dict, b: dict) -> bool:
         {"optimizer_type": "Prodigy", "learning_rate": 1.0},
         {"network_dropout": 0.3, "gradient_accumulation_steps": 2, "min_snr_gamma": 5.0, "noise_offset": 0.05},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"mixed_precision": "fp16"},
     ],
 )
 def test_twenty_steps_are_ten_and_ten_more_bit_for_bit(changes, options, tmp_path):
     if changes.get("optimizer_type") == "Prodigy":
         pytest.importorskip("prodigyopt", reason="prodigyopt is not installed: an optional optimizer")
     options = replace(options, **changes)
-    trainee = lambda: ToyTrainee(torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32)  # noqa: E731
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
+    trainee = lambda: ToyTrainee(dtype)  # noqa: E731
     whole = train(options, trainee=trainee())
     first = replace(options, output_dir=str(tmp_path / "first"), save_every_n_steps=10)
     with pytest.raises(KeyboardInterrupt):
@@ -155,6 +158,36 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_learnt_from(options, tmp_p
         fit(job, options, torch.device("cpu"), Silent())
     assert torch.isfinite(weight).all()
     assert not list(Path(options.output_dir).glob("*-state"))
+
+
+def test_losses_are_logged_where_the_library_is_there(options):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: optional logs")
+    train(replace(options, max_train_steps=2, log_with="tensorboard"))
+    assert list((Path(options.output_dir) / "logs" / "lora").glob("events.out.tfevents.*"))
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(OptionError, match=r"log_with wandb: .*install it, or choose none"):
+            train(replace(options, log_with="wandb"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_args": ("weight_decay",)}, "is not name=value"),
+        ({"optimizer_args": ("no_such=1",)}, "no_such"),
+        ({"train_data_dir": ""}, "Give train_data_dir or dataset_config"),
+        ({"network_weights": "SAFETY"}, "is a safety LoRA"),
+        ({"network_weights": "TASK", "network_dim": 2}, "set network_dim and network_alpha"),
+        ({"network_weights": "TASK", "target": "attention"}, "2 layers differ"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_with_its_remedy(changes, message, options, tmp_path):
+    safety = safety_lora(tmp_path)
+    train(replace(options, max_train_steps=1, output_name="task"))
+    files = {"SAFETY": safety.lora.path, "TASK": Path(options.output_dir) / "task.safetensors"}
+    if "network_weights" in changes:
+        changes = changes | {"network_weights": str(files[changes["network_weights"]])}
+    with pytest.raises(GuardError, match=message):
+        train(replace(options, **changes), safety=[safety])
 
 
 KILLED = """
