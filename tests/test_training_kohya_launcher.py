@@ -385,7 +385,10 @@ def test_finding_the_checkout(tmp_path, monkeypatch):
     venv.touch()
     found = kohya_checkout.find_engine()
     assert (found.checkout, found.python, str(found)) == (inner, str(venv), "sd-scripts")
-    with pytest.raises(GuardError, match=r"no train_leco\.py: LECO came with 0\.11"):
+    history = "- **Version 0.10.3 (2026-04-02):**\n- **Version 0.10.2 (2026-03-30):**\n"
+    (inner / "README.md").write_text(history, encoding="utf-8")
+    assert str(kohya_checkout.find_engine()) == "sd-scripts 0.10.3+"
+    with pytest.raises(GuardError, match=r"no train_leco\.py: LECO came with 0\.10\.2"):
         found.script("train_leco.py")
     with pytest.raises(GuardError, match="no such file"):
         kohya_checkout.find_engine(python=str(tmp_path / "python"))

@@ -92,7 +92,7 @@ def train_task(
 def train_safety(
     engine: Engine, options: SafetyOptions, base: Base, watch: Watch, extra: Sequence[str] = ()
 ) -> KohyaResult:
-    """Train a safety LoRA with sd-scripts' LECO (0.11 and later), which draws x_t anew in every step.
+    """Train a safety LoRA with sd-scripts' LECO (0.10.2 and later), which draws x_t anew in every step.
 
     Raises GuardError where this checkout has none, OptionError for what it lacks; else as `train_task`.
     """
@@ -147,8 +147,9 @@ def _train(
 
 def _launch(engine: Engine, options: Options) -> list[str]:
     """accelerate, with its own configuration file or for one process, and our entry."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) - 1))  # one core for the host
     own = ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    own += ["--mixed_precision", options.mixed_precision, "--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
+    own += ["--mixed_precision", options.mixed_precision, "--num_cpu_threads_per_process", threads]
     config = ["--config_file", engine.accelerate_config] if engine.accelerate_config else own
     return [engine.python, "-m", "accelerate.commands.launch", "--quiet", *config, str(Path(kohya_entry.__file__))]
 

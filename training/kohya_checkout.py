@@ -22,7 +22,7 @@ class Engine:
     checkout: Path
     python: str
     accelerate_config: str = ""  # accelerate's own file: several GPUs, several machines
-    version: str = ""  # a release, where the commit is one
+    version: str = ""  # a release; "0.10.3+": at or after it
     commit: str = ""  # "": the folder is no git checkout
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Engine:
         """A training script of the checkout; GuardError where this version has none of that name."""
         path = self.checkout / name
         if not path.is_file():
-            since = ": LECO came with 0.11" if "leco" in name else ""
+            since = ": LECO came with 0.10.2" if "leco" in name else ""
             raise GuardError(f"{self} has no {name}{since}: update the checkout, or use the embedded engine.")
         return path
 
@@ -53,8 +53,8 @@ def find_engine(checkout: str = "", python: str = "", accelerate_config: str = "
     config = str(Path(accelerate_config).expanduser().absolute()) if accelerate_config else ""
     if config and not Path(config).is_file():
         raise GuardError(f"accelerate_config {config}: no such file: make one with 'accelerate config'.")
-    commit, version = read_commit(folder)
-    return Engine(folder, _interpreter(folder, python), config, version, commit)
+    commit, tag = read_commit(folder)
+    return Engine(folder, _interpreter(folder, python), config, tag or _last_release(folder), commit)
 
 
 def read_commit(folder: Path) -> tuple[str, str]:
@@ -82,6 +82,14 @@ def read_commit(folder: Path) -> tuple[str, str]:
     tags = [name for name, commit in refs.items() if name.startswith("refs/tags/") and commit == head]
     tag = peeled.get(head) or next(iter(tags), "")
     return head, tag.removeprefix("refs/tags/")
+
+
+def _last_release(folder: Path) -> str:
+    """The newest version in the README's change history, a "+" after it; "" where there is none."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    found = re.search(r"\bVersion (\d+(?:\.\d+)+)", text)
+    return f"{found[1]}+" if found else ""
 
 
 def _loose_tags(git: Path) -> dict[str, str]:
