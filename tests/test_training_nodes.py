@@ -303,13 +303,16 @@ def test_safety_training_needs_a_concept_that_is_not_preserved_too(comfy, run_gr
     assert "is both erased and preserved" in refused(lambda: run(preserve="twemoji, car"))
 
 
-def test_the_dataset_report_counts_what_is_there(comfy, run_graph, inputs):
+@pytest.mark.parametrize("data_set", ["pictures", "set.toml"])
+def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inputs):
     folder = inputs / "pictures" / "2_gloss"
+    subset = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(folder)!r}\nnum_repeats = 2\n"
+    (inputs / "set.toml").write_text(f"[general]\ncaption_extension = '.txt'\n{subset}")
     (folder / "broken.png").write_bytes(b"no picture")
     shutil.copy(folder / "crown.png", folder / "again.png")  # without a caption
 
     def run():
-        values = {"data_set": "pictures", "resolution": 64, "train_batch_size": 2}
+        values = {"data_set": data_set, "resolution": 64, "train_batch_size": 2}
         return run_graph({"report": {"class_type": "ModularLoraDatasetReport", "inputs": values}})["report"]
 
     report, sheet = run()
