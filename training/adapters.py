@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,8 @@ from ..modular_lora.files import LoraFile
 from .options import Target
 from .seeds import role_seed
 
-try:
-    from peft import LoraConfig, inject_adapter_in_model
+if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
-except ImportError as error:  # the pack also loads, guards and samples without it
-    LoraConfig, MISSING = None, error
 
 ADAPTER = "modular_lora"
 TRANSFORMER = re.compile(r"\.transformer_blocks\.|\.proj_(in|out)$")
@@ -162,6 +160,11 @@ def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Ad
 
 
 def _inject(model: nn.Module, names: Mapping[str, str], spec: Spec, placed: list) -> dict[str, LoraLayer]:
+    try:  # here, since its import takes seconds, and the pack guards and samples without it
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise GuardError(f"Training needs PEFT ({error}): pip install -r requirements.txt, then restart.") from error
     for path in names:
         parent, _, attribute = path.rpartition(".")
         placed.append((model.get_submodule(parent), attribute, model.get_submodule(path)))
