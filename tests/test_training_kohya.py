@@ -266,7 +266,7 @@ REFUSALS = {
     "safety_as_start": (("--network_weights", "{safety}"), {}, "is a safety LoRA"),
     "same_content": (("--network_weights", "{copied}"), {"safety": "{copied}"}, "is a safety LoRA"),
     "other_layers": (("--network_weights", "{nameless}"), {}, "layers differ"),
-    "no_base": (("--network_weights", "{nameless}"), {"base_sha256": "ab"}, "does not say what base"),
+    "no_base": (("--network_weights", "{nameless}"), {"base_sha256": "ab"}, "names no base that can be compared"),
     "other_base": (("--network_weights", "{elsewhere}"), {"base_sha256": "ab"}, "trained on another base"),
     "dirty_start": (("--network_weights", "{dirty}"), {}, "not trained on W0 alone"),
     "no_record": (("--resume", "{folder}"), {}, "has no readable modular_lora.json"),

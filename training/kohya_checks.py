@@ -111,8 +111,8 @@ def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ..
         )
     if not known and any(here for _, here in pairs):
         raise GuardError(
-            f"{lora.name} does not say what base it was trained on ({BASE_KEY}, {FILE_HASH_KEY}): start from a LoRA "
-            "that does, or from none."
+            f"{lora.name} names no base that can be compared with this one ({BASE_KEY}, {FILE_HASH_KEY}): start from a "
+            "LoRA that does, or from none."
         )
 
 
