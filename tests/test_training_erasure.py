@@ -520,6 +520,7 @@ def test_every_example_is_used_before_one_is_used_again():
     second = [run._pick("erase", i, n) for i in range(n, 2 * n)]
     assert sorted(first) == sorted(second) == list(range(n))
     assert first != second
+    assert first != [run._pick("keep", i, n) for i in range(n)]
 
 
 # -- SDD
