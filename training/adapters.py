@@ -138,10 +138,6 @@ def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Ad
 
     Raises GuardError where PEFT is missing, nothing is named, or PEFT leaves a layer out.
     """
-    if LoraConfig is None:
-        raise GuardError(
-            f"Training needs PEFT ({MISSING}): pip install -r requirements.txt of this pack, then restart."
-        )
     placed: list[tuple[nn.Module, str, nn.Module]] = []
     layers: dict[str, LoraLayer] = {}
     try:
