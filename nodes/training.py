@@ -123,7 +123,7 @@ def _numbered(folder: Path) -> bool:
 
 
 def data_set_option(name: str) -> dict[str, str]:
-    """The option for a name in the drop-down, which ComfyUI does not check a V3 node's value against."""
+    """The option for a name in the drop-down, which ComfyUI 0.3.75 does not check a value against (0.33.0 does)."""
     if name not in data_sets():
         raise GuardError(f"Data set {name!r} is no data set in the input folder: put it there and refresh the page.")
     path = Path(folder_paths.get_input_directory()) / name

@@ -122,8 +122,8 @@ def test_the_picture_is_on_the_save_node(seen: Json) -> None:
     nodes = of_type(seen["ran"], "ModularLoraSaveImage", "PreviewImage")
     assert nodes
     for node in nodes:
-        (picture,) = node["pictures"]
-        assert min(picture) >= 64, node
+        assert node["pictures"], node
+        assert min(min(picture) for picture in node["pictures"]) >= 64, node
 
 
 def test_the_reports_are_on_the_nodes(seen: Json) -> None:
@@ -133,6 +133,9 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
         assert node["report"] == "1 of 1 pictures attested"
     for node in of_type(seen["ran"], "ModularLoraInterference"):
         assert "net strength" in node["report"]
+    for node in of_type(seen["ran"], "ModularLoraTrainTask", "ModularLoraTrainSafety"):
+        assert node["report"].startswith("saved as ")
+        assert node["pictures"] == [[640, 360]], "the loss curve"
     assert decoded or of_type(seen["ran"], "ModularLoraInterference")
 
 

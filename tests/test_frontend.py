@@ -20,6 +20,7 @@ SEEDS = {"seed", "noise_seed"}  # of samplers: the widget "control after generat
 FEW = {  # in place of a workflow's own
     "steps": 2,
     "max_train_steps": 2,
+    "train_batch_size": 2,
     "sample_every_n_steps": 2,
     "synonyms": "twemoji, racing car",
     "preserve": "twemoji, cat face",

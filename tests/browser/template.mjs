@@ -58,7 +58,13 @@ function drawnGraph() {
 }
 
 // Training takes minutes; few steps and prompts take the same way.
-const FEW = { max_train_steps: 4, sample_every_n_steps: 4, synonyms: "twemoji, racing car", preserve: "twemoji, cat face" };
+const FEW = {
+  max_train_steps: 4,
+  train_batch_size: 2,
+  sample_every_n_steps: 4,
+  synonyms: "twemoji, racing car",
+  preserve: "twemoji, cat face",
+};
 
 function shorten(few) {
   for (const widget of window.app.graph.nodes.flatMap((one) => one.widgets ?? [])) {
