@@ -369,6 +369,17 @@ def test_two_text_encoders_are_named_as_for_sdxl(stub):
         create(stub.safety)
 
 
+def test_python_3_10_without_a_toml_reader(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    monkeypatch.setattr(kohya_entry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "tomli", raising=False)
+    with kohya_entry.toml_named():
+        import tomli
+
+        assert not hasattr(tomli, "loads")
+    assert "tomli" not in sys.modules
+
+
 def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):
     with pytest.raises(GuardError, match="knows UNet2DConditionModel"):
         kohya_network.find_architecture(torch.nn.Linear(1, 1))

@@ -12,6 +12,9 @@ import importlib
 import importlib.util
 import runpy
 import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACK = "modular_lora_guard"
@@ -33,6 +36,24 @@ def register() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACK] = module
     spec.loader.exec_module(module)
+    with toml_named():
+        importlib.import_module(f"{PACK}.training.kohya_network")
+
+
+@contextmanager
+def toml_named() -> Iterator[None]:
+    """A name for the TOML reader that sd-scripts' environment lacks on Python 3.10, while the pack is imported.
+
+    The pack reads TOML in the parent process only.
+    """
+    if sys.version_info >= (3, 11) or importlib.util.find_spec("tomli"):
+        yield
+        return
+    sys.modules["tomli"] = types.ModuleType("tomli")
+    try:
+        yield
+    finally:
+        del sys.modules["tomli"]
 
 
 def guard_previews(script: str) -> None:
