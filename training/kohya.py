@@ -86,7 +86,8 @@ def train_task(
         run = replace(run, dataset_config=pictures, dataset_sha256=report.dataset_sha256, masked_loss=masked)
         return task_arguments(options, replace(run, prompts=prompts), safety, extra)
 
-    return _train(engine, options, base, _family(base).script, arguments, watch)
+    done = _train(engine, options, base, _family(base).script, arguments, watch)
+    return replace(done, report=f"{done.report}\n{dataset.format_report(report)}")
 
 
 def train_safety(
@@ -214,10 +215,9 @@ def _check(path: Path, before: tuple[int, int] | None) -> tuple[LoraFile, float]
 def _report(lora: LoraFile, losses: Sequence[float], size: float, engine: Engine, seconds: float) -> str:
     zero = f", {len(lora.zero_layers)} of them zero" if lora.zero_layers else ""
     last = f", loss {losses[-1]:.4f} (sd-scripts' average)" if losses else ""
-    return (
-        f"{lora.name}: {len(lora.layers)} layers{zero}, ‖ΔW‖ {size:.4g}, {len(losses)} steps{last}, {seconds:.0f} s\n"
-        f"{engine}\nfile SHA-256 {lora.sha256}"
-    )
+    said = [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if key.startswith("modular_lora.")]
+    head = f"{lora.name}: {len(lora.layers)} layers{zero}, ‖ΔW‖ {size:.4g}, {len(losses)} steps{last}, {seconds:.0f} s"
+    return "\n".join([head, f"{engine}, file SHA-256 {lora.sha256}", *said])
 
 
 def _write(path: Path, text: str) -> str:
