@@ -52,6 +52,7 @@ class Job:
     write: Callable[[Path, int, Masters], None]  # the LoRA file as of ``step``
     fingerprint: dict[str, str]  # what a resumed state must agree on
     after_step: Callable[[Masters], None] = lambda masters: None  # on the float32 values, before they are given back
+    prepare: Callable[[int], None] = lambda step: None  # what a step needs and may be interrupted in: pools
     preview: Callable[[int], list[Path]] = lambda step: []
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None
@@ -100,6 +101,7 @@ def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[
         try:
             while run.step < options.max_train_steps:
                 watch.check()
+                job.prepare(run.step)
                 _step(run)
                 log(run.step, {"loss": run.losses[-1], "lr": run.optimizer.param_groups[0]["lr"]})
                 watch.step(run.step, options.max_train_steps, run.losses)

@@ -126,6 +126,9 @@ class SafetyOptions(Options):
 
     network_dim: int = opt(8, "rank")
     network_alpha: float = opt(8.0, "alpha; the LoRA counts alpha / rank")
+    train_batch_size: int = opt(
+        4, "noisy latents a micro-batch: half of the concept, a third kept, a sixth of no prompt"
+    )
     objective: Objective = opt("esd-x", "esd-x (cross-attention), esd-u (all but it), sdd, leco")
     concept: tuple[str, ...] = opt((), "prompts of the concept to erase")
     synonyms: tuple[str, ...] = opt((), "more prompts of it, erased the same way")

@@ -51,6 +51,7 @@ def train_safety(
             write=lambda path, step, masters: _write(record, erasure, adapters, masters, path, step),
             fingerprint=record.fingerprint,
             after_step=lambda masters: erasure.after_step(masters.values),
+            prepare=erasure.prepare,
             preview=lambda step: previews(step, erasure.saved_weights()),
             extra=erasure.state_dict,
             load_extra=erasure.load_state_dict,
