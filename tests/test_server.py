@@ -228,8 +228,9 @@ def test_an_interrupt_ends_the_run_and_the_next_one_is_whole(
 
 def test_the_server_answers_while_it_trains(client: Client, setting: graphs.Setting) -> None:
     graph = graphs.checkpoint(setting)
-    sections = client.get_json("/object_info/ModularLoraTrainTask")["ModularLoraTrainTask"]["input"].values()
-    given = {name: spec[1]["default"] for part in sections for name, spec in part.items() if "default" in spec[1]}
+    entry = client.get_json("/object_info/ModularLoraTrainTask")["ModularLoraTrainTask"]["input"]
+    inputs = entry["required"] | entry["optional"]
+    given = {name: options["default"] for name, (_, options) in inputs.items() if "default" in options}
     given |= {name: ["checkpoint", slot] for slot, name in enumerate(("model", "clip", "vae"))}
     given |= {"data_set": DATA_SET, "resolution": 64, "target": "cross-attention", "max_train_steps": 4}
     graph["train"] = node("ModularLoraTrainTask", **given)
