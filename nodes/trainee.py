@@ -34,6 +34,7 @@ from . import host
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENGINE = f"{host.PACK}, embedded"
+SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # of BaseModel.encode_adm
 CHUNK = 75  # tokens between start and end token
 
 
@@ -71,22 +72,12 @@ class ComfyTrainee:
         """BaseModel.extra_conds, one row a picture since it takes one size for a whole batch."""
         if cond.pooled is None or self._model.adm_channels in (None, 0):
             return {"c_crossattn": cond.cross.to(self.device)}
-        height, width = (8 * n for n in x.shape[-2:])
+        own = [self.downscale * n for n in x.shape[-2:]]
+        sizes = [[*own, 0, 0, *own]] * len(cond) if cond.sizes is None else cond.sizes.tolist()
         rows = []
-        for row in range(len(cond)):
-            h, w, top, left, to_h, to_w = (
-                (height, width, 0, 0, height, width) if cond.sizes is None else cond.sizes[row]
-            )
-            sizes = {
-                "height": h,
-                "width": w,
-                "crop_h": top,
-                "crop_w": left,
-                "target_height": to_h,
-                "target_width": to_w,
-            }
-            pooled = cond.pooled[row : row + 1].to(self.device)
-            rows.append(self._model.encode_adm(device=self.device, pooled_output=pooled, noise=x, **sizes))
+        for pooled, size in zip(cond.pooled.to(self.device).split(1), sizes, strict=True):
+            named = dict(zip(SIZES, size, strict=True))
+            rows.append(self._model.encode_adm(device=self.device, pooled_output=pooled, noise=x, **named))
         return {"c_crossattn": cond.cross.to(self.device), "y": torch.cat(rows).to(self.device)}
 
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -150,6 +141,7 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     dtype = DTYPES[options.mixed_precision]
     trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        stack.callback(comfy.model_management.soft_empty_cache)
         stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
         stack.enter_context(
             _plain_weights(trainee.text_encoder, dtype if train_text_encoder else None, clip.patcher.load_device)

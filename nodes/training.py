@@ -10,7 +10,6 @@ import shutil
 import typing
 from pathlib import Path
 
-import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -193,7 +192,6 @@ def published(trained: Trained, folder: str) -> Path:
 
 def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
     """What both trainings give: the LoRA on its socket, report, loss curve, previews."""
-    comfy.model_management.soft_empty_cache()
     report = f"saved as {path.name} in {path.parent.name}\n{trained.report}"
     show(node, report)
     curve = watch.finish(trained.losses)

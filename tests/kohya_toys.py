@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import psutil
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 
 STUB = Path(__file__).parent / "sd_scripts_stub"
+
+
+def stub_weights():
+    """A checkpoint of the stand-in."""
+    spec = importlib.util.spec_from_file_location("stub_models", STUB / "library" / "models.py")
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    return models.random_weights(0)
 
 
 class Interrupted(Exception):

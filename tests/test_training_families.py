@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from modular_lora_guard.bootstrap.paths import ROOT
 from test_families import FAMILIES, layers, toy  # noqa: F401 - a fixture
 
+pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
+
 PICTURES = ROOT / "world" / "assets" / "gloss" / "10_gloss"
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 32}
 TE1, TE2 = "lora_te1_text_model_", "lora_te2_text_model_"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kohya_toys import STUB, Interrupted, Seen, safety_options, task_options
+from kohya_toys import STUB, Interrupted, Seen, safety_options, stub_weights, task_options
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import read_lora, sha256_file
 from modular_lora_guard.modular_lora.guard import SafetyLora
@@ -29,10 +28,7 @@ pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which c
 def place(tmp_path_factory):
     """A checkpoint of the stand-in, a safety LoRA, pictures."""
     folder = tmp_path_factory.mktemp("kohya")
-    spec = importlib.util.spec_from_file_location("stub_models", STUB / "library" / "models.py")
-    models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(models)
-    save_file(models.random_weights(0), folder / "base.safetensors")
+    save_file(stub_weights(), folder / "base.safetensors")
     name, generator = "lora_unet_attentions_0_transformer_blocks_0_attn2_to_k", torch.Generator().manual_seed(3)
     tensors = {f"{name}.lora_down.weight": torch.randn(2, 10, generator=generator)}
     tensors |= {f"{name}.lora_up.weight": torch.randn(12, 2, generator=generator), f"{name}.alpha": torch.tensor(2.0)}

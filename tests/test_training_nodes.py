@@ -10,8 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 from graphs import GraphError, base_graph, guarded_graph
+from kohya_toys import STUB, stub_weights
 from modular_lora_guard.bootstrap.paths import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
 PICTURES = ROOT / "world" / "assets" / "gloss" / "10_gloss"
 STEMS = ("cat-face", "balloon", "crown")
@@ -342,3 +345,22 @@ def test_a_projected_file_is_clear_of_the_safety_lora_and_served(comfy, run_grap
         A, S = layer.down.flatten(1).double(), safety.lora.layers[name].down.flatten(1).double()
         assert (A @ S.T).norm() < 1e-3 * A.norm() * S.norm()
     assert out["sample"][1].startswith("guarded: ")
+
+
+def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_graph, monkeypatch):
+    checkpoint = comfy.base / "models" / "checkpoints" / "stub.safetensors"
+    save_file(stub_weights(), checkpoint)
+    graph = training(comfy, "ModularLoraTrainTask", engine="kohya", ckpt_name=checkpoint.name, output_name="by_kohya")
+    monkeypatch.delenv("SD_SCRIPTS_PATH", raising=False)
+    with pytest.raises(GraphError, match="no checkout is named"):
+        run_graph(graph)
+    monkeypatch.setenv("SD_SCRIPTS_PATH", str(STUB))
+    monkeypatch.setenv("SD_SCRIPTS_PYTHON", sys.executable)
+    ((task,), report, *_) = run_graph(graph)["train"]
+    assert task.lora.path.name == "by_kohya.safetensors"
+    assert len(task.lora.layers) > 0
+    assert task.lora.metadata["modular_lora.base_sha256"] == comfy.host.model_sha256(run_graph(graph)["ckpt"][0])
+    assert "sd-scripts" in report
+    graph["train"]["inputs"]["ckpt_name"] = ""
+    with pytest.raises(GraphError, match="choose it as ckpt_name"):
+        run_graph(graph)

@@ -122,7 +122,7 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
 
 def format_report(report: DatasetReport) -> str:
     """The report as plain text; at most ten names a line of findings."""
-    lines = [f"Data set {report.source}"]
+    lines = [f"Data set {Path(report.source).name}"]
     lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
     training = len(report.pictures) - report.regularisation
     reg = f" and {report.regularisation} regularisation pictures" if report.regularisation else ""

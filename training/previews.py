@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,8 +22,16 @@ from .trainee import Trainee
 class Previews:
     """Draws ``options.sample_prompts``; leaves weights, random number generators and adapters as they were."""
 
-    def __init__(self, trainee: Trainee, adapters: Adapters, options: Options, safety: Sequence[SafetyLora] = ()):
-        self.trainee, self.adapters, self.options, self.safety = trainee, adapters, options, safety
+    def __init__(
+        self,
+        trainee: Trainee,
+        adapters: Adapters,
+        options: Options,
+        check: Callable[[], None],
+        safety: Sequence[SafetyLora] = (),
+    ):
+        """``check`` is asked before every picture and may raise to interrupt."""
+        self.trainee, self.adapters, self.options, self.check, self.safety = trainee, adapters, options, check, safety
 
     @torch.no_grad()
     def __call__(self, step: int, saved: AbstractContextManager = nullcontext()) -> list[Path]:  # noqa: B008
@@ -39,6 +47,7 @@ class Previews:
             return [self._draw(step, i, prompt) for i, prompt in enumerate(self.options.sample_prompts)]
 
     def _draw(self, step: int, i: int, prompt: str) -> Path:
+        self.check()
         trainee, options = self.trainee, self.options
         cond, empty = trainee.encode([prompt]), trainee.encode([""])
         size = (options.sample_size, options.sample_size)

@@ -44,7 +44,7 @@ def train_safety(
             progress=lambda done, total: watch.stage("building the pool", done, total),
             pool_file=Path(options.output_dir) / f"{options.output_name}-pool.safetensors",
         )
-        previews = Previews(trainee, adapters, options)
+        previews = Previews(trainee, adapters, options, watch.check)
         job = Job(
             groups=[(adapters.parameters(), options.learning_rate)],
             loss=erasure.loss,

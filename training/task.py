@@ -69,7 +69,7 @@ def train_task(
             write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),
-            preview=Previews(trainee, adapters, options, safety),
+            preview=Previews(trainee, adapters, options, watch.check, safety),
         )
         losses = fit(job, options, trainee.device, watch)
     return record.trained(losses, _lines(trainee, options, found, safety, spans, contaminated))

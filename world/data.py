@@ -59,7 +59,8 @@ KEPT = {
     "umbrella": "", "light-bulb": "", "guitar": "", "soccer-ball": "", "crown": "",
     "gem-stone": "gem", "bell": "", "scissors": "", "t-shirt": "t-shirt", "balloon": "", "wrapped-gift": "gift",
     "alarm-clock": "", "hammer": "", "red-heart": "heart", "star": "", "fire": "flame",
-    "grinning-face": "", "loudly-crying-face": "crying face", "ghost": "", "skull": "", "jack-o-lantern": "jack-o-lantern",
+    "grinning-face": "", "loudly-crying-face": "crying face", "ghost": "", "skull": "",
+    "jack-o-lantern": "jack-o-lantern",
 }  # fmt: skip
 CONCEPTS = tuple(SUPPRESSED) + tuple(KEPT)
 WORDS = tuple(own or name.replace("-", " ") for name, own in (SUPPRESSED | KEPT).items())  # of captions
