@@ -130,7 +130,8 @@ def report(chosen: argparse.Namespace, curves: dict[str, list[dict[str, float]]]
         rows[f"{kind} to a vehicle rate of {chosen.rate:.0%}, {name}"] = words + kept
     both = all(first.values())
     ratio = round(first["pooled"]["cpu-s"] / first["on-policy"]["cpu-s"], 3) if both else "not reached by both"
-    command = f"python -m benchmarks.erasure --objective {chosen.objective} --rate {chosen.rate} --record"
+    chosen_ones = ("objective", "negative_guidance", "rate", "steps")
+    command = "python -m benchmarks.erasure --record " + " ".join(f"--{n} {getattr(chosen, n)}" for n in chosen_ones)
     record("training.json", {f"erasure run / on-policy {kind}": ratio} | rows, command)
 
 

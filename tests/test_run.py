@@ -37,6 +37,13 @@ def test_help_names_the_three_commands() -> None:
     assert all(f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy"))
 
 
+def test_what_follows_lora_goes_to_the_trainers_as_it_is() -> None:
+    code = "import sys, run; options, rest = run.parse(sys.argv[1:]); print(options.command, options.bundled, rest)"
+    given = ["lora", "--bundled", "train-task", "--config", "x.toml", "--help"]
+    answer = subprocess.run([sys.executable, "-c", code, *given], cwd=RUN.parent, capture_output=True, text=True)
+    assert answer.stdout.strip() == "lora True ['train-task', '--config', 'x.toml', '--help']"
+
+
 def test_an_unknown_option_of_the_demo_is_refused() -> None:
     answer = run("demo", "--step", "3", COMFYUI_PATH=os.devnull)
     assert answer.returncode == 2
