@@ -10,6 +10,7 @@ number; memory is the largest resident size from the start of training on, witho
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -25,10 +26,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from .figures import record
+from .figures import FOLDER, record
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW, MANY = 2, 8
 BEGUN = {"sd-scripts": "running training", "ours": "caching latents: 4 of 4"}  # what each prints when training starts
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter that sd-scripts runs with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, nargs=2, default=(2, 8), help="few and many")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +77,8 @@ def measure(options: argparse.Namespace, work: Path, precision: str) -> dict[str
     found: dict[str, list[tuple[float, float]]] = {"sd-scripts": [], "ours": []}
     for _ in range(options.rounds):
         for name, command in (("sd-scripts", theirs), ("ours", ours)):
-            few, many = (run(name, command(options, work, precision, n), options) for n in (FEW, MANY))
-            found[name].append(((many.cpu - few.cpu) / (MANY - FEW), many.peak))
+            few, many = (run(name, command(options, work, precision, n), options) for n in options.steps)
+            found[name].append(((many.cpu - few.cpu) / (options.steps[1] - options.steps[0]), many.peak))
             sys.stderr.write(f"{precision} {name}: {found[name][-1][0]:.2f} CPU-s a step, {many.peak:.2f} GiB\n")
     return found
 
@@ -159,7 +160,7 @@ def report(options: argparse.Namespace, costs: dict[str, dict[str, list[tuple[fl
         for p, both in costs.items()
         for name, runs in both.items()
     }
-    base = middle.get(("no", "sd-scripts"))
+    base = middle.get(("no", "sd-scripts")) or _before("sd-scripts, fp32")
     for (precision, name), (cpu, peak) in middle.items():
         words = {"no": "fp32"}.get(precision, precision)
         rows[f"step cpu-s, {name}, {words}"] = round(cpu, 2)
@@ -168,9 +169,19 @@ def report(options: argparse.Namespace, costs: dict[str, dict[str, list[tuple[fl
             rows[f"step cpu-s / sd-scripts, {words}"] = round(cpu / base[0], 3)
             rows[f"peak memory / sd-scripts, {words}"] = round(peak / base[1], 3)
     command = "python -m benchmarks.training CHECKOUT CHECKPOINT --comfyui COMFYUI --tokenizers FOLDER"
-    record("training.json", rows, f"{command} --rounds {options.rounds} --threads {options.threads}")
+    tail = f"--rounds {options.rounds} --steps {options.steps[0]} {options.steps[1]} --threads {options.threads}"
+    record("training.json", rows, f"{command} {tail}")
     for name, value in rows.items():
         sys.stdout.write(f"{name}: {value}\n")
+
+
+def _before(which: str) -> tuple[float, float] | None:
+    """What an earlier run recorded of fp32, where this one measured half precision alone."""
+    path = FOLDER / "training.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    found = {row["name"]: row["value"] for row in rows}
+    names = (f"step cpu-s, {which}", f"peak GiB in training, {which}")
+    return tuple(found[name] for name in names) if all(name in found for name in names) else None
 
 
 if __name__ == "__main__":

@@ -198,6 +198,8 @@ def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
 
 def _check(model, clip, accept_merged: bool) -> None:
     host._check_types(model, clip)
+    if clip is None:
+        raise GuardError("The trainer got no CLIP: connect the checkpoint's CLIP.")
     if isinstance(model, host.GuardMixin) or isinstance(clip, host.GuardedClipMixin):
         raise GuardError(
             "The MODEL or CLIP is guarded, and a LoRA is trained on W0 alone: connect the checkpoint loader's own; the "
