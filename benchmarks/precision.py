@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from training.__main__ import register
 
 from .figures import record
