@@ -106,6 +106,12 @@ class ComfyTrainee:
         """Pictures of latents."""
         return self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
 
+    def release(self, text: bool) -> None:
+        """Let go of the VAE and, with ``text``, of the text encoder; what nobody else holds is freed."""
+        self._vae = None
+        if text:
+            self._clip, self.text_encoder = None, nn.Identity()
+
     @contextmanager
     def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
         """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
@@ -140,13 +146,14 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
     dtype = DTYPES[options.mixed_precision]
     trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
+    text_device = clip.patcher.load_device
+    del clip, vae  # held by the trainee alone, which may let go of them
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
         stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
-        stack.enter_context(
-            _plain_weights(trainee.text_encoder, dtype if train_text_encoder else None, clip.patcher.load_device)
-        )
-        stack.enter_context(_cloned_norm_inputs(trainee.text_encoder if train_text_encoder else None))
+        if train_text_encoder:
+            stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
+            stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
         stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
         yield trainee
@@ -215,7 +222,7 @@ def _check(model, clip, accept_merged: bool) -> None:
 
 
 @contextmanager
-def _plain_weights(module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Parameters and buffers as plain tensors, over the same storage or, in another dtype or place, copied."""
     kept: list[tuple[dict, str, Tensor]] = []
     try:
@@ -232,8 +239,8 @@ def _plain_weights(module: nn.Module, dtype: torch.dtype | None, device: torch.d
 
 
 @torch.no_grad()
-def _plain(value: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+def _plain(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    wanted = dtype if value.is_floating_point() else value.dtype
     if value.dtype == wanted and value.device == device:
         view = (value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
         plain = torch.empty(0, dtype=wanted, device=device).set_(*view)
@@ -243,9 +250,9 @@ def _plain(value: Tensor, dtype: torch.dtype | None, device: torch.device) -> Te
 
 
 @contextmanager
-def _cloned_norm_inputs(text_encoder: nn.Module | None) -> Iterator[None]:
+def _cloned_norm_inputs(text_encoder: nn.Module) -> Iterator[None]:
     """CLIPLayer adds to its input in place (0.3.75, 0.33.0), and the norm before still needs it going back: a copy."""
-    norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm)) if text_encoder else ()
+    norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm))
     hooks = [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
     try:
         yield

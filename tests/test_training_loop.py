@@ -134,6 +134,21 @@ def test_the_safety_lora_is_in_nothing_that_trains(options, tmp_path, monkeypatc
     assert metadata["modular_lora.safety_sha256"] == safety.lora.sha256
 
 
+@pytest.mark.parametrize(
+    ("changes", "released"),
+    [
+        ({}, True),
+        ({"shuffle_caption": True}, False),
+        ({"caption_dropout_rate": 0.5}, False),
+        ({"sample_every_n_steps": 1}, None),
+    ],
+)
+def test_what_no_step_asks_for_again_is_let_go_of(changes, released, options):
+    trainee = ToyTrainee()
+    train(replace(options, max_train_steps=2, **changes), trainee=trainee)
+    assert getattr(trainee, "released", None) is released
+
+
 def test_a_projected_lora_answers_nothing_to_the_safety_loras_inputs(options, tmp_path):
     safety = safety_lora(tmp_path)
     plain = train(options)

@@ -101,6 +101,11 @@ class ToyTrainee:
     def too_long(self, prompt: str) -> bool:
         return len(prompt) > 75
 
+    def release(self, text: bool) -> None:
+        self.released = text
+        if text:
+            self.encode = None
+
     def attached(self, safety):
         return nullcontext()
 

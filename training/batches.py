@@ -50,6 +50,14 @@ class Plan:
         rng = self._rng("draw", epoch, position)
         return tuple(self._draw(index, rng, epoch, step) for index in self._batches(epoch)[position])
 
+    def fixed_captions(self) -> list[str] | None:
+        """Every caption that will be drawn, each once; None where draws differ."""
+        rules = [picture.subset.rules for picture in self.report.pictures]
+        if any(captions.varies(rule) for rule in rules):
+            return None
+        drawn = (self._draw(i, self._rng("caption"), 0, 0).caption for i in range(len(rules)))
+        return list(dict.fromkeys(drawn))
+
     def _batches(self, epoch: int) -> list[list[int]]:
         if epoch not in self._orders:
             self._orders.clear()  # one epoch at a time

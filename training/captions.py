@@ -61,6 +61,12 @@ def draw(
     return text
 
 
+def varies(rules: CaptionRules) -> bool:
+    """Whether two draws of one caption can differ."""
+    rates = rules.caption_dropout_rate, rules.caption_dropout_every_n_epochs, rules.caption_tag_dropout_rate
+    return rules.shuffle_caption or rules.enable_wildcard or any(rates) or rules.token_warmup_step > 0
+
+
 def read(path: Path) -> str:
     """Lines of a caption file that are not blank, stripped, joined by newlines; '' where there is none.
 

@@ -114,10 +114,10 @@ def with_options(chosen: dict) -> str:
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
     host = comfy_host(chosen)
-    loaded = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], made.mixed_precision)
+    where = chosen["checkpoint"], chosen["vae"], made.mixed_precision
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
-    with host.opened(*loaded, made, train_text) as trainee:
+    with host.opened(*host.load_checkpoint(*where), made, train_text) as trainee:
         if isinstance(made, SafetyOptions):
             return train_safety(trainee, made, Lines(), **common).report
         return train_task(trainee, made, Lines(), safety, **common).report

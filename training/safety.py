@@ -44,6 +44,8 @@ def train_safety(
             progress=lambda done, total: watch.stage("building the pool", done, total),
             pool_file=Path(options.output_dir) / f"{options.output_name}-pool.safetensors",
         )
+        if not options.sample_every_n_steps:
+            trainee.release(text=True)
         previews = Previews(trainee, adapters, options, watch.check)
         job = Job(
             groups=[(adapters.parameters(), options.learning_rate)],

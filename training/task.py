@@ -56,6 +56,8 @@ def train_task(
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
     loss = Denoising(trainee, options, plan, Latents(trainee, found, watch), Captions(trainee))
+    cut = sum(trainee.too_long(picture.caption) for picture in found.pictures)
+    _release(trainee, options, loss, plan.fixed_captions())
     spec = _spec(trainee, options)
     record = Record(trainee, options, spec, engine, base_name, loras, contaminated, dataset_export.record(found))
     with (
@@ -72,7 +74,7 @@ def train_task(
             preview=Previews(trainee, adapters, options, watch.check, safety),
         )
         losses = fit(job, options, trainee.device, watch)
-    return record.trained(losses, _lines(trainee, options, found, safety, spans, contaminated))
+    return record.trained(losses, _lines(options, found, safety, spans, contaminated, cut))
 
 
 def _check_base(trainee: Trainee, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
@@ -94,6 +96,16 @@ def _spec(trainee: Trainee, options: TaskOptions) -> Spec:
         seed=options.seed,
         role=ROLE,
     )
+
+
+def _release(trainee: Trainee, options: TaskOptions, loss: Denoising, captions: list[str] | None) -> None:
+    """Keep VAE and text encoder only where previews or captions that vary will ask for them."""
+    if options.sample_every_n_steps:
+        return
+    fixed = captions is not None and not options.network_train_text_encoder
+    if fixed:
+        loss.captions.of(captions)
+    trainee.release(text=fixed)
 
 
 def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:
@@ -132,12 +144,12 @@ def _project(adapters: Adapters, spans: Mapping[str, Tensor], value_of: Callable
 
 
 def _lines(
-    trainee: Trainee,
     options: TaskOptions,
     report: dataset.DatasetReport,
     safety: Sequence[SafetyLora],
     spans: Mapping[str, Tensor],
     contaminated: str,
+    cut: int,
 ) -> list[str]:
     shown = "previews show it attached" if options.sample_every_n_steps else "no previews were drawn"
     lines = [
@@ -148,7 +160,6 @@ def _lines(
         lines.append("no safety LoRA was given: the previews show the task LoRA alone")
     if spans:
         lines.append(f"projection: {len(spans)} layers kept clear of the safety LoRA's row space after every step")
-    cut = sum(trainee.too_long(picture.caption) for picture in report.pictures)
     if cut:
         lines.append(f"{cut} captions are longer than {options.max_token_length} tokens and were cut off")
     if contaminated:

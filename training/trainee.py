@@ -116,3 +116,6 @@ class Trainee(Protocol):
 
     def attached(self, safety: Sequence[SafetyLora]) -> AbstractContextManager[None]:
         """The safety LoRAs as frozen forward branches, as the guard serves them, while inside."""
+
+    def release(self, text: bool) -> None:
+        """Let go of what will not be asked for again: the autoencoder and, with ``text``, the text encoder."""

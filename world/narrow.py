@@ -54,3 +54,6 @@ class NarrowTrainee:
         context, bias = self.model.text(list(prompts))  # b l 768, b l
         room = LENGTH - context.shape[1]
         return self._cond(F.pad(context, (0, 0, 0, room)), F.pad(bias, (0, room), value=-torch.inf))
+
+    def release(self, text: bool) -> None:
+        """Nothing: token rows and U-Net are one module."""
