@@ -30,6 +30,7 @@ from ..training.kohya import Base
 from ..training.options import Options
 from ..training.trainee import Cond, Schedule
 from . import host
+from .convolutions import small_as_products
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,6 +152,7 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
         stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
+        stack.enter_context(small_as_products(trainee.unet, trainee.device.type == "cpu" and dtype == torch.float32))
         if train_text_encoder:
             stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
             stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))

@@ -97,3 +97,31 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
         (line,) = guard.build_part(name, info, (guard.SafetyLora(lora, 1.0),), (), guard.Policy()).lines
         assert (line.unmatched, line.matched > 10) == ((), True)
     assert lora.metadata["ss_base_model_version"] == {"SD20": "sd_v2", "SDXL": "sdxl_base_v1-0"}[family]
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 4), (3, 6, 8, 5), (1, 6, 16, 16), (2, 6, 16, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_small_convolutions_as_products_answer_as_they_did(shape, bias, comfy):
+    from comfy import ops
+
+    network = torch.nn.ModuleList(
+        [ops.disable_weight_init.Conv2d(6, 7, 3, padding=1, bias=bias), torch.nn.Conv2d(6, 7, 3, stride=2, padding=1)]
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    kinds = [type(module) for module in network]
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        y = network[0](x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, network[0].weight])]
+
+    stock = run()
+    with part(comfy, "nodes.convolutions").small_as_products(network, True):
+        assert type(network[0]) is not kinds[0]
+        assert type(network[1]) is kinds[1]
+        ours = run()
+    assert [type(module) for module in network] == kinds
+    for a, b in zip(ours, stock, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
