@@ -23,7 +23,8 @@ def _product(base: type[nn.Conv2d]) -> type[nn.Conv2d]:
     class Product(base):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
             b, _, h, w = x.shape
-            if b * h * w > FEW or x.dtype != self.weight.dtype or getattr(self, "weight_function", None):
+            other = x.dtype != self.weight.dtype or getattr(self, "weight_function", None)
+            if b * h * w > FEW or other or not _plain(self):  # PEFT makes its adapters of the class it finds
                 return super().forward(x, *args, **kwargs)
             columns = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)  # in·3·3 b·h·w
             y = self.weight.flatten(1) @ columns  # out b·h·w
