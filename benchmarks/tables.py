@@ -24,13 +24,12 @@ def drawn(text: str) -> str:
 
 
 def table(file: str, beginnings: list[str]) -> str:
-    """Rows of one file as Markdown, in the order of ``beginnings``, with where each was measured."""
+    """Rows of one file as Markdown, in the order of ``beginnings``, and where they were measured."""
     rows = json.loads((FOLDER / file).read_text(encoding="utf-8"))["rows"]
     picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
-    lines = ["| figure | value | command | machine, date |", "|---|---|---|---|"]
-    for row in picked:
-        lines.append(f"| {row['name']} | {row['value']} | `{row['command']}` | {row['machine']}, {row['date']} |")
-    return "\n".join(lines) + "\n"
+    lines = ["| figure | value |", "|---|---|", *(f"| {row['name']} | {row['value']} |" for row in picked)]
+    sources = dict.fromkeys(f"`{row['command']}`; {row['machine']}; {row['date']}" for row in picked)
+    return "\n".join([*lines, "", *(f"* {source}" for source in sources)]) + "\n"
 
 
 def main() -> None:
