@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs=2, default=(2, 8), help="few and many")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
+    parser.add_argument("--programs", nargs="+", default=list(BEGUN), choices=tuple(BEGUN))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -74,9 +75,10 @@ def pictures(work: Path) -> None:
 
 def measure(options: argparse.Namespace, work: Path, precision: str) -> dict[str, list[tuple[float, float]]]:
     """(CPU-seconds a step, GiB) of every round, by program; the two alternate."""
-    found: dict[str, list[tuple[float, float]]] = {"sd-scripts": [], "ours": []}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in options.programs}
     for _ in range(options.rounds):
-        for name, command in (("sd-scripts", theirs), ("ours", ours)):
+        for name in found:
+            command = ours if name == "ours" else theirs
             few, many = (run(name, command(options, work, precision, n), options) for n in options.steps)
             found[name].append(((many.cpu - few.cpu) / (options.steps[1] - options.steps[0]), many.peak))
             sys.stderr.write(f"{precision} {name}: {found[name][-1][0]:.2f} CPU-s a step, {many.peak:.2f} GiB\n")
@@ -169,8 +171,10 @@ def report(options: argparse.Namespace, costs: dict[str, dict[str, list[tuple[fl
             rows[f"step cpu-s / sd-scripts, {words}"] = round(cpu / base[0], 3)
             rows[f"peak memory / sd-scripts, {words}"] = round(peak / base[1], 3)
     command = "python -m benchmarks.training CHECKOUT CHECKPOINT --comfyui COMFYUI --tokenizers FOLDER"
-    tail = f"--rounds {options.rounds} --steps {options.steps[0]} {options.steps[1]} --threads {options.threads}"
-    record("training.json", rows, f"{command} {tail}")
+    for name in ("rounds", "threads", "steps", "precisions", "programs"):
+        value = getattr(options, name)
+        command += f" --{name} {value if isinstance(value, int) else ' '.join(map(str, value))}"
+    record("training.json", rows, command)
     for name, value in rows.items():
         sys.stdout.write(f"{name}: {value}\n")
 
