@@ -9,6 +9,7 @@ costs the network's size once. On leaving, the parameters themselves are put bac
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from .convolutions import small_as_products
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger("modular_lora")
 ENGINE = f"{host.PACK}, embedded"
 SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # of BaseModel.encode_adm
 CHUNK = 75  # tokens between start and end token
@@ -52,6 +54,7 @@ class ComfyTrainee:
         self.unet_names = unet_names(self.infos[0], self.family)
         self.text_names = text_names(self.infos[1])
         self.latent_channels, self.downscale = self._model.latent_format.latent_channels, 8
+        self.notes = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         prediction = (
             "v_prediction" if isinstance(self._model.model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
@@ -127,6 +130,16 @@ class ComfyTrainee:
                     stack.callback(seat.detach)
                     seat.attach()
             yield
+
+
+def slow_notes(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """A line where half precision is asked of a CPU that has no instructions for it."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, names.get(dtype, ""), None) if device.type == "cpu" else None
+    if supported is not None and not supported():
+        text = f"this CPU has no instructions for {dtype}, which makes a step many times slower: use mixed_precision no"
+        logger.warning(text)
+        yield f"WARNING: {text}"
 
 
 def _sdpa(function, *args, **kwargs):

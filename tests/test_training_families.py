@@ -125,3 +125,15 @@ def test_small_convolutions_as_products_answer_as_they_did(shape, bias, comfy):
     assert [type(module) for module in network] == kinds
     for a, b in zip(ours, stock, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_on_a_cpu_without_it_is_said(comfy, monkeypatch):
+    notes = part(comfy, "nodes.trainee").slow_notes
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    (line,) = notes(cpu, torch.bfloat16)
+    assert "use mixed_precision no" in line
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert not list(notes(cpu, torch.bfloat16))
+    assert not list(notes(cpu, torch.float32))
+    assert not list(notes(torch.device("cuda"), torch.bfloat16))

@@ -70,7 +70,8 @@ def safety_lora(folder: Path) -> SafetyLora:
 
 
 def train(options: TaskOptions, watch=None, safety=(), trainee=None) -> dict[str, torch.Tensor]:
-    train_task(trainee or ToyTrainee(), options, watch or Silent(), safety, engine="test")
+    trained = train_task(trainee or ToyTrainee(), options, watch or Silent(), safety, engine="test")
+    assert "a note" in trained.report
     return load_file(Path(options.output_dir) / f"{options.output_name}.safetensors")
 
 

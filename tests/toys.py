@@ -65,7 +65,7 @@ class ToyTrainee:
     """See training.trainee.Trainee; prompts are hashed to rows of noise."""
 
     family, base_sha256, patches = "SD15", "0" * 64, 0
-    latent_channels, downscale = 4, 8
+    latent_channels, downscale, notes = 4, 8, ("a note",)
 
     def __init__(self, dtype: torch.dtype = torch.float32, prediction: str = "epsilon"):
         with torch.random.fork_rng():

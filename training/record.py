@@ -82,4 +82,4 @@ class Record:
             f"base {self.base_name or self.trainee.family}, content SHA-256 {self.trainee.base_sha256[:12]}",
             f"file SHA-256 {self.last.sha256}",
         ]
-        return Trained(self.last, tuple(losses), "\n".join([*head, *lines]))
+        return Trained(self.last, tuple(losses), "\n".join([*head, *self.trainee.notes, *lines]))

@@ -93,6 +93,7 @@ class Trainee(Protocol):
     device: torch.device
     dtype: torch.dtype  # of weights and activations; adapters are float32
     infos: tuple[ModelInfo, ModelInfo]  # key maps and layers of U-Net and text encoder, as the guard knows them
+    notes: tuple[str, ...]  # what is worth a line in the report
     latent_channels: int
     downscale: int  # pixels a latent cell
 

@@ -37,7 +37,7 @@ class NarrowTrainee:
     """Trainee on a `base.Base`; ``schedule`` and ``cond`` are the pack's own classes Schedule and Cond."""
 
     family, patches, latent_channels, downscale = "SD15", 0, 4, 8
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, notes = torch.device("cpu"), torch.float32, ()
 
     def __init__(self, model: base.Base, schedule: type, cond: type):
         self.model, self.unet, self.text_encoder, self._cond = model, model.unet, nn.Identity(), cond
