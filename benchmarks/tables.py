@@ -27,7 +27,8 @@ def table(file: str, beginnings: list[str]) -> str:
     """Rows of one file as Markdown, in the order of ``beginnings``, and where they were measured."""
     rows = json.loads((FOLDER / file).read_text(encoding="utf-8"))["rows"]
     picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
-    lines = ["| figure | value |", "|---|---|", *(f"| {row['name']} | {row['value']} |" for row in picked)]
+    cells = [[str(row[key]).replace("|", r"\|") for key in ("name", "value")] for row in picked]
+    lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
     sources = dict.fromkeys(f"`{row['command']}`; {row['machine']}; {row['date']}" for row in picked)
     return "\n".join([*lines, "", *(f"* {source}" for source in sources)]) + "\n"
 
