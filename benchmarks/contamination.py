@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import logging
 import os
@@ -27,16 +26,14 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SPEC = importlib.util.spec_from_file_location(
-    "modular_lora_guard", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-)
-sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sys.modules[SPEC.name])
+
+from training.__main__ import register  # noqa: E402
+from world.lorafile import kohya_name  # noqa: E402
+
+register()
 
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora  # noqa: E402
 from modular_lora_guard.training.contamination import Finding, measure  # noqa: E402
-
-from world.lorafile import kohya_name  # noqa: E402
 
 STRENGTHS = (1.0, 0.5, 0.25)
 ASSETS = ROOT / "world" / "assets"

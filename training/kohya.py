@@ -29,6 +29,7 @@ from .kohya_checkout import Engine
 from .kohya_checks import LAYERS_KEY
 from .loop import Watch
 from .options import OptionError, Options, SafetyOptions, TaskOptions
+from .record import Trained
 from .task import configure
 
 CLIP_TOKENS = 77
@@ -36,16 +37,13 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 
 
 @dataclass(frozen=True, eq=False)
-class KohyaResult:
-    """A LoRA file that sd-scripts wrote and that passed every check."""
+class KohyaResult(Trained):
+    """A LoRA file that sd-scripts wrote and that passed every check; its losses are sd-scripts' moving average."""
 
-    lora: LoraFile
-    losses: tuple[float, ...]  # one a step: sd-scripts' moving average
     previews: tuple[Path, ...]
     norm: float  # ‖ΔW‖ over all layers
     engine: Engine
     argv: tuple[str, ...]
-    report: str
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _train(
     lora, size = _check(output / f"{options.output_name}.safetensors", before)
     losses = tuple(progress.losses)
     report = _report(lora, losses, size, engine, time.time() - started)
-    return KohyaResult(lora, losses, tuple(progress.previews), size, engine, argv, report)
+    return KohyaResult(lora, losses, report, tuple(progress.previews), size, engine, argv)
 
 
 def _launch(engine: Engine, options: Options) -> list[str]:
