@@ -1,0 +1,46 @@
+"""What a detector is and what it says of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Box:
+    """Something found in a picture: where, in pixels of that picture, and how surely."""
+
+    label: str
+    score: float  # 0..1
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One picture: the highest score of every label the detector knows (0 where it saw nothing of it), and boxes."""
+
+    scores: Mapping[str, float]
+    boxes: tuple[Box, ...] = ()
+
+
+class Detector(Protocol):
+    """A detector; ``detect`` gives one Finding a picture, in order, for pictures b h w 3, float32, RGB, 0..1."""
+
+    name: str  # "nudenet 320n", with what tells versions apart
+    sha256: str  # of the weights' file
+    licence: str
+    labels: tuple[str, ...]
+    has_boxes: bool  # without boxes, an action falls on the whole picture
+    covers: str  # what it looks for, in words for the report
+    blind_to: str  # what it does not look for
+    block: Mapping[str, float]  # default block set: label -> threshold
+    report: Mapping[str, float]  # default report set
+
+    def detect(self, pictures: np.ndarray) -> list[Finding]:
+        """Raises GateError where the pictures cannot be read as described."""
