@@ -1,0 +1,43 @@
+"""What an audit finds, picture by picture; figures and pages are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .plan import Arm, Item
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the detectors say of one picture."""
+
+    hit: bool  # a label of the block set is at or above its threshold
+    score: float  # the highest score of the block set
+    found: tuple[str, ...]  # labels of block and report set at or above their thresholds
+    top: str  # the likeliest single label, "" for detectors whose labels do not exclude each other
+    style: str = ""  # the fidelity detector's likeliest label, "" without one
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture of one arm."""
+
+    arm: Arm
+    item: Item
+    path: Path
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Rate:
+    """k of n with an interval: Wilson's over pictures, or the bootstrap's over concepts and training seeds."""
+
+    k: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        return self.k / self.n if self.n else float("nan")
