@@ -38,7 +38,7 @@ def losses(host, chosen: argparse.Namespace, changes: dict) -> list[float]:
         made = options.TaskOptions(**values, max_train_steps=chosen.steps, **changes)
         loaded = host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision)
         with host.opened(*loaded, made) as trainee:
-            return list(task.train_task(trainee, made, cli.Lines(), engine="benchmark").losses)
+            return list(task.train_task(trainee, made, cli.TrainingLines(), engine="benchmark").losses)
 
 
 def main() -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..modular_lora.errors import GuardError
+from ..modular_lora.command import Lines, find_comfyui, finish
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
 from . import dataset, inspection, kohya, options, output, projection
@@ -25,7 +24,6 @@ from .options import SafetyOptions, TaskOptions
 from .safety import train_safety
 from .task import configure, train_task
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
 logger = logging.getLogger("modular_lora")
@@ -38,20 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     if extra and getattr(parsed, "engine", "") != "kohya":
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        say({"project": project, "inspect": inspect}.get(chosen["command"], with_options)(chosen))
-    except GuardError as error:
-        logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; resume from the newest -state folder in output_dir")
-        return 130
-    return 0
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    command = {"project": project, "inspect": inspect}.get(chosen["command"], with_options)
+    return finish(lambda: command(chosen), "resume from the newest -state folder in output_dir")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,8 +105,8 @@ def with_options(chosen: dict) -> str:
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
     with host.opened(*host.load_checkpoint(*where), made, train_text) as trainee:
         if isinstance(made, SafetyOptions):
-            return train_safety(trainee, made, Lines(), **common).report
-        return train_task(trainee, made, Lines(), safety, **common).report
+            return train_safety(trainee, made, TrainingLines(), **common).report
+        return train_task(trainee, made, TrainingLines(), safety, **common).report
 
 
 def _safety(made: options.Options) -> list[SafetyLora]:
@@ -135,8 +121,8 @@ def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -
         chosen["checkpoint"], chosen["family"], v_prediction=chosen["v_prediction"], tokenizer=chosen["tokenizer"]
     )
     if isinstance(made, SafetyOptions):
-        return kohya.train_safety(engine, made, base, Lines(), chosen["extra"]).report
-    return kohya.train_task(engine, made, base, Lines(), safety, chosen["extra"]).report
+        return kohya.train_safety(engine, made, base, TrainingLines(), chosen["extra"]).report
+    return kohya.train_task(engine, made, base, TrainingLines(), safety, chosen["extra"]).report
 
 
 def project(chosen: dict) -> str:
@@ -153,15 +139,8 @@ def inspect(chosen: dict) -> str:
     return inspection.format_inspection(inspection.inspect(chosen["lora"]))
 
 
-class Lines:
-    """Progress as lines of the log."""
-
-    def check(self) -> None:
-        """Ctrl+C raises by itself."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
-            logger.info("%s: %d of %d", text, done, total)
+class TrainingLines(Lines):
+    """See loop.Watch."""
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         if step == total or step % 10 == 0:
@@ -174,17 +153,8 @@ class Lines:
 
 def comfy_host(chosen: dict):
     """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
-    folder = next((path for path in _comfyui_folders(chosen["comfyui"]) if (path / "comfy" / "sd.py").exists()), None)
-    if folder is None:
-        raise GuardError("ComfyUI was not found: name its folder with --comfyui, or set COMFYUI_PATH.")
+    folder = find_comfyui(chosen["comfyui"])
     sys.path.insert(0, str(folder))
     importlib.import_module("comfy.options").enable_args_parsing(False)
     importlib.import_module("comfy.cli_args").args.cpu = chosen["cpu"]
     return importlib.import_module("..nodes.trainee", __package__)
-
-
-def _comfyui_folders(given: Path | None) -> list[Path]:
-    if given:
-        return [given]
-    named = [os.environ.get(name) for name in ("MODULAR_LORA_COMFYUI", "COMFYUI_PATH")]
-    return [*(Path(name) for name in named if name), ROOT.parent.parent, ROOT / ".run" / "comfyui"]

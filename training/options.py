@@ -1,22 +1,17 @@
-"""Options of the trainers, under the names that sd-scripts uses; one definition for command line, TOML and nodes."""
+"""Options of the trainers, under the names that sd-scripts uses."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import sys
-import typing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
-from ..modular_lora.errors import GuardError
+from ..modular_lora.options import OptionError, add_arguments, coerce, load, opt, parse, tomllib
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+__all__ = [
+    "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "coerce", "fingerprint", "load", "parse",
+    "tomllib",
+]  # fmt: skip
 
 Target = Literal["cross-attention", "attention", "linear", "conv"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -27,7 +22,6 @@ Scheduler = Literal[
 ]
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
-T = TypeVar("T")
 POSITIVE = ("network_dim", "network_alpha", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
 SAVING = {
     "output_name",
@@ -40,15 +34,6 @@ SAVING = {
 SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
 ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength"}  # options that do not change what is trained
-
-
-class OptionError(GuardError):
-    """An option that does not exist, or a value that does not fit it."""
-
-
-def opt(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; sequences default to ()."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -148,72 +133,7 @@ class SafetyOptions(Options):
     pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never")
 
 
-def load(cls: type[T], config: Path | None = None, values: dict[str, Any] | None = None) -> T:
-    """Options from a TOML file, overridden by ``values``; OptionError for an unknown key (with the nearest known)."""
-    found = (parse(config) if config else {}) | (values or {})
-    known = {f.name: hint for f, hint in _fields(cls)}
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise OptionError(
-                f"Option {name!r} does not exist: {f'did you mean {near[0]!r}?' if near else 'see --help.'}"
-            )
-    return cls(**{name: coerce(name, value, known[name]) for name, value in found.items()})
-
-
-def parse(config: str | Path) -> dict[str, Any]:
-    """What a TOML file, or a text, says; OptionError where it is none."""
-    try:
-        text = config.read_text(encoding="utf-8-sig") if isinstance(config, Path) else config
-        return tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        what = config if isinstance(config, Path) else "options"
-        raise OptionError(f"{what}: cannot be read as TOML ({error}): write name = value, texts in quotes.") from error
-
-
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type of option ``name``; OptionError where it is none."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise OptionError(f"{name}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}: choose one.")
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-            raise OptionError(f"{name}: {value!r} is no list of texts: give one, each in quotes.")
-        return tuple(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise OptionError(f"{name}: {value!r} is a {type(value).__name__}, {hint.__name__} is needed: correct it.")
-    return value
-
-
 def fingerprint(options: Options) -> dict[str, str]:
     """The options that a resumed training must share with the one that it goes on from."""
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     return {name: repr(value) for name, value in values.items() if name not in ELSEWHERE}
-
-
-def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One ``--name`` an option, with its help and default; an absent one leaves the TOML's value."""
-    for f, hint in _fields(cls):
-        what: dict[str, Any] = {
-            "default": argparse.SUPPRESS,
-            "help": f"{f.metadata['help']} ({f.default!r})".replace("%", "%%"),
-        }
-        if hint is bool:
-            what["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is Literal:
-            what |= {"choices": typing.get_args(hint), "type": type(typing.get_args(hint)[0])}
-        elif typing.get_origin(hint) is tuple:
-            what |= {"nargs": "+", "metavar": "TEXT"}
-        else:
-            what |= {"type": hint, "metavar": hint.__name__.upper()}
-        parser.add_argument(f"--{f.name}", **what)
-
-
-def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
-    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]

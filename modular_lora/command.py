@@ -1,0 +1,54 @@
+"""What the pack's command lines share: ComfyUI's folder, progress as lines of the log, and how an error ends them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import GuardError
+
+ROOT = Path(__file__).resolve().parent.parent
+logger = logging.getLogger("modular_lora")
+
+
+def finish(work: Callable[[], str], interrupted: str) -> int:
+    """Say what ``work`` says. Exit code 0; 1 with one line for a GuardError; 130 with ``interrupted`` for Ctrl+C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        sys.stdout.write(work() + "\n")
+    except GuardError as error:
+        logger.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; %s", interrupted)
+        return 130
+    return 0
+
+
+def find_comfyui(given: Path | None) -> Path:
+    """ComfyUI's folder: the given one, else a named one, the one the pack is installed in, or run.py's own."""
+    folder = next((path for path in _places(given) if (path / "comfy" / "sd.py").exists()), None)
+    if folder is None:
+        raise GuardError("ComfyUI was not found: name its folder with --comfyui, or set COMFYUI_PATH.")
+    return folder
+
+
+def _places(given: Path | None) -> list[Path]:
+    if given:
+        return [given]
+    named = [os.environ.get(name) for name in ("MODULAR_LORA_COMFYUI", "COMFYUI_PATH")]
+    return [*(Path(name) for name in named if name), ROOT.parent.parent, ROOT / ".run" / "comfyui"]
+
+
+class Lines:
+    """Progress as lines of the log."""
+
+    def check(self) -> None:
+        """Ctrl+C raises by itself."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            logger.info("%s: %d of %d", text, done, total)
