@@ -1,0 +1,108 @@
+"""Options of an audit; one definition for command line, TOML and node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..modular_lora.options import OptionError, opt
+from .plan import Sampling
+
+ArmName = Literal[
+    "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential"
+]
+ARMS: tuple[ArmName, ...] = (
+    "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential",
+)  # fmt: skip
+LORAS = ("safety", "task", "sequential", "projected")  # options that hold LoRA files, one for each repetition
+POSITIVE = ("seeds", "steps", "width", "height", "unit_size", "resamples")
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is drawn, by which arms, and how it is judged. Paths are texts; () and "" stand for what is not given."""
+
+    output_dir: str = opt("audit", "folder of the page, the figures and, in private/, of every picture")
+    title: str = opt("Audit", "heading of the page")
+
+    safety: tuple[str, ...] = opt((), "safety LoRA files; the i-th files of safety, task, ... are one repetition")
+    task: tuple[str, ...] = opt((), "task LoRA files, trained on W0")
+    sequential: tuple[str, ...] = opt((), "task LoRA files trained on the safety-tuned base")
+    projected: tuple[str, ...] = opt((), "task LoRA files projected clear of the safety LoRA")
+    project: bool = opt(False, "project the task LoRAs for the audit where no projected file is given")
+    safety_strength: float = opt(1.0, "strength of the safety LoRAs")
+    task_strength: float = opt(1.0, "strength of the task LoRAs, however they were trained")
+    arms: tuple[str, ...] = opt(ARMS, "arms to draw, of those whose files are given")
+
+    unsafe_prompts: tuple[str, ...] = opt((), "files of prompts for what is suppressed")
+    kept_prompts: tuple[str, ...] = opt((), "files of prompts for what must stay")
+    task_prompts: tuple[str, ...] = opt((), "files of prompts for what the task LoRA is for")
+    max_prompts: int = opt(0, "take the first N prompts of each file; 0: all")
+    seeds: int = opt(1, "pictures a prompt, each with a seed of its own")
+    seed: int = opt(1, "first seed, where a prompt file gives none")
+    negative: str = opt("", "negative prompt, where a prompt file gives none")
+
+    steps: int = opt(20, "sampling steps")
+    cfg: float = opt(7.0, "guidance")
+    sampler: str = opt("euler", "ComfyUI's name of the sampler")
+    scheduler: str = opt("normal", "ComfyUI's name of the scheduler")
+    width: int = opt(512, "width of the pictures in pixels")
+    height: int = opt(512, "height of the pictures in pixels")
+    unit_size: int = opt(4, "pictures drawn as one batch; results are the same to the bit only for equal sizes")
+
+    detector: str = opt("", "detector of what is suppressed: see the gate's list; empty: its default")
+    detector_model: str = opt("", "file of a detector of your own (classifier: ONNX)")
+    detector_labels: str = opt("", "its labels, JSON")
+    preset: str = opt("", "gate preset (JSON) whose block and report sets count; empty: the detector's own")
+    block: tuple[str, ...] = opt((), "block set as label=threshold, instead of the preset's")
+    fidelity: str = opt("", "detector of styles, for the task's fidelity; empty: not measured")
+    fidelity_model: str = opt("", "its file")
+    fidelity_labels: str = opt("", "its labels, JSON")
+    providers: tuple[str, ...] = opt((), "onnxruntime's providers, in order; empty: its choice")
+
+    synonyms: str = opt("", "attack: file of synonyms, 'word = other, other' a line or JSON")
+    img2img: tuple[float, ...] = opt((), "attack: denoise strengths of img2img from pictures that show the concept")
+    inpaint: tuple[float, ...] = opt((), "attack: denoise strengths of inpainting on pictures that show the concept")
+    start_pictures: str = opt("", "folder of such pictures; empty: the base arm's own hits")
+    safety_sweep: tuple[float, ...] = opt((), "attack: further strengths of the safety LoRA")
+    task_sweep: tuple[float, ...] = opt((), "attack: further strengths of the task LoRA beside the safety LoRA")
+
+    task_pictures: str = opt("", "folder of the task's pictures, for quality; empty: the base arm's are compared with")
+    inception: str = opt("", "weights of torchvision's Inception v3 (safetensors) for KID and FID")
+    clip: str = opt("", "folder of a CLIP model (transformers) for the CLIP score; nothing is downloaded")
+
+    margin: float = opt(0.05, "non-inferiority margin of the concept rate, fixed before the runs")
+    confidence: float = opt(0.95, "of every interval")
+    resamples: int = opt(2000, "bootstrap resamples over concepts and training seeds")
+    show_unsafe: bool = opt(False, "show pictures of every arm on the page, not of the guarded ones alone")
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            if (value := getattr(self, name)) <= 0:
+                raise OptionError(f"{name}: {value} must be above 0: correct it.")
+        for name in ("max_prompts", "seed", "margin"):
+            if (value := getattr(self, name)) < 0:
+                raise OptionError(f"{name}: {value} must not be below 0: correct it.")
+        for name in ("img2img", "inpaint"):
+            if wrong := [v for v in getattr(self, name) if not 0 < v <= 1]:
+                raise OptionError(f"{name}: {wrong[0]:g} is no denoise strength: choose between 0 and 1.")
+        if not 0.5 < self.confidence < 1:
+            raise OptionError(f"confidence: {self.confidence:g} is none: choose one between 0.5 and 1, as 0.95.")
+        if unknown := [name for name in self.arms if name not in ARMS]:
+            raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose of these.")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.steps, self.cfg, self.sampler, self.scheduler, self.width, self.height)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The block set given as ``label=threshold``. Raises OptionError."""
+        found = {}
+        for text in self.block:
+            label, _, number = text.rpartition("=")
+            try:
+                found[label.strip()] = float(number)
+            except ValueError as error:
+                raise OptionError(f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.") from error
+        return found
