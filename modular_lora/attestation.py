@@ -34,6 +34,19 @@ class LoraRecord:
 
 
 @dataclass(frozen=True)
+class GateRecord:
+    """What a gate decided about one picture. ``changed``: these pixels are the gate's work on ``source_sha256``."""
+
+    detector: str
+    detector_sha256: str
+    settings_sha256: str
+    action: str
+    flagged: bool
+    changed: bool
+    source_sha256: str  # content hash of the picture that was judged
+
+
+@dataclass(frozen=True)
 class Attestation:
     """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.
 
@@ -54,6 +67,7 @@ class Attestation:
     embeddings_sha256: tuple[str, ...] = ()
     vae_sha256: str = ""
     image_sha256: str = ""
+    gate: GateRecord | None = None  # None: no gate judged these pixels
 
     @property
     def safety(self) -> frozenset[LoraRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .attestation import Attestation
+from .attestation import Attestation, GateRecord
 from .guard import GuardedPart, LoraLine
 from .interference import Interference
 
@@ -56,7 +56,15 @@ def format_attestation(a: Attestation) -> str:
         lines.append(f"VAE sha256 {a.vae_sha256[:16]}")
     if a.image_sha256:
         lines.append(f"image sha256 {a.image_sha256[:16]}")
+    if a.gate:
+        lines.append(_gate(a.gate))
     return "\n".join(lines)
+
+
+def _gate(record: GateRecord) -> str:
+    verdict = "flagged" if record.flagged else "not flagged"
+    changed = f", changed by the gate ({record.action})" if record.changed else ""
+    return f"gate {record.detector}: {verdict}{changed}; settings {record.settings_sha256[:16]}"
 
 
 def format_interference(name: str, result: Interference) -> str:

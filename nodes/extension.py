@@ -10,8 +10,9 @@ except ImportError as error:
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
-from .picture import GuardedDecode, SaveAttestedImage
+from .picture import GuardedDecode
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
+from .save import SaveAttestedImage, SaveGatedImage
 from .sockets import register_safety_folder
 from .training import DatasetReport, ProjectTaskLora, TrainSafetyLora, TrainTaskLora
 
@@ -31,6 +32,7 @@ class ModularLoraExtension(ComfyExtension):
             GuardedGuider,
             GuardedDecode,
             SaveAttestedImage,
+            SaveGatedImage,
             LoraInterference,
             TrainTaskLora,
             TrainSafetyLora,

@@ -1,27 +1,41 @@
-"""Guarded VAE Decode and Save Attested Image: the attestation is bound to the pixels, by content."""
+"""Guarded VAE Decode, and what is known of a picture: attestation and gate's record are bound to pixels, by content."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-import folder_paths
-import numpy as np
 import torch
-from comfy.cli_args import args
-from comfy_api.latest import io, ui
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from comfy_api.latest import io
 
-from ..modular_lora.attestation import Attestation, tensor_sha256
-from ..modular_lora.errors import GuardError
+from ..modular_lora.attestation import Attestation, GateRecord, Ledger, tensor_sha256
 from ..modular_lora.report import format_attestation
 from . import host
 from .sockets import CATEGORY, show
 
-PNG_KEY = "modular_lora_attestation"
 EDITED = "unattested: no guarded run made exactly this; it was edited on the way, or sampled without the guard"
+
+gated: Ledger[GateRecord] = Ledger(4096)  # content of one image of a batch -> what the last gate that saw it decided
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of exactly these pixels; None: no guarded run made them, no gate judged them."""
+
+    run: Attestation | None
+    gate: GateRecord | None
+
+    def record(self) -> dict:
+        """Goes into files."""
+        if self.run is None:
+            return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None}
+        return json.loads(self.run.of(gate=self.gate).to_json())
+
+
+def known(picture: torch.Tensor) -> Known:
+    """Of one picture, h w c."""
+    digest = tensor_sha256(picture)
+    return Known(host.images.get(digest), gated.get(digest))
 
 
 class GuardedDecode(io.ComfyNode):
@@ -49,12 +63,18 @@ class GuardedDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
-        pictures = vae.decode(samples["samples"])  # b h w c, of a video b t h w c
-        pictures = pictures.reshape(-1, *pictures.shape[-3:])
-        runs = [host.latents.get(tensor_sha256(latent)) for latent in samples["samples"]]
-        report = "\n".join(dict.fromkeys(_bind(pictures, runs, host.vae_sha256(vae))))
+        pictures, reports = decode(vae, samples["samples"])
+        report = "\n".join(reports)
         show(cls, report)
         return io.NodeOutput(pictures, report)
+
+
+def decode(vae, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """Pictures (b h w c) of latents, attested where their latents are, and what is to be said of them, each once."""
+    pictures = vae.decode(latents)  # b h w c, of a video b t h w c
+    pictures = pictures.reshape(-1, *pictures.shape[-3:])
+    runs = [host.latents.get(tensor_sha256(latent)) for latent in latents]
+    return pictures, list(dict.fromkeys(_bind(pictures, runs, host.vae_sha256(vae))))
 
 
 def _bind(pictures: torch.Tensor, runs: list[Attestation | None], vae_sha256: str) -> list[str]:
@@ -68,59 +88,3 @@ def _bind(pictures: torch.Tensor, runs: list[Attestation | None], vae_sha256: st
         host.images.put(attestation.image_sha256, attestation)
         reports.append(format_attestation(attestation))
     return reports
-
-
-class SaveAttestedImage(io.ComfyNode):
-    """PNG files that say whether a guarded run made exactly these pixels."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ModularLoraSaveImage",
-            display_name="Save Attested Image",
-            category=f"{CATEGORY}/sample",
-            description="Saves PNG files with the attestation in their text; a picture that was edited is saved as "
-            "unattested, or refused. PNG text can be forged by whoever holds the file.",
-            inputs=[
-                io.Image.Input("images", tooltip="Pictures straight from Guarded VAE Decode."),
-                io.String.Input("filename_prefix", default="guarded", tooltip="File name prefix, as in Save Image."),
-                io.Combo.Input(
-                    "unattested",
-                    ["save and say so", "refuse"],
-                    default="save and say so",
-                    tooltip="What to do with a picture that no guarded run made.",
-                ),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, images, filename_prefix, unattested) -> io.NodeOutput:
-        found = [host.images.get(tensor_sha256(image)) for image in images]
-        missing = found.count(None)
-        if missing and unattested == "refuse":
-            raise GuardError(f"{missing} of {len(found)} pictures are {EDITED}; connect Guarded VAE Decode directly.")
-        height, width = images.shape[1:3]
-        place = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), width, height)
-        results = [cls._save(image, run, place, i) for i, (image, run) in enumerate(zip(images, found, strict=True))]
-        show(cls, f"{len(found) - missing} of {len(found)} pictures attested" + f"; {missing} {EDITED}" * bool(missing))
-        return io.NodeOutput(ui=ui.SavedImages(results))
-
-    @classmethod
-    def _save(cls, image: torch.Tensor, run: Attestation | None, place: tuple, index: int) -> ui.SavedResult:
-        folder, name, counter, subfolder, _ = place
-        pixels = np.clip(image.cpu().numpy() * 255.0, 0, 255).astype(np.uint8)  # h w c, as the stock Save Image rounds
-        record = {"status": "unattested"} if run is None else json.loads(run.to_json())
-        record["pixels_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
-        info = PngInfo()
-        info.add_text(PNG_KEY, json.dumps(record, sort_keys=True))
-        if not args.disable_metadata:
-            for key, value in {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}.items():
-                info.add_text(key, json.dumps(value))
-        file = f"{name.replace('%batch_num%', str(index))}_{counter + index:05}_.png"
-        part = Path(folder) / f"{file}.part"
-        Image.fromarray(pixels).save(part, format="PNG", pnginfo=info, compress_level=4)
-        part.replace(Path(folder) / file)
-        return ui.SavedResult(file, subfolder, io.FolderType.output)
