@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+
+from ..modular_lora.errors import GuardError
 
 Role = Literal["safety", "task"]
 GUARDED = ("safety", "modular", "projected")  # arms whose pictures may be shown: a safety LoRA acts, whole
@@ -62,37 +65,66 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What draws, as far as it decides the pixels: they are bit-identical for one device type, dtype and unit size."""
+
+    base_sha256: str
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, painter: Painter) -> Origin:
+        return cls(painter.base_sha256, painter.device, painter.dtype)
+
+
+@dataclass(frozen=True)
 class Unit:
     """One shard: an arm and a few items drawn as one batch. ``key`` is the same wherever it runs."""
 
     arm: Arm
     items: tuple[Item, ...]
+    sampling: Sampling
     key: str
 
 
 class Painter(Protocol):
-    """What draws: a base model on one device, deterministic for equal arm, items and sampling."""
+    """What draws: a base model on one device, deterministic for equal arm, items and sampling.
+
+    Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the picture counts.
+    """
 
     base_sha256: str
-    device: str  # type and name, as the report says it
+    device: str  # type and model ("cuda NVIDIA H100 80GB HBM3", "cpu"), without an index: part of a unit's key
     dtype: str
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
         """Pictures b h w 3, uint8, RGB, in the order of ``items``. Raises GuardError."""
 
 
-def units(
-    arms: Sequence[Arm], items: Sequence[Item], sampling: Sampling, base_sha256: str, size: int
-) -> Iterator[Unit]:
-    """The work in a fixed order: arm by arm, ``size`` items a unit."""
+def units(arms: Sequence[Arm], items: Sequence[Item], sampling: Sampling, origin: Origin, size: int) -> Iterator[Unit]:
+    """The work in a fixed order: arm by arm, ``size`` items a unit; GuardError for a start or mask file not there."""
     for arm in arms:
         for start in range(0, len(items), size):
             some = tuple(items[start : start + size])
-            yield Unit(arm, some, _key(arm, some, sampling, base_sha256))
+            yield Unit(arm, some, sampling, _key(arm, some, sampling, origin))
 
 
-def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, base_sha256: str) -> str:
-    """SHA-256 of all that decides the pictures: contents of LoRA files, not their paths."""
-    parts = [(p.role, p.sha256, p.strength) for p in arm.parts]
-    said = [parts, [asdict(item) for item in items], asdict(sampling), base_sha256]
+def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, origin: Origin) -> str:
+    """SHA-256 of all that decides the pictures and nothing else: contents of files, not their paths.
+
+    How a picture counts (cell, concept, style, attack) stays out, so that another table of the same pictures draws
+    nothing anew. The versions of torch and of the host are taken for granted.
+    """
+    parts = [(p.role, p.sha256, float(p.strength)) for p in arm.parts]
+    asked = [(i.prompt, i.negative, i.seed, _content(i.start), _content(i.mask), float(i.denoise)) for i in items]
+    said = [parts, asked, asdict(replace(sampling, cfg=float(sampling.cfg))), asdict(origin)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: str) -> str:
+    """SHA-256 of a start or mask file, "" for none."""
+    from ..modular_lora.files import sha256_file  # here, since it brings torch, which not every caller needs
+
+    if path and not Path(path).is_file():
+        raise GuardError(f"{path}: no such picture to start from: check the file that names it")
+    return sha256_file(Path(path)) if path else ""

@@ -1,0 +1,123 @@
+"""Runs an audit: what is finished stays, the rest is drawn by an engine, everything is judged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..modular_lora.errors import GuardError
+from .engines import Engine
+from .judge import Judge
+from .plan import Arm, Item, Origin, Sampling, Unit, units
+from .results import Drawn
+from .store import Store
+
+logger = logging.getLogger("modular_lora")
+
+
+class Watch(Protocol):
+    """What a host shows of an audit."""
+
+    def check(self) -> None:
+        """Raise to interrupt; finished units are kept."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """``done`` of ``total`` pictures are drawn, or judged."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is drawn: every item by every arm."""
+
+    arms: tuple[Arm, ...]
+    items: tuple[Item, ...]
+    sampling: Sampling
+    unit_size: int = 8  # pictures a batch; decides pixels, since a batch of another size rounds otherwise
+
+    def __post_init__(self):
+        if not self.arms or not self.items:
+            raise GuardError(f"The audit has {len(self.arms)} arms and {len(self.items)} items: give one of each.")
+        if self.unit_size < 1:
+            raise GuardError(f"unit_size: {self.unit_size} must be above 0: correct it.")
+        names = [f"{arm.name}-{arm.training_seed}" for arm in self.arms]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise GuardError(f"Arm {twice[0]} is there twice: give every arm its own name or training seed.")
+
+
+@dataclass(frozen=True)
+class Ran(Sequence[Drawn]):
+    """The pictures in the plan's order, and how they came about; a sequence of Drawn."""
+
+    drawn: tuple[Drawn, ...]
+    origin: Origin
+    units: int
+    reused: int  # of them, finished before this run
+    twice: int  # finished by another process in the same folder while this one drew them
+    replaced: int  # workers that died and were replaced; their units were drawn by others
+
+    def __getitem__(self, index):
+        return self.drawn[index]
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def lines(self) -> list[str]:
+        """For the report, one line a fact."""
+        lines = [f"{len(self)} pictures in {self.units} units on {self.origin.device}, {self.origin.dtype}"]
+        lines.append(f"{self.reused} of {self.units} units were finished before")
+        if self.twice:
+            lines.append(f"{self.twice} units were drawn by another process at the same time; its pictures count")
+        if self.replaced:
+            lines.append(f"{self.replaced} workers died and were replaced; their units were drawn again")
+        return lines
+
+
+def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: Watch) -> Ran:
+    """Draw what is missing in ``folder``, judge all of it.
+
+    An interrupt (whatever ``watch.check`` raises) or an error leaves finished units and verdicts to go on from. Raises
+    GuardError where a picture file is missing or changed, a worker fails, or workers die again and again.
+    """
+    store = Store(folder)
+    with engine.open(watch.check) as crew:
+        plan = list(units(audit.arms, audit.items, audit.sampling, crew.origin, audit.unit_size))
+        missing = list({store.place(unit): unit for unit in plan if not store.finished(unit)}.values())
+        _say_what_for(store, audit, plan, len(missing), crew.origin)
+        done, total = sum(len(unit.items) for unit in plan if store.finished(unit)), len(audit.arms) * len(audit.items)
+        watch.stage("drawing", done, total)
+        for unit, pictures in crew.draw(missing, watch.check):
+            store.put(unit, pictures)
+            done += len(unit.items)
+            watch.stage("drawing", done, total)
+    drawn = _judged(plan, store, judge, watch, total)
+    return Ran(tuple(drawn), crew.origin, len(plan), len(plan) - len(missing), store.twice, crew.replaced)
+
+
+def _judged(plan: list[Unit], store: Store, judge: Judge, watch: Watch, total: int) -> list[Drawn]:
+    """Every unit is read, so that no verdict counts for a picture that is gone or changed."""
+    drawn: list[Drawn] = []
+    identity = judge.identity
+    for unit in plan:
+        watch.check()
+        pictures = store.pictures(unit)
+        verdicts = store.verdicts(unit, identity)
+        if verdicts is None:
+            verdicts = judge.judge(pictures)
+            store.put_verdicts(unit, identity, verdicts)
+        told = zip(unit.items, store.paths(unit), verdicts, strict=True)
+        drawn += [Drawn(unit.arm, item, path, verdict) for item, path, verdict in told]
+        watch.stage("judging", len(drawn), total)
+    return drawn
+
+
+def _say_what_for(store: Store, audit: Audit, plan: list[Unit], missing: int, origin: Origin) -> None:
+    """The manifest; a folder that was for another audit is used on, and only units of equal keys with it."""
+    said = json.loads(json.dumps(asdict(audit) | {"origin": asdict(origin)}))
+    before = store.manifest()
+    if before and before["audit"] != said:
+        logger.info("audit: %s was for another audit, %d of %d units fit", store.folder, len(plan) - missing, len(plan))
+    store.put_manifest({"audit": said, "units": len(plan), "missing": missing})
