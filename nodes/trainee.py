@@ -183,11 +183,12 @@ def _clip_skip(clip, skip: int):
     return clip
 
 
-def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str):
-    """(MODEL, CLIP, VAE) of a file, the U-Net loaded in the precision it is trained in (0.3.75 and 0.33.0)."""
+def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
+    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own (0.3.75, 0.33.0)."""
     if not path.is_file():
         raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
-    loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": DTYPES[mixed_precision]})[:3]
+    options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
+    loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
     if vae is not None:
         loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
     for part, what in zip(loaded, ("U-Net", "text encoder", "VAE"), strict=True):

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..modular_lora.command import Lines, find_comfyui, finish
+from ..modular_lora.command import Lines, finish
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
+from ..nodes.comfyui import start
 from . import dataset, inspection, kohya, options, output, projection
 from .kohya_arguments import FAMILIES
 from .kohya_checkout import find_engine
@@ -153,8 +153,5 @@ class TrainingLines(Lines):
 
 def comfy_host(chosen: dict):
     """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
-    folder = find_comfyui(chosen["comfyui"])
-    sys.path.insert(0, str(folder))
-    importlib.import_module("comfy.options").enable_args_parsing(False)
-    importlib.import_module("comfy.cli_args").args.cpu = chosen["cpu"]
+    start(chosen["comfyui"], chosen["cpu"])
     return importlib.import_module("..nodes.trainee", __package__)
