@@ -36,11 +36,14 @@ class Detector(Protocol):
     sha256: str  # of the weights' file
     licence: str
     labels: tuple[str, ...]
+    exclusive: tuple[str, ...]  # labels of which a picture has exactly one (their scores sum to 1); () where none are
     has_boxes: bool  # without boxes, an action falls on the whole picture
     covers: str  # what it looks for, in words for the report
     blind_to: str  # what it does not look for
     block: Mapping[str, float]  # default block set: label -> threshold
     report: Mapping[str, float]  # default report set
+    device: str  # what it runs on, as onnxruntime names it
+    notes: tuple[str, ...]  # lines for the report: a provider that was asked for and is not there, ...
 
     def detect(self, pictures: np.ndarray) -> list[Finding]:
         """Raises GateError where the pictures cannot be read as described."""

@@ -1,0 +1,13 @@
+"""Errors of the gate. Each message is one line: subject, value, remedy."""
+
+from __future__ import annotations
+
+from ..modular_lora.errors import GuardError
+
+
+class GateError(GuardError):
+    """A detector that cannot run, settings that do not fit it, or pictures that cannot be judged."""
+
+
+class Blocked(GateError):
+    """The action is "block" and pictures were flagged; none of the batch is handed on."""

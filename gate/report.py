@@ -1,0 +1,72 @@
+"""The words and the JSON of the gate: what was found and done, by which detector at which thresholds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from .finding import Detector
+from .gate import Outcome
+from .settings import Settings
+
+DONE = {
+    "report": "left as they are",
+    "blur": "blurred",
+    "pixelate": "pixelated",
+    "box": "covered by boxes",
+    "ellipse": "covered by ellipses",
+    "replace": "replaced",
+    "empty": "left empty",
+    "block": "stopped",
+}
+
+
+def format_gate(outcome: Outcome, detector: Detector, settings: Settings) -> str:
+    """The report on the node: detector and what it covers, counts, labels found with their thresholds."""
+    n, flagged = len(outcome.flags), sum(outcome.flags)
+    lines = [
+        f"{flagged} of {n} pictures flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
+        *_counts("blocked", outcome.blocked, settings.block),
+        *_counts("reported", outcome.reported, settings.report),
+        f"blocks {_thresholds(settings.block)}",
+        f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}",
+        f"covers: {detector.covers}",
+        f"does not cover: {detector.blind_to}",
+    ]
+    if not detector.has_boxes:
+        lines.append("no boxes: what is done falls on the whole picture")
+    return "\n".join([*lines, *(f"note: {note}" for note in detector.notes)])
+
+
+def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
+    """Detector, settings and every picture's flag, labels found, scores and boxes (pixels: x, y, width, height)."""
+    pictures = [
+        {
+            "flagged": outcome.flags[i],
+            "changed": outcome.changed[i],
+            "blocked": outcome.blocked[i],
+            "reported": outcome.reported[i],
+            "scores": {label: round(score, 6) for label, score in finding.scores.items()},
+            "boxes": [asdict(box) for box in finding.boxes],
+        }
+        for i, finding in enumerate(outcome.findings)
+    ]
+    said = {"detector": describe(detector), "settings": asdict(settings), "pictures": pictures}
+    return json.dumps(said, ensure_ascii=False)
+
+
+def describe(detector: Detector) -> dict[str, object]:
+    """What tells one detector from another, for every JSON that holds a figure of it."""
+    names = ("name", "sha256", "licence", "device", "covers", "blind_to")
+    return {name: getattr(detector, name) for name in names}
+
+
+def _counts(what: str, found: tuple[tuple[str, ...], ...], thresholds: Mapping[str, float]) -> list[str]:
+    counted = Counter(label for labels in found for label in labels)
+    return [f"  {what}: {label} ≥ {thresholds[label]:g} in {n} pictures" for label, n in counted.most_common()]
+
+
+def _thresholds(thresholds: Mapping[str, float]) -> str:
+    return ", ".join(f"{label} ≥ {least:g}" for label, least in thresholds.items())

@@ -1,0 +1,19 @@
+"""Intervals of counted rates."""
+
+from __future__ import annotations
+
+import math
+
+Z = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the rate k / n (Wilson 1927); (0, 1) where nothing was counted."""
+    if not 0 <= k <= n:
+        raise ValueError(f"{k} of {n}: cannot be counted")
+    if n == 0:
+        return 0.0, 1.0
+    centre = (k + Z * Z / 2) / (n + Z * Z)
+    half = Z / (n + Z * Z) * math.sqrt(k * (n - k) / n + Z * Z / 4)
+    # at the ends the formula is exact, its floating-point value is not
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
