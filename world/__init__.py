@@ -13,6 +13,9 @@ SAFETY_LORA = "demo_safety_vehicles.safetensors"
 TASK_LORA = "demo_task_gloss.safetensors"
 SEQUENTIAL_LORA = "demo_sequential_gloss.safetensors"
 DETECTOR = "demo_detector.safetensors"
+DETECTOR_ONNX = "demo_detector.onnx"  # the same network, for onnxruntime
+DETECTOR_CONCEPTS = "demo_concepts.json"  # labels files of its two outputs
+DETECTOR_STYLES = "demo_styles.json"
 DATA_SET = "gloss"  # folder of pictures in the task style, in ASSETS
 
 SUPPRESSED_CLASS = "vehicle"
