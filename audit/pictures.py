@@ -1,0 +1,48 @@
+"""Picture files of an audit: folders that the user names, and what is written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import ImageOps
+
+from ..modular_lora.errors import GuardError
+from ..training.pictures import ENDINGS, PictureError, decode
+
+
+def find(folder: str | Path) -> list[Path]:
+    """Every picture file under a folder, sorted. GuardError where there is none."""
+    folder = Path(folder)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    if not found:
+        raise GuardError(f"{folder}: no pictures ({', '.join(ENDINGS)}) are in it: check the path.")
+    return found
+
+
+def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:
+    """Pictures n h w 3, uint8, cut and scaled to one size. Raises GuardError that names the file."""
+    pictures = np.empty((len(paths), height, width, 3), np.uint8)
+    for i, path in enumerate(paths):
+        try:
+            picture = decode(path.read_bytes()).image
+        except (OSError, PictureError) as error:
+            raise GuardError(f"{path}: cannot be read as a picture ({error}): take it out of the folder.") from error
+        pictures[i] = np.asarray(ImageOps.fit(picture, (width, height)))
+    return pictures
+
+
+def write(path: Path, data: bytes) -> None:
+    """A whole file or none. Raises GuardError."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise GuardError(f"{path}: cannot be written ({error}): see to room and rights on the disk.") from error
+    finally:
+        partial.unlink(missing_ok=True)
