@@ -24,17 +24,26 @@ DONE = {
 
 
 def format_gate(outcome: Outcome, detector: Detector, settings: Settings) -> str:
-    """The report on the node: detector and what it covers, counts, labels found with their thresholds."""
+    """The report on a gate's node: counts, labels found with their thresholds, and `format_settings`."""
     n, flagged = len(outcome.flags), sum(outcome.flags)
     lines = [
         f"{flagged} of {n} pictures flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
         *_counts("blocked", outcome.blocked, settings.block),
         *_counts("reported", outcome.reported, settings.report),
-        f"blocks {_thresholds(settings.block)}",
+    ]
+    return "\n".join([*lines, format_settings(detector, settings)])
+
+
+def format_settings(detector: Detector, settings: Settings) -> str:
+    """What a gate will do: thresholds and action, the detector and what it covers and does not."""
+    lines = [
+        f"blocks {_thresholds(settings.block)}; action: {settings.action}",
         f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}",
         f"covers: {detector.covers}",
         f"does not cover: {detector.blind_to}",
     ]
+    if settings.report:
+        lines.insert(1, f"reports {_thresholds(settings.report)}")
     if not detector.has_boxes:
         lines.append("no boxes: what is done falls on the whole picture")
     return "\n".join([*lines, *(f"note: {note}" for note in detector.notes)])
