@@ -1,4 +1,4 @@
-"""ComfyUI's base directory for demo and tests: the pack, the demo checkpoint, its LoRAs and a data set in place."""
+"""ComfyUI's base directory for demo and tests: the pack, the demo checkpoint, its LoRAs, detector and data set in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..bootstrap.paths import PACK_NAME, ROOT
-from ..world import ASSETS, DATA_SET
+from ..world import ASSETS, DATA_SET, DETECTOR_CONCEPTS, DETECTOR_ONNX
 
 FOLDERS = (
     "custom_nodes",
@@ -19,6 +19,7 @@ FOLDERS = (
     "models/checkpoints",
     "models/loras",
     "models/safety_loras",
+    "models/modular_lora_detectors",
 )
 
 
@@ -31,6 +32,8 @@ def prepare(base: Path, *, checkpoint: Path, loras: Iterable[Path], safety: Path
     for lora in loras:
         place_file(lora, base / "models" / "loras" / lora.name)
     place_file(safety, base / "models" / "safety_loras" / safety.name)
+    for name in (DETECTOR_ONNX, DETECTOR_CONCEPTS):
+        place_file(ASSETS / name, base / "models" / "modular_lora_detectors" / name)
     shutil.copytree(ASSETS / DATA_SET, base / "input" / DATA_SET, dirs_exist_ok=True)
 
 

@@ -7,13 +7,15 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
+from .gate import GateSettings
+from .gated import SafetyGate, SampleAndGate
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
 from .picture import GuardedDecode
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
-from .sockets import register_safety_folder
+from .sockets import register_folders
 from .training import DatasetReport, ProjectTaskLora, TrainSafetyLora, TrainTaskLora
 
 
@@ -21,7 +23,7 @@ class ModularLoraExtension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_safety_folder()
+        register_folders()
         return [
             LoadSafetyLora,
             LoadTaskLora,
@@ -32,6 +34,9 @@ class ModularLoraExtension(ComfyExtension):
             GuardedGuider,
             GuardedDecode,
             SaveAttestedImage,
+            GateSettings,
+            SafetyGate,
+            SampleAndGate,
             SaveGatedImage,
             LoraInterference,
             TrainTaskLora,

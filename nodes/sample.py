@@ -13,7 +13,7 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_STEP = 10_000
 
 
-def _conditioning() -> list[io.Input]:
+def conditioning_inputs() -> list[io.Input]:
     made = "encoded with Guard Model's CLIP output"
     return [
         io.Conditioning.Input("positive", tooltip=f"What to draw, {made}."),
@@ -21,7 +21,7 @@ def _conditioning() -> list[io.Input]:
     ]
 
 
-def _settings() -> list[io.Input]:
+def sampler_inputs() -> list[io.Input]:
     cfg = "Classifier-free guidance scale: how closely the picture follows the prompt."
     return [
         io.Int.Input("steps", default=20, min=1, max=MAX_STEP, tooltip="Number of denoising steps."),
@@ -31,6 +31,18 @@ def _settings() -> list[io.Input]:
             "scheduler", comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise is taken away over the steps."
         ),
     ]
+
+
+def latent_inputs() -> list[io.Input]:
+    part = "1 starts from noise; less keeps part of the latent image."
+    return [
+        io.Latent.Input("latent_image", tooltip="Latent to denoise; its size is the size of the picture."),
+        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=part),
+    ]
+
+
+def seed_input(tooltip: str = "Seed of the noise.", name: str = "seed") -> io.Input:
+    return io.Int.Input(name, default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip)
 
 
 def _outputs() -> list[io.Output]:
@@ -63,8 +75,6 @@ class GuardedKSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        seed = "Seed of the noise."
-        denoise = "1 starts from noise; less keeps part of the latent image."
         return io.Schema(
             node_id="ModularLoraKSampler",
             display_name="Guarded KSampler",
@@ -72,11 +82,10 @@ class GuardedKSampler(io.ComfyNode):
             description="KSampler for a guarded model: the stock node's result, and the check that every branch ran.",
             inputs=[
                 model_input(),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed),
-                *_settings(),
-                *_conditioning(),
-                io.Latent.Input("latent_image", tooltip="Latent to denoise; its size is the size of the picture."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise),
+                seed_input(),
+                *sampler_inputs(),
+                *conditioning_inputs(),
+                *latent_inputs(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -104,16 +113,9 @@ class GuardedKSamplerAdvanced(io.ComfyNode):
             inputs=[
                 model_input(),
                 io.Combo.Input("add_noise", switch, tooltip="Add noise to the latent first."),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise.",
-                ),
-                *_settings(),
-                *_conditioning(),
+                seed_input(name="noise_seed"),
+                *sampler_inputs(),
+                *conditioning_inputs(),
                 io.Latent.Input("latent_image", tooltip="Latent to denoise."),
                 io.Int.Input("start_at_step", default=0, min=0, max=MAX_STEP, tooltip="First step of this run."),
                 io.Int.Input(
@@ -169,7 +171,7 @@ class GuardedGuider(io.ComfyNode):
             "in the Guarded KSampler, and Guarded VAE Decode shows the report.",
             inputs=[
                 model_input(),
-                *_conditioning(),
+                *conditioning_inputs(),
                 io.Float.Input(
                     "cfg",
                     default=8.0,

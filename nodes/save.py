@@ -82,8 +82,8 @@ class SaveGatedImage(io.ComfyNode):
             node_id="ModularLoraSaveGated",
             display_name="Save Image (Guarded)",
             category=f"{CATEGORY}/gate",
-            description="Saves only pictures that a guarded run made and a gate judged, with the record of both: in the "
-            "text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by whoever holds the file.",
+            description="Saves only pictures that a guarded run made and a gate judged, with the record of both: in "
+            "the text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by whoever holds the file.",
             inputs=[
                 io.Image.Input("images", tooltip="Pictures straight from Safety Gate or Guarded Sample and Gate."),
                 io.String.Input("filename_prefix", default="gated", tooltip="File name prefix, as in Save Image."),

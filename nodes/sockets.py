@@ -8,15 +8,18 @@ import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..modular_lora.errors import LoraFileError
+from ..modular_lora.errors import GuardError, LoraFileError
 
 CATEGORY = "modular lora"
 SAFETY_FOLDER = "safety_loras"
+DETECTOR_FOLDER = "modular_lora_detectors"  # ONNX classifiers and their labels
+PRESET_FOLDER = "modular_lora_gates"  # settings of gates, as JSON
 
 SafetySocket = io.Custom("MODULAR_LORA_SAFETY")
 TaskSocket = io.Custom("MODULAR_LORA_TASK")
 GuardedSocket = io.Custom("MODULAR_LORA_GUARDED_MODEL")
 StackSocket = io.Custom("LORA_STACK")
+GateSocket = io.Custom("MODULAR_LORA_GATE")
 
 
 def model_input() -> io.Input:
@@ -25,9 +28,10 @@ def model_input() -> io.Input:
     return io.MultiType.Input("model", [GuardedSocket, io.Model], tooltip=tip)
 
 
-def register_safety_folder() -> None:
-    """Give safety LoRAs a model folder of their own beside ``loras``."""
-    folder_paths.add_model_folder_path(SAFETY_FOLDER, str(Path(folder_paths.models_dir) / SAFETY_FOLDER))
+def register_folders() -> None:
+    """Give safety LoRAs, detectors and gates' presets model folders of their own."""
+    for folder in (SAFETY_FOLDER, DETECTOR_FOLDER, PRESET_FOLDER):
+        folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
 
 
 def lora_names(*folders: str) -> list[str]:
@@ -45,6 +49,20 @@ def lora_path(name: str, *folders: str) -> Path:
     raise LoraFileError(
         f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page."
     )
+
+
+def file_names(folder: str, ending: str) -> list[str]:
+    """Names of the files with this ending in a model folder."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(ending)]
+
+
+def file_path(folder: str, name: str) -> Path:
+    """Path of a file of a model folder by its name in a drop-down; GuardError for any other name, ``..`` among them."""
+    plain = name.replace("\\", "/")  # a graph may come from Windows, or go there
+    known = next((n for n in folder_paths.get_filename_list(folder) if n.replace("\\", "/") == plain), None)
+    if path := known and folder_paths.get_full_path(folder, known):
+        return Path(path)
+    raise GuardError(f"File {name!r} is in no {folder} folder: put it there and refresh the page.")
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
