@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Try the guard, test it, open it in the browser, train LoRAs.
+"""Try the guard, test it, open it in the browser, train LoRAs, audit them.
 
     python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
     python3 run.py test      install the test tools, run the linter and every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
+    python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
 
 The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
 or comfy-cli's default workspace names is used instead; nothing is written into it.
@@ -27,6 +28,7 @@ from bootstrap.console import RunError, say
 from bootstrap.process import child_environment, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
+OWN_LINE = {"lora": "training", "audit": "audit"}  # command -> module
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -53,10 +55,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     comfy.add_argument("--port", type=int, help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
-    lora = commands.add_parser("lora", add_help=False, parents=[common], help="train-task, train-safety, project, ...")
-    lora.add_argument("arguments", nargs=argparse.REMAINDER)
+    for name, help in (("lora", "train-task, train-safety, project, ..."), ("audit", "run, page, gate-error")):
+        command = commands.add_parser(name, add_help=False, parents=[common], help=help)
+        command.add_argument("arguments", nargs=argparse.REMAINDER)
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "lora":
+    if options.command in OWN_LINE:
         return options, [*rest, *options.arguments]
     rest = [argument for argument in rest if argument != "--"]
     if rest and options.command == "demo":
@@ -84,11 +87,11 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
     return demo_process(host, "comfy", *port, *quiet, "--", *rest)
 
 
-def run_lora(host: comfyui.Host, rest: Sequence[str]) -> int:
-    """The trainers' own command line, the demo world's checkpoint in its place."""
+def run_own_line(host: comfyui.Host, module: str, rest: Sequence[str]) -> int:
+    """A module with its own command line, the demo world's checkpoint in its place."""
     code = demo_process(host, "world")
     settings = child_environment({"MODULAR_LORA_COMFYUI": str(host.folder)})
-    return code or run_attached([host.python, "-m", "training", *rest], environment=settings, cwd=paths.ROOT)
+    return code or run_attached([host.python, "-m", module, *rest], environment=settings, cwd=paths.ROOT)
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
@@ -124,8 +127,8 @@ def main(arguments: Sequence[str]) -> int:
             return run_demo(host, options)
         if options.command == "comfy":
             return run_comfy(host, options, rest)
-        if options.command == "lora":
-            return run_lora(host, rest)
+        if options.command in OWN_LINE:
+            return run_own_line(host, OWN_LINE[options.command], rest)
         return run_test(host, rest)
     except RunError as error:
         say(f"run.py: {error}")

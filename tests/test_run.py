@@ -31,17 +31,18 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_the_three_commands() -> None:
+def test_help_names_the_commands() -> None:
     answer = run("--help")
     assert answer.returncode == 0
-    assert all(f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy"))
+    assert all(f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy", "lora", "audit"))
 
 
-def test_what_follows_lora_goes_to_the_trainers_as_it_is() -> None:
+@pytest.mark.parametrize("command", ["lora", "audit"])
+def test_what_follows_lora_or_audit_goes_to_its_own_command_line_as_it_is(command: str) -> None:
     code = "import sys, run; options, rest = run.parse(sys.argv[1:]); print(options.command, options.bundled, rest)"
-    given = ["lora", "--bundled", "train-task", "--config", "x.toml", "--help"]
+    given = [command, "--bundled", "run", "--config", "x.toml", "--help"]
     answer = subprocess.run([sys.executable, "-c", code, *given], cwd=RUN.parent, capture_output=True, text=True)
-    assert answer.stdout.strip() == "lora True ['train-task', '--config', 'x.toml', '--help']"
+    assert answer.stdout.strip() == f"{command} True ['run', '--config', 'x.toml', '--help']"
 
 
 def test_an_unknown_option_of_the_demo_is_refused() -> None:
