@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..modular_lora.errors import GuardError
 from .plan import Origin, Painter, Unit
 
+logger = logging.getLogger("modular_lora")
 Check = Callable[[], None]  # raises to interrupt
+WORKER = Path(__file__).resolve().with_name("worker.py")
+DEATHS = 3  # of one worker slot; one more ends the audit
+WAIT = 0.2  # seconds between two looks at the check
 
 
 class Crew(Protocol):
@@ -38,19 +54,19 @@ class PainterSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # plain values
 
 
+@dataclass(frozen=True)
 class Local:
     """One painter in this process."""
 
-    def __init__(self, painter: Painter) -> None:
-        self.painter = painter
+    painter: Painter
 
     @contextmanager
     def open(self, check: Check) -> Iterator[Crew]:
         check()
-        yield _LocalCrew(self.painter)
+        yield _Alone(self.painter)
 
 
-class _LocalCrew:
+class _Alone:
     replaced = 0
 
     def __init__(self, painter: Painter) -> None:
@@ -60,3 +76,259 @@ class _LocalCrew:
         for unit in units:
             check()
             yield unit, self.painter.draw(unit.arm, unit.items, unit.sampling)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A process for each of ``devices``, the painter's ``device_index``; without any, ``workers`` of them."""
+
+    spec: PainterSpec
+    devices: tuple[int, ...] = ()
+    workers: int = 1
+
+    @contextmanager
+    def open(self, check: Check) -> Iterator[Crew]:
+        spec = asdict(self.spec)
+        indices = [{"device_index": device} for device in self.devices]
+        extra = indices or [{}] * _positive(self.workers)
+        fleet = _ProcessFleet([spec | {"arguments": spec["arguments"] | more} for more in extra])
+        with contextlib.closing(fleet):
+            yield _Team(fleet, check)
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """``workers`` actors on the Ray cluster at ``address``; None starts one on this machine and ends it after.
+
+    The pack, ComfyUI, checkpoint and LoRA files lie under the same paths on every node. Pictures come back to the
+    driver, which alone writes, so that no shared disk is needed.
+    """
+
+    spec: PainterSpec
+    workers: int
+    address: str | None = None
+    gpus: float = 0.0  # a worker, of which Ray lets it see these only
+
+    @contextmanager
+    def open(self, check: Check) -> Iterator[Crew]:
+        with _ray(self.address, _positive(self.workers)) as ray:
+            _check_resources(ray, self.workers, self.gpus)
+            fleet = _RayFleet(ray, asdict(self.spec), self.workers, self.gpus)
+            with contextlib.closing(fleet):
+                yield _Team(fleet, check)
+
+
+class _Fleet(Protocol):
+    """Workers in numbered slots; a slot without a living worker gets a new one when it is asked."""
+
+    slots: int
+
+    def ask(self, slot: int, request: dict[str, Any] | None) -> None:
+        """Hand over one request; the slot must not be busy."""
+
+    def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
+        """Slots that are done with what they say, None for a worker that died; waits ``timeout`` seconds at most."""
+
+    def close(self) -> None:
+        """End all workers at once."""
+
+
+class _Team:
+    """Hands units to a fleet; a unit is in the queue, with one worker, or drawn, and never in two of these."""
+
+    def __init__(self, fleet: _Fleet, check: Check) -> None:
+        self.fleet, self.deaths = fleet, Counter()
+        (_, answer), *_ = self._work([None], check)
+        self.origin = Origin(**answer["origin"])
+
+    @property
+    def replaced(self) -> int:
+        return self.deaths.total()
+
+    def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
+        for unit, answer in self._work(units, check):
+            if (origin := Origin(**answer["origin"])) != self.origin:
+                raise GuardError(
+                    f"Workers differ ({self.origin} and {origin}): their pictures would too; use workers of one kind."
+                )
+            yield unit, answer["pictures"]
+
+    def _work(self, units: Sequence[Unit | None], check: Check) -> Iterator[tuple[Unit | None, dict[str, Any]]]:
+        waiting, busy = deque(units), {}
+        while waiting or busy:
+            check()
+            for slot in range(self.fleet.slots):
+                if waiting and slot not in busy:
+                    busy[slot] = unit = waiting.popleft()
+                    self.fleet.ask(slot, unit and asdict(unit))
+            for slot, answer in self.fleet.answers(WAIT):
+                if answer is None:
+                    self._count_death(slot, busy.get(slot))
+                    waiting.extendleft([busy.pop(slot)] if slot in busy else [])  # a worker may die idle
+                elif "error" in answer:
+                    raise GuardError(answer["error"])
+                else:
+                    yield busy.pop(slot), answer
+
+    def _count_death(self, slot: int, unit: Unit | None) -> None:
+        self.deaths[slot] += 1
+        what = f"drawing arm {unit.arm.name}, unit {unit.key[:12]}" if unit else "starting"
+        if self.deaths[slot] > DEATHS:
+            raise GuardError(
+                f"Worker {slot} died {self.deaths[slot]} times, last while {what}: see its output above; too little "
+                "memory is likely, so use fewer workers or a smaller unit_size."
+            )
+        logger.warning("audit: worker %d died while %s; another one takes its place", slot, what)
+
+
+class _ProcessFleet:
+    """Processes that run worker.py, each with a thread that waits for its answers."""
+
+    def __init__(self, specs: Sequence[dict[str, Any]]) -> None:
+        self.specs, self.slots = specs, len(specs)
+        self.inbox: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+        self.processes: dict[int, subprocess.Popen] = {}
+
+    def ask(self, slot: int, request: dict[str, Any] | None) -> None:
+        if slot not in self.processes:
+            self._start(slot)
+        self._send(slot, request)
+
+    def _start(self, slot: int) -> None:
+        command = [sys.executable, str(WORKER)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.processes[slot] = process
+        threading.Thread(target=_listen, args=(process, slot, self.inbox), daemon=True).start()
+        self._send(slot, self.specs[slot])
+
+    def _send(self, slot: int, said: dict[str, Any] | None) -> None:
+        with contextlib.suppress(OSError):  # of a worker that has just died: its listener says so
+            pickle.dump(said, self.processes[slot].stdin)
+            self.processes[slot].stdin.flush()
+
+    def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
+        try:
+            slot, answer = self.inbox.get(timeout=timeout)
+        except queue.Empty:
+            return []
+        if answer is None:
+            _end(self.processes.pop(slot))
+        return [(slot, answer)]
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            _end(process)
+
+
+def _listen(process: subprocess.Popen, slot: int, inbox: queue.Queue) -> None:
+    """Every answer of one process, then None: nothing comes after its end, or after half an answer."""
+    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+        while True:
+            inbox.put((slot, pickle.load(process.stdout)))
+    inbox.put((slot, None))
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):  # what was not sent yet
+        process.stdin.close()
+
+
+class _RayFleet:
+    """Ray actors; which node they run on is Ray's business."""
+
+    def __init__(self, ray: ModuleType, spec: dict[str, Any], workers: int, gpus: float) -> None:
+        self.ray, self.spec, self.slots = ray, spec, workers
+        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_actor_class())
+        self.actors: dict[int, Any] = {}
+        self.asked: dict[Any, int] = {}  # object reference -> slot
+
+    def ask(self, slot: int, request: dict[str, Any] | None) -> None:
+        if slot not in self.actors:
+            self.actors[slot] = self.actor.remote(str(WORKER), self.spec)
+        self.asked[self.actors[slot].answer.remote(request)] = slot
+
+    def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
+        ready, _ = self.ray.wait(list(self.asked), num_returns=1, timeout=timeout)
+        return [self._take(reference) for reference in ready]
+
+    def _take(self, reference: Any) -> tuple[int, dict[str, Any] | None]:
+        slot = self.asked.pop(reference)
+        try:
+            return slot, self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise GuardError(f"A Ray worker failed ({error.cause!r}): see that the pack lies there too.") from error
+        except self.ray.exceptions.RayError:  # the actor, its node or its answer is gone
+            self.ray.kill(self.actors.pop(slot))
+            return slot, None
+
+    def close(self) -> None:
+        for actor in self.actors.values():
+            self.ray.kill(actor)
+
+
+def _actor_class() -> type:
+    """Made inside a function, so that Ray sends it by value: workers cannot import the pack before it is registered."""
+
+    class Drawer:
+        def __init__(self, path, spec):
+            self.path, self.spec, self.worker = path, spec, None
+
+        def answer(self, request):
+            import importlib.util
+
+            if self.worker is None:
+                spec = importlib.util.spec_from_file_location("modular_lora_audit_worker", self.path)
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                self.worker = module.Worker(self.spec)
+            return self.worker.answer(request)
+
+    return Drawer
+
+
+@contextmanager
+def _ray(address: str | None, workers: int) -> Iterator[ModuleType]:
+    """Ray, connected; what was not connected before is not after. A local start listens on loopback alone."""
+    if address is None:
+        # Both are read by Ray (2.60): no usage statistics, and, when it is first imported, no address but loopback, as
+        # it does on Windows and macOS by itself. A cluster cannot be joined by this process afterwards.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise GuardError(f"Ray cannot be imported ({error}): pip install ray, or choose another engine.") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        _connect(ray, address, workers)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: ModuleType, address: str | None, workers: int) -> None:
+    local = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level="warning", **local)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise GuardError(f"Ray at {address or 'this machine'} does not answer ({error}): check the address.") from error
+    if local and any(not node["NodeManagerAddress"].startswith("127.") for node in ray.nodes()):
+        logger.warning("audit: Ray was imported before, so that it listens on this machine's network, not on loopback")
+
+
+def _check_resources(ray: ModuleType, workers: int, gpus: float) -> None:
+    """A worker that fits nowhere would be waited for without end."""
+    there = ray.cluster_resources()
+    for name, wanted in (("CPU", workers), ("GPU", workers * gpus)):
+        if wanted > there.get(name, 0):
+            raise GuardError(f"Ray has {there.get(name, 0):g} {name}, {wanted:g} are needed: use fewer workers.")
+
+
+def _positive(workers: int) -> int:
+    if workers < 1:
+        raise GuardError(f"workers: {workers} must be above 0: correct it.")
+    return workers

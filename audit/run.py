@@ -67,12 +67,12 @@ class Ran(Sequence[Drawn]):
 
     def lines(self) -> list[str]:
         """For the report, one line a fact."""
-        lines = [f"{len(self)} pictures in {self.units} units on {self.origin.device}, {self.origin.dtype}"]
-        lines.append(f"{self.reused} of {self.units} units were finished before")
+        lines = [f"pictures: {len(self)} in {self.units} units, on {self.origin.device} in {self.origin.dtype}"]
+        lines.append(f"units finished before this run: {self.reused} of {self.units}")
         if self.twice:
-            lines.append(f"{self.twice} units were drawn by another process at the same time; its pictures count")
+            lines.append(f"units that another process finished first, so that its pictures count: {self.twice}")
         if self.replaced:
-            lines.append(f"{self.replaced} workers died and were replaced; their units were drawn again")
+            lines.append(f"workers that died and were replaced, whose units were drawn again: {self.replaced}")
         return lines
 
 
