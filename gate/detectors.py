@@ -11,13 +11,14 @@ from .errors import GateError
 from .finding import Detector
 
 CLASSIFIER = "classifier"
-NAMES = (nudenet.NAME, nsfw.NAME, CLASSIFIER)
+PACKAGED = {nudenet.NAME: nudenet, nudenet.NAME_RGB: nudenet, nsfw.NAME: nsfw}  # their weights come with packages
+NAMES = (*PACKAGED, CLASSIFIER)
 
 
 def available() -> tuple[str, ...]:
     """Names that `make` can serve here, the preferred first; NudeNet's package is an optional extra."""
-    there = [name for name, module in ((nudenet.NAME, nudenet), (nsfw.NAME, nsfw)) if module.weights() is not None]
-    return (*there, CLASSIFIER)
+    lacking = {name for name, module in PACKAGED.items() if module.weights() is None}
+    return tuple(name for name in NAMES if name not in lacking)
 
 
 def make(name: str, providers: Sequence[str] = (), threads: int = 0, **files: str | Path) -> Detector:
@@ -34,4 +35,6 @@ def make(name: str, providers: Sequence[str] = (), threads: int = 0, **files: st
         raise GateError(f"detector {name}: takes the files {', '.join(sorted(wanted)) or 'none'}, given {given}.")
     if name == CLASSIFIER:
         return Classifier(files["weights"], files["labels"], providers, threads)
-    return (nudenet.NudeNet if name == nudenet.NAME else nsfw.OpenNsfw)(providers, threads)
+    if name == nsfw.NAME:
+        return nsfw.OpenNsfw(providers, threads)
+    return nudenet.NudeNet(providers, threads, rgb=name == nudenet.NAME_RGB)

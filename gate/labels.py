@@ -9,12 +9,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import GateError
+from .errors import GateError, one_line
 
 Layout = Literal["nchw", "nhwc"]
 Channels = Literal["rgb", "bgr"]
 Resize = Literal["stretch", "crop", "pad"]
 Activation = Literal["softmax", "sigmoid", "none"]
+KINDS = {str: "text", bool: "true or false", dict: "a JSON object"}
 CHOICES = {"layout": Layout, "channels": Channels, "resize": Resize, "activation": Activation}
 
 
@@ -54,11 +55,11 @@ def read(path: str | Path) -> Labels:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise GateError(f"{path.name}: cannot be read as JSON ({error}): check the labels file.") from error
+        raise GateError(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the labels file.") from error
     try:
         return _parse(said)
     except _Wrong as error:
-        raise GateError(f"{path.name}: {error}: correct it (docs/gate.md).") from None
+        raise GateError(f"{path.name}: {one_line(error)}: correct it (docs/gate.md).") from None
 
 
 class _Wrong(ValueError):
@@ -125,9 +126,7 @@ def _check(said: Labels) -> None:
 
 def _typed(name: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise _Wrong(
-            f"{name} is {value!r:.80}, must be a {({str: 'text', bool: 'true or false', dict: 'JSON object'})[kind]}"
-        )
+        raise _Wrong(f"{name} is {value!r:.80}, must be {KINDS[kind]}")
     return value
 
 

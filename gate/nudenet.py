@@ -3,8 +3,9 @@
 Only the weights' file is used; the session, letterbox and post-processing are this module's. Preparation and own
 boxes equal those of nudenet 3.4.2's ``NudeDetector.detect`` on the file of the picture. Seen in that version:
 
-* Channels. ``detect`` swaps red and blue twice, so the network sees the order that it is given, and a path is read
-  with ``cv2.imread``, which is BGR. What people compare scores and thresholds with is ``detect(path)``; so BGR it is.
+* Channels. ``detect`` swaps red and blue twice, so the network sees the order that it is given. A path is read with
+  ``cv2.imread``, which is BGR; an RGB array stays RGB, which is what the network was trained on. Scores and thresholds
+  that people quote come from ``detect(path)``: that is `NAME`. `NAME_RGB` equals ``detect`` on an RGB array.
 * A score below 0.2 is dropped; each anchor keeps its likeliest label alone; overlapping boxes (IoU > 0.45) lose to the
   likeliest whatever the labels. A guard must not lose a blocked label to another one beside it. So `Finding.scores` are
   maxima over all anchors, and after nudenet's own boxes come those that only its label rivalry dropped.
@@ -24,6 +25,7 @@ from .packages import file_of, version_of
 from .runner import Runner, chunks, to_bytes
 
 NAME = "nudenet 320n"
+NAME_RGB = "nudenet 320n rgb"
 SHA256 = "c15d8273adad2d0a92f014cc69ab2d6c311a06777a55545f2c4eb46f51911f0f"
 SIZE = 320  # pixels of the network's square input
 LABELS = (
@@ -76,12 +78,13 @@ class NudeNet:
         "violence, gore, weapons, hate, likeness, age, acts without a named part; weak on drawings and stylised art"
     )
 
-    def __init__(self, providers: Sequence[str] = (), threads: int = 0):
+    def __init__(self, providers: Sequence[str] = (), threads: int = 0, *, rgb: bool = False):
         if (path := weights()) is None:
             raise GateError(f"detector {NAME}: the package nudenet (AGPL-3.0) is not installed: pip install nudenet.")
         self._runner = Runner(path, SHA256, providers, threads)
         self._cv2 = _opencv()
-        self.name = f"{NAME} (nudenet {version_of('nudenet')})"
+        self._rgb = rgb
+        self.name = f"{NAME_RGB if rgb else NAME} (nudenet {version_of('nudenet')})"
         self.sha256, self.device, self.notes = SHA256, self._runner.device, self._runner.notes
         self.block = dict.fromkeys(BLOCKED, THRESHOLD)
         self.report = {label: THRESHOLD for label in LABELS if label not in BLOCKED}
@@ -95,13 +98,13 @@ class NudeNet:
         return found
 
     def _prepared(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures b h w 3 uint8 RGB as the network takes them: b 3 320 320, BGR, 0..1, black right and below."""
+        """Pictures b h w 3 uint8 RGB as the network takes them: b 3 320 320, 0..1, black right and below."""
         n, height, width, _ = pictures.shape
         side = max(height, width)
         square = np.zeros((side, side, 3), np.uint8)
         out = np.empty((n, SIZE, SIZE, 3), np.uint8)
         for i, picture in enumerate(pictures):
-            square[:height, :width] = picture[..., ::-1]
+            square[:height, :width] = picture if self._rgb else picture[..., ::-1]
             # the resize of nudenet itself: another one would shift scores by more than 1e-4
             out[i] = self._cv2.resize(square, (SIZE, SIZE), interpolation=self._cv2.INTER_LINEAR)
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2)).astype(np.float32) * np.float32(1 / 255)
@@ -119,10 +122,10 @@ def read(output: np.ndarray, size: tuple[int, int]) -> Finding:
 def _corners(centred: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Anchors 4 as x, y, width, height in pixels of the picture, clipped as nudenet does: origin first, then extent."""
     height, width = size
-    scaled = centred * np.float32(max(size) / SIZE)
-    x = np.clip(scaled[:, 0] - scaled[:, 2] / 2, 0, width)
-    y = np.clip(scaled[:, 1] - scaled[:, 3] / 2, 0, height)
-    return np.stack([x, y, np.minimum(scaled[:, 2], width - x), np.minimum(scaled[:, 3], height - y)], 1)
+    extent = centred[:, 2:]
+    place = np.concatenate([centred[:, :2] - extent / 2, extent], 1) * max(size) / SIZE
+    x, y = np.clip(place[:, 0], 0, width), np.clip(place[:, 1], 0, height)
+    return np.stack([x, y, np.minimum(place[:, 2], width - x), np.minimum(place[:, 3], height - y)], 1)
 
 
 def _own(boxes: np.ndarray, scores: np.ndarray) -> list[tuple[int, int]]:

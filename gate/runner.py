@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..modular_lora.files import sha256_file
-from .errors import GateError
+from .errors import GateError, one_line
 
 CPU = "CPUExecutionProvider"
 CHUNK = 8  # pictures a forward; more is no faster on a CPU and takes memory
@@ -27,10 +27,12 @@ class Runner:
 
     def __init__(self, file: str | Path, sha256: str = "", providers: Sequence[str] = (), threads: int = 0):
         self.file = Path(file)
-        self.sha256 = _checked(self.file, sha256)
-        status = self.file.stat()
-        wanted = tuple(dict.fromkeys((*providers, CPU)))
-        self.session = _session(str(self.file), status.st_size, status.st_mtime_ns, wanted, int(threads))
+        if not self.file.is_file():
+            raise GateError(f"{self.file.name or 'weights'}: no such file in {self.file.parent}: check the path.")
+        status, wanted = self.file.stat(), tuple(dict.fromkeys((*providers, CPU)))
+        pinned = sha256.strip().lower()
+        loaded = _load(self.file, status.st_size, status.st_mtime_ns, pinned, wanted, int(threads))
+        self.session, self.sha256 = loaded
         used = self.session.get_providers()
         self.device = used[0]
         self.notes = tuple(
@@ -65,7 +67,7 @@ class Runner:
             )
         except Exception as error:  # onnxruntime's own classes share no base but Exception
             raise GateError(
-                f"{self.file.name}: does not run ({_line(error)}): check the file and its input."
+                f"{self.file.name}: does not run ({one_line(error)}): check the file and its input."
             ) from error
         results = [np.asarray(result, np.float32)[:n] for result in results]
         for name, result in zip(outputs, results, strict=True):
@@ -97,37 +99,33 @@ def to_bytes(pictures: np.ndarray) -> np.ndarray:
     return np.rint(pictures * 255).astype(np.uint8)
 
 
-def _checked(file: Path, pinned: str) -> str:
-    if not file.is_file():
-        raise GateError(f"{file.name or 'weights'}: no such file in {file.parent}: check the path.")
-    found = sha256_file(file)
-    if pinned and found != pinned.strip().lower():
-        raise GateError(f"{file.name}: SHA-256 is {found}, expected {pinned}: use the file that was released.")
-    return found
-
-
 def onnxruntime() -> Any:
     """The package, imported when it is needed first."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise GateError(f"onnxruntime cannot be imported ({_line(error)}): pip install onnxruntime.") from error
+        raise GateError(f"onnxruntime cannot be imported ({one_line(error)}): pip install onnxruntime.") from error
     return onnxruntime
 
 
 @lru_cache(maxsize=8)
-def _session(file: str, size: int, mtime_ns: int, providers: tuple[str, ...], threads: int) -> Any:
-    """``size`` and ``mtime_ns`` are there so that a changed file is loaded anew."""
+def _load(
+    file: Path, size: int, mtime_ns: int, pinned: str, providers: tuple[str, ...], threads: int
+) -> tuple[Any, str]:
+    """Session and SHA-256 of a file; ``size`` and ``mtime_ns`` are there so that a changed file is loaded anew.
+
+    What is loaded are the bytes that were hashed; so the weights lie in the file itself, not in another beside it.
+    """
+    content = file.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if pinned and found != pinned:
+        raise GateError(f"{file.name}: SHA-256 is {found}, expected {pinned}: use the file that was released.")
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings about providers come as notes
     options.intra_op_num_threads = threads
     there = [name for name in providers if name in ort.get_available_providers()]
     try:
-        return ort.InferenceSession(file, options, providers=there)
+        return ort.InferenceSession(content, options, providers=there), found
     except Exception as error:  # onnxruntime's own classes share no base but Exception
-        raise GateError(f"{Path(file).name}: onnxruntime cannot load it ({_line(error)}): check the file.") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise GateError(f"{file.name}: onnxruntime cannot load it ({one_line(error)}): check the file.") from error

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from .errors import GateError
+from .errors import GateError, one_line
 from .finding import Detector, Finding
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
@@ -73,7 +73,7 @@ def load(path: str | Path, detector: Detector) -> Settings:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise GateError(f"{path.name}: cannot be read as JSON ({error}): check the preset.") from error
+        raise GateError(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the preset.") from error
     names = {f.name for f in fields(Settings)}
     if not isinstance(said, dict) or "block" not in said or not said.keys() <= names:
         raise GateError(f"{path.name}: a preset has the keys {', '.join(sorted(names))}, block at least: correct it.")
@@ -84,7 +84,7 @@ def load(path: str | Path, detector: Detector) -> Settings:
         settings = Settings(**said)
         settings.check(detector)
     except GateError as error:
-        raise GateError(f"{path.name}: {error}") from error
+        raise GateError(f"{path.name}: {one_line(error)}") from error
     return settings
 
 

@@ -1,0 +1,133 @@
+"""The gate's own error, on pictures that a person has sorted: what it misses and what it flags for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..audit.results import Rate
+from .errors import GateError
+from .finding import Detector, Finding
+from .report import describe
+from .settings import Settings
+from .statistics import wilson
+
+STEPS = 100  # thresholds of the curve, evenly over 0..1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One threshold, the same for every label of the block set."""
+
+    threshold: float
+    missed: Rate  # of the pictures that should be flagged
+    false_alarms: Rate  # of the pictures that should pass
+
+
+@dataclass(frozen=True)
+class LabelledError:
+    """The error of one detector with one block set on one pair of folders."""
+
+    detector: Detector
+    settings: Settings
+    missed: Rate  # at the settings' own thresholds
+    false_alarms: Rate
+    curve: tuple[Point, ...]
+    unreadable: tuple[str, ...]  # files that end like pictures and cannot be read; they count nowhere
+
+
+def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) -> LabelledError:
+    """Judge all pictures under ``flagged``, which should be flagged, and under ``clean``, which should pass.
+
+    Of a picture of several frames the first counts. Raises GateError where a folder holds no readable picture.
+    """
+    settings.check(detector)
+    flagged, clean = Path(flagged), Path(clean)
+    if flagged.resolve() == clean.resolve():
+        raise GateError(f"{flagged.name}: is both folders, flagged and clean: give two.")
+    unreadable: list[str] = []
+    bad, good = (_judged(folder, detector, unreadable) for folder in (flagged, clean))
+    highest = [np.array([max(f.scores[label] for label in settings.block) for f in some]) for some in (bad, good)]
+    return LabelledError(
+        detector,
+        settings,
+        _rate(sum(not settings.blocked(f) for f in bad), len(bad)),
+        _rate(sum(bool(settings.blocked(f)) for f in good), len(good)),
+        tuple(_point(i / STEPS, *highest) for i in range(STEPS + 1)),
+        tuple(unreadable),
+    )
+
+
+def format_error(error: LabelledError) -> str:
+    """The report: both rates with their intervals, under which detector and thresholds."""
+    lines = [
+        f"missed {_said(error.missed)} of the pictures that should be flagged",
+        f"false alarms {_said(error.false_alarms)} of the pictures that should pass",
+        "at " + ", ".join(f"{label} ≥ {least:g}" for label, least in error.settings.block.items()),
+        f"detector {error.detector.name}, sha256 {error.detector.sha256[:16]}",
+    ]
+    if error.unreadable:
+        lines.append(f"{len(error.unreadable)} files cannot be read and count nowhere: {', '.join(error.unreadable)}")
+    return "\n".join(lines)
+
+
+def save(error: LabelledError, path: Path) -> None:
+    """Write rates and curve as JSON, whole or not at all."""
+    said = {
+        "detector": describe(error.detector),
+        "block": dict(error.settings.block),
+        "missed": asdict(error.missed),
+        "false_alarms": asdict(error.false_alarms),
+        "curve": [asdict(point) for point in error.curve],
+        "unreadable": list(error.unreadable),
+        "interval": "Wilson, 95 %",
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(said, file, indent=1, ensure_ascii=False)
+    os.replace(partial, path)
+
+
+def _judged(folder: Path, detector: Detector, unreadable: list[str]) -> list[Finding]:
+    found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable)]
+    if not found:
+        raise GateError(f"{folder.name}: holds no picture that can be read: give a folder of pictures.")
+    return found
+
+
+def _pictures(folder: Path, unreadable: list[str]) -> Iterator[np.ndarray]:
+    """Pictures h w 3 float32, RGB, one at a time; names of files that cannot be read go to ``unreadable``."""
+    if not folder.is_dir():
+        raise GateError(f"{folder.name}: no such folder in {folder.parent}: check the path.")
+    endings = Image.registered_extensions()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file()):
+        try:
+            with Image.open(path) as image:
+                picture = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            unreadable.append(f"{folder.name}/{path.relative_to(folder).as_posix()}")
+            continue
+        yield np.asarray(picture, np.float32) / 255
+
+
+def _point(threshold: float, bad: np.ndarray, good: np.ndarray) -> Point:
+    return Point(
+        threshold, _rate(int((bad < threshold).sum()), len(bad)), _rate(int((good >= threshold).sum()), len(good))
+    )
+
+
+def _rate(k: int, n: int) -> Rate:
+    return Rate(k, n, *wilson(k, n))
+
+
+def _said(rate: Rate) -> str:
+    return f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}] ({rate.k} of {rate.n})"
