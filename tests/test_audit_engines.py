@@ -142,7 +142,7 @@ def test_what_a_painter_complains_of_ends_the_audit_with_its_words(engine_of, tm
 
 
 def test_a_unit_that_kills_every_worker_is_named_and_ends_the_audit(engine_of, tmp_path):
-    with pytest.raises(GuardError, match=f"died {DEATHS + 1} times.*drawing arm base.*smaller unit_size"):
+    with pytest.raises(GuardError, match=f"died {DEATHS + 1} times.*drawing arm (base|task).*smaller unit_size"):
         run_audit(audit_of("die always"), engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
 
 
