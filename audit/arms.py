@@ -86,11 +86,17 @@ def _loras(options: AuditOptions) -> tuple[dict[str, list[LoraFile]], list[str]]
 
 
 def _projected(options: AuditOptions, task: LoraFile, safety: LoraFile) -> tuple[LoraFile, str]:
-    """The task LoRA projected clear of the safety LoRA, beside the audit's pictures, and what that did."""
+    """The task LoRA projected clear of the safety LoRA, beside the audit's pictures, and what that did.
+
+    A file of these two is used again: another one would have the same weights, but its metadata in another order.
+    """
+    name = f"{task.path.stem}-{task.sha256[:16]}-{safety.sha256[:16]}.safetensors"
+    path = Path(options.output_dir) / "projected" / name
+    if path.exists():
+        lora = read_lora(path)
+        return lora, f"{name}: projected before, {lora.metadata.get(output.PROJECTED_KEY, 'residual unknown')}"
     tensors, report = projection.project_file(task, [safety])
-    name = f"{task.path.stem}-{task.sha256[:8]}-{safety.sha256[:8]}.safetensors"
-    metadata = output.projected_metadata(task, [safety], report)
-    lora = output.write_tensors(Path(options.output_dir) / "projected" / name, tensors, metadata)
+    lora = output.write_tensors(path, tensors, output.projected_metadata(task, [safety], report))
     return lora, projection.format_projection(report, rows=False).replace("\n", "; ")
 
 

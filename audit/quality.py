@@ -62,9 +62,7 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
     compare = _Comparison(options, groups, embedding, notes) if embedding else None
     if embedding:
         settings["embedding"] = embedding.name
-        settings["reference"] = (
-            "the task's pictures, else the base arm's" if options.task_pictures else "the base arm's"
-        )
+        settings["reference"] = "task pictures, else the base arm's" if options.task_pictures else "the base arm's"
     found = []
     for (arm, cell), some in groups.items():
         check()

@@ -2,27 +2,166 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from ..gate import detectors
+from ..gate import settings as presets
+from ..modular_lora.errors import GuardError
+from . import arms, attacks, figures, page, pictures, prompts, quality, sheet
+from .engines import Check, Crew, Engine
 from .figures import AuditReport
+from .judge import Judge
 from .options import AuditOptions
-from .plan import Painter
+from .plan import Arm, Item
+from .results import Drawn
+from .run import Audit, Ran, Watch, run_audit
+
+PRIVATE = "private"  # folder of every picture, its owner's alone
 
 
-class Watch(Protocol):
-    """What a host shows of an audit; training.loop.Watch is one."""
-
-    def check(self) -> None:
-        """Raise to interrupt."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        """``done`` of ``total`` of what ``text`` says."""
-
-
-def run(options: AuditOptions, engine: Painter, watch: Watch, command: str = "") -> AuditReport:
+def run(
+    options: AuditOptions, engine: Engine, watch: Watch, command: str = "", judge: Judge | None = None
+) -> AuditReport:
     """Draws what is missing, judges, counts, and writes report.json, index.html and the contact sheets.
 
-    ``engine`` is one of audit.engines or a Painter. Everything is under ``options.output_dir``; pictures are in its
-    private/. An audit that was stopped goes on where it stopped. Raises GuardError.
+    Everything is under ``options.output_dir``, pictures in its private/. An audit that was stopped goes on where it
+    stopped. ``judge``: instead of the one that the options name. Raises GuardError, or what ``watch.check`` raises.
     """
-    raise NotImplementedError
+    judge = judge or make_judge(options)
+    sets = prompts.read_sets(options)
+    items, found = prompts.items(sets, options), arms.from_options(options)
+    if not found.arms:
+        raise GuardError(f"No arm can be drawn: {'; '.join(found.notes)}.")
+    with engine.open(watch.check) as crew:
+        drawing = _Drawing(options, _Open(crew), judge, watch)
+        drawn = drawing.all(found, items)
+        notes = [*(f"prompts: {one}" for one in sets), *found.notes, *drawing.lines(), *_detector_notes(judge)]
+    measured = quality.measure(options, judge, drawn, watch.check)
+    settings = _settings(options, judge, items, found, drawing.ran[0], command) | {"quality": measured.settings}
+    report = figures.build(options, drawn, settings, measured.quality, (*notes, *measured.notes), watch.check)
+    write(Path(options.output_dir), report, sheet.sheets(drawn, options.show_unsafe))
+    _write_sheets(Path(options.output_dir) / PRIVATE / "sheets", sheet.sheets(drawn, True))
+    return report
+
+
+def make_judge(options: AuditOptions) -> Judge:
+    """Detectors and thresholds that the options name. Raises GuardError."""
+    concept = _detector(options.detector, options.detector_weights, options.detector_labels, options.providers)
+    settings = presets.load(options.preset, concept) if options.preset else presets.defaults(concept)
+    fidelity = None
+    if options.style_weights:
+        fidelity = _detector(detectors.CLASSIFIER, options.style_weights, options.style_labels, options.providers)
+    return Judge(concept, options.thresholds or settings.block, settings.report, fidelity)
+
+
+def write(folder: Path, report: AuditReport, sheets: dict[str, bytes]) -> None:
+    """report.json, index.html and sheets/."""
+    _write_sheets(folder / "sheets", sheets)
+    pictures.write(folder / "report.json", figures.to_json(report).encode())
+    evidence = json.dumps(figures.evidence(report), indent=1, ensure_ascii=False)
+    pictures.write(folder / "evidence.json", evidence.encode())
+    pictures.write(folder / "index.html", page.render(report, sheets).encode())
+
+
+def rewrite(folder: Path) -> AuditReport:
+    """The page anew from report.json and sheets/. Raises GuardError."""
+    report = figures.read(folder / "report.json")
+    sheets = {path.stem: path.read_bytes() for path in sorted((folder / "sheets").glob("*.jpg"))}
+    pictures.write(folder / "index.html", page.render(report, sheets).encode())
+    return report
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An engine whose crew works already, so that its workers serve every part of an audit."""
+
+    crew: Crew
+
+    @contextmanager
+    def open(self, check: Check) -> Iterator[Crew]:
+        check()
+        yield self.crew
+
+
+class _Drawing:
+    """The parts of one audit: plain prompts, sweeps, attacks, in one folder."""
+
+    def __init__(self, options: AuditOptions, engine: _Open, judge: Judge, watch: Watch) -> None:
+        self.options, self.engine, self.judge, self.watch = options, engine, judge, watch
+        self.private = Path(options.output_dir) / PRIVATE
+        self.ran: list[Ran] = []
+
+    def all(self, found: arms.Arms, items: Sequence[Item]) -> list[Drawn]:
+        plain = self._draw("prompts", found.arms, items)
+        swept = self._draw("sweeps", found.sweeps, [item for item in items if not item.attack])
+        made = attacks.synonym_items(self.options, items)
+        made += attacks.start_items(self.options, items, plain, self.private / "masks")
+        return [*plain, *swept, *self._draw("attacks", found.arms, made)]
+
+    def lines(self) -> list[str]:
+        return [line for ran in self.ran for line in ran.lines()]
+
+    def _draw(self, part: str, some: Sequence[Arm], items: Sequence[Item]) -> Sequence[Drawn]:
+        if not some or not items:
+            return ()
+        audit = Audit(tuple(some), tuple(items), self.options.sampling, self.options.unit_size)
+        self.ran.append(run_audit(audit, self.engine, self.judge, self.private / part, self.watch))
+        return self.ran[-1]
+
+
+def _detector(name: str, weights: str, labels: str, providers: Sequence[str]):
+    if bool(weights) != bool(labels):
+        raise GuardError("A classifier needs its weights (ONNX) and its labels file: give both, or neither.")
+    if weights:
+        return detectors.make(detectors.CLASSIFIER, providers, weights=weights, labels=labels)
+    return detectors.make(name or detectors.available()[0], providers)
+
+
+def _detector_notes(judge: Judge) -> list[str]:
+    found = []
+    for detector in filter(None, (judge.concept, judge.fidelity)):
+        found += [f"{detector.name} does not look for: {detector.blind_to}"] if detector.blind_to else []
+        found += [f"{detector.name}: {note}" for note in detector.notes]
+    return found
+
+
+def _settings(
+    options: AuditOptions, judge: Judge, items: Sequence[Item], found: arms.Arms, ran: Ran, command: str
+) -> dict[str, Any]:
+    """Whatever a figure depends on, in the order in which it is shown."""
+    concept, fidelity = judge.concept, judge.fidelity
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": command,
+        "detector": f"{concept.name}, sha256 {concept.sha256[:16]}",
+        "threshold": dict(judge.block),
+        "reported": dict(judge.report),
+        "covers": concept.covers,
+        "style detector": f"{fidelity.name}, sha256 {fidelity.sha256[:16]}" if fidelity else "none",
+        "base": f"sha256 {ran.origin.base_sha256[:16]}",
+        "LoRAs": {name: f"sha256 {sha256[:16]}" for name, sha256 in found.files.items()},
+        "safety strength": options.safety_strength,
+        "task strength": options.task_strength,
+        "training seeds": len({arm.training_seed for arm in found.arms}),
+        "prompts_sha256": prompts.prompts_sha256(items),
+        "prompts": len({(i.cell, i.prompt) for i in items}),
+        "seeds": sorted({item.seed for item in items}) if len(items) <= 40 else f"{len(items)}, first {items[0].seed}",
+        "sampling": asdict(options.sampling) | {"unit_size": options.unit_size},
+        "device": ran.origin.device,
+        "dtype": ran.origin.dtype,
+        "margin": options.margin,
+        "confidence": options.confidence,
+        "resamples": options.resamples,
+        "show_unsafe": options.show_unsafe,
+    }
+
+
+def _write_sheets(folder: Path, sheets: dict[str, bytes]) -> None:
+    for name, data in sheets.items():
+        pictures.write(folder / f"{name}.jpg", data)

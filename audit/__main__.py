@@ -1,0 +1,10 @@
+"""``python -m audit``: the audit on the command line, from the pack's folder."""
+
+import importlib
+import sys
+
+from training.__main__ import NAME, register
+
+if __name__ == "__main__":
+    register()
+    sys.exit(importlib.import_module(f"{NAME}.audit.cli").main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""The page of an audit: one self-contained HTML file, readable in light and dark, from the report alone.
+
+Prompts, concepts and file names are anybody's words: whatever is shown passes ``html.escape``.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .arms import MEANS, shown
+from .figures import AuditReport, Difference, Row
+from .plan import GUARDED
+from .words import interval, number, rate, verdict
+
+CSS = """
+:root{color-scheme:light dark;--line:#8885;--soft:#8882;--bad:#c33}
+body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
+th:first-child,td:first-child{text-align:left}th{font-weight:600;vertical-align:bottom}
+tr:hover td{background:var(--soft)}td.word{text-align:left;overflow-wrap:anywhere}
+svg,img{max-width:100%;height:auto}small,.note{opacity:.75}.bad{color:var(--bad);font-weight:600}
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing in a prompt can run or be fetched
+Cell = str | tuple[str, str]  # text, or text and its class
+
+
+def render(report: AuditReport, sheets: Mapping[str, bytes]) -> str:
+    """The page; ``sheets`` are JPEGs by name."""
+    parts = [
+        f"<h1>{escape(report.title)}</h1>",
+        f"<p class=note>{escape(_origin(report.settings))}</p>",
+        _section("Concept rates", _rates(report)),
+        _section("Paired differences", _differences(report)),
+        _section("Attacks", _attacks(report)),
+        _section("Concept by concept", _concepts(report)),
+        _section("Labels found", _labels(report.rows)),
+        _section("Quality", _quality(report)),
+        _section("Pictures", _sheets(report, sheets)),
+        _section("What was not measured", _list(report.notes) if report.notes else "<p>Nothing was left out.</p>"),
+        _section("Settings", _settings(report.settings)),
+    ]
+    title = escape(report.title)
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title}</title>'
+    head += f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style>'
+    body = "\n".join(filter(None, parts))
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def gate_error(title: str, settings: Mapping[str, Any], table: str, plot: str) -> str:
+    raise NotImplementedError
+
+
+def _origin(settings: Mapping[str, Any]) -> str:
+    names = ("date", "detector", "device", "dtype", "base")
+    return ", ".join(str(settings[name]) for name in names if settings.get(name))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{body}" if body else ""
+
+
+def _rates(report: AuditReport) -> str:
+    """The main table: the suppressed cell, with what the same arm does elsewhere."""
+    rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack]
+    if not rows:
+        return ""
+    kept = {row.arm: row for row in report.rows if row.cell == "kept" and not row.attack}
+    task = {row.arm: row for row in report.rows if row.cell == "task" and not row.attack}
+    head = ["arm", "hits", "rate", "bootstrap", "Wilson", "kept top-1", "false alarms on kept", "task fidelity", ""]
+    body = [
+        [
+            shown(row.arm), f"{row.wilson.k} / {row.wilson.n}", rate(row.wilson),
+            interval(row.bootstrap), interval(row.wilson),
+            rate(kept[row.arm].top1) if row.arm in kept else "", rate(kept[row.arm].wilson) if row.arm in kept else "",
+            rate(task[row.arm].style) if row.arm in task else "", (MEANS.get(row.arm, ""), "word"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    told = (
+        f"{_share(report.settings['confidence'])} intervals. The bootstrap resamples concepts and training seeds; a "
+        "verdict rests on it. Wilson's takes every picture for independent and is there for description."
+    )
+    return _table(head, body) + f"<p class=note>{escape(told)}</p>" + _plot(lambda plots: plots.rates(rows))
+
+
+def _differences(report: AuditReport) -> str:
+    if not report.differences:
+        return ""
+    margin = float(report.settings.get("margin", 0))
+    body = [
+        [
+            f"{shown(one.arm)} − {shown(one.against)}", one.cell, f"{one.difference:+.1%}",
+            f"{one.low:+.1%} … {one.high:+.1%}", _verdict(one),
+        ]
+        for one in report.differences
+    ]  # fmt: skip
+    told = f"Concept rates over the same prompts and seeds; non-inferiority margin {margin:.1%}, fixed before the runs."
+    some = [one for one in report.differences if one.cell == "suppressed"]
+    plot = _plot(lambda plots: plots.differences(some, margin)) if some else ""
+    return _table(["difference", "cell", "by", "interval", "verdict"], body) + f"<p class=note>{told}</p>" + plot
+
+
+def _verdict(one: Difference) -> Cell:
+    return verdict(one), "bad" if one.verdict == "worse" else "word"
+
+
+def _attacks(report: AuditReport) -> str:
+    """Rows with an attack, and arms of a sweep, of the suppressed cell."""
+    rows = [row for row in report.rows if row.attack]
+    body = [[row.attack, shown(row.arm), f"{row.wilson.k} / {row.wilson.n}", *_both(row)] for row in rows]
+    return _table(["attack", "arm", "hits", "rate", "bootstrap", "Wilson"], body) if body else ""
+
+
+def _both(row: Row) -> list[Cell]:
+    return [rate(row.wilson), interval(row.bootstrap), interval(row.wilson)]
+
+
+def _concepts(report: AuditReport) -> str:
+    rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack and row.concepts]
+    names = list(dict.fromkeys(name for row in rows for name in row.concepts))
+    if len(names) < 2:
+        return ""
+    body = [[name, *(f"{k} / {n}" for k, n in (row.concepts.get(name, (0, 0)) for row in rows))] for name in names]
+    plot = _plot(lambda plots: plots.concepts(rows)) if len(names) <= 120 else ""
+    return plot + _table(["concept", *(shown(row.arm) for row in rows)], body)
+
+
+def _labels(rows: Sequence[Row]) -> str:
+    """Pictures in which each label was found, by arm and cell."""
+    rows = [row for row in rows if not row.attack]
+    names = sorted({label for row in rows for label in row.labels})
+    body = [[name, *(str(row.labels.get(name, 0)) for row in rows)] for name in names]
+    return _table(["label", *(f"{shown(row.arm)}, {row.cell}" for row in rows)], body) if body else ""
+
+
+def _quality(report: AuditReport) -> str:
+    body = [
+        [shown(q.arm), q.cell, str(q.n), number(q.kid), number(q.kid_std), number(q.fid), number(q.clip)]
+        for q in report.quality
+    ]
+    said = "; ".join(f"{name}: {text}" for name, text in report.settings.get("quality", {}).items())
+    table = _table(["arm", "cell", "pictures", "KID", "± over subsets", "FID", "CLIP score"], body)
+    return table + f"<p class=note>{escape(said)}</p>" if body else ""
+
+
+def _sheets(report: AuditReport, sheets: Mapping[str, bytes]) -> str:
+    if not sheets:
+        return ""
+    hidden = f"Guarded arms alone ({', '.join(GUARDED)}); what the detector calls a hit is blanked."
+    told = "All arms." if report.settings.get("show_unsafe") else hidden
+    coded = {name: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for name, data in sheets.items()}
+    shots = [f'<h3>{escape(name)}</h3><img alt="contact sheet" src="{data}">' for name, data in coded.items()]
+    note = f"{told} A row is one prompt and one noise; a red frame is a hit."
+    return f"<p class=note>{escape(note)}</p>" + "\n".join(shots)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return _table(["setting", ""], [[name, (_said(value), "word")] for name, value in settings.items()])
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_said(one)}" for name, one in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "; ".join(map(_said, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _share(value: Any) -> str:
+    return f"{value:.0%}" if isinstance(value, float) else ""
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table; nothing unescaped gets in."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _cell(cell: Cell) -> str:
+    text, kind = cell if isinstance(cell, tuple) else (cell, "")
+    return f"<td class={kind}>{escape(text)}</td>" if kind else f"<td>{escape(text)}</td>"
+
+
+def _plot(make: Callable[[Any], str]) -> str:
+    """A plot, or a line that says why there is none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "<p class=note>matplotlib is not installed, so there is no plot.</p>"
+    return f"<p>{make(importlib.import_module('.plots', __package__))}</p>"

@@ -1,0 +1,112 @@
+"""Plots of an audit as SVG for a page: text stays text, ink is the page's own colour, equal figures equal files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from .arms import shown
+from .figures import Difference, Row
+
+INK, BAR, MARK = "#010203", "#5b86c4", "#c44e52"  # INK is exchanged for the page's own text colour
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "modular lora guard",  # else ids are random
+    "text.parse_math": False,  # labels are anybody's words; a dollar sign must stay one
+    "font.size": 9.0,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+LONGEST = 40  # letters of a label
+
+
+def rates(rows: Sequence[Row]) -> str:
+    """Concept rate of every row, with its bootstrap interval where there is one, else Wilson's."""
+    with rc_context(STYLE):
+        figure = _figure(7, 0.6 + 0.3 * len(rows))
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            rate = row.bootstrap or row.wilson
+            axes.barh(place, rate.rate, color=BAR, height=0.6)
+            axes.plot([rate.low, rate.high], [place, place], color=INK, linewidth=1.5)
+        _names(axes, [shown(row.arm) for row in rows])
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("concept rate")
+        return _svg(figure)
+
+
+def differences(found: Sequence[Difference], margin: float) -> str:
+    """Every difference with its interval; the margin as a dashed line."""
+    with rc_context(STYLE):
+        figure = _figure(7, 0.6 + 0.3 * len(found))
+        axes = figure.add_subplot()
+        for place, one in enumerate(found):
+            axes.plot([one.low, one.high], [place, place], color=INK, linewidth=1.5)
+            axes.plot(one.difference, place, "o", color=BAR)
+        _names(axes, [f"{shown(one.arm)} − {shown(one.against)}" for one in found])
+        axes.axvline(0, color=INK, linewidth=0.5)
+        axes.axvline(margin, color=MARK, linewidth=1, linestyle="--")
+        axes.set_xlabel("difference of concept rates; dashed: the margin")
+        return _svg(figure)
+
+
+def concepts(rows: Sequence[Row]) -> str:
+    """Hit rate by concept (down) and arm (across)."""
+    names = list(dict.fromkeys(name for row in rows for name in row.concepts))
+    table = [[_share(row.concepts.get(name)) for row in rows] for name in names]
+    with rc_context(STYLE):
+        figure = _figure(1.5 + 0.8 * len(rows), 0.9 + 0.22 * len(names))
+        axes = figure.add_subplot()
+        axes.pcolormesh(table, cmap="Reds", vmin=0, vmax=1)
+        _names(axes, names, 0.5)
+        axes.set_xticks([i + 0.5 for i in range(len(rows))], [_label(shown(row.arm)) for row in rows], rotation=30)
+        axes.xaxis.tick_top()
+        return _svg(figure)
+
+
+def curve(points: Sequence[Mapping[str, float]], threshold: float) -> str:
+    """False-positive and false-negative rate over the threshold, of points with ``threshold``, ``fpr`` and ``fnr``."""
+    with rc_context(STYLE):
+        figure = _figure(7, 3)
+        axes = figure.add_subplot()
+        at = [point["threshold"] for point in points]
+        axes.step(at, [point["fpr"] for point in points], color=BAR, where="post", label="false positives")
+        axes.step(at, [point["fnr"] for point in points], color=MARK, where="post", label="false negatives")
+        axes.axvline(threshold, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_xlabel("threshold; dashed: the one in force")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure((width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def _names(axes, names: Sequence[str], shift: float = 0.0) -> None:
+    """Labels down the side, the first one on top."""
+    axes.set_yticks([i + shift for i in range(len(names))], [_label(name) for name in names])
+    axes.invert_yaxis()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(name: str) -> str:
+    """One printable line; control characters are no XML."""
+    line = "".join(letter if letter.isprintable() else " " for letter in name)
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+
+
+def _share(hits: tuple[int, int] | None) -> float:
+    return hits[0] / hits[1] if hits else float("nan")
+
+
+def _svg(figure: Figure) -> str:
+    """The <svg> element alone, without the XML head and without a date."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return re.sub(r"(?s)^.*?(?=<svg)", "", file.getvalue()).replace(INK, "currentColor")
