@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 from .arms import MEANS, shown
-from .figures import AuditReport, Difference, Row
 from .plan import GUARDED
+from .report import AuditReport, Difference, Row
 from .words import interval, number, rate, verdict
 
 CSS = """

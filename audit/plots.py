@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .arms import shown
-from .figures import Difference, Row
+from .report import Difference, Row
 
 INK, BAR, MARK = "#010203", "#5b86c4", "#c44e52"  # INK is exchanged for the page's own text colour
 STYLE = {

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
 from . import pictures
-from .figures import Quality
 from .judge import Judge
 from .options import AuditOptions
+from .report import Quality
 from .results import Drawn
 
 CELLS = ("kept", "task")  # a suppressed prompt is meant to give something else

@@ -15,10 +15,10 @@ from ..gate import settings as presets
 from ..modular_lora.errors import GuardError
 from . import arms, attacks, figures, page, pictures, prompts, quality, sheet
 from .engines import Check, Crew, Engine
-from .figures import AuditReport
 from .judge import Judge
 from .options import AuditOptions
 from .plan import Arm, Item
+from .report import AuditReport, read, to_json
 from .results import Drawn
 from .run import Audit, Ran, Watch, run_audit
 
@@ -63,7 +63,7 @@ def make_judge(options: AuditOptions) -> Judge:
 def write(folder: Path, report: AuditReport, sheets: dict[str, bytes]) -> None:
     """report.json, index.html and sheets/."""
     _write_sheets(folder / "sheets", sheets)
-    pictures.write(folder / "report.json", figures.to_json(report).encode())
+    pictures.write(folder / "report.json", to_json(report).encode())
     evidence = json.dumps(figures.evidence(report), indent=1, ensure_ascii=False)
     pictures.write(folder / "evidence.json", evidence.encode())
     pictures.write(folder / "index.html", page.render(report, sheets).encode())
@@ -71,7 +71,7 @@ def write(folder: Path, report: AuditReport, sheets: dict[str, bytes]) -> None:
 
 def rewrite(folder: Path) -> AuditReport:
     """The page anew from report.json and sheets/. Raises GuardError."""
-    report = figures.read(folder / "report.json")
+    report = read(folder / "report.json")
     sheets = {path.stem: path.read_bytes() for path in sorted((folder / "sheets").glob("*.jpg"))}
     pictures.write(folder / "index.html", page.render(report, sheets).encode())
     return report

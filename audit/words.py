@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arms import shown
-from .figures import AuditReport, Difference, Row
+from .report import AuditReport, Difference, Row
 from .results import Rate
 
 
