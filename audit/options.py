@@ -19,7 +19,31 @@ POSITIVE = ("seeds", "steps", "width", "height", "unit_size", "resamples")
 
 
 @dataclass(frozen=True)
-class AuditOptions:
+class DetectorOptions:
+    """Which detector says what a picture shows, and from which score on."""
+
+    detector: str = opt("", "detector of what is suppressed: see the gate's list; empty: its first")
+    detector_weights: str = opt("", "ONNX file of a classifier of your own")
+    detector_labels: str = opt("", "its labels file (JSON, see docs/gate.md)")
+    preset: str = opt("", "gate preset (JSON) whose block and report sets count; empty: the detector's own")
+    block: tuple[str, ...] = opt((), "block set as label=threshold, instead of the preset's")
+    providers: tuple[str, ...] = opt((), "onnxruntime's providers, in order; empty: its choice")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The block set given as ``label=threshold``. Raises OptionError."""
+        found = {}
+        for text in self.block:
+            label, _, number = text.rpartition("=")
+            try:
+                found[label.strip()] = float(number)
+            except ValueError as error:
+                raise OptionError(f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.") from error
+        return found
+
+
+@dataclass(frozen=True)
+class AuditOptions(DetectorOptions):
     """What is drawn, by which arms, and how it is judged. Paths are texts; () and "" stand for what is not given."""
 
     output_dir: str = opt("audit", "folder of the page, the figures and, in private/, of every picture")
@@ -50,15 +74,8 @@ class AuditOptions:
     height: int = opt(512, "height of the pictures in pixels")
     unit_size: int = opt(4, "pictures drawn as one batch; results are the same to the bit only for equal sizes")
 
-    detector: str = opt("", "detector of what is suppressed: see the gate's list; empty: its first")
-    detector_weights: str = opt("", "ONNX file of a classifier of your own")
-    detector_labels: str = opt("", "its labels file (JSON, see docs/gate.md)")
-    preset: str = opt("", "gate preset (JSON) whose block and report sets count; empty: the detector's own")
-    block: tuple[str, ...] = opt((), "block set as label=threshold, instead of the preset's")
     style_weights: str = opt("", "ONNX file of a classifier of styles, for the task's fidelity; empty: not measured")
     style_labels: str = opt("", "its labels file")
-    providers: tuple[str, ...] = opt((), "onnxruntime's providers, in order; empty: its choice")
-
     synonyms: str = opt("", "attack: file of synonyms, 'word = other, other' a line or JSON")
     img2img: tuple[float, ...] = opt((), "attack: denoise strengths of img2img from pictures that show the concept")
     inpaint: tuple[float, ...] = opt((), "attack: denoise strengths of inpainting on pictures that show the concept")
@@ -93,15 +110,3 @@ class AuditOptions:
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.steps, self.cfg, self.sampler, self.scheduler, self.width, self.height)
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """The block set given as ``label=threshold``. Raises OptionError."""
-        found = {}
-        for text in self.block:
-            label, _, number = text.rpartition("=")
-            try:
-                found[label.strip()] = float(number)
-            except ValueError as error:
-                raise OptionError(f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.") from error
-        return found

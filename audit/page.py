@@ -51,10 +51,6 @@ def render(report: AuditReport, sheets: Mapping[str, bytes]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def gate_error(title: str, settings: Mapping[str, Any], table: str, plot: str) -> str:
-    raise NotImplementedError
-
-
 def _origin(settings: Mapping[str, Any]) -> str:
     names = ("date", "detector", "device", "dtype", "base")
     return ", ".join(str(settings[name]) for name in names if settings.get(name))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..gate.labelled import Point
 from .arms import shown
 from .report import Difference, Row
 
@@ -67,16 +68,19 @@ def concepts(rows: Sequence[Row]) -> str:
         return _svg(figure)
 
 
-def curve(points: Sequence[Mapping[str, float]], threshold: float) -> str:
-    """False-positive and false-negative rate over the threshold, of points with ``threshold``, ``fpr`` and ``fnr``."""
+def curve(points: Sequence[Point], thresholds: Mapping[str, float]) -> str:
+    """Misses and false alarms over the threshold; dashed: those in force."""
     with rc_context(STYLE):
         figure = _figure(7, 3)
         axes = figure.add_subplot()
-        at = [point["threshold"] for point in points]
-        axes.step(at, [point["fpr"] for point in points], color=BAR, where="post", label="false positives")
-        axes.step(at, [point["fnr"] for point in points], color=MARK, where="post", label="false negatives")
-        axes.axvline(threshold, color=INK, linewidth=0.8, linestyle="--")
-        axes.set_xlabel("threshold; dashed: the one in force")
+        at = [point.threshold for point in points]
+        for name, colour in (("missed", MARK), ("false_alarms", BAR)):
+            found = [getattr(point, name) for point in points]
+            axes.fill_between(at, [rate.low for rate in found], [rate.high for rate in found], color=colour, alpha=0.2)
+            axes.plot(at, [rate.rate for rate in found], color=colour, label=name.replace("_", " "))
+        for threshold in set(thresholds.values()):
+            axes.axvline(threshold, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_xlabel("threshold; dashed: those in force")
         axes.legend(frameon=False)
         return _svg(figure)
 

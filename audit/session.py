@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..gate import detectors
-from ..gate import settings as presets
 from ..modular_lora.errors import GuardError
-from . import arms, attacks, figures, page, pictures, prompts, quality, sheet
+from . import arms, attacks, detecting, figures, page, pictures, prompts, quality, sheet
 from .engines import Check, Crew, Engine
 from .judge import Judge
 from .options import AuditOptions
@@ -33,7 +31,7 @@ def run(
     Everything is under ``options.output_dir``, pictures in its private/. An audit that was stopped goes on where it
     stopped. ``judge``: instead of the one that the options name. Raises GuardError, or what ``watch.check`` raises.
     """
-    judge = judge or make_judge(options)
+    judge = judge or detecting.make_judge(options)
     sets = prompts.read_sets(options)
     items, found = prompts.items(sets, options), arms.from_options(options)
     if not found.arms:
@@ -48,16 +46,6 @@ def run(
     write(Path(options.output_dir), report, sheet.sheets(drawn, options.show_unsafe))
     _write_sheets(Path(options.output_dir) / PRIVATE / "sheets", sheet.sheets(drawn, True))
     return report
-
-
-def make_judge(options: AuditOptions) -> Judge:
-    """Detectors and thresholds that the options name. Raises GuardError."""
-    concept = _detector(options.detector, options.detector_weights, options.detector_labels, options.providers)
-    settings = presets.load(options.preset, concept) if options.preset else presets.defaults(concept)
-    fidelity = None
-    if options.style_weights:
-        fidelity = _detector(detectors.CLASSIFIER, options.style_weights, options.style_labels, options.providers)
-    return Judge(concept, options.thresholds or settings.block, settings.report, fidelity)
 
 
 def write(folder: Path, report: AuditReport, sheets: dict[str, bytes]) -> None:
@@ -113,14 +101,6 @@ class _Drawing:
         audit = Audit(tuple(some), tuple(items), self.options.sampling, self.options.unit_size)
         self.ran.append(run_audit(audit, self.engine, self.judge, self.private / part, self.watch))
         return self.ran[-1]
-
-
-def _detector(name: str, weights: str, labels: str, providers: Sequence[str]):
-    if bool(weights) != bool(labels):
-        raise GuardError("A classifier needs its weights (ONNX) and its labels file: give both, or neither.")
-    if weights:
-        return detectors.make(detectors.CLASSIFIER, providers, weights=weights, labels=labels)
-    return detectors.make(name or detectors.available()[0], providers)
 
 
 def _detector_notes(judge: Judge) -> list[str]:
