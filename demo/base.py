@@ -1,4 +1,4 @@
-"""ComfyUI's base directory for demo and tests: the pack, the demo checkpoint, its LoRAs, detector and data set in place."""
+"""ComfyUI's base directory for demo and tests: the pack, the demo checkpoint, LoRAs, detector, data set in place."""
 
 from __future__ import annotations
 

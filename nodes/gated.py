@@ -29,7 +29,9 @@ def _gate_input() -> io.Input:
 
 def _outputs() -> list[io.Output]:
     return [
-        io.Image.Output("images", display_name="images", tooltip="The pictures; what was not acted on is as it came."),
+        io.Image.Output(
+            "images_out", display_name="images", tooltip="The pictures; what was not acted on is as it came."
+        ),
         io.Boolean.Output("flagged", display_name="flagged", tooltip="Whether any picture of the batch was flagged."),
         io.Mask.Output("masks", display_name="masks", tooltip="One a picture: 1 where something was found, grown."),
         io.String.Output(
@@ -233,8 +235,11 @@ def _row(batch: torch.Tensor, i: int) -> torch.Tensor:
 
 def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> list[int]:
     """Which of the ``asked`` shots have a flagged picture."""
+    if not (asked := list(asked)):
+        return []
     report = replace(gate, settings=replace(gate.settings, action="report"))
-    return [i for i in asked if any(outcome_of(shots[i], report).flags)]
+    flags = np.reshape(outcome_of(torch.cat([shots[i] for i in asked]), report).flags, (len(asked), -1))
+    return [i for i, any_flagged in zip(asked, flags.any(1), strict=True) if any_flagged]
 
 
 def _sparing(gate: Gate, all_flagged: bool) -> Gate:
