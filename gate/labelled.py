@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from .finding import Detector, Finding
 from .report import describe
 from .settings import Settings
 from .statistics import wilson
+from .storage import write_json
 
 STEPS = 100  # thresholds of the curve, evenly over 0..1
 
@@ -89,12 +87,7 @@ def save(error: LabelledError, path: Path) -> None:
         "unreadable": list(error.unreadable),
         "interval": "Wilson, 95 %",
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(said, file, indent=1, ensure_ascii=False)
-    os.replace(partial, path)
+    write_json(said, path)
 
 
 def _judged(folder: Path, detector: Detector, unreadable: list[str]) -> list[Finding]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Literal, get_args
 
 from .errors import GateError, one_line
 from .finding import Detector, Finding
+from .storage import write_json
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
 ACTIONS: tuple[str, ...] = get_args(Action)
@@ -90,12 +89,7 @@ def load(path: str | Path, detector: Detector) -> Settings:
 
 def save(settings: Settings, path: str | Path) -> None:
     """Write a preset, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(asdict(settings), file, indent=1, ensure_ascii=False)
-    os.replace(partial, path)
+    write_json(asdict(settings), path)
 
 
 def _found(thresholds: Mapping[str, float], finding: Finding) -> tuple[str, ...]:
