@@ -82,7 +82,8 @@ def test_thresholds_of_several_labels_each_count(folders) -> None:
 def test_files_that_cannot_be_read_are_named_and_count_nowhere(folders) -> None:
     bad, good = folders
     (bad / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
-    (good / "sub" / "cut.png").write_bytes((good / "sub" / "0.png").read_bytes()[:50])
+    Image.effect_noise((64, 64), 50).save(good / "sub" / "cut.png")
+    (good / "sub" / "cut.png").write_bytes((good / "sub" / "cut.png").read_bytes()[:500])
     (bad / "notes.txt").write_text("no picture")
     error = labelled.measure(bad, good, Brightness(), Settings({"red": 0.5}))
     assert error.unreadable == ("flagged/broken.png", "clean/sub/cut.png")
