@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..modular_lora.errors import GuardError
-from .plan import Origin, Painter, Unit
+from .plan import Arm, Item, Origin, Painter, Sampling, Unit
 
 logger = logging.getLogger("modular_lora")
 Check = Callable[[], None]  # raises to interrupt
@@ -34,7 +34,9 @@ class Crew(Protocol):
     """Painters at work; units are drawn in any order, each given out once."""
 
     origin: Origin  # the same of every painter, else GuardError
-    replaced: int  # workers that died so far
+
+    def replaced(self) -> int:
+        """Workers that died since this was last asked, each replaced by another."""
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
         """Pictures b h w 3, uint8, unit by unit. Raises GuardError where a painter does, or what ``check`` raises."""
@@ -66,16 +68,34 @@ class Local:
         yield _Alone(self.painter)
 
 
-class _Alone:
-    replaced = 0
+def paint(painter: Painter, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
+    """What ``painter.draw`` gives; on a CPU in one thread, since sums that threads share round as many threads do.
 
+    Engines have threads of their own number (Ray gives an actor one). A CPU's cores are used by as many workers.
+    """
+    if not painter.device.startswith("cpu"):
+        return painter.draw(arm, items, sampling)
+    import torch  # of which this package needs nothing else
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return painter.draw(arm, items, sampling)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Alone:
     def __init__(self, painter: Painter) -> None:
         self.painter, self.origin = painter, Origin.of(painter)
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
         for unit in units:
             check()
-            yield unit, self.painter.draw(unit.arm, unit.items, unit.sampling)
+            yield unit, paint(self.painter, unit.arm, unit.items, unit.sampling)
+
+    def replaced(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -137,13 +157,13 @@ class _Team:
     """Hands units to a fleet; a unit is in the queue, with one worker, or drawn, and never in two of these."""
 
     def __init__(self, fleet: _Fleet, check: Check) -> None:
-        self.fleet, self.deaths = fleet, Counter()
+        self.fleet, self.deaths, self.told = fleet, Counter(), 0
         (_, answer), *_ = self._work([None], check)
         self.origin = Origin(**answer["origin"])
 
-    @property
     def replaced(self) -> int:
-        return self.deaths.total()
+        before, self.told = self.told, self.deaths.total()
+        return self.told - before
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
         for unit, answer in self._work(units, check):

@@ -93,7 +93,7 @@ class Painter(Protocol):
     Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the picture counts.
     """
 
-    base_sha256: str
+    base_sha256: str  # of all weights that decide the pixels: network, text encoders and VAE
     device: str  # type and model ("cuda NVIDIA H100 80GB HBM3", "cpu"), without an index: part of a unit's key
     dtype: str
 

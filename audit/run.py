@@ -93,8 +93,9 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
             store.put(unit, pictures)
             done += len(unit.items)
             watch.stage("drawing", done, total)
+        replaced = crew.replaced()
     drawn = _judged(plan, store, judge, watch, total)
-    return Ran(tuple(drawn), crew.origin, len(plan), len(plan) - len(missing), store.twice, crew.replaced)
+    return Ran(tuple(drawn), crew.origin, len(plan), len(plan) - len(missing), store.twice, replaced)
 
 
 def _judged(plan: list[Unit], store: Store, judge: Judge, watch: Watch, total: int) -> list[Drawn]:

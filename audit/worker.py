@@ -49,7 +49,8 @@ class Worker:
         if request is not None:
             arm = plan.Arm(**(request["arm"] | {"parts": tuple(plan.Part(**p) for p in request["arm"]["parts"])}))
             items = [plan.Item(**item) for item in request["items"]]
-            answer["pictures"] = self.painter.draw(arm, items, plan.Sampling(**request["sampling"]))
+            paint = importlib.import_module(f"{PACK}.audit.engines").paint
+            answer["pictures"] = paint(self.painter, arm, items, plan.Sampling(**request["sampling"]))
         return answer
 
     def close(self) -> None:

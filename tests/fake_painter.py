@@ -17,7 +17,7 @@ class FakePainter:
 
     def __init__(self, log: str, die: str = "", device_index: int | None = None) -> None:
         """``log`` gets a line a drawn unit; ``die`` is made by the first death and says that it has been."""
-        self.log, self.die, self.device = log, die, "cpu" if device_index is None else f"cpu {device_index}"
+        self.log, self.die, self.device = log, die, f"fake {device_index or 0}"
 
     def draw(self, arm, items, sampling) -> np.ndarray:
         """Noise of arm, prompt and seed; prompts "die" (once), "die always", "fail" and "crash" do what they say."""

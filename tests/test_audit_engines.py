@@ -164,7 +164,7 @@ def test_workers_draw_for_a_driver_that_knows_the_pack_by_another_name(engine_of
 def test_each_device_has_a_process_and_devices_that_draw_differently_are_refused(tmp_path):
     spec = PainterSpec("tests.fake_painter", "open_painter", painter(tmp_path))
     ran = run_audit(audit_of("a", "b"), Processes(spec, devices=(1,)), JUDGE, tmp_path / "audit", Watch())
-    assert ran.origin.device == "cpu 1"
+    assert ran.origin.device == "fake 1"
     with pytest.raises(GuardError, match="use workers of one kind"):
         run_audit(audit_of("a", "b", "c"), Processes(spec, devices=(0, 2)), JUDGE, tmp_path / "audit", Watch())
 
