@@ -29,9 +29,7 @@ def _gate_input() -> io.Input:
 
 def _outputs() -> list[io.Output]:
     return [
-        io.Image.Output(
-            "images_out", display_name="images", tooltip="The pictures; what was not acted on is as it came."
-        ),
+        io.Image.Output("images_out", display_name="images", tooltip="The pictures; those not acted on as they came."),
         io.Boolean.Output("flagged", display_name="flagged", tooltip="Whether any picture of the batch was flagged."),
         io.Mask.Output("masks", display_name="masks", tooltip="One a picture: 1 where something was found, grown."),
         io.String.Output(
