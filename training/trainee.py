@@ -30,14 +30,18 @@ class Cond:
         return len(self.cross)
 
     def __getitem__(self, rows) -> Cond:
-        parts = (None if part is None else part[rows] for part in (self.cross, self.pooled, self.sizes))
-        return Cond(*parts)
+        return Cond(*(_rows(part, rows) for part in (self.cross, self.pooled, self.sizes)))
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Along b; longer prompts (150 or 225 tokens) do not mix with shorter ones: give them one length."""
         columns = zip(*((c.cross, c.pooled, c.sizes) for c in conds), strict=True)
         return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+def _rows(part: Tensor | None, rows) -> Tensor | None:
+    """``part[rows]``; text stays where its encoder put it, often the CPU, while rows come from where x_t is."""
+    return None if part is None else part[rows.to(part.device) if isinstance(rows, Tensor) else rows]
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,7 +169,7 @@ class Stage(nn.Sequential):
 def timestep_embedding(t: Tensor) -> Tensor:
     """Cosine and sine features [n, 320] of timesteps [n]."""
     half = WIDTH // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)  # [160]
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # [160]
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

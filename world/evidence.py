@@ -1,0 +1,153 @@
+"""The paper's table on the demo world: trains the LoRAs that are missing, audits them, writes the figures.
+
+    python3 run.py evidence [--cpu] [--engine processes --workers N]        writes docs/figures/evidence.json
+
+safety:      W0 + ΔW_safe, from prompts alone.
+task:        the gloss style on W0, as Modular LoRA has it (arXiv 2412.00357).
+sequential:  the same training on W0 + ΔW_safe, the practice that the paper warns of.
+Trainings are in evidence.toml (the safety recipe's prompts in recipes/safety.toml), the audit is in audit.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from training.__main__ import register
+from world import ASSETS, CHECKPOINT
+
+PACK = Path(__file__).resolve().parent.parent
+PROTOCOL, AUDIT = PACK / "world" / "evidence.toml", PACK / "world" / "audit.toml"
+FIGURES = PACK / "docs" / "figures" / "evidence.json"
+LORAS = ASSETS / "evidence"
+ROLES = ("safety", "task", "sequential")
+logger = logging.getLogger("modular_lora")
+
+
+def pack(name: str):
+    """A module of the pack, which is registered by now."""
+    return importlib.import_module(f"modular_lora_guard.{name}")
+
+
+def file_of(role: str, seed: int, folder: Path = LORAS) -> Path:
+    return folder / f"{role}_{seed}.safetensors"
+
+
+def settings(protocol: dict, role: str, seed: int, folder: Path):
+    """SafetyOptions or TaskOptions of one training."""
+    options = pack("training.options")
+    common = {"output_dir": str(folder), "output_name": file_of(role, seed).stem, "seed": seed}
+    if role == "safety":
+        recipe = PACK / "world" / "recipes" / "safety.toml"
+        return options.load(options.SafetyOptions, recipe, protocol["safety"] | common)
+    values = protocol["task"] | common
+    values["train_data_dir"] = str(PACK / values["train_data_dir"])
+    return options.load(options.TaskOptions, None, values)
+
+
+def missing(protocol: dict, folder: Path = LORAS) -> list[tuple[str, int]]:
+    """(role, seed) of the LoRAs that are not there; safety LoRAs before what is trained on top of them."""
+    wanted = [(role, seed) for role in ROLES for seed in protocol["training_seeds"]]
+    return [(role, seed) for role, seed in wanted if not file_of(role, seed, folder).exists()]
+
+
+def train(protocol: dict, role: str, seed: int, open_trainee: Callable, watch, folder: Path = LORAS) -> Path:
+    """One LoRA, whole or not at all; ``open_trainee(options)`` gives a context with a trainee (training/trainee.py)."""
+    under = _safety_loras(seed, folder) if role == "sequential" else []
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = settings(protocol, role, seed, Path(temporary))
+        with open_trainee(made) as trainee, trainee.attached(under) if under else nullcontext():
+            run = pack("training.safety").train_safety if role == "safety" else pack("training.task").train_task
+            logger.info("%s", run(trainee, made, watch, engine="world.evidence", base_name=CHECKPOINT).report)
+        if under:
+            _say_so(file_of(role, seed, Path(temporary)), under[0].lora)
+        os.replace(file_of(role, seed, Path(temporary)), file_of(role, seed, folder))
+    return file_of(role, seed, folder)
+
+
+def _safety_loras(seed: int, folder: Path) -> list:
+    lora = pack("modular_lora.files").read_lora(file_of("safety", seed, folder))
+    return [pack("modular_lora.guard").SafetyLora(lora, 1.0)]
+
+
+def _say_so(path: Path, safety) -> None:
+    """The counter-example says in its metadata what was in the forward while it was trained."""
+    lora = pack("modular_lora.files").read_lora(path)
+    what = {pack("modular_lora.guard").TRAINED_ON_KEY: f"base + {safety.name} {safety.sha256}"}
+    pack("training.output").write_tensors(path, load_file(path), dict(lora.metadata) | what)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="run.py evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
+    parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
+    parser.add_argument("--cpu", action="store_true", help="train and draw on the CPU")
+    parser.add_argument("--loras", type=Path, default=LORAS, help="folder of the LoRAs; what is missing is trained")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds, for a part of the work")
+    parser.add_argument("--train-only", action="store_true", help="stop before the audit")
+    chosen, audit = parser.parse_known_args(arguments)
+    register()
+    options = pack("modular_lora.options")
+    protocol = options.parse(PROTOCOL)
+    if chosen.seeds:
+        protocol["training_seeds"] = chosen.seeds
+    if todo := missing(protocol, chosen.loras):
+        _train_all(protocol, todo, chosen)
+    if chosen.train_only:
+        return 0
+    return _audit(protocol, chosen, audit)
+
+
+def _train_all(protocol: dict, todo: list[tuple[str, int]], chosen: argparse.Namespace) -> None:
+    pack("nodes.comfyui").start(chosen.comfyui, chosen.cpu)
+    host, watch = pack("nodes.trainee"), pack("training.cli").TrainingLines()
+
+    def open_trainee(made):
+        return host.opened(*host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision), made)
+
+    for role, seed in todo:
+        logger.info("%s, training seed %d", role, seed)
+        train(protocol, role, seed, open_trainee, watch, chosen.loras)
+
+
+def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
+    where = ["--comfyui", str(chosen.comfyui)] if chosen.comfyui else []
+    where += ["--cpu"] if chosen.cpu else []
+    for role in ROLES:
+        where += [f"--{role}", *(str(file_of(role, seed, chosen.loras)) for seed in protocol["training_seeds"])]
+    run = ["run", "--checkpoint", str(chosen.checkpoint), "--config", str(AUDIT), *where, *more]
+    if code := pack("audit.cli").main(run):
+        return code
+    options = pack("modular_lora.options").parse(AUDIT)
+    found = json.loads((Path(options["output_dir"]) / "evidence.json").read_text(encoding="utf-8"))
+    write_figures(found, protocol, shlex.join(["python3", "run.py", "evidence", *sys.argv[1:]]))
+    return 0
+
+
+def write_figures(found: dict[str, Any], protocol: dict, command: str) -> None:
+    """docs/figures/evidence.json: the audit's, with the protocol's hash and training seeds."""
+    written = [PROTOCOL, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
+    found |= {"command": command, "protocol_sha256": digest, "training_seeds": protocol["training_seeds"]}
+    temporary = FIGURES.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, FIGURES)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sys.exit(main(sys.argv[1:]))
