@@ -141,11 +141,6 @@ def test_what_a_painter_complains_of_ends_the_audit_with_its_words(engine_of, tm
         run_audit(audit_of("a"), engine, JUDGE, tmp_path / "audit", Watch())
 
 
-def test_a_unit_that_kills_every_worker_is_named_and_ends_the_audit(engine_of, tmp_path):
-    with pytest.raises(GuardError, match=f"died {DEATHS + 1} times.*drawing arm (base|task).*smaller unit_size"):
-        run_audit(audit_of("die always"), engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
-
-
 def test_workers_draw_for_a_driver_that_knows_the_pack_by_another_name(engine_of, tmp_path):
     """As in ComfyUI, whose name for it is its path."""
     name = f"{ROOT}/as ComfyUI says"
@@ -167,6 +162,12 @@ def test_each_device_has_a_process_and_devices_that_draw_differently_are_refused
     assert ran.origin.device == "fake 1"
     with pytest.raises(GuardError, match="use workers of one kind"):
         run_audit(audit_of("a", "b", "c"), Processes(spec, devices=(0, 2)), JUDGE, tmp_path / "audit", Watch())
+
+
+def test_a_unit_that_kills_every_worker_is_named_and_ends_the_audit(tmp_path):
+    engine = Processes(PainterSpec("tests.fake_painter", "open_painter", painter(tmp_path)))
+    with pytest.raises(GuardError, match=f"died {DEATHS + 1} times.*drawing arm base.*smaller unit_size"):
+        run_audit(audit_of("die always"), engine, JUDGE, tmp_path / "audit", Watch())
 
 
 def test_a_missing_ray_says_what_to_install(monkeypatch):
