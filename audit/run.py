@@ -87,7 +87,8 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
         plan = list(units(audit.arms, audit.items, audit.sampling, crew.origin, audit.unit_size))
         missing = list({store.place(unit): unit for unit in plan if not store.finished(unit)}.values())
         _say_what_for(store, audit, plan, len(missing), crew.origin)
-        done, total = sum(len(unit.items) for unit in plan if store.finished(unit)), len(audit.arms) * len(audit.items)
+        total = len(audit.arms) * len(audit.items)
+        done = total - sum(len(unit.items) for unit in missing)
         watch.stage("drawing", done, total)
         for unit, pictures in crew.draw(missing, watch.check):
             store.put(unit, pictures)
