@@ -127,6 +127,8 @@ def _load(
     options.intra_op_num_threads = threads
     there = [name for name in providers if name in ort.get_available_providers()]
     try:
-        return ort.InferenceSession(content, options, providers=there), found
+        session = ort.InferenceSession(content, options, providers=there)
+        session.disable_fallback()  # a device that fails in the middle is an error, not a silent change to the CPU
+        return session, found
     except Exception as error:  # onnxruntime's own classes share no base but Exception
         raise GateError(f"{file.name}: onnxruntime cannot load it ({one_line(error)}): check the file.") from error

@@ -19,7 +19,7 @@ from PIL import Image
 from portraits import floats, portrait
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the demo world's own name for itself
-from world import ASSETS, DETECTOR, DETECTOR_CONCEPTS, DETECTOR_ONNX, DETECTOR_STYLES, data, detector
+from world import ASSETS, DETECTOR, DETECTOR_CONCEPTS, DETECTOR_ONNX, DETECTOR_STYLES, data, detector, export_detector
 
 sys.path.pop()  # ComfyUI has folders of the same names as this repository
 
@@ -196,6 +196,9 @@ def test_labels_of_the_shipped_files_are_the_worlds(concepts, styles) -> None:
     assert concepts.labels == (*data.CONCEPTS, "vehicle")
     assert styles.labels == data.STYLES
     assert concepts.sha256 == sha256_file(ASSETS / DETECTOR_ONNX)
+    for output, file in (("concept", DETECTOR_CONCEPTS), ("style", DETECTOR_STYLES)):
+        shipped = json.loads((ASSETS / file).read_text(encoding="utf-8"))
+        assert shipped == export_detector.labels(output, concepts.sha256), "run python -m world.export_detector"
 
 
 def test_the_default_comes_first_and_needs_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
