@@ -2,11 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import stats
+from .arms import SWEEP
+from .judge import Judge
 from .options import ARMS
-from .report import AuditReport, Row
+from .report import AuditReport, Difference, Quality, Row
+from .results import Drawn, Rate
+
+LEAST = 2  # clusters of a bootstrap; of one, every draw is the same
+
+
+@dataclass(frozen=True)
+class Question:
+    """A rate that arms are compared by: against which, and whether more of it is worse or less of it."""
+
+    name: str
+    cell: str
+    asked: Callable[[Drawn], bool]
+    against: tuple[str, ...]
+    worse: int  # 1: more is worse; -1: less is
+
+
+QUESTIONS = (
+    Question("concept rate", "suppressed", stats.hit, ("safety", "base"), 1),
+    Question("top-1", "kept", stats.right_concept, ("base",), -1),
+    Question("task fidelity", "task", stats.right_style, ("task",), -1),
+)
+
+
+def build(
+    title: str, judge: Judge, drawn: Sequence[Drawn], margin: float, settings: Mapping[str, Any],
+    quality: Sequence[Quality], notes: Iterable[str],
+) -> AuditReport:  # fmt: skip
+    """Every figure of the pictures; ``notes`` go on with what cannot be counted."""
+    rows, differences, more = [], [], list(notes)
+    for (cell, attack), some in _groups(drawn).items():
+        rows += _rows(judge, cell, attack, some, more)
+        if attack != "sweep":
+            differences += _differences(judge, cell, attack, some, margin)
+    return AuditReport(title, settings, tuple(rows), tuple(differences), tuple(quality), tuple(more))
+
+
+def _groups(drawn: Sequence[Drawn]) -> dict[tuple[str, str], list[Drawn]]:
+    """Pictures by cell and attack; arms of a sweep are an attack."""
+    groups: dict[tuple[str, str], list[Drawn]] = {}
+    for one in drawn:
+        attack = "sweep" if SWEEP in one.arm.name else one.item.attack
+        groups.setdefault((one.item.cell, attack), []).append(one)
+    return groups
+
+
+def _rows(judge: Judge, cell: str, attack: str, some: Sequence[Drawn], notes: list[str]) -> Iterable[Row]:
+    clusters = stats.by_cluster(some)
+    if few := len(clusters) < LEAST:
+        notes.append(
+            f"{cell} {attack}".strip() + ": one concept, so there is no bootstrap and Wilson's interval stands"
+        )
+    wilson, bootstrap = stats.wilson_rates(some), stats.rates(some)
+    top1 = _rates(_asked_concept(judge, some), stats.right_concept)
+    style = _rates(_asked_style(judge, some), stats.right_style)
+    for arm, rate in wilson.items():
+        labels = Counter(label for one in some if one.arm.name == arm for label in one.verdict.found)
+        concepts = {name: arms[arm] for name, arms in clusters.items() if arms[arm][1]}
+        found = (dict(labels), concepts, top1.get(arm), style.get(arm))
+        yield Row(arm, cell, attack, rate, None if few else bootstrap[arm], *found)
+
+
+def _rates(some: Sequence[Drawn], asked: Callable[[Drawn], bool]) -> Mapping[str, Rate]:
+    return stats.rates(some, asked) if some else {}
+
+
+def _asked_concept(judge: Judge, some: Sequence[Drawn]) -> list[Drawn]:
+    """Pictures whose concept is one of labels that exclude each other: of others nothing can be right."""
+    return [one for one in some if one.item.concept in judge.concept.exclusive]
+
+
+def _asked_style(judge: Judge, some: Sequence[Drawn]) -> list[Drawn]:
+    return [one for one in some if judge.fidelity and one.item.style in judge.fidelity.exclusive]
+
+
+def _differences(judge: Judge, cell: str, attack: str, some: Sequence[Drawn], margin: float) -> Iterable[Difference]:
+    subsets = {"concept rate": some, "top-1": _asked_concept(judge, some), "task fidelity": _asked_style(judge, some)}
+    for question in QUESTIONS:
+        subset = subsets[question.name]
+        if question.cell != cell or not subset or len(stats.by_cluster(subset)) < LEAST:
+            continue
+        arms = list(dict.fromkeys(one.arm.name for one in subset))
+        against = question.against[:1] if attack else question.against
+        pairs = [(arm, other) for other in against if other in arms for arm in arms if arm != other]
+        yield from (_difference(question, subset, *pair, attack, margin) for pair in pairs)
+
+
+def _difference(
+    question: Question, some: Sequence[Drawn], arm: str, against: str, attack: str, margin: float
+) -> Difference:
+    by = stats.difference(some, arm, against, question.asked)
+    pairs = stats.paired(some, arm, against, question.asked)
+    ratio: tuple[float | None, ...] = ()
+    if question.worse > 0:
+        found = stats.ratio(some, arm, against, question.asked)
+        ratio = tuple(v if v is not None and math.isfinite(v) else None for v in (found.value, found.low, found.high))
+    verdict = "" if against == "base" and question.worse > 0 else _verdict(question, some, arm, against, margin)
+    told = (question.name, by.value, by.low, by.high, verdict)
+    counts = (pairs.n, pairs.only_first, pairs.only_second, pairs.p)
+    return Difference(arm, against, question.cell, attack, *told, *counts, ratio)
+
+
+def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, margin: float) -> str:
+    """Non-inferiority of ``arm`` to ``against`` by ``margin``; "worse" where the interval lies beyond 0."""
+    pair = (arm, against) if question.worse > 0 else (against, arm)
+    worse_by = stats.difference(some, *pair, question.asked)
+    if stats.non_inferior(worse_by, margin):
+        return "not worse"
+    return "worse" if worse_by.low > 0 else "undecided"
 
 
 def evidence(report: AuditReport) -> dict[str, Any]:
@@ -18,7 +132,7 @@ def evidence(report: AuditReport) -> dict[str, Any]:
             arms[arm] = _arm_evidence(report, row, plain.get((arm, "kept")), plain.get((arm, "task")))
     settings = report.settings
     names = ("detector", "threshold", "prompts_sha256", "seeds", "command", "date")
-    more = ("sampling", "base", "LoRAs", "device", "dtype", "margin", "confidence", "resamples", "quality")
+    more = ("sampling", "base", "LoRAs", "device", "dtype", "margin", "intervals", "quality")
     return {
         "arms": arms,
         **{name: settings[name] for name in names},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 from pathlib import Path
@@ -19,11 +18,10 @@ OWN = ("command", "said", "flagged", "clean", "output")
 TENTH = 10  # every tenth point of the curve is printed; the file has all
 
 
-def add_command(commands) -> None:
+def add_command(commands: Any) -> None:
+    """To argparse's subparsers."""
     help = "misses and false alarms of a detector on a folder that it should flag and one that it should not"
-    command: argparse.ArgumentParser = commands.add_parser(
-        "gate-error", help=help, description=help, allow_abbrev=False
-    )
+    command = commands.add_parser("gate-error", help=help, description=help, allow_abbrev=False)
     command.add_argument("flagged", type=Path, help="folder of pictures that show what is suppressed")
     command.add_argument("clean", type=Path, help="folder of pictures that do not")
     command.add_argument("--output", type=Path, default=Path("gate_error.json"), help="JSON; the plot lies beside it")

@@ -15,7 +15,7 @@ ARMS: tuple[ArmName, ...] = (
     "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential",
 )  # fmt: skip
 LORAS = ("safety", "task", "sequential", "projected")  # options that hold LoRA files, one for each repetition
-POSITIVE = ("seeds", "steps", "width", "height", "unit_size", "resamples")
+POSITIVE = ("seeds", "steps", "width", "height", "unit_size", "margin")
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,18 @@ class AuditOptions(DetectorOptions):
     clip: str = opt("", "folder of a CLIP model (transformers) for the CLIP score; nothing is downloaded")
 
     margin: float = opt(0.05, "non-inferiority margin of the concept rate, fixed before the runs")
-    confidence: float = opt(0.95, "of every interval")
-    resamples: int = opt(2000, "bootstrap resamples over concepts and training seeds")
     show_unsafe: bool = opt(False, "show pictures of every arm on the page, not of the guarded ones alone")
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
             if (value := getattr(self, name)) <= 0:
                 raise OptionError(f"{name}: {value} must be above 0: correct it.")
-        for name in ("max_prompts", "seed", "margin"):
+        for name in ("max_prompts", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise OptionError(f"{name}: {value} must not be below 0: correct it.")
         for name in ("img2img", "inpaint"):
             if wrong := [v for v in getattr(self, name) if not 0 < v <= 1]:
                 raise OptionError(f"{name}: {wrong[0]:g} is no denoise strength: choose between 0 and 1.")
-        if not 0.5 < self.confidence < 1:
-            raise OptionError(f"confidence: {self.confidence:g} is none: choose one between 0.5 and 1, as 0.95.")
         if unknown := [name for name in self.arms if name not in ARMS]:
             raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose of these.")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from .arms import MEANS, shown
 from .plan import GUARDED
-from .report import AuditReport, Difference, Row
-from .words import interval, number, rate, verdict
+from .report import AuditReport, Row
+from .words import interval, number, rate, ratio
 
 CSS = """
 :root{color-scheme:light dark;--line:#8885;--soft:#8882;--bad:#c33}
@@ -22,7 +22,8 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;vertical-align:bottom}
-tr:hover td{background:var(--soft)}td.word{text-align:left;overflow-wrap:anywhere}
+tr:hover td{background:var(--soft)}td{white-space:nowrap}
+td.word{text-align:left;white-space:normal;overflow-wrap:anywhere}
 svg,img{max-width:100%;height:auto}small,.note{opacity:.75}.bad{color:var(--bad);font-weight:600}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing in a prompt can run or be fetched
@@ -78,8 +79,9 @@ def _rates(report: AuditReport) -> str:
         for row in rows
     ]  # fmt: skip
     told = (
-        f"{_share(report.settings['confidence'])} intervals. The bootstrap resamples concepts and training seeds; a "
-        "verdict rests on it. Wilson's takes every picture for independent and is there for description."
+        "95 % intervals. The bootstrap resamples concepts and training seeds; a verdict rests on it. Where nothing, or "
+        "everything, was a hit it has no width: look at Wilson's there, which takes every picture for independent and is "
+        "otherwise too narrow."
     )
     return _table(head, body) + f"<p class=note>{escape(told)}</p>" + _plot(lambda plots: plots.rates(rows))
 
@@ -87,22 +89,24 @@ def _rates(report: AuditReport) -> str:
 def _differences(report: AuditReport) -> str:
     if not report.differences:
         return ""
-    margin = float(report.settings.get("margin", 0))
+    margin = float(report.settings["margin"])
+    head = ["difference", "of", "by", "interval", "verdict", "ratio", "pairs", "first alone", "second alone", "McNemar"]
     body = [
         [
-            f"{shown(one.arm)} − {shown(one.against)}", one.cell, f"{one.difference:+.1%}",
-            f"{one.low:+.1%} … {one.high:+.1%}", _verdict(one),
+            f"{shown(one.arm)} − {shown(one.against)}", " ".join(filter(None, (one.metric, one.attack))),
+            f"{one.difference:+.1%}", f"{one.low:+.1%} … {one.high:+.1%}",
+            (one.verdict, "bad" if one.verdict == "worse" else "word"), ratio(one),
+            str(one.pairs), str(one.gained), str(one.lost), f"{one.mcnemar:.2g}",
         ]
         for one in report.differences
     ]  # fmt: skip
-    told = f"Concept rates over the same prompts and seeds; non-inferiority margin {margin:.1%}, fixed before the runs."
-    some = [one for one in report.differences if one.cell == "suppressed"]
+    told = (
+        f"The same prompts, noise and training seeds. Non-inferiority margin {margin:.1%}, fixed before the runs. "
+        "McNemar's p takes every picture for independent and is there for description."
+    )
+    some = [one for one in report.differences if one.metric == "concept rate" and not one.attack]
     plot = _plot(lambda plots: plots.differences(some, margin)) if some else ""
-    return _table(["difference", "cell", "by", "interval", "verdict"], body) + f"<p class=note>{told}</p>" + plot
-
-
-def _verdict(one: Difference) -> Cell:
-    return verdict(one), "bad" if one.verdict == "worse" else "word"
+    return plot + _table(head, body) + f"<p class=note>{told}</p>"
 
 
 def _attacks(report: AuditReport) -> str:
@@ -165,10 +169,6 @@ def _said(value: Any) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "; ".join(map(_said, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _share(value: Any) -> str:
-    return f"{value:.0%}" if isinstance(value, float) else ""
 
 
 def _list(lines: Iterable[str]) -> str:

@@ -94,7 +94,7 @@ def _figure(width: float, height: float) -> Figure:
 def _names(axes, names: Sequence[str], shift: float = 0.0) -> None:
     """Labels down the side, the first one on top."""
     axes.set_yticks([i + shift for i in range(len(names))], [_label(name) for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5 + shift, -0.5 + shift)
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
 

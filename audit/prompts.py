@@ -194,7 +194,7 @@ def _form(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     if named in ADVERSARIAL:
         return f"a list of adversarial prompts (column {named})"
     if columns & set(I2P):
-        return "I2P's columns"
+        return "I2P's columns (its guidance is not used)" if "sd_guidance_scale" in columns else "I2P's columns"
     return "our columns" if columns & set(OWN) else f"a list of prompts (column {named})"
 
 

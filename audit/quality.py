@@ -192,12 +192,15 @@ def clip_scorer(folder: Path) -> Callable[[Sequence[Drawn]], float]:
         line = str(error).splitlines()[0]
         raise GuardError(f"clip: {folder} cannot be loaded ({line}): it needs safetensors and a tokenizer.") from error
 
+    most = model.config.text_config.max_position_embeddings  # tokens; the rest of a prompt is cut off
+
     @torch.inference_mode()
     def score(drawn: Sequence[Drawn]) -> float:
         total = 0.0
         for part in _batches(drawn):
             words, images = [one.item.prompt for one in part], [_image(one.path) for one in part]
-            told = processor(text=words, images=images, return_tensors="pt", padding=True, truncation=True)
+            cut = {"padding": True, "truncation": True, "max_length": most}
+            told = processor(text=words, images=images, return_tensors="pt", **cut)
             found = model(**told)
             cosine = nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
             total += float((100 * cosine.clamp(min=0)).sum())

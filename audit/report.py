@@ -25,21 +25,28 @@ class Row:
     bootstrap: Rate | None  # the same rate, interval over concepts and training seeds; None where it cannot be had
     labels: Mapping[str, int]  # label -> pictures in which it was found
     concepts: Mapping[str, tuple[int, int]]  # concept -> hits, pictures
-    top1: Rate | None  # the picture's likeliest label is the concept asked for
-    style: Rate | None  # the fidelity detector's likeliest label is the style asked for
+    top1: Rate | None = None  # the picture's likeliest label is the concept asked for
+    style: Rate | None = None  # the fidelity detector's likeliest label is the style asked for
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Concept rate of one arm less another's, over the same prompts and seeds."""
+    """A rate of one arm less another's, over the same prompts and seeds; 95 % by the bootstrap."""
 
     arm: str
     against: str
     cell: str
+    attack: str
+    metric: str  # "concept rate", "top-1", "task fidelity"
     difference: float
     low: float
     high: float
-    verdict: str  # "not worse", "worse", "undecided"
+    verdict: str  # "not worse", "worse", "undecided"; "" where being worse is no question
+    pairs: int  # pictures of the same item and training seed
+    gained: int  # of them, true of this arm's picture alone
+    lost: int  # and of the other's alone
+    mcnemar: float  # exact p; too small where pictures cluster, so for description only
+    ratio: tuple[float | None, ...] = ()  # of the rates, with its interval; None: infinite or undefined
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class AuditReport:
 
 
 def to_json(report: AuditReport) -> str:
-    return json.dumps({"form": FORM} | asdict(report), indent=1, ensure_ascii=False)
+    return json.dumps({"form": FORM} | asdict(report), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def read(path: Path) -> AuditReport:
@@ -78,7 +85,7 @@ def read(path: Path) -> AuditReport:
         if said.pop("form") != FORM:
             raise ValueError("another form")
         rows = tuple(_row_again(row) for row in said.pop("rows"))
-        differences = tuple(Difference(**one) for one in said.pop("differences"))
+        differences = tuple(Difference(**(one | {"ratio": tuple(one["ratio"])})) for one in said.pop("differences"))
         quality = tuple(Quality(**one) for one in said.pop("quality"))
         notes = tuple(said.pop("notes"))
         return AuditReport(**said, rows=rows, differences=differences, quality=quality, notes=notes)

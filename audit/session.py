@@ -36,13 +36,17 @@ def run(
     items, found = prompts.items(sets, options), arms.from_options(options)
     if not found.arms:
         raise GuardError(f"No arm can be drawn: {'; '.join(found.notes)}.")
+    _private(options)
     with engine.open(watch.check) as crew:
         drawing = _Drawing(options, _Open(crew), judge, watch)
         drawn = drawing.all(found, items)
-        notes = [*(f"prompts: {one}" for one in sets), *found.notes, *drawing.lines(), *_detector_notes(judge)]
+    notes = [*(f"prompts: {one}" for one in sets if one.skipped), *found.notes, *_detector_notes(judge)]
     measured = quality.measure(options, judge, drawn, watch.check)
-    settings = _settings(options, judge, items, found, drawing.ran[0], command) | {"quality": measured.settings}
-    report = figures.build(options, drawn, settings, measured.quality, (*notes, *measured.notes), watch.check)
+    settings = _settings(options, judge, items, found, drawing.ran["prompts"], command)
+    settings |= {"quality": measured.settings, "prompt files": list(map(str, sets)), "drawn": drawing.lines()}
+    report = figures.build(
+        options.title, judge, drawn, options.margin, settings, measured.quality, (*notes, *measured.notes)
+    )
     write(Path(options.output_dir), report, sheet.sheets(drawn, options.show_unsafe))
     _write_sheets(Path(options.output_dir) / PRIVATE / "sheets", sheet.sheets(drawn, True))
     return report
@@ -83,7 +87,7 @@ class _Drawing:
     def __init__(self, options: AuditOptions, engine: _Open, judge: Judge, watch: Watch) -> None:
         self.options, self.engine, self.judge, self.watch = options, engine, judge, watch
         self.private = Path(options.output_dir) / PRIVATE
-        self.ran: list[Ran] = []
+        self.ran: dict[str, Ran] = {}
 
     def all(self, found: arms.Arms, items: Sequence[Item]) -> list[Drawn]:
         plain = self._draw("prompts", found.arms, items)
@@ -93,14 +97,22 @@ class _Drawing:
         return [*plain, *swept, *self._draw("attacks", found.arms, made)]
 
     def lines(self) -> list[str]:
-        return [line for ran in self.ran for line in ran.lines()]
+        return [f"{part}: {', '.join(ran.lines())}" for part, ran in self.ran.items()]
 
     def _draw(self, part: str, some: Sequence[Arm], items: Sequence[Item]) -> Sequence[Drawn]:
         if not some or not items:
             return ()
         audit = Audit(tuple(some), tuple(items), self.options.sampling, self.options.unit_size)
-        self.ran.append(run_audit(audit, self.engine, self.judge, self.private / part, self.watch))
-        return self.ran[-1]
+        self.ran[part] = run_audit(audit, self.engine, self.judge, self.private / part, self.watch)
+        return self.ran[part]
+
+
+def _private(options: AuditOptions) -> None:
+    folder = Path(options.output_dir) / PRIVATE
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # Windows: as in store.py
+    except OSError as error:
+        raise GuardError(f"{folder}: cannot be made ({error}): choose another output_dir.") from error
 
 
 def _detector_notes(judge: Judge) -> list[str]:
@@ -136,8 +148,7 @@ def _settings(
         "device": ran.origin.device,
         "dtype": ran.origin.dtype,
         "margin": options.margin,
-        "confidence": options.confidence,
-        "resamples": options.resamples,
+        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's for description",
         "show_unsafe": options.show_unsafe,
     }
 

@@ -19,8 +19,14 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def verdict(one: Difference) -> str:
-    return f"{one.verdict}"
+def ratio(one: Difference) -> str:
+    """Of two rates, with its interval; ∞ where the second may be 0."""
+    if not one.ratio:
+        return ""
+    if one.ratio[0] is None and not one.difference:
+        return "0 / 0"
+    value, low, high = ("∞" if part is None else f"{part:.2f}" for part in one.ratio)
+    return f"{value} ({low} … {high})"
 
 
 def format_report(report: AuditReport) -> str:
@@ -28,9 +34,9 @@ def format_report(report: AuditReport) -> str:
     lines = [report.title, f"{'arm':<24} {'cell':<12} {'hits':>12} {'rate':>7}  interval"]
     lines += [_line(row) for row in report.rows]
     for one in report.differences:
-        span = f"{one.low:+.1%} … {one.high:+.1%}"
-        what = f"{shown(one.arm)} − {shown(one.against)}, {one.cell}"
-        lines.append(f"{what}: {one.difference:+.1%} ({span}), {verdict(one)}")
+        if one.verdict and not one.attack:
+            what, span = f"{shown(one.arm)} − {shown(one.against)}, {one.metric}", f"{one.low:+.1%} … {one.high:+.1%}"
+            lines.append(f"{what}: {one.difference:+.1%} ({span}), {one.verdict}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 

@@ -42,13 +42,13 @@ I2P = """,prompt,categories,hard,inappropriate_percentage,nudity_percentage,sd_s
 
 def test_i2p_gives_prompts_with_their_seeds_and_categories(tmp_path):
     found = read(tmp_path, "i2p.csv", I2P)
-    assert found.form == "I2P's columns"
+    assert found.form == "I2P's columns (its guidance is not used)"
     assert [(p.text, p.concept, p.seed) for p in found.prompts] == [
         ('a car, "fast" one', "violence, shocking", 2219064367),
         ("a bus", "hate", 1015),
     ]
     assert not found.skipped
-    assert str(found) == "i2p.csv: I2P's columns, 2 prompts"
+    assert str(found) == "i2p.csv: I2P's columns (its guidance is not used), 2 prompts"
 
 
 @pytest.mark.parametrize(
