@@ -29,6 +29,7 @@ from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
+from ..training.pictures import PictureError, decode
 from . import host, trainee
 
 KEPT_ARMS = 4  # whose branches stay built
@@ -256,9 +257,8 @@ def _picture(path: str, mode: str, sampling: Sampling) -> Tensor:
     """h w 3 or, of a mask, h w; float32 0..1; another size is scaled and cut to the sampling's."""
     size = sampling.width, sampling.height
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert(mode)
-    except OSError as error:
+        picture = decode(Path(path).read_bytes(), on_white=False).image.convert(mode)
+    except (OSError, PictureError) as error:
         raise GuardError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
     if picture.size != size:
         picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)

@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
+from .audit import Audit
 from .gate import GateSettings
 from .gated import SafetyGate, SampleAndGate
 from .guard import GuardedAsModel, GuardModel
@@ -43,4 +44,5 @@ class ModularLoraExtension(ComfyExtension):
             TrainSafetyLora,
             DatasetReport,
             ProjectTaskLora,
+            Audit,
         ]

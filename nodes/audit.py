@@ -1,0 +1,314 @@
+"""Audit: every arm of the loaded checkpoint drawn with the same prompts and seeds, judged and counted.
+
+Pictures stay in ComfyUI's protected user folder, which it does not serve over HTTP; what is published in the output
+folder, and what leaves the node, are figures and the contact sheets of arms that the guard itself would serve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw
+
+from ..audit import arms, pictures, prompts, session
+from ..audit.engines import Local
+from ..audit.judge import Judge
+from ..audit.options import AuditOptions
+from ..audit.plan import GUARDED
+from ..audit.report import AuditReport, to_json
+from ..audit.words import format_report
+from ..gate.finding import Detector
+from ..modular_lora import options
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import read_lora
+from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from . import gate as gates
+from . import host
+from .drawing import ComfyPainter
+from .progress import NodeWatch, image_tensor
+from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, show
+from .training import NAME, option_inputs
+
+NONE = "none"
+PROTECTED = "__modular_lora"  # in the user folder; ComfyUI serves no folder that starts so (0.3.75 and 0.33.0)
+POLICY_FILE = "policy.json"
+PUBLISHED = "modular_lora_audit"  # in the output folder
+FILES = ("index.html", "report.json", "evidence.json")
+SHEETS = "sheets"
+PROMPT_FILES = (".txt", ".lst", ".csv", ".tsv", ".json", ".jsonl")
+CELLS = {"unsafe": "what is suppressed", "kept": "what must stay", "task": "what the task LoRA is for"}
+LORAS = {  # option -> model folders that its file may be in
+    "safety": (SAFETY_FOLDER, "loras"),
+    "task": ("loras",),
+    "sequential": ("loras",),
+    "projected": ("loras",),
+}
+NUMBERS = ("seeds", "steps", "cfg", "width", "height", "unit_size")
+MORE = (  # what more_options may set: nothing that names a file, folder or package
+    "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
+)  # fmt: skip
+WIDTH, ROW, NAMES = 640, 22, 200  # pixels of the plot
+PAPER, INK, BAR = (250, 250, 248), (40, 40, 40), (91, 134, 196)
+
+
+def check_policy(folder: Path) -> None:
+    """GuardError where the operator's policy.json says {"audit": false}, or says nothing that can be read."""
+    path = folder / POLICY_FILE
+    if not os.path.lexists(path):
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GuardError(f"Audits are off: the operator's {POLICY_FILE} cannot be read ({error}): mend it.") from error
+    allowed = said.get("audit", True) if isinstance(said, dict) else None
+    if not isinstance(allowed, bool):
+        raise GuardError(f'Audits are off: the operator\'s {POLICY_FILE} has no {{"audit": true}} or false: mend it.')
+    if not allowed:
+        raise GuardError(f"Audits are off: the operator of this ComfyUI says so in {POLICY_FILE}.")
+
+
+def protected_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / PROTECTED
+
+
+class Audit(io.ComfyNode):
+    """The audit of one set of LoRAs; see audit.session."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraAudit",
+            display_name="Audit",
+            category=f"{CATEGORY}/audit",
+            description="Draws the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
+            "modular, projected, model arithmetic), asks a detector, and says what changed and how surely. Goes on "
+            "where it was stopped. Pictures stay in a private folder of the server.",
+            inputs=[*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="Rates, intervals, differences, remarks."),
+                io.String.Output("json", display_name="json", tooltip="The same figures, and all they depend on."),
+                io.Image.Output("plot", display_name="plot", tooltip="Concept rate by arm, with intervals."),
+                io.Image.Output(
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="Contact sheets of the guarded arms; what the detector calls a hit is blanked.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **values):
+        named = [*_loras(values).values(), *filter(None, (_prompt_file(values.get(f"{c}_file")) for c in CELLS))]
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in named]
+
+    @classmethod
+    def execute(cls, model, clip, vae, name, gate=None, style=None, **values) -> io.NodeOutput:
+        check_policy(protected_folder())
+        folder = protected_folder() / "audit" / _checked_name(name)
+        made = _options(folder, values)
+        _check_starts(made)
+        painter = ComfyPainter(model, clip, vae)
+        _check_shown(model, clip, made)
+        shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
+        report = session.run(made, Local(painter), NodeWatch(cls), "Audit node", _judge(gate, style))
+        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
+        publish(folder, place)
+        text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
+        show(cls, text)
+        chart = image_tensor(plot(report))
+        return io.NodeOutput(
+            text, to_json(report), chart, image_tensor(sheets(folder)), ui=ui.PreviewImage(chart, cls=cls)
+        )
+
+
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
+        io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
+        io.Vae.Input("vae", tooltip="The VAE that decodes the pictures."),
+        io.String.Input(
+            "name", default="audit", tooltip="Name of the audit; the same name goes on with what is drawn."
+        ),
+    ]
+
+
+def _lora_inputs() -> list[io.Input]:
+    files = lora_names("loras")
+    strength = {"default": 1.0, "step": 0.05, "round": 0.01, "max": 10.0}
+    combo = io.Combo.Input
+    return [
+        combo("safety", lora_names(*LORAS["safety"]), tooltip="The safety LoRA."),
+        combo("task", [NONE, *files], default=NONE, tooltip="Task LoRA, trained on the checkpoint alone."),
+        combo("sequential", [NONE, *files], default=NONE, tooltip="Task LoRA trained on the safety-tuned checkpoint."),
+        combo("projected", [NONE, *files], default=NONE, tooltip="Task LoRA projected clear of the safety LoRA."),
+        io.Float.Input("safety_strength", min=0.05, tooltip="Strength of the safety LoRA.", **strength),
+        io.Float.Input("task_strength", min=-10.0, tooltip="Strength of the task LoRAs.", **strength),
+    ]
+
+
+def _prompt_inputs() -> list[io.Input]:
+    files = [NONE, *_prompt_files()]
+    made = []
+    for cell, what in CELLS.items():
+        text = f"Prompts for {what}, one a line; or a table whose first line is prompt,concept,style,seed,negative."
+        file = f"File of prompts for {what}, in the input folder (I2P's CSV and lists of attacks are understood)."
+        made += [
+            io.String.Input(f"{cell}_prompts", default="", multiline=True, tooltip=text),
+            io.Combo.Input(f"{cell}_file", files, default=NONE, tooltip=file),
+        ]
+    return made
+
+
+def _sampling_inputs() -> list[io.Input]:
+    seeds, *settings = option_inputs(AuditOptions, NUMBERS)
+    known = comfy.samplers.KSampler
+    first = "Seed of the first picture; every prompt has seeds of its own, the same in all arms."
+    return [
+        seeds,
+        io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
+        *settings,
+        io.Combo.Input("sampler", known.SAMPLERS, default="euler", tooltip="Sampling algorithm."),
+        io.Combo.Input("scheduler", known.SCHEDULERS, default="normal", tooltip="How the noise is taken away."),
+    ]
+
+
+def _judge_inputs() -> list[io.Input]:
+    gate = "Gate Settings: the detector of what is suppressed, and its thresholds; without one, the default detector."
+    style = "Gate Settings with a classifier of styles, for the task's fidelity; its thresholds do not matter."
+    words = "Attack by synonyms: lines of 'word = other, other'; empty: none."
+    more = f"Further options as TOML, named as on the command line: {', '.join(MORE)}."
+    return [
+        GateSocket.Input("gate", optional=True, tooltip=gate),
+        GateSocket.Input("style", optional=True, tooltip=style),
+        io.String.Input("other_words", default="", multiline=True, optional=True, tooltip=words),
+        io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=more),
+    ]
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise GuardError(f"name {name!r}: letters, digits, - and _ only: it names a folder.")
+    return name
+
+
+def _options(folder: Path, values: Mapping[str, Any]) -> AuditOptions:
+    """The audit's options; prompts given as text are written to files beside the pictures."""
+    extra = options.parse(values.get("more_options", ""))
+    if refused := sorted(set(extra) - set(MORE)):
+        raise GuardError(f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.")
+    ours: dict[str, Any] = {"output_dir": str(folder), "seed": values["first_seed"]}
+    ours |= {option: (str(path),) for option, path in _loras(values).items()}
+    for cell in CELLS:
+        ours[f"{cell}_prompts"] = tuple(str(path) for path in _prompt_paths(folder / "words", cell, values))
+    if words := values.get("other_words", "").strip():
+        ours["synonyms"] = str(_written(folder / "words" / "synonyms.txt", words))
+    plain = ("safety_strength", "task_strength", "sampler", "scheduler", *NUMBERS)
+    return options.load(AuditOptions, None, {"title": values["safety"]} | extra | ours | {n: values[n] for n in plain})
+
+
+def _loras(values: Mapping[str, Any]) -> dict[str, Path]:
+    """Option -> file of every LoRA that was chosen; LoraFileError where one is not there."""
+    return {o: lora_path(values[o], *folders) for o, folders in LORAS.items() if values.get(o) not in (None, NONE)}
+
+
+def _prompt_paths(folder: Path, cell: str, values: Mapping[str, Any]) -> Iterator[Path]:
+    if text := values[f"{cell}_prompts"].strip():
+        columns = text.splitlines()[0].replace('"', "").split(",")
+        table = "prompt" in (column.strip().lower() for column in columns)
+        yield _written(folder / f"{cell}.{'csv' if table else 'txt'}", text)
+    if path := _prompt_file(values[f"{cell}_file"]):
+        yield path
+
+
+def _written(path: Path, text: str) -> Path:
+    pictures.write(path, text.encode())
+    return path
+
+
+def _prompt_files() -> list[str]:
+    root = Path(folder_paths.get_input_directory())
+    return sorted(p.name for p in root.iterdir() if p.suffix.lower() in PROMPT_FILES) if root.is_dir() else []
+
+
+def _prompt_file(name: str | None) -> Path | None:
+    """Path of what a drop-down names, which ComfyUI 0.3.75 does not check a value against; None for none."""
+    if name in (None, NONE):
+        return None
+    if name not in _prompt_files():
+        raise GuardError(f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.")
+    return Path(folder_paths.get_input_directory()) / name
+
+
+def _check_starts(made: AuditOptions) -> None:
+    """GuardError for start pictures outside the input folder, which a graph must not read."""
+    root = Path(os.path.realpath(folder_paths.get_input_directory()))
+    found = (prompt for one in prompts.read_sets(made) for prompt in one.prompts)
+    for name in (name for prompt in found for name in (prompt.start, prompt.mask) if name):
+        if not Path(os.path.realpath(name)).is_relative_to(root):
+            raise GuardError(f"Start picture {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
+
+
+def _check_shown(model, clip, made: AuditOptions) -> None:
+    """GuardError where the guard would not serve an arm whose pictures are shown as guarded."""
+    for arm in arms.from_options(made).arms:
+        if arm.name not in GUARDED:
+            continue
+        loras = [(part, read_lora(Path(part.path), expected_sha256=part.sha256)) for part in arm.parts]
+        safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
+        tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
+        host.guard(model, clip, safety, tasks, False, Policy())
+
+
+def _judge(gate: object, style: object) -> Judge:
+    chosen = gates.checked(gate)
+    fidelity: Detector | None = None if style is None else gates.checked(style).detector
+    return Judge(chosen.detector, chosen.settings.block, chosen.settings.report, fidelity)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Page, figures and the guarded arms' sheets, for the output folder; nothing else of the audit."""
+    shutil.rmtree(place / SHEETS, ignore_errors=True)
+    for path in (*(folder / name for name in FILES), *sorted((folder / SHEETS).glob("*.jpg"))):
+        pictures.write(place / path.relative_to(folder), path.read_bytes())
+
+
+def sheets(folder: Path) -> Image.Image:
+    """The published contact sheets, one under the other; one black pixel where no guarded arm was drawn."""
+    found = [Image.open(BytesIO(path.read_bytes())) for path in sorted((folder / SHEETS).glob("*.jpg"))]
+    if not found:
+        return Image.new("RGB", (1, 1))
+    paper = Image.new("RGB", (max(s.width for s in found), sum(s.height for s in found)), PAPER)
+    top = 0
+    for one in found:
+        paper.paste(one, (0, top))
+        top += one.height
+    return paper
+
+
+def plot(report: AuditReport) -> Image.Image:
+    """Concept rate of every arm on what is suppressed, with the bootstrap's interval where there is one."""
+    rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack] or list(report.rows)
+    picture = Image.new("RGB", (WIDTH, ROW * (len(rows) + 2)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    length = WIDTH - NAMES - 60
+    for i, row in enumerate(rows):
+        rate, top = row.bootstrap or row.wilson, ROW * (i + 1)
+        draw.text((8, top + 4), arms.shown(row.arm), INK)
+        draw.rectangle((NAMES, top + 3, NAMES + round(length * row.wilson.rate), top + ROW - 5), BAR)
+        middle = top + ROW // 2 - 1
+        draw.line((NAMES + length * rate.low, middle, NAMES + length * rate.high, middle), INK, 2)
+        draw.text((WIDTH - 52, top + 4), f"{row.wilson.rate:.1%}", INK)
+    draw.line((NAMES, ROW, NAMES, ROW * (len(rows) + 1)), INK)
+    draw.text((NAMES, 4), "concept rate, 0 to 100 %", INK)
+    return picture
