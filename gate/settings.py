@@ -93,7 +93,8 @@ def save(settings: Settings, path: str | Path) -> None:
 
 
 def _found(thresholds: Mapping[str, float], finding: Finding) -> tuple[str, ...]:
-    return tuple(label for label, least in thresholds.items() if finding.scores[label] >= least)
+    # "not below", so that a score that is not a number counts as found
+    return tuple(label for label, least in thresholds.items() if not finding.scores[label] < least)
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:

@@ -151,6 +151,12 @@ def test_a_blocked_label_that_no_box_shows_is_taken_to_be_everywhere() -> None:
         assert not outcome.pictures[0].any()
 
 
+def test_a_score_that_is_not_a_number_is_no_pass() -> None:
+    _, outcome = gate("box", Finding({"a": float("nan"), "b": 0.0}))
+    assert outcome.flags == (True,)
+    assert not outcome.pictures[0].any()
+
+
 def test_boxes_grow_about_their_centre_and_are_clipped_to_the_picture() -> None:
     _, outcome = gate("box", boxed(Box("a", 0.9, 30, 20, 20, 10)), growth=2)
     ys, xs = np.nonzero(outcome.masks[0])
