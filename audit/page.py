@@ -22,7 +22,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;vertical-align:bottom}
-tr:hover td{background:var(--soft)}td{white-space:nowrap}
+tr:hover td{background:var(--soft)}td{white-space:nowrap}td.left{text-align:left}
 td.word{text-align:left;white-space:normal;overflow-wrap:anywhere}
 svg,img{max-width:100%;height:auto}small,.note{opacity:.75}.bad{color:var(--bad);font-weight:600}
 """
@@ -80,8 +80,8 @@ def _rates(report: AuditReport) -> str:
     ]  # fmt: skip
     told = (
         "95 % intervals. The bootstrap resamples concepts and training seeds; a verdict rests on it. Where nothing, or "
-        "everything, was a hit it has no width: look at Wilson's there, which takes every picture for independent and is "
-        "otherwise too narrow."
+        "everything, was a hit it has no width: look at Wilson's there, which takes every picture for independent and "
+        "is otherwise too narrow."
     )
     return _table(head, body) + f"<p class=note>{escape(told)}</p>" + _plot(lambda plots: plots.rates(rows))
 
@@ -95,7 +95,7 @@ def _differences(report: AuditReport) -> str:
         [
             f"{shown(one.arm)} − {shown(one.against)}", " ".join(filter(None, (one.metric, one.attack))),
             f"{one.difference:+.1%}", f"{one.low:+.1%} … {one.high:+.1%}",
-            (one.verdict, "bad" if one.verdict == "worse" else "word"), ratio(one),
+            (one.verdict, "left bad" if one.verdict == "worse" else "left"), ratio(one),
             str(one.pairs), str(one.gained), str(one.lost), f"{one.mcnemar:.2g}",
         ]
         for one in report.differences
@@ -110,14 +110,15 @@ def _differences(report: AuditReport) -> str:
 
 
 def _attacks(report: AuditReport) -> str:
-    """Rows with an attack, and arms of a sweep, of the suppressed cell."""
-    rows = [row for row in report.rows if row.attack]
-    body = [[row.attack, shown(row.arm), f"{row.wilson.k} / {row.wilson.n}", *_both(row)] for row in rows]
-    return _table(["attack", "arm", "hits", "rate", "bootstrap", "Wilson"], body) if body else ""
-
-
-def _both(row: Row) -> list[Cell]:
-    return [rate(row.wilson), interval(row.bootstrap), interval(row.wilson)]
+    """Rows with an attack, and arms of a sweep."""
+    body = [
+        [
+            row.attack, (shown(row.arm), "left"), (row.cell, "left"), f"{row.wilson.k} / {row.wilson.n}",
+            rate(row.wilson), interval(row.bootstrap), interval(row.wilson),
+        ]
+        for row in report.rows if row.attack
+    ]  # fmt: skip
+    return _table(["attack", "arm", "cell", "hits", "rate", "bootstrap", "Wilson"], body) if body else ""
 
 
 def _concepts(report: AuditReport) -> str:
@@ -184,7 +185,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 
 def _cell(cell: Cell) -> str:
     text, kind = cell if isinstance(cell, tuple) else (cell, "")
-    return f"<td class={kind}>{escape(text)}</td>" if kind else f"<td>{escape(text)}</td>"
+    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 
 def _plot(make: Callable[[Any], str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
@@ -112,5 +113,7 @@ def _share(hits: tuple[int, int] | None) -> float:
 def _svg(figure: Figure) -> str:
     """The <svg> element alone, without the XML head and without a date."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font lacks; the browser's has them
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return re.sub(r"(?s)^.*?(?=<svg)", "", file.getvalue()).replace(INK, "currentColor")
