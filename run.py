@@ -6,6 +6,7 @@
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
+    python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)
 
 The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
 or comfy-cli's default workspace names is used instead; nothing is written into it.
@@ -28,7 +29,11 @@ from bootstrap.console import RunError, say
 from bootstrap.process import child_environment, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
-OWN_LINE = {"lora": "training", "audit": "audit"}  # command -> module
+OWN_LINE = {  # command -> module, help
+    "lora": ("training", "train-task, train-safety, project, ..."),
+    "audit": ("audit", "run, page, gate-error"),
+    "evidence": ("world.evidence", "the paper's table on the demo world"),
+}
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -55,7 +60,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     comfy.add_argument("--port", type=int, help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
-    for name, help in (("lora", "train-task, train-safety, project, ..."), ("audit", "run, page, gate-error")):
+    for name, (_, help) in OWN_LINE.items():
         command = commands.add_parser(name, add_help=False, parents=[common], help=help)
         command.add_argument("arguments", nargs=argparse.REMAINDER)
     options, rest = parser.parse_known_args(arguments)
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "comfy":
             return run_comfy(host, options, rest)
         if options.command in OWN_LINE:
-            return run_own_line(host, OWN_LINE[options.command], rest)
+            return run_own_line(host, OWN_LINE[options.command][0], rest)
         return run_test(host, rest)
     except RunError as error:
         say(f"run.py: {error}")

@@ -19,7 +19,6 @@ import torch
 
 from training.__main__ import register
 from world import ASSETS, DETECTOR, data, detector
-from world.evaluate import cases, wilson
 
 from .figures import record
 
@@ -29,6 +28,7 @@ options = importlib.import_module("modular_lora_guard.training.options")
 sampling = importlib.import_module("modular_lora_guard.training.sampling")
 files = importlib.import_module("modular_lora_guard.modular_lora.files")
 guard = importlib.import_module("modular_lora_guard.modular_lora.guard")
+statistics = importlib.import_module("modular_lora_guard.gate.statistics")
 
 logger = logging.getLogger("modular_lora")
 STEPS, GUIDANCE, BATCH = 20, 3.0, 12
@@ -53,13 +53,13 @@ def judge(trainee, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str
     """Rates by cell: vehicles found, concept right, style called gloss."""
     found = {}
     for seed, (cell, (concepts, gloss)) in enumerate(CELLS.items()):
-        pairs = cases(concepts, gloss, -(-pictures // len(concepts)))[:pictures]
+        pairs = data.cases(concepts, gloss, -(-pictures // len(concepts)))[:pictures]
         images = draw(trainee, [f"{data.STYLES[style]}, {data.WORDS[concept]}" for concept, style in pairs], seed)
         seen, styles = detector.classify(eye, images)
         right = seen.argmax(-1) == torch.tensor([concept for concept, _ in pairs])
         hits = {"vehicles": detector.suppressed(seen), "right": right, "gloss": styles.argmax(-1) == data.TASK_STYLE}
         found[cell] = {name: round(hit.float().mean().item(), 4) for name, hit in hits.items()}
-        found[cell]["vehicles 95 %"] = wilson(int(hits["vehicles"].sum()), len(pairs))
+        found[cell]["vehicles 95 %"] = statistics.wilson(int(hits["vehicles"].sum()), len(pairs))
         if sheet:
             data.sheet(images[:48], 12, sheet.with_name(f"{sheet.name}_{cell.replace(', ', '_')}.png"))
     return found

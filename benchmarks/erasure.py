@@ -22,7 +22,6 @@ import torch
 
 from training.__main__ import register
 from world import ASSETS, DETECTOR, base, data, detector, lorafile, narrow
-from world.evaluate import cases
 
 from .figures import record
 
@@ -66,7 +65,7 @@ def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
         layer = layers.get(lorafile.kohya_name(path))
         module.adapters = [(layer.down, layer.up, layer.scale)] if layer else []
     for seed, (name, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
-        pairs = cases(concepts, False, -(-pictures // len(concepts)))[:pictures]
+        pairs = data.cases(concepts, False, -(-pictures // len(concepts)))[:pictures]
         images = base.draw(model, ae, [f"{data.STYLES[s]}, {data.WORDS[c]}" for c, s in pairs], 7 + seed)
         seen, _ = detector.classify(eye, images)
         right = seen.argmax(-1) == torch.tensor([c for c, _ in pairs])

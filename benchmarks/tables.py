@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables
 
-A marker names the file and, if not all rows are wanted, what their names begin with:
-``<!-- figures training.json step cpu-s, peak -->`` ... ``<!-- end -->``.
+A marker names the file and, if not all rows are wanted, what their names begin with; for evidence.json, which table:
+``<!-- figures training.json step cpu-s, peak -->`` ... ``<!-- end -->``, ``<!-- figures evidence.json arms -->`` ...
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import json
 import os
 import re
 
+from .evidence import tables
 from .figures import FOLDER
 
 DOCS = FOLDER.parent
+PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -25,7 +27,10 @@ def drawn(text: str) -> str:
 
 def table(file: str, beginnings: list[str]) -> str:
     """Rows of one file as Markdown, in the order of ``beginnings``, and where they were measured."""
-    rows = json.loads((FOLDER / file).read_text(encoding="utf-8"))["rows"]
+    found = json.loads((FOLDER / file).read_text(encoding="utf-8"))
+    if "arms" in found:
+        return tables(found, beginnings[0])
+    rows = found["rows"]
     picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
     cells = [[str(row[key]).replace("|", r"\|") for key in ("name", "value")] for row in picked]
     lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
@@ -34,7 +39,7 @@ def table(file: str, beginnings: list[str]) -> str:
 
 
 def main() -> None:
-    for path in DOCS.glob("*.md"):
+    for path in PAGES:
         text = path.read_text(encoding="utf-8")
         if (new := drawn(text)) != text:
             temporary = path.with_suffix(".tmp")

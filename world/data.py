@@ -106,6 +106,12 @@ def prompt(pictures: Pictures, concept: int, style: int) -> str:
     return f"{STYLES[style]}, {pictures.words[concept]}"
 
 
+def cases(concepts: tuple[int, ...], gloss: bool, rounds: int) -> list[tuple[int, int]]:
+    """(concept, style) pairs: ``rounds`` pictures a concept, in the task style or through the base styles in turn."""
+    styles = (TASK_STYLE,) if gloss else BASE_STYLES
+    return [(c, styles[(r + c) % len(styles)]) for r in range(rounds) for c in concepts]
+
+
 def fetch(package: str, work: Path) -> Path:
     """Folder of one npm package, downloaded and unpacked under ``work / 'npm'`` when absent."""
     name = package.lstrip("@").replace("/", "-")

@@ -64,7 +64,9 @@ def missing(protocol: dict, folder: Path = LORAS) -> list[tuple[str, int]]:
     return [(role, seed) for role, seed in wanted if not file_of(role, seed, folder).exists()]
 
 
-def train(protocol: dict, role: str, seed: int, open_trainee: Callable, watch, folder: Path = LORAS) -> Path:
+def train(
+    protocol: dict, role: str, seed: int, open_trainee: Callable, watch, engine: str, folder: Path = LORAS
+) -> Path:
     """One LoRA, whole or not at all; ``open_trainee(options)`` gives a context with a trainee (training/trainee.py)."""
     under = _safety_loras(seed, folder) if role == "sequential" else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def train(protocol: dict, role: str, seed: int, open_trainee: Callable, watch, f
         made = settings(protocol, role, seed, Path(temporary))
         with open_trainee(made) as trainee, trainee.attached(under) if under else nullcontext():
             run = pack("training.safety").train_safety if role == "safety" else pack("training.task").train_task
-            logger.info("%s", run(trainee, made, watch, engine="world.evidence", base_name=CHECKPOINT).report)
+            logger.info("%s", run(trainee, made, watch, engine=engine, base_name=CHECKPOINT).report)
         if under:
             _say_so(file_of(role, seed, Path(temporary)), under[0].lora)
         os.replace(file_of(role, seed, Path(temporary)), file_of(role, seed, folder))
@@ -97,14 +99,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
     parser.add_argument("--cpu", action="store_true", help="train and draw on the CPU")
     parser.add_argument("--loras", type=Path, default=LORAS, help="folder of the LoRAs; what is missing is trained")
-    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds, for a part of the work")
+    parser.add_argument("--training-seeds", type=int, nargs="+", help="for a part of the work")
+    parser.add_argument("--output_dir", type=Path, default=PACK / "demo_output" / "evidence", help="of the audit")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
     parser.add_argument("--train-only", action="store_true", help="stop before the audit")
     chosen, audit = parser.parse_known_args(arguments)
     register()
     options = pack("modular_lora.options")
     protocol = options.parse(PROTOCOL)
-    if chosen.seeds:
-        protocol["training_seeds"] = chosen.seeds
+    if chosen.training_seeds:
+        protocol["training_seeds"] = chosen.training_seeds
     if todo := missing(protocol, chosen.loras):
         _train_all(protocol, todo, chosen)
     if chosen.train_only:
@@ -121,7 +125,7 @@ def _train_all(protocol: dict, todo: list[tuple[str, int]], chosen: argparse.Nam
 
     for role, seed in todo:
         logger.info("%s, training seed %d", role, seed)
-        train(protocol, role, seed, open_trainee, watch, chosen.loras)
+        train(protocol, role, seed, open_trainee, watch, host.ENGINE, chosen.loras)
 
 
 def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
@@ -130,22 +134,23 @@ def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
     for role in ROLES:
         where += [f"--{role}", *(str(file_of(role, seed, chosen.loras)) for seed in protocol["training_seeds"])]
     run = ["run", "--checkpoint", str(chosen.checkpoint), "--config", str(AUDIT), *where, *more]
+    run += ["--output_dir", str(chosen.output_dir)]
     if code := pack("audit.cli").main(run):
         return code
-    options = pack("modular_lora.options").parse(AUDIT)
-    found = json.loads((Path(options["output_dir"]) / "evidence.json").read_text(encoding="utf-8"))
-    write_figures(found, protocol, shlex.join(["python3", "run.py", "evidence", *sys.argv[1:]]))
+    found = json.loads((chosen.output_dir / "evidence.json").read_text(encoding="utf-8"))
+    said = ["python3", "run.py", "evidence", *(["--cpu"] if chosen.cpu else []), *more]  # no paths of this machine
+    write_figures(chosen.figures, found, protocol, shlex.join(said))
     return 0
 
 
-def write_figures(found: dict[str, Any], protocol: dict, command: str) -> None:
-    """docs/figures/evidence.json: the audit's, with the protocol's hash and training seeds."""
+def write_figures(path: Path, found: dict[str, Any], protocol: dict, command: str) -> None:
+    """The audit's figures with the protocol's hash and the training seeds."""
     written = [PROTOCOL, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
     found |= {"command": command, "protocol_sha256": digest, "training_seeds": protocol["training_seeds"]}
-    temporary = FIGURES.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, FIGURES)
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
