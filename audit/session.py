@@ -154,5 +154,9 @@ def _settings(
 
 
 def _write_sheets(folder: Path, sheets: dict[str, bytes]) -> None:
+    """Writes them and takes away those of an earlier run that this one does not have."""
+    for old in folder.glob("*.jpg"):
+        if old.stem not in sheets:
+            old.unlink(missing_ok=True)
     for name, data in sheets.items():
         pictures.write(folder / f"{name}.jpg", data)

@@ -44,11 +44,16 @@ def _places(given: Path | None) -> list[Path]:
 
 
 class Lines:
-    """Progress as lines of the log."""
+    """Progress as lines of the log, ten a stage."""
+
+    def __init__(self) -> None:
+        self._said = ("", -1)  # stage, and tenths of it
 
     def check(self) -> None:
         """Ctrl+C raises by itself."""
 
     def stage(self, text: str, done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
+        here = (text, 10 * done // max(1, total))
+        if here != self._said:
             logger.info("%s: %d of %d", text, done, total)
+        self._said = here

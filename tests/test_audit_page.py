@@ -203,7 +203,7 @@ def test_sheets_show_guarded_arms_alone_and_blank_what_was_hit(tmp_path):
     count = [(np.abs(shades(data).astype(int) - green).sum(-1) < 40).sum() / sheet.SIDE**2 for data in (guarded, every)]
     assert shades(guarded).shape[1] < shades(every).shape[1]
     assert count[0] == pytest.approx(12 + 6, abs=1)  # safety's twelve, modular's but the blanked six
-    assert count[1] == pytest.approx(36, abs=2)  # less the red frames
+    assert count[1] == pytest.approx(36, abs=4)  # less the red frames
     assert sheet.sheets([one for one in some if one.arm.name == "base"], False) == {}
 
 
