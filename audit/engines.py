@@ -334,8 +334,11 @@ def _connect(ray: ModuleType, address: str | None, workers: int) -> None:
     local = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
     try:
         ray.init(address or "local", log_to_driver=False, logging_level="warning", **local)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise GuardError(f"Ray at {address or 'this machine'} does not answer ({error}): check the address.") from error
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        raise GuardError(
+            f"Ray at {address or 'this machine'} does not answer ({error}): check the address, and set "
+            "RAY_AUTH_MODE=token where it asks for a token."
+        ) from error
     if local and any(not node["NodeManagerAddress"].startswith("127.") for node in ray.nodes()):
         logger.warning("audit: Ray was imported before, so that it listens on this machine's network, not on loopback")
 

@@ -120,6 +120,6 @@ def _say_what_for(store: Store, audit: Audit, plan: list[Unit], missing: int, or
     """The manifest; a folder that was for another audit is used on, and only units of equal keys with it."""
     said = json.loads(json.dumps(asdict(audit) | {"origin": asdict(origin)}))
     before = store.manifest()
-    if before and before["audit"] != said:
+    if before and before.get("audit") != said:
         logger.info("audit: %s was for another audit, %d of %d units fit", store.folder, len(plan) - missing, len(plan))
     store.put_manifest({"audit": said, "units": len(plan), "missing": missing})
