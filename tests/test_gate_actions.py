@@ -206,12 +206,12 @@ def test_strength_follows_the_size_of_the_box(action: str) -> None:
         assert (fine[1] ** 2).mean() < 0.02 * (fine[0] ** 2).mean()
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("side", [2, 3, 5, 9])
 @pytest.mark.parametrize("action", ["blur", "pixelate"])
 def test_small_boxes_lose_their_detail_too(action: str, side: int) -> None:
     shown, outcome = gate(action, boxed(Box("a", 0.9, 4, 4, side, side)))
-    kept = len(np.unique(outcome.pictures[0, 4 : 4 + side, 4 : 4 + side, 0].round(6)))
-    assert side == 1 or (kept < side * side and not np.array_equal(outcome.pictures, shown))
+    before, after = (p[0, 4 : 4 + side, 4 : 4 + side].std((0, 1)) for p in (shown, outcome.pictures))
+    assert (after < 0.6 * before).all()
 
 
 @pytest.mark.skipif(nudenet.weights() is None, reason="nudenet (AGPL-3.0) is not installed")
@@ -236,6 +236,12 @@ def test_an_empty_batch_goes_through() -> None:
 def test_a_detector_that_judges_too_few_is_refused() -> None:
     with pytest.raises(GateError, match="1 findings for 3 pictures"):
         run(pictures(3), Told([NOTHING]), Settings({"a": 0.5}))
+
+
+@pytest.mark.parametrize(("block", "message"), [({}, "nothing is guarded"), ({"z": 0.5}, "knows no label 'z'")])
+def test_settings_that_do_not_fit_the_detector_are_refused(block: dict, message: str) -> None:
+    with pytest.raises(GateError, match=message):
+        run(pictures(1), Told([NOTHING]), Settings(block))
 
 
 def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered() -> None:

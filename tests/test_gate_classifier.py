@@ -68,6 +68,12 @@ def test_layout_channels_mean_and_activation_are_those_of_the_labels_file(toy) -
     assert scores(toy()) == pytest.approx(np.exp(plain) / np.exp(plain).sum())
 
 
+def test_large_outputs_and_values_beyond_white_give_scores_all_the_same(toy) -> None:
+    assert scores(toy(std=[1e-3] * 3)) == pytest.approx([0, 0, 1])
+    judge = toy(activation="none")
+    assert judge.detect(COLOUR * 3 - 0.7)[0].scores == judge.detect(np.clip(COLOUR * 3 - 0.7, 0, 1))[0].scores
+
+
 def test_a_group_is_the_sum_of_exclusive_labels_and_the_highest_of_others(toy) -> None:
     groups = {"ab": ["a", "b"]}
     for judge, joined in ((toy(groups=groups), sum), (toy(groups=groups, activation="sigmoid"), max)):
