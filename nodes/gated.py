@@ -164,9 +164,9 @@ class SampleAndGate(io.ComfyNode):
                 (shots[i],) = job.of(i).draw((seed + retry * n + i) & MAX_SEED)
                 tries[i] += 1
             pending = _flagged(shots, pending, gate)
-        gate = _sparing(gate, all_flagged=len(pending) == n)
-        pictures, outcome = judge(torch.cat(shots), gate)
-        return _result(cls, pictures, outcome, gate, attested, _tried(tries, pending))
+        final = _sparing(gate, all_flagged=len(pending) == n)
+        pictures, outcome = judge(torch.cat(shots), final)
+        return _result(cls, pictures, outcome, final, attested, _tried(tries, pending, spared=final is not gate))
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,12 @@ def _sparing(gate: Gate, all_flagged: bool) -> Gate:
     return replace(gate, settings=replace(gate.settings, action="empty"))
 
 
-def _tried(tries: list[int], pending: list[int]) -> str:
-    """Tries of every picture, counted from 1."""
-    again = [
-        f"picture {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}"
-        for i, n in enumerate(tries)
-        if n > 1
-    ]
-    return f"{sum(tries)} tries for {len(tries)} pictures" + "".join(f"\n  {line}" for line in again)
+def _tried(tries: list[int], pending: list[int], spared: bool) -> str:
+    """Tries of every picture that took more than one, counted from 1; what became of those still flagged."""
+    lines = [f"{sum(tries)} tries for {len(tries)} pictures"]
+    for i, n in enumerate(tries):
+        if n > 1:
+            lines.append(f"  picture {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
+    if pending and spared:
+        lines.append("  block: what is still flagged is left empty, so that the others pass")
+    return "\n".join(lines)

@@ -119,7 +119,7 @@ def test_the_run_succeeds(seen: Json) -> None:
 
 
 def test_the_picture_is_on_the_save_node(seen: Json) -> None:
-    nodes = of_type(seen["ran"], "ModularLoraSaveImage", "PreviewImage")
+    nodes = of_type(seen["ran"], "ModularLoraSaveImage", "ModularLoraSaveGated", "PreviewImage")
     assert nodes
     for node in nodes:
         assert node["pictures"], node
@@ -136,7 +136,13 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
     for node in of_type(seen["ran"], "ModularLoraTrainTask", "ModularLoraTrainSafety"):
         assert node["report"].startswith("saved as ")
         assert node["pictures"] == [[640, 360]], "the loss curve"
-    assert decoded or of_type(seen["ran"], "ModularLoraInterference")
+    gated = of_type(seen["ran"], "ModularLoraGate", "ModularLoraSampleAndGate")
+    for node in gated:
+        assert "of 4 pictures flagged" in node["report"]
+        assert "does not cover: " in node["report"]
+    for node in of_type(seen["ran"], "ModularLoraSaveGated"):
+        assert node["report"] == "4 of 4 pictures saved, attested and gated"
+    assert decoded or gated or of_type(seen["ran"], "ModularLoraInterference")
 
 
 def test_guard_and_sampler_of_the_main_workflow_say_what_they_did(visit: Json) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 from modular_lora_guard.bootstrap.paths import ROOT
-from modular_lora_guard.world import ASSETS, DATA_SET, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
+from modular_lora_guard.world import (
+    ASSETS,
+    DATA_SET,
+    DETECTOR_CONCEPTS,
+    DETECTOR_ONNX,
+    SAFETY_LORA,
+    SEQUENTIAL_LORA,
+    TASK_LORA,
+)
 from PIL import Image
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -25,6 +33,13 @@ FEW = {  # in place of a workflow's own
     "synonyms": "twemoji, racing car",
     "preserve": "twemoji, cat face",
 }
+PLACES = (  # model folder, file
+    ("safety_loras", SAFETY_LORA),
+    ("loras", TASK_LORA),
+    ("loras", SEQUENTIAL_LORA),
+    ("modular_lora_detectors", DETECTOR_ONNX),
+    ("modular_lora_detectors", DETECTOR_CONCEPTS),
+)
 WORDS = ("## Input", "## Output", "## Example")
 
 Json = dict[str, Any]
@@ -129,7 +144,8 @@ def test_workflow_nodes_have_the_slots_of_their_schemas(schemas) -> None:
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_a_workflow_runs(file, comfy, run_graph) -> None:
     graph = to_prompt(load(f"workflows/{file.name}"))
-    for folder, name in (("safety_loras", SAFETY_LORA), ("loras", TASK_LORA), ("loras", SEQUENTIAL_LORA)):
+    for folder, name in PLACES:
+        (comfy.base / "models" / folder).mkdir(exist_ok=True)
         shutil.copyfile(ASSETS / name, comfy.base / "models" / folder / name)
     shutil.copytree(ASSETS / DATA_SET, comfy.base / "input" / DATA_SET, dirs_exist_ok=True)
     for node in graph.values():
