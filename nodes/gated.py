@@ -78,8 +78,10 @@ def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bo
             host.images.put(digest, made.of(image_sha256=digest))
 
 
-def _result(node: type[io.ComfyNode], pictures: torch.Tensor, outcome: Outcome, gate: Gate, *more: str):
-    report = "\n".join([*more, format_gate(outcome, gate.detector, gate.settings)])
+def _result(
+    node: type[io.ComfyNode], pictures: torch.Tensor, outcome: Outcome, gate: Gate, before: str = "", after: str = ""
+) -> io.NodeOutput:
+    report = "\n".join(filter(None, (before, format_gate(outcome, gate.detector, gate.settings), after)))
     show(node, report)
     findings = to_json(outcome, gate.detector, gate.settings)
     masks = torch.from_numpy(outcome.masks)
@@ -166,7 +168,7 @@ class SampleAndGate(io.ComfyNode):
             pending = _flagged(shots, pending, gate)
         final = _sparing(gate, all_flagged=len(pending) == n)
         pictures, outcome = judge(torch.cat(shots), final)
-        return _result(cls, pictures, outcome, final, attested, _tried(tries, pending, spared=final is not gate))
+        return _result(cls, pictures, outcome, final, _tried(tries, pending, spared=final is not gate), attested)
 
 
 @dataclass(frozen=True)
