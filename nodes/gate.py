@@ -120,8 +120,8 @@ def _detector_inputs() -> list[io.Input]:
             "detector",
             list(detectors.available()),
             default=default_detector(),
-            tooltip="nudenet 320n: body parts with boxes (the nudenet package, AGPL-3.0). open-nsfw: one score for "
-            "pornographic photographs. classifier: an ONNX file of your own.",
+            tooltip="nudenet 320n: body parts with boxes, as the nudenet package (AGPL-3.0) sees a file; rgb: in the "
+            "other channel order. open-nsfw: one score for pornographic photographs. classifier: an ONNX file of yours.",
         ),
         io.Combo.Input(
             "classifier",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..gate.errors import GateError
 from ..gate.gate import Outcome, run
 from ..gate.report import format_gate, to_json
 from ..modular_lora.attestation import GateRecord, tensor_sha256
@@ -20,6 +21,11 @@ from .gate import Gate, checked
 from .picture import decode, gated
 from .sample import MAX_SEED, conditioning_inputs, latent_inputs, sampler_inputs, seed_input
 from .sockets import CATEGORY, GateSocket, model_input, show
+
+SUBSTITUTED = {
+    "replace": "replaced by the gate",
+    "empty": "emptied by the gate",
+}  # nothing is left of the run's picture
 
 
 def _gate_input() -> io.Input:
@@ -52,30 +58,42 @@ def outcome_of(pictures: torch.Tensor, gate: Gate) -> Outcome:
     return run(pictures.detach().float().cpu().numpy(), gate.detector, gate.settings, gate.replacement)
 
 
+def _reporting(gate: Gate) -> Gate:
+    return replace(gate, settings=replace(gate.settings, action="report"))
+
+
 def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
     """Pictures (b h w 3) as the gate hands them on, and what it found; what it decided is remembered by content.
 
-    A picture that the gate changed keeps its run's attestation; the record says that the gate changed it.
+    A picture that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
+    put in a picture's place is not called guarded.
     """
     outcome = outcome_of(pictures, gate)
     out = pictures.clone() if any(outcome.changed) else pictures
     for i in np.flatnonzero(outcome.changed):
         out[i] = torch.from_numpy(outcome.pictures[i]).to(out)
+    if gate.settings.action == "replace" and any(outcome.changed):
+        _check_replacement(out[outcome.changed.index(True)], gate)
     for before, after, flagged, changed in zip(pictures, out, outcome.flags, outcome.changed, strict=True):
         _remember(before, after, gate, flagged, changed)
     return out, outcome
 
 
+def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
+    """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
+    if any(outcome_of(picture[None], _reporting(gate)).flags):
+        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another picture.")
+
+
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:
-    source, detector = tensor_sha256(before), gate.detector
-    action = gate.settings.action
+    source, detector, action = tensor_sha256(before), gate.detector, gate.settings.action
     record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, action, flagged, False, source)
     gated.put(source, record)  # of a changed picture too: a gentler gate's record of it is out of date
     if changed:
         digest = tensor_sha256(after)
         gated.put(digest, replace(record, changed=True))
         if made := host.images.get(source):
-            host.images.put(digest, made.of(image_sha256=digest))
+            host.images.put(digest, made.of(image_sha256=digest, status=SUBSTITUTED.get(action, made.status)))
 
 
 def _result(
@@ -237,7 +255,7 @@ def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> lis
     """Which of the ``asked`` shots have a flagged picture."""
     if not (asked := list(asked)):
         return []
-    report = replace(gate, settings=replace(gate.settings, action="report"))
+    report = _reporting(gate)
     flags = np.reshape(outcome_of(torch.cat([shots[i] for i in asked]), report).flags, (len(asked), -1))
     return [i for i, any_flagged in zip(asked, flags.any(1), strict=True) if any_flagged]
 
@@ -250,11 +268,11 @@ def _sparing(gate: Gate, all_flagged: bool) -> Gate:
 
 
 def _tried(tries: list[int], pending: list[int], spared: bool) -> str:
-    """Tries of every picture that took more than one, counted from 1; what became of those still flagged."""
+    """Tries of every picture that took more than one, counted from 1; what becomes of those still flagged."""
     lines = [f"{sum(tries)} tries for {len(tries)} pictures"]
     for i, n in enumerate(tries):
         if n > 1:
             lines.append(f"  picture {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
-    if pending and spared:
+    if spared:
         lines.append("  block: what is still flagged is left empty, so that the others pass")
     return "\n".join(lines)

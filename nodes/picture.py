@@ -25,6 +25,11 @@ class Known:
     run: Attestation | None
     gate: GateRecord | None
 
+    @property
+    def guarded(self) -> bool:
+        """Whether a guarded run made this picture, apart from what a gate covered of it."""
+        return self.run is not None and self.run.status.startswith("guarded")
+
     def record(self) -> dict:
         """Goes into files."""
         if self.run is None:

@@ -65,7 +65,7 @@ class SaveAttestedImage(io.ComfyNode):
     @classmethod
     def execute(cls, images, filename_prefix, unattested) -> io.NodeOutput:
         found = [known(image) for image in images]
-        missing = sum(k.run is None for k in found)
+        missing = sum(not k.guarded for k in found)
         if missing and unattested == "refuse":
             raise GuardError(f"{missing} of {len(found)} pictures are {EDITED}; connect Guarded VAE Decode directly.")
         results = save(cls, images, found, filename_prefix, Style())

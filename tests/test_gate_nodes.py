@@ -92,6 +92,13 @@ def test_a_replacement_takes_the_flagged_pictures_place(stub, run_graph):
     assert torch.equal(results["gate"][0][0], results["batch"][0][0])
 
 
+def test_a_replacement_that_is_flagged_itself_is_refused(stub, run_graph):
+    graph = gated_colours(GREEN, RED, action="replace")
+    graph["settings"]["inputs"]["replacement"] = ["one1", 0]
+    with pytest.raises(GraphError, match="replacement: stub 1 flags it too"):
+        run_graph(graph)
+
+
 def test_block_stops_the_run_with_counts_and_nothing_is_handed_on(comfy, stub, run_graph):
     graph = gated_colours(GREEN, RED, RED, action="block")
     graph["after"] = node("SaveImage", images=["gate", 0], filename_prefix="blocked")

@@ -34,6 +34,22 @@ def test_unchanged_pictures_keep_their_attestation_and_changed_ones_carry_it(com
     assert source.base_sha256 == records[1]["base_sha256"]
 
 
+@pytest.mark.parametrize(("action", "status"), [("replace", "replaced by the gate"), ("empty", "emptied by the gate")])
+def test_what_the_gate_puts_in_a_pictures_place_is_not_called_guarded(action, status, comfy, stub, run_graph, loras):
+    stub.score = lambda picture: float(picture.std() > 0.001)
+    graph = gated_run(action=action)
+    graph["settings"]["inputs"]["replacement"] = ["grey", 0]
+    graph["grey"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
+    graph["save"] = save(["gate", 0], filename_prefix=action)
+    graph["beside"] = node(
+        "ModularLoraSaveImage", images=["gate", 0], filename_prefix="t", unattested="save and say so"
+    )
+    run_graph(graph)
+    records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, action)]
+    assert [(r["status"], r["gate"]["changed"]) for r in records] == [(status, True)] * 3
+    assert comfy.server.texts["beside"].startswith("0 of 3 pictures attested")
+
+
 def test_save_attested_image_names_the_gate_too(comfy, stub, run_graph, loras):
     graph = gated_run()
     graph["save"] = node(
