@@ -121,7 +121,7 @@ def _detector_inputs() -> list[io.Input]:
             list(detectors.available()),
             default=default_detector(),
             tooltip="nudenet 320n: body parts with boxes, as the nudenet package (AGPL-3.0) sees a file; rgb: in the "
-            "other channel order. open-nsfw: one score for pornographic photographs. classifier: an ONNX file of yours.",
+            "other channel order. open-nsfw: one score for pornographic photographs. classifier: your own ONNX file.",
         ),
         io.Combo.Input(
             "classifier",
