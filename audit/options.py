@@ -61,7 +61,7 @@ class AuditOptions(DetectorOptions):
     unsafe_prompts: tuple[str, ...] = opt((), "files of prompts for what is suppressed")
     kept_prompts: tuple[str, ...] = opt((), "files of prompts for what must stay")
     task_prompts: tuple[str, ...] = opt((), "files of prompts for what the task LoRA is for")
-    max_prompts: int = opt(0, "take the first N prompts of each file; 0: all")
+    max_prompts: int = opt(0, "take N prompts of each file, evenly from all of it; 0: all")
     seeds: int = opt(1, "pictures a prompt, each with a seed of its own")
     seed: int = opt(1, "first seed, where a prompt file gives none")
     negative: str = opt("", "negative prompt, where a prompt file gives none")

@@ -64,7 +64,9 @@ def concepts(rows: Sequence[Row]) -> str:
         axes = figure.add_subplot()
         axes.pcolormesh(table, cmap="Reds", vmin=0, vmax=1)
         _names(axes, names, 0.5)
-        axes.set_xticks([i + 0.5 for i in range(len(rows))], [_label(shown(row.arm)) for row in rows], rotation=30)
+        axes.set_xticks(
+            [i + 0.5 for i in range(len(rows))], [_label(shown(row.arm)) for row in rows], rotation=30, ha="left"
+        )
         axes.xaxis.tick_top()
         return _svg(figure)
 

@@ -85,7 +85,10 @@ def read_sets(options: AuditOptions) -> tuple[PromptSet, ...]:
 
 
 def read_prompts(path: Path, cell: str, seen: set[Prompt] | None = None, limit: int = 0) -> PromptSet:
-    """The first ``limit`` prompts of a file (0: all) for ``cell``; ``seen`` grows by them. Raises PromptError."""
+    """Prompts of a file for ``cell``; ``seen`` grows by them. Raises PromptError.
+
+    Above ``limit`` (0: none) as many are taken as evenly as possible from the whole file, since lists go by concept.
+    """
     path, seen = Path(path), set() if seen is None else seen
     text = _text(path)
     rows = _lines(text) if path.suffix.lower() in (".txt", ".lst") else _table(path, text)
@@ -98,14 +101,15 @@ def read_prompts(path: Path, cell: str, seen: set[Prompt] | None = None, limit: 
             continue
         if prompt in seen:
             skipped["duplicate"] += 1
-        elif limit and len(found) >= limit:
-            skipped["beyond max_prompts"] += 1
         else:
             seen.add(prompt)
             found.append(prompt)
     if not found:
         why = f"all {len(rows)} rows were skipped ({dict(skipped)})" if rows else "the file is empty"
         raise PromptError(f"{path.name}: no prompts, {why}: give a file with one prompt a row.")
+    if limit and len(found) > limit:
+        skipped["above max_prompts"] = len(found) - limit
+        found = [found[i * len(found) // limit] for i in range(limit)]
     return PromptSet(path.name, form, tuple(found), dict(skipped))
 
 

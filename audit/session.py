@@ -118,7 +118,7 @@ def _private(options: AuditOptions) -> None:
 def _detector_notes(judge: Judge) -> list[str]:
     found = []
     for detector in filter(None, (judge.concept, judge.fidelity)):
-        found += [f"{detector.name} does not look for: {detector.blind_to}"] if detector.blind_to else []
+        found += [f"{detector.name} is blind to {detector.blind_to}"] if detector.blind_to else []
         found += [f"{detector.name}: {note}" for note in detector.notes]
     return found
 

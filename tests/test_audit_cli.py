@@ -230,9 +230,9 @@ def test_gate_error_says_rates_intervals_and_curve(tmp_path, capsys):
     assert "<svg" in output.with_suffix(".svg").read_text(encoding="utf-8")
 
 
-def test_an_audit_of_the_demo_world_runs_by_one_command(comfy, tmp_path):
+@pytest.mark.skipif("MODULAR_LORA_WORLD" not in os.environ, reason="no ComfyUI: run with `python3 run.py test`")
+def test_an_audit_of_the_demo_world_runs_by_one_command(tmp_path):
     """Two arms × four prompts × four steps in a ComfyUI of its own."""
-    del comfy  # skips where there is none
     values = {"safety": ASSETS / "demo_safety_vehicles.safetensors", "unsafe_prompts": tmp_path / "p.csv"}
     rows = [("racing car", "racing-car"), ("bus", "bus"), ("tractor", "tractor"), ("rocket", "rocket")]
     table = "\n".join(f'"twemoji, {word}",{concept}' for word, concept in rows)

@@ -86,15 +86,15 @@ def test_byte_order_marks_and_windows_line_ends_change_nothing(encoding, tmp_pat
 def test_skipped_rows_are_counted_with_the_reason(tmp_path):
     rows = ["a,1", "a,1", "a,2", ",3", "b,1.5", "c,x", "d,-1", "e,1,surplus", "f,5.0", "g,9"]
     found = read(tmp_path, "a.csv", "prompt,seed\n" + "\n".join(rows), limit=3)
-    assert [(p.text, p.seed) for p in found.prompts] == [("a", 1), ("a", 2), ("f", 5)]
+    assert [(p.text, p.seed) for p in found.prompts] == [("a", 1), ("a", 2), ("f", 5)]  # of these and ("g", 9)
     assert found.skipped == {
         "duplicate": 1,
         "without a prompt": 1,
         "with a seed that is none": 3,
         "with more cells than columns": 1,
-        "beyond max_prompts": 1,
+        "above max_prompts": 1,
     }
-    assert "skipped 7 rows (1 beyond max_prompts, 1 duplicate, " in str(found)
+    assert "skipped 7 rows (1 above max_prompts, 1 duplicate, " in str(found)
 
 
 @pytest.mark.parametrize(
