@@ -22,10 +22,7 @@ from .picture import decode, gated
 from .sample import MAX_SEED, conditioning_inputs, latent_inputs, sampler_inputs, seed_input
 from .sockets import CATEGORY, GateSocket, model_input, show
 
-SUBSTITUTED = {
-    "replace": "replaced by the gate",
-    "empty": "emptied by the gate",
-}  # nothing is left of the run's picture
+SUBSTITUTED = {"replace": "replaced by the gate", "empty": "emptied by the gate"}  # action -> status: no run made it
 
 
 def _gate_input() -> io.Input:
@@ -231,7 +228,7 @@ class _Job:
 
 
 def _hints(options: dict) -> Iterable[torch.Tensor]:
-    """Hints of a conditioning's ControlNets (names of ControlBase's attributes, 0.3.75 and 0.33.0)."""
+    """Hints of a conditioning's ControlNets (attributes of ControlBase: 0.3.75, newer by reading)."""
     control = options.get("control")
     while control is not None:
         if (hint := getattr(control, "cond_hint_original", None)) is not None:
