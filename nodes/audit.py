@@ -284,15 +284,16 @@ def publish(folder: Path, place: Path) -> None:
 
 
 def sheets(folder: Path) -> Image.Image:
-    """The published contact sheets, one under the other; one black pixel where no guarded arm was drawn."""
-    found = [Image.open(BytesIO(path.read_bytes())) for path in sorted((folder / SHEETS).glob("*.jpg"))]
+    """The published contact sheets under their names; one black pixel where no guarded arm was drawn."""
+    found = [(path.stem, Image.open(BytesIO(path.read_bytes()))) for path in sorted((folder / SHEETS).glob("*.jpg"))]
     if not found:
         return Image.new("RGB", (1, 1))
-    paper = Image.new("RGB", (max(s.width for s in found), sum(s.height for s in found)), PAPER)
-    top = 0
-    for one in found:
-        paper.paste(one, (0, top))
-        top += one.height
+    paper = Image.new("RGB", (max(s.width for _, s in found), sum(s.height + ROW for _, s in found)), PAPER)
+    draw, top = ImageDraw.Draw(paper), 0
+    for name, one in found:
+        draw.text((8, top + 8), f"prompts: {name}", INK)
+        paper.paste(one, (0, top + ROW))
+        top += one.height + ROW
     return paper
 
 

@@ -142,7 +142,11 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
         assert "does not cover: " in node["report"]
     for node in of_type(seen["ran"], "ModularLoraSaveGated"):
         assert node["report"] == "4 of 4 pictures saved, attested and gated"
-    assert decoded or gated or of_type(seen["ran"], "ModularLoraInterference")
+    audited = of_type(seen["ran"], "ModularLoraAudit")
+    for node in audited:
+        assert "modular − safety, concept rate" in node["report"]
+        assert [width for width, _ in node["pictures"]] == [640], "the plot"
+    assert decoded or gated or audited or of_type(seen["ran"], "ModularLoraInterference")
 
 
 def test_guard_and_sampler_of_the_main_workflow_say_what_they_did(visit: Json) -> None:
