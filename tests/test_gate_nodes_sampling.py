@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gate_graphs import KEY, files, install_stub, node, part, sampled_and_gated, save, sha
+from gate_graphs import KEY, Stub, files, install_stub, node, part, redness, sampled_and_gated, save, sha
 from graphs import GraphError, decode, sampler
 from PIL import Image
 
@@ -115,6 +115,17 @@ def test_a_retry_takes_its_own_row_of_latent_mask_and_prompt(comfy):
     assert job.negative[0][0].shape == (1, 77, 8)
     assert job.latent["noise_mask"].shape == (1, 1, 8, 8)
     assert "batch_index" not in job.latent
+
+
+def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
+    gated, gate = part(comfy, "nodes.gated"), part(comfy, "nodes.gate")
+    stub = Stub(redness)
+    shots = list(torch.zeros(3, 2, 8, 8, 3))
+    shots[1][1, ..., 0] = 1.0
+    chosen = gate.Gate(stub, part(comfy, "gate.settings").defaults(stub))
+    assert gated._flagged(shots, range(3), chosen) == [1]
+    assert gated._flagged(shots, [0, 2], chosen) == gated._flagged(shots, [], chosen) == []
+    assert stub.seen == [6, 4]
 
 
 def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_drawn_again(comfy):

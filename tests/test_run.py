@@ -11,6 +11,7 @@ import pytest
 from modular_lora_guard.bootstrap import browser, comfyui, environment, paths, process
 from modular_lora_guard.bootstrap.console import RunError
 from modular_lora_guard.demo import base, server
+from modular_lora_guard.world import DETECTOR_ONNX
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 
@@ -195,6 +196,7 @@ def test_a_base_directory_can_be_prepared_again(tmp_path: Path) -> None:
     base.prepare(tmp_path / "base", checkpoint=checkpoint, loras=[safety, task], safety=safety, pack=pack)
     assert (tmp_path / "base/models/loras/task.safetensors").read_text() == "changed"
     assert (tmp_path / "base/models/safety_loras/safety.safetensors").read_text() == "safety.safetensors"
+    assert (tmp_path / "base/models/modular_lora_detectors" / DETECTOR_ONNX).exists()
 
 
 def test_the_link_to_the_pack_is_removed_without_the_pack(tmp_path: Path) -> None:
