@@ -89,7 +89,7 @@ class GateSettings(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, classifier, labels, preset, **_):
+    def fingerprint_inputs(cls, classifier=None, labels=None, preset=None, **_):
         paths = [_file(*pair) for pair in (("classifier", classifier), ("labels", labels), ("preset", preset))]
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p]
 
