@@ -76,7 +76,7 @@ def _loras(options: AuditOptions) -> tuple[dict[str, list[LoraFile]], list[str]]
         said = ", ".join(f"{n} {name}" for name, n in counts.items())
         raise OptionError(f"LoRA files: {said}: give one of a kind for all repetitions, or equally many.")
     notes = []
-    if options.project and not loras["projected"] and loras["safety"] and loras["task"]:
+    if options.project and "projected" in options.arms and not loras["projected"] and loras["safety"] and loras["task"]:
         tasks, safeties = loras["task"], loras["safety"]
         count = max(len(tasks), len(safeties))
         made = [_projected(options, tasks[i % len(tasks)], safeties[i % len(safeties)]) for i in range(count)]

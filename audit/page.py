@@ -27,6 +27,7 @@ td.word{text-align:left;white-space:normal;overflow-wrap:anywhere}
 svg,img{max-width:100%;height:auto}small,.note{opacity:.75}.bad{color:var(--bad);font-weight:600}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing in a prompt can run or be fetched
+SHOWN = 200  # concepts
 Cell = str | tuple[str, str]  # text, or text and its class
 
 
@@ -37,7 +38,7 @@ def render(report: AuditReport, sheets: Mapping[str, bytes]) -> str:
         f"<p class=note>{escape(_origin(report.settings))}</p>",
         _section("Concept rates", _rates(report)),
         _section("Paired differences", _differences(report)),
-        _section("Attacks", _attacks(report)),
+        _section("Other cells and attacks", _others(report)),
         _section("Concept by concept", _concepts(report)),
         _section("Labels found", _labels(report.rows)),
         _section("Quality", _quality(report)),
@@ -109,16 +110,18 @@ def _differences(report: AuditReport) -> str:
     return plot + _table(head, body) + f"<p class=note>{told}</p>"
 
 
-def _attacks(report: AuditReport) -> str:
-    """Rows with an attack, and arms of a sweep."""
+def _others(report: AuditReport) -> str:
+    """Every cell and attack beside the main table's."""
     body = [
         [
-            row.attack, (shown(row.arm), "left"), (row.cell, "left"), f"{row.wilson.k} / {row.wilson.n}",
+            row.cell, (row.attack, "left"), (shown(row.arm), "left"), f"{row.wilson.k} / {row.wilson.n}",
             rate(row.wilson), interval(row.bootstrap), interval(row.wilson),
+            rate(row.top1), interval(row.top1), rate(row.style), interval(row.style),
         ]
-        for row in report.rows if row.attack
+        for row in report.rows if row.attack or row.cell != "suppressed"
     ]  # fmt: skip
-    return _table(["attack", "arm", "cell", "hits", "rate", "bootstrap", "Wilson"], body) if body else ""
+    head = ["cell", "attack", "arm", "hits", "rate", "bootstrap", "Wilson", "top-1", "bootstrap", "style", "bootstrap"]
+    return _table(head, body) if body else ""
 
 
 def _concepts(report: AuditReport) -> str:
@@ -126,9 +129,11 @@ def _concepts(report: AuditReport) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.concepts))
     if len(names) < 2:
         return ""
+    told = f"<p class=note>{SHOWN} of {len(names)} concepts; report.json has all.</p>" if len(names) > SHOWN else ""
+    names = names[:SHOWN]
     body = [[name, *(f"{k} / {n}" for k, n in (row.concepts.get(name, (0, 0)) for row in rows))] for name in names]
-    plot = _plot(lambda plots: plots.concepts(rows)) if len(names) <= 120 else ""
-    return plot + _table(["concept", *(shown(row.arm) for row in rows)], body)
+    plot = "" if told else _plot(lambda plots: plots.concepts(rows))
+    return plot + told + _table(["concept", *(shown(row.arm) for row in rows)], body)
 
 
 def _labels(rows: Sequence[Row]) -> str:

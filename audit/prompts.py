@@ -33,6 +33,7 @@ NEGATIVES = ("negative", "negative_prompt")
 SURPLUS = ","  # no name of a column
 DENOISE = 0.7  # of a start whose row gives none
 MAX_SEED = 2**64 - 1
+CELL = re.compile(r"[a-z0-9][a-z0-9 _-]{0,39}(?<! )")  # files are named after it
 CELLS = {"unsafe_prompts": "suppressed", "kept_prompts": "kept", "task_prompts": "task"}  # option -> cell
 
 
@@ -219,9 +220,12 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str) -> Promp
         raise _Skip("with a seed that is none")
     if denoise is not None and not 0 < denoise <= 1:
         raise _Skip("with a denoise that is none")
+    own = _cell(row, ("cell",)).lower()
+    if own and not CELL.fullmatch(own):
+        raise _Skip("with a cell that is no plain name")
     return Prompt(
         text,
-        _cell(row, ("cell",)) or cell,
+        own or cell,
         _cell(row, CONCEPTS),
         _cell(row, ("style",)),
         None if seed is None else int(seed),

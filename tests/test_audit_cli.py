@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,17 @@ def test_a_wrong_option_is_named_with_its_remedy(text, message):
         options.load(AuditOptions, None, options.parse(text))
     with pytest.raises(OptionError, match=r"'x' is no label=threshold"):
         _ = DetectorOptions(block=("x",)).thresholds
+
+
+def test_the_options_in_the_documentation_are_options():
+    text = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    example = text.split("Write `audit.toml`:")[1].split("and run it")[0]
+    found = options.load(AuditOptions, None, options.parse(textwrap.dedent(example)))
+    assert (found.seeds, found.project, found.unsafe_prompts) == (4, True, ("i2p.csv",))
+    named = set(re.findall(r"`(\w+_(?:prompts|sweep|weights|labels|pictures|dir|size|unsafe))`", text))
+    assert named <= {field.name for field in dataclasses.fields(AuditOptions)}
+    for words in re.findall(r"^    --engine [^#\n]*", text, re.MULTILINE):
+        cli.parser().parse_args(["run", "--checkpoint", "x", *words.split()])
 
 
 def test_an_audit_finds_what_each_arm_does(made):

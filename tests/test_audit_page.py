@@ -186,6 +186,12 @@ def test_plots_are_svg_with_text_as_text_in_the_pages_colour():
         assert plots.INK not in svg
 
 
+def test_of_very_many_concepts_the_first_are_shown_and_it_is_said():
+    many = tuple(f"c{i}" for i in range(page.SHOWN + 5))
+    made = page.render(build(drawn(arms={"base": 1.0, "safety": 0.0}, concepts=many, count=1)), {})
+    assert f"{page.SHOWN} of {page.SHOWN + 5} concepts; report.json has all" in made
+
+
 def test_without_matplotlib_the_page_says_so(monkeypatch):
     monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
     assert "matplotlib is not installed" in page.render(build(drawn()), {})
