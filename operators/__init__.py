@@ -1,0 +1,1 @@
+"""What an operator sets outside every graph: policy, signatures, record; no ComfyUI here."""
