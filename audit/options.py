@@ -87,7 +87,7 @@ class AuditOptions(DetectorOptions):
     inception: str = opt("", "weights of torchvision's Inception v3 (safetensors) for KID and FID")
     clip: str = opt("", "folder of a CLIP model (transformers) for the CLIP score; nothing is downloaded")
 
-    margin: float = opt(0.05, "non-inferiority margin of the concept rate, fixed before the runs")
+    margin: float = opt(0.05, "non-inferiority margin of every rate, fixed before the runs")
     show_unsafe: bool = opt(False, "show pictures of every arm on the page, not of the guarded ones alone")
 
     def __post_init__(self) -> None:

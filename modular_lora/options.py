@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from contextlib import suppress
@@ -64,6 +65,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         return _list(name, [value] if isinstance(value, str | int | float) else value, typing.get_args(hint)[0])
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise OptionError(f"{name}: {value} is no finite number: correct it.")
     if type(value) is not hint:
         raise OptionError(f"{name}: {value!r} is a {type(value).__name__}, {hint.__name__} is needed: correct it.")
     return value
@@ -72,8 +75,9 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
 def _list(name: str, values: Any, hint: type) -> tuple:
     """A list of texts or, from numbers or texts of numbers, of floats."""
     if hint is float and isinstance(values, list | tuple):
-        with suppress(ValueError, TypeError):
-            return tuple(float(value) for value in values)
+        with suppress(ValueError, TypeError, OverflowError):
+            if all(map(math.isfinite, numbers := tuple(map(float, values)))):
+                return numbers
         raise OptionError(f"{name}: {values!r} is no list of numbers: give one, e.g. [0.5, 1.0].")
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
         raise OptionError(f"{name}: {values!r} is no list of texts: give one, each in quotes.")

@@ -78,6 +78,8 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
         ("margin = 0.0", "margin: 0.0 must be above 0"),
         ("img2img = [1.5]", "img2img: 1.5 is no denoise strength"),
         ("img2img = ['x']", "is no list of numbers"),
+        ("task_sweep = [1.0, nan]", "is no list of numbers"),
+        ("cfg = inf", "cfg: inf is no finite number"),
         ("arms = ['modlar']", "'modlar' is none of base"),
         ("saftey = ['x']", "did you mean 'safety'"),
     ],
