@@ -230,6 +230,7 @@ class Record:
     folder: str = _key(_text, "")
     prompts: bool = _key(_yes_no, False)
     max_bytes: int = _key(_bytes, 16 << 20)
+    signing_key: str = _key(_text, "")  # private key, relative to the policy: signs attestations and the record's head
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,11 @@ class Policy:
     @property
     def record_folder(self) -> Path:
         return self.folder / (self.record.folder or "record")
+
+    @property
+    def signing_key(self) -> Path | None:
+        """Private key that signs attestations and the record's head; None: neither is signed."""
+        return self.folder / self.record.signing_key if self.record.signing_key else None
 
     def key_paths(self) -> dict[str, Path]:
         """Name -> public key file."""
