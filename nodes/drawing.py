@@ -7,8 +7,9 @@ that another node guards is on while a picture is drawn, and pictures never reac
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..audit.plan import Arm, Item, Part, Sampling
-from ..modular_lora.attestation import Run
+from ..modular_lora.attestation import Run, weights_sha256
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
@@ -39,6 +40,8 @@ STEADY = frozenset((  # samplers that draw no noise of their own: their pictures
     "deis", "res_multistep", "res_multistep_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "uni_pc",
     "uni_pc_bh2",
 ))  # fmt: skip
+# SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
+UNREAD = ("clip_l.transformer.text_projection.weight",)
 PIXELS = 8  # sides are multiples of it
 T = TypeVar("T")
 Cond = tuple[Tensor, Mapping[str, object]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
@@ -59,13 +62,16 @@ class _Recent(Generic[T]):
     def __init__(self, size: int):
         self._size, self._made = size, OrderedDict[Hashable, T]()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self._made:
-            self._made[key] = make()
-        self._made.move_to_end(key)
+    def get(self, key: Hashable) -> T | None:
+        if key in self._made:
+            self._made.move_to_end(key)
+        return self._made.get(key)
+
+    def put(self, key: Hashable, value: T) -> T:
+        self._made[key] = value
         if len(self._made) > self._size:
             self._made.popitem(last=False)
-        return self._made[key]
+        return value
 
 
 class ComfyPainter:
@@ -76,7 +82,7 @@ class ComfyPainter:
         if getattr(model, "is_dynamic", lambda: False)():
             model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
         self._model, self._clip, self._vae = model, clip, vae
-        self.base_sha256 = host.model_sha256(model)
+        self.base_sha256 = _base_sha256(model, clip, vae)
         self.device, self.dtype = _device_name(model.load_device), str(_dtype(model)).removeprefix("torch.")
         self._infos = host.model_info(model), host.clip_info(clip)
         self._arms: _Recent[_Built] = _Recent(KEPT_ARMS)
@@ -87,7 +93,7 @@ class ComfyPainter:
         _check_sampling(sampling)
         pictures = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
         with torch.inference_mode():  # as ComfyUI's executor runs nodes
-            built = self._arms.get(arm.parts, lambda: _build(arm, self._infos))
+            built = self._arms.get(arm.parts) or self._arms.put(arm.parts, _build(arm, self._infos))
             conds = self._encode(built, items)
             for group in _groups(items, conds, sampling.sampler):
                 some = [items[i] for i in group]
@@ -100,8 +106,10 @@ class ComfyPainter:
     def _encode(self, built: _Built, items: Sequence[Item]) -> list[tuple[Cond, Cond]]:
         """(positive, negative) an item, each prompt alone and once, as CLIPTextEncode does."""
         wanted = dict.fromkeys(text for item in items for text in (item.prompt, item.negative))
-        with self._acting(self._clip.patcher, self._clip.cond_stage_model, built.text, may_be_empty=True):
-            made = {text: self._prompts.get((built.encodes_as, text), lambda t=text: self._cond(t)) for text in wanted}
+        made = {text: self._prompts.get((built.encodes_as, text)) for text in wanted}
+        if new := [text for text, cond in made.items() if cond is None]:
+            with self._acting(self._clip.patcher, self._clip.cond_stage_model, built.text):
+                made |= {text: self._prompts.put((built.encodes_as, text), self._cond(text)) for text in new}
         return [(made[item.prompt], made[item.negative]) for item in items]
 
     def _cond(self, text: str) -> Cond:
@@ -139,7 +147,7 @@ class ComfyPainter:
             )
 
     @contextmanager
-    def _acting(self, patcher, module: nn.Module, part: GuardedPart, may_be_empty: bool = False) -> Iterator[None]:
+    def _acting(self, patcher, module: nn.Module, part: GuardedPart) -> Iterator[None]:
         """A part's branches on a loaded model; GuardError unless every one of them ran in every evaluation."""
         comfy.model_management.load_models_gpu([patcher])  # takes off what a guarded clone has on it
         part.branches.to(patcher.load_device, _dtype(patcher))
@@ -148,7 +156,7 @@ class ComfyPainter:
         try:
             run = Run(part.branches)
             yield
-            run.finish(may_be_empty)
+            run.finish(may_be_empty=False)
             seat.verify()
         finally:
             seat.detach()
@@ -172,6 +180,14 @@ def _check(model, clip) -> None:
             f"The MODEL or CLIP was changed by a node after it was loaded ({what}), which the record of an audit could "
             "not tell from the checkpoint: connect the checkpoint loader's own."
         )
+
+
+def _base_sha256(model, clip, vae) -> str:
+    """SHA-256 over those of the three models that decide the pixels, W0's as attestations have it first."""
+    comfy.model_management.load_models_gpu([clip.patcher])  # takes out what another clone's LoRAs merged
+    text = ((name, w) for name, w in clip.cond_stage_model.state_dict().items() if name not in UNREAD)
+    digests = host.model_sha256(model), weights_sha256(text), host.vae_sha256(vae)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _check_sampling(sampling: Sampling) -> None:

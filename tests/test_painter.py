@@ -311,7 +311,7 @@ from pack.audit.plan import Arm, Item, Sampling
 from pack.nodes.painter import open_painter
 with open_painter(checkpoint, "", True) as painter:
     pictures = painter.draw(Arm("base"), [Item("gloss, cat", 1, "kept")], Sampling(2, 2.0, width=64, height=64))
-    open(out, "wb").write(pictures.tobytes())
+    open(out, "wb").write(painter.base_sha256.encode() + pictures.tobytes())
     assert (painter.dtype, painter.device.split()[0]) == ("float32", "cpu")
 """
 
@@ -322,7 +322,19 @@ def test_a_worker_without_av_and_the_server_draws_the_same_picture(painter, arms
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     ours = painter.draw(arms["base"], [item()], SAMPLING)
-    assert (tmp_path / "out").read_bytes() == ours.tobytes()
+    assert (tmp_path / "out").read_bytes() == painter.base_sha256.encode() + ours.tobytes()
+
+
+def test_the_base_is_known_by_network_text_encoder_and_vae(drawing, painter, loaded, comfy):
+    model, clip, vae = loaded
+    other = comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")
+    assert drawing.ComfyPainter(*other).base_sha256 == painter.base_sha256
+    with torch.inference_mode():
+        for part in (other[0].model, other[1].cond_stage_model, other[2].first_stage_model):
+            next(part.parameters()).add_(1)
+            drawing.host._weights.pop(part, None)  # remembered while loaded
+    for changed in ((other[0], clip, vae), (model, other[1], vae), (model, clip, other[2])):
+        assert drawing.ComfyPainter(*changed).base_sha256 != painter.base_sha256
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_one_line(comfy, drawing, tmp_path):
