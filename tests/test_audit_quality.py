@@ -105,7 +105,9 @@ def tiny_clip(tmp_path) -> Path:
     config = CLIPConfig(text_config=layers, vision_config=layers | {"image_size": 32, "patch_size": 16})
     tokenizer = CLIPTokenizer.from_pretrained(Path(comfyui) / "comfy" / "sd1_tokenizer")
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    model = CLIPModel(config)
+    model.visual_projection.weight.data.neg_()  # else every cosine of this seed is below 0
+    model.save_pretrained(tmp_path / "clip")
     CLIPProcessor(images, tokenizer).save_pretrained(tmp_path / "clip")
     return tmp_path / "clip"
 
