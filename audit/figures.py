@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import stats
@@ -115,12 +115,24 @@ def _difference(
 
 
 def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, margin: float) -> str:
-    """Non-inferiority of ``arm`` to ``against`` by ``margin``; "worse" where the interval lies beyond 0."""
+    """Non-inferiority of ``arm`` to ``against`` by ``margin``; "worse" where the interval lies beyond 0.
+
+    Both must say so, the bootstrap and the interval over pictures: where nothing was a hit the bootstrap has no width,
+    and twelve pictures without a hit prove nothing.
+    """
     pair = (arm, against) if question.worse > 0 else (against, arm)
-    worse_by = stats.difference(some, *pair, question.asked)
-    if stats.non_inferior(worse_by, margin):
+    worse_by, rates = stats.difference(some, *pair, question.asked), stats.wilson_rates(some, question.asked)
+    low, high = _newcombe(rates[pair[0]], rates[pair[1]])
+    if stats.non_inferior(replace(worse_by, high=max(worse_by.high, high)), margin):
         return "not worse"
-    return "worse" if worse_by.low > 0 else "undecided"
+    return "worse" if min(worse_by.low, low) > 0 else "undecided"
+
+
+def _newcombe(first: Rate, second: Rate) -> tuple[float, float]:
+    """95 % interval of a difference of rates from their Wilson intervals (Newcombe 1998, method 10)."""
+    by, (a, b) = first.rate - second.rate, (first, second)
+    low, high = (a.rate - a.low, b.high - b.rate), (a.high - a.rate, b.rate - b.low)
+    return by - math.hypot(*low), by + math.hypot(*high)
 
 
 def evidence(report: AuditReport) -> dict[str, Any]:

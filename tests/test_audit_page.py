@@ -80,6 +80,14 @@ def test_differences_are_against_safety_and_base_with_a_verdict_by_the_margin():
     assert words.ratio(found["safety", "base"]) == "0.00 (0.00 … 0.00)"
 
 
+def test_a_few_pictures_without_a_hit_prove_nothing():
+    few, many = (build(drawn(arms={"safety": 0.0, "modular": 0.0}, count=count)) for count in (4, 50))
+    assert (few.differences[0].high, few.differences[0].verdict) == (0.0, "undecided")
+    assert many.differences[0].verdict == "not worse"
+    told = figures._newcombe(Rate(56, 70, 0.6918, 0.8771), Rate(48, 80, 0.4903, 0.7002))
+    assert told == pytest.approx((0.0524, 0.3339), abs=1e-3)  # the paper's example (a)
+
+
 def test_kept_concepts_and_styles_are_compared_where_the_labels_can_tell():
     kept = drawn(arms={"base": 1.0, "safety": 0.4}, concepts=("cat", "dog"), cell="kept")
     task = drawn(arms={"task": 1.0, "modular": 1.0}, concepts=("cat", "dog"), cell="task", style="ink")
