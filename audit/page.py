@@ -102,8 +102,8 @@ def _differences(report: AuditReport) -> str:
         for one in report.differences
     ]  # fmt: skip
     told = (
-        f"The same prompts, noise and training seeds. Non-inferiority margin {margin:.1%}, fixed before the runs; for a "
-        "verdict the interval over pictures (Newcombe's) must agree. "
+        f"The same prompts, noise and training seeds. Non-inferiority margin {margin:.1%}, fixed before the runs; a "
+        "verdict needs the interval over pictures (Newcombe's) to agree. "
         "McNemar's p takes every picture for independent and is there for description."
     )
     some = [one for one in report.differences if one.metric == "concept rate" and not one.attack]
