@@ -42,7 +42,7 @@ STEADY = frozenset((  # samplers that draw no noise of their own: their pictures
 ))  # fmt: skip
 # SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
 UNREAD = ("clip_l.transformer.text_projection.weight",)
-PIXELS = 8  # sides are multiples of it
+PIXELS = 8  # of a side for one of a latent
 T = TypeVar("T")
 Cond = tuple[Tensor, Mapping[str, object]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
 
@@ -100,7 +100,7 @@ class ComfyPainter:
                 latent = self._latent(some, sampling)
                 with self._acting(self._model, self._model.model, built.unet):
                     samples = self._sample(some, [conds[i] for i in group], latent, sampling)
-                pictures[group] = _pixels(self._vae.decode(samples))
+                pictures[group] = _pixels(self._vae.decode(samples), sampling)
         return pictures
 
     def _encode(self, built: _Built, items: Sequence[Item]) -> list[tuple[Cond, Cond]]:
@@ -116,19 +116,18 @@ class ComfyPainter:
         return tuple(self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))[0])
 
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
-        """b c h w: zeros, or the start pictures' latents, each encoded alone."""
+        """b c h w: zeros (EmptyLatentImage, 0.3.75 and 0.33.0), or the start pictures' latents, each encoded alone."""
         if items[0].start:
             starts = [_picture(item.start, "RGB", sampling) for item in items]
             return torch.cat([self._vae.encode(start[None]) for start in starts])
-        empty = torch.zeros(len(items), 4, sampling.height // 8, sampling.width // 8)
+        empty = torch.zeros(len(items), 4, sampling.height // PIXELS, sampling.width // PIXELS)
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
 
     def _sample(self, items: Sequence[Item], conds: list[tuple[Cond, Cond]], latent: Tensor, by: Sampling) -> Tensor:
         """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it (0.3.75 and 0.33.0)."""
-        noise = torch.cat([_noise(latent[:1], item.seed) for item in items])
         masks = [_picture(item.mask, "L", by) for item in items if item.mask]
-        with torch.random.fork_rng(_devices(self._model)):
-            torch.manual_seed(items[0].seed)  # as the stock node leaves it, for samplers that draw from there
+        with torch.random.fork_rng(_devices(self._model)):  # prepare_noise seeds PyTorch's own generator
+            noise = torch.cat([comfy.sample.prepare_noise(latent[:1], item.seed) for item in items])
             return comfy.sample.sample(
                 self._model,
                 noise,
@@ -264,11 +263,6 @@ def _stacked(conds: Sequence[Cond]) -> list[list]:
     return [[torch.cat([c for c, _ in conds]), {"pooled_output": None if pooled[0] is None else torch.cat(pooled)}]]
 
 
-def _noise(latent: Tensor, seed: int) -> Tensor:
-    """1 c h w: what comfy.sample.prepare_noise draws for a batch of one (0.3.75 and 0.33.0)."""
-    return torch.randn(latent.shape, dtype=latent.dtype, generator=torch.Generator("cpu").manual_seed(seed))
-
-
 def _picture(path: str, mode: str, sampling: Sampling) -> Tensor:
     """h w 3 or, of a mask, h w; float32 0..1; another size is scaled and cut to the sampling's."""
     size = sampling.width, sampling.height
@@ -281,8 +275,13 @@ def _picture(path: str, mode: str, sampling: Sampling) -> Tensor:
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
 
 
-def _pixels(pictures: Tensor) -> np.ndarray:
+def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
     """b h w 3 of 0..1 as uint8, rounded as Save Image rounds."""
+    if pictures.shape[1:] != (sampling.height, sampling.width, 3):
+        raise GuardError(
+            f"The VAE gives {tuple(pictures.shape[1:])} for pictures of {sampling.width}×{sampling.height}: an audit "
+            f"draws with models of still pictures whose latents stand for {PIXELS} pixels each."
+        )
     return np.clip(255.0 * pictures.cpu().numpy(), 0, 255).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: the other module beside host.py that touches ComfyUI's internals.
+"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: one of three modules that touch ComfyUI's internals.
 
 ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
 autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
