@@ -6,6 +6,7 @@
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
+    python3 run.py operator  keys, signatures, record and policy of a host: python3 run.py operator --help
     python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)
 
 The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
@@ -32,6 +33,7 @@ WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "
 OWN_LINE = {  # command -> module, help
     "lora": ("training", "train-task, train-safety, project, ..."),
     "audit": ("audit", "run, page, gate-error"),
+    "operator": ("operators", "keygen, sign, verify, record, policy"),
     "evidence": ("world.evidence", "the paper's table on the demo world"),
 }
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -166,9 +166,7 @@ def verify(folder: Path, public_keys: Mapping[str, Path] | None = None, *, earli
         except GuardError as error:
             problems.append(str(error))
     chain = _Chain({head.n for _, head in heads})
-    files = _files(folder)
-    if not files and not (folder / HEAD).exists():
-        raise RecordError(f"{folder}: holds no record: name the policy's record folder")
+    files = _existing(folder)
     for path in files:
         chain.read(path, path == files[-1])
     problems += chain.problems
@@ -184,7 +182,7 @@ def verify(folder: Path, public_keys: Mapping[str, Path] | None = None, *, earli
 
 def lines(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """File, line number in it and content of every line, unchecked; what is no line is left out."""
-    for path in _files(Path(folder)):
+    for path in _existing(Path(folder)):
         with _reading(path), path.open("rb") as file:
             for i, raw in enumerate(file, 1):
                 if (said := _parsed(raw)) is not None:
@@ -266,6 +264,13 @@ def _files(folder: Path) -> list[Path]:
     except OSError as error:
         raise RecordError(f"{folder}: cannot be read ({error.strerror}): check the policy's record folder") from error
     return sorted(found, key=_number)
+
+
+def _existing(folder: Path) -> list[Path]:
+    files = _files(folder)
+    if not files and not (folder / HEAD).exists():
+        raise RecordError(f"{folder}: holds no record: name the policy's record folder")
+    return files
 
 
 def _number(path: Path) -> int:

@@ -35,11 +35,13 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_commands() -> None:
     answer = run("--help")
     assert answer.returncode == 0
-    assert all(f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy", "lora", "audit"))
+    assert all(
+        f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy", "lora", "audit", "operator")
+    )
 
 
-@pytest.mark.parametrize("command", ["lora", "audit"])
-def test_what_follows_lora_or_audit_goes_to_its_own_command_line_as_it_is(command: str) -> None:
+@pytest.mark.parametrize("command", ["lora", "audit", "operator"])
+def test_what_follows_a_command_with_a_line_of_its_own_goes_there_as_it_is(command: str) -> None:
     code = "import sys, run; options, rest = run.parse(sys.argv[1:]); print(options.command, options.bundled, rest)"
     given = [command, "--bundled", "run", "--config", "x.toml", "--help"]
     answer = subprocess.run([sys.executable, "-c", code, *given], cwd=RUN.parent, capture_output=True, text=True)

@@ -1,0 +1,150 @@
+"""The operator's command line: keygen, sign, verify, record and policy. Nothing here needs ComfyUI or a network.
+
+Exit code 0 where all is as it should be, 1 with one line that says what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..modular_lora.command import finish
+from ..modular_lora.errors import GuardError
+from . import keys, policy, record, signing
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
+    return finish(lambda: chosen.run(chosen), "nothing was changed")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="run.py operator", description=__doc__, allow_abbrev=False)
+    commands = made.add_subparsers(dest="command", required=True)
+    one = _command(commands, "keygen", _keygen, "make a key: FILE is the private one, FILE.pub goes to who verifies")
+    one.add_argument("file", type=Path, metavar="FILE", help="private key to write, for instance operator.pem")
+    one = _command(commands, "sign", _sign, "sign a safety LoRA or a policy; writes FILE.sig")
+    one.add_argument("file", type=Path, metavar="FILE")
+    one.add_argument("--key", type=Path, required=True, help="private key")
+    one.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="last day of the signature (none)")
+    one = _command(commands, "verify", _verify, "check FILE against FILE.sig, or a picture against its attestation")
+    one.add_argument("file", type=Path, metavar="FILE")
+    _keys_argument(one)
+    one.add_argument("--identity", help="keyless: who signed, for instance an e-mail address")
+    one.add_argument("--issuer", help="keyless: who vouched for the identity, an OpenID Connect address")
+    one.add_argument("--trust", type=Path, help="keyless: trust configuration of the Sigstore instance (else: network)")
+    _record_commands(commands.add_parser("record", help="check and show the record"))
+    inner = commands.add_parser("policy", help="check a policy").add_subparsers(dest="what", required=True)
+    one = _command(inner, "check", _check, "read a policy as the server would, and say what it sets")
+    one.add_argument("file", type=Path, metavar="FILE")
+    return made
+
+
+def _record_commands(made: argparse.ArgumentParser) -> None:
+    inner = made.add_subparsers(dest="what", required=True)
+    one = _command(inner, "verify", _record_verify, "find lines that were changed, removed, reordered or cut off")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    _keys_argument(one)
+    one.add_argument("--head", type=Path, metavar="COPY", help="a head.json copied earlier and kept elsewhere")
+    one = _command(inner, "show", _record_show, "lines of the record, one JSON object each")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument("--kind", help="only lines of this kind, for instance refusal")
+    one.add_argument("--last", type=int, default=20, help="how many, from the end (20); 0 for all")
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    made.set_defaults(run=run)
+    return made
+
+
+def _keys_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--keys", nargs="+", default=[], metavar="[NAME=]PUB", help="trusted public keys (name: the file's)"
+    )
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date as 2027-12-31") from error
+
+
+def _named(given: Sequence[str]) -> dict[str, Path]:
+    """Trusted keys by name, of ``name=path`` or ``path``."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.rpartition("=")
+        place = Path(path if equals else text)
+        name = name if equals else place.stem
+        if name in found:
+            raise GuardError(f"--keys: two keys are called {name}: name them, as in {name}2={place}")
+        found[name] = place
+    return found
+
+
+def _keygen(chosen: argparse.Namespace) -> str:
+    public = keys.keygen(chosen.file)
+    return f"{chosen.file}: private key, keep it to yourself\n{public}: public key"
+
+
+def _sign(chosen: argparse.Namespace) -> str:
+    return str(signing.sign(chosen.file, chosen.key, expires=chosen.expires))
+
+
+def _verify(chosen: argparse.Namespace) -> str:
+    if chosen.identity or chosen.issuer:
+        if not (chosen.identity and chosen.issuer):
+            raise GuardError("verify: --identity and --issuer are needed together: name both")
+        who = signing.verify_keyless(chosen.file, chosen.identity, chosen.issuer, chosen.trust)
+        return f"{chosen.file.name}: signed by {who}"
+    if not chosen.keys:
+        raise GuardError("verify: no key is trusted: name public keys with --keys")
+    trusted = _named(chosen.keys)
+    if chosen.file.suffix.lower() not in signing.PICTURES:
+        return f"{chosen.file.name}: signed by {signing.verify(chosen.file, trusted)}"
+    found = signing.verify_attestation(chosen.file, trusted)
+    status = found.record.get("status", "")
+    if not str(status).startswith("guarded"):
+        raise GuardError(f"{chosen.file.name}: signed by {found.key}, and what is signed reads: {status}")
+    return f"{chosen.file.name}: {status}, signed by {found.key}\n{json.dumps(found.record, indent=1, sort_keys=True)}"
+
+
+def _record_verify(chosen: argparse.Namespace) -> str:
+    found = record.verify(chosen.folder, _named(chosen.keys), earlier=chosen.head)
+    if not found.whole:
+        raise GuardError("record is not whole: " + "; ".join(found.problems))
+    said = [f"{found.lines} lines in {found.files} files, whole; last is number {found.head.n}, {found.head.sha256}"]
+    if found.sealed_by:
+        said.append(f"head signed by {found.sealed_by}")
+    if found.torn:
+        said.append(f"{found.torn} torn lines were put aside after a crash")
+    return "\n".join([*said, *found.notes])
+
+
+def _record_show(chosen: argparse.Namespace) -> str:
+    found = [said for *_, said in record.lines(chosen.folder) if chosen.kind in (None, said.get("kind"))]
+    return "\n".join(json.dumps(said) for said in found[-chosen.last :])
+
+
+def _check(chosen: argparse.Namespace) -> str:
+    found = policy.load(chosen.file)
+    if found is None:
+        raise GuardError(f"{chosen.file}: no such policy: check the path")
+    keys.public_keys(found.key_paths())
+    if found.signing_key is not None:
+        keys.private_key(found.signing_key)
+    required = ", ".join(one.name for one in found.guard.required) or "no safety LoRA"
+    return "\n".join(
+        [
+            f"{chosen.file}: a policy, SHA-256 {found.sha256}",
+            f"signed: {'yes' if found.signed else f'no; it is asked for where {policy.TRUSTED} lies beside it'}",
+            f"every sampling must carry: {required}",
+            f"record: {found.record_folder}, head and attestations {'signed' if found.signing_key else 'not signed'}",
+        ]
+    )
