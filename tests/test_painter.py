@@ -167,10 +167,13 @@ def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(painter, a
     assert min(distance(a, b) for i, a in enumerate(alone) for b in alone[:i]) > 5
 
 
-def test_a_sampler_with_noise_of_its_own_gives_the_stock_picture_whoever_shares_the_unit(painter, arms, run_graph):
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "ddpm"])
+def test_a_sampler_with_noise_of_its_own_gives_the_stock_picture_whoever_shares_the_unit(
+    name, painter, arms, run_graph
+):
     graph = base_graph()
-    graph["sample"] = sampler(["ckpt", 0], sampler_name="euler_ancestral")
-    by = Sampling(2, 2.0, "euler_ancestral", "normal", 64, 64)
+    graph["sample"] = sampler(["ckpt", 0], sampler_name=name)
+    by = Sampling(2, 2.0, name, "normal", 64, 64)
     drawn = painter.draw(arms["base"], [item(seed=5), item()], by)
     assert np.array_equal(drawn[1], stock(graph, run_graph))
 
