@@ -7,6 +7,7 @@ trusted key that lies beside it: PolicyError, and whoever asked samples nothing.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import math
@@ -207,20 +208,34 @@ class Open:
 
 @dataclass(frozen=True)
 class Gate:
-    """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set."""
+    """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set.
+
+    ``actions`` None: every one, but "report", which changes nothing, only where no gate is required.
+    """
 
     required: bool = _key(_yes_no, False)
     thresholds: Mapping[str, float] = _named(_number(0.001, 1.0), "threshold")
-    actions: tuple[str, ...] = _key(_list(_one_of(*ACTIONS), "actions"), ACTIONS)
+    actions: tuple[str, ...] | None = _key(_list(_one_of(*ACTIONS), "actions"), None)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        if self.actions is not None:
+            return self.actions
+        return tuple(action for action in ACTIONS if action != "report" or not self.required)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Node types. ``allow`` None: every one that ``deny`` does not name; ``sampling``: other packs' that take MODEL."""
+    """Node types of core and other packs. ``allow`` None: every one that ``deny`` does not name.
+
+    A node that takes a MODEL is refused unless it is named: ``sampling`` may run on a guarded MODEL, ``patching`` may
+    stand in front of Guard Model too (it changes or reads a MODEL and samples nothing).
+    """
 
     allow: tuple[str, ...] | None = _key(_list(_text, "node types"), None)
     deny: tuple[str, ...] = _key(_list(_text, "node types"), ())
     sampling: tuple[str, ...] = _key(_list(_text, "node types"), ())
+    patching: tuple[str, ...] = _key(_list(_text, "node types"), ())
 
 
 @dataclass(frozen=True)
@@ -248,6 +263,7 @@ class Policy:
     keys: Mapping[str, str] = _named(_text, "path of a public key, relative to the policy")
     folder: Path = Path()  # of the file
     sha256: str = ""  # of the file's bytes
+    state: str = ""  # changes with the file and with the keys that it names
     signed: bool = False  # by the trusted key beside it
 
     def __post_init__(self):
@@ -289,11 +305,15 @@ def load(path: Path) -> Policy | None:
         raise PolicyError(f"{path}: cannot be read ({error.strerror or error}): mend it.") from error
     if len(content) > MOST_BYTES:
         raise PolicyError(f"{path}: longer than {MOST_BYTES} bytes: a policy is a short text.")
+    sha256 = hashlib.sha256(content).hexdigest()
     if signed := _there(trusted):
-        _check_signature(path, trusted)
-    return dataclasses.replace(
-        parse(content, path), folder=path.parent, sha256=hashlib.sha256(content).hexdigest(), signed=signed
-    )
+        _check_signature(path, trusted, sha256)
+    found = dataclasses.replace(parse(content, path), folder=path.parent, sha256=sha256, signed=signed)
+    return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
+
+
+def _key_stamps(policy: Policy) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(_stamp(path) for path in policy.key_paths().values())
 
 
 def parse(content: bytes, path: Path) -> Policy:
@@ -310,14 +330,14 @@ def parse(content: bytes, path: Path) -> Policy:
         raise PolicyError(f"{path}: {where} {error.what}: correct it.") from None
 
 
-def _check_signature(path: Path, trusted: Path) -> None:
-    """PolicyError unless the trusted key signed the file as it is."""
-    from . import signing  # a signature asks for a package that a policy without one does not need
+def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
+    """PolicyError unless the trusted key signed what was read."""
+    from . import signing  # asks for packages that a policy without signatures does not need
 
     try:
-        signing.verify(path, {trusted.stem: trusted})
+        signing.verify(path, {trusted.stem: trusted}, sha256=sha256)
     except GuardError as error:
-        raise PolicyError(f"{path.name} is not accepted: {error}") from error
+        raise PolicyError(f"{path.name} is not accepted: {error}.") from error
 
 
 def _there(path: Path) -> bool:
@@ -339,7 +359,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 class Watched:
-    """A policy file that is read again when it, its signature or the trusted key changes."""
+    """A policy file that is read again when it, its signature, a key or, as signatures expire, the day changes."""
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
@@ -348,16 +368,30 @@ class Watched:
 
     def current(self) -> Policy | None:
         """The policy in force; None where there is none. Raises PolicyError, every time that it is asked."""
-        places = (self.path, self.path.with_name(SIGNATURE), self.path.parent / TRUSTED)
-        stamps = tuple(map(_stamp, places))
         with self._lock:
-            if stamps != self._stamps:
-                try:
-                    self._found = load(self.path)
-                except PolicyError as error:
-                    self._found = error
-                self._stamps = stamps
+            if self._stamps is None or self._stamp() != self._stamps:
+                self._read()
             found = self._found
         if isinstance(found, PolicyError):
             raise PolicyError(str(found))
         return found
+
+    def _read(self) -> None:
+        before = self._files()  # first: what changes while it is read is read again
+        try:
+            self._found = load(self.path)
+        except PolicyError as error:
+            self._found = error
+        self._stamps = (before, *self._rest())
+
+    def _stamp(self) -> tuple:
+        return (self._files(), *self._rest())
+
+    def _files(self) -> tuple:
+        return tuple(map(_stamp, (self.path, self.path.with_name(SIGNATURE), self.path.parent / TRUSTED)))
+
+    def _rest(self) -> tuple:
+        """Of keys and day, which count only where there is a policy."""
+        if not isinstance(self._found, Policy):
+            return ()
+        return _key_stamps(self._found), datetime.datetime.now(datetime.timezone.utc).date()

@@ -1,0 +1,357 @@
+"""What a policy says of a graph before it runs: an API-format prompt, and what is known of its node types.
+
+Kinds of values are followed along the links, any-type nodes included, so that a MODEL, a picture or the weights are
+known for what they are wherever they arrive. What only shows when the graph runs (names over links, nodes that expand)
+is checked again there; a graph that passes here is not yet allowed anything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from .policy import Policy, Required, named
+from .rules import Refusal, Said, task_refused
+
+ANY = "*"
+MODEL, GUARDED, LATENT = "MODEL", "MODULAR_LORA_GUARDED_MODEL", "LATENT"
+PICTURES = frozenset(("IMAGE", "VIDEO"))
+WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL", "CLIP_VISION", "STYLE_MODEL"))
+TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
+GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
+SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
+DECODE, GATE, SAMPLE_AND_GATE = "ModularLoraDecode", "ModularLoraGate", "ModularLoraSampleAndGate"
+SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "ModularLoraGuider", SAMPLE_AND_GATE))
+CLOSED = {  # our node type -> key of [open]
+    AS_MODEL: "guarded_as_model",
+    "ModularLoraAudit": "audit",
+    "ModularLoraTrainTask": "training",
+    "ModularLoraTrainSafety": "training",
+    "ModularLoraProjectTask": "training",
+    "ModularLoraDatasetReport": "training",
+}
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """A node type: names and types of its inputs ("COMBO": a choice), types of its outputs; ``ours``: this pack's."""
+
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...]
+    is_output: bool
+    ours: bool = False
+
+
+class Files(Protocol):
+    """What is known of LoRA files by their names in the drop-downs.
+
+    ``sha256``: None where there is no such file; ``unsigned``: why a key's signature does not hold, "" where it does.
+    """
+
+    def sha256(self, node_type: str, name: str) -> str | None: ...
+
+    def unsigned(self, node_type: str, name: str, key: str) -> str: ...
+
+
+class Kind(NamedTuple):
+    """What a link carries. ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged."""
+
+    type: str
+    guarded: bool = False
+    gated: bool = False
+
+
+class Link(NamedTuple):
+    input: str
+    source: str
+    slot: int
+
+
+FactsOf = Callable[[str], NodeFacts | None]
+
+
+def check(graph: Any, facts_of: FactsOf, policy: Policy, files: Files) -> tuple[Refusal, ...]:
+    """Every refusal of a graph's nodes that would run; empty: it may be queued."""
+    if (wrong := _malformed(graph, facts_of)) is not None:
+        return (wrong,)
+    return tuple(_Graph(graph, facts_of, policy, files).refusals())
+
+
+def check_type(node: str, kind: str, facts: NodeFacts | None, policy: Policy) -> Refusal | None:
+    """What the policy says of one node by its type alone."""
+    if facts is None:
+        return Refusal(node, kind, "nodes", "this node type is not known here", "install its pack, or take it out")
+    ours = facts.ours
+    if kind in policy.nodes.deny:
+        return Refusal(node, kind, "nodes.deny", "the operator has denied this node type", "take the node out")
+    if policy.nodes.allow is not None and not ours and kind not in policy.nodes.allow:
+        return Refusal(node, kind, "nodes.allow", "the operator has not allowed this node type", "take the node out")
+    if ours and kind in CLOSED and not getattr(policy.open, CLOSED[kind]):
+        rule = f"open.{CLOSED[kind]}"
+        return Refusal(node, kind, rule, "the operator has not opened this node", "take the node out")
+    gives = TAKES_LORA & {part for output in facts.outputs for part in _types(output)}
+    takes = [name for name, type in facts.inputs.items() if type == "COMBO" and "lora" in name.lower()]
+    if policy.guard.required and not ours and gives and takes and not may_take_model(kind, policy):
+        what = f"loads LoRAs into {named(sorted(gives))} beside the guard"
+        return Refusal(node, kind, "guard.required", what, "load them with Load Task LoRA")
+    return None
+
+
+def may_take_model(kind: str, policy: Policy) -> bool:
+    return kind in policy.nodes.sampling or kind in policy.nodes.patching
+
+
+def closes_pictures(policy: Policy) -> bool:
+    """Whether pictures leave only where a guarded run made them."""
+    return bool(policy.guard.required) and not policy.open.unattested
+
+
+def _malformed(graph: Any, facts_of: FactsOf) -> Refusal | None:
+    """What is wrong with a graph's form, or with a type that would run; the server itself names the rest."""
+    if not isinstance(graph, dict):
+        return Refusal("prompt", type(graph).__name__, "nodes", "the prompt is no graph", "send a graph in API format")
+    for name, node in graph.items():
+        if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+            return Refusal(name, "?", "nodes", "the node has no class_type", "send a graph in API format")
+        if not isinstance(node.get("inputs"), dict):
+            return Refusal(name, node["class_type"], "nodes", "the node has no inputs", "send a graph in API format")
+    for name in graph:
+        for link in _links(graph, name):
+            facts = facts_of(kind := graph[link.source]["class_type"])
+            if facts and not -len(facts.outputs) <= link.slot < len(facts.outputs):
+                what = f"input {link.input} asks for output {link.slot} of node {link.source} ({kind})"
+                return Refusal(name, graph[name]["class_type"], "nodes", what, "connect an output that is there")
+    return None
+
+
+def _links(graph: dict, name: str) -> Iterator[Link]:
+    for key, value in graph[name]["inputs"].items():
+        if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], int | float):
+            continue  # the executor takes any number for an output, True and 0.0 among them
+        if isinstance(value[0], str) and value[0] in graph:
+            yield Link(key, value[0], int(value[1]))
+
+
+def _types(declared: str) -> frozenset[str]:
+    """Types of a socket; whatever is not a plain name (matched or dynamic types) can carry anything."""
+    if ANY in declared or declared.startswith("COMFY_"):
+        return frozenset((ANY,))
+    return frozenset(part.strip() for part in declared.split(","))
+
+
+class _Graph:
+    def __init__(self, graph: dict, facts_of: FactsOf, policy: Policy, files: Files):
+        self.graph, self.policy, self.files = graph, policy, files
+        self.facts = {kind: facts_of(kind) for kind in {node["class_type"] for node in graph.values()}}
+        self.links = {name: tuple(_links(graph, name)) for name in graph}
+        self.running = self._running()
+        self.kinds = self._follow()
+
+    def refusals(self) -> Iterator[Refusal]:
+        for name in filter(self.running.__contains__, self.graph):
+            kind = self._type(name)
+            if refusal := check_type(name, kind, self.facts[kind], self.policy):
+                yield refusal
+                continue
+            yield from (Refusal(name, kind, *said) for said in self._of(name))
+
+    def _type(self, name: str) -> str:
+        return self.graph[name]["class_type"]
+
+    def _of_node(self, name: str) -> NodeFacts | None:
+        return self.facts[self._type(name)]
+
+    def _ours(self, name: str) -> bool:
+        facts = self._of_node(name)
+        return facts is not None and facts.ours
+
+    def _running(self) -> frozenset[str]:
+        """Nodes that would run: what no output needs is never evaluated. A type that is not known may be an output."""
+        stack = [n for n in self.graph if (facts := self._of_node(n)) is None or facts.is_output]
+        seen = set(stack)
+        while stack:
+            for link in self.links[stack.pop()]:
+                if link.source not in seen:
+                    seen.add(link.source)
+                    stack.append(link.source)
+        return frozenset(seen)
+
+    def _follow(self) -> dict[tuple[str, int], frozenset[Kind]]:
+        """Kinds on every output, followed along the links until nothing changes; loops end, as kinds only add up."""
+        users: dict[str, list[str]] = {}
+        for name in self.graph:
+            for link in self.links[name]:
+                users.setdefault(link.source, []).append(name)
+        self.kinds = {}
+        waiting = deque(self.graph)
+        while waiting:
+            name = waiting.popleft()
+            changed = False
+            for slot, kinds in enumerate(self._given(name)):
+                if self.kinds.get((name, slot)) != kinds:
+                    self.kinds[name, slot], changed = kinds, True
+            waiting.extend(users.get(name, ()) if changed else ())
+        return self.kinds
+
+    def _coming(self, name: str) -> Iterator[tuple[Link, Kind]]:
+        for link in self.links[name]:
+            facts = self._of_node(link.source)
+            slot = link.slot % len(facts.outputs) if facts else link.slot  # -1 is the last, to the server too
+            for kind in self.kinds.get((link.source, slot), ()):
+                yield link, kind
+
+    def _given(self, name: str) -> Iterator[frozenset[Kind]]:
+        facts = self._of_node(name)
+        coming = frozenset(kind for _, kind in self._coming(name))
+        for output in facts.outputs if facts else ():
+            found: set[Kind] = set()
+            for type in _types(output):
+                if type == ANY:
+                    found |= coming or {Kind(ANY)}
+                elif type == MODEL:
+                    found |= self._model(name, coming)
+                elif type in PICTURES:
+                    found |= self._pictures(name, type, coming)
+                else:
+                    found.add(Kind(type))
+            yield frozenset(found)
+
+    def _model(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
+        if self._ours(name) and self._type(name) == AS_MODEL:
+            return {Kind(MODEL, guarded=True)}
+        models = {kind for kind in coming if kind.type == MODEL}
+        return models if models and may_take_model(self._type(name), self.policy) else {Kind(MODEL)}
+
+    def _pictures(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
+        kind = self._type(name) if self._ours(name) else ""
+        if kind in (DECODE, SAMPLE_AND_GATE):
+            return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
+        passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
+        return passed or {Kind(type)}
+
+    def _of(self, name: str) -> Iterator[Said]:
+        """(rule, reason, remedy) of one node that would run."""
+        facts = self._of_node(name)
+        if self.policy.guard.required:
+            yield from self._models(name)
+        if facts.is_output:
+            yield from self._leaving(name)
+        if facts.ours:
+            yield from self._literals(name)
+
+    def _models(self, name: str) -> Iterator[Said]:
+        kind, facts, nodes = self._type(name), self._of_node(name), self.policy.nodes
+        seen = set()
+        for link, carried in self._coming(name):
+            if link.input in seen or not self._is_model(facts, link, carried):
+                continue
+            seen.add(link.input)
+            what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
+            unguarded = carried.type == MODEL and not carried.guarded
+            if facts.ours:
+                if kind in SAMPLERS and unguarded:
+                    yield "guard.required", what, "connect Guard Model's output"
+            elif kind in nodes.sampling and kind not in nodes.patching:
+                if unguarded:
+                    yield "guard.required", what, "connect Guarded Model as MODEL"
+            elif kind not in nodes.patching:
+                yield "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
+
+    def _is_model(self, facts: NodeFacts, link: Link, carried: Kind) -> bool:
+        """Whether a link brings a MODEL, or something that is not known into an input for one."""
+        declared = MODEL in _types(facts.inputs.get(link.input, ""))
+        return carried.type in (MODEL, GUARDED) or (carried.type == ANY and declared)
+
+    def _leaving(self, name: str) -> Iterator[Said]:
+        """Of an output node: pictures, latents and weights that may not leave."""
+        kind, coming = self._type(name), list(self._coming(name))
+        gate = self.policy.gate.required
+        pictures = [(link, k) for link, k in coming if k.type in PICTURES]
+        if closes_pictures(self.policy) and (bad := next((link for link, k in pictures if not k.guarded), None)):
+            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is a picture "
+            yield "open.unattested", f"{what}that no guarded run made", "connect Guarded VAE Decode"
+        elif gate and (bad := next((link for link, k in pictures if not k.gated), None)):
+            yield "gate.required", f"{bad.input} shows a picture that no gate judged", "put Safety Gate in front"
+        if gate and (bad := next((link for link, k in coming if k.type == LATENT), None)):
+            yield "gate.required", f"{bad.input} lets out a latent that no gate can judge", "take the node out"
+        allowed = self._ours(name) or kind in (self.policy.nodes.allow or ())
+        if not allowed and (bad := next((k for _, k in coming if k.type in WEIGHTS), None)):
+            yield "nodes.allow", f"writes or shows weights ({bad.type})", "take the node out"
+
+    def _literals(self, name: str) -> Iterator[Said]:
+        """Of one of our nodes: values that are written in the graph and that the policy does not take."""
+        kind, policy = self._type(name), self.policy
+        if kind == GUARD and policy.guard.required:
+            if _literal(self.graph[name], "accept_merged"):
+                yield "guard.required", "accept_merged takes a base that may cancel a safety LoRA", "switch it off"
+            yield from self._safety(name)
+        elif kind in (SAFETY, TASK) and isinstance(lora := _literal(self.graph[name], "lora_name"), str):
+            if (sha256 := self.files.sha256(kind, lora)) is None:
+                yield "nodes", f"there is no LoRA file {lora!r}", "choose one of the list"
+            elif kind == TASK and (said := task_refused(policy, lora, sha256)):
+                yield said
+        elif kind == SETTINGS:
+            threshold = _literal(self.graph[name], "threshold")
+            for label, most in policy.gate.thresholds.items():
+                if isinstance(threshold, int | float) and threshold > most:
+                    what = f"threshold {threshold:g} is above {most:g}, the highest allowed for {label}"
+                    yield "gate.thresholds", what, "lower it, or set 0"
+                    return
+
+    def _safety(self, name: str) -> Iterator[Said]:
+        """A Guard Model whose safety LoRAs are all named in the graph: those that are required must be among them."""
+        if (chain := self._chain(name)) is None:
+            return
+        found = []
+        for node in chain:
+            lora, strength = _literal(node, "lora_name"), _literal(node, "strength")
+            sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
+            if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):
+                return  # over a link, or no such file: the loader says so, or the run does
+            found.append((lora, sha256, strength))
+        for one in self.policy.guard.required:
+            yield from self._required(one, found)
+
+    def _required(self, one: Required, found: list[tuple[str, str, float]]) -> Iterator[Said]:
+        """``found``: name, SHA-256 and strength of the safety LoRAs."""
+        why = {name: self._unlike(one, name, sha256) for name, sha256, _ in found}
+        fit = [strength for name, _, strength in found if not why[name]]
+        if not fit:
+            reasons = "; ".join(filter(None, why.values()))
+            yield "guard.required", f"lacks the safety LoRA that is required ({one.name}): {reasons}", "load it"
+        elif max(fit) < one.min_net_strength:
+            what = f"the safety LoRA that is required ({one.name}) stands at {max(fit):g}"
+            yield "guard.required", what, f"give it a strength of {one.min_net_strength:g} or more"
+
+    def _unlike(self, one: Required, name: str, sha256: str) -> str:
+        """Why a safety LoRA is not the one that is required."""
+        if one.signed_by:
+            return self.files.unsigned(SAFETY, name, one.signed_by)
+        return "" if sha256 == one.sha256 else f"{name} has the sha256 {sha256[:16]}"
+
+    def _chain(self, name: str) -> list[dict] | None:
+        """The Load Safety LoRA nodes in front of a Guard Model; None where something else is among them."""
+        chain, seen = [], {name}
+        while source := next((link.source for link in self.links[name] if link.input == "safety_lora"), None):
+            if source in seen or not self._ours(source) or self._type(source) != SAFETY:
+                return None
+            seen.add(source)
+            chain.append(self.graph[source])
+            name = source
+        return chain
+
+
+def _literal(node: dict, name: str) -> Any:
+    """A value that stands in the graph; None where it comes over a link or is not given."""
+    value = node["inputs"].get(name)
+    if isinstance(value, dict):
+        return value.get("__value__")
+    return None if isinstance(value, list) else value
+
+
+def _use(kind: str) -> str:
+    ours = {"KSampler": "Guarded KSampler", "KSamplerAdvanced": "Guarded KSampler (Advanced)"}
+    ours |= {"CFGGuider": "Guarded Guider", "BasicGuider": "Guarded Guider"}
+    return f"use {ours.get(kind, 'a Guarded sampler')}, or ask the operator to name {kind} under [nodes]"

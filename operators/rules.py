@@ -1,0 +1,135 @@
+"""What a policy asks of LoRAs, runs, pictures and gates; the same rules for a graph in the queue and for what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from ..gate.finding import Detector
+from ..gate.settings import Settings
+from ..modular_lora.attestation import Attestation, GateRecord, LoraRecord
+from ..modular_lora.errors import GuardError
+from .policy import Gate, Policy, Required
+
+SUBSTITUTED = ("replaced by the gate", "emptied by the gate")  # statuses of what a gate put in a picture's place
+
+Said = tuple[str, str, str]  # rule, reason, remedy
+Unsigned = Callable[[LoraRecord, str], str]  # why a key's signature of a LoRA's file does not hold; "" where it does
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node may not run: the rule is the policy's key."""
+
+    node: str
+    type: str
+    rule: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"Node {self.node} ({self.type}): {self.reason} (policy: {self.rule}): {self.remedy}."
+
+
+class RefusedError(GuardError):
+    """A policy's refusal while a graph runs."""
+
+    def __init__(self, rule: str, reason: str, remedy: str):
+        super().__init__(f"{reason} (policy: {rule}): {remedy}.")
+        self.rule = rule
+
+
+def task_refused(policy: Policy, name: str, sha256: str) -> Said | None:
+    """Why a task LoRA may not be used."""
+    if sha256 in policy.tasks.deny:
+        return "tasks.deny", f"task LoRA {name} is denied (sha256 {sha256[:16]})", "use another"
+    if policy.tasks.allow is not None and sha256 not in policy.tasks.allow:
+        return "tasks.allow", f"task LoRA {name} is not allowed (sha256 {sha256[:16]})", "use one that is"
+    return None
+
+
+def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
+    """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
+    for lora in run.loras:
+        if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256)):
+            raise RefusedError(*said)
+    if not policy.guard.required:
+        return
+    if run.base_had_merged_loras:
+        what = "LoRAs were merged into the base, which may cancel a safety LoRA"
+        raise RefusedError("guard.required", what, "connect the checkpoint's own MODEL")
+    strengths = _net_strengths(run)
+    for one in policy.guard.required:
+        why = {lora: _unlike(lora, one, unsigned) for lora in run.safety}
+        fit = [lora for lora, reason in why.items() if not reason]
+        if not fit:
+            what = f"the safety LoRA that is required ({one.name}) is missing: {'; '.join(why.values())}"
+            raise RefusedError("guard.required", what, "load it with Load Safety LoRA")
+        net = max(strengths[lora.name] for lora in fit)
+        if not net >= one.min_net_strength:
+            what = f"the safety LoRA that is required ({one.name}) has a net strength of {net:.3f}"
+            least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
+            raise RefusedError("guard.required", what, least)
+
+
+def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:
+    """Why a LoRA is not the one that is required; "" where it is."""
+    if one.signed_by:
+        return unsigned(lora, one.signed_by)
+    return "" if lora.sha256 == one.sha256 else f"{lora.name} has the sha256 {lora.sha256[:16]}"
+
+
+def _net_strengths(run: Attestation) -> Mapping[str, float]:
+    """By name; of a LoRA that is on the text encoder alone its strength. RefusedError where a name says too little."""
+    names = [lora.name for lora in run.loras]
+    for lora in run.safety:
+        if names.count(lora.name) > 1:
+            what = f"two LoRAs have the name {lora.name}, under which net strengths are recorded"
+            raise RefusedError("guard.required", what, "give one another file name")
+    return {lora.name: run.net_strength.get(lora.name, lora.strength_model) for lora in run.safety}
+
+
+def check_picture(
+    policy: Policy, run: Attestation | None, gate: GateRecord | None, unsigned: Unsigned, accepted: bool, attested: bool
+) -> None:
+    """RefusedError for a picture that may not leave.
+
+    ``accepted``: its gate's settings are within the policy; ``attested``: a guarded run must have made it.
+    """
+    if attested:
+        guarded = run is not None and (run.status.startswith("guarded") or run.status in SUBSTITUTED)
+        if not guarded:
+            what = "a picture that no guarded run made, or that was edited since, would leave"
+            raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
+        check_run(policy, run, unsigned)
+    if policy.gate.required and not (gate is not None and accepted):
+        what = "a picture would leave that no gate judged as the policy asks"
+        raise RefusedError("gate.required", what, "connect Safety Gate, with nothing behind it that edits")
+
+
+def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:
+    """RefusedError for a gate's settings that are looser than the policy's."""
+    if settings.action not in gate.allowed:
+        what, few = f"the action {settings.action} is not allowed", f"choose one of {', '.join(gate.allowed)}"
+        raise RefusedError("gate.actions", what, few)
+    for label, most in gate.thresholds.items():
+        if label not in detector.labels:
+            what = f"{detector.name} does not know {label}, which must be looked for"
+            raise RefusedError("gate.thresholds", what, "choose a detector that does")
+        least = settings.block.get(label)
+        if least is None or not least <= most:
+            said = "off" if least is None else f"{least:g}"
+            raise RefusedError("gate.thresholds", f"the threshold of {label} is {said}", f"set {most:g} or less")
+        if not settings.growth.get(label, 1.0) >= 1:
+            what = f"the boxes of {label} are shrunk to {settings.growth[label]:g}"
+            raise RefusedError("gate.thresholds", what, "let them grow by 1 or more")
+
+
+def tightened(gate: Gate, settings: Settings, detector: Detector) -> Settings:
+    """A detector's own settings, made as strict as the policy asks."""
+    block = dict(settings.block)
+    for label, most in gate.thresholds.items():
+        if label in detector.labels:
+            block[label] = min(most, block.get(label, most))
+    action = settings.action if settings.action in gate.allowed else (*gate.allowed, settings.action)[0]
+    return replace(settings, block=block, action=action)
