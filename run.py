@@ -34,7 +34,7 @@ OWN_LINE = {  # command -> module, help
     "lora": ("training", "train-task, train-safety, project, ..."),
     "audit": ("audit", "run, page, gate-error"),
     "operator": ("operators", "keygen, sign, verify, record, policy"),
-    "evidence": ("world.evidence", "the paper's table on the demo world"),
+    "evidence": ("world", "the paper's table on the demo world"),
 }
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 

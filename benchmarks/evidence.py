@@ -31,7 +31,7 @@ def _rate(k: int, n: int, low: float, high: float) -> str:
 
 
 def _arms(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["arm", "vehicles", "of", "kept concepts right", "vehicles there", "task fidelity", "KID to the task's pictures"]]
+    rows = [["arm", "vehicles", "of", "kept concepts right", "vehicles there", "task fidelity", "KID"]]
     for name, arm in found["arms"].items():
         kept = arm["kept"]["top1"]
         right = _rate(*(kept[key] for key in ("k", "n", "low", "high")))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gate.statistics import wilson
 from world import ASSETS, DETECTOR, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA, autoencoder, base, data, detector, lorafile
 
 logger = logging.getLogger("modular_lora")
@@ -42,27 +43,13 @@ class Parts:
     words: tuple[str, ...]
 
 
-def wilson(hits: int, n: int) -> list[float]:
-    """95 % Wilson interval of a rate."""
-    z, p = 1.96, hits / n
-    centre, half = p + z * z / (2 * n), z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    scale = 1 + z * z / n
-    return [round(max(0.0, centre - half) / scale, 4), round((centre + half) / scale, 4)]
-
-
 def rate(hits: Tensor) -> dict[str, object]:
     """Rate, interval and n of a boolean tensor."""
     return {
         "rate": round(hits.float().mean().item(), 4),
-        "wilson95": wilson(int(hits.sum()), len(hits)),
+        "wilson95": [round(end, 4) for end in wilson(int(hits.sum()), len(hits))],
         "n": len(hits),
     }
-
-
-def cases(concepts: tuple[int, ...], gloss: bool, rounds: int) -> list[tuple[int, int]]:
-    """(concept, style) pairs: ``rounds`` pictures a concept, in the task style or through the base styles in turn."""
-    styles = (data.TASK_STYLE,) if gloss else data.BASE_STYLES
-    return [(c, styles[(r + c) % len(styles)]) for r in range(rounds) for c in concepts]
 
 
 def measure(parts: Parts, pairs: list[tuple[int, int]], seed: int) -> tuple[dict[str, object], Tensor]:
@@ -98,7 +85,7 @@ def evaluate(work: Path, arms: list[str], rounds: int, name: str) -> dict[str, o
             for gloss in (False, True):
                 repeat = rounds if group == "kept" else rounds * len(data.KEPT_IDS) // len(data.SUPPRESSED_IDS)
                 key = f"{group}_{'gloss' if gloss else 'base'}"
-                figures[key], images = measure(parts, cases(concepts, gloss, repeat), 7 + seed)
+                figures[key], images = measure(parts, data.cases(concepts, gloss, repeat), 7 + seed)
                 data.sheet(images[:60], 12, work / f"arm_{arm}_{key}.png")
                 short = {k: v["rate"] for k, v in figures[key].items() if "rate" in v}
                 logger.info("%s %s %s seconds %.0f", arm, key, short, time.monotonic() - begin)

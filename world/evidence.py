@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,8 +25,17 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from training.__main__ import register
-from world import ASSETS, CHECKPOINT
+from ..audit import cli as audit
+from ..modular_lora import options as optionfile
+from ..modular_lora.command import finish
+from ..modular_lora.files import LoraFile, read_lora
+from ..modular_lora.guard import TRAINED_ON_KEY, SafetyLora
+from ..training.cli import TrainingLines
+from ..training.options import SafetyOptions, TaskOptions
+from ..training.output import write_tensors
+from ..training.safety import train_safety
+from ..training.task import train_task
+from . import ASSETS, CHECKPOINT
 
 PACK = Path(__file__).resolve().parent.parent
 PROTOCOL, AUDIT = PACK / "world" / "evidence.toml", PACK / "world" / "audit.toml"
@@ -37,25 +45,19 @@ ROLES = ("safety", "task", "sequential")
 logger = logging.getLogger("modular_lora")
 
 
-def pack(name: str):
-    """A module of the pack, which is registered by now."""
-    return importlib.import_module(f"modular_lora_guard.{name}")
-
-
 def file_of(role: str, seed: int, folder: Path = LORAS) -> Path:
     return folder / f"{role}_{seed}.safetensors"
 
 
 def settings(protocol: dict, role: str, seed: int, folder: Path):
     """SafetyOptions or TaskOptions of one training."""
-    options = pack("training.options")
     common = {"output_dir": str(folder), "output_name": file_of(role, seed).stem, "seed": seed}
     if role == "safety":
         recipe = PACK / "world" / "recipes" / "safety.toml"
-        return options.load(options.SafetyOptions, recipe, protocol["safety"] | common)
+        return optionfile.load(SafetyOptions, recipe, protocol["safety"] | common)
     values = protocol["task"] | common
     values["train_data_dir"] = str(PACK / values["train_data_dir"])
-    return options.load(options.TaskOptions, None, values)
+    return optionfile.load(TaskOptions, None, values)
 
 
 def missing(protocol: dict, folder: Path = LORAS) -> list[tuple[str, int]]:
@@ -73,7 +75,7 @@ def train(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = settings(protocol, role, seed, Path(temporary))
         with open_trainee(made) as trainee, trainee.attached(under) if under else nullcontext():
-            run = pack("training.safety").train_safety if role == "safety" else pack("training.task").train_task
+            run = train_safety if role == "safety" else train_task
             logger.info("%s", run(trainee, made, watch, engine=engine, base_name=CHECKPOINT).report)
         if under:
             _say_so(file_of(role, seed, Path(temporary)), under[0].lora)
@@ -81,16 +83,14 @@ def train(
     return file_of(role, seed, folder)
 
 
-def _safety_loras(seed: int, folder: Path) -> list:
-    lora = pack("modular_lora.files").read_lora(file_of("safety", seed, folder))
-    return [pack("modular_lora.guard").SafetyLora(lora, 1.0)]
+def _safety_loras(seed: int, folder: Path) -> list[SafetyLora]:
+    return [SafetyLora(read_lora(file_of("safety", seed, folder)), 1.0)]
 
 
-def _say_so(path: Path, safety) -> None:
+def _say_so(path: Path, safety: LoraFile) -> None:
     """The counter-example says in its metadata what was in the forward while it was trained."""
-    lora = pack("modular_lora.files").read_lora(path)
-    what = {pack("modular_lora.guard").TRAINED_ON_KEY: f"base + {safety.name} {safety.sha256}"}
-    pack("training.output").write_tensors(path, load_file(path), dict(lora.metadata) | what)
+    what = {TRAINED_ON_KEY: f"base + {safety.name} {safety.sha256}"}
+    write_tensors(path, load_file(path), dict(read_lora(path).metadata) | what)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,29 +103,32 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=PACK / "demo_output" / "evidence", help="of the audit")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
     parser.add_argument("--train-only", action="store_true", help="stop before the audit")
-    chosen, audit = parser.parse_known_args(arguments)
-    register()
-    options = pack("modular_lora.options")
-    protocol = options.parse(PROTOCOL)
+    chosen, more = parser.parse_known_args(arguments)
+    protocol = optionfile.parse(PROTOCOL)
     if chosen.training_seeds:
         protocol["training_seeds"] = chosen.training_seeds
-    if todo := missing(protocol, chosen.loras):
-        _train_all(protocol, todo, chosen)
-    if chosen.train_only:
-        return 0
-    return _audit(protocol, chosen, audit)
+    code = finish(lambda: _train_all(protocol, chosen), "the same command goes on from here")
+    return code if code or chosen.train_only else _audit(protocol, chosen, more)
 
 
-def _train_all(protocol: dict, todo: list[tuple[str, int]], chosen: argparse.Namespace) -> None:
-    pack("nodes.comfyui").start(chosen.comfyui, chosen.cpu)
-    host, watch = pack("nodes.trainee"), pack("training.cli").TrainingLines()
+def _train_all(protocol: dict, chosen: argparse.Namespace) -> str:
+    """Train what is missing; what there is to say of it."""
+    todo = missing(protocol, chosen.loras)
+    host = _host(chosen) if todo else None
 
     def open_trainee(made):
         return host.opened(*host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision), made)
 
     for role, seed in todo:
         logger.info("%s, training seed %d", role, seed)
-        train(protocol, role, seed, open_trainee, watch, host.ENGINE, chosen.loras)
+        train(protocol, role, seed, open_trainee, TrainingLines(), host.ENGINE, chosen.loras)
+    return f"{len(todo)} LoRAs trained; all are in {chosen.loras}"
+
+
+def _host(chosen: argparse.Namespace):
+    """nodes.trainee, which brings ComfyUI."""
+    importlib.import_module("..nodes.comfyui", __package__).start(chosen.comfyui, chosen.cpu)
+    return importlib.import_module("..nodes.trainee", __package__)
 
 
 def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
@@ -135,7 +138,7 @@ def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
         where += [f"--{role}", *(str(file_of(role, seed, chosen.loras)) for seed in protocol["training_seeds"])]
     run = ["run", "--checkpoint", str(chosen.checkpoint), "--config", str(AUDIT), *where, *more]
     run += ["--output_dir", str(chosen.output_dir)]
-    if code := pack("audit.cli").main(run):
+    if code := audit.main(run):
         return code
     found = json.loads((chosen.output_dir / "evidence.json").read_text(encoding="utf-8"))
     said = ["python3", "run.py", "evidence", *(["--cpu"] if chosen.cpu else []), *more]  # no paths of this machine
@@ -151,8 +154,3 @@ def write_figures(path: Path, found: dict[str, Any], protocol: dict, command: st
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    sys.exit(main(sys.argv[1:]))
