@@ -187,7 +187,7 @@ def _hash(curve: Any) -> Any:
 
 
 def _bytes(said: Mapping[str, Any], purpose: str) -> bytes:
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return f"modular_lora {purpose}\n{text}".encode()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..modular_lora.files import sha256_file
@@ -116,6 +117,15 @@ def sign_attestation(record: Mapping[str, Any], key: Any) -> dict[str, Any]:
     return keys.sign_statement(record, ATTESTATION, key)
 
 
+def pixels(picture: np.ndarray) -> dict[str, Any]:
+    """What a record says of the pixels that it is written beside: 8-bit, h w c."""
+    height, width, channels = picture.shape
+    return {
+        "pixels_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+        "pixels_size": [width, height, channels],
+    }
+
+
 def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
     """Check a picture (PNG text, or the JSON beside a JPEG or WebP) and that the record was made for it.
 
@@ -134,14 +144,13 @@ def _png(path: Path) -> tuple[dict, dict]:
     """The record in a PNG's text, and what of it the pixels give."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:
-            pixels = picture.tobytes()
+            found = np.asarray(picture)
             text = getattr(picture, "text", {}).get(KEY)
-            size = [*picture.size, len(picture.getbands())]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SignatureError(f"{path.name}: is no PNG that can be read ({_line(error)}): check the file") from error
     if text is None:
         raise MissingSignature(f"{path.name}: carries no attestation: it was not saved as an attested image, or edited")
-    return _record(text, path), {"pixels_sha256": hashlib.sha256(pixels).hexdigest(), "pixels_size": size}
+    return _record(text, path), pixels(found if found.ndim == 3 else found[..., None])
 
 
 def _lossy(path: Path) -> tuple[dict, dict]:
