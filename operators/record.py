@@ -144,6 +144,8 @@ class Record:
         said = asdict(head)
         if self.key is not None:
             said = keys.sign_statement(said, PURPOSE, self.key)
+        elif (self.folder / HEAD).exists() and keys.SIGNATURE in _read_head(self.folder / HEAD, HEAD):
+            return  # a signed head is left to the writers that have the key
         _replace(self.folder / HEAD, json.dumps(said, sort_keys=True).encode() + b"\n")
 
 

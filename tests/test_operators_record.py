@@ -197,6 +197,17 @@ def test_a_record_with_a_head_of_another_key_is_not_gone_on_with(folder, operato
         Record(folder, key=keys.private_key(tmp_path / "other.pem")).append("run")
 
 
+def test_a_writer_without_the_key_leaves_a_signed_head_as_it_is(folder, operator):
+    fill(folder, key=operator)
+    Record(folder, 900).append("refused")
+    found = verify(folder, public(operator))
+    assert (found.whole, found.lines, found.sealed_by) == (True, 13, "operator")
+    assert "1 lines are newer than head.json" in found.notes[0]
+    Record(folder, 900, key=keys.private_key(operator)).append("run")
+    found = verify(folder, public(operator))
+    assert (found.whole, found.lines, found.notes) == (True, 14, ())
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_any_cut_and_any_loss_of_lines_is_found(data, tmp_path_factory):
