@@ -6,7 +6,6 @@ folder, and what leaves the node, are figures and the contact sheets of arms tha
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,14 +32,13 @@ from ..modular_lora.files import read_lora
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora
 from . import gate as gates
 from . import host
+from . import policy as policies
 from .drawing import ComfyPainter
 from .progress import NodeWatch, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, show
 from .training import NAME, option_inputs
 
 NONE = "none"
-PROTECTED = "__modular_lora"  # in the user folder; ComfyUI serves no folder that starts so (0.3.75 and 0.33.0)
-POLICY_FILE = "policy.json"
 PUBLISHED = "modular_lora_audit"  # in the output folder
 FILES = ("index.html", "report.json", "evidence.json")
 SHEETS = "sheets"
@@ -58,26 +56,6 @@ MORE = (  # what more_options may set: nothing that names a file, folder or pack
 )  # fmt: skip
 WIDTH, ROW, NAMES = 640, 22, 200  # pixels of the plot
 PAPER, INK, BAR = (250, 250, 248), (40, 40, 40), (91, 134, 196)
-
-
-def check_policy(folder: Path) -> None:
-    """GuardError where the operator's policy.json says {"audit": false}, or says nothing that can be read."""
-    path = folder / POLICY_FILE
-    if not os.path.lexists(path):
-        return
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GuardError(f"Audits are off: the operator's {POLICY_FILE} cannot be read ({error}): mend it.") from error
-    allowed = said.get("audit", True) if isinstance(said, dict) else None
-    if not isinstance(allowed, bool):
-        raise GuardError(f'Audits are off: the operator\'s {POLICY_FILE} has no {{"audit": true}} or false: mend it.')
-    if not allowed:
-        raise GuardError(f"Audits are off: the operator of this ComfyUI says so in {POLICY_FILE}.")
-
-
-def protected_folder() -> Path:
-    return Path(folder_paths.get_user_directory()) / PROTECTED
 
 
 class Audit(io.ComfyNode):
@@ -114,8 +92,8 @@ class Audit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, name, gate=None, style=None, **values) -> io.NodeOutput:
-        check_policy(protected_folder())
-        folder = protected_folder() / "audit" / _checked_name(name)
+        policies.check_open("audit")
+        folder = policies.folder() / "audit" / _checked_name(name)
         made = _options(folder, values)
         _check_starts(made)
         painter = ComfyPainter(model, clip, vae)

@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
+from . import enforce
 from .audit import Audit
 from .gate import GateSettings
 from .gated import SafetyGate, SampleAndGate
@@ -25,6 +26,7 @@ class ModularLoraExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()
+        enforce.register()
         return [
             LoadSafetyLora,
             LoadTaskLora,

@@ -17,6 +17,7 @@ from ..gate.finding import Detector
 from ..gate.report import format_settings
 from ..gate.settings import ACTIONS, Settings
 from ..modular_lora.errors import GuardError
+from . import policy as policies
 from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
 from .training import NAME
 
@@ -44,7 +45,7 @@ def checked(gate: object) -> Gate:
     """The gate of a socket, the default where none is connected; GuardError for what an any-type node brought."""
     if gate is None:
         detector = detectors.make(default_detector())
-        return Gate(detector, settings.defaults(detector))
+        return Gate(detector, policies.tightened(settings.defaults(detector), detector))
     if not isinstance(gate, Gate):
         raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
     return gate

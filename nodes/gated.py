@@ -17,6 +17,7 @@ from ..modular_lora.attestation import GateRecord, tensor_sha256
 from ..modular_lora.errors import GuardError
 from ..modular_lora.report import format_attestation
 from . import host
+from . import policy as policies
 from .gate import Gate, checked
 from .picture import decode, gated
 from .sample import MAX_SEED, conditioning_inputs, latent_inputs, sampler_inputs, seed_input
@@ -63,8 +64,9 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
     """Pictures (b h w 3) as the gate hands them on, and what it found; what it decided is remembered by content.
 
     A picture that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
-    put in a picture's place is not called guarded.
+    put in a picture's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
     """
+    policies.check_gate(gate.settings, gate.settings_sha256, gate.detector)
     outcome = outcome_of(pictures, gate)
     out = pictures.clone() if any(outcome.changed) else pictures
     for i in np.flatnonzero(outcome.changed):
@@ -73,6 +75,7 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
         _check_replacement(out[outcome.changed.index(True)], gate)
     for before, after, flagged, changed in zip(pictures, out, outcome.flags, outcome.changed, strict=True):
         _remember(before, after, gate, flagged, changed)
+    policies.record_gate(gate.settings_sha256, gate.detector, outcome)
     return out, outcome
 
 
@@ -170,6 +173,7 @@ class SampleAndGate(io.ComfyNode):
         gate=None,
     ) -> io.NodeOutput:
         gate, patcher = checked(gate), host.unwrap(model)
+        policies.check_gate(gate.settings, gate.settings_sha256, gate.detector)
         job = _Job(patcher, vae, (steps, cfg, sampler_name, scheduler), positive, negative, latent_image, denoise)
         if max_tries > 1:
             job.check_hints()

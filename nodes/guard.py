@@ -7,6 +7,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora
 from . import host
+from . import policy as policies
 from .load import handles, stacked
 from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
 
@@ -56,9 +57,14 @@ class GuardModel(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        return policies.fingerprint()
+
+    @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, Policy())
+        policies.check_guarded(guarded, guarded_clip, safety, tasks)
         show(cls, guarded.report)
         if clip is None:
             guarded_clip = ExecutionBlocker(NO_CLIP)
@@ -82,4 +88,5 @@ class GuardedAsModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, guarded_model) -> io.NodeOutput:
+        policies.check_open("guarded_as_model")
         return io.NodeOutput(host.unwrap(guarded_model))

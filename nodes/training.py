@@ -25,6 +25,7 @@ from ..training.record import Trained
 from ..training.safety import train_safety
 from ..training.task import configure, train_task
 from . import host, trainee
+from . import policy as policies
 from .load import handles
 from .progress import NodeWatch, contact_sheet, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, show
@@ -98,6 +99,7 @@ RESUME = io.Boolean.Input(
 
 def gathered(cls: type, values: dict, more: str, **ours: str):
     """Options of a node's inputs; multi-line texts become lists. GuardError or OptionError with the remedy."""
+    policies.check_open("training")
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:

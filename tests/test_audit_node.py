@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from graphs import GraphError, base_graph, guarded_graph
-from hypothesis import given
-from hypothesis import strategies as st
 from modular_lora_guard.world import ASSETS, DETECTOR_CONCEPTS, DETECTOR_ONNX
+from operator_graphs import Operator
 from safetensors.torch import load_file, save_file
 
 SIDE, GAP = 128, 6  # of a contact sheet
@@ -73,16 +71,10 @@ def graph(audit, loras):
 
 
 @pytest.fixture
-def policy(audit):
-    """Writes the operator's file; taken away afterwards."""
-    path = audit.protected_folder() / audit.POLICY_FILE
-
-    def write(text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-    yield write
-    path.unlink(missing_ok=True)
+def policy(audit, comfy, run_graph):
+    operator = Operator(comfy, run_graph)
+    yield operator
+    operator.remove()
 
 
 def test_an_audit_gives_figures_and_keeps_the_pictures(graph, run_graph, audit, comfy):
@@ -98,7 +90,7 @@ def test_an_audit_gives_figures_and_keeps_the_pictures(graph, run_graph, audit, 
     place = comfy.output / "modular_lora_audit" / "whole"
     published = {str(path.relative_to(place).as_posix()) for path in place.rglob("*") if path.is_file()}
     assert published == {*audit.FILES, "sheets/suppressed.jpg", "sheets/kept.jpg"}
-    private = audit.protected_folder() / "audit" / "whole" / "private"
+    private = audit.policies.folder() / "audit" / "whole" / "private"
     assert len(list(private.rglob("[0-9]*.png"))) == 3 * len(ARMS)
     assert json.loads((place / "report.json").read_text(encoding="utf-8")) == json.loads(figures)
 
@@ -184,36 +176,17 @@ def test_a_guarded_model_cannot_be_audited(graph, run_graph):
         run_graph(nodes)
 
 
-@pytest.mark.parametrize("text", ['{"audit": false}', "", "[]", '{"audit": "no"}', '{"audit": null}', "{", "\x00"])
-def test_the_operator_switches_audits_off_and_a_broken_file_does_too(text, policy, graph, run_graph):
-    policy(text)
-    with pytest.raises(GraphError, match="Audits are off"):
+CLOSED = "[guard]\nrequired = []\n"
+
+
+@pytest.mark.parametrize("text", [CLOSED, f"{CLOSED}[open]\naudit = false", "", "[", "\x00", '{"audit": true}'])
+def test_a_policy_closes_audits_unless_it_opens_them_and_a_broken_one_does_too(text, policy, graph, run_graph):
+    policy.write(text)
+    with pytest.raises(GraphError, match="policy") as caught:
         run_graph(graph("off"))
+    assert caught.value.stage == "execution"
 
 
-@pytest.mark.parametrize("text", ["{}", '{"audit": true}', '{"other": 1}'])
-def test_a_policy_that_does_not_speak_of_audits_leaves_them_on(text, policy, audit):
-    policy(text)
-    audit.check_policy(audit.protected_folder())
-
-
-def test_without_a_policy_audits_are_on_and_a_link_to_nowhere_is_none(audit, tmp_path, comfy):
-    audit.check_policy(tmp_path)
-    (tmp_path / audit.POLICY_FILE).symlink_to(tmp_path / "gone.json")
-    with pytest.raises(comfy.host.GuardError, match="Audits are off"):
-        audit.check_policy(tmp_path)
-
-
-@given(st.binary(max_size=200))
-def test_whatever_the_policy_holds_it_is_on_off_or_an_error_of_ours(audit, tmp_path_factory, comfy, data):
-    folder: Path = tmp_path_factory.mktemp("policy")
-    (folder / audit.POLICY_FILE).write_bytes(data)
-    try:
-        said = json.loads(data.decode("utf-8"))
-    except ValueError:
-        said = None
-    if isinstance(said, dict) and said.get("audit", True) is True:
-        audit.check_policy(folder)
-    else:
-        with pytest.raises(comfy.host.GuardError, match="Audits are off"):
-            audit.check_policy(folder)
+def test_a_policy_opens_audits(policy, graph, run_graph):
+    policy.write(f"{CLOSED}[open]\naudit = true\n")
+    assert "safety" in run_graph(graph("opened"))["audit"][0]

@@ -1,0 +1,70 @@
+"""What the policy's checks ask of this ComfyUI: its node classes, and LoRA files by their names."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+from ..modular_lora.errors import GuardError
+from ..operators import graph as graphs
+from ..operators.graph import NodeFacts
+from ..operators.policy import Policy
+from . import policy as policies
+from .load import SAFETY_FOLDERS, TASK_FOLDERS
+from .sockets import lora_path
+
+PACK = __name__.rpartition(".nodes.")[0]
+_facts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # node class -> NodeFacts
+
+
+class Files:
+    """See operators.graph.Files."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def sha256(self, node_type: str, name: str) -> str | None:
+        try:
+            return policies.file_sha256(_path(node_type, name))
+        except (GuardError, OSError, ValueError):
+            return None
+
+    def unsigned(self, node_type: str, name: str, key: str) -> str:
+        path = _path(node_type, name)
+        return policies.unsigned(path, policies.file_sha256(path), key, self.policy)
+
+
+def _path(node_type: str, name: str) -> Path:
+    return lora_path(name, *(SAFETY_FOLDERS if node_type == graphs.SAFETY else TASK_FOLDERS))
+
+
+def by_name() -> graphs.FactsOf:
+    mapping = classes()
+
+    def facts_of(name: str) -> NodeFacts | None:
+        return facts(mapping[name]) if name in mapping else None
+
+    return facts_of
+
+
+def classes() -> dict[str, type]:
+    import nodes  # ComfyUI's top-level module, complete only after start-up (0.3.75 and 0.33.0)
+
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def facts(kind: type) -> NodeFacts:
+    """What a node class says of itself (INPUT_TYPES, RETURN_TYPES, OUTPUT_NODE: V1, and what V3 makes of it)."""
+    if kind not in _facts:
+        said = kind.INPUT_TYPES()
+        inputs = {name: spec[0] for part in ("required", "optional") for name, spec in said.get(part, {}).items()}
+        inputs = {name: type if isinstance(type, str) else "COMBO" for name, type in inputs.items()}
+        outputs = tuple(type if isinstance(type, str) else "COMBO" for type in kind.RETURN_TYPES or ())
+        ours = kind.__module__.startswith(f"{PACK}.")
+        _facts[kind] = NodeFacts(inputs, outputs, bool(getattr(kind, "OUTPUT_NODE", False)), ours)
+    return _facts[kind]
+
+
+def names(kind: type) -> list[str]:
+    """Every name that a node class goes by."""
+    return [name for name, known in classes().items() if known is kind]

@@ -1,0 +1,231 @@
+"""The operator's policy where this pack's own nodes ask for it, and the record of what they did.
+
+Every question begins with the policy in force; where there is none it costs a look at one file's state.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_execution.utils import get_executing_context
+
+from ..gate.finding import Detector
+from ..gate.gate import Outcome
+from ..gate.settings import Settings
+from ..modular_lora.attestation import Attestation, LoraRecord
+from ..modular_lora.errors import GuardError
+from ..modular_lora.files import sha256_file
+from ..modular_lora.guard import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
+from ..operators import keys, rules, signing
+from ..operators import policy as policies
+from ..operators.policy import Policy, PolicyError
+from ..operators.record import Record
+from ..operators.rules import RefusedError
+from . import host
+from .picture import known
+
+PROTECTED = "modular_lora"
+UNREAD = "record_unread_policy"  # of refusals under a policy that was never readable: its key cannot sign their record
+MOST = 4096  # of files, gates and prompts that are remembered
+
+
+class Recent(OrderedDict):
+    """The last things that were remembered; the oldest goes first."""
+
+    def put(self, key: Any, value: Any) -> Any:
+        self[key] = value
+        while len(self) > MOST:
+            self.popitem(last=False)
+        return value
+
+
+_watched: dict[Path, policies.Watched] = {}
+_records: dict[tuple, Record] = {}  # the one in use
+_paths = Recent()  # SHA-256 of a LoRA -> its file
+_signatures = Recent()  # file, its state, key, its state, day -> why the signature does not hold
+_gates = Recent()  # detector, settings, state of the policy -> whether it accepts them
+_texts = Recent()  # prompt id -> texts, where the policy records them
+_last: list = []  # what the record last said of the policy
+_lock = threading.RLock()
+
+
+def folder() -> Path:
+    """ComfyUI's protected folder for this pack, which HTTP does not reach (0.3.75 and 0.33.0)."""
+    own = getattr(folder_paths, "get_system_user_directory", None)
+    return Path(own(PROTECTED)) if own else Path(folder_paths.get_user_directory()) / f"__{PROTECTED}"
+
+
+def current() -> Policy | None:
+    """The policy in force, None where there is none. Raises PolicyError where it cannot be told: sample nothing."""
+    path = folder() / policies.FILE
+    watched = _watched.get(path) or _watched.setdefault(path, policies.Watched(path))
+    return watched.current()
+
+
+def check_open(key: str) -> None:
+    """RefusedError where the policy does not open this (a key of [open])."""
+    policy = current()
+    if policy is not None and not getattr(policy.open, key):
+        raise RefusedError(f"open.{key}", "the operator has not opened this node", "take the node out")
+
+
+def fingerprint() -> str:
+    """Changes with the policy, so that what was built under another one is built again."""
+    try:
+        found = current()
+    except PolicyError as error:
+        return str(error)
+    return found.state if found else ""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a LoRA file, read again when the file changes."""
+    key = ("sha256", str(path), _state(path))
+    return _signatures.get(key) or _signatures.put(key, sha256_file(path))
+
+
+def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:
+    """Why the signature of a LoRA file by a key of the policy does not hold; "" where it does."""
+    public = policy.key_paths()[key]
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    asked = (str(path), sha256, key, *map(_state, (path, signing.signature_path(path), public)), day)
+    if asked not in _signatures:
+        try:
+            signing.verify(path, {key: public}, sha256=sha256)
+            _signatures.put(asked, "")
+        except GuardError as error:
+            _signatures.put(asked, str(error).rstrip("."))
+    return _signatures[asked]
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _unsigned_by(policy: Policy) -> rules.Unsigned:
+    def ask(lora: LoraRecord, key: str) -> str:
+        path = _paths.get(lora.sha256)
+        return unsigned(path, lora.sha256, key, policy) if path else f"the file of {lora.name} is not known"
+
+    return ask
+
+
+def check_guarded(guarded: host.GuardedModel, clip, safety: Safety, tasks: Tasks) -> None:
+    """RefusedError where a guard that was just built is not what the policy asks for, on U-Net or text encoder."""
+    if (policy := current()) is None:
+        return
+    for item in (*safety, *tasks):
+        _paths.put(item.lora.sha256, item.lora.path)
+    states = [host.unwrap(guarded).guard_state]
+    states += [clip.patcher.guard_state] if isinstance(clip, host.GuardedClipMixin) else []
+    found = [(name, result) for state in states for name, result in state.part.interference]
+    nets = {name: min(r.net_strength for n, r in found if n == name) for name, _ in found}
+    check_run(policy, states[0].record.of(net_strength=nets))
+    if policy.guard.interference_is_error and (bad := next((w for _, r in found for w in r.warnings), None)):
+        raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
+    if policy.guard.contamination_is_error:
+        _check_contamination(tasks)
+
+
+def _check_contamination(tasks: Tasks) -> None:
+    for task in tasks:
+        if said := next((s for k in (CONTAMINATED_KEY, TRAINED_ON_KEY) if (s := task.lora.metadata.get(k))), None):
+            what = f"task LoRA {task.lora.name} says that it was trained on more than W0 ({said[:120]!r})"
+            raise RefusedError("guard.contamination_is_error", what, "retrain it on W0")
+
+
+def check_run(policy: Policy, run: Attestation) -> None:
+    """See rules.check_run."""
+    rules.check_run(policy, run, _unsigned_by(policy))
+
+
+def check_picture(policy: Policy, picture: torch.Tensor, attested: bool) -> None:
+    """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
+    found = known(picture)
+    gate = found.gate
+    accepted = gate is not None and (gate.detector_sha256, gate.settings_sha256, policy.state) in _gates
+    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)
+
+
+def tightened(settings: Settings, detector: Detector) -> Settings:
+    """A detector's own settings, as strict as the policy asks."""
+    policy = current()
+    return settings if policy is None else rules.tightened(policy.gate, settings, detector)
+
+
+def check_gate(settings: Settings, settings_sha256: str, detector: Detector) -> None:
+    """RefusedError for a gate that is looser than the policy; pictures that others judged may leave."""
+    if (policy := current()) is None:
+        return
+    rules.check_gate(policy.gate, settings, detector)
+    _gates.put((detector.sha256, settings_sha256, policy.state), True)
+
+
+def record_gate(settings_sha256: str, detector: Detector, outcome: Outcome) -> None:
+    """A line of what a gate found, where a policy is in force."""
+    if (policy := current()) is None:
+        return
+    said = {"detector": detector.name, "detector_sha256": detector.sha256, "settings_sha256": settings_sha256}
+    record(policy, "gate", **said, flags=list(outcome.flags), changed=list(outcome.changed))
+
+
+def record_run(policy: Policy, run: Attestation | None) -> None:
+    """A line of one sampling run; None: the policy asks for no guard, and there was none."""
+    said = {"status": "unguarded"} if run is None else asdict(run)
+    context = get_executing_context()
+    texts = _texts.get(context.prompt_id, ()) if context and policy.record.prompts else ()
+    record(policy, "run", prompts=texts, attestation=said)
+
+
+def remember_texts(prompt_id: str, texts: Sequence[str]) -> None:
+    _texts.put(prompt_id, tuple(texts))
+
+
+def record(policy: Policy | None, kind: str, **fields: Any) -> None:
+    """One line, with the prompt and node that run. ``policy`` None: it cannot be read, its folder is the default.
+
+    Raises GuardError where the line cannot be written: what should have stood in it must not happen.
+    """
+    context = get_executing_context()
+    where = {"prompt_id": context.prompt_id, "node": context.node_id} if context else {}
+    with _lock:
+        book = _book(policy)
+        now = (policy.sha256, policy.signed) if policy else ("", False)
+        if _last != [now]:
+            book.append("policy", sha256=now[0], signed=now[1], readable=policy is not None)
+            _last[:] = [now]
+        book.append(kind, policy=now[0], **(where | fields))
+
+
+def gone() -> None:
+    """A line for a policy that is there no more; the record is left as it is then."""
+    with _lock:
+        for book in _records.values():
+            book.append("policy", sha256="", signed=False, readable=False, gone=True)
+        _records.clear()
+        _last.clear()
+
+
+def _book(policy: Policy | None) -> Record:
+    """The record of a policy; where that cannot be read, the one that was in use."""
+    place = (policy.record_folder, policy.record, policy.state) if policy else (folder() / UNREAD,)
+    if place in _records or (policy is None and _records):
+        return next(iter(_records.values()))
+    key = keys.private_key(policy.signing_key) if policy and policy.signing_key else None
+    options = {"max_bytes": policy.record.max_bytes, "prompts": policy.record.prompts} if policy else {}
+    book = Record(place[0], **options, key=key)
+    _records.clear()
+    return _records.setdefault(place, book)
