@@ -1,0 +1,335 @@
+"""A seeded corpus of corrupted LoRA files: KINDS and HEAVY are broken for any reader, DAMAGE a valid file may survive.
+
+Every function takes a random generator and a sound file and gives the bytes of a corrupted one. What KINDS and HEAVY
+make is never a LoRA, whatever the numbers drawn. What DAMAGE makes may be one, with other weights (a flipped bit of a
+mantissa): no reader can tell, other than by the hash or the signature of the file that was released.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+HEADER_LIMIT = 16 * 2**20  # bytes, as modular_lora.files has it
+ASSETS = ("safety_vehicles", "task_gloss", "sequential_gloss")
+STYLES = (
+    ("{}.lora_down.weight", "{}.lora_up.weight"),
+    ("{}.lora_A.weight", "{}.lora_B.weight"),
+    ("{}.lora.down.weight", "{}.lora.up.weight"),
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+INF = {"F32": b"\0\0\x80\x7f", "F16": b"\0\x7c", "BF16": b"\x80\x7f", "F8_E4M3": b"\x7f"}  # the last one: NaN
+NAN = {"F32": b"\0\0\xc0\x7f", "F16": b"\0\x7e", "BF16": b"\xc0\x7f", "F8_E4M3": b"\xff"}
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A valid file, taken apart."""
+
+    raw: bytes
+    header: dict[str, Any]
+    body: bytes
+
+    @property
+    def weights(self) -> list[str]:
+        return [name for name in self.header if name.endswith("weight")]
+
+
+def apart(raw: bytes) -> Sound:
+    length = struct.unpack("<Q", raw[:8])[0]
+    return Sound(raw, json.loads(raw[8 : 8 + length]), raw[8 + length :])
+
+
+def sound_file(rng: Random, folder: Path) -> Sound:
+    """One of the demo world's LoRAs, or a small random one in any of the names and dtypes that are read."""
+    if rng.random() < 0.05:
+        return apart((folder / f"demo_{rng.choice(ASSETS)}.safetensors").read_bytes())
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    tensors, dtype = {}, rng.choice(DTYPES)
+    for i in range(rng.randint(1, 6)):
+        rank, size, out = rng.randint(1, 4), rng.randint(5, 16), rng.randint(5, 16)  # size is never the rank
+        tail, style = rng.choice([(), (), (3, 3)]), rng.choice(STYLES)
+        for name, shape in zip(style, ((rank, size, *tail), (out, rank, *(1 for _ in tail))), strict=True):
+            tensors[name.format(f"lora_unet_block_{i}")] = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+        if style == STYLES[0] or rng.random() < 0.3:
+            tensors[f"lora_unet_block_{i}.alpha"] = torch.tensor(float(rank)).to(dtype)
+    metadata = {"ss_base_model_version": "sd_v1"} if rng.random() < 0.5 else None
+    return apart(save(tensors, metadata))
+
+
+def build(header: Any, body: bytes) -> bytes:
+    """A file from any header: bytes as they are, else as JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def _entry(rng: Random, sound: Sound, **fields: Any) -> bytes:
+    """One weight's entry with other fields."""
+    name = rng.choice(sound.weights)
+    return build(sound.header | {name: sound.header[name] | fields}, sound.body)
+
+
+def truncated(rng: Random, sound: Sound) -> bytes:
+    return sound.raw[: rng.randrange(len(sound.raw))]
+
+
+def appended(rng: Random, sound: Sound) -> bytes:
+    return sound.raw + rng.randbytes(rng.randint(1, 64))
+
+
+def header_length(rng: Random, sound: Sound) -> bytes:
+    real = struct.unpack("<Q", sound.raw[:8])[0]
+    near = real + rng.choice([-1, 1]) * rng.randint(1, max(1, real - 1))
+    length = rng.choice([near, 0, 1, len(sound.raw), len(sound.raw) - 7, rng.getrandbits(64), 2**64 - 1, 2**63])
+    return struct.pack("<Q", length if length != real else real + 1) + sound.raw[8:]
+
+
+def cut_json(rng: Random, sound: Sound) -> bytes:
+    text = json.dumps(sound.header).encode()
+    return build(text[: rng.randrange(2, len(text))], sound.body)
+
+
+def bad_text(rng: Random, sound: Sound) -> bytes:
+    text = json.dumps(sound.header).encode()
+    place = rng.randrange(1, len(text))
+    return build(text[:place] + rng.choice([b"\xff", b"\0", b"\xc0\xaf", b"\xed\xa0\x80"]) + text[place:], sound.body)
+
+
+def other_json(rng: Random, sound: Sound) -> bytes:
+    depth = rng.choice([1, 50, 500, 990, 5000, 100_000])
+    texts = (f"[{rng.random()}]", "null", "true", '"x"', str(rng.random()), "[" * depth, "[" * depth + "]" * depth)
+    return build(rng.choice([text.encode() for text in texts]), sound.body)
+
+
+def key_twice(rng: Random, sound: Sound) -> bytes:
+    text, name = json.dumps(sound.header), json.dumps(rng.choice(sound.weights))
+    entry = json.dumps(sound.header[json.loads(name)])
+    if rng.random() < 0.5:
+        return build(("{" + f"{name}: {entry}, " + text[1:]).encode(), sound.body)
+    return build(text.replace('"dtype":', '"dtype": "F32", "dtype":', rng.randint(1, 2)).encode(), sound.body)
+
+
+def dtype(rng: Random, sound: Sound) -> bytes:
+    other = [
+        "F64",
+        "I8",
+        "BOOL",
+        "f32",
+        "",
+        None,
+        5,
+        ["F32"],
+        {},
+        "F32 ",
+        "U64",
+        "F4",
+        "E8M0",
+        "F" * rng.randint(3, 999),
+    ]
+    return _entry(rng, sound, dtype=rng.choice(other))
+
+
+def shape(rng: Random, sound: Sound) -> bytes:
+    n = rng.randint(1, 9999)
+    bad = [
+        [],
+        [0, n],
+        [-n, 4],
+        [2.0, n],
+        [True, n],
+        ["2", n],
+        [2**31, n],
+        [10**400, n],
+        [1] * 5,
+        None,
+        n,
+        "x",
+        {"a": n},
+    ]
+    return _entry(rng, sound, shape=rng.choice([*bad, [2**32, 2**32 + n], [n, [n]], [float("nan"), n], [1e308, n]]))
+
+
+def turned_shape(rng: Random, sound: Sound) -> bytes:
+    name = rng.choice([n for n in sound.weights if sound.header[n]["shape"][0] != sound.header[n]["shape"][1]])
+    first, second, *rest = sound.header[name]["shape"]
+    entry = sound.header[name] | {"shape": [second, first, *rest]}
+    return build(sound.header | {name: entry}, sound.body)
+
+
+def offsets(rng: Random, sound: Sound) -> bytes:
+    start, end = sound.header[name := rng.choice(sound.weights)]["data_offsets"]
+    n = rng.randint(1, 10**6)
+    bad = [[-n, end], [start, end + n], [start + n, end + n], [end, start], [start, start], [float(start), end], [end]]
+    bad += [[True, end], [start, 2**63 + n], [str(start), end], [start, end, n], None, n, [start, end - 1]]
+    bad += [[start, 10**400], [start, -1], [None, end], [[start], end], {}, [2**64 - n, 2**64]]
+    entry = sound.header[name] | {"data_offsets": rng.choice(bad)}
+    return build(sound.header | {name: entry}, sound.body)
+
+
+def overlapping(rng: Random, sound: Sound) -> bytes:
+    """Two tensors on the same bytes, wholly or in part; or a hole between two."""
+    names = sorted(sound.weights, key=lambda n: sound.header[n]["data_offsets"])
+    shift = rng.randint(1, 64) * rng.choice([-1, 1])
+    start, end = sound.header[name := rng.choice(names)]["data_offsets"]
+    onto = sound.header[rng.choice([n for n in names if n != name])]["data_offsets"]
+    moved = [start + shift, end + shift] if rng.random() < 0.5 else onto
+    return build(sound.header | {name: sound.header[name] | {"data_offsets": moved}}, sound.body)
+
+
+def entry_kind(rng: Random, sound: Sound) -> bytes:
+    name = rng.choice(sound.weights)
+    whole = sound.header[name]
+    gone = rng.choice(list(whole))
+    lacking = {key: value for key, value in whole.items() if key != gone}
+    bad = [None, rng.random(), "x", [], [whole], {}, lacking, whole | {f"more{rng.random()}": 1}]
+    return build(sound.header | {name: rng.choice(bad)}, sound.body)
+
+
+def metadata(rng: Random, sound: Sound) -> bytes:
+    n = rng.getrandbits(30)
+    bad = [None, [n], n, "x", {"a": n}, {"a": None}, {"a": {"b": "c"}}, {str(n): ["x"]}, True]
+    return build(sound.header | {"__metadata__": rng.choice(bad)}, sound.body)
+
+
+def lost_half(rng: Random, sound: Sound) -> bytes:
+    """A layer's down or up is not there; the others lie as they should."""
+    gone = rng.choice(sound.weights)
+    header, body = {}, b""
+    for name in sorted((n for n in sound.header if n != "__metadata__"), key=lambda n: sound.header[n]["data_offsets"]):
+        if name != gone:
+            start, end = sound.header[name]["data_offsets"]
+            header[name] = sound.header[name] | {"data_offsets": [len(body), len(body) + end - start]}
+            body += sound.body[start:end]
+    return build(header, body)
+
+
+def tensor_name(rng: Random, sound: Sound) -> bytes:
+    n = rng.randint(0, 10**6)
+    bad = ["", f"a{n}\n.alpha", "x" * rng.randint(513, 9999) + ".alpha", f"block_{n}", f"\0{n}.alpha", f"{n}.weight"]
+    bad += [f"model.diffusion_model.out.{n}.weight", f"..{n}/../etc/passwd", f"a{n}.hada_w1_a", f"a{n}.lokr_w1"]
+    bad += [f"a{n}.dora_scale", f"a{n}.diff", f"a{n}.oft_blocks", f"a{n}.lora_mid.weight", f"a{n}.lora_up.bias"]
+    name = rng.choice(sound.weights)
+    header = {rng.choice(bad) if key == name else key: value for key, value in sound.header.items()}
+    return build(header, sound.body)
+
+
+def ranks(rng: Random, sound: Sound) -> bytes:
+    """Down and up of different ranks, a rank beyond all sense, or shapes of no pair."""
+    r, n = rng.randint(1, 40), rng.randint(1, 40)
+    bad = [((r, n), (n, r + rng.randint(1, 9))), ((1024 + r, n), (n, 1024 + r)), ((r,), (n, r)), ((r, n, 3), (n, r))]
+    bad += [((r, n, 3, 3), (n, r, 3, 3)), ((r, n), (n, r, 2, 2)), ((r, n, 1, 1), (n, r, 1))]
+    down, up = rng.choice(bad)
+    layer = f"layer_{rng.getrandbits(30)}"
+    a, b = (name.format(layer) for name in rng.choice(STYLES))
+    return save({a: torch.ones(down), b: torch.ones(up)})
+
+
+def alpha(rng: Random, sound: Sound) -> bytes:
+    layer, value = f"layer_{rng.getrandbits(30)}", rng.uniform(0.01, 99)
+    bad = [float("nan"), float("inf"), -float("inf"), -value, [value, value], []]
+    tensors = {name.format(layer): torch.ones(2, 2) for name in rng.choice(STYLES)}
+    drawn = rng.choice(bad)
+    shaped = torch.tensor(drawn) if drawn != [] else torch.full((2, 2), value)
+    return save(tensors | {f"{layer}.alpha": shaped})
+
+
+def two_of_a_role(rng: Random, sound: Sound) -> bytes:
+    layer = f"layer_{rng.getrandbits(40)}"
+    names = [name.format(layer) for style in rng.sample(STYLES, 2) for name in style]
+    return save({name: torch.ones(2, 2) for name in names[: rng.randint(3, 4)]})
+
+
+def not_finite(rng: Random, sound: Sound) -> bytes:
+    """NaN or infinity in any number of places."""
+    body = bytearray(sound.body)
+    for _ in range(rng.choice([1, 1, 1, 2, 50])):
+        entry = sound.header[rng.choice(sound.weights)]
+        value = rng.choice([INF, NAN])[entry["dtype"]]
+        start, end = entry["data_offsets"]
+        place = start + len(value) * rng.randrange((end - start) // len(value))
+        body[place : place + len(value)] = value
+    return build(sound.header, bytes(body))
+
+
+def all_zero(rng: Random, sound: Sound) -> bytes:
+    header = sound.header | {"__metadata__": {"drawn": str(rng.random())}}
+    return build(header, bytes(len(sound.body)))
+
+
+def another_format(rng: Random, sound: Sound) -> bytes:
+    """What lies under the name after a failed download or a renaming: a web page, an archive, a pickle, a picture."""
+    starts = (
+        b"<!DOCTYPE html><html>404 ",
+        b"PK\x03\x04",
+        b"\x80\x02}q\x00",
+        b"\x89PNG\r\n\x1a\n",
+        b"GGUF",
+        b"version https:",
+    )
+    return rng.choice([b"", *starts]) + rng.randbytes(rng.randint(0, 4096))
+
+
+def huge_header(rng: Random, sound: Sound) -> bytes:
+    text = json.dumps(sound.header).encode()
+    return build(text + b" " * (HEADER_LIMIT + rng.randint(1, 9) - len(text)), sound.body)
+
+
+def full_header(rng: Random, sound: Sound) -> bytes:
+    """A header just below the limit, of what costs a parser most, and still no LoRA."""
+    filler = rng.choice(["[]", "{}", "0", '"a"', "[0]", "1e9"])
+    text = ('{"a": [' + ",".join([filler] * (HEADER_LIMIT // (len(filler) + 1) - 9)) + "]}").encode()
+    return build(text, rng.randbytes(8))
+
+
+def many_tensors(rng: Random, sound: Sound) -> bytes:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    return build({f"l{i}.alpha": entry for i in range(20_001 + rng.randint(0, 60_000))}, rng.randbytes(4))
+
+
+Maker = Callable[[Random, Sound], bytes]
+KINDS: tuple[Maker, ...] = (
+    truncated, appended, header_length, cut_json, bad_text, other_json, key_twice, dtype, shape, turned_shape, offsets,
+    overlapping, entry_kind, metadata, lost_half, tensor_name, ranks, alpha, two_of_a_role, not_finite, all_zero,
+    another_format,
+)  # fmt: skip
+HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors)  # of up to 16 MiB, so there are fewer of them
+
+
+def flipped_bits(rng: Random, sound: Sound) -> bytes:
+    raw = bytearray(sound.raw)
+    for place in rng.sample(range(len(raw)), rng.choice([1, 1, 1, 2, 8])):
+        raw[place] ^= 1 << rng.randrange(8)
+    return bytes(raw)
+
+
+def overwritten(rng: Random, sound: Sound) -> bytes:
+    """A run of bytes is zero, random, or another part of the file, as bad discs and transfers leave them."""
+    raw, size = bytearray(sound.raw), rng.randint(1, min(512, len(sound.raw) // 2))
+    to, start = (rng.randrange(len(raw) - size) for _ in range(2))
+    raw[to : to + size] = rng.choice([bytes(size), rng.randbytes(size), raw[start : start + size]])
+    return bytes(raw)
+
+
+DAMAGE: tuple[Maker, ...] = (flipped_bits, overwritten)
+
+
+def corpus(rng: Random, makers: tuple[Maker, ...], count: int, folder: Path) -> Iterator[tuple[str, Sound, bytes]]:
+    """``count`` different files: kind, the sound file that it was made of, its bytes."""
+    seen: set[int] = set()
+    made = 0
+    while made < count:
+        maker = makers[made % len(makers)]
+        sound = sound_file(rng, folder)
+        raw = maker(rng, sound)
+        if raw != sound.raw and (digest := hash(raw)) not in seen:
+            seen.add(digest)
+            made += 1
+            yield maker.__name__, sound, raw
