@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -19,10 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import sha256_file
+from ..operators import keys, signing
+from ..operators.signing import KEY
+from . import policy as policies
 from .picture import EDITED, Known, known
 from .sockets import CATEGORY, show
 
-KEY = "modular_lora_attestation"
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
 ENDINGS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -146,21 +147,31 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
     target = folder_paths.get_output_directory()
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, target, width, height)
     graph = {} if args.disable_metadata else {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    sign = _signer()
     results = []
     for i, (image, picture) in enumerate(zip(images, found, strict=True)):
         file = f"{name.replace('%batch_num%', str(i))}_{counter + i:05}_.{ENDINGS[style.format]}"
-        _write(Path(folder) / file, image, picture.record(), graph, style)
+        _write(Path(folder) / file, image, picture.record(), graph, style, sign)
         results.append(ui.SavedResult(file, subfolder, io.FolderType.output))
     return results
 
 
-def _write(path: Path, image: torch.Tensor, record: dict, graph: dict, style: Style) -> None:
+def _signer() -> Callable[[dict], dict]:
+    """Signs records with the policy's key; leaves them as they are where there is none."""
+    policy = policies.current()
+    if policy is None or policy.signing_key is None:
+        return lambda record: record
+    key = keys.private_key(policy.signing_key)
+    return lambda record: signing.sign_attestation(record, key)
+
+
+def _write(path: Path, image: torch.Tensor, record: dict, graph: dict, style: Style, sign) -> None:
     pixels = np.clip(image.cpu().numpy() * 255.0, 0, 255).astype(np.uint8)  # h w c, as the stock Save Image rounds
-    record["pixels_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()  # of a lossy file: before it is encoded
+    record |= signing.pixels(pixels)  # of a lossy file: before it is encoded
     picture = Image.fromarray(pixels)
     if style.format == "png":
         info = PngInfo()
-        info.add_text(KEY, json.dumps(record, sort_keys=True))
+        info.add_text(KEY, json.dumps(sign(record), sort_keys=True))
         for key, value in graph.items():
             info.add_text(key, json.dumps(value))
         _replace(path, lambda part: picture.save(part, format="PNG", pnginfo=info, compress_level=4))
@@ -168,7 +179,8 @@ def _write(path: Path, image: torch.Tensor, record: dict, graph: dict, style: St
 
     def write(part: Path) -> None:
         picture.save(part, format=style.format, quality=style.quality)
-        beside = {KEY: record, "file": path.name, "file_sha256": sha256_file(part), **graph}
+        digest = sha256_file(part)
+        beside = {KEY: sign(record | {"file_sha256": digest}), "file": path.name, "file_sha256": digest, **graph}
         text = json.dumps(beside, sort_keys=True, indent=1)
         _replace(path.with_suffix(".json"), lambda side: side.write_text(text, encoding="utf-8"))
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gate_graphs import gated_run, install_stub, part
+from graphs import guarded_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.files import read_lora
@@ -328,3 +330,43 @@ def test_the_policy_command_says_what_a_policy_sets_or_which_line_is_wrong(pair,
     path.unlink()
     assert cli.main(["policy", "check", str(path)]) == 1
     assert "no such policy" in caplog.messages[-1]
+
+
+@pytest.fixture
+def signing_policy(comfy, pair, tmp_path, monkeypatch):
+    """A policy in force whose key signs what is saved."""
+    path = tmp_path / policy.FILE
+    path.write_text('[guard]\nrequired = []\n[open]\nunattested = true\n[record]\nsigning_key = "host.pem"\n')
+    (tmp_path / "host.pem").write_bytes(pair[0].read_bytes())
+    (tmp_path / "host.pem").chmod(0o600)
+    found = part(comfy, "operators.policy").load(path)
+    monkeypatch.setattr(part(comfy, "nodes.save").policies, "current", lambda: found)
+
+
+def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, run_graph, loras, trusted):
+    graph = guarded_graph()
+    graph["save"]["inputs"]["filename_prefix"] = "signed"
+    run_graph(graph)
+    (path,) = sorted(comfy.output.glob("signed_*.png"))
+    found = verify_attestation(path, trusted)
+    assert (found.key, found.record["status"]) == ("host", "guarded")
+    text = Image.open(path).text[KEY].replace('"evaluations": 2', '"evaluations": 3')
+    save_png(path, Image.open(path).copy(), json.loads(text))
+    refused(Tampered, verify_attestation, path, trusted)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_the_file_beside_a_lossy_picture_is_signed_for_that_very_file(
+    format, comfy, signing_policy, monkeypatch, run_graph, loras, trusted
+):
+    stub = install_stub(comfy, monkeypatch)
+    stub.score = lambda picture: 0.0
+    graph = gated_run()
+    graph["save"]["inputs"] |= {"filename_prefix": f"signed_{format}", "format": format}
+    run_graph(graph)
+    path, other = [f for f in sorted(comfy.output.glob(f"signed_{format}_*")) if f.suffix != ".json"][:2]
+    assert verify_attestation(path, trusted).record["gate"]["detector"] == "stub 1"
+    path.write_bytes(other.read_bytes())
+    assert "its file_sha256 differs" in refused(Tampered, verify_attestation, path, trusted)
+    path.with_suffix(".json").unlink()
+    refused(MissingSignature, verify_attestation, path, trusted)
