@@ -17,7 +17,6 @@ import contextvars
 import functools
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,14 +81,13 @@ def register() -> None:
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
         return
     PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
-    watch()
-    threading.Thread(target=_watching, name="modular_lora policy", daemon=True).start()
+    _watching()
 
 
 def _watching() -> None:
-    while True:
-        time.sleep(LOOK)
-        watch()
+    """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
+    watch()
+    PromptServer.instance.loop.call_later(LOOK, _watching)
 
 
 def watch() -> None:

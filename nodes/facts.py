@@ -67,4 +67,4 @@ def facts(kind: type) -> NodeFacts:
 
 def names(kind: type) -> list[str]:
     """Every name that a node class goes by."""
-    return [name for name, known in classes().items() if known is kind]
+    return [name for name, known in list(classes().items()) if known is kind]
