@@ -9,7 +9,7 @@ Key = tuple[str | int, ...]
 _HEADER = re.compile(r"^\s*(\[\[?)([^\[\]]+)\]")
 _ASSIGNED = re.compile(r"""^\s*((?:[\w-]+|"[^"\n]*"|'[^'\n]*')(?:\s*\.\s*(?:[\w-]+|"[^"\n]*"|'[^'\n]*'))*)\s*=""")
 _PART = re.compile(r"""[\w-]+|"[^"\n]*"|'[^'\n]*'""")
-_TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[\[\]{},]""")
+_TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[\[\]{},]|[^\s\[\]{},#"']+""")
 
 
 def dotted(key: Key) -> str:
