@@ -165,6 +165,7 @@ def _arm_evidence(report: AuditReport, row: Row, kept: Row | None, task: Row | N
         "task_fidelity": task.style.rate if task and task.style else None,
         "interval": "bootstrap over concepts and training seeds" if row.bootstrap else "Wilson",
         "wilson": [row.wilson.low, row.wilson.high],
+        "exact": row.top1 and asdict(row.top1),  # the very concept that was asked for
         "per_concept": {name: list(hits) for name, hits in row.concepts.items()},
         "kept": kept and {"false_alarms": asdict(kept.wilson), "top1": kept.top1 and asdict(kept.top1)},
         "kid": measured,

@@ -16,6 +16,8 @@ TITLES = {
     "safety_minus_sequential": "W0 + ΔW_safe − ΔW_sequential",
 }
 
+COMPARED = ("sequential", "modular", "projected")
+
 
 def tables(found: Mapping[str, Any], which: str) -> str:
     """One table as Markdown; ``which``: arms, comparisons or concepts."""
@@ -31,30 +33,28 @@ def _rate(k: int, n: int, low: float, high: float) -> str:
 
 
 def _arms(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["arm", "vehicles", "of", "kept concepts right", "vehicles there", "task fidelity", "KID"]]
+    kept_heads = ["kept concepts right", "vehicles there", "task fidelity", "KID"]
+    rows = [["arm", "vehicles", "the one asked for", "of", *kept_heads]]
     for name, arm in found["arms"].items():
         kept = arm["kept"]["top1"]
         right = _rate(*(kept[key] for key in ("k", "n", "low", "high")))
         rate = _rate(arm["k"], arm["n"], arm["low"], arm["high"])
         kid = "-" if arm["quality"] is None else f"{arm['quality']:.4f}"
         alarms = f"{arm['kept']['false_alarms']['k']} of {arm['kept']['false_alarms']['n']}"
-        rows.append([TITLES[name], rate, str(arm["n"]), right, alarms, f"{arm['task_fidelity']:.1%}", kid])
+        exact = f"{arm['exact']['k'] / arm['exact']['n']:.1%}"
+        rows.append([TITLES[name], rate, exact, str(arm["n"]), right, alarms, f"{arm['task_fidelity']:.1%}", kid])
     return rows
 
 
 def _comparisons(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["what", "difference in points", "ratio", "verdict"]]
+    """Arms that a user could run against safety alone, base and task alone, each by the rate it is compared by."""
+    rows = [["what", "difference in points", "verdict"]]
     for one in found["differences"]:
-        if one["arm"] == "base" or one["attack"]:
-            continue
-        span = f"{100 * one['difference']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
-        ratio = "–" if not one["ratio"] else " ".join(map(_number, one["ratio"]))
-        rows.append([f"{one['metric']}: {one['arm']} − {one['against']}", span, ratio, one["verdict"] or "–"])
+        told = one["verdict"] and not one["attack"] and one["arm"] in ("safety", "task", *COMPARED)
+        if told and (one["metric"] == "top-1" or one["arm"] in COMPARED):
+            span = f"{100 * one['difference']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+            rows.append([f"{one['metric']}: {one['arm']} − {one['against']}", span, one["verdict"]])
     return rows
-
-
-def _number(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.2f}"
 
 
 def _concepts(found: Mapping[str, Any]) -> list[list[str]]:
