@@ -101,8 +101,13 @@ def watch() -> None:
         found = PolicyError("cannot be looked at")
     if found is None:
         uninstall()
-    elif install():
+        return
+    if install():
         log.warning("Operator's policy: %s", found if isinstance(found, PolicyError) else f"in force, {found.sha256}")
+    try:
+        policies.notice(found if isinstance(found, Policy) else None)
+    except Exception:  # where it must not be missing, it is asked for again
+        log.exception("The policy is not in the record.")
 
 
 def on_prompt(said: Any) -> Any:
@@ -116,7 +121,7 @@ def on_prompt(said: Any) -> Any:
             return said
         install()
         refusals = graphs.check(said["prompt"], facts.by_name(), policy, facts.Files(policy))
-        said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4())}
+        said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4()), "prompt": _plain(said["prompt"])}
         if not refusals and policy.record.prompts:
             policies.remember_texts(said["prompt_id"], list(_texts(said["prompt"])))
     except Exception as error:  # a prompt that cannot be checked is not run
@@ -124,6 +129,13 @@ def on_prompt(said: Any) -> Any:
         why = str(error) if isinstance(error, GuardError) else f"cannot be checked ({type(error).__name__}: {error})"
         refusals = (Refusal(*_first(said["prompt"]), "policy", why.rstrip("."), "tell the operator"),)
     return _refused(said, policy, refusals) if refusals else said
+
+
+def _plain(prompt: Any) -> Any:
+    """A graph without answers to whether a node has changed, which the executor would believe (0.3.75 and 0.33.0)."""
+    if not isinstance(prompt, dict) or not all(isinstance(node, dict) for node in prompt.values()):
+        return prompt
+    return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
 
 
 def _refused(said: dict, policy: Policy | None, refusals: Iterable[Refusal]) -> dict:

@@ -202,12 +202,17 @@ def record(policy: Policy | None, kind: str, **fields: Any) -> None:
     context = get_executing_context()
     where = {"prompt_id": context.prompt_id, "node": context.node_id} if context else {}
     with _lock:
-        book = _book(policy)
-        now = (policy.sha256, policy.signed) if policy else ("", False)
+        notice(policy)
+        _book(policy).append(kind, policy=policy.sha256 if policy else "", **(where | fields))
+
+
+def notice(policy: Policy | None) -> None:
+    """A line where the policy is another than the record said last; None: it cannot be read."""
+    now = (policy.sha256, policy.signed) if policy else ("", False)
+    with _lock:
         if _last != [now]:
-            book.append("policy", sha256=now[0], signed=now[1], readable=policy is not None)
+            _book(policy).append("policy", sha256=now[0], signed=now[1], readable=policy is not None)
             _last[:] = [now]
-        book.append(kind, policy=now[0], **(where | fields))
 
 
 def gone() -> None:

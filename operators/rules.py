@@ -11,8 +11,6 @@ from ..modular_lora.attestation import Attestation, GateRecord, LoraRecord
 from ..modular_lora.errors import GuardError
 from .policy import Gate, Policy, Required
 
-SUBSTITUTED = ("replaced by the gate", "emptied by the gate")  # statuses of what a gate put in a picture's place
-
 Said = tuple[str, str, str]  # rule, reason, remedy
 Unsigned = Callable[[LoraRecord, str], str]  # why a key's signature of a LoRA's file does not hold; "" where it does
 
@@ -97,8 +95,8 @@ def check_picture(
     ``accepted``: its gate's settings are within the policy; ``attested``: a guarded run must have made it.
     """
     if attested:
-        guarded = run is not None and (run.status.startswith("guarded") or run.status in SUBSTITUTED)
-        if not guarded:
+        made = run is not None and (run.status.startswith("guarded") or (gate is not None and gate.changed))
+        if not made:
             what = "a picture that no guarded run made, or that was edited since, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
         check_run(policy, run, unsigned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -46,9 +47,8 @@ class Operator:
     def queue(self, graph: dict) -> dict[str, str]:
         """Node -> why it was refused when it was queued; empty: it was not."""
         said = self.enforce.on_prompt({"prompt": graph, "partial_execution_targets": ["save"]})
-        if said["prompt"] is graph:
+        if "partial_execution_targets" in said:
             return {}
-        assert "partial_execution_targets" not in said
         valid, error, _, errors = asyncio.run(self.comfy.execution.validate_prompt("test", said["prompt"], None))
         assert not valid
         assert error["type"] == "prompt_outputs_failed_validation"
@@ -58,7 +58,7 @@ class Operator:
         """What came out; GraphError where it was refused when queued, or when it ran."""
         if refused := self.queue(graph):
             raise GraphError("validation", " ".join(refused.values()))
-        return self.run_graph(graph)
+        return self.run_graph(copy.deepcopy(graph))  # the executor writes into it
 
     def record(self) -> list[dict]:
         files = sorted((self.path.parent / "record").glob("record-*.jsonl"))
