@@ -178,7 +178,7 @@ def verify(folder: Path, public_keys: Mapping[str, Path] | None = None, *, earli
         notes.append(f"{chain.head.n - heads[0][1].n} lines are newer than {HEAD}: it was written before them")
     if not public_keys:
         notes.append(f"{HEAD} was not checked against a key: whoever can write the folder can cut the end off")
-    torn = len(list(folder.glob("record-*.torn-*")))
+    torn = sum(path.suffix != ".part" for path in folder.glob("record-*.torn-*"))
     return Verified(len(files), chain.lines, chain.head, sealed_by, torn, _few(problems), tuple(notes))
 
 

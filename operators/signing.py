@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ ENDING = ".sig"
 LIMIT = 2**20  # bytes of a bundle or of a picture's text
 KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as nodes/save.py writes them
 ATTESTATION = "attestation"  # purpose of the statement
+CHUNKS = {"IHDR", "IDAT", "IEND", "tEXt", "zTXt", "iTXt", "pHYs", "tIME"}  # others may show another picture
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -37,7 +39,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 class Claim:
     """What a bundle says, before anything of it is verified."""
 
-    raw: bytes
+    bundle: bytes  # what the library is to verify: the very fields that were read here, so that it reads no others
     key: str  # hint of the signing key
     sha256: str  # of the file
     expires: str  # ISO date, or ""
@@ -146,11 +148,28 @@ def _png(path: Path) -> tuple[dict, dict]:
         with Image.open(path, formats=("PNG",)) as picture:
             found = np.asarray(picture)
             text = getattr(picture, "text", {}).get(KEY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        chunks = list(_chunks(path.read_bytes()))
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise SignatureError(f"{path.name}: is no PNG that can be read ({_line(error)}): check the file") from error
     if text is None:
         raise MissingSignature(f"{path.name}: carries no attestation: it was not saved as an attested image, or edited")
+    if more := sorted({kind for kind, _ in chunks} - CHUNKS):
+        raise Tampered(f"{path.name}: holds a {more[0]!r} chunk, which may change what is seen: it was edited")
+    if sum(data.startswith(KEY.encode() + b"\0") for _, data in chunks) != 1:
+        raise Tampered(f"{path.name}: carries more than one attestation: it was edited")
     return _record(text, path), pixels(found if found.ndim == 3 else found[..., None])
+
+
+def _chunks(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Type and content of a PNG's chunks; what lies behind the last one comes as "after the end"."""
+    place, kind = 8, ""
+    while kind != "IEND" and place < len(raw):
+        (size,) = struct.unpack_from(">I", raw, place)
+        kind = raw[place + 4 : place + 8].decode("latin-1")
+        yield kind, raw[place + 8 : place + 8 + size]
+        place += size + 12
+    if raw[place:]:
+        yield "after the end", raw[place:]
 
 
 def _lossy(path: Path) -> tuple[dict, dict]:
@@ -169,12 +188,20 @@ def _lossy(path: Path) -> tuple[dict, dict]:
 
 def _record(text: str, path: Path) -> dict:
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise Tampered(f"{path.name}: its attestation is not JSON: it was changed") from error
+        raise Tampered(f"{path.name}: its attestation is no JSON of ours ({_line(error)}): it was changed") from error
     if not isinstance(record, dict):
         raise Tampered(f"{path.name}: its attestation is no object: it was changed")
     return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key comes twice, since readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _claim(path: Path) -> Claim:
@@ -188,26 +215,39 @@ def _claim(path: Path) -> Claim:
     except OSError as error:
         raise SignatureError(f"{place.name}: cannot be read ({error.strerror}): check its permissions") from error
     try:
-        bundle = json.loads(raw)
-        statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
-        (resource,) = statement["predicate"]["resources"]
-        how = statement["predicate"]["serialization"]
-        key = bundle["verificationMaterial"]["publicKey"]["hint"]
-        said = (key, resource["digest"], how.get("expires", ""))
-        if (resource["name"], resource["algorithm"], how["method"]) != (".", "sha256", "files"):
-            raise ValueError("it signs more than one file, or not by SHA-256")
-        if not all(isinstance(text, str) for text in said):
-            raise ValueError("a field is not text")
+        return _parsed(json.loads(raw))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Tampered(f"{place.name}: is no signature of one file by a key ({_line(error)}): sign it again") from error
-    return Claim(raw, *said)
+
+
+def _parsed(bundle: Any) -> Claim:
+    """The claim of a bundle, with a bundle of nothing but what was read here; any error where it is none."""
+    hint, envelope = bundle["verificationMaterial"]["publicKey"]["hint"], bundle["dsseEnvelope"]
+    payload = base64.b64decode(envelope["payload"], validate=True)
+    statement = json.loads(payload)
+    (resource,), how = statement["predicate"]["resources"], statement["predicate"]["serialization"]
+    if (resource["name"], resource["algorithm"], how["method"]) != (".", "sha256", "files"):
+        raise ValueError("it signs more than one file, or not by SHA-256")
+    said = (hint, resource["digest"], how.get("expires", ""))
+    if not all(isinstance(text, str) for text in said):
+        raise ValueError("a field is not text")
+    whole = {
+        "mediaType": bundle["mediaType"],
+        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": envelope["payloadType"],
+            "signatures": [{"sig": envelope["signatures"][0]["sig"], "keyid": ""}],
+        },
+    }
+    return Claim(json.dumps(whole).encode(), *said)
 
 
 def _run(config: Any, path: Path, claim: Claim) -> None:
-    """The library's verification, on the very bytes of the bundle that the claim was read from."""
+    """The library's verification, which reads a file."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle.sig"
-        copy.write_bytes(claim.raw)
+        copy.write_bytes(claim.bundle)
         config.verify(path.resolve(), copy)
 
 

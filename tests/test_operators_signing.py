@@ -153,6 +153,19 @@ def test_the_last_day_cannot_be_changed_in_the_bundle(lora, pair, trusted):
         refused(Tampered, verify, lora, trusted)
 
 
+def test_a_second_envelope_under_another_spelling_changes_nothing(lora, pair, trusted):
+    sign(lora, pair[0], expires=TODAY - DAY)
+    said = json.loads(signature_path(lora).read_text())
+    forged = json.loads(json.dumps(said["dsseEnvelope"]))
+    statement = payload(signature_path(lora).read_bytes())
+    statement["predicate"]["serialization"]["expires"] = "2999-01-01"
+    forged["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    for first, second in ((forged, said["dsseEnvelope"]), (said["dsseEnvelope"], forged)):
+        signature_path(lora).write_text(json.dumps(said | {"dsseEnvelope": first, "dsse_envelope": second}))
+        with pytest.raises((Tampered, Expired)):
+            verify(lora, trusted)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{}", "null", "[]", "\0", '{"dsseEnvelope": {"payload": "?"}}', "[" * 100_000, '{"dsseEnvelope": []}'],
@@ -272,6 +285,33 @@ def test_a_true_attestation_moved_to_other_pixels_is_refused(pair, trusted, tmp_
     pixels[0, 0, 0] ^= 1
     save_png(path, Image.fromarray(pixels.reshape(8, 6, 3)), record)
     assert "its pixels_size differs" in refused(Tampered, verify_attestation, path, trusted)
+
+
+def test_a_png_that_shows_or_says_something_else_beside_the_signed_record_is_refused(pair, trusted, tmp_path):
+    path = tmp_path / "a.png"
+    record = picture(path, pair[0])
+    whole, frame = Image.open(path).copy(), Image.new("RGB", (8, 6), "red")
+    info = PngInfo()
+    info.add_text(KEY, json.dumps(record, sort_keys=True))
+    whole.save(path, pnginfo=info, save_all=True, append_images=[frame])
+    assert "chunk" in refused(Tampered, verify_attestation, path, trusted)
+    whole.save(path, pnginfo=info, transparency=(0, 0, 0))
+    assert "'tRNS' chunk" in refused(Tampered, verify_attestation, path, trusted)
+    twice = PngInfo()
+    twice.add_text(KEY, json.dumps(record | {"status": "guarded, better"}))
+    twice.add_text(KEY, json.dumps(record, sort_keys=True))
+    whole.save(path, pnginfo=twice)
+    assert "more than one attestation" in refused(Tampered, verify_attestation, path, trusted)
+    doubled = PngInfo()
+    doubled.add_text(KEY, '{"status": "guarded, better", ' + json.dumps(record, sort_keys=True)[1:])
+    whole.save(path, pnginfo=doubled)
+    assert "a key comes twice" in refused(Tampered, verify_attestation, path, trusted)
+    save_png(path, whole, record)
+    verify_attestation(path, trusted)
+    path.write_bytes(path.read_bytes() + b"more")
+    assert "after the end" in refused(Tampered, verify_attestation, path, trusted)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(SignatureError, verify_attestation, path, trusted)
 
 
 def test_a_signature_for_one_purpose_is_none_for_another(pair, trusted):
