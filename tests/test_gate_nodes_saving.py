@@ -83,7 +83,7 @@ def test_a_picture_of_the_unguarded_model_and_an_edited_one_are_not_saved(comfy,
     graph = gated_run()
     graph["edit"] = node("ImageInvert", image=["gate", 0])
     graph["save"]["inputs"]["images"] = ["edit", 0]
-    refused(comfy, run_graph, graph, "edited", "3 unattested of 3")
+    refused(comfy, run_graph, graph, "gate_edited", "3 unattested of 3")
 
 
 def test_pictures_that_are_flagged_and_only_reported_need_an_explicit_yes(comfy, stub, run_graph, loras):
