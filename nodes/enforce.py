@@ -1,13 +1,13 @@
 """Enforcement of the operator's policy: when a prompt is queued, as each of its nodes runs, and around every sampling.
 
 Without a policy only a handler for queued prompts is there, which looks at one file's state. While one is in force,
-three functions of ComfyUI are wrapped; each touch says where it was seen:
+three functions of ComfyUI are wrapped:
 
 * ``execution.get_output_data``, through which every node runs, nodes that others expand to included,
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it
 
-(0.3.75; 0.33.0 by reading). Each asks for the policy of that moment, and a sampling run once more at its end: a policy
+(0.3.75 and 0.33.0, the tests were run in both). Each asks for the policy of that moment, and a sampling run once more at its end: a policy
 that changes in between holds as well, so that a run that ends has satisfied both.
 """
 

@@ -295,7 +295,7 @@ class _Graph:
         elif kind == SETTINGS:
             threshold = _literal(self.graph[name], "threshold")
             for label, most in policy.gate.thresholds.items():
-                if isinstance(threshold, int | float) and threshold > most:
+                if isinstance(threshold, int | float) and not threshold <= most:
                     what = f"threshold {threshold:g} is above {most:g}, the highest allowed for {label}"
                     yield "gate.thresholds", what, "lower it, or set 0"
                     return
@@ -321,7 +321,7 @@ class _Graph:
         if not fit:
             reasons = "; ".join(filter(None, why.values()))
             yield "guard.required", f"lacks the safety LoRA that is required ({one.name}): {reasons}", "load it"
-        elif max(fit) < one.min_net_strength:
+        elif not max(fit) >= one.min_net_strength:  # not a number is too little
             what = f"the safety LoRA that is required ({one.name}) stands at {max(fit):g}"
             yield "guard.required", what, f"give it a strength of {one.min_net_strength:g} or more"
 

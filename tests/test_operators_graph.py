@@ -259,8 +259,9 @@ def test_required_safety_loras_must_be_in_the_chain_strong_enough() -> None:
     graph = with_nodes(second=node("ModularLoraLoadSafety", lora_name="task.safetensors", strength=0.5))
     graph["safety"]["inputs"]["safety_lora"] = ["second", 0]
     assert refused(graph, required=both) == {}
-    graph["second"]["inputs"]["strength"] = {"__value__": 0.4}
-    assert refused(graph, required=both) == {"guard": {"guard.required"}}
+    for little in (0.4, 0, -1, float("nan")):
+        graph["second"]["inputs"]["strength"] = {"__value__": little}
+        assert refused(graph, required=both) == {"guard": {"guard.required"}}
     graph["second"]["inputs"]["strength"] = ["pos", 0]  # over a link: decided when it runs
     assert refused(graph, required=both) == {}
 
