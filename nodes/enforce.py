@@ -7,8 +7,8 @@ three functions of ComfyUI are wrapped:
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it
 
-(0.3.75 and 0.33.0, the tests were run in both). Each asks for the policy of that moment, and a sampling run once more at its end: a policy
-that changes in between holds as well, so that a run that ends has satisfied both.
+(0.3.75 and 0.33.0, tested in both). Each asks for the policy of that moment, and a sampling run once more at its end: a
+policy that changes in between holds as well, so that a run that ends has satisfied both.
 """
 
 from __future__ import annotations
