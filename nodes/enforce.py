@@ -86,8 +86,8 @@ def register() -> None:
 
 def _watching() -> None:
     """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
-    watch()
     PromptServer.instance.loop.call_later(LOOK, _watching)
+    watch()
 
 
 def watch() -> None:
@@ -217,7 +217,10 @@ def uninstall() -> None:
         for one in _WRAPPED:
             one.take()
         del facts.classes()[graphs.REFUSED]
-    policies.gone()
+    try:
+        policies.gone()
+    except Exception:
+        log.exception("That the policy is gone is not in the record.")
 
 
 def _execution():
@@ -261,7 +264,10 @@ def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str,
         _check_models(policy, names, values)
     if said.is_output:
         _check_leaving(policy, said, values)
-    return ANY_MODEL if said.ours and graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL} else None
+    if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
+        return None
+    policies.record(policy, "opened", type=names[0], node=unique_id)
+    return ANY_MODEL
 
 
 def _check_models(policy: Policy, names: list[str], values: list[tuple[str, Any]]) -> None:

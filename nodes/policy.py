@@ -51,7 +51,8 @@ class Recent(OrderedDict):
 _watched: dict[Path, policies.Watched] = {}
 _records: dict[tuple, Record] = {}  # the one in use
 _paths = Recent()  # SHA-256 of a LoRA -> its file
-_signatures = Recent()  # file, its state, key, its state, day -> why the signature does not hold
+_hashes = Recent()  # file, its state -> SHA-256
+_signatures = Recent()  # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
 _gates = Recent()  # detector, settings, state of the policy -> whether it accepts them
 _texts = Recent()  # prompt id -> texts, where the policy records them
 _last: list = []  # what the record last said of the policy
@@ -89,8 +90,8 @@ def fingerprint() -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a LoRA file, read again when the file changes."""
-    key = ("sha256", str(path), _state(path))
-    return _signatures.get(key) or _signatures.put(key, sha256_file(path))
+    key = (str(path), _state(path))
+    return _hashes.get(key) or _hashes.put(key, sha256_file(path))
 
 
 def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:

@@ -75,6 +75,7 @@ def policy(audit, comfy, run_graph):
     operator = Operator(comfy, run_graph)
     yield operator
     operator.remove()
+    shutil.rmtree(operator.path.parent / "record", ignore_errors=True)
 
 
 def test_an_audit_gives_figures_and_keeps_the_pictures(graph, run_graph, audit, comfy):
@@ -190,3 +191,5 @@ def test_a_policy_closes_audits_unless_it_opens_them_and_a_broken_one_does_too(t
 def test_a_policy_opens_audits(policy, graph, run_graph):
     policy.write(f"{CLOSED}[open]\naudit = true\n")
     assert "safety" in run_graph(graph("opened"))["audit"][0]
+    opened = [line for line in policy.record() if line["kind"] == "opened"]
+    assert [(line["node"], line["type"]) for line in opened] == [("audit", "ModularLoraAudit")]
