@@ -58,11 +58,16 @@ def facts(kind: type) -> NodeFacts:
     if kind not in _facts:
         said = kind.INPUT_TYPES()
         inputs = {name: spec[0] for part in ("required", "optional") for name, spec in said.get(part, {}).items()}
-        inputs = {name: type if isinstance(type, str) else "COMBO" for name, type in inputs.items()}
-        outputs = tuple(type if isinstance(type, str) else "COMBO" for type in kind.RETURN_TYPES or ())
+        inputs = {name: _plain(type) for name, type in inputs.items()}
+        outputs = tuple(map(_plain, kind.RETURN_TYPES or ()))
         ours = kind.__module__.startswith(f"{PACK}.")
         _facts[kind] = NodeFacts(inputs, outputs, bool(getattr(kind, "OUTPUT_NODE", False)), ours)
     return _facts[kind]
+
+
+def _plain(type: object) -> str:
+    """A type's name; any-type nodes bring strings that are equal to every other, or unequal to none."""
+    return str.__str__(type) if isinstance(type, str) else "COMBO"
 
 
 def names(kind: type) -> list[str]:
