@@ -237,7 +237,10 @@ def _node(original: Callable) -> Callable:
         try:
             if (policy := policies.current()) is not None:
                 token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
-            return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+            made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+            if policy is not None:
+                _check_shown(policy, facts.facts(type(obj)), made[1])
+            return made
         except GuardError as error:
             if policy is not None or isinstance(error, PolicyError):
                 rule = getattr(error, "rule", "policy" if isinstance(error, PolicyError) else "guard")
@@ -298,6 +301,15 @@ def _check_leaving(policy: Policy, said: NodeFacts, values: list[tuple[str, Any]
         elif said.inputs.get(name) != "AUDIO":
             for picture in _pictures(value):
                 policies.check_picture(policy, picture, attested)
+
+
+def _check_shown(policy: Policy, said: NodeFacts, shown: Mapping[str, Any]) -> None:
+    """RefusedError where a node that is no output node, and so was not checked before, shows files of its own."""
+    if said.ours or said.is_output or not (graphs.closes_pictures(policy) or policy.gate.required):
+        return
+    if any(isinstance(one, Mapping) and "filename" in one for some in shown.values() for one in some):
+        rule = "gate.required" if policy.gate.required else "open.unattested"
+        raise RefusedError(rule, "the node shows a file on the way, which nobody has checked", "take the node out")
 
 
 def _pictures(value: Any) -> Iterator[torch.Tensor]:

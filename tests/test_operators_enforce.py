@@ -236,6 +236,16 @@ def test_a_batch_with_one_unattested_picture_does_not_leave(enforced):
     stopped(enforced, graph, "open.unattested")
 
 
+def test_a_node_that_shows_pictures_on_the_way_is_stopped(enforced, add_node, comfy):
+    shown = {"images": [{"filename": "x.png", "subfolder": "", "type": "temp"}]}
+    add_node("Peek", lambda image: {"ui": shown, "result": (image,)}, {"image": ("IMAGE",)})
+    graph = guarded(25)
+    graph["peek"] = {"class_type": "Peek", "inputs": {"image": ["decode", 0]}}
+    graph["save"]["inputs"]["images"] = ["peek", 0]
+    stopped(enforced, graph, "on the way")
+    assert not any(event == "executed" and data["node"] == "peek" for event, data in comfy.server.messages)
+
+
 @pytest.fixture
 def stub(comfy, monkeypatch):
     return install_stub(comfy, monkeypatch)
