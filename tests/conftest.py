@@ -7,9 +7,11 @@ set by ``run.py test``. The pack's nodes are loaded by ComfyUI's own loader, as 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import inspect
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,3 +207,29 @@ def _layers(info, prefix: str):
         if name.startswith(prefix) and spec and not spec.problem and key not in seen:
             seen.add(key)
             yield name, spec
+
+
+@pytest.fixture
+def operator(comfy, loras, run_graph):
+    """Writes policies where this ComfyUI reads them; the record goes with them."""
+    from operator_graphs import Operator
+
+    one = Operator(comfy, run_graph)
+    yield one
+    one.remove()
+    shutil.rmtree(one.path.parent / "record", ignore_errors=True)
+
+
+@pytest.fixture
+def sha256(loras):
+    """Of a file in the loras folder."""
+    return lambda name: hashlib.sha256((loras.folder / name).read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def enforced(operator, sha256):
+    """A policy that asks for the safety LoRA at 0.9."""
+    from operator_graphs import required
+
+    operator.write(required(sha256("safety.safetensors")))
+    return operator

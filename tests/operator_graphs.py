@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from graphs import GraphError
+import pytest
+from graphs import GraphError, guarded_graph
 
 
 def enforcement(comfy) -> SimpleNamespace:
@@ -63,3 +64,18 @@ class Operator:
     def record(self) -> list[dict]:
         files = sorted((self.path.parent / "record").glob("record-*.jsonl"))
         return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def guarded(seed: int, **changes) -> dict:
+    graph = guarded_graph(**changes)
+    graph["sample"]["inputs"]["seed"] = seed
+    return graph
+
+
+def stopped(operator: Operator, graph: dict, words: str) -> GraphError:
+    """The error of a graph that passes when queued, or never went through the queue, and stops as it runs."""
+    with pytest.raises(GraphError, match=words) as caught:
+        operator.run_graph(copy.deepcopy(graph))
+    assert caught.value.stage == "execution"
+    assert operator.record()[-1]["kind"] == "refused"
+    return caught.value
