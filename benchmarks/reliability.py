@@ -1,6 +1,8 @@
 """How files that are not what they should be are read: rows of docs/figures/reliability.json.
 
     python3 -m benchmarks.reliability files --record
+    python3 -m benchmarks.reliability faults CHECKPOINT --comfyui COMFYUI --record (benchmarks/faults.py)
+    python3 -m benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record (benchmarks/escapes.py)
 
 10,000 different corrupted LoRA files of a seeded corpus (benchmarks/corrupted.py) go through read_lora. 8,000 are no
 LoRA for any reader and are read as they are. 2,000 are sound files with flipped bits or overwritten bytes, which may
@@ -27,7 +29,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import corrupted, figures  # noqa: E402
+from benchmarks import corrupted, escapes, faults, figures  # noqa: E402
 from training.__main__ import register  # noqa: E402
 
 register()
@@ -36,6 +38,7 @@ from modular_lora_guard.modular_lora.errors import LoraFileError  # noqa: E402
 from modular_lora_guard.modular_lora.files import read_lora  # noqa: E402
 
 FILE = "reliability.json"
+OTHERS = {"faults": faults.main, "escapes": escapes.main}  # parts with options of their own
 ASSETS = ROOT / "world" / "assets"
 _log = logging.getLogger("modular_lora")
 
@@ -108,12 +111,15 @@ def peak_mib() -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every file was refused, else 1."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in OTHERS:
+        return OTHERS[given[0]](given[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["files"])
+    parser.add_argument("part", choices=["files", *OTHERS])
     parser.add_argument("--files", type=int, default=10_000, help="how many files (10000)")
     parser.add_argument("--seed", type=int, default=1, help="of the corpus (1)")
     parser.add_argument("--record", action="store_true", help="put the figures into docs/figures/reliability.json")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     damaged, heavy = chosen.files // 5, chosen.files // 100
     outcome(ASSETS / "demo_safety_vehicles.safetensors", None)  # imports what is imported once
