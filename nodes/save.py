@@ -26,6 +26,7 @@ from .sockets import CATEGORY, show
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
+OURS = frozenset((KEY, "file", "file_sha256"))  # keys in PNG texts and in the JSON beside other files
 ENDINGS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 
 
@@ -146,7 +147,7 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
     height, width = images[0].shape[:2]
     target = folder_paths.get_output_directory()
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, target, width, height)
-    graph = {} if args.disable_metadata else {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    graph = {} if args.disable_metadata else {"prompt": node.hidden.prompt, **_sent(node.hidden.extra_pnginfo)}
     sign = _signer()
     results = []
     for i, (image, picture) in enumerate(zip(images, found, strict=True)):
@@ -154,6 +155,11 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
         _write(Path(folder) / file, image, picture.record(), graph, style, sign)
         results.append(ui.SavedResult(file, subfolder, io.FolderType.output))
     return results
+
+
+def _sent(extra: dict | None) -> dict:
+    """What the front end sent along, without what would pass for a record of ours; in a PNG a key ends at a NUL."""
+    return {key: value for key, value in (extra or {}).items() if key.partition("\0")[0] not in OURS}
 
 
 def _signer() -> Callable[[dict], dict]:
