@@ -16,14 +16,21 @@ async function openFromTemplates(page, workflow) {
   await page.getByRole("menuitem", { name: "Browse Templates" }).click();
   const dialog = page.locator(".p-dialog");
   await dialog.locator("nav").getByText(pack, { exact: true }).click();
+  const all = dialog.locator("[data-testid^=template-workflow-]");
   const card = dialog.getByTestId(`template-workflow-${workflow}`);
+  await all.first().waitFor({ state: "visible" });
+  for (let tries = 0; tries < 50 && (await card.count()) === 0; tries++) { // cards come as they are scrolled to
+    await all.last().scrollIntoViewIfNeeded();
+    await page.waitForTimeout(200);
+  }
+  await card.scrollIntoViewIfNeeded();
   await card.locator("img").first().waitFor({ state: "visible" });
   await page.waitForFunction((name) => {
     const picture = document.querySelector(`[data-testid="template-workflow-${name}"] img`);
     return picture?.complete && picture.naturalWidth > 0;
   }, workflow);
-  const cards = await dialog.locator("[data-testid^=template-workflow-]").evaluateAll((all) =>
-    all.map((one) => one.dataset.testid.replace("template-workflow-", "")),
+  const cards = await all.evaluateAll((found) =>
+    found.map((one) => one.dataset.testid.replace("template-workflow-", "")),
   );
   await page.screenshot({ path: join(folder, `${workflow}_templates.png`) });
   await card.click();
