@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,16 +30,14 @@ class Outcomes:
 
     def __init__(self):
         self.tried: set[str] = set()
-        self.passed: set[str] = set()
-        self.refused = 0
+        self.passed: dict[str, str] = {}  # attempt -> refused, invalid or permitted
 
     def pytest_collection_modifyitems(self, items) -> None:
         self.tried = {item.nodeid for item in items if item.originalname == ATTEMPT}
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.nodeid in self.tried and report.when == "call" and report.passed:
-            self.passed.add(report.nodeid)
-            self.refused += ("outcome", "refused") in report.user_properties
+            self.passed[report.nodeid] = dict(report.user_properties)["outcome"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"MODULAR_LORA_COMFYUI": str(chosen.comfyui), "MODULAR_LORA_WORLD": str(chosen.world)}
     outcomes = Outcomes()
     pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider", "-k", ATTEMPT], plugins=[outcomes])
-    escaped = sorted(outcomes.tried - outcomes.passed)
+    escaped, how = sorted(outcomes.tried - outcomes.passed.keys()), Counter(outcomes.passed.values())
     rows = {
         "escape attempts": len(outcomes.tried),
         "escapes": len(escaped),
-        "escape attempts: refused": outcomes.refused,
-        "escape attempts: permitted, every picture attested": len(outcomes.passed) - outcomes.refused,
+        "escape attempts: refused by the policy or the guard, and in the record": how["refused"],
+        "escape attempts: refused by ComfyUI itself": how["invalid"],
+        "escape attempts: permitted on purpose, every picture attested": how["permitted"],
     }
     for name, value in rows.items():
         _log.info("%s: %s", name, value)

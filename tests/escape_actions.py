@@ -66,7 +66,7 @@ def _(g):
     g["safety"]["inputs"]["strength"] = {"__value__": {"__value__": 0.1}}
 
 
-@graph("the strength of the safety LoRA is not a number", "invalid")
+@graph("the strength of the safety LoRA is not a number")
 def _(g):
     g["safety"]["inputs"]["strength"] = float("nan")
 

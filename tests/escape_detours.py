@@ -85,17 +85,20 @@ def _(g):
     g["sample"] = node("EscApply")
 
 
-@graph("a node expands, as it runs, to a stock KSampler and a preview")
+@graph("a node expands, as it runs, to a whole unguarded graph with a preview")
+def _(g):
+    g["expand"] = node("EscExpandAll")
+
+
+@graph("a node gets a hidden MODEL and expands to a stock KSampler")
 def _(g):
     g["hidden"] = node("EscHidden")
-    g["expand"] = node("EscExpand", model=["hidden", 0], clip=["ckpt", 1], vae=["ckpt", 2])
-    g["save"]["inputs"] |= {"images": ["expand", 0], "unattested": "save and say so"}
+    g["expand"] = node("EscExpand", model=["hidden", 0])
 
 
 @graph("a node expands to a stock KSampler on the guarded model")
 def _(g):
-    g["expand"] = node("EscExpand", model=GUARD, clip=["ckpt", 1], vae=["ckpt", 2])
-    g["save"]["inputs"]["images"] = ["expand", 0]
+    g["expand"] = node("EscExpand", model=GUARD)
 
 
 @graph("a node expands to a checkpoint loader whose MODEL goes into the Guarded KSampler")

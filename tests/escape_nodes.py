@@ -68,23 +68,26 @@ def install(mapping: dict[str, type], between: Callable[[], None]) -> None:
         "EscText": _node(lambda text: text, (ANY,), text=("STRING",)),
         "EscCall": _node(call, (ANY,), value=(ANY,), number=("INT", {"max": 1 << 40})),
         "EscShow": _node(lambda value: {"ui": {"values": [str(value)]}}, output=True, value=(ANY,)),
-        "EscExpand": _node(_expand, ("IMAGE",), model=(ANY,), clip=("CLIP",), vae=("VAE",)),
+        "EscExpand": _node(_expand, (ANY,), True, model=(ANY,)),
+        "EscExpandAll": _node(_expand, (ANY,), True),
         "EscExpandLoader": _node(_expand_loader, (ANY,)),
         "EscLazy": _Lazy,
         "EscAlias": mapping["PreviewImage"],
     }
 
 
-def _expand(model, clip, vae) -> dict:
+def _expand(model=None) -> dict:
+    """To a graph that samples and shows; without a model it loads one."""
     from comfy_execution.graph_utils import GraphBuilder
 
     graph = GraphBuilder()
-    cond = graph.node("CLIPTextEncode", clip=clip, text="cat")
+    loader = graph.node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    cond = graph.node("CLIPTextEncode", clip=loader.out(1), text="cat")
     latent = graph.node("EmptyLatentImage", width=64, height=64, batch_size=1)
     settings = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    links = {"model": model, "positive": cond.out(0), "negative": cond.out(0), "latent_image": latent.out(0)}
-    samples = graph.node("KSampler", **settings, **links)
-    picture = graph.node("VAEDecode", samples=samples.out(0), vae=vae)
+    links = {"positive": cond.out(0), "negative": cond.out(0), "latent_image": latent.out(0)}
+    samples = graph.node("KSampler", model=loader.out(0) if model is None else model, **settings, **links)
+    picture = graph.node("VAEDecode", samples=samples.out(0), vae=loader.out(2))
     graph.node("PreviewImage", images=picture.out(0))
     return {"result": (picture.out(0),), "expand": graph.finalize()}
 

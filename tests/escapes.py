@@ -191,6 +191,7 @@ def _(g):
 def _(g):
     perpneg = {"empty_conditioning": ["neg", 0], "cfg": 2.0, "neg_scale": 1.0}
     custom(g, node("PerpNegGuider", model=CKPT, **CONDS, **perpneg))
+    g["stock_decode"]["class_type"] = "ModularLoraDecode"  # so that it is queued
 
 
 @graph("a KSampler that the policy names takes the checkpoint's own MODEL", policy=NAMED)
