@@ -3,6 +3,7 @@
     python3 -m benchmarks.reliability files --record
     python3 -m benchmarks.reliability faults CHECKPOINT --comfyui COMFYUI --record (benchmarks/faults.py)
     python3 -m benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record (benchmarks/escapes.py)
+    python3 -m benchmarks.reliability clients --comfyui COMFYUI --world WORLD --record (benchmarks/clients.py)
 
 10,000 different corrupted LoRA files of a seeded corpus (benchmarks/corrupted.py) go through read_lora. 8,000 are no
 LoRA for any reader and are read as they are. 2,000 are sound files with flipped bits or overwritten bytes, which may
@@ -29,7 +30,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import corrupted, escapes, faults, figures  # noqa: E402
+from benchmarks import clients, corrupted, escapes, faults, figures  # noqa: E402
 from training.__main__ import register  # noqa: E402
 
 register()
@@ -38,7 +39,7 @@ from modular_lora_guard.modular_lora.errors import LoraFileError  # noqa: E402
 from modular_lora_guard.modular_lora.files import read_lora  # noqa: E402
 
 FILE = "reliability.json"
-OTHERS = {"faults": faults.main, "escapes": escapes.main}  # parts with options of their own
+OTHERS = {"faults": faults.main, "escapes": escapes.main, "clients": clients.main}  # parts with options of their own
 ASSETS = ROOT / "world" / "assets"
 _log = logging.getLogger("modular_lora")
 
