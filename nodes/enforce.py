@@ -20,6 +20,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import comfy.model_base
@@ -40,6 +41,7 @@ from .guard import GuardModel
 from .sockets import CATEGORY
 
 LOOK = 1.0  # seconds between looks at the policy
+MOST_TOLD = 50  # refusals of one prompt
 ANY_MODEL = object()  # what an open training or audit may evaluate
 
 log = logging.getLogger("modular_lora")
@@ -139,9 +141,12 @@ def _plain(prompt: Any) -> Any:
 
 
 def _refused(said: dict, policy: Policy | None, refusals: Iterable[Refusal]) -> dict:
-    """A prompt of nothing but refusals; targets are left out, as the server would look at those nodes alone."""
+    """A prompt of nothing but refusals; targets are left out, as the server would look at those nodes alone.
+
+    Of a graph with more refusals the first are told: each is a synced line of the record, and the server waits for it.
+    """
     sentences: dict[str, list[str]] = {}
-    for one in refusals:
+    for one in islice(refusals, MOST_TOLD):
         log.warning("refused: %s", one)
         sentences.setdefault(one.node, []).append(str(one))
         _record_refusal(policy, one.rule, str(one), prompt_id=said.get("prompt_id"), node=one.node, type=one.type)

@@ -36,6 +36,14 @@ def task(made: Graph, name: object, strength: float, **more) -> None:
     made["task"]["inputs"] |= {"lora_name": name, "strength_model": strength, "strength_clip": strength, **more}
 
 
+BLOCKS = ("BASE", "IN00", "IN01", "IN02", "IN03", "M00", "OUT00", "OUT01", "OUT02", "OUT03")  # of the demo world
+
+
+def only(block: str) -> str:
+    """Block weights that leave one block."""
+    return ", ".join(f"{name}:0" for name in BLOCKS if name != block)
+
+
 @graph("the required safety LoRA stands just below the least strength")
 def _(g):
     g["safety"]["inputs"]["strength"] = LEAST - 0.01
@@ -109,6 +117,28 @@ def _(ground):
     copied(ground, COPY, "another file")
     made = guarded()
     task(made, COPY, -1.0, block_weights="IN01:0, IN02:0, M00:0")
+    ground.send(made)
+
+
+@attempt(
+    "block weights let a copy of the safety LoRA take back a single block",
+    "permitted",
+    "the net strength over all layers is still enough; whoever minds names the task LoRAs that are allowed",
+)
+def _(ground):
+    copied(ground, COPY, "another file")
+    made = guarded()
+    task(made, COPY, -1.0, block_weights=only("IN00"))
+    ground.send(made)
+
+
+@attempt("a copy of the safety LoRA takes back a single block, where the policy names the task LoRAs")
+def _(ground):
+    copied(ground, COPY, "another file")
+    sha256 = ground.policies.file_sha256(ground.loras / "task.safetensors")
+    ground.write(ground.text(f'[tasks]\nallow = ["{sha256}"]\n'))
+    made = guarded()
+    task(made, COPY, -1.0, block_weights=only("IN00"))
     ground.send(made)
 
 

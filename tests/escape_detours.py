@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from escapes import CKPT, DECODED, GATED, GUARD, NAMED, graph, node, show, unguarded
+import numpy as np
+import pytest
+from escapes import CKPT, DECODED, GATED, GUARD, NAMED, attempt, graph, node, show, unguarded
+from gate_graphs import gated_run, install_stub
 from graphs import decode, sampler
+from PIL import Image
 
 # Hidden behind nodes that carry anything
 
@@ -210,6 +214,54 @@ def _(g):
     g["load"] = node("LoadImage", image="outside.png")
     g["encode"] = node("VAEEncode", pixels=["load", 0], vae=["ckpt", 2])
     g["sample"]["inputs"] |= {"latent_image": ["encode", 0], "denoise": 0.5}
+
+
+@graph(
+    "an outside picture stands under a mask that keeps all of it",
+    "permitted",
+    "as img2img: the attestation says that the run had an outside start",
+)
+def _(g):
+    g["load"] = node("LoadImage", image="outside.png")
+    g["other"] = node("ImageInvert", image=["load", 0])  # as attestations are bound to contents
+    g["encode"] = node("VAEEncode", pixels=["other", 0], vae=["ckpt", 2])
+    g["mask"] = node("SolidMask", value=0.0, width=64, height=64)
+    g["kept"] = node("SetLatentNoiseMask", samples=["encode", 0], mask=["mask", 0])
+    g["sample"]["inputs"]["latent_image"] = ["kept", 0]
+
+
+@attempt(
+    "an outside picture is what a gate that flags everything puts in a picture's place",
+    "permitted",
+    "the attestation says that the gate replaced the picture, and does not call it guarded",
+)
+def _(ground):
+    ground.status = "replaced by the gate"
+    outside = np.asarray(Image.open(ground.inputs / "outside.png"), np.float32) / 255
+    with pytest.MonkeyPatch.context() as patch:
+        install_stub(ground.comfy, patch).score = lambda picture: float(not np.allclose(picture, outside))
+        made = gated_run(action="replace", replacement=["load", 0])
+        made["latent"]["inputs"]["batch_size"] = 1
+        made["load"] = node("LoadImage", image="outside.png")
+        ground.send(made)
+
+
+@graph("the front end's own Reroute stands in the prompt as a node")
+def _(g):
+    g["reroute"] = node("Reroute", value=CKPT)
+    g["sample"]["inputs"]["model"] = ["reroute", 0]
+
+
+@graph("an unguarded run goes through the websocket and not into a file")
+def _(g):
+    unguarded(g, CKPT)
+    g["stock_save"] = node("SaveImageWebsocket", images=["stock_decode", 0])
+
+
+@graph("an edited picture goes through the websocket and not into a file")
+def _(g):
+    g["edit"] = node("ImageInvert", image=DECODED)
+    g["stock_save"] = node("SaveImageWebsocket", images=["edit", 0])
 
 
 @graph("an outside picture is encoded and decoded with nothing between")

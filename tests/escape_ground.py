@@ -49,6 +49,7 @@ class Ground:
         self.loras, self.inputs = comfy.loras, Path(comfy.folder_paths.get_input_directory())
         self.between: Callable[[], None] = lambda: None
         self.seen, self.attested, self._mark = Seen(), set(), {}
+        self.status = "guarded"  # what an attempt's pictures say of themselves, where they name it
         self._undo: list[Callable[[], None]] = []
 
     def open(self) -> None:
@@ -56,6 +57,8 @@ class Ground:
         folder = Path(self.comfy.nodes.__file__).parent / "comfy_extras"
         for name in EXTRAS:
             asyncio.run(self.comfy.nodes.load_custom_node(str(folder / f"nodes_{name}.py"), "comfy_extras"))
+        sent = folder.parent / "custom_nodes" / "websocket_image_save.py"
+        asyncio.run(self.comfy.nodes.load_custom_node(str(sent), "custom_nodes"))
         before = dict(mapping)
         escape_nodes.install(mapping, lambda: self.between())
         self._undo.append(lambda: (mapping.clear(), mapping.update(before)))
@@ -222,7 +225,7 @@ class Ground:
     # The judge
 
     def begin(self) -> None:
-        self.seen, self._mark = Seen(), self._files()
+        self.seen, self._mark, self.status = Seen(), self._files(), "guarded"
         self._lines = len(self.record())
 
     def _files(self) -> dict[Path, int]:
@@ -251,6 +254,9 @@ class Ground:
     def _check_picture(self, file: Path) -> None:
         with Image.open(file) as picture:
             text = getattr(picture, "text", {}).get(KEY)
+            if text is not None and not self.status.startswith("guarded"):  # it does not claim to be
+                assert json.loads(text)["status"] == self.status
+                return
             for frame in ImageSequence.Iterator(picture):
                 digest = _digest(torch.from_numpy(np.array(frame.convert("RGB"))))
                 assert digest in self.attested, f"{file.name}: no guarded run made it"
