@@ -80,6 +80,13 @@ def test_sequential_loras_say_what_they_were_trained_on_and_the_others_do_not():
         assert TRAINED_ON_KEY not in task.metadata
 
 
+def test_the_second_protocol_differs_in_the_preservation_term_alone():
+    plain, preserved = parse(evidence.PROTOCOL), parse(evidence.PROTOCOL.with_name("evidence_preserved.toml"))
+    assert plain["safety"].pop("preserve_weight") == 0
+    assert preserved["safety"].pop("preserve_weight") > 0
+    assert plain == preserved
+
+
 @pytest.fixture(scope="module")
 def checkpoint(comfy) -> Path:
     return Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors"

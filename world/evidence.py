@@ -95,6 +95,7 @@ def _say_so(path: Path, safety: LoraFile) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
     parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
     parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
     parser.add_argument("--cpu", action="store_true", help="train and draw on the CPU")
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
     parser.add_argument("--train-only", action="store_true", help="stop before the audit")
     chosen, more = parser.parse_known_args(arguments)
-    protocol = optionfile.parse(PROTOCOL)
+    protocol = optionfile.parse(chosen.protocol)
     if chosen.training_seeds:
         protocol["training_seeds"] = chosen.training_seeds
     code = finish(lambda: _train_all(protocol, chosen), "the same command goes on from here")
@@ -142,15 +143,15 @@ def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
         return code
     found = json.loads((chosen.output_dir / "evidence.json").read_text(encoding="utf-8"))
     said = ["python3", "run.py", "evidence", *(["--cpu"] if chosen.cpu else []), *more]  # no paths of this machine
-    write_figures(chosen.figures, found, protocol, shlex.join(said))
+    write_figures(chosen.figures, found, chosen.protocol, protocol["training_seeds"], shlex.join(said))
     return 0
 
 
-def write_figures(path: Path, found: dict[str, Any], protocol: dict, command: str) -> None:
+def write_figures(path: Path, found: dict[str, Any], protocol: Path, seeds: Sequence[int], command: str) -> None:
     """The audit's figures with the protocol's hash and the training seeds."""
-    written = [PROTOCOL, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
+    written = [protocol, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
-    found |= {"command": command, "protocol_sha256": digest, "training_seeds": protocol["training_seeds"]}
+    found |= {"command": command, "protocol_sha256": digest, "training_seeds": list(seeds)}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
