@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..gate.statistics import Rate
 from . import stats
 from .arms import SWEEP
 from .judge import Judge
 from .options import ARMS
 from .report import AuditReport, Difference, Quality, Row
-from .results import Drawn, Rate
+from .results import Drawn
 
 LEAST = 2  # clusters of a bootstrap; of one, every draw is the same
 

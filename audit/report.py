@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..gate.statistics import Rate
 from ..modular_lora.errors import GuardError
-from .results import Rate
 
 FORM = 1  # of report.json
 

@@ -27,17 +27,3 @@ class Drawn:
     item: Item
     path: Path
     verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Rate:
-    """k of n with an interval: Wilson's over pictures, or the bootstrap's over concepts and training seeds."""
-
-    k: int
-    n: int
-    low: float
-    high: float
-
-    @property
-    def rate(self) -> float:
-        return self.k / self.n if self.n else float("nan")

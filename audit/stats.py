@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from ..gate.statistics import wilson
+from ..gate.statistics import Rate, wilson
 from .plan import Item
-from .results import Drawn, Rate
+from .results import Drawn
 
 DRAWS, SEED, TAIL = 10_000, 20_240_401, 0.025
 TOGETHER = 1_000  # draws at a time: with a cluster a prompt of a large set, all of them would not fit into memory

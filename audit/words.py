@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..gate.statistics import Rate
 from .arms import shown
 from .report import AuditReport, Difference, Row
-from .results import Rate
 
 
 def rate(found: Rate | None) -> str:

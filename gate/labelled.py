@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..audit.results import Rate
 from .errors import GateError
 from .finding import Detector, Finding
 from .report import describe
 from .settings import Settings
-from .statistics import wilson
+from .statistics import Rate, wilson
 from .storage import write_json
 
 STEPS = 100  # thresholds of the curve, evenly over 0..1

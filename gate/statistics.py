@@ -1,10 +1,25 @@
-"""Intervals of counted rates."""
+"""Counted rates and their intervals."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+@dataclass(frozen=True)
+class Rate:
+    """k of n with an interval: Wilson's over pictures, or the bootstrap's over concepts and training seeds."""
+
+    k: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        return self.k / self.n if self.n else float("nan")
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.audit import figures, page, plots, report, sheet, words
 from modular_lora_guard.audit.plan import Arm, Item
-from modular_lora_guard.audit.results import Drawn, Rate, Verdict
+from modular_lora_guard.audit.results import Drawn, Verdict
+from modular_lora_guard.gate.statistics import Rate
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 
