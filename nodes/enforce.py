@@ -13,6 +13,7 @@ policy that changes in between holds as well, so that a run that ends has satisf
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import functools
 import logging
@@ -239,24 +240,31 @@ def _node(original: Callable) -> Callable:
 
     async def get_output_data(prompt_id, unique_id, obj, input_data_all, *args, **kwargs):
         policy, token = None, None
+        where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(facts.names(type(obj)))}
         try:
             if (policy := policies.current()) is not None:
                 token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
             made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
             if policy is not None:
                 _check_shown(policy, facts.facts(type(obj)), made[1])
+                for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
+                    task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
             return made
         except GuardError as error:
-            if policy is not None or isinstance(error, PolicyError):
-                rule = getattr(error, "rule", "policy" if isinstance(error, PolicyError) else "guard")
-                where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(facts.names(type(obj)))}
-                _record_refusal(policy, rule, str(error), **where)
+            _failed(policy, error, where)
             raise
         finally:
             if token is not None:
                 _evaluating.reset(token)
 
     return get_output_data
+
+
+def _failed(policy: Policy | None, error: BaseException | None, where: Mapping[str, str]) -> None:
+    """A line for a node that was refused as it ran."""
+    if isinstance(error, PolicyError) or (policy is not None and isinstance(error, GuardError)):
+        rule = getattr(error, "rule", "policy" if isinstance(error, PolicyError) else "guard")
+        _record_refusal(policy, rule, str(error), **where)
 
 
 def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str, list]) -> object | None:
@@ -324,6 +332,9 @@ def _pictures(value: Any) -> Iterator[torch.Tensor]:
             yield from value.reshape(-1, *value.shape[-3:])
     elif isinstance(value, list | tuple):
         for item in value:
+            yield from _pictures(item)
+    elif isinstance(value, Mapping):
+        for item in value.values() if "waveform" not in value else ():  # of AUDIO
             yield from _pictures(item)
     elif hasattr(value, "get_components"):  # VIDEO (comfy_api's VideoInput, 0.3.75 and 0.33.0)
         yield from value.get_components().images

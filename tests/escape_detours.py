@@ -84,6 +84,11 @@ def _(g):
     g["sample"] = node("EscThread")
 
 
+@graph("a node samples while others run, as its function is a coroutine")
+def _(g):
+    g["sample"] = node("EscLater")
+
+
 @graph("a node evaluates the diffusion model without any sampler")
 def _(g):
     g["sample"] = node("EscApply")
@@ -169,6 +174,13 @@ def _(g):
     g["box"] = node("EscBox", value=["load", 0])
     g["unbox"] = node("EscUnbox", box=["box", 0])
     g["show"] = node("EscShow", value=["unbox", 0])
+
+
+@graph("an outside picture stays in its box and goes into an output of another pack")
+def _(g):
+    g["load"] = node("LoadImage", image="outside.png")
+    g["box"] = node("EscBox", value=["load", 0])
+    g["show"] = node("EscShow", value=["box", 0])
 
 
 @graph("an outside latent is decoded by the stock node and saved")

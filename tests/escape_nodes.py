@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +19,16 @@ def _node(run: Callable, returns: tuple = (), output: bool = False, **inputs) ->
     def input_types(cls):
         return {"required": inputs}
 
-    def execute(self, **given):
-        made = run(**given)
+    def given_out(made):
         return made if isinstance(made, dict) and made.keys() & {"ui", "expand"} else (made,)
 
+    def execute(self, **given):
+        return given_out(run(**given))
+
+    async def execute_later(self, **given):
+        return given_out(await run(**given))
+
+    execute = execute_later if inspect.iscoroutinefunction(run) else execute
     members = {"INPUT_TYPES": classmethod(input_types), "RETURN_TYPES": returns, "OUTPUT_NODE": output, "run": execute}
     return type("EscNode", (), members | {"FUNCTION": "run", "CATEGORY": "test"})
 
@@ -47,6 +55,10 @@ def install(mapping: dict[str, type], between: Callable[[], None]) -> None:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.inference_mode()(sample)).result()
 
+    async def later():
+        await asyncio.sleep(0.01)
+        return sample()
+
     def call(value, number):
         between()
         return value
@@ -55,6 +67,7 @@ def install(mapping: dict[str, type], between: Callable[[], None]) -> None:
         "EscHidden": _node(lambda: load()[0], (ANY,)),
         "EscSample": _node(sample, ("LATENT",)),
         "EscThread": _node(in_thread, ("LATENT",)),
+        "EscLater": _node(later, ("LATENT",)),
         "EscApply": _node(apply, ("LATENT",)),
         "EscBox": _node(lambda value: {"inside": value}, ("BOX",), value=(ANY,)),
         "EscUnbox": _node(lambda box: box["inside"], (ANY,), box=("BOX",)),

@@ -73,6 +73,32 @@ def _(ground):
     ground.send(stock(), front=True, number=-1e9)
 
 
+@attempt("another pack's handler changes the prompt after the policy has looked at it")
+def _(ground):
+    handlers = ground.site.on_prompt_handlers
+    handlers.append(lambda said: said | {"prompt": only_stock()})
+    try:
+        ground.send(guarded())
+    finally:
+        handlers.pop()
+
+
+@attempt("the body of the request is no table", "invalid")
+def _(ground):
+    for body in ("[]", "null", '"prompt"', "1"):
+        ground.note(*ground.request("POST", "/prompt", data=body))
+    ground.work()
+
+
+@attempt("the file of the safety LoRA is another one when the prompt's turn comes")
+def _(ground):
+    path, other = ground.loras / "changing.safetensors", ground.loras / "other.safetensors"
+    path.write_bytes((ground.loras / "safety.safetensors").read_bytes())
+    assert ground.queue(guarded(safety=path.name)) == 200
+    path.write_bytes(other.read_bytes())
+    ground.work()
+
+
 @attempt("the prompt is a list of nodes")
 def _(ground):
     ground.send(list(stock().values()))
