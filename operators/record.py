@@ -219,6 +219,8 @@ class _Chain:
                 f"{place}: torn, {len(raw)} bytes: a crash or a write in progress; the next line mends it"
             )
             return
+        if not raw.endswith(b"\n") and len(raw) < LINE_LIMIT:
+            self.problems.append(f"{place}: has no end of line: the end of its file was cut off")
         said, sha256 = _parsed(raw), _sha256(raw.removesuffix(b"\n"))
         self.lines += 1
         if said is None:

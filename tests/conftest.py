@@ -215,6 +215,7 @@ def operator(comfy, loras, run_graph):
     from operator_graphs import Operator
 
     one = Operator(comfy, run_graph)
+    shutil.rmtree(one.path.parent / "record", ignore_errors=True)
     yield one
     one.remove()
     shutil.rmtree(one.path.parent / "record", ignore_errors=True)

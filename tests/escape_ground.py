@@ -170,8 +170,13 @@ class Ground:
             return True
 
     def record(self) -> list[dict]:
+        """Lines since this attempt began, of every folder that a policy names."""
+        new = (line for file, lines in self._record().items() for line in lines[self._known.get(file, 0) :])
+        return [json.loads(line) for line in new]
+
+    def _record(self) -> dict[Path, list[str]]:
         files = sorted(self.policy.parent.glob("record*/record-*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        return {file: file.read_text(encoding="utf-8").splitlines() for file in files}
 
     # The user's side
 
@@ -226,7 +231,7 @@ class Ground:
 
     def begin(self) -> None:
         self.seen, self._mark, self.status = Seen(), self._files(), "guarded"
-        self._lines = len(self.record())
+        self._known = {file: len(lines) for file, lines in self._record().items()}
 
     def _files(self) -> dict[Path, int]:
         places = (self.base / name for name in ("output", "temp", "user"))
@@ -237,7 +242,7 @@ class Ground:
 
     def refusals(self) -> list[dict]:
         """Of this attempt, in the record."""
-        return [line for line in self.record()[self._lines :] if line["kind"] == "refused"]
+        return [line for line in self.record() if line["kind"] == "refused"]
 
     def pictures(self) -> list[Path]:
         """New files of pictures and latents; AssertionError for one that is not attested, and for weights."""

@@ -187,7 +187,8 @@ def test_a_picture_that_was_edited_does_not_leave_and_one_that_was_not_does(enfo
 
 def test_a_batch_with_one_unattested_picture_does_not_leave(enforced):
     graph = guarded(9)
-    graph["empty"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
+    plain = {"width": 64, "height": 64, "batch_size": 1, "color": 0x2468AC}  # not black, which gates put in
+    graph["empty"] = {"class_type": "EmptyImage", "inputs": plain}
     graph["both"] = {"class_type": "ImageBatch", "inputs": {"image1": ["decode", 0], "image2": ["empty", 0]}}
     graph["save"]["inputs"] |= {"images": ["both", 0], "unattested": "save and say so"}
     assert set(enforced.queue(graph)) == {"save"}

@@ -208,6 +208,13 @@ def test_a_writer_without_the_key_leaves_a_signed_head_as_it_is(folder, operator
     assert (found.whole, found.lines, found.notes) == (True, 14, ())
 
 
+def test_a_last_end_of_line_that_an_older_file_has_lost_is_found(tmp_path):
+    first, *_ = fill(tmp_path, 9, 700)
+    first.write_bytes(first.read_bytes()[:-1])
+    (problem,) = verify(tmp_path).problems
+    assert "the end of its file was cut off" in problem
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_any_cut_and_any_loss_of_lines_is_found(data, tmp_path_factory):
