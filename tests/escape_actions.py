@@ -248,7 +248,8 @@ def _(g):
 def _(g):
     g["name"] = node("EscText", text="../../user/__modular_lora/policy.toml")
     choices = {"detector": "classifier", "labels": "none", "preset": "none", "threshold": 0.0, "classes": ""}
-    g["gate"] = node("ModularLoraGateSettings", classifier=["name", 0], action="as preset", provider="CPU", **choices)
+    choices |= {"action": "as the preset says", "provider": "CPU"}
+    g["gate"] = node("ModularLoraGateSettings", classifier=["name", 0], **choices)
     g["shown"] = node("PreviewAny", source=["gate", 1])
 
 
