@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gate_graphs import gated_run, install_stub, part
 from graphs import guarded_graph
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.files import read_lora
 from modular_lora_guard.operators import cli, keys, policy, signing
@@ -23,6 +23,7 @@ from modular_lora_guard.operators.keys import Expired, MissingSignature, Signatu
 from modular_lora_guard.operators.signing import KEY, sign, signature_path, verify, verify_attestation
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from signatures import picture, refused, save_png
 
 TODAY = datetime.datetime.now(datetime.timezone.utc).date()
 DAY = datetime.timedelta(days=1)
@@ -48,15 +49,6 @@ def lora(tmp_path: Path) -> Path:
     path = tmp_path / "safety.safetensors"
     path.write_bytes(LORA.read_bytes())
     return path
-
-
-def refused(kind: type[SignatureError], call, *arguments, **options) -> str:
-    """The message of the refusal: this very kind, one printable line."""
-    with pytest.raises(SignatureError) as error:
-        call(*arguments, **options)
-    assert type(error.value) is kind, error.value
-    assert str(error.value).isprintable()
-    return str(error.value)
 
 
 def test_a_signed_lora_names_its_signer_and_a_renamed_one_too(lora, pair, trusted):
@@ -90,7 +82,7 @@ def test_a_file_without_a_signature_or_with_that_of_another_key_is_refused(lora,
     assert "trusted are: none" in refused(UnknownKey, verify, lora, {})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # signing on a busy machine
 @given(data=st.data())
 def test_any_flipped_bit_of_the_file_or_its_signature_is_refused(data, pair, tmp_path_factory):
     path = tmp_path_factory.mktemp("signed") / "policy.toml"
@@ -238,23 +230,6 @@ def test_a_policy_with_a_trusted_key_beside_it_must_be_signed(pair, tmp_path):
     path.write_text("[guard]\nrequired = []\n\n")
     with pytest.raises(policy.PolicyError, match="was changed after"):
         policy.load(path)
-
-
-def picture(path: Path, key: Path | None, **changes) -> dict:
-    """A PNG with a record in its text, as nodes/save.py writes it."""
-    pixels = np.random.default_rng(3).integers(0, 255, (6, 8, 3), np.uint8)
-    record = {"status": "guarded", "net_strength": {"a.safetensors": 0.9731234}, **changes}
-    record |= signing.pixels(pixels)
-    if key is not None:
-        record = signing.sign_attestation(record, keys.private_key(key))
-    save_png(path, Image.fromarray(pixels), record)
-    return record
-
-
-def save_png(path: Path, image: Image.Image, record: dict) -> None:
-    info = PngInfo()
-    info.add_text(KEY, json.dumps(record, sort_keys=True))
-    image.save(path, pnginfo=info)
 
 
 def test_a_signed_attestation_is_told_from_a_forged_one(pair, trusted, tmp_path):
