@@ -22,6 +22,7 @@ import torch
 from training.__main__ import register
 from world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
 
+from .demo_world import draw
 from .figures import record
 
 register()
@@ -32,7 +33,6 @@ dataset = importlib.import_module("modular_lora_guard.training.dataset")
 denoising = importlib.import_module("modular_lora_guard.training.denoising")
 options = importlib.import_module("modular_lora_guard.training.options")
 safety = importlib.import_module("modular_lora_guard.training.safety")
-sampling = importlib.import_module("modular_lora_guard.training.sampling")
 task = importlib.import_module("modular_lora_guard.training.task")
 trainees = importlib.import_module("modular_lora_guard.training.trainee")
 
@@ -79,6 +79,10 @@ class Trainee(narrow.NarrowTrainee):
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.ae.encode(pictures.movedim(-1, 1).to(self.device)).float()
 
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.ae.decode(latents).clamp(0, 1).movedim(1, -1).cpu()
+
     def attach(self, *loras: Path) -> None:
         """Let the net use exactly these LoRA files."""
         layers = [files.read_lora(path).layers for path in loras]
@@ -108,20 +112,6 @@ class Bench:
 
     def steps(self, n: int) -> int:
         return max(2, round(n * self.scale))
-
-
-@torch.no_grad()
-def draw(trainee: Trainee, prompts: list[str], seed: int) -> torch.Tensor:
-    """Pictures (b 3 h w, 0..1), DDIM 20 steps, guidance 3; noise by place in the list alone."""
-    noises = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    parts = []
-    for start in range(0, len(prompts), 60):
-        some = prompts[start : start + 60]
-        x_t = sampling.noise(trainee, (data.SIZE, data.SIZE), noises[start : start + 60])
-        cond, empty = trainee.encode(some), trainee.encode([""] * len(some))
-        z = sampling.sample(trainee.predict, trainee.schedule, x_t, cond, empty, 3.0, 20)
-        parts.append(trainee.ae.decode(z).clamp(0, 1).cpu())
-    return torch.cat(parts)
 
 
 def judge(bench: Bench) -> str:

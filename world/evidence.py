@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -26,11 +25,12 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..audit import cli as audit
+from ..gate.storage import write_json
 from ..modular_lora import options as optionfile
 from ..modular_lora.command import finish
 from ..modular_lora.files import LoraFile, read_lora
 from ..modular_lora.guard import TRAINED_ON_KEY, SafetyLora
-from ..training.cli import TrainingLines
+from ..training.cli import TrainingLines, comfy_host
 from ..training.options import SafetyOptions, TaskOptions
 from ..training.output import write_tensors
 from ..training.safety import train_safety
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
 def _train_all(protocol: dict, chosen: argparse.Namespace) -> str:
     """Train what is missing; what there is to say of it."""
     todo = missing(protocol, chosen.loras)
-    host = _host(chosen) if todo else None
+    host = comfy_host(vars(chosen)) if todo else None  # brings ComfyUI
 
     def open_trainee(made):
         return host.opened(*host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision), made)
@@ -124,12 +124,6 @@ def _train_all(protocol: dict, chosen: argparse.Namespace) -> str:
         logger.info("%s, training seed %d", role, seed)
         train(protocol, role, seed, open_trainee, TrainingLines(), host.ENGINE, chosen.loras)
     return f"{len(todo)} LoRAs trained; all are in {chosen.loras}"
-
-
-def _host(chosen: argparse.Namespace):
-    """nodes.trainee, which brings ComfyUI."""
-    importlib.import_module("..nodes.comfyui", __package__).start(chosen.comfyui, chosen.cpu)
-    return importlib.import_module("..nodes.trainee", __package__)
 
 
 def _audit(protocol: dict, chosen: argparse.Namespace, more: list[str]) -> int:
@@ -152,6 +146,4 @@ def write_figures(path: Path, found: dict[str, Any], protocol: Path, seeds: Sequ
     written = [protocol, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
     found |= {"command": command, "protocol_sha256": digest, "training_seeds": list(seeds)}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(found, path)
