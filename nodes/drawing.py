@@ -31,7 +31,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
 from ..training.pictures import PictureError, decode
-from . import host, trainee
+from . import anatomy, host, trainee
 
 KEPT_ARMS = 4  # whose branches stay built
 KEPT_PROMPTS = 512  # whose embeddings stay, some 0.2 MB each for SD 1.5 and 0.6 MB for SDXL
@@ -84,7 +84,7 @@ class ComfyPainter:
         self._model, self._clip, self._vae = model, clip, vae
         self.base_sha256 = _base_sha256(model, clip, vae)
         self.device, self.dtype = _device_name(model.load_device), str(_dtype(model)).removeprefix("torch.")
-        self._infos = host.model_info(model), host.clip_info(clip)
+        self._infos = anatomy.model_info(model), anatomy.clip_info(clip)
         self._arms: _Recent[_Built] = _Recent(KEPT_ARMS)
         self._prompts: _Recent[Cond] = _Recent(KEPT_PROMPTS)
 
@@ -185,7 +185,7 @@ def _base_sha256(model, clip, vae) -> str:
     """SHA-256 over those of the three models that decide the pixels, W0's as attestations have it first."""
     comfy.model_management.load_models_gpu([clip.patcher])  # takes out what another clone's LoRAs merged
     text = ((name, w) for name, w in clip.cond_stage_model.state_dict().items() if name not in UNREAD)
-    digests = host.model_sha256(model), weights_sha256(text), host.vae_sha256(vae)
+    digests = anatomy.model_sha256(model), weights_sha256(text), anatomy.vae_sha256(vae)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -9,12 +9,10 @@ them raises GuardError. It guards against graphs and accidents, not against arbi
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import comfy.lora
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sd
@@ -22,11 +20,10 @@ import torch
 
 from ..modular_lora import attestation as attest
 from ..modular_lora.attestation import Attestation, Ledger, row_digests, tensor_sha256
-from ..modular_lora.branches import ALL_ROLES, Attachment, layer_spec
+from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.guard import (
     GuardedPart,
-    ModelInfo,
     Policy,
     Safety,
     Tasks,
@@ -36,6 +33,7 @@ from ..modular_lora.guard import (
     text_digest,
 )
 from ..modular_lora.report import format_guard
+from .anatomy import clip_info, family, model_info, model_sha256
 
 PACK = "modular-lora-guard 0.1.0"
 KEY = "modular_lora"
@@ -45,7 +43,6 @@ OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
 images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
 embeddings: Ledger[str] = Ledger(200_000)  # content of one embedding row -> digest of the safety LoRAs that shaped it
-_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
 
 
 @dataclass(frozen=True)
@@ -301,7 +298,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     text = parts[1] if clip and parts[1].layers else None
     digest = text_digest(safety)
     record = make_record(
-        PACK, _family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
+        PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
     )
     guarded = _wrap(model.clone(), GuardState(parts[0], record, frozenset(model.patches), digest))
     if text:
@@ -345,47 +342,6 @@ def _check_clean(patcher, patches: frozenset[str], what: str) -> None:
     }
     for problem in (name for name, present in found.items() if present):
         raise GuardError(f"{what} carries {problem} beside the guard: remove that node, or use Load Task LoRA.")
-
-
-def model_info(model) -> ModelInfo:
-    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
-    return ModelInfo(
-        _family(model), comfy.lora.model_lora_keys_unet(model.model, {}), _specs(model.model), ("diffusion_model",)
-    )
-
-
-def clip_info(clip) -> ModelInfo:
-    """Key map and layers of a CLIP; the transformers of its encoders are what is evaluated (0.3.75 and 0.33.0)."""
-    encoders = clip.cond_stage_model
-    roots = tuple(f"{name}.transformer" for name, child in encoders.named_children() if hasattr(child, "transformer"))
-    return ModelInfo(type(encoders).__name__, comfy.lora.model_lora_keys_clip(encoders, {}), _specs(encoders), roots)
-
-
-def _specs(module: torch.nn.Module) -> dict:
-    found = ((path, m) for path, m in module.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
-    return {f"{path}.weight": layer_spec(path, m) for path, m in found}
-
-
-def _family(model) -> str:
-    return type(model.model.model_config).__name__
-
-
-def model_sha256(patcher) -> str:
-    """SHA-256 of W0: contents as float32, merged LoRAs taken back out; remembered while the model is loaded."""
-    module = patcher.model
-    if module not in _weights:
-        backup = {key: entry.weight for key, entry in patcher.backup.items()}
-        backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
-        _weights[module] = attest.weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
-    return _weights[module]
-
-
-def vae_sha256(vae) -> str:
-    """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
-    module = vae.first_stage_model
-    if module not in _weights:
-        _weights[module] = attest.weights_sha256(module.state_dict().items())
-    return _weights[module]
 
 
 def common_ksampler(patcher, *settings, **options):

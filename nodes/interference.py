@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
 from ..modular_lora.interference import Interference
 from ..modular_lora.report import format_interference
-from . import host
+from . import anatomy
 from .load import handles, stacked
 from .sockets import CATEGORY, SafetySocket, StackSocket, TaskSocket, show
 
@@ -52,7 +52,7 @@ class LoraInterference(io.ComfyNode):
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=()) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
-        part = build_part("model", host.model_info(model), safety, tasks, Policy(), enforce=False)
+        part = build_part("model", anatomy.model_info(model), safety, tasks, Policy(), enforce=False)
         table = "\n\n".join(format_interference(name, result) for name, result in part.interference)
         show(cls, "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING"))))
         return io.NodeOutput(table, _pictures([_draw(name, result) for name, result in part.interference]))

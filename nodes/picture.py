@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..modular_lora.attestation import Attestation, GateRecord, Ledger, tensor_sha256
 from ..modular_lora.report import format_attestation
-from . import host
+from . import anatomy, host
 from .sockets import CATEGORY, show
 
 EDITED = "unattested: no guarded run made exactly this; it was edited on the way, or sampled without the guard"
@@ -79,7 +79,7 @@ def decode(vae, latents: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
     pictures = vae.decode(latents)  # b h w c, of a video b t h w c
     pictures = pictures.reshape(-1, *pictures.shape[-3:])
     runs = [host.latents.get(tensor_sha256(latent)) for latent in latents]
-    return pictures, list(dict.fromkeys(_bind(pictures, runs, host.vae_sha256(vae))))
+    return pictures, list(dict.fromkeys(_bind(pictures, runs, anatomy.vae_sha256(vae))))
 
 
 def _bind(pictures: torch.Tensor, runs: list[Attestation | None], vae_sha256: str) -> list[str]:

@@ -30,7 +30,7 @@ from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, chec
 from ..training.kohya import Base
 from ..training.options import Options
 from ..training.trainee import Cond, Schedule
-from . import host
+from . import anatomy, host
 from .convolutions import small_as_products
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
@@ -46,10 +46,10 @@ class ComfyTrainee:
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
-        self.infos = host.model_info(model), host.clip_info(clip)  # as of now: PEFT changes paths
+        self.infos = anatomy.model_info(model), anatomy.clip_info(clip)  # as of now: PEFT changes paths
         self._chunks = max_token_length // CHUNK
-        self.family, self.dtype, self.device = host._family(model), dtype, model.load_device
-        self.base_sha256, self.patches = host.model_sha256(model), len(model.patches)
+        self.family, self.dtype, self.device = anatomy.family(model), dtype, model.load_device
+        self.base_sha256, self.patches = anatomy.model_sha256(model), len(model.patches)
         self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
         self.unet_names = unet_names(self.infos[0], self.family)
         self.text_names = text_names(self.infos[1])
@@ -204,8 +204,8 @@ def kohya_base(model, clip, ckpt_name: str, options: Options) -> Base:
         raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
     base = Base(
         Path(path),
-        host._family(model),
-        host.model_sha256(model),
+        anatomy.family(model),
+        anatomy.model_sha256(model),
         isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
         str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"),  # 0.3.75 and 0.33.0
     )
@@ -216,7 +216,7 @@ def kohya_base(model, clip, ckpt_name: str, options: Options) -> Base:
 def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
     """Key maps and layers of a checkpoint's U-Net and text encoder."""
     model, clip, _ = load_checkpoint(path, None, "no")
-    return host.model_info(model), host.clip_info(clip)
+    return anatomy.model_info(model), anatomy.clip_info(clip)
 
 
 def _check(model, clip, accept_merged: bool) -> None:
@@ -230,7 +230,7 @@ def _check(model, clip, accept_merged: bool) -> None:
         )
     host._check_incoming(model, accept_merged, "The MODEL")
     host._check_incoming(clip.patcher, accept_merged, "The CLIP")
-    if (family := host._family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
+    if (family := anatomy.family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
         raise GuardError(
             f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: train "
             "it with the kohya engine."

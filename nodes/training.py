@@ -24,7 +24,7 @@ from ..training.options import SafetyOptions, TaskOptions
 from ..training.record import Trained
 from ..training.safety import train_safety
 from ..training.task import configure, train_task
-from . import host, trainee
+from . import anatomy, trainee
 from . import policy as policies
 from .load import handles
 from .progress import NodeWatch, contact_sheet, image_tensor
@@ -390,7 +390,7 @@ class ProjectTaskLora(io.ComfyNode):
                 f"Project Task LoRA got {len(tasks)} task LoRAs: connect one, and project the others apart."
             )
         task, loras = tasks[0], [s.lora for s in safety]
-        infos = (host.model_info(model), host.clip_info(clip))
+        infos = (anatomy.model_info(model), anatomy.clip_info(clip))
         tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
         path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))

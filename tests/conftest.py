@@ -97,6 +97,7 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
         execution=execution,
         server=stub,
         host=sys.modules[f"{module}.host"],
+        anatomy=sys.modules[f"{module}.anatomy"],
         folder_paths=folder_paths,
         host_guard=core("guard"),
         host_files=core("files"),
@@ -186,8 +187,8 @@ def loaded(comfy):
 def loras(comfy, loaded) -> SimpleNamespace:
     """Random LoRA files of large effect, under kohya names, in ComfyUI's loras folder."""
     model, clip, _ = loaded
-    unet = dict(_layers(comfy.host.model_info(model), "lora_unet_"))
-    text = dict(_layers(comfy.host.clip_info(clip), "lora_te_"))
+    unet = dict(_layers(comfy.anatomy.model_info(model), "lora_unet_"))
+    text = dict(_layers(comfy.anatomy.clip_info(clip), "lora_te_"))
     made = {
         "safety.safetensors": (unet, 4, 1),
         "task.safetensors": (unet, 8, 2),

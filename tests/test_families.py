@@ -81,7 +81,7 @@ def test_guarded_equals_merged_on_every_layer_of_the_family(family, comfy, toy, 
     from comfy.utils import load_torch_file
 
     model, g = toy(family), comfy.host_guard
-    named = layers(comfy.host.model_info(model), "lora_unet_")
+    named = layers(comfy.anatomy.model_info(model), "lora_unet_")
     files = [tmp_path / "safety.safetensors", tmp_path / "task.safetensors"]
     for seed, path in enumerate(files):
         save_lora(path, named, rank=3 + seed, seed=seed, size=0.2)
@@ -116,7 +116,7 @@ def test_text_encoder_layers_of_the_family_are_found_under_kohyas_names(module, 
     from types import SimpleNamespace
 
     encoders = getattr(importlib.import_module(module), cls)(device="meta", dtype=torch.float16)
-    info = comfy.host.clip_info(SimpleNamespace(cond_stage_model=encoders))
+    info = comfy.anatomy.clip_info(SimpleNamespace(cond_stage_model=encoders))
     found = [len(layers(info, prefix)) for prefix in prefixes]
     blocks = sum(1 for name, _ in encoders.named_modules() if name.endswith(".self_attn"))
     assert max(found) > 0

@@ -61,7 +61,8 @@ def layers(info, prefix: str) -> dict:
 
 def write_loras(comfy, model, clip) -> None:
     """LoRAs of large effect on some layers of every kind, and copies of the safety LoRAs with other hashes."""
-    unet, text = layers(comfy.host.model_info(model), "lora_unet_"), layers(comfy.host.clip_info(clip), "lora_te_")
+    anatomy = comfy.anatomy
+    unet, text = layers(anatomy.model_info(model), "lora_unet_"), layers(anatomy.clip_info(clip), "lora_te_")
     few = dict(list(unet.items())[::4])
     for i, (name, rank) in enumerate(zip(LORAS, (4, 8, 3, 4, 4), strict=True)):
         save_lora(comfy.loras / name, few | text if "_te" in name else few, rank, i, size=0.6)

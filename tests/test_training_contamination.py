@@ -246,12 +246,12 @@ def test_a_broken_registry_names_file_and_entry(text, message, tmp_path):
 
 
 def test_the_demo_world_is_in_the_bundled_registry_under_the_hash_that_the_host_gives_it(comfy, loaded):
-    assert comfy.host.model_sha256(loaded[0]) == DEMO
+    assert comfy.anatomy.model_sha256(loaded[0]) == DEMO
     assert known_bases()[DEMO].name == "demo world"
 
 
 def test_the_demo_safety_lora_is_found_in_the_demo_base_by_the_names_of_comfyui(comfy, loaded):
-    info = comfy.host.model_info(loaded[0])
+    info = comfy.anatomy.model_info(loaded[0])
     W = {key: w.detach().clone() for key, w in loaded[0].model.state_dict().items()}
     safety = read_lora(ASSETS / "demo_safety_vehicles.safetensors")
     clean = measure(W, safety, [info])

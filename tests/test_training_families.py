@@ -78,7 +78,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     )
     watch = SimpleNamespace(check=lambda: None, stage=lambda *_: None, step=lambda *_: None)
     model, clip, vae = parts(family)
-    infos = comfy.host.model_info(model), comfy.host.clip_info(clip)
+    infos = comfy.anatomy.model_info(model), comfy.anatomy.clip_info(clip)
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]
     with trainee.opened(model, clip, vae, options, True) as opened:
         assert opened.schedule.prediction == "epsilon"

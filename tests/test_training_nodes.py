@@ -143,7 +143,7 @@ def test_text_encoder_and_unet_layers_are_trained_and_stock_nodes_load_every_key
     text = [layer for name, layer in lora.layers.items() if name.startswith("lora_te_text_model_encoder_layers_")]
     assert len(text) == 12 * 6
     assert all(layer.up.float().norm() > 0 for layer in lora.layers.values())
-    infos = comfy.host.model_info(loaded[0]), comfy.host.clip_info(loaded[1])
+    infos = comfy.anatomy.model_info(loaded[0]), comfy.anatomy.clip_info(loaded[1])
     known = infos[0].key_map.keys() | infos[1].key_map.keys()
     assert {key.rpartition(".lora_")[0] for key in load_file(lora.path) if ".lora_" in key} <= known
     caplog.clear()
@@ -359,7 +359,7 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     ((task,), report, *_) = run_graph(graph)["train"]
     assert task.lora.path.name == "by_kohya.safetensors"
     assert len(task.lora.layers) > 0
-    assert task.lora.metadata["modular_lora.base_sha256"] == comfy.host.model_sha256(run_graph(graph)["ckpt"][0])
+    assert task.lora.metadata["modular_lora.base_sha256"] == comfy.anatomy.model_sha256(run_graph(graph)["ckpt"][0])
     assert "sd-scripts" in report
     graph["train"]["inputs"]["ckpt_name"] = ""
     with pytest.raises(GraphError, match="choose it as ckpt_name"):

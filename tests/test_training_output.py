@@ -296,7 +296,7 @@ def test_comfyui_and_the_guard_load_every_layer_that_is_written(comfy, loaded, l
         out, *inside = spec.weight_shape
         layers[name] = make(4, *inside), make(out, 4, *(1 for _ in inside[1:])), 4.0
     path = write(tmp_path / "x.safetensors", layers, metadata(TaskOptions(), MADE)).path
-    info = comfy.host.model_info(model)
+    info = comfy.anatomy.model_info(model)
     patches = sys.modules["comfy.lora"].load_lora(safetensors.torch.load_file(path), info.key_map)
     assert set(patches) == {info.key_map[name] for name in layers}
     part = comfy.host_guard.build_part(

@@ -158,7 +158,7 @@ def test_a_task_lora_with_a_text_half_and_no_clip_is_a_counted_note(run_graph, l
 
 
 def test_a_lora_recorded_on_another_base_is_a_counted_note(comfy, run_graph, loras):
-    own = comfy.host.model_sha256(run_graph(guarded_graph())["ckpt"][0])
+    own = comfy.anatomy.model_sha256(run_graph(guarded_graph())["ckpt"][0])
     for name, base in (("here.safetensors", own), ("elsewhere.safetensors", "0" * 64)):
         tensors = {
             k: v * 1.01 if "lora_up" in k else v for k, v in load_file(loras.folder / "other.safetensors").items()
@@ -280,7 +280,7 @@ def test_interference_names_a_task_lora_trained_on_top_of_safety(run_graph, lora
 def test_peft_and_diffusers_names_apply_like_kohya_names(comfy, run_graph, loras):
     """The same weights under diffusers/PEFT names give the same latent, bit for bit."""
     tensors, renamed = load_file(loras.folder / "safety.safetensors"), {}
-    info = comfy.host.model_info(run_graph(guarded_graph())["ckpt"][0])
+    info = comfy.anatomy.model_info(run_graph(guarded_graph())["ckpt"][0])
     dotted = {}
     for name, key in info.key_map.items():
         if name.startswith("unet.") and isinstance(key, str):

@@ -1,0 +1,58 @@
+"""What a loaded model consists of: its layers and their names, W0, and their hashes; ComfyUI's objects are only read.
+
+Like host.py, which changes them, it touches ComfyUI's internals; each touch says the versions it was seen in.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import comfy.lora
+import torch
+
+from ..modular_lora import attestation as attest
+from ..modular_lora.branches import layer_spec
+from ..modular_lora.guard import ModelInfo
+
+_weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
+
+
+def model_info(model) -> ModelInfo:
+    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
+    return ModelInfo(
+        family(model), comfy.lora.model_lora_keys_unet(model.model, {}), _specs(model.model), ("diffusion_model",)
+    )
+
+
+def clip_info(clip) -> ModelInfo:
+    """Key map and layers of a CLIP; the transformers of its encoders are what is evaluated (0.3.75 and 0.33.0)."""
+    encoders = clip.cond_stage_model
+    roots = tuple(f"{name}.transformer" for name, child in encoders.named_children() if hasattr(child, "transformer"))
+    return ModelInfo(type(encoders).__name__, comfy.lora.model_lora_keys_clip(encoders, {}), _specs(encoders), roots)
+
+
+def _specs(module: torch.nn.Module) -> dict:
+    found = ((path, m) for path, m in module.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
+    return {f"{path}.weight": layer_spec(path, m) for path, m in found}
+
+
+def family(model) -> str:
+    return type(model.model.model_config).__name__
+
+
+def model_sha256(patcher) -> str:
+    """SHA-256 of W0: contents as float32, merged LoRAs taken back out; remembered while the model is loaded."""
+    module = patcher.model
+    if module not in _weights:
+        backup = {key: entry.weight for key, entry in patcher.backup.items()}
+        backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
+        _weights[module] = attest.weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
+    return _weights[module]
+
+
+def vae_sha256(vae) -> str:
+    """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
+    module = vae.first_stage_model
+    if module not in _weights:
+        _weights[module] = attest.weights_sha256(module.state_dict().items())
+    return _weights[module]
