@@ -22,14 +22,25 @@ def machine() -> str:
     return f"CPU, {os.cpu_count()} cores, {name}, {', '.join(fast) or 'no AVX-512, no bf16 instructions'}"
 
 
-def record(file: str, rows: dict[str, object], command: str) -> None:
-    """Put ``rows`` (name -> value) into docs/figures/``file``, in the place of rows of the same names."""
+def record(file: str, rows: dict[str, object], command: str, field: str = "value") -> None:
+    """Put ``rows`` (name -> value, as ``field``) into docs/figures/``file``, in the place of rows of the same names."""
     path = FOLDER / file
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     kept = [row for row in kept if row["name"] not in rows]
-    common = {"command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
-    kept += [{"name": name, "value": value, **common} for name, value in rows.items()]
+    _replace(path, kept + [{"name": name, field: value, **_source(command)} for name, value in rows.items()])
+
+
+def write(file: str, rows: list[dict], command: str) -> None:
+    """docs/figures/``file`` anew from ``rows``, each with its source."""
+    _replace(FOLDER / file, [row | _source(command) for row in rows])
+
+
+def _source(command: str) -> dict[str, str]:
+    return {"command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
+
+
+def _replace(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"rows": kept}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -17,6 +17,7 @@ from .figures import FOLDER
 
 DOCS = FOLDER.parent
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
+COLUMNS = ("name", "value", "ratio", "status", "max_error", "test")
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -32,10 +33,23 @@ def table(file: str, beginnings: list[str]) -> str:
         return tables(found, beginnings[0])
     rows = found["rows"]
     picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
-    cells = [[str(row[key]).replace("|", r"\|") for key in ("name", "value")] for row in picked]
-    lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
+    columns = [c for c in COLUMNS if any(c in row for row in picked)]
+    cells = [[_cell(row.get(c)) for c in columns] for row in picked]
+    head = ["figure" if c == "name" else c.replace("_", " ") for c in columns]
+    lines = [_line(head), "|" + "---|" * len(head), *map(_line, cells)]
     sources = dict.fromkeys(f"`{row['command']}`; {row['machine']}; {row['date']}" for row in picked)
     return "\n".join([*lines, "", *(f"* {source}" for source in sources)]) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.2g}" if isinstance(value, float) and 0 < abs(value) < 0.01 else str(value)
+    return text.replace("|", r"\|")
 
 
 def main() -> None:

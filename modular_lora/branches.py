@@ -1,4 +1,4 @@
-"""Unmerged LoRA branches on the layers of a model: y = W0·x + Σᵢ strengthᵢ·Bᵢ(Aᵢ·x), fused by concatenating ranks.
+"""Unmerged branches on the layers of a model: y = W0·x + b + Σᵢ strengthᵢ·ΔWᵢ·x, summed as changes.py fuses them.
 
 A layer has one down and one up product however many LoRAs act on it. The branches are plain objects in
 ``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save path ever sees them.
@@ -6,117 +6,59 @@ A layer has one down and one up product however many LoRAs act on it. The branch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .changes import Fused, Term
 from .errors import GuardError
+from .layers import LayerSpec
 
-Role = Literal["safety", "task"]
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 _SEAT = "_modular_lora_attachment"
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """How a layer takes a branch. ``weight_shape`` is the shape of W0: (out, in) or (out, in, *kernel).
-
-    ``problem`` says why the layer takes no branch (an embedding, a grouped convolution, a quantised weight); the guard
-    turns it into an error that names file and layer.
-    """
-
-    path: str
-    weight_shape: tuple[int, ...]
-    conv: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None  # stride, padding, dilation
-    problem: str | None = None
-
-
-def layer_spec(path: str, module: nn.Module) -> LayerSpec:
-    """The spec of the module at ``path``; read from nn.Linear's and nn.ConvNd's public attributes only."""
-    shape = tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ()
-    if isinstance(module, nn.Linear):
-        return LayerSpec(path, shape)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            return LayerSpec(path, shape, problem="a grouped or specially padded convolution")
-        return LayerSpec(path, shape, conv=(module.stride, module.padding, module.dilation))
-    return LayerSpec(path, shape, problem=f"a {type(module).__name__}, not a Linear or Conv layer")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One LoRA on one layer: ΔW = scale·up·down, with scale = strength·alpha/rank."""
-
-    role: Role
-    down: Tensor  # r in·k·k
-    up: Tensor  # out r
-    scale: float
-
-
 class FusedLayer:
-    """All terms of one layer: ``D`` (R in [k k]) and ``U`` (out R), concatenated over the active roles.
+    """All terms of one layer, fused over the active roles, and the count of its firings.
 
-    ``fired`` counts the evaluations in which the branch ran; one 0-dim int64 tensor a layer, so that torch.compile
-    sees a plain in-place add and keeps its graph.
+    Eager evaluations count in ``fired``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
+    there and keeps its graph, and eager runs launch no kernel for the count.
     """
 
-    def __init__(self, spec: LayerSpec, terms: list[Term]):
-        self.spec, self.terms = spec, terms
-        self.fired = _plain(lambda: torch.zeros((), dtype=torch.int64))
-        self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], tuple[Tensor, Tensor] | None] = {}
+    def __init__(self, spec: LayerSpec, terms: Sequence[Term]):
+        self.spec, self.terms = spec, tuple(terms)
+        self.fired = 0
+        self.fired_compiled = _counter()
+        self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
 
-    def weights(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(D, U) for the active roles in compute dtype on the layer's device, or None where no term is active."""
+    def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
+        """The active terms in compute dtype on the layer's device, or None where no term is active."""
         key = (roles, dtype, device)
         if key not in self._fused:
-            self._fused[key] = self._fuse(roles, dtype, device)
+            terms = [t for t in self.terms if t.role in roles]
+            self._fused[key] = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
         return self._fused[key]
 
-    def _fuse(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        terms = [t for t in self.terms if t.role in roles]
-        return _plain(lambda: self._concatenate(terms, dtype, device)) if terms else None
-
-    def _concatenate(self, terms: list[Term], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        down = torch.cat([t.down.float() for t in terms])  # R in·k·k
-        up = torch.cat([t.scale * t.up.float() for t in terms], dim=1)  # out R
-        kernel = self.spec.weight_shape[2:]
-        if kernel:
-            down = down.reshape(-1, *self.spec.weight_shape[1:])  # R in k k
-            up = up.reshape(*up.shape, *(1 for _ in kernel))  # out R 1 1
-        return down.to(device, dtype).contiguous(), up.to(device, dtype).contiguous()
-
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
-        """y + U·(D·x); the branch is taken in the activation's dtype, whatever the weight is stored in."""
-        fused = self.weights(roles, x.dtype, x.device)
+        """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
+        fused = self.fused(roles, x.dtype, x.device)
         if fused is None:
             return y
-        self.fired.add_(1)
-        D, U = fused
-        if self.spec.conv is not None:
-            stride, padding, dilation = self.spec.conv
-            return y.add_(_conv(_conv(x, D, stride, padding, dilation), U))  # b out h w
-        h = F.linear(x, D)  # ... R
-        if y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), U.t())
-            return y
-        return y + F.linear(h, U)
+        if torch.compiler.is_compiling():
+            self.fired_compiled.add_(1)
+        else:
+            self.fired += 1
+        return fused(y, x)
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now, over all dtypes and devices."""
-        return sum(t.numel() * t.element_size() for pair in self._fused.values() if pair for t in pair)
+        return sum(t.numel() * t.element_size() for fused in self._fused.values() if fused for t in fused.tensors)
 
     def free(self) -> None:
         """Drop the fused weights; they are made again from the terms when next needed."""
         self._fused.clear()
-
-
-def _conv(x: Tensor, weight: Tensor, stride=1, padding=0, dilation=1) -> Tensor:
-    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, None, stride, padding, dilation)
 
 
 def _plain(make: Callable):
@@ -125,12 +67,17 @@ def _plain(make: Callable):
         return make()
 
 
+def _counter() -> Tensor:
+    return _plain(lambda: torch.zeros((), dtype=torch.int64))
+
+
 class Branches:
     """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations."""
 
     def __init__(self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...]):
         self.layers, self.roots = dict(layers), roots
-        self.evaluated = {root: _plain(lambda: torch.zeros((), dtype=torch.int64)) for root in roots}
+        self.evaluated = dict.fromkeys(roots, 0)
+        self.evaluated_compiled = {root: _counter() for root in roots}
         self.roles = ALL_ROLES
 
     @contextmanager
@@ -144,8 +91,10 @@ class Branches:
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """(evaluations by root, firings by layer path), read from the counters in one go."""
-        ticks = torch.stack([t.cpu() for t in (*self.evaluated.values(), *(f.fired for f in self.layers.values()))])
-        values = ticks.tolist()
+        compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
+        eager = (*self.evaluated.values(), *(f.fired for f in self.layers.values()))
+        ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
+        values = [a + b for a, b in zip(eager, ticks, strict=True)]
         fired = dict(zip(self.layers, values[len(self.roots) :], strict=True))
         return dict(zip(self.roots, values, strict=False)), fired
 
@@ -155,11 +104,11 @@ class Branches:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Counters to ``device`` and fused weights made there in ``dtype`` ahead of the run."""
-        for root in self.roots:
-            self.evaluated[root] = _plain(lambda root=root: self.evaluated[root].to(device))
+        move = lambda counter: _plain(lambda: counter.to(device))  # noqa: E731
+        self.evaluated_compiled = {root: move(counter) for root, counter in self.evaluated_compiled.items()}
         for layer in self.layers.values():
-            layer.fired = _plain(lambda layer=layer: layer.fired.to(device))
-            layer.weights(self.roles, dtype, device)
+            layer.fired_compiled = move(layer.fired_compiled)
+            layer.fused(self.roles, dtype, device)
 
     def free(self) -> None:
         for layer in self.layers.values():
@@ -184,8 +133,10 @@ class _Evaluations:
         self.forward, self.root, self.branches, self.live = forward, root, branches, True
 
     def __call__(self, *args, **kwargs):
-        if self.live:
-            self.branches.evaluated[self.root].add_(1)
+        if self.live and torch.compiler.is_compiling():
+            self.branches.evaluated_compiled[self.root].add_(1)
+        elif self.live:
+            self.branches.evaluated[self.root] += 1
         return self.forward(*args, **kwargs)
 
 

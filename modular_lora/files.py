@@ -22,6 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .adapters import LoraLayer
 from .errors import LoraFileError
 
 HEADER_LIMIT = 16 * 2**20  # bytes
@@ -52,31 +53,6 @@ _REFUSED = (
     (re.compile(r"\.(w_norm|b_norm)$"), "a change of a norm"),
     (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias"),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class LoraLayer:
-    """One layer of a LoRA file: dW = scale * up @ down, on the CPU in the file's dtype."""
-
-    name: str  # the layer's name in the file, suffix removed
-    down: Tensor  # r in [k k]
-    up: Tensor  # out r [1 1]
-    alpha: float | None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether no component of the layer has both a non-zero column of up and a non-zero row of down."""
-        rows = self.down.flatten(1).float().abs().amax(1)  # r
-        columns = self.up.flatten(1).float().abs().amax(0)  # r
-        return self.alpha == 0 or not bool(((rows > 0) & (columns > 0)).any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,12 @@ from typing import Literal
 
 from .attestation import Attestation, LoraRecord
 from .blocks import block_of, parse_block_weights
-from .branches import Branches, FusedLayer, LayerSpec, Role, Term
+from .branches import Branches, FusedLayer
+from .changes import LowRank, Role, Term
 from .errors import GuardError
 from .files import LoraFile
 from .interference import Factor, Interference, cancelled, factors, interference, norm
+from .layers import LayerSpec
 from .matching import KeyMap, Match, is_text, match_layers, mismatch
 
 Part = Literal["model", "text"]
@@ -252,7 +254,7 @@ def _terms(applied: list[_Applied], info: ModelInfo) -> list[tuple[LayerSpec, li
     for a in applied:
         for key, f in a.factors.items():
             if a.strength * f.scale != 0:
-                terms.setdefault(key, []).append(Term(a.role, f.down, f.up, a.strength * f.scale))
+                terms.setdefault(key, []).append(Term(a.role, LowRank(f.down, f.up), a.strength * f.scale))
     return [(info.specs[key], layer_terms) for key, layer_terms in terms.items()]
 
 

@@ -11,8 +11,8 @@ import comfy.lora
 import torch
 
 from ..modular_lora import attestation as attest
-from ..modular_lora.branches import layer_spec
 from ..modular_lora.guard import ModelInfo
+from ..modular_lora.layers import layer_spec
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
 

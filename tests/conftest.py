@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import importlib.util
 import inspect
+import json
 import os
 import shutil
 import sys
@@ -138,6 +139,24 @@ async def _load_nodes(nodes) -> None:
     await nodes.load_custom_node(str(ROOT / "tests" / "helper_nodes.py"), module_parent="custom_nodes")
     if not await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"):
         raise RuntimeError("ComfyUI could not load the pack; its log above says why")
+
+
+@pytest.fixture
+def matrix(request):
+    """Notes a row of docs/figures/FILE: what was tried, how it came out, in which test, with which largest error.
+
+    ``max_error`` is the largest |guarded - merged| over the largest |merged - base|. `python -m benchmarks.matrix`
+    runs the tests with MODULAR_LORA_FIGURES set and writes the files.
+    """
+
+    def note(file: str, name: str, status: str, max_error: float | None = None) -> None:
+        test = request.node.nodeid.partition("[")[0]
+        row = {"name": name, "status": status, "test": test, "max_error": max_error}
+        if path := os.environ.get("MODULAR_LORA_FIGURES"):
+            with open(path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"file": file, **row}) + "\n")
+
+    return note
 
 
 @pytest.fixture

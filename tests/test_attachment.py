@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.branches import Attachment, Branches, FusedLayer, Role, Term, layer_spec
+from modular_lora_guard.modular_lora.branches import Attachment, Branches, FusedLayer
+from modular_lora_guard.modular_lora.changes import LowRank, Role, Term
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.layers import layer_spec
 from torch import Tensor, nn
 
 
@@ -62,7 +64,8 @@ def branches(model: Model, roles: tuple[Role, ...] = ("safety", "task"), seed: i
         factors = [
             (torch.randn(3, inside, generator=generator), torch.randn(out, 3, generator=generator)) for _ in roles
         ]
-        terms = [Term(role, down, up, 0.5 / inside**0.5) for role, (down, up) in zip(roles, factors, strict=True)]
+        scale, parts = 0.5 / inside**0.5, (LowRank(*pair) for pair in factors)
+        terms = [Term(role, part, scale) for role, part in zip(roles, parts, strict=True)]
         layers[path] = FusedLayer(spec, terms)
     return Branches(layers, (ROOT,))
 
@@ -73,7 +76,7 @@ def merged(model: Model, changes: Branches, *roles: str) -> Model:
         for path, layer in changes.layers.items():
             weight = other.get_submodule(path).weight
             for term in (t for t in layer.terms if t.role in roles):
-                weight += (term.scale * term.up @ term.down).reshape(weight.shape)
+                weight += (term.scale * term.part.up @ term.part.down).reshape(weight.shape)
     return other
 
 
@@ -208,7 +211,7 @@ def test_a_wrapper_put_round_a_branch_survives_detaching_without_the_branch(mode
 def test_detaching_undoes_the_stand_ins_in_reverse_order(model, x):
     made = branches(model, paths=(ROOT + ".conv",))
     made.roots = (ROOT + ".conv",)
-    made.evaluated = {made.roots[0]: torch.zeros((), dtype=torch.int64)}
+    made.evaluated, made.evaluated_compiled = {made.roots[0]: 0}, {made.roots[0]: torch.zeros((), dtype=torch.int64)}
     before, attachment = entries(model), Attachment(model, made)
     attachment.attach()
     model(x)

@@ -16,22 +16,24 @@ from modular_lora_guard.modular_lora.attestation import (
     tensor_sha256,
     weights_sha256,
 )
-from modular_lora_guard.modular_lora.branches import Branches, FusedLayer, LayerSpec, Term
+from modular_lora_guard.modular_lora.branches import Branches, FusedLayer
+from modular_lora_guard.modular_lora.changes import LowRank, Term
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.layers import LayerSpec
 
 ROOTS = ("unet", "text")
 PATHS = ("unet.a", "unet.b", "text.a")
 
 
 def counted() -> Branches:
-    term = Term("safety", torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    term = Term("safety", LowRank(torch.ones(1, 2), torch.ones(2, 1)), 1.0)
     return Branches({path: FusedLayer(LayerSpec(path, (2, 2)), [term]) for path in PATHS}, ROOTS)
 
 
 def evaluate(branches: Branches, *paths: str, root: str = "unet") -> None:
-    branches.evaluated[root].add_(1)
+    branches.evaluated[root] += 1
     for path in paths:
-        branches.layers[path].fired.add_(1)
+        branches.layers[path].fired += 1
 
 
 def test_a_run_counts_from_where_it_started():

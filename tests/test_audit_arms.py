@@ -16,9 +16,9 @@ from modular_lora_guard.audit.arms import MEANS, NEEDS, from_options, shown
 from modular_lora_guard.audit.options import ARMS, AuditOptions
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
-from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import read_lora
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from PIL import Image
 
 LAYERS = {f"lora_unet_mid_block_attentions_0_proj_{end}": LayerSpec("x", (16, 12)) for end in ("in", "out")}

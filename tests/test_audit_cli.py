@@ -24,9 +24,9 @@ from modular_lora_guard.audit.engines import Local
 from modular_lora_guard.audit.options import AuditOptions, DetectorOptions
 from modular_lora_guard.audit.report import AuditReport
 from modular_lora_guard.modular_lora import options
-from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.command import Lines
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from modular_lora_guard.modular_lora.options import OptionError
 from PIL import Image
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer, Role, Term, layer_spec
+from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer
+from modular_lora_guard.modular_lora.changes import LowRank, Role, Term
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
 from modular_lora_guard.modular_lora.guard import ModelInfo, Policy, SafetyLora, TaskLora, build_part
 from modular_lora_guard.modular_lora.interference import factor
+from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.matching import Target
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class Lora:
 
     def term(self, shape: tuple[int, ...]) -> Term:
         f = factor(self.layer, Target("w", self.offset), shape)
-        return Term(self.role, f.down, f.up, self.strength * f.scale)
+        return Term(self.role, LowRank(f.down, f.up), self.strength * f.scale)
 
     def change(self, shape: tuple[int, ...], absolute: bool = False) -> Tensor:
         """strength·alpha/rank·up·down in place, as an explicit merge adds it to a weight; fp64."""
@@ -277,11 +279,9 @@ def test_a_slice_leaves_the_rest_of_its_weight_bitwise_alone(name):
     shape[dim] = length
     lora = LoraFile(Path("x"), "x", "0", {}, {name: lora_layer(generator, tuple(shape), 4, None, name)})
     part = build_part("model", model_info(model), (SafetyLora(lora, 1.0),), (), Policy())
-    (down, up), rest = (
-        part.branches.layers[f"diffusion_model.{path}"].weights(frozenset({"safety"}), torch.float32, CPU),
-        slice(start),
-    )
-    assert not (up[rest] if dim == 0 else down[:, rest]).any()
+    (term,) = part.branches.layers[f"diffusion_model.{path}"].terms
+    down, up = term.part.down, term.part.up
+    assert not (up[:start] if dim == 0 else down[:, :start]).any()
     assert (up[start:] if dim == 0 else down[:, start:]).any()
 
 
@@ -293,5 +293,5 @@ def test_a_task_lora_of_strength_zero_takes_no_rank(strength):
     )
     tasks = (TaskLora(file(5), strength, 0.0),)
     part = build_part("model", model_info(model), (SafetyLora(file(3), 1.0),), tasks, Policy(), enforce=False)
-    down, _ = part.branches.layers["diffusion_model.qkv"].weights(frozenset(("safety", "task")), torch.float32, CPU)
-    assert down.shape[0] == 3 + 5 * bool(strength)
+    terms = part.branches.layers["diffusion_model.qkv"].terms
+    assert sum(term.part.down.shape[0] for term in terms) == 3 + 5 * bool(strength)

@@ -107,7 +107,7 @@ def test_the_base_hash_is_of_w0_whatever_is_merged_at_the_moment(comfy, loaded, 
     graph["merged"] = sampler(["lora", 0])
     graph["show"] = node("PreviewAny", source=["merged", 0])
     first = run_graph(graph)["guard"][2].splitlines()[0]
-    comfy.host._weights.clear()
+    comfy.anatomy._weights.clear()
     graph["sample"]["inputs"]["seed"] = graph["merged"]["inputs"]["seed"] = 7
     graph["guard"]["inputs"]["accept_merged"] = True  # a changed input, so that the guard is built again
     assert run_graph(graph)["guard"][2].splitlines()[0] == first

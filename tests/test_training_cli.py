@@ -14,8 +14,8 @@ import pytest
 from graphs import save_lora
 from hypothesis import given
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.files import read_lora
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from modular_lora_guard.training import cli, options
 from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.guard import ModelInfo, SafetyLora, TaskLora, notes
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from modular_lora_guard.training.contamination import (
     Finding,
     KnownBase,

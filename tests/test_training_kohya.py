@@ -113,10 +113,10 @@ def test_safety_tensors_are_in_no_parameter_state_or_gradient(stub):
     assert network.state_dict().keys() == plain.state_dict().keys()
     terms = [term for _, layer in network.held.branches for term in layer.terms]
     assert len(terms) == 20
-    assert not any(tensor.requires_grad for term in terms for tensor in (term.down, term.up))
+    assert not any(tensor.requires_grad for term in terms for tensor in (term.part.down, term.part.up))
     groups, _ = network.prepare_optimizer_params(None, None, 1.0)
     inside = {p.data_ptr() for group in groups for p in group["params"]}
-    assert not inside & {tensor.data_ptr() for term in terms for tensor in (term.down, term.up)}
+    assert not inside & {tensor.data_ptr() for term in terms for tensor in (term.part.down, term.part.up)}
 
 
 def test_previews_attach_the_safety_lora_and_take_it_off_even_after_an_error(stub):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches import LayerSpec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.guard import ModelInfo
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from modular_lora_guard.training.output import projected_metadata, write_tensors
 from modular_lora_guard.training.projection import (
     bases,

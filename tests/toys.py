@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from modular_lora_guard.modular_lora.branches import layer_spec
 from modular_lora_guard.modular_lora.guard import ModelInfo
+from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.training.trainee import Cond, Schedule
 from torch import Tensor, nn
 

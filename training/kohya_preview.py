@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..modular_lora.branches import ALL_ROLES, FusedLayer, Term, layer_spec
+from ..modular_lora.branches import ALL_ROLES, FusedLayer
+from ..modular_lora.changes import LowRank, Term
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
+from ..modular_lora.layers import layer_spec
 
 logger = logging.getLogger("modular_lora")
 
@@ -60,7 +62,7 @@ class Modules:
         if spec.problem or (up.shape[0], down.shape[1]) != wanted:
             why = spec.problem or f"{list(wanted)} in the model, {[up.shape[0], down.shape[1]]} in the file"
             raise GuardError(f"{lora.name}: layer {name} is {why}: use the safety LoRA of this base.")
-        return module, FusedLayer(spec, [Term("safety", down, up, strength * layer.scale)])
+        return module, FusedLayer(spec, [Term("safety", LowRank(down, up), strength * layer.scale)])
 
 
 def find_modules(unet: nn.Module, text_encoders: Mapping[str, nn.Module | None]) -> Modules:

@@ -1,0 +1,213 @@
+"""The change of one weight against W0 in the forms that adapters have, and the sum of many as few products.
+
+y = W0·x + b + Σᵢ strengthᵢ·(fᵢ(W0) − W0)·x. A part that is a function of W0 alone (a gain, a rotation) acts on
+W0·x = y − b, never on another adapter's share, so no task adapter can rescale or rotate the safety LoRA's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import LayerSpec
+
+Role = Literal["safety", "task"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = up·down: LoRA, LoCon, Tucker LoCon, LoHa of small rank."""
+
+    down: Tensor  # r in·k·k
+    up: Tensor  # out r
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """ΔW itself: a full difference, or factors that would be larger than it."""
+
+    weight: Tensor  # out in·k·k
+
+
+@dataclass(frozen=True, eq=False)
+class Kron:
+    """ΔW = w1 ⊗ w2 (LoKr), w2 with the layer's kernel: out = o₁·o₂, in = i₁·i₂."""
+
+    w1: Tensor  # o1 i1
+    w2: Tensor  # o2 i2 [k k]
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """ΔW = diag(gain)·W0 (the W0 half of DoRA); ``bias`` is the layer's own, which it leaves alone."""
+
+    gain: Tensor  # out
+    bias: Tensor | None  # out
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """ΔW = diag(blocks)·W0 with blocks R − I (OFT); ``bias`` is the layer's own, which it leaves alone."""
+
+    blocks: Tensor  # k n n, k·n = out: new row m of a block is Σ_n blocks[m, n]·row n
+    bias: Tensor | None  # out
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """A change of the layer's bias."""
+
+    bias: Tensor  # out
+
+
+Part: TypeAlias = LowRank | Dense | Kron | Gain | Rotation | Bias
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One part of one adapter on one layer; ``scale`` is its strength, alpha/rank folded in."""
+
+    role: Role
+    part: Part
+    scale: float
+
+
+class Fused:
+    """The sum of a layer's terms in compute dtype on its device: at most one product pair, or one dense product."""
+
+    def __init__(self, spec: LayerSpec, terms: Sequence[Term], dtype: torch.dtype, device: torch.device):
+        self.spec = spec
+        self.down = self.up = self.dense = None  # R in [k k], out R [1 1]; out in [k k]
+        place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
+        whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
+        outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
+        rank = sum(p.down.shape[0] for p, _ in pairs)
+        if whole or rank * (outputs + inputs) > outputs * inputs:
+            self.dense = place(_sum(whole, pairs).reshape(spec.weight_shape))
+        elif pairs:
+            self.down, self.up = map(place, _concatenate(spec, pairs))
+        self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in _picked(terms, Kron))
+        self.rotations = tuple(place(s * p.blocks.float()) for p, s in _picked(terms, Rotation))
+        gains = _picked(terms, Gain)
+        self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains))) if gains else None
+        bias = _bias(terms)
+        self.bias = None if bias is None else place(_column(spec, bias))
+        self.plain = self.down is not None and not (self.krons or self.rotations or gains or bias is not None)
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + Σ scale·ΔW·x; y may be changed in place."""
+        if not self.plain:
+            y = self._others(y, x)
+        if self.down is None:
+            return y
+        if self.spec.conv is not None:
+            return y.add_(_conv(_conv(x, self.down, *self.spec.conv), self.up))  # b out h w
+        h = F.linear(x, self.down)  # ... R
+        if y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.up.t())
+            return y
+        return y + F.linear(h, self.up)
+
+    def _others(self, y: Tensor, x: Tensor) -> Tensor:
+        """y plus all parts but the low-rank pair."""
+        change = [_rotate(self.spec, blocks, y) for blocks in self.rotations]
+        if self.gain is not None:
+            change.append(self.gain * y)
+        if self.dense is not None:
+            conv = self.spec.conv
+            change.append(F.linear(x, self.dense) if conv is None else _conv(x, self.dense, *conv))
+        change += [_kron(self.spec, w1, w2, x) for w1, w2 in self.krons]
+        if self.bias is not None:
+            change.append(self.bias)
+        for part in change:
+            y = y + part
+        return y
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that it holds."""
+        own = (self.down, self.up, self.dense, self.gain, self.bias)
+        return (*(t for t in own if t is not None), *self.rotations, *(w for pair in self.krons for w in pair))
+
+
+def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
+    """ΔW of a part (out in·k·k, fp32); ``W0`` gives the weight (out in [k k]) where the part is a function of it."""
+    if isinstance(part, LowRank):
+        return part.up.float() @ part.down.float()
+    if isinstance(part, Dense):
+        return part.weight.float()
+    if isinstance(part, Kron):
+        w1 = part.w1.float().reshape(*part.w1.shape, *(1 for _ in part.w2.shape[2:]))
+        return torch.kron(w1, part.w2.float()).flatten(1)
+    weight = W0().float().flatten(1)  # out in·k·k
+    if isinstance(part, Gain):
+        return part.gain.float()[:, None] * weight
+    if isinstance(part, Rotation):
+        k, n, _ = part.blocks.shape
+        return (part.blocks.float() @ weight.reshape(k, n, -1)).flatten(0, 1)
+    raise TypeError(f"{type(part).__name__} is no change of a weight")
+
+
+def _picked(terms: Sequence[Term], kind: type) -> list:
+    return [(t.part, t.scale) for t in terms if isinstance(t.part, kind)]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _sum(whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
+    total = sum(s * p.weight.float() for p, s in whole)
+    return total + sum(s * p.up.float() @ p.down.float() for p, s in pairs)  # out in·k·k
+
+
+def _concatenate(spec: LayerSpec, pairs: list[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
+    down = torch.cat([p.down.float() for p, _ in pairs])  # R in·k·k
+    up = torch.cat([s * p.up.float() for p, s in pairs], dim=1)  # out R
+    kernel = spec.weight_shape[2:]
+    if kernel:
+        down = down.reshape(-1, *spec.weight_shape[1:])  # R in k k
+        up = up.reshape(*up.shape, *(1 for _ in kernel))  # out R 1 1
+    return down, up
+
+
+def _column(spec: LayerSpec, vector: Tensor) -> Tensor:
+    """A vector over the outputs in the shape that it has beside the layer's output."""
+    return vector.reshape(-1, *(1 for _ in spec.weight_shape[2:])) if spec.conv is not None else vector
+
+
+def _bias(terms: Sequence[Term]) -> Tensor | None:
+    """What is added to every position: changes of the bias, less what gains and rotations of y = W0·x + b make of b."""
+    found = [s * p.bias.float() for p, s in _picked(terms, Bias)]
+    found += [-s * p.gain.float() * p.bias.float() for p, s in _picked(terms, Gain) if p.bias is not None]
+    for p, s in _picked(terms, Rotation):
+        if p.bias is not None:
+            k, n, _ = p.blocks.shape
+            found.append(-s * (p.blocks.float() @ p.bias.float().reshape(k, n, 1)).flatten())
+    return sum(found) if found else None
+
+
+def _rotate(spec: LayerSpec, blocks: Tensor, y: Tensor) -> Tensor:
+    """diag(blocks)·y over the output dimension."""
+    k, n, _ = blocks.shape
+    if spec.conv is None:
+        return torch.einsum("kmn,...kn->...km", blocks, y.unflatten(-1, (k, n))).flatten(-2)
+    return torch.einsum("kmn,bkn...->bkm...", blocks, y.unflatten(1, (k, n))).flatten(1, 2)
+
+
+def _kron(spec: LayerSpec, w1: Tensor, w2: Tensor, x: Tensor) -> Tensor:
+    """(w1 ⊗ w2)·x without forming the product."""
+    if spec.conv is None:
+        h = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)  # ... i1 o2
+        return torch.einsum("oi,...ic->...oc", w1, h).flatten(-2)
+    h = _conv(x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1), w2, *spec.conv)  # b·i1 o2 h w
+    return torch.einsum("oi,bic...->boc...", w1, h.unflatten(0, (x.shape[0], w1.shape[1]))).flatten(1, 2)
+
+
+def _conv(x: Tensor, weight: Tensor, stride=1, padding=0, dilation=1) -> Tensor:
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, None, stride, padding, dilation)
