@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from torch import Tensor
 
 from .attestation import Attestation, LoraRecord
 from .blocks import block_of, parse_block_weights
@@ -68,14 +70,23 @@ Safety = tuple[SafetyLora, ...]
 Tasks = tuple[TaskLora, ...]
 
 
+def _no_weight(key: str) -> Tensor:
+    raise GuardError(f"The value of {key} is not known here, and DoRA and OFT are functions of it: leave the LoRA out.")
+
+
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer)."""
+    """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer).
+
+    ``weight`` gives W0's tensor of a weight or bias key, merged LoRAs taken back out and dequantised (GuardError where
+    that cannot be had); it is asked only for adapters that are functions of W0 (DoRA, OFT).
+    """
 
     family: str
     key_map: KeyMap
     specs: Mapping[str, LayerSpec]
     roots: tuple[str, ...]
+    weight: Callable[[str], Tensor] = _no_weight
 
 
 @dataclass(frozen=True)

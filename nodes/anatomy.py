@@ -8,9 +8,11 @@ from __future__ import annotations
 import weakref
 
 import comfy.lora
+import comfy.model_patcher
 import torch
 
 from ..modular_lora import attestation as attest
+from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo
 from ..modular_lora.layers import layer_spec
 
@@ -19,16 +21,33 @@ _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded modu
 
 def model_info(model) -> ModelInfo:
     """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
-    return ModelInfo(
-        family(model), comfy.lora.model_lora_keys_unet(model.model, {}), _specs(model.model), ("diffusion_model",)
-    )
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    weight = lambda key: original_weight(model, key)  # noqa: E731
+    return ModelInfo(family(model), keys, _specs(model.model), ("diffusion_model",), weight)
 
 
 def clip_info(clip) -> ModelInfo:
     """Key map and layers of a CLIP; the transformers of its encoders are what is evaluated (0.3.75 and 0.33.0)."""
     encoders = clip.cond_stage_model
     roots = tuple(f"{name}.transformer" for name, child in encoders.named_children() if hasattr(child, "transformer"))
-    return ModelInfo(type(encoders).__name__, comfy.lora.model_lora_keys_clip(encoders, {}), _specs(encoders), roots)
+    keys = comfy.lora.model_lora_keys_clip(encoders, {})
+    weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
+    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), roots, weight)
+
+
+def original_weight(patcher, key: str) -> torch.Tensor:
+    """W0 of one key as float32 on the CPU, dequantised; raises GuardError where a layer does not say how.
+
+    ModelPatcher.backup and hook_backup hold what merged LoRAs replaced; get_key_weight gives a layer's own
+    dequantisation (0.3.75 and 0.33.0).
+    """
+    current, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    held = patcher.backup.get(key)
+    weight = held.weight if held else patcher.hook_backup.get(key, (current,))[0]
+    weight = weight if convert is None else convert(weight, inplace=False)
+    if not weight.is_floating_point():
+        raise GuardError(f"{key} is stored as {weight.dtype}: a DoRA or OFT needs its value; leave that LoRA out.")
+    return weight.detach().to("cpu", torch.float32)
 
 
 def _specs(module: torch.nn.Module) -> dict:
