@@ -22,7 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .adapters import LoraLayer
+from .adapters import Adapter, LoraLayer
 from .errors import LoraFileError
 
 HEADER_LIMIT = 16 * 2**20  # bytes
@@ -63,7 +63,17 @@ class LoraFile:
     name: str  # file name, as error messages show it
     sha256: str  # of the bytes that the layers were made from
     metadata: dict[str, str]
-    layers: dict[str, LoraLayer]
+    layers: dict[str, Adapter]
+    notes: tuple[str, ...] = ()  # what the file holds and nothing uses, a line each
+
+    @cached_property
+    def plain(self) -> dict[str, LoraLayer]:
+        """The layers where all of them are LoRA or LoCon; else LoraFileError with the first that is not."""
+        for name, layer in self.layers.items():
+            if not isinstance(layer, LoraLayer):
+                what = f"{self.name}: layer {_shown(name)} is {layer.kind}"
+                raise LoraFileError(f"{what}: this takes LoRA and LoCon files only, use one of these")
+        return dict(self.layers)
 
     @cached_property
     def zero_layers(self) -> tuple[str, ...]:
