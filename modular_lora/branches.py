@@ -99,8 +99,8 @@ class Branches:
         return dict(zip(self.roots, values, strict=False)), fired
 
     def root_of(self, path: str) -> str:
-        """The root whose evaluations the layer at ``path`` must match."""
-        return next(root for root in self.roots if path == root or path.startswith(root + "."))
+        """The root whose evaluations the layer at ``path`` must match: the innermost one that holds it."""
+        return max((root for root in self.roots if path == root or path.startswith(root + ".")), key=len)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Counters to ``device`` and fused weights made there in ``dtype`` ahead of the run."""

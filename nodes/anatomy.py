@@ -6,6 +6,7 @@ Like host.py, which changes them, it touches ComfyUI's internals; each touch say
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 
 import comfy.lora
 import comfy.model_patcher
@@ -27,12 +28,24 @@ def model_info(model) -> ModelInfo:
 
 
 def clip_info(clip) -> ModelInfo:
-    """Key map and layers of a CLIP; the transformers of its encoders are what is evaluated (0.3.75 and 0.33.0)."""
+    """Key map, layers and evaluated parts of a CLIP (comfy.lora.model_lora_keys_clip, 0.3.75 and 0.33.0)."""
     encoders = clip.cond_stage_model
-    roots = tuple(f"{name}.transformer" for name, child in encoders.named_children() if hasattr(child, "transformer"))
     keys = comfy.lora.model_lora_keys_clip(encoders, {})
     weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
-    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), roots, weight)
+    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), tuple(_text_roots(encoders)), weight)
+
+
+def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:
+    """What a prompt evaluates, each by itself: it may leave an encoder out (ByT5), or the part that sees pictures.
+
+    SDClipModel calls its ``transformer``, and by ``preprocess_embed`` what the transformer holds beside its text
+    ``model`` (0.3.75 and 0.33.0); an encoder of another kind is taken to be called as a whole.
+    """
+    for name, encoder in encoders.named_children():
+        transformer = getattr(encoder, "transformer", None)
+        yield name if transformer is None else f"{name}.transformer"
+        if hasattr(transformer, "preprocess_embed"):
+            yield from (f"{name}.transformer.{part}" for part, _ in transformer.named_children() if part != "model")
 
 
 def original_weight(patcher, key: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ them raises GuardError. It guards against graphs and accidents, not against arbi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,6 +38,14 @@ from .anatomy import clip_info, family, model_info, model_sha256
 PACK = "modular-lora-guard 0.1.0"
 KEY = "modular_lora"
 SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
+ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75 and 0.33.0)
+    "cross_attn",
+    "pooled_output",
+    "conditioning_llama3",
+    "conditioning_mt5xl",
+    "conditioning_byt5small",
+    "conditioning_lyrics",
+)
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 
 latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
@@ -233,18 +241,25 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
     hashes = []
     for name, entries in conds.items():
         for entry in entries:
-            for key in ("cross_attn", "pooled_output"):
-                if (tensor := entry.get(key)) is None:
-                    continue
-                if key == "cross_attn":
-                    hashes.append(tensor_sha256(tensor))
-                if state.text_digest and not _made_by(tensor, state.text_digest):
+            if (cross := entry.get("cross_attn")) is not None:
+                hashes.append(tensor_sha256(cross))
+            for tensor in _encoded(entry) if state.text_digest else ():
+                if not _made_by(tensor, state.text_digest):
                     raise GuardError(
                         f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
                         "text-encoder half: encode prompts with the CLIP output of Guard Model (ConditioningAverage "
                         "makes a new embedding and cannot be checked: use ConditioningCombine or ConditioningConcat)."
                     )
     return tuple(hashes)
+
+
+def _encoded(entry: dict) -> Iterator[torch.Tensor]:
+    """What text encoders made of a conditioning, GLIGEN's phrases too (0.3.75 and 0.33.0)."""
+    for value in map(entry.get, ENCODED):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():  # ACE-Step's lyrics are token numbers
+            yield value
+    for phrase, *_ in entry["gligen"][2] if "gligen" in entry else ():  # ("position", model, [(embedding, box), ...])
+        yield phrase
 
 
 def _made_by(embedding: torch.Tensor, digest: str) -> bool:
