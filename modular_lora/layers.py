@@ -11,8 +11,9 @@ from torch import nn
 class LayerSpec:
     """How a layer takes a branch. ``weight_shape`` is the shape of W0: (out, in) or (out, in, *kernel).
 
-    ``problem`` says why the layer takes no branch (an embedding, a grouped convolution, a quantised weight); the guard
-    turns it into an error that names file and layer.
+    It comes from the layer's features and kernel, never from the stored tensor, whose layout is the quantiser's.
+    ``problem`` says why the layer takes no branch (an embedding, a grouped convolution, a weight that cannot be placed);
+    the guard turns it into an error that names file and layer.
     """
 
     path: str
@@ -22,12 +23,17 @@ class LayerSpec:
 
 
 def layer_spec(path: str, module: nn.Module) -> LayerSpec:
-    """The spec of the module at ``path``; read from nn.Linear's and nn.ConvNd's public attributes only."""
-    shape = tuple(module.weight.shape) if getattr(module, "weight", None) is not None else ()
-    if isinstance(module, nn.Linear):
-        return LayerSpec(path, shape)
+    """The spec of the module at ``path``: a Linear, one that says its features as nn.Linear does, or an nn.ConvNd."""
+    weight = getattr(module, "weight", None)
+    stored = tuple(weight.shape) if weight is not None else ()
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
             return LayerSpec(path, shape, problem="a grouped or specially padded convolution")
         return LayerSpec(path, shape, conv=(module.stride, module.padding, module.dilation))
-    return LayerSpec(path, shape, problem=f"a {type(module).__name__}, not a Linear or Conv layer")
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if not all(isinstance(size, int) for size in shape):
+        return LayerSpec(path, stored, problem=f"a {type(module).__name__}, not a Linear or Conv layer")
+    if isinstance(module, nn.Linear) or stored == shape:  # a packed nn.Linear still maps x to y
+        return LayerSpec(path, shape)
+    return LayerSpec(path, shape, problem=f"a {type(module).__name__} with a weight of shape {list(stored)}")
