@@ -10,12 +10,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .branches import ALL_ROLES, Branches
+from .branches import ALL_ROLES, ONCE, Branches
 from .errors import GuardError
 
 T = TypeVar("T")
@@ -68,6 +68,8 @@ class Attestation:
     vae_sha256: str = ""
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
+    varying_layers: int = 0  # of ``layers``: those that do not run exactly once an evaluation (branches.Firings)
+    idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
 
     @property
     def safety(self) -> frozenset[LoraRecord]:
@@ -88,6 +90,14 @@ def guarded_status(merged_base: bool, outside_start: bool) -> str:
     return "guarded" + ", merged base" * merged_base + ", outside start" * outside_start
 
 
+class Counts(NamedTuple):
+    """What one run counted. ``idle``: layers that may stay out of a run and did."""
+
+    evaluations: int
+    firings: int
+    idle: int
+
+
 class Run:
     """One run of a guarded model, from the counters' state at the start to their state at the end."""
 
@@ -96,32 +106,54 @@ class Run:
         self.roles = branches.roles
         self._start = branches.counts()
 
-    def finish(self, may_be_empty: bool) -> tuple[int, int]:
-        """(evaluations, firings) since the start.
+    def finish(self, may_be_empty: bool) -> Counts:
+        """What was counted since the start.
 
-        Raises GuardError unless every guarded layer fired once an evaluation of its root, or where nothing was
-        evaluated although the run had steps to do (``may_be_empty`` False).
+        Raises GuardError unless every guarded layer fired once an evaluation of its root, or as often as the model
+        declares of it (branches.Firings), or where nothing was evaluated although the run had steps to do
+        (``may_be_empty`` False).
         """
         evaluated, fired = self.branches.counts()
         evaluations = {root: n - self._start[0][root] for root, n in evaluated.items()}
         firings = {path: n - self._start[1][path] for path, n in fired.items()}
+        total = sum(evaluations.values())
         if self.roles != ALL_ROLES:
-            return sum(evaluations.values()), 0
-        short = {p: n for p, n in firings.items() if n != evaluations[self.branches.root_of(p)]}
-        if short:
-            path, n = next(iter(short.items()))
-            total = evaluations[self.branches.root_of(path)]
-            raise GuardError(
-                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
-                f"in {n} of {total} evaluations; nodes that skip layers or evaluations "
-                "(EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
-            )
-        if not any(evaluations.values()) and not may_be_empty:
+            return Counts(total, 0, 0)
+        self._check(evaluations, firings)
+        if not total and not may_be_empty:
             raise GuardError(
                 "The guarded model was never evaluated although there were steps to sample: another node put a "
                 "different model in its place; remove it."
             )
-        return sum(evaluations.values()), sum(firings.values())
+        idle = sum(not firings[path] for path in self.branches.firings) if total else 0
+        return Counts(total, sum(firings.values()), idle)
+
+    def _check(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> None:
+        if short := self._short(evaluations, firings):
+            total = evaluations[self.branches.root_of(short[0])]
+            raise GuardError(
+                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first "
+                f"{short[0]} in {firings[short[0]]} of {total} evaluations; nodes that skip layers or evaluations "
+                "(EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
+            )
+        if any(evaluations.values()) and firings and not any(firings.values()):
+            raise GuardError(
+                "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
+                "LoRA that acts on layers of every run."
+            )
+
+    def _short(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> list[str]:
+        """The layers that did not fire as often as they must; layers of one group must agree."""
+        rules = self.branches.firings
+        highest: dict[str, int] = {}
+        for path, rule in rules.items():
+            highest[rule.group] = max(highest.get(rule.group, 0), firings[path])
+        return [
+            path
+            for path, n in firings.items()
+            if not rules.get(path, ONCE).allow(n, evaluations[self.branches.root_of(path)])
+            or (path in rules and n < highest[rules[path].group])
+        ]
 
 
 class Ledger(Generic[T]):

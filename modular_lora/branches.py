@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,27 @@ from .layers import LayerSpec
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 _SEAT = "_modular_lora_attachment"
+
+
+@dataclass(frozen=True)
+class Firings:
+    """How often a layer runs in one evaluation where that is not once: ``least`` to ``most`` times (None: any number).
+
+    Layers of one ``group`` run equally often, so that one that lost its branch is still found among them.
+    """
+
+    group: str
+    least: int
+    most: int | None
+
+    def allow(self, fired: int, evaluations: int) -> bool:
+        """Whether a layer may have run ``fired`` times in so many evaluations."""
+        if self.most is None and evaluations:
+            return fired >= self.least * evaluations
+        return self.least * evaluations <= fired <= (self.most or 0) * evaluations
+
+
+ONCE = Firings("", 1, 1)
 
 
 class FusedLayer:
@@ -72,10 +94,16 @@ def _counter() -> Tensor:
 
 
 class Branches:
-    """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations."""
+    """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations.
 
-    def __init__(self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...]):
+    ``firings``: the layers, by path, that do not run exactly once an evaluation.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...], firings: Mapping[str, Firings] | None = None
+    ):
         self.layers, self.roots = dict(layers), roots
+        self.firings = {path: rule for path, rule in (firings or {}).items() if path in self.layers}
         self.evaluated = dict.fromkeys(roots, 0)
         self.evaluated_compiled = {root: _counter() for root in roots}
         self.roles = ALL_ROLES

@@ -50,6 +50,8 @@ def format_attestation(a: Attestation) -> str:
         *(f"{r.role} {r.name} at {r.strength_model:g} / {r.strength_clip:g}, sha256 {r.sha256[:16]}" for r in a.loras),
         *(f"net strength of {name}: {value:.3f}" for name, value in a.net_strength.items()),
     ]
+    if a.varying_layers:
+        lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
     if a.text_encoder:
         lines.append(f"text encoder: {a.text_encoder}")
     if a.vae_sha256:

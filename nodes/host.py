@@ -208,10 +208,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
     outside = _starts_outside(latent_image, state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    evaluations, firings = patcher.guard_counts or (0, 0)
+    evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
     status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
-    counts = {"evaluations": evaluations, "firings": firings}
+    counts = {"evaluations": evaluations, "firings": firings, "idle_layers": idle}
     patcher.guard_result = state.record.of(status=status, embeddings_sha256=hashes, **counts)
     for latent in output if complete else ():
         latents.put(tensor_sha256(latent), patcher.guard_result)

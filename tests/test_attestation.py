@@ -43,7 +43,7 @@ def test_a_run_counts_from_where_it_started():
     for _ in range(3):
         evaluate(branches, "unet.a", "unet.b")
     evaluate(branches, "text.a", root="text")
-    assert run.finish(may_be_empty=False) == (4, 7)
+    assert run.finish(may_be_empty=False) == (4, 7, 0)
 
 
 def test_a_run_before_that_fell_short_does_not_spoil_the_next_one():
@@ -51,7 +51,7 @@ def test_a_run_before_that_fell_short_does_not_spoil_the_next_one():
     evaluate(branches, "unet.a")
     run = Run(branches)
     evaluate(branches, "unet.a", "unet.b")
-    assert run.finish(may_be_empty=False) == (1, 2)
+    assert run.finish(may_be_empty=False) == (1, 2, 0)
 
 
 @pytest.mark.parametrize("may_be_empty", [False, True])
@@ -85,7 +85,7 @@ def test_zero_evaluations_stop_a_run_that_had_steps_and_are_reported_by_one_that
     run = Run(counted())
     with pytest.raises(GuardError, match="never evaluated although there were steps to sample"):
         run.finish(may_be_empty=False)
-    assert run.finish(may_be_empty=True) == (0, 0)
+    assert run.finish(may_be_empty=True) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("roles", [(), ("safety",), ("task",)])
@@ -94,7 +94,7 @@ def test_an_audit_pass_with_some_roles_off_never_claims_firings(roles):
     with branches.only(*roles):
         run = Run(branches)
         evaluate(branches, "unet.a")
-        assert run.finish(may_be_empty=False) == (1, 0)
+        assert run.finish(may_be_empty=False) == (1, 0, 0)
 
 
 def test_the_ledger_forgets_the_least_recently_used_entry_first():
