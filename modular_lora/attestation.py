@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .branches import ALL_ROLES, ONCE, Branches
+from .branches import ALL_ROLES, Branches
 from .errors import GuardError
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Attestation:
     vae_sha256: str = ""
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
-    varying_layers: int = 0  # of ``layers``: those that do not run exactly once an evaluation (branches.Firings)
+    varying_layers: int = 0  # of ``layers``: those in parts that do not run exactly once an evaluation
     idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
 
     @property
@@ -109,14 +109,14 @@ class Run:
     def finish(self, may_be_empty: bool) -> Counts:
         """What was counted since the start.
 
-        Raises GuardError unless every guarded layer fired once an evaluation of its root, or as often as the model
-        declares of it (branches.Firings), or where nothing was evaluated although the run had steps to do
-        (``may_be_empty`` False).
+        Raises GuardError unless every guarded layer fired once an evaluation of its root (in a declared part of the
+        root: once a run of the part, and the part as often as declared), or where nothing was evaluated although the
+        run had steps to do (``may_be_empty`` False).
         """
         evaluated, fired = self.branches.counts()
         evaluations = {root: n - self._start[0][root] for root, n in evaluated.items()}
         firings = {path: n - self._start[1][path] for path, n in fired.items()}
-        total = sum(evaluations.values())
+        total = sum(evaluations[root] for root in self.branches.roots)
         if self.roles != ALL_ROLES:
             return Counts(total, 0, 0)
         self._check(evaluations, firings)
@@ -125,35 +125,29 @@ class Run:
                 "The guarded model was never evaluated although there were steps to sample: another node put a "
                 "different model in its place; remove it."
             )
-        idle = sum(not firings[path] for path in self.branches.firings) if total else 0
+        idle = sum(not firings[path] for path in self.branches.varying) if total else 0
         return Counts(total, sum(firings.values()), idle)
 
     def _check(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> None:
-        if short := self._short(evaluations, firings):
-            total = evaluations[self.branches.root_of(short[0])]
+        branches = self.branches
+        expected = {path: evaluations[branches.runs_with(path)] for path in firings}
+        short = {path: f"{n} of {expected[path]}" for path, n in firings.items() if n != expected[path]}
+        for part, times in branches.parts.items():
+            if not times.allow(evaluations[part], evaluations[branches.root_of(part)]):
+                total = evaluations[branches.root_of(part)]
+                short |= {p: f"{evaluations[part]} of {total}" for p in firings if branches.runs_with(p) == part}
+        if short:
+            path, counts = next(iter(short.items()))
             raise GuardError(
-                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first "
-                f"{short[0]} in {firings[short[0]]} of {total} evaluations; nodes that skip layers or evaluations "
-                "(EasyCache, TeaCache, skip-layer guidance) cannot be used with a guarded model: remove them."
+                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
+                f"in {counts} evaluations; nodes that skip layers or evaluations (EasyCache, TeaCache, skip-layer "
+                "guidance) cannot be used with a guarded model: remove them."
             )
         if any(evaluations.values()) and firings and not any(firings.values()):
             raise GuardError(
                 "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
                 "LoRA that acts on layers of every run."
             )
-
-    def _short(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> list[str]:
-        """The layers that did not fire as often as they must; layers of one group must agree."""
-        rules = self.branches.firings
-        highest: dict[str, int] = {}
-        for path, rule in rules.items():
-            highest[rule.group] = max(highest.get(rule.group, 0), firings[path])
-        return [
-            path
-            for path, n in firings.items()
-            if not rules.get(path, ONCE).allow(n, evaluations[self.branches.root_of(path)])
-            or (path in rules and n < highest[rules[path].group])
-        ]
 
 
 class Ledger(Generic[T]):

@@ -22,24 +22,17 @@ _SEAT = "_modular_lora_attachment"
 
 
 @dataclass(frozen=True)
-class Firings:
-    """How often a layer runs in one evaluation where that is not once: ``least`` to ``most`` times (None: any number).
+class Times:
+    """How often a part of a model runs in one evaluation of it: ``least`` to ``most`` times (None: any number)."""
 
-    Layers of one ``group`` run equally often, so that one that lost its branch is still found among them.
-    """
-
-    group: str
     least: int
     most: int | None
 
-    def allow(self, fired: int, evaluations: int) -> bool:
-        """Whether a layer may have run ``fired`` times in so many evaluations."""
+    def allow(self, runs: int, evaluations: int) -> bool:
+        """Whether a part may have run ``runs`` times in so many evaluations."""
         if self.most is None and evaluations:
-            return fired >= self.least * evaluations
-        return self.least * evaluations <= fired <= (self.most or 0) * evaluations
-
-
-ONCE = Firings("", 1, 1)
+            return runs >= self.least * evaluations
+        return self.least * evaluations <= runs <= (self.most or 0) * evaluations
 
 
 class FusedLayer:
@@ -93,19 +86,24 @@ def _counter() -> Tensor:
     return _plain(lambda: torch.zeros((), dtype=torch.int64))
 
 
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
 class Branches:
     """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations.
 
-    ``firings``: the layers, by path, that do not run exactly once an evaluation.
+    ``parts``: the sub-modules that do not run exactly once an evaluation; a layer inside runs as often as its part.
     """
 
     def __init__(
-        self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...], firings: Mapping[str, Firings] | None = None
+        self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...], parts: Mapping[str, Times] | None = None
     ):
         self.layers, self.roots = dict(layers), roots
-        self.firings = {path: rule for path, rule in (firings or {}).items() if path in self.layers}
-        self.evaluated = dict.fromkeys(roots, 0)
-        self.evaluated_compiled = {root: _counter() for root in roots}
+        self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
+        self.counted = (*roots, *self.parts)
+        self.evaluated = dict.fromkeys(self.counted, 0)
+        self.evaluated_compiled = {module: _counter() for module in self.counted}
         self.roles = ALL_ROLES
 
     @contextmanager
@@ -118,17 +116,26 @@ class Branches:
             self.roles = before
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(evaluations by root, firings by layer path), read from the counters in one go."""
+        """(evaluations by root or part, firings by layer path), read from the counters in one go."""
         compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
         eager = (*self.evaluated.values(), *(f.fired for f in self.layers.values()))
         ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
         values = [a + b for a, b in zip(eager, ticks, strict=True)]
-        fired = dict(zip(self.layers, values[len(self.roots) :], strict=True))
-        return dict(zip(self.roots, values, strict=False)), fired
+        fired = dict(zip(self.layers, values[len(self.counted) :], strict=True))
+        return dict(zip(self.counted, values, strict=False)), fired
 
     def root_of(self, path: str) -> str:
-        """The root whose evaluations the layer at ``path`` must match: the innermost one that holds it."""
-        return max((root for root in self.roots if path == root or path.startswith(root + ".")), key=len)
+        """The root that the layer or part at ``path`` belongs to: the innermost one that holds it."""
+        return max((root for root in self.roots if _inside(path, root)), key=len)
+
+    def runs_with(self, path: str) -> str:
+        """The root or part whose runs the layer at ``path`` must match: the innermost one that holds it."""
+        return max((module for module in self.counted if _inside(path, module)), key=len)
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The layers inside ``parts``."""
+        return tuple(path for path in self.layers if self.runs_with(path) in self.parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Counters to ``device`` and fused weights made there in ``dtype`` ahead of the run."""
@@ -193,9 +200,9 @@ class Attachment:
                 module = self.model.get_submodule(path)
                 _refuse_foreign_forward(path, module)
                 self._place(module, _Branch(module.forward, layer, self.branches))
-            for root in self.branches.roots:
-                module = self.model.get_submodule(root)
-                self._place(module, _Evaluations(module.forward, root, self.branches))
+            for path in self.branches.counted:
+                module = self.model.get_submodule(path)
+                self._place(module, _Evaluations(module.forward, path, self.branches))
         except BaseException:
             self.detach()
             raise

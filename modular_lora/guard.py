@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attestation import Attestation, LoraRecord
 from .blocks import block_of, parse_block_weights
-from .branches import Branches, Firings, FusedLayer
+from .branches import Branches, FusedLayer, Times
 from .changes import LowRank, Role, Term
 from .errors import GuardError
 from .files import LoraFile
@@ -79,8 +79,8 @@ class ModelInfo:
     """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer).
 
     ``weight`` gives W0's tensor of a weight or bias key, merged LoRAs taken back out and dequantised (GuardError where
-    that cannot be had); it is asked only for adapters that are functions of W0 (DoRA, OFT). ``firings``: the layers, by
-    path, that do not run exactly once an evaluation.
+    that cannot be had); it is asked only for adapters that are functions of W0 (DoRA, OFT). ``parts``: the
+    sub-modules, by path, that do not run exactly once an evaluation.
     """
 
     family: str
@@ -88,7 +88,7 @@ class ModelInfo:
     specs: Mapping[str, LayerSpec]
     roots: tuple[str, ...]
     weight: Callable[[str], Tensor] = _no_weight
-    firings: Mapping[str, Firings] = field(default_factory=dict)
+    parts: Mapping[str, Times] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def build_part(
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.factors)
     layers = {spec.path: FusedLayer(spec, terms) for spec, terms in _terms(applied, info)}
-    return GuardedPart(part, Branches(layers, info.roots, info.firings), tuple(_line(a) for a in applied), reports)
+    return GuardedPart(part, Branches(layers, info.roots, info.parts), tuple(_line(a) for a in applied), reports)
 
 
 def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
@@ -218,7 +218,7 @@ def make_record(
         loras=tuple(loras),
         net_strength={name: result.net_strength for name, result in model.interference},
         layers=model.layers,
-        varying_layers=len(model.branches.firings),
+        varying_layers=len(model.branches.varying),
         text_encoder=f"guarded, {text.layers} layers" if text else "",
     )
 

@@ -209,9 +209,7 @@ def test_a_wrapper_put_round_a_branch_survives_detaching_without_the_branch(mode
 
 
 def test_detaching_undoes_the_stand_ins_in_reverse_order(model, x):
-    made = branches(model, paths=(ROOT + ".conv",))
-    made.roots = (ROOT + ".conv",)
-    made.evaluated, made.evaluated_compiled = {made.roots[0]: 0}, {made.roots[0]: torch.zeros((), dtype=torch.int64)}
+    made = Branches(branches(model, paths=(ROOT + ".conv",)).layers, (ROOT + ".conv",))
     before, attachment = entries(model), Attachment(model, made)
     attachment.attach()
     model(x)
