@@ -85,9 +85,7 @@ class Fused:
         self.down = self.up = self.dense = None  # R in [k k], out R [1 1]; out in [k k]
         place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
         whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
-        outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
-        rank = sum(p.down.shape[0] for p, _ in pairs)
-        if whole or rank * (outputs + inputs) > outputs * inputs:
+        if _is_dense(spec, whole, pairs):
             self.dense = place(_sum(whole, pairs).reshape(spec.weight_shape))
         elif pairs:
             self.down, self.up = map(place, _concatenate(spec, pairs))
@@ -133,6 +131,26 @@ class Fused:
         """All tensors that it holds."""
         own = (self.down, self.up, self.dense, self.gain, self.bias)
         return (*(t for t in own if t is not None), *self.rotations, *(w for pair in self.krons for w in pair))
+
+
+def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
+    """How many numbers ``Fused`` holds for these terms."""
+    whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
+    outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
+    total = outputs * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (outputs + inputs)
+    total += sum(p.w1.numel() + p.w2.numel() for p, _ in _picked(terms, Kron))
+    total += sum(p.blocks.numel() for p, _ in _picked(terms, Rotation))
+    has_bias = any(isinstance(t.part, Bias) or getattr(t.part, "bias", None) is not None for t in terms)
+    return total + outputs * (bool(_picked(terms, Gain)) + has_bias)
+
+
+def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
+    outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
+    return bool(whole) or _rank(pairs) * (outputs + inputs) > outputs * inputs
+
+
+def _rank(pairs: list[tuple[LowRank, float]]) -> int:
+    return sum(p.down.shape[0] for p, _ in pairs)
 
 
 def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
