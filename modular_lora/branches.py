@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .changes import Fused, Term
+from .changes import Fused, Term, count
 from .errors import GuardError
 from .layers import LayerSpec
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
+COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _SEAT = "_modular_lora_attachment"
 
 
@@ -49,12 +50,34 @@ class FusedLayer:
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
 
     def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
-        """The active terms in compute dtype on the layer's device, or None where no term is active."""
+        """The active terms in compute dtype on the layer's device, or None where no term is active.
+
+        One dtype and device is held at a time, the activation's; GuardError for a dtype that nothing is computed in.
+        """
         key = (roles, dtype, device)
         if key not in self._fused:
-            terms = [t for t in self.terms if t.role in roles]
-            self._fused[key] = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
+            self._make(key)
         return self._fused[key]
+
+    def _make(self, key: tuple[frozenset[str], torch.dtype, torch.device]) -> None:
+        roles, dtype, device = key
+        if dtype not in COMPUTE:
+            raise GuardError(
+                f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
+                "or option that quantises activations outside the layers."
+            )
+        for other in [k for k in self._fused if k[0] == roles]:
+            del self._fused[other]
+        terms = [t for t in self.terms if t.role in roles]
+        self._fused[key] = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
+
+    def holds(self, roles: frozenset[str], device: torch.device) -> bool:
+        """Whether the active terms are fused on ``device``, in whichever dtype the last activation had."""
+        return any(k[0] == roles and k[2] == device for k in self._fused)
+
+    def count(self) -> int:
+        """How many numbers all terms fused are."""
+        return count(self.spec, self.terms)
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
         """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
@@ -105,6 +128,8 @@ class Branches:
         self.evaluated = dict.fromkeys(self.counted, 0)
         self.evaluated_compiled = {module: _counter() for module in self.counted}
         self.roles = ALL_ROLES
+        self._count: int | None = None
+        self._dtype: torch.dtype | None = None
 
     @contextmanager
     def only(self, *roles: str) -> Iterator[None]:
@@ -138,14 +163,30 @@ class Branches:
         return tuple(path for path in self.layers if self.runs_with(path) in self.parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Counters to ``device`` and fused weights made there in ``dtype`` ahead of the run."""
+        """Counters to ``device`` and fused weights made there ahead of the run.
+
+        In ``dtype``, but for layers whose activations turned out to have another in a run before.
+        """
         move = lambda counter: _plain(lambda: counter.to(device))  # noqa: E731
         self.evaluated_compiled = {root: move(counter) for root, counter in self.evaluated_compiled.items()}
         for layer in self.layers.values():
             layer.fired_compiled = move(layer.fired_compiled)
-            layer.fused(self.roles, dtype, device)
+            if dtype != self._dtype or not layer.holds(self.roles, device):
+                layer.fused(self.roles, dtype, device)
+        self._dtype = dtype
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of all fused weights in ``dtype``, made or not."""
+        if self._count is None:
+            self._count = sum(layer.count() for layer in self.layers.values())
+        return self._count * dtype.itemsize
+
+    def nbytes(self) -> int:
+        """Bytes of the fused weights that are held now."""
+        return sum(layer.nbytes() for layer in self.layers.values())
 
     def free(self) -> None:
+        """Drop all fused weights, as FusedLayer.free."""
         for layer in self.layers.values():
             layer.free()
 

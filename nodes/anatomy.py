@@ -6,7 +6,7 @@ Like host.py, which changes them, it touches ComfyUI's internals; each touch say
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import comfy.lora
 import comfy.model_patcher
@@ -16,6 +16,7 @@ from ..modular_lora import attestation as attest
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo
 from ..modular_lora.layers import layer_spec
+from .parts import parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
 
@@ -24,7 +25,8 @@ def model_info(model) -> ModelInfo:
     """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     weight = lambda key: original_weight(model, key)  # noqa: E731
-    return ModelInfo(family(model), keys, _specs(model.model), ("diffusion_model",), weight)
+    varying = parts(model.model.diffusion_model, "diffusion_model")
+    return ModelInfo(family(model), keys, _specs(model.model), ("diffusion_model",), weight, varying)
 
 
 def clip_info(clip) -> ModelInfo:
@@ -58,14 +60,30 @@ def original_weight(patcher, key: str) -> torch.Tensor:
     held = patcher.backup.get(key)
     weight = held.weight if held else patcher.hook_backup.get(key, (current,))[0]
     weight = weight if convert is None else convert(weight, inplace=False)
+    if hasattr(weight, "__tensor_flatten__"):  # torchao's
+        weight = weight.dequantize()
+    layer = patcher.model.get_submodule(key.rpartition(".")[0])
+    if hasattr(layer, "get_weight") and not getattr(weight, "patches", None):  # ComfyUI-GGUF's layers (2.0.0)
+        weight = layer.get_weight(weight, torch.float32)
     if not weight.is_floating_point():
         raise GuardError(f"{key} is stored as {weight.dtype}: a DoRA or OFT needs its value; leave that LoRA out.")
     return weight.detach().to("cpu", torch.float32)
 
 
 def _specs(module: torch.nn.Module) -> dict:
+    _refuse_fused_kernels(module)
     found = ((path, m) for path, m in module.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
     return {f"{path}.weight": layer_spec(path, m) for path, m in found}
+
+
+def _refuse_fused_kernels(module: torch.nn.Module) -> None:
+    """GuardError for nunchaku's layers (by its package, 1.1): its kernels run past the forward of single layers."""
+    for path, m in module.named_modules():
+        if type(m).__module__.partition(".")[0] == "nunchaku":
+            raise GuardError(
+                f"Layer {path} is a {type(m).__name__} of nunchaku, whose kernels take no branch: load this model in "
+                "fp16, bf16, fp8 or GGUF instead."
+            )
 
 
 def family(model) -> str:
@@ -78,8 +96,27 @@ def model_sha256(patcher) -> str:
     if module not in _weights:
         backup = {key: entry.weight for key, entry in patcher.backup.items()}
         backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
-        _weights[module] = attest.weights_sha256((key, backup.get(key, w)) for key, w in module.state_dict().items())
+        _weights[module] = attest.weights_sha256(_stored(module, backup))
     return _weights[module]
+
+
+def _stored(module: torch.nn.Module, backup: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The contents of a model's weights, quantised ones as they are stored."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for key, weight in module.state_dict().items():
+        if weight.is_meta and key not in parameters:
+            continue
+        weight = parameters[key] if weight.is_meta else weight  # ComfyUI-GGUF's layers say sizes only (2.0.0)
+        yield from _parts(key, backup.get(key, weight))
+
+
+def _parts(key: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor made of others (QuantizedTensor, 0.3.75; torchao's) by its parts, any other by its own numbers."""
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _parts(f"{key}.{name}", getattr(weight, name))
+    else:
+        yield key, weight.detach().as_subclass(torch.Tensor)
 
 
 def vae_sha256(vae) -> str:

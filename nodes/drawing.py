@@ -32,6 +32,7 @@ from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
 from ..training.pictures import PictureError, decode
 from . import anatomy, host, trainee
+from .memory import compute_dtype
 
 KEPT_ARMS = 4  # whose branches stay built
 KEPT_PROMPTS = 512  # whose embeddings stay, some 0.2 MB each for SD 1.5 and 0.6 MB for SDXL
@@ -83,7 +84,7 @@ class ComfyPainter:
             model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
         self._model, self._clip, self._vae = model, clip, vae
         self.base_sha256 = _base_sha256(model, clip, vae)
-        self.device, self.dtype = _device_name(model.load_device), str(_dtype(model)).removeprefix("torch.")
+        self.device, self.dtype = _device_name(model.load_device), str(compute_dtype(model)).removeprefix("torch.")
         self._infos = anatomy.model_info(model), anatomy.clip_info(clip)
         self._arms: _Recent[_Built] = _Recent(KEPT_ARMS)
         self._prompts: _Recent[Cond] = _Recent(KEPT_PROMPTS)
@@ -149,7 +150,7 @@ class ComfyPainter:
     def _acting(self, patcher, module: nn.Module, part: GuardedPart) -> Iterator[None]:
         """A part's branches on a loaded model; GuardError unless every one of them ran in every evaluation."""
         comfy.model_management.load_models_gpu([patcher])  # takes off what a guarded clone has on it
-        part.branches.to(patcher.load_device, _dtype(patcher))
+        part.branches.to(patcher.load_device, compute_dtype(patcher))
         seat = Attachment(module, part.branches)
         seat.attach()  # without LoRAs too: nobody else's branches act on the base's pictures
         try:
@@ -287,11 +288,6 @@ def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
 
 def _interruptible(*_) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()  # 0.3.75 and 0.33.0
-
-
-def _dtype(patcher) -> torch.dtype:
-    """What a model computes in (BaseModel.manual_cast_dtype, ModelPatcher.model_dtype, 0.3.75 and 0.33.0)."""
-    return getattr(patcher.model, "manual_cast_dtype", None) or patcher.model_dtype() or torch.float32
 
 
 def _devices(patcher) -> list[int]:

@@ -34,6 +34,7 @@ from ..modular_lora.guard import (
 )
 from ..modular_lora.report import format_guard
 from .anatomy import clip_info, family, model_info, model_sha256
+from .memory import MemoryMixin, compute_dtype
 
 PACK = "modular-lora-guard 0.1.0"
 KEY = "modular_lora"
@@ -103,11 +104,12 @@ _BEFORE = "use Load Task LoRA, or do this before Guard Model"
 _BASE = "connect the unguarded checkpoint to that node instead"
 
 
-class GuardMixin:
+class GuardMixin(MemoryMixin):
     """In front of a ModelPatcher's class: attaches, checks and counts the branches; refuses what would lose them."""
 
     guard_state: GuardState
     guard_seat: Attachment
+    branches = property(lambda self: self.guard_state.part.branches)
 
     add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _BEFORE)
     get_key_patches = _refused("get_key_patches", "be merged into another model", _BASE)
@@ -121,6 +123,7 @@ class GuardMixin:
     def clone(self, *args, **kwargs):
         """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
         clone = _wrap(super().clone(*args, **kwargs), self.guard_state)
+        clone.size = self.size  # what it was made with has the branches in it
         clone.parent = self.parent  # the unguarded model: LoadedModel follows one dead clone's parent, not a chain
         return clone
 
@@ -164,9 +167,8 @@ class GuardMixin:
         _check_clean(self, self.guard_state.patches, "The guarded model")
         self.guard_seat.attach()
         self.guard_seat.verify()
-        dtype = getattr(self.model, "manual_cast_dtype", None) or self.model_dtype() or torch.float32
-        self.guard_state.part.branches.to(self.load_device, dtype)
-        self.guard_run, self.guard_counts = attest.Run(self.guard_state.part.branches), None
+        self.branches.to(self.load_device, compute_dtype(self))
+        self.guard_run, self.guard_counts = attest.Run(self.branches), None
         self.guard_before = sys.exc_info()[1]
 
     def guard_end(self, may_be_empty: bool | None = None) -> None:
