@@ -335,7 +335,7 @@ def test_the_base_is_known_by_network_text_encoder_and_vae(drawing, painter, loa
     with torch.inference_mode():
         for part in (other[0].model, other[1].cond_stage_model, other[2].first_stage_model):
             next(part.parameters()).add_(1)
-            drawing.host._weights.pop(part, None)  # remembered while loaded
+            drawing.anatomy._weights.pop(part, None)  # remembered while loaded
     for changed in ((other[0], clip, vae), (model, other[1], vae), (model, clip, other[2])):
         assert drawing.ComfyPainter(*changed).base_sha256 != painter.base_sha256
 
