@@ -29,9 +29,9 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """ΔW itself: a full difference, or factors that would be larger than it."""
+    """ΔW itself: a full difference, or factors that would be larger than it; for a norm the change of its weight."""
 
-    weight: Tensor  # out in·k·k
+    weight: Tensor  # out in·k·k; out 1 for a norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +116,14 @@ class Fused:
         change = [_rotate(self.spec, blocks, y) for blocks in self.rotations]
         if self.gain is not None:
             change.append(self.gain * y)
-        if self.dense is not None:
-            conv = self.spec.conv
+        norm, conv = self.spec.norm, self.spec.conv
+        if self.dense is not None and norm is not None:
+            change.append(norm.normalised(x) * norm.beside(self.dense, y))
+        elif self.dense is not None:
             change.append(F.linear(x, self.dense) if conv is None else _conv(x, self.dense, *conv))
         change += [_kron(self.spec, w1, w2, x) for w1, w2 in self.krons]
         if self.bias is not None:
-            change.append(self.bias)
+            change.append(self.bias if norm is None else norm.beside(self.bias, y))
         for part in change:
             y = y + part
         return y

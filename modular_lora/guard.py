@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
+from .applied import Applied, apply, terms
 from .attestation import Attestation, LoraRecord
-from .blocks import block_of, parse_block_weights
-from .branches import Branches, FusedLayer, Times
-from .changes import LowRank, Role, Term
+from .branches import Branches, FusedLayer
+from .changes import Role
 from .errors import GuardError
 from .files import LoraFile
-from .interference import Factor, Interference, cancelled, factors, interference, norm
-from .layers import LayerSpec
-from .matching import KeyMap, Match, is_text, match_layers, mismatch
+from .interference import Interference, cancelled, interference
+from .matching import is_text
+from .model import ModelInfo
 
 Part = Literal["model", "text"]
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
@@ -70,27 +68,6 @@ Safety = tuple[SafetyLora, ...]
 Tasks = tuple[TaskLora, ...]
 
 
-def _no_weight(key: str) -> Tensor:
-    raise GuardError(f"The value of {key} is not known here, and DoRA and OFT are functions of it: leave the LoRA out.")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer).
-
-    ``weight`` gives W0's tensor of a weight or bias key, merged LoRAs taken back out and dequantised (GuardError where
-    that cannot be had); it is asked only for adapters that are functions of W0 (DoRA, OFT). ``parts``: the
-    sub-modules, by path, that do not run exactly once an evaluation.
-    """
-
-    family: str
-    key_map: KeyMap
-    specs: Mapping[str, LayerSpec]
-    roots: tuple[str, ...]
-    weight: Callable[[str], Tensor] = _no_weight
-    parts: Mapping[str, Times] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class LoraLine:
     """How one LoRA applies to one model: layer counts, rank range and Frobenius norm of strength·ΔW."""
@@ -103,8 +80,9 @@ class LoraLine:
     unmatched: tuple[str, ...]
     elsewhere: int  # layers of the file for the other model (text encoder or U-Net)
     zero_layers: int
-    ranks: tuple[int, int]
+    ranks: tuple[int, int]  # of the layers that have one; (0, 0) where none has
     norm: float
+    formats: tuple[str, ...] = ()  # of the layers that matched: "LoRA", "LoKr", ...
 
 
 @dataclass(frozen=True)
@@ -119,15 +97,6 @@ class GuardedPart:
     @property
     def layers(self) -> int:
         return len(self.branches.layers)
-
-
-@dataclass(frozen=True)
-class _Applied:
-    role: Role
-    lora: LoraFile
-    strength: float
-    match: Match
-    factors: dict[str, Factor]  # weight key -> factor, block weight folded into its scale
 
 
 def check_roles(safety: Safety, tasks: Tasks) -> None:
@@ -170,8 +139,8 @@ def build_part(
     for t in tasks:
         strength = t.strength_model if part == "model" else t.strength_clip
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
-    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.factors)
-    layers = {spec.path: FusedLayer(spec, terms) for spec, terms in _terms(applied, info)}
+    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
+    layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
     return GuardedPart(part, Branches(layers, info.roots, info.parts), tuple(_line(a) for a in applied), reports)
 
 
@@ -243,47 +212,23 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
         )
 
 
-def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> _Applied:
+def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> Applied:
     names = [name for name in lora.layers if is_text(name) == (part == "text")]
-    shapes = {key: spec.weight_shape for key, spec in info.specs.items()}
-    match = match_layers(lora, names, info.key_map, shapes, info.family)
-    if names and match.unmatched and (role == "safety" or not match.targets):
-        raise GuardError(mismatch(lora, match, info.family))
-    if role == "safety" and (zero := sorted(set(lora.zero_layers) & set(names))):
-        raise GuardError(
-            f"Safety LoRA {lora.name}: layer {zero[0]} ({len(zero)} in all) is all zero and would do nothing; "
-            "train or export the file again."
-        )
-    for name, target in match.targets.items():
-        if problem := info.specs[target.key].problem:
-            raise GuardError(f"{lora.name}: layer {name} is {problem} and takes no branch; use a LoRA without it.")
-    found = factors(lora, match, shapes)
-    weights = parse_block_weights(blocks, found, info.specs, lora.name)
-    weighted = {k: replace(f, scale=f.scale * weights.get(block_of(k), 1.0)) for k, f in found.items()}
-    return _Applied(role, lora, strength, match, weighted)
+    return apply(role, lora, names, strength, blocks, info)
 
 
-def _terms(applied: list[_Applied], info: ModelInfo) -> list[tuple[LayerSpec, list[Term]]]:
-    terms: dict[str, list[Term]] = {}
-    for a in applied:
-        for key, f in a.factors.items():
-            if a.strength * f.scale != 0:
-                terms.setdefault(key, []).append(Term(a.role, LowRank(f.down, f.up), a.strength * f.scale))
-    return [(info.specs[key], layer_terms) for key, layer_terms in terms.items()]
-
-
-def _net_strength(safety: _Applied, applied: list[_Applied], policy: Policy, enforce: bool) -> tuple[str, Interference]:
-    others = [(a.lora.name, a.factors, a.strength) for a in applied if a is not safety]
-    result = interference(safety.factors, safety.strength, others, policy.net_strength_floor)
+def _net_strength(safety: Applied, applied: list[Applied], policy: Policy, enforce: bool) -> tuple[str, Interference]:
+    others = [(a.lora.name, a.changes, a.strength) for a in applied if a is not safety]
+    result = interference(safety.changes, safety.strength, others, policy.net_strength_floor)
     if enforce and result.net_strength < policy.net_strength_floor:
         floor = policy.net_strength_floor
         raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
     return safety.lora.name, result
 
 
-def _line(a: _Applied) -> LoraLine:
-    ranks = [f.down.shape[0] for f in a.factors.values()] or [0]
-    total = math.sqrt(sum(norm(f) ** 2 for f in a.factors.values()))
+def _line(a: Applied) -> LoraLine:
+    layers = [a.lora.layers[name] for name in a.match.targets]
+    ranks = [layer.rank for layer in layers if layer.rank] or [0]
     zero = len(set(a.lora.zero_layers) & set(a.match.targets))
     return LoraLine(
         role=a.role,
@@ -294,6 +239,7 @@ def _line(a: _Applied) -> LoraLine:
         unmatched=a.match.unmatched,
         elsewhere=len(a.lora.layers) - len(a.match.targets) - len(a.match.unmatched),
         zero_layers=zero,
+        formats=tuple(sorted({layer.kind for layer in layers})),
         ranks=(min(ranks), max(ranks)),
-        norm=abs(a.strength) * total,
+        norm=a.norm,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
+
+from .norms import Norm, norm_of
 
 
 @dataclass(frozen=True)
@@ -12,18 +14,27 @@ class LayerSpec:
     """How a layer takes a branch. ``weight_shape`` is the shape of W0: (out, in) or (out, in, *kernel).
 
     It comes from the layer's features and kernel, never from the stored tensor, whose layout is the quantiser's.
-    ``problem`` says why the layer takes no branch (an embedding, a grouped convolution, a weight that cannot be placed);
-    the guard turns it into an error that names file and layer.
+    ``problem`` says why the layer takes no branch (an embedding, a grouped convolution, a weight that cannot be
+    placed); the guard turns it into an error that names file and layer.
     """
 
     path: str
     weight_shape: tuple[int, ...]
     conv: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None  # stride, padding, dilation
     problem: str | None = None
+    bias: bool = False  # whether the layer has one
+    norm: Norm | None = None  # a norm takes changes of its weight and bias and no other; ``problem`` says so
 
 
 def layer_spec(path: str, module: nn.Module) -> LayerSpec:
-    """The spec of the module at ``path``: a Linear, one that says its features as nn.Linear does, or an nn.ConvNd."""
+    """The spec of the module at ``path``: a Linear, one that says its features like nn.Linear, nn.ConvNd or a norm."""
+    spec = _spec(path, module)
+    if (norm := norm_of(module)) is not None:
+        spec = replace(spec, weight_shape=norm.shape, norm=norm)
+    return replace(spec, bias=isinstance(getattr(module, "bias", None), Tensor))
+
+
+def _spec(path: str, module: nn.Module) -> LayerSpec:
     weight = getattr(module, "weight", None)
     stored = tuple(weight.shape) if weight is not None else ()
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

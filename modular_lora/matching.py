@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .errors import GuardError
-from .files import LoraFile, LoraLayer, describe_base
+from torch import Tensor
 
-KeyMap = Mapping[str, "str | tuple"]  # file name -> weight key, or (weight key, (dim, start, length))
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
+from .errors import GuardError
+from .files import LoraFile, describe_base
+
+KeyMap = Mapping[str, "str | tuple"]  # file name -> weight key, or (weight key, (dim, start, length), rearrange)
 
 _PEFT = "base_model.model."
 _TEXT = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "clip_l.", "clip_g.", "t5xxl.")
@@ -17,10 +20,11 @@ _TEXT = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "clip_l.", "
 
 @dataclass(frozen=True)
 class Target:
-    """A weight, or a slice of it along one dimension."""
+    """A weight, or a slice of it along one dimension; ``rearrange`` brings a change's rows to the weight's order."""
 
     key: str
     offset: tuple[int, int, int] | None = None  # dim, start, length
+    rearrange: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,24 +101,67 @@ def _target(entry: str | tuple, subject: str) -> Target:
     if isinstance(entry, str):
         return Target(entry)
     key, offset, *rest = entry
-    if any(item is not None for item in rest):
-        raise GuardError(f"{subject}: {key} is stored rearranged, a branch cannot change it: leave the layer out")
+    rearrange = rest[0] if rest else None
     if offset is None:
-        return Target(key)
+        return Target(key, None, rearrange)
     dim, start, length = offset
     if dim not in (0, 1):
         raise GuardError(f"{subject}: slices {key} along dimension {dim}, only 0 and 1 are known: leave it out")
-    return Target(key, (int(dim), int(start), int(length)))
+    return Target(key, (int(dim), int(start), int(length)), rearrange)
 
 
-def _check_shape(lora: LoraFile, layer: LoraLayer, target: Target, shape: tuple[int, ...], subject: str) -> None:
-    """The layer's dW must have its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
-    inside = target.offset is None or (len(shape) > 1 and sum(target.offset[1:]) <= shape[target.offset[0]])
-    wanted = slice_shape(target, shape)  # out in [k k]
-    down = tuple(layer.down.shape[1:])  # in [k k]
-    flat = len(down) == 1 and down[0] == math.prod(wanted[1:])
-    padded = len(wanted) == 2 and down == (wanted[1], 1, 1)
-    if inside and len(wanted) in (2, 4) and layer.up.shape[0] == wanted[0] and (down == wanted[1:] or flat or padded):
+def _check_shape(lora: LoraFile, layer: Adapter, target: Target, shape: tuple[int, ...], subject: str) -> None:
+    """The change must have its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
+    dim, start, length = target.offset or (0, 0, 0)
+    inside = len(shape) > dim and start + length <= shape[dim]
+    wanted = slice_shape(target, shape)  # out in [k k]; out of a bias or a norm
+    if inside and _fits(layer, wanted):
         return
-    have = f"{[layer.up.shape[0], *down]} in the file, {list(wanted)} in {target.key} of {subject}"
-    raise GuardError(f"{lora.name}: layer {layer.name!r} is {have}: use a LoRA made for this base")
+    have = f"{list(_shape(layer))} in the file, {list(wanted)} in {target.key} of {subject}"
+    raise GuardError(f"{lora.name}: layer {layer.name!r} ({layer.kind}) is {have}: use a LoRA made for this base")
+
+
+def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:
+    """Whether a file's layer is a change of a weight of shape ``wanted``, and of the bias beside it."""
+    if isinstance(layer, BiasedLayer):
+        return _fits(layer.base, wanted) and layer.bias.numel() == wanted[0]
+    if isinstance(layer, DoraLayer):
+        lengths = {wanted[0]} if layer.of_sum else {wanted[0], *wanted[1:2]}
+        return len(wanted) > 1 and _fits(layer.base, wanted) and layer.magnitude.numel() in lengths
+    if isinstance(layer, OftLayer):
+        return len(wanted) > 1 and _shape(layer) == wanted[:1]
+    if isinstance(layer, DiffLayer):
+        bias = layer.bias is None or layer.bias.numel() == wanted[0]
+        return bias and (layer.weight is None or _same(tuple(layer.weight.shape), wanted))
+    return _same(_shape(layer), wanted)
+
+
+def _same(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether two shapes are one: a kernel may come flattened, or as 1s where there is none."""
+    if have == wanted or len(have) < 2 or len(wanted) < 2:
+        return have == wanted
+    flat = len(have) == 2 and have[1] == math.prod(wanted[1:])
+    padded = len(wanted) == 2 and have[:2] == wanted and set(have[2:]) == {1}
+    return have[0] == wanted[0] and (flat or padded)
+
+
+def _shape(layer: Adapter) -> tuple[int, ...]:
+    """The shape of the weight that a file's layer changes, as far as its tensors tell; (out,) for OFT or a bias."""
+    if isinstance(layer, BiasedLayer | DoraLayer):
+        return _shape(layer.base)
+    if isinstance(layer, LoraLayer):
+        return (layer.up.shape[0], *layer.down.shape[1:])
+    if isinstance(layer, LohaLayer):
+        return _factor_shape(layer.w1_a, layer.w1_b, layer.t1)
+    if isinstance(layer, LokrLayer):
+        first = layer.w1.shape if layer.w1 is not None else _factor_shape(layer.w1_a, layer.w1_b, None)
+        second = layer.w2.shape if layer.w2 is not None else _factor_shape(layer.w2_a, layer.w2_b, layer.t2)
+        return (first[0] * second[0], first[1] * second[1], *second[2:])
+    if isinstance(layer, OftLayer):
+        return (layer.blocks.shape[0] * layer.blocks.shape[1],)
+    return tuple((layer.bias if layer.weight is None else layer.weight).shape)
+
+
+def _factor_shape(a: Tensor, b: Tensor, middle: Tensor | None) -> tuple[int, ...]:
+    """The shape of a @ b (out r, r in·k·k), or of the Tucker product of middle (r r k k), a (r out) and b (r in)."""
+    return (a.shape[0], *b.shape[1:]) if middle is None else (a.shape[1], b.shape[1], *middle.shape[2:])

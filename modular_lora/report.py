@@ -24,8 +24,10 @@ def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], note
 
 
 def _lora(line: LoraLine) -> str:
-    ranks = f"rank {line.ranks[0]}" if line.ranks[0] == line.ranks[1] else f"ranks {line.ranks[0]}-{line.ranks[1]}"
-    text = f"{line.role} {line.name}: {line.matched} layers, {ranks}, strength {line.strength:g}, norm {line.norm:.3g}"
+    low, high = line.ranks
+    ranks = f" rank {low}" if low == high else f" ranks {low}-{high}"
+    form = ", ".join(line.formats or ("LoRA",)) + ranks * bool(high)
+    text = f"{line.role} {line.name}: {line.matched} layers, {form}, strength {line.strength:g}, norm {line.norm:.3g}"
     if line.unmatched:
         text += f"; {len(line.unmatched)} keys match no layer (first {line.unmatched[0]})"
     if line.zero_layers:

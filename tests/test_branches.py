@@ -14,7 +14,7 @@ from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer
 from modular_lora_guard.modular_lora.changes import LowRank, Role, Term
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
 from modular_lora_guard.modular_lora.guard import ModelInfo, Policy, SafetyLora, TaskLora, build_part
-from modular_lora_guard.modular_lora.interference import factor
+from modular_lora_guard.modular_lora.comparing import factor
 from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.matching import Target
 from torch import Tensor, nn

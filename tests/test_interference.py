@@ -10,18 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modular_lora_guard.modular_lora.comparing import Factor, factor, factors, inner, join, norm
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
-from modular_lora_guard.modular_lora.interference import (
-    Factor,
-    cancelled,
-    factor,
-    factors,
-    inner,
-    interference,
-    join,
-    norm,
-)
+from modular_lora_guard.modular_lora.interference import cancelled, interference
 from modular_lora_guard.modular_lora.matching import Match, Target
 from torch import Tensor
 

@@ -113,9 +113,8 @@ def test_two_layers_on_one_place_are_an_error():
         match(lora(layer(f"{BLOCK}.to_q"), layer(f"unet.{BLOCK}.to_q")))
 
 
-def test_a_rearranged_weight_is_an_error():
-    with pytest.raises(GuardError, match="a branch cannot change it"):
-        match(lora(layer("swapped", up=(9, 2))))
+def test_a_rearranged_weight_keeps_its_rearrangement():
+    assert match(lora(layer("swapped", up=(9, 2)))).targets == {"swapped": Target(FUSED, None, torch.flip)}
 
 
 def test_only_the_names_asked_for_are_matched_and_text_layers_are_listed():

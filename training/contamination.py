@@ -26,10 +26,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..modular_lora.comparing import Factor, factors, inner, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
-from ..modular_lora.interference import Factor, factors, inner, norm
 from ..modular_lora.matching import is_text, match_layers
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import safetensors.torch
 
+from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.files import LoraFile, LoraLayer, describe_base, read_lora
 from ..modular_lora.guard import BASE_KEY, ROLE_KEY
-from ..modular_lora.interference import Factor, norm
 from ..modular_lora.matching import is_text
 from .output import kohya_hashes
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, read_lora, sha256_file
 from ..modular_lora.guard import SafetyLora
-from ..modular_lora.interference import Factor, norm
 from . import dataset, kohya_entry, kohya_process
 from .dataset_export import to_toml
 from .kohya_arguments import FAMILIES, Family, Run, leco_prompts, safety_arguments, sample_prompts, task_arguments

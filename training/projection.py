@@ -22,10 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..modular_lora.comparing import Factor, factors, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer
 from ..modular_lora.guard import ModelInfo
-from ..modular_lora.interference import Factor, factors, norm
 from ..modular_lora.matching import Target, match_layers
 
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding

@@ -1,0 +1,97 @@
+"""One LoRA on one model: matched, checked, and taken apart into what its branches compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from .adapters import Adapter, BiasedLayer, DiffLayer
+from .blocks import block_of, parse_block_weights
+from .changes import Bias, Part, Role, Term
+from .comparing import Changes, change
+from .errors import GuardError
+from .files import LoraFile
+from .layers import LayerSpec
+from .matching import Match, match_layers, mismatch
+from .model import ModelInfo
+from .resolve import Parts, power, resolve
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One LoRA on one model; ``parts`` and ``changes`` are those at strength 1, block weights folded in."""
+
+    role: Role
+    lora: LoraFile
+    strength: float
+    match: Match
+    parts: dict[str, Parts]  # weight or bias key -> parts and what they are multiplied by
+    changes: Changes  # the same, to compare
+
+    @cached_property
+    def norm(self) -> float:
+        """Of strength·ΔW over all weights."""
+        return abs(self.strength) * math.sqrt(math.fsum(c.energy for c in self.changes.values()))
+
+
+def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blocks: str, info: ModelInfo) -> Applied:
+    """Match, check and resolve ``names`` (layers of ``lora``) on one model; ``blocks``: see blocks.py.
+
+    Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, or nothing matches.
+    """
+    specs = _specs(info)
+    shapes = {key: spec.weight_shape if key in info.specs else spec.weight_shape[:1] for key, spec in specs.items()}
+    match = match_layers(lora, names, info.key_map, shapes, info.family)
+    if names and match.unmatched and (role == "safety" or not match.targets):
+        raise GuardError(mismatch(lora, match, info.family))
+    if role == "safety" and (zero := sorted(set(lora.zero_layers) & set(names))):
+        raise GuardError(
+            f"Safety LoRA {lora.name}: layer {zero[0]} ({len(zero)} in all) is all zero and would do nothing; "
+            "train or export the file again."
+        )
+    weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
+    parts: dict[str, list[tuple[Part, float]]] = {}
+    for name, target in match.targets.items():
+        adapter, spec = lora.layers[name], specs[target.key]
+        _check_takes(lora, adapter, spec)
+        factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
+        for part, scale in resolve(adapter, target, spec, info.weight):
+            key = _bias_key(target.key) if isinstance(part, Bias) else target.key
+            parts.setdefault(key, []).append((part, scale * factor))
+    changes = {key: change(found, partial(info.weight, key)) for key, found in parts.items()}
+    return Applied(role, lora, strength, match, {key: tuple(found) for key, found in parts.items()}, changes)
+
+
+def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
+    """What every layer computes beside its weight; parts of strength 0 are left out."""
+    specs, found = _specs(info), {}
+    for a in applied:
+        for key, parts in a.parts.items():
+            layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
+            found.setdefault(specs[key].path, (specs[key], []))[1].extend(layer)
+    return ((spec, layer) for spec, layer in found.values() if layer)
+
+
+def _factor(strength: float, block: float, power: int) -> float:
+    """What a layer is multiplied by beside its strength: (strength·block)^power / strength."""
+    return block * (strength * block) ** (power - 1)
+
+
+def _specs(info: ModelInfo) -> dict[str, LayerSpec]:
+    """The layer of every weight and of every bias beside one."""
+    return {**{_bias_key(key): spec for key, spec in info.specs.items() if spec.bias}, **info.specs}
+
+
+def _bias_key(key: str) -> str:
+    return f"{key.rpartition('.')[0]}.bias"
+
+
+def _check_takes(lora: LoraFile, adapter: Adapter, spec: LayerSpec) -> None:
+    """GuardError where the layer cannot take such a change."""
+    what = f"{lora.name}: layer {adapter.name}"
+    if spec.problem and not (spec.norm and isinstance(adapter, DiffLayer)):
+        raise GuardError(f"{what} is {spec.problem} and takes no branch; use a LoRA without it.")
+    if isinstance(adapter, DiffLayer | BiasedLayer) and adapter.bias is not None and not spec.bias:
+        raise GuardError(f"{what} changes a bias, and {spec.path} has none: use a LoRA made for this base.")

@@ -1,0 +1,34 @@
+"""What the guard asks of a host about one of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .branches import Times
+from .errors import GuardError
+from .layers import LayerSpec
+from .matching import KeyMap
+
+
+def _no_weight(key: str) -> Tensor:
+    raise GuardError(f"The value of {key} is not known here, and DoRA and OFT are functions of it: leave the LoRA out.")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the host knows of one model: ``key_map`` (file name -> weight key) and ``specs`` (weight key -> layer).
+
+    ``weight`` gives W0's tensor of a weight or bias key, merged LoRAs taken back out and dequantised (GuardError where
+    that cannot be had); it is asked only for adapters that are functions of W0 (DoRA, OFT). ``parts``: the
+    sub-modules, by path, that do not run exactly once an evaluation.
+    """
+
+    family: str
+    key_map: KeyMap
+    specs: Mapping[str, LayerSpec]
+    roots: tuple[str, ...]
+    weight: Callable[[str], Tensor] = _no_weight
+    parts: Mapping[str, Times] = field(default_factory=dict)

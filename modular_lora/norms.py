@@ -1,0 +1,52 @@
+"""Normalisations that take a change of their weight and bias: y = n(x)·(w + Δw) + b + Δb = y₀ + n(x)·Δw + Δb."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_RMS = ("RMSNorm", "T5LayerNorm")  # ComfyUI's own classes beside nn.RMSNorm (0.3.75 and 0.33.0)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm does before its weight."""
+
+    kind: Literal["layer", "group", "rms"]
+    shape: tuple[int, ...]  # of the weight
+    groups: int
+    eps: float | None
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """n(x), in the shape and dtype of x."""
+        if self.kind == "group":
+            return F.group_norm(x, self.groups, eps=self.eps)
+        if self.kind == "layer":
+            return F.layer_norm(x, self.shape, eps=self.eps)
+        return F.rms_norm(x, self.shape, eps=self.eps)
+
+    def beside(self, vector: Tensor, y: Tensor) -> Tensor:
+        """The weight's or bias's shape as it multiplies y: channels are the second dimension of a group norm."""
+        return vector.view(-1, *(1 for _ in y.shape[2:])) if self.kind == "group" else vector.view(self.shape)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """What ``module`` does if it is a norm with a weight whose arithmetic is known, else None.
+
+    A weight that a class stores less one (Gemma's RMSNorm) changes y by the same n(x)·Δw.
+    """
+    weight = getattr(module, "weight", None)
+    weight = getattr(module, "scale", None) if weight is None else weight  # Flux's RMSNorm, 0.3.75
+    if not isinstance(weight, Tensor):
+        return None
+    if isinstance(module, nn.GroupNorm):
+        return Norm("group", tuple(weight.shape), module.num_groups, module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return Norm("layer", tuple(weight.shape), 1, module.eps)
+    if type(module).__name__ in _RMS and weight.dim() == 1:
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", 1e-6))
+        return Norm("rms", tuple(weight.shape), 1, eps)
+    return None
