@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class GuardError(RuntimeError):
     """The guard stopped something: a LoRA that does not apply whole, a refused path, a run that fell short."""
@@ -13,3 +15,15 @@ class LoraFileError(GuardError):
 
 class HandleError(GuardError, AttributeError):
     """A guarded model was used as something else; an AttributeError too, so that hasattr() keeps its meaning."""
+
+
+def shown(value: object) -> str:
+    """A value out of a file on one printable line of bounded length; a file may nest it deeper than repr() can go."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 3, 120
+    return short.repr(value)
+
+
+def plain(text: str) -> str:
+    """Text out of a file on one printable line of bounded length, without quotes."""
+    return "".join(c if c.isprintable() else "?" for c in text[:120])

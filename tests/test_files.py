@@ -177,28 +177,35 @@ def test_header_edits_never_give_another_error(data, layers, value, tmp_path_fac
 @pytest.mark.parametrize(
     ("tensor", "kind"),
     [
-        ("a.hada_w1_a", "LoHa"),
-        ("a.lokr_w1", "LoKr"),
-        ("a.dora_scale", "DoRA"),
-        ("a.lora_magnitude_vector", "DoRA"),
-        ("a.oft_blocks", "OFT"),
-        ("a.diff", "full weight difference"),
-        ("a.diff_b", "full weight difference"),
-        ("a.lora_mid.weight", "Tucker"),
+        ("a.boft_R", "BOFT"),
+        ("a.oft_r", "OFT as PEFT saves it"),
+        ("a.oft_R.default.weight", "OFT as PEFT saves it"),
+        ("a.rescale", "OFT with a rescale"),
+        ("a.lokr_t1", "LoKr with a Tucker first factor"),
+        ("a.set_weight", "a weight to be replaced"),
+        ("a.reshape_weight", "a weight to be replaced"),
+        ("a.scalar", "use_scalar"),
         ("a.a1.weight", "GLoRA"),
         ("a.on_input", "IA3"),
-        ("a.w_norm", "norm"),
-        ("a.lora_B.bias", "bias"),
+        ("a.ia3_l", "IA3"),
+        ("a.vera_lambda_b", "VeRA"),
+        ("a.lora_E.default", "AdaLoRA"),
+        ("a.lambda_layer", "T-LoRA"),
+        ("a.lora_embedding_A", "a LoRA of an embedding"),
+        ("a.lora_B.bias", "a LoRA with a bias of its own"),
+        ("a.lora_B.default.bias", "a LoRA with a bias of its own"),
         ("model.diffusion_model.out.0.weight", "not a LoRA tensor"),
         ("a\nb.lora_up.weight", "not a LoRA tensor"),
         ("a" * 600 + ".alpha", "not a LoRA tensor"),
+        (".lora_up.weight", "not a LoRA tensor"),
+        ("alpha", "not a LoRA tensor"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, tensor, kind):
     save_file({**pair(), tensor: torch.ones(1)}, tmp_path / "a.safetensors")
     message = refusal(tmp_path / "a.safetensors")
     assert kind in message
-    assert "reads LoRA and LoCon" in message
+    assert "this version reads LoRA, LoCon, LoHa" in message
 
 
 DOWN, UP = (name.format("lora_unet_a") for name in NAMES["kohya"])
@@ -251,8 +258,8 @@ def test_a_header_that_is_wrong_is_named(tmp_path, edit, says):
         ({UP: torch.ones(3, 2)}, "has only up"),
         ({**pair(), "b.alpha": torch.tensor(1.0)}, "has only alpha"),
         ({DOWN: torch.ones(2, 4), UP: torch.ones(3, 5)}, "rank is 2 in down and 5 in up"),
-        ({DOWN: torch.ones(2, 4, 3), UP: torch.ones(3, 2)}, "no Linear or Conv2d pair"),
-        ({DOWN: torch.ones(2, 4, 3, 3), UP: torch.ones(3, 2, 3, 3)}, "no Linear or Conv2d pair"),
+        ({DOWN: torch.ones(2, 4, 3), UP: torch.ones(3, 2)}, "no Linear or convolution pair"),
+        ({DOWN: torch.ones(2, 4, 3, 3), UP: torch.ones(3, 2, 3, 3)}, "no Linear or convolution pair"),
         ({DOWN: torch.ones(1025, 4), UP: torch.ones(3, 1025)}, "rank 1025"),
         ({**pair(), "lora_unet_a.alpha": torch.ones(2)}, "alpha has shape [2]"),
         ({**pair(), "lora_unet_a.alpha": torch.tensor(math.inf)}, "holds inf"),

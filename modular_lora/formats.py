@@ -1,0 +1,362 @@
+"""The formats of LoRA files: what layer and role a tensor name means, what belongs together, what layer it makes.
+
+Names are those of kohya-ss sd-scripts, diffusers, PEFT, OneTrainer, AI-Toolkit, XLabs, LyCORIS and ComfyUI, as
+ComfyUI's loader takes them (comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter). What is not read is refused
+with its name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
+from .errors import LoraFileError, shown
+
+RANK_LIMIT = 1024
+NAME_LIMIT = 512  # characters
+TUCKER_LIMIT = 2**30  # numbers in the products of a file's Tucker layers
+READS = "this version reads LoRA, LoCon, LoHa, LoKr, DoRA, OFT and full differences"
+DAMAGED = "the file is damaged: download it again"
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
+_FACTORS += ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_ENDS = {  # what comes after the layer's name -> role
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A": "down",  # Mochi
+    "lora_B": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    **{role: role for role in (*_FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_NAME = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, _ENDS))))
+_ODD_NAMES = (  # names with more to them; groups: layer, what says the role, PEFT's adapter
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(\.weight)?"),
+    re.compile(r"(?P<layer>.+)_lora\.(?P<role>down|up)\.weight"),
+)
+_ODD_ROLES = {"A": "down", "B": "up"}
+_XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+_XLABS_LAYERS = {
+    "qkv_lora1": "img_attn.qkv",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1_qkv",
+    "proj_lora": "linear2",
+}
+_WAN_FUN, _KOHYA = "lora_unet__", "lora_unet_"
+_FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+_EMBEDDING = re.compile(r"bundle_emb\..+")
+
+_REFUSED = (
+    (re.compile(r"\.boft_\w+(\..+)?$"), "BOFT"),
+    (re.compile(r"\.oft_\w+(\..+)?$"), "OFT as PEFT saves it"),
+    (re.compile(r"\.rescale$"), "OFT with a rescale, which ComfyUI leaves out"),
+    (re.compile(r"\.lokr_t1$"), "LoKr with a Tucker first factor"),
+    (re.compile(r"\.(set_weight|reshape_weight)$"), "a weight to be replaced or reshaped, which is no difference"),
+    (re.compile(r"\.scalar$"), "a scalar beside the factors (LyCORIS use_scalar): export it, which multiplies it in"),
+    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
+    (re.compile(r"\.(on_input|ia3_l(\..+)?)$"), "IA3"),
+    (re.compile(r"\.vera_\w+(\..+)?$"), "VeRA"),
+    (re.compile(r"\.(lora_E|ranknum)(\..+)?$"), "AdaLoRA"),
+    (re.compile(r"\.(p_layer|q_layer|lambda_layer)(\..+)?$"), "T-LoRA"),
+    (re.compile(r"\.lora_embedding_[AB](\..+)?$"), "a LoRA of an embedding"),
+    (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias of its own (lora_bias)"),
+)
+
+_LORA, _LOHA, _LOKR, _OFT, _FULL, _NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
+_FORMS = {  # role -> the form that it is a part of
+    **dict.fromkeys(("down", "up", "mid"), _LORA),
+    **{role: _LOHA if role.startswith("hada") else _LOKR for role in _FACTORS},
+    "oft_blocks": _OFT,
+    "diff": _FULL,
+    **dict.fromkeys(("w_norm", "b_norm"), _NORM),
+}
+_WHOLE = {  # form -> sets of roles, one of which must be there and nothing else of this form
+    _LORA: ({"down", "up"}, {"down", "up", "mid"}),
+    _LOHA: (set(_FACTORS[:4]), set(_FACTORS[:6])),
+    _LOKR: tuple(
+        first | second
+        for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+        for second in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+    ),
+    _OFT: ({"oft_blocks"},),
+    _FULL: ({"diff"},),
+    _NORM: ({"w_norm"}, {"w_norm", "b_norm"}),
+}
+_SCALED = {role for role, form in _FORMS.items() if form not in (_FULL, _NORM)}
+_PLAIN = ({"down", "up"}, {"down", "up", "alpha"})  # what nearly every layer of nearly every file is
+
+
+class Entry(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the first tensor's
+    end: int
+
+
+Roles = Mapping[str, str]  # role -> tensor name
+
+
+@dataclass
+class Names:
+    """Tensor names by layer and role, and names that nothing uses."""
+
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    embeddings: list[str] = field(default_factory=list)  # OneTrainer's bundled embeddings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        alphas = sum("alpha" in roles and roles.keys().isdisjoint(_SCALED) for roles in self.layers.values())
+        lines = []
+        if self.embeddings:
+            lines.append(f"{len(self.embeddings)} tensors of bundled embeddings (bundle_emb) are left out")
+        if alphas:
+            lines.append(f"the alpha of {alphas} full differences is left out: ComfyUI does not scale by it either")
+        return tuple(lines)
+
+
+def sort_names(tensors: Collection[str], name: str) -> Names:
+    """Sort the tensor names of the file `name`; LoraFileError for another format's and for a role that comes twice."""
+    if all(mark in tensors for mark in _FLUX_CONTROL):
+        what = "is a Flux control LoRA (BFL), which replaces norms and widens img_in"
+        raise LoraFileError(f"{name}: {what}: it cannot act unmerged, use the full Flux control model instead")
+    found, adapters = Names(), {}
+    for tensor in tensors:
+        place = _place(tensor)
+        if place is None:
+            if not _EMBEDDING.fullmatch(tensor):
+                raise LoraFileError(f"{name}: tensor {shown(tensor)}: {_kind(tensor)}: {READS}")
+            found.embeddings.append(tensor)
+            continue
+        layer, role, adapter = place
+        roles = found.layers.setdefault(layer, {})
+        if role in roles:
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: a second {role} of its layer: keep one adapter")
+        roles[role] = tensor
+        if adapter:
+            adapters[adapter] = tensor
+    if len(adapters) > 1:
+        what = f"{len(adapters)} adapters ({', '.join(shown(a) for a in sorted(adapters)[:3])}) in one file"
+        raise LoraFileError(f"{name}: {what}: save each to a file of its own")
+    if not found.layers:
+        raise LoraFileError(f"{name}: holds no layer: {READS}")
+    return found
+
+
+def check_layers(layers: Mapping[str, Roles], entries: Mapping[str, Entry], name: str) -> None:
+    """Raise LoraFileError for a layer of the file `name` that lacks a part, mixes forms or whose shapes do not fit."""
+    for layer, roles in layers.items():
+        try:
+            shapes = {role: entries[tensor].shape for role, tensor in roles.items()}
+            if roles.keys() not in _PLAIN:
+                _check_whole(roles)
+            if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
+                raise ValueError(f"alpha has shape {list(shapes['alpha'])}, one number is needed: {DAMAGED}")
+            _check_shapes(shapes)
+        except ValueError as error:
+            raise LoraFileError(f"{name}: layer {shown(layer)}: {error}") from None
+
+
+def make_layers(layers: Mapping[str, Roles], tensors: Mapping[str, Tensor], name: str) -> dict[str, Adapter]:
+    """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0."""
+    result: dict[str, Adapter] = {}
+    expanded = 0
+    for layer, roles in layers.items():
+        parts = {role: tensors[tensor] for role, tensor in roles.items()}
+        alpha = float(parts.pop("alpha").item()) if "alpha" in parts else None
+        if alpha is not None and alpha < 0:
+            raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}, below 0: set a negative strength")
+        if "mid" in parts:
+            expanded += parts["down"].numel() * math.prod(parts["mid"].shape[2:])
+            if expanded > TUCKER_LIMIT:
+                what = f"its Tucker layers hold more than {TUCKER_LIMIT} numbers"
+                raise LoraFileError(f"{name}: layer {shown(layer)}: {what}: convert it to LoCon without Tucker form")
+        result[layer] = _layer(layer, parts, alpha)
+        if "mid" in parts and not result[layer].down.isfinite().all():
+            raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
+    return result
+
+
+def _place(tensor: str) -> tuple[str, str, str | None] | None:
+    """Layer, role and PEFT's adapter name of a tensor; None where it is none of a format that is read."""
+    if len(tensor) > NAME_LIMIT or not tensor.isprintable():
+        return None
+    if tensor.startswith(("double_blocks.", "single_blocks.")) and (found := _XLABS.fullmatch(tensor)):
+        return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
+    if found := _NAME.fullmatch(tensor):
+        layer, end = found.groups()
+        if layer.startswith(_WAN_FUN):
+            layer = _KOHYA + layer.removeprefix(_WAN_FUN)
+        return layer, _ENDS[end], None
+    for pattern in _ODD_NAMES:
+        if found := pattern.fullmatch(tensor):
+            role = _ODD_ROLES.get(found["role"], found["role"])
+            return found["layer"], role, found.groupdict().get("adapter")
+    return None
+
+
+def _kind(tensor: str) -> str:
+    """What a tensor that is no LoRA tensor most likely is."""
+    text = tensor[-NAME_LIMIT:]
+    return next((f"is {kind}" for pattern, kind in _REFUSED if pattern.search(text)), "is not a LoRA tensor")
+
+
+def _check_whole(roles: Roles) -> None:
+    """ValueError where the parts of a layer are not those of one form, and what may stand beside it."""
+    forms = list(dict.fromkeys(_FORMS[role] for role in roles if role in _FORMS))
+    if len(forms) > 1:
+        raise ValueError(f"is {' and '.join(forms)} in one: keep one of them")
+    if not forms and "diff_b" not in roles:
+        raise ValueError(f"has only {' and '.join(sorted(roles))}, no weights: save it whole")
+    form = forms[0] if forms else _FULL
+    own = {role for role in roles if role in _FORMS}
+    if forms and own not in _WHOLE[form]:
+        needed = " or ".join(" and ".join(sorted(group)) for group in _WHOLE[form])
+        raise ValueError(f"has only {' and '.join(sorted(own))}, needs {needed}: save it whole")
+    beside = {"dora_scale", "magnitude"} & roles.keys()
+    if len(beside) > 1 or (beside and form not in (_LORA, _LOHA, _LOKR)) or ("magnitude" in beside and form != _LORA):
+        raise ValueError(f"is {form} with {' and '.join(sorted(beside))}, which no trainer makes: {DAMAGED}")
+    if {"diff_b", "b_norm"} <= roles.keys():
+        raise ValueError("has two changes of the bias, diff_b and b_norm: keep one of them")
+    if form == _NORM and "alpha" in roles:
+        raise ValueError(f"is a {form} with an alpha, which no trainer makes: {DAMAGED}")
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where the shapes of a layer's parts do not fit together."""
+    out = None
+    if "down" in shapes:
+        out = _check_lora(shapes["down"], shapes["up"], shapes.get("mid"))
+    elif "hada_w1_a" in shapes:
+        out = _check_loha(shapes)
+    elif "lokr_w2" in shapes or "lokr_w2_a" in shapes:
+        out = _check_lokr(shapes)
+    elif "oft_blocks" in shapes:
+        out = _check_oft(shapes["oft_blocks"])
+    elif "diff" in shapes:
+        _demand(len(shapes["diff"]) > 0, f"diff has shape {list(shapes['diff'])}, a weight's is needed")
+    if len(shapes) > 2:
+        _check_beside(shapes, out)
+    for role in ("diff_b", "w_norm", "b_norm"):
+        if role in shapes:
+            fits = len(shapes[role]) == 1 and out in (None, shapes[role][0])
+            _demand(fits, f"{role} has shape {list(shapes[role])}, {out or 'a'} numbers in one row are needed")
+
+
+def _check_lora(down: tuple[int, ...], up: tuple[int, ...], mid: tuple[int, ...] | None) -> int:
+    """The number of outputs of a sound pair."""
+    dims = len(down), len(up)
+    if dims not in ((2, 2), (4, 4), (2, 4), (4, 2), (3, 3), (5, 5)) or math.prod(up[2:]) != 1:
+        raise ValueError(f"down {list(down)} and up {list(up)} are no Linear or convolution pair: {READS}")
+    _demand(down[0] == up[1], f"rank is {down[0]} in down and {up[1]} in up")
+    _check_rank(down[0])
+    if mid is not None:
+        fits = len(mid) == 4 and mid[:2] == (down[0], down[0]) and math.prod(down[2:]) == 1
+        _demand(fits, f"mid {list(mid)} does not go between down {list(down)} and up {list(up)}")
+    return up[0]
+
+
+def _check_loha(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    first = _check_product(shapes, "hada_w1_a", "hada_w1_b", "hada_t1")
+    second = _check_product(shapes, "hada_w2_a", "hada_w2_b", "hada_t2")
+    _demand(first == second, f"its two products are {list(first)} and {list(second)}")
+    return first[0]
+
+
+def _check_lokr(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    first = shapes.get("lokr_w1") or _check_product(shapes, "lokr_w1_a", "lokr_w1_b", None)
+    second = shapes.get("lokr_w2") or _check_product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    fits = len(first) == 2 and len(second) in (2, 4)
+    _demand(fits, f"its factors {list(first)} and {list(second)} are those of no Linear or Conv2d")
+    return first[0] * second[0]
+
+
+def _check_product(shapes: Mapping[str, tuple[int, ...]], left: str, right: str, tucker: str | None) -> tuple[int, ...]:
+    """Shape of left @ right, or of its Tucker product (left r out, right r in, tucker r r k k: out in k k)."""
+    a, b, t = shapes[left], shapes[right], shapes.get(tucker)
+    what = f"{left} {list(a)}, {right} {list(b)}" + (f" and {tucker} {list(t)}" if t else "")
+    _demand(len(a) == len(b) == 2, f"{what} are no matrices")
+    if t is None:
+        _demand(a[1] == b[0], f"{what} do not multiply")
+        _check_rank(b[0])
+        return a[0], b[1]
+    _demand(len(t) == 4 and t[:2] == (a[0], b[0]), f"{what} do not multiply")
+    _check_rank(max(t[:2]))
+    return a[1], b[1], *t[2:]
+
+
+def _check_oft(blocks: tuple[int, ...]) -> int:
+    if len(blocks) == 4:
+        raise ValueError(f"is BOFT: {READS}")
+    _demand(len(blocks) == 3 and blocks[1] == blocks[2], f"oft_blocks {list(blocks)} are no square blocks")
+    return blocks[0] * blocks[1]
+
+
+def _check_beside(shapes: Mapping[str, tuple[int, ...]], out: int | None) -> None:
+    """What DoRA adds to a layer of `out` outputs."""
+    if scale := shapes.get("dora_scale"):
+        long = [i for i, size in enumerate(scale) if size > 1]
+        fits = len(scale) >= 2 and long in ([], [0], [1]) and (long != [0] or scale[0] == out)
+        _demand(fits, f"dora_scale {list(scale)} is neither a number an output ({out}) nor a number an input")
+    elif "magnitude" in shapes:
+        found = shapes["magnitude"]
+        _demand(math.prod(found) == max(found) == out, f"magnitude {list(found)} is not a number an output ({out})")
+
+
+def _check_rank(rank: int) -> None:
+    if rank > RANK_LIMIT:
+        raise ValueError(f"rank {rank}, at most {RANK_LIMIT} allowed: resize the LoRA")
+
+
+def _demand(fits: bool, problem: str) -> None:
+    if not fits:
+        raise ValueError(f"{problem}: {DAMAGED}")
+
+
+def _layer(name: str, parts: dict[str, Tensor], alpha: float | None) -> Adapter:
+    if len(parts) == 2 and "down" in parts:
+        return LoraLayer(name, parts["down"], parts["up"], alpha)
+    if "w_norm" in parts:
+        return DiffLayer(name, parts["w_norm"], parts.get("b_norm", parts.get("diff_b")))
+    bias = parts.pop("diff_b", None)
+    if "diff" in parts or not parts:
+        return DiffLayer(name, parts.get("diff"), bias)
+    changed = _changed(name, parts, alpha)
+    if "dora_scale" in parts:
+        changed = DoraLayer(name, changed, parts["dora_scale"], of_sum=False)
+    elif "magnitude" in parts:
+        changed = DoraLayer(name, changed, parts["magnitude"].flatten(), of_sum=True)
+    return changed if bias is None else BiasedLayer(name, changed, bias)
+
+
+def _changed(name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Adapter:
+    if "down" in parts:
+        down = parts["down"] if "mid" not in parts else _tucker(parts["down"], parts["mid"])
+        return LoraLayer(name, down, parts["up"], alpha)
+    if "oft_blocks" in parts:
+        return OftLayer(name, parts["oft_blocks"], alpha)
+    kind, roles = (LohaLayer, _FACTORS[:6]) if "hada_w1_a" in parts else (LokrLayer, _FACTORS[6:])
+    return kind(name, *(parts.get(role) for role in roles), alpha)
+
+
+def _tucker(down: Tensor, mid: Tensor) -> Tensor:
+    """down (r in [1 1]) and the kernel after it (mid, r r k k) as one kernel, r in k k in fp32."""
+    return torch.einsum("omkl,mi->oikl", mid.float(), down.float().flatten(1))
