@@ -268,7 +268,8 @@ class Attachment:
 
     def verify(self) -> None:
         """Raise GuardError unless every stand-in is where ``attach`` put it."""
-        lost = sum(module.__dict__.get("forward") is not stand_in for module, stand_in, _ in self._placed)
+        outer = {module: stand_in for module, stand_in, _ in self._placed}  # a layer that is a part has two
+        lost = sum(module.__dict__.get("forward") is not stand_in for module, stand_in in outer.items())
         if not self.attached or lost:
             raise GuardError(
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
