@@ -23,11 +23,12 @@ def machine() -> str:
 
 
 def record(file: str, rows: dict[str, object], command: str, field: str = "value") -> None:
-    """Put ``rows`` (name -> value, as ``field``) into docs/figures/``file``, in the place of rows of the same names."""
+    """Put ``rows`` (name -> value as ``field``, or fields) into docs/figures/``file``, in the place of such rows."""
     path = FOLDER / file
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     kept = [row for row in kept if row["name"] not in rows]
-    _replace(path, kept + [{"name": name, field: value, **_source(command)} for name, value in rows.items()])
+    fields = {name: value if isinstance(value, dict) else {field: value} for name, value in rows.items()}
+    _replace(path, kept + [{"name": name, **_source(command), **found} for name, found in fields.items()])
 
 
 def write(file: str, rows: list[dict], command: str) -> None:

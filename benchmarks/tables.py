@@ -17,7 +17,7 @@ from .figures import FOLDER
 
 DOCS = FOLDER.parent
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
-COLUMNS = ("name", "value", "ratio", "status", "max_error", "test")
+COLUMNS = ("name", "value", "ratio", "interval", "status", "max_error", "test")
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -6,7 +6,8 @@ A layer has one down and one up product however many LoRAs act on it. The branch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .layers import LayerSpec
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _SEAT = "_modular_lora_attachment"
+_walked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its modules by path, and their places
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class FusedLayer:
         self.fired = 0
         self.fired_compiled = _counter()
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
+        self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
 
     def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
         """The active terms in compute dtype on the layer's device, or None where no term is active.
@@ -68,6 +71,7 @@ class FusedLayer:
             )
         for other in [k for k in self._fused if k[0] == roles]:
             del self._fused[other]
+        self._last = (None, None, None, None)
         terms = [t for t in self.terms if t.role in roles]
         self._fused[key] = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
 
@@ -81,7 +85,10 @@ class FusedLayer:
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
         """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
-        fused = self.fused(roles, x.dtype, x.device)
+        before, dtype, device, fused = self._last
+        if before is not roles or dtype is not x.dtype or device != x.device:
+            fused = self.fused(roles, x.dtype, x.device)
+            self._last = roles, x.dtype, x.device, fused
         if fused is None:
             return y
         if torch.compiler.is_compiling():
@@ -92,11 +99,12 @@ class FusedLayer:
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now, over all dtypes and devices."""
-        return sum(t.numel() * t.element_size() for fused in self._fused.values() if fused for t in fused.tensors)
+        return sum(fused.nbytes for fused in self._fused.values() if fused)
 
     def free(self) -> None:
         """Drop the fused weights; they are made again from the terms when next needed."""
         self._fused.clear()
+        self._last = (None, None, None, None)
 
 
 def _plain(make: Callable):
@@ -167,13 +175,20 @@ class Branches:
 
         In ``dtype``, but for layers whose activations turned out to have another in a run before.
         """
-        move = lambda counter: _plain(lambda: counter.to(device))  # noqa: E731
-        self.evaluated_compiled = {root: move(counter) for root, counter in self.evaluated_compiled.items()}
+        self._move(device)
         for layer in self.layers.values():
-            layer.fired_compiled = move(layer.fired_compiled)
             if dtype != self._dtype or not layer.holds(self.roles, device):
                 layer.fused(self.roles, dtype, device)
         self._dtype = dtype
+
+    def _move(self, device: torch.device) -> None:
+        """The compiled counters to ``device``."""
+        if all(counter.device == device for counter in self.evaluated_compiled.values()):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self.evaluated_compiled = {root: counter.to(device) for root, counter in self.evaluated_compiled.items()}
+            for layer in self.layers.values():
+                layer.fired_compiled = layer.fired_compiled.to(device)
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all fused weights in ``dtype``, made or not."""
@@ -237,12 +252,13 @@ class Attachment:
         if (other := self.model.__dict__.get(_SEAT)) is not None:
             other.detach()
         try:
+            places = _places(self.model, (*self.branches.layers, *self.branches.counted))
             for path, layer in self.branches.layers.items():
-                module = self.model.get_submodule(path)
+                module = places[path]
                 _refuse_foreign_forward(path, module)
                 self._place(module, _Branch(module.forward, layer, self.branches))
             for path in self.branches.counted:
-                module = self.model.get_submodule(path)
+                module = places[path]
                 self._place(module, _Evaluations(module.forward, path, self.branches))
         except BaseException:
             self.detach()
@@ -275,6 +291,29 @@ class Attachment:
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
                 "another node replaced their forward; remove it, or put it before Guard Model."
             )
+
+
+def _places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules at ``paths``; remembered until a module on the way to one of them is replaced."""
+    found, steps = _walked.get(model, ({}, []))
+    if any(children.get(name) is not child for children, name, child in steps):
+        found, steps = {}, []
+    for path in paths:
+        if path and path not in found:
+            _walk(model, path, found, steps)
+    _walked[model] = found, steps
+    return {path: found[path] if path else model for path in paths}
+
+
+def _walk(model: nn.Module, path: str, found: dict[str, nn.Module], steps: list[tuple]) -> None:
+    """Note every module on the way to ``path``, and where it stands."""
+    module, here = model, ""
+    for name in path.split("."):
+        here = f"{here}.{name}" if here else name
+        if here not in found:
+            found[here] = module.get_submodule(name)
+            steps.append((module._modules, name, found[here]))
+        module = found[here]
 
 
 def _refuse_foreign_forward(path: str, module: nn.Module) -> None:

@@ -95,7 +95,9 @@ class Fused:
         self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains))) if gains else None
         bias = _bias(terms)
         self.bias = None if bias is None else place(_column(spec, bias))
+        self.pointwise = spec.conv is not None and _is_pointwise(spec)
         self.plain = self.down is not None and not (self.krons or self.rotations or gains or bias is not None)
+        self.nbytes = sum(t.nbytes for t in self.tensors)
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y + Σ scale·ΔW·x; y may be changed in place."""
@@ -104,12 +106,23 @@ class Fused:
         if self.down is None:
             return y
         if self.spec.conv is not None:
-            return y.add_(_conv(_conv(x, self.down, *self.spec.conv), self.up))  # b out h w
+            return self._convolved(y, x)
         h = F.linear(x, self.down)  # ... R
         if y.is_contiguous():
             y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.up.t())
             return y
         return y + F.linear(h, self.up)
+
+    def _convolved(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + up·(down ∗ x), as products of matrices where layout and kernel allow it."""
+        if y.dim() != self.down.dim() or not y.is_contiguous():
+            return y.add_(_conv(_conv(x, self.down, *self.spec.conv), self.up))
+        if self.pointwise and x.is_contiguous():
+            h = self.down.flatten(1) @ x.flatten(2)  # b R h·w
+        else:
+            h = _conv(x, self.down, *self.spec.conv).flatten(2)  # b R h·w
+        y.flatten(2).baddbmm_(self.up.flatten(1).expand(len(y), -1, -1), h)
+        return y
 
     def _others(self, y: Tensor, x: Tensor) -> Tensor:
         """y plus all parts but the low-rank pair."""
@@ -149,6 +162,11 @@ def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
 def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
     outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
     return bool(whole) or _rank(pairs) * (outputs + inputs) > outputs * inputs
+
+
+def _is_pointwise(spec: LayerSpec) -> bool:
+    stride, padding, _ = spec.conv
+    return set(spec.weight_shape[2:]) | set(stride) == {1} and not any(padding)
 
 
 def _rank(pairs: list[tuple[LowRank, float]]) -> int:
