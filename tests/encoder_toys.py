@@ -116,17 +116,19 @@ def toy_clip(encoder: Encoder):
         clip = sd.CLIP(target, model_options={"dtype": torch.float32, **model_options})
     finally:
         qwen_vl.Qwen2VLVisionTransformer = vision
-    _randomise(clip.cond_stage_model)
+    randomise(clip.cond_stage_model)
     return clip
 
 
-def _randomise(module: torch.nn.Module) -> None:
+def randomise(module: torch.nn.Module) -> None:
     """Weights by fan-in, norms about one, so that signals neither die nor blow up in any depth."""
     generator = torch.Generator().manual_seed(0)
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     for name, p in module.named_parameters():
         random = torch.randn(p.shape, generator=generator)
         if p.dim() > 1:
-            p.data = random if "embed" in name or "shared" in name else random / p[0].numel() ** 0.5
+            scale = 1.0 if id(p) in tables else p[0].numel() ** -0.5
+            p.data = random * scale
         elif p.dim() == 1:
             p.data = random * 0.1 + ("norm" in name.lower() and name.endswith("weight"))
 

@@ -96,7 +96,7 @@ def test_guarded_equals_merged_on_every_layer_of_the_encoders(name, comfy, guard
 def test_layers_without_a_branch_are_embeddings_and_norms(name, comfy):
     info = comfy.anatomy.clip_info(toy_clip(ENCODERS[name]))
     kinds = {spec.problem.split(",")[0] for spec in info.specs.values() if spec.problem}
-    assert kinds <= {f"a {kind}" for kind in ("Embedding", "LayerNorm", "RMSNorm", "T5LayerNorm")}
+    assert all(kind.endswith(("Embedding", "Norm")) for kind in kinds)
 
 
 def test_encoders_that_a_prompt_leaves_out_are_not_missed(comfy, guarded):
@@ -158,9 +158,12 @@ class Plain(torch.nn.Module):
 class PlainClip(torch.nn.Module):
     def __init__(self, device=None, dtype=None, model_options=None, whole=True):
         super().__init__()
-        self.dtypes, self.plain = {torch.float32}, Plain(whole)
+        self.dtypes, self.plain = {torch.float32}, Plain(whole).requires_grad_(False)
 
     def reset_clip_options(self):
+        pass
+
+    def set_clip_options(self, options):
         pass
 
     def encode_token_weights(self, rows):
