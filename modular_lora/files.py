@@ -6,13 +6,15 @@ format asks, because its own readers still accept bloated headers and tensors th
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -72,14 +74,14 @@ class _Raw:
     """The bytes of a file whose header passed, and what the header says."""
 
     head: bytes  # length and header
-    data: bytearray
+    data: Tensor  # bytes
     entries: dict[str, Entry]
     names: Names
     metadata: dict[str, str]
 
     def sha256(self) -> str:
         digest = hashlib.sha256(self.head)
-        digest.update(self.data)
+        digest.update(self.data.numpy())
         return digest.hexdigest()
 
 
@@ -94,6 +96,14 @@ def read_lora(path: Path, *, expected_sha256: str | None = None) -> LoraFile:
     name = plain(path.name)
     expected = _parse_sha256(name, expected_sha256)
     _check_path(path, name)
+    with _no_collection():
+        lora = _read(path, name, expected)
+    if all(layer.is_zero for layer in lora.layers.values()):
+        raise LoraFileError(f"{name}: all {len(lora.layers)} layers are zero, it would change nothing: train it first")
+    return lora
+
+
+def _read(path: Path, name: str, expected: str | None) -> LoraFile:
     try:
         with path.open("rb") as file:
             raw = _read_checked(file, name)
@@ -104,11 +114,20 @@ def read_lora(path: Path, *, expected_sha256: str | None = None) -> LoraFile:
         if expected is not None and digest.result() != expected:
             what = f"SHA-256 is {digest.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
-        layers = make_layers(raw.names.layers, _make_tensors(raw, name), name)
-    lora = LoraFile(path, name, digest.result(), raw.metadata, layers, raw.names.notes)
-    if all(layer.is_zero for layer in layers.values()):
-        raise LoraFileError(f"{name}: all {len(layers)} layers are zero, it would change nothing: train it first")
-    return lora
+        layers = make_layers(raw.names.layers, *_make_tensors(raw, name), name)
+    return LoraFile(path, name, digest.result(), raw.metadata, layers, raw.names.notes)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: a file of 10,000 tensors sets off dozens, which took two thirds of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def sha256_file(path: Path) -> str:
@@ -169,8 +188,8 @@ def _read_checked(file: BinaryIO, name: str) -> _Raw:
     _check_offsets(entries, size - 8 - length, name)
     names = sort_names(entries, name)
     check_layers(names.layers, entries, name)
-    data = bytearray(size - 8 - length)
-    read = file.readinto(data)
+    data = torch.empty(size - 8 - length, dtype=torch.uint8)
+    read = file.readinto(data.numpy())
     if len(header) != length or read != len(data) or file.read(1):
         raise LoraFileError(f"{name}: changed from {size} bytes while it was read: load it again")
     return _Raw(prefix + header, data, entries, names, metadata)
@@ -186,6 +205,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors by name, in the order in which they lie in the file, and the metadata."""
     try:
         table = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -197,7 +217,8 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
         raise LoraFileError(f"{name}: metadata {shown(metadata)} is not text only: save the file without it")
     if not 1 <= len(table) <= TENSOR_LIMIT:
         raise LoraFileError(f"{name}: holds {len(table)} tensors, 1 to {TENSOR_LIMIT} allowed: use a LoRA file")
-    return {tensor: _parse_entry(tensor, entry, name) for tensor, entry in table.items()}, metadata
+    entries = [(tensor, _parse_entry(tensor, entry, name)) for tensor, entry in table.items()]
+    return dict(sorted(entries, key=lambda item: (item[1].start, item[1].end))), metadata
 
 
 def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
@@ -209,24 +230,27 @@ def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
     if not known:
         what = f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}"
         raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: save it in one")
-    if not _sizes(shape, 1, SIZE_LIMIT) or len(shape) > 5:
+    if not isinstance(shape, list) or len(shape) > 5 or not _whole(shape, 1, SIZE_LIMIT):
         what = f"shape {shown(shape)} is not 0 to 5 sizes of 1 or more"
         raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
-    if not _sizes(offsets, 0, 2**63) or len(offsets) != 2:
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _whole(offsets, 0, 2**63):
         what = f"offsets {shown(offsets)} are not two places in the file"
         raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _sizes(value: object, least: int, limit: int) -> bool:
-    """Whether a JSON value is a list of whole numbers from `least` on and below `limit`; true and 1.0 are none."""
-    return isinstance(value, list) and all(type(item) is int and least <= item < limit for item in value)
+def _whole(values: list, least: int, limit: int) -> bool:
+    """Whether JSON values are whole numbers from `least` on and below `limit`; true and 1.0 are none."""
+    for value in values:  # noqa: SIM110, asked twice for every tensor, and a generator takes twice as long
+        if type(value) is not int or not least <= value < limit:
+            return False
+    return True
 
 
 def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
     """Tensors must lie one after the other from the data's first byte to the file's last."""
     place = 0
-    for tensor, entry in _in_order(entries):
+    for tensor, entry in entries.items():
         wanted = math.prod(entry.shape) * _TYPES[entry.dtype].itemsize
         if entry.start != place or entry.end - entry.start != wanted or entry.end > size:
             what = f"bytes {entry.start} to {entry.end}, expected {place} to {place + wanted} of {size}"
@@ -236,40 +260,42 @@ def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
         raise LoraFileError(f"{name}: {size - place} bytes after the last tensor: {DAMAGED}")
 
 
-def _in_order(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
-    """Tensors by their place in the file."""
-    return sorted(entries.items(), key=lambda item: item[1][2:])
-
-
-def _make_tensors(raw: _Raw, name: str) -> dict[str, Tensor]:
-    """All tensors as views of a file's bytes, by name; LoraFileError for a value that is not finite.
+def _make_tensors(raw: _Raw, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """All tensors as views of a file's bytes and all alphas as numbers; LoraFileError for a value that is not finite.
 
     Tensors of one dtype that lie in a row are looked at together, as one tensor.
     """
     tensors: dict[str, Tensor] = {}
-    for dtype, items in groupby(_in_order(raw.entries), key=lambda item: item[1].dtype):
-        run = list(items)
-        flat = _view(raw.data, run[0][1].start, run[-1][1].end, _TYPES[dtype])
-        parts = flat.split([math.prod(entry.shape) for _, entry in run])
-        if not _is_finite(flat):
-            place = next(i for i, part in enumerate(parts) if not _is_finite(part))
-            tensor = run[place][0]
-            peak = parts[place].double().abs().amax().item()  # NaN and inf both come through amax
+    alphas: dict[str, float] = {}
+    for dtype, items in groupby(raw.entries.items(), key=lambda item: item[1].dtype):
+        run = dict(items)
+        start, size = next(iter(run.values())).start, _TYPES[dtype].itemsize
+        row = raw.data[start : next(reversed(run.values())).end]
+        row = (row if start % size == 0 else row.clone()).view(_TYPES[dtype])
+        if not _is_finite(row):
+            pieces = row.split([math.prod(entry.shape) for entry in run.values()])
+            tensor, piece = next(pair for pair in zip(run, pieces, strict=True) if not _is_finite(pair[1]))
+            peak = piece.double().abs().amax().item()  # NaN and inf both come through amax
             raise LoraFileError(f"{name}: tensor {shown(tensor)}: holds {peak}: train or convert the LoRA again")
-        for (tensor, entry), part in zip(run, parts, strict=True):
-            tensors[tensor] = part.view(entry.shape)
-    return tensors
+        first, numbers = row.storage_offset() - start // size, []
+        for tensor, entry in run.items():
+            if tensor.endswith(".alpha"):
+                numbers.append((tensor, (entry.start - start) // size))
+            else:
+                tensors[tensor] = row.as_strided(entry.shape, _strides(entry.shape), first + entry.start // size)
+        places = torch.tensor([place for _, place in numbers], dtype=torch.long)
+        alphas |= zip((tensor for tensor, _ in numbers), row[places].double().tolist(), strict=True)
+    return tensors, alphas
 
 
-def _view(data: bytearray, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Bytes `start` to `end` as one row of numbers; a copy of them where they do not lie as the dtype needs it."""
-    if start % dtype.itemsize:
-        data, start, end = data[start:end], 0, end - start
-    return torch.frombuffer(data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+@lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _is_finite(row: Tensor) -> bool:
-    if (limit := _NOT_FINITE.get(row.dtype)) is not None:
-        return int((row.view(torch.uint8) & 0x7F).max()) < limit
-    low, high = torch.aminmax(row)  # NaN comes through
+def _is_finite(values: Tensor) -> bool:
+    if (limit := _NOT_FINITE.get(values.dtype)) is not None:
+        return int((values.view(torch.uint8) & 0x7F).max()) < limit
+    low, high = torch.aminmax(values)  # NaN comes through
     return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -27,7 +27,7 @@ DAMAGED = "the file is damaged: download it again"
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
 _FACTORS += ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_ENDS = {  # what comes after the layer's name -> role
+_ENDS = {  # the end of a name -> role
     "lora_down.weight": "down",
     "lora_up.weight": "up",
     "lora_mid.weight": "mid",
@@ -35,21 +35,16 @@ _ENDS = {  # what comes after the layer's name -> role
     "lora_B.weight": "up",
     "lora_A": "down",  # Mochi
     "lora_B": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_linear_layer.down.weight": "down",
-    "lora_linear_layer.up.weight": "up",
     **{role: role for role in (*_FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-_NAME = re.compile(r"(.+)\.({})".format("|".join(map(re.escape, _ENDS))))
-_ODD_NAMES = (  # names with more to them; groups: layer, what says the role, PEFT's adapter
+_LONG_ENDS = (  # groups: layer, what says the role, PEFT's name of the adapter
+    re.compile(r"(?P<layer>.+)(?:[._]lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(\.weight)?"),
-    re.compile(r"(?P<layer>.+)_lora\.(?P<role>down|up)\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(?:\.weight)?"),
 )
-_ODD_ROLES = {"A": "down", "B": "up"}
+_LONG_ROLES = {"A": "down", "B": "up"}
 _XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 _XLABS_LAYERS = {
     "qkv_lora1": "img_attn.qkv",
@@ -61,7 +56,7 @@ _XLABS_LAYERS = {
 }
 _WAN_FUN, _KOHYA = "lora_unet__", "lora_unet_"
 _FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
-_EMBEDDING = re.compile(r"bundle_emb\..+")
+_EMBEDDING = "bundle_emb."
 
 _REFUSED = (
     (re.compile(r"\.boft_\w+(\..+)?$"), "BOFT"),
@@ -100,7 +95,6 @@ _WHOLE = {  # form -> sets of roles, one of which must be there and nothing else
     _NORM: ({"w_norm"}, {"w_norm", "b_norm"}),
 }
 _SCALED = {role for role, form in _FORMS.items() if form not in (_FULL, _NORM)}
-_PLAIN = ({"down", "up"}, {"down", "up", "alpha"})  # what nearly every layer of nearly every file is
 
 
 class Entry(NamedTuple):
@@ -140,12 +134,12 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
         raise LoraFileError(f"{name}: {what}: it cannot act unmerged, use the full Flux control model instead")
     found, adapters = Names(), {}
     for tensor in tensors:
-        place = _place(tensor)
-        if place is None:
-            if not _EMBEDDING.fullmatch(tensor):
-                raise LoraFileError(f"{name}: tensor {shown(tensor)}: {_kind(tensor)}: {READS}")
+        if tensor.startswith(_EMBEDDING):
             found.embeddings.append(tensor)
             continue
+        place = _place(tensor)
+        if place is None:
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {_kind(tensor)}: {READS}")
         layer, role, adapter = place
         roles = found.layers.setdefault(layer, {})
         if role in roles:
@@ -163,25 +157,31 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
 
 def check_layers(layers: Mapping[str, Roles], entries: Mapping[str, Entry], name: str) -> None:
     """Raise LoraFileError for a layer of the file `name` that lacks a part, mixes forms or whose shapes do not fit."""
+    sound = set()  # roles and shapes that passed: a file has few of them
     for layer, roles in layers.items():
+        shapes = {role: entries[tensor].shape for role, tensor in roles.items()}
+        if (key := (*shapes, *shapes.values())) in sound:
+            continue
         try:
-            shapes = {role: entries[tensor].shape for role, tensor in roles.items()}
-            if roles.keys() not in _PLAIN:
-                _check_whole(roles)
-            if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
-                raise ValueError(f"alpha has shape {list(shapes['alpha'])}, one number is needed: {DAMAGED}")
+            _check_whole(roles)
             _check_shapes(shapes)
         except ValueError as error:
             raise LoraFileError(f"{name}: layer {shown(layer)}: {error}") from None
+        sound.add(key)
 
 
-def make_layers(layers: Mapping[str, Roles], tensors: Mapping[str, Tensor], name: str) -> dict[str, Adapter]:
-    """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0."""
+def make_layers(
+    layers: Mapping[str, Roles], tensors: Mapping[str, Tensor], alphas: Mapping[str, float], name: str
+) -> dict[str, Adapter]:
+    """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0.
+
+    ``tensors`` has every tensor but the alphas.
+    """
     result: dict[str, Adapter] = {}
     expanded = 0
     for layer, roles in layers.items():
-        parts = {role: tensors[tensor] for role, tensor in roles.items()}
-        alpha = float(parts.pop("alpha").item()) if "alpha" in parts else None
+        parts = {role: tensors[tensor] for role, tensor in roles.items() if role != "alpha"}
+        alpha = alphas[roles["alpha"]] if "alpha" in roles else None
         if alpha is not None and alpha < 0:
             raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}, below 0: set a negative strength")
         if "mid" in parts:
@@ -201,14 +201,17 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
         return None
     if tensor.startswith(("double_blocks.", "single_blocks.")) and (found := _XLABS.fullmatch(tensor)):
         return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
-    if found := _NAME.fullmatch(tensor):
-        layer, end = found.groups()
+    layer, _, end = tensor.rpartition(".")
+    if end == "weight":
+        layer, _, before = layer.rpartition(".")
+        end = f"{before}.weight"
+    if layer and end in _ENDS:
         if layer.startswith(_WAN_FUN):
             layer = _KOHYA + layer.removeprefix(_WAN_FUN)
         return layer, _ENDS[end], None
-    for pattern in _ODD_NAMES:
+    for pattern in _LONG_ENDS:
         if found := pattern.fullmatch(tensor):
-            role = _ODD_ROLES.get(found["role"], found["role"])
+            role = _LONG_ROLES.get(found["role"], found["role"])
             return found["layer"], role, found.groupdict().get("adapter")
     return None
 
@@ -242,6 +245,8 @@ def _check_whole(roles: Roles) -> None:
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError where the shapes of a layer's parts do not fit together."""
+    if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
+        raise ValueError(f"alpha has shape {list(shapes['alpha'])}, one number is needed: {DAMAGED}")
     out = None
     if "down" in shapes:
         out = _check_lora(shapes["down"], shapes["up"], shapes.get("mid"))
