@@ -51,19 +51,21 @@ def match_layers(
     a wrong shape, for two layers on one place, and for a target that is no plain slice.
     """
     targets: dict[str, Target] = {}
-    taken: dict[Target, str] = {}
+    taken: dict[tuple, str] = {}
     unmatched = []
     for name in names:
-        entry = next((key_map[variant] for variant in _variants(name) if variant in key_map), None)
-        target = None if entry is None else _target(entry, f"{lora.name}: layer {name!r}")
+        if (entry := key_map.get(name)) is None:
+            entry = next((key_map[variant] for variant in _variants(name) if variant in key_map), None)
+        target = None if entry is None else _target(entry, lora, name)
         if target is None or target.key not in shapes:
             unmatched.append(name)
             continue
         _check_shape(lora, lora.layers[name], target, tuple(shapes[target.key]), subject)
-        if target in taken:
-            what = f"layers {taken[target]!r} and {name!r} both change {target.key} of {subject}"
+        place = target.key, target.offset
+        if place in taken:
+            what = f"layers {taken[place]!r} and {name!r} both change {target.key} of {subject}"
             raise GuardError(f"{lora.name}: {what}: keep one of them in the file")
-        taken[target] = name
+        taken[place] = name
         targets[name] = target
     return Match(targets, tuple(unmatched), tuple(name for name in lora.layers if is_text(name)))
 
@@ -97,7 +99,7 @@ def _variants(name: str) -> Iterator[str]:
         yield long.removesuffix(".0") if long.endswith(".to_out.0") else long
 
 
-def _target(entry: str | tuple, subject: str) -> Target:
+def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
     if isinstance(entry, str):
         return Target(entry)
     key, offset, *rest = entry
@@ -106,6 +108,7 @@ def _target(entry: str | tuple, subject: str) -> Target:
         return Target(key, None, rearrange)
     dim, start, length = offset
     if dim not in (0, 1):
+        subject = f"{lora.name}: layer {name!r}"
         raise GuardError(f"{subject}: slices {key} along dimension {dim}, only 0 and 1 are known: leave it out")
     return Target(key, (int(dim), int(start), int(length)), rearrange)
 
@@ -123,6 +126,8 @@ def _check_shape(lora: LoraFile, layer: Adapter, target: Target, shape: tuple[in
 
 def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:
     """Whether a file's layer is a change of a weight of shape ``wanted``, and of the bias beside it."""
+    if isinstance(layer, LoraLayer):
+        return _same(_shape(layer), wanted)
     if isinstance(layer, BiasedLayer):
         return _fits(layer.base, wanted) and layer.bias.numel() == wanted[0]
     if isinstance(layer, DoraLayer):
@@ -147,10 +152,10 @@ def _same(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 def _shape(layer: Adapter) -> tuple[int, ...]:
     """The shape of the weight that a file's layer changes, as far as its tensors tell; (out,) for OFT or a bias."""
-    if isinstance(layer, BiasedLayer | DoraLayer):
-        return _shape(layer.base)
     if isinstance(layer, LoraLayer):
         return (layer.up.shape[0], *layer.down.shape[1:])
+    if isinstance(layer, BiasedLayer | DoraLayer):
+        return _shape(layer.base)
     if isinstance(layer, LohaLayer):
         return _factor_shape(layer.w1_a, layer.w1_b, layer.t1)
     if isinstance(layer, LokrLayer):
