@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from .adapters import Adapter, BiasedLayer, DiffLayer
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer
 from .blocks import block_of, parse_block_weights
-from .changes import Bias, Part, Role, Term
+from .changes import Bias, Part, Role, Term, dense
 from .comparing import Changes, change
 from .errors import GuardError
 from .files import LoraFile
@@ -27,6 +30,7 @@ class Applied:
     lora: LoraFile
     strength: float
     match: Match
+    zero: tuple[str, ...]  # matched layers of the file that change nothing
     parts: dict[str, Parts]  # weight or bias key -> parts and what they are multiplied by
     changes: Changes  # the same, to compare
 
@@ -46,22 +50,25 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     match = match_layers(lora, names, info.key_map, shapes, info.family)
     if names and match.unmatched and (role == "safety" or not match.targets):
         raise GuardError(mismatch(lora, match, info.family))
-    if role == "safety" and (zero := sorted(set(lora.zero_layers) & set(names))):
-        raise GuardError(
-            f"Safety LoRA {lora.name}: layer {zero[0]} ({len(zero)} in all) is all zero and would do nothing; "
-            "train or export the file again."
-        )
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
+    zero = []
     for name, target in match.targets.items():
         adapter, spec = lora.layers[name], specs[target.key]
         _check_takes(lora, adapter, spec)
+        found = resolve(adapter, target, spec, info.weight)
+        zero += [name] if _does_nothing(adapter, found, partial(info.weight, target.key)) else []
         factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
-        for part, scale in resolve(adapter, target, spec, info.weight):
+        for part, scale in found:
             key = _bias_key(target.key) if isinstance(part, Bias) else target.key
             parts.setdefault(key, []).append((part, scale * factor))
+    if role == "safety" and zero:
+        raise GuardError(
+            f"Safety LoRA {lora.name}: layer {min(zero)} ({len(zero)} in all) is all zero and would do nothing; "
+            "train or export the file again."
+        )
     changes = {key: change(found, partial(info.weight, key)) for key, found in parts.items()}
-    return Applied(role, lora, strength, match, {key: tuple(found) for key, found in parts.items()}, changes)
+    return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in parts.items()}, changes)
 
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
@@ -72,6 +79,14 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
             layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
             found.setdefault(specs[key].path, (specs[key], []))[1].extend(layer)
     return ((spec, layer) for spec, layer in found.values() if layer)
+
+
+def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> bool:
+    """Whether a layer changes nothing; of a DoRA over zeros only W0 and its stored lengths tell, to their rounding."""
+    if not (isinstance(adapter, DoraLayer) and adapter.base.is_zero):
+        return adapter.is_zero
+    total = sum(scale * dense(part, W0) for part, scale in parts)
+    return float(total.norm()) <= torch.finfo(adapter.magnitude.dtype).eps * float(W0().norm())
 
 
 def _factor(strength: float, block: float, power: int) -> float:

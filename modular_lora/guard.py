@@ -229,7 +229,6 @@ def _net_strength(safety: Applied, applied: list[Applied], policy: Policy, enfor
 def _line(a: Applied) -> LoraLine:
     layers = [a.lora.layers[name] for name in a.match.targets]
     ranks = [layer.rank for layer in layers if layer.rank] or [0]
-    zero = len(set(a.lora.zero_layers) & set(a.match.targets))
     return LoraLine(
         role=a.role,
         name=a.lora.name,
@@ -238,7 +237,7 @@ def _line(a: Applied) -> LoraLine:
         matched=len(a.match.targets),
         unmatched=a.match.unmatched,
         elsewhere=len(a.lora.layers) - len(a.match.targets) - len(a.match.unmatched),
-        zero_layers=zero,
+        zero_layers=len(a.zero),
         formats=tuple(sorted({layer.kind for layer in layers})),
         ranks=(min(ranks), max(ranks)),
         norm=a.norm,
