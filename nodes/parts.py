@@ -41,8 +41,10 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
         (r"casual_audio_encoder\.encoder\.conv[23]", Times(0, 2)),  # once a frame and once for all
         (r"cond_encoder|frame_packer", OPTIONAL),  # a pose video, frames of the video before
     ),
-    "AnimateWanModel": ((r"pose_patch_embedding|face_encoder|face_adapter\.fuser_blocks\.\d+", OPTIONAL),),
-    "HiDreamImageTransformer2DModel": ((r".*\.experts\.\d+", OPTIONAL),),  # an expert that no token chose
+    "AnimateWanModel": (
+        (r"pose_patch_embedding", OPTIONAL),  # a pose video
+        (r"face_encoder|face_adapter\.fuser_blocks\.\d+", OPTIONAL),  # a face video
+    ),
     "OmniGen2Transformer2DModel": ((r"ref_image_patch_embedder|ref_image_refiner\.\d+", OPTIONAL),),
     "ACEStepTransformer2DModel": (
         (r"projectors\.\d+|transformer_blocks\.\d+\.cross_attn\.(add_[qkv]_proj|to_add_out)", NEVER),

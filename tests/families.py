@@ -1,0 +1,121 @@
+"""The diffusion models of ComfyUI at toy size: how each is built by ComfyUI's own classes, and what it is asked with.
+
+The tables are in families_image.py, families_dit.py and families_video.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+GENERIC = "diffusion_model."  # ComfyUI's own names, which every family has
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random tensor of this shape."""
+
+    shape: tuple[int, ...]
+
+
+ONES = torch.ones(1, 12, dtype=torch.long)  # attention mask of 12 tokens
+REFERENCE = {"reference_latents": [Noise((1, 16, 8, 8))]}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One diffusion model."""
+
+    name: str  # row of the table
+    config: str  # class in comfy.supported_models
+    unet: dict  # what comfy.model_detection would read off a checkpoint
+    latent: tuple[int, ...]  # channels, [frames,] height, width
+    context: tuple[int, int]  # tokens, width
+    cond: dict = field(default_factory=dict)  # further conditioning; see drawn()
+    names: tuple[str, ...] = ("lora_unet_",)  # how the family's LoRA files name layers, besides GENERIC
+    state: Callable[[], dict] = dict  # weights that the class asks for when it is made
+    variants: dict[str, dict] = field(default_factory=dict)  # row of the table -> other conditioning of the same model
+    bare: tuple[str, ...] = ()  # patterns of the layers that take no branch
+    cfg: float = 2.0  # 1: no negative prompt, where ComfyUI cannot put the two in one batch
+
+
+def make(family: Family):
+    """A ModelPatcher of the family, made by ComfyUI's own classes."""
+    from comfy import model_patcher, supported_models
+
+    config = getattr(supported_models, family.config)(dict(family.unet))
+    config.unet_config.update(family.unet)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(family.state(), "")
+    fill(model)
+    cpu = torch.device("cpu")
+    return model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+
+
+def fill(model: nn.Module) -> None:
+    """Seeded random weights of the size that keeps activations near 1, and what else a checkpoint brings."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        random = torch.randn(p.shape, generator=generator)
+        gain = p.dim() < 2 and name.endswith(("weight", "scale", "gamma"))  # of a norm
+        fan_in = p[0].numel() if p.dim() > 1 else 400
+        p.data = 1 + random / 20 if gain else random / fan_in**0.5
+    buffers = dict(model.diffusion_model.named_buffers())
+    for name in buffers.keys() & model.diffusion_model.state_dict().keys():
+        if buffers[name].is_floating_point():
+            buffers[name].data = torch.randn(buffers[name].shape, generator=generator)
+
+
+def drawn(value, generator: torch.Generator):
+    """``value`` with every Noise in it drawn; a dict stands for an object with these attributes."""
+    if isinstance(value, Noise):
+        return torch.randn(value.shape, generator=generator)
+    if isinstance(value, list):
+        return [drawn(v, generator) for v in value]
+    if isinstance(value, dict):
+        return SimpleNamespace(**{k: drawn(v, generator) for k, v in value.items()})
+    return value
+
+
+def evaluate(patcher, family: Family, cond: dict) -> torch.Tensor:
+    """One step of euler with positive and negative prompt, through the function that KSampler calls."""
+    from comfy.sample import sample_custom
+    from comfy.samplers import ksampler
+
+    generator = torch.Generator().manual_seed(1)
+    further = {k: drawn(v, generator) for k, v in cond.items()}
+    positive, negative = ([[torch.randn(1, *family.context, generator=generator), further]] for _ in range(2))
+    noise = torch.randn(1, *family.latent, generator=generator)
+    sigma = float(patcher.model.model_sampling.percent_to_sigma(0.5))
+    sigmas, start = torch.tensor([sigma, 0.0]), torch.zeros_like(noise)
+    return sample_custom(
+        patcher, noise, family.cfg, ksampler("euler"), sigmas, positive, negative, start, disable_pbar=True
+    )
+
+
+def named(info, prefix: str, sliced: bool) -> dict:
+    """A name under ``prefix`` for every matrix or kernel that takes a branch: name -> LayerSpec of what it changes.
+
+    ``sliced``: where core names slices of a weight (q, k and v of one fused weight), they stand instead of the whole.
+    ``prefix`` "" means the bare paths of the layers.
+    """
+    whole, slices = {}, {}
+    for name, entry in info.key_map.items():
+        key, offset = (entry, None) if isinstance(entry, str) else entry[:2]
+        spec = info.specs.get(key)
+        known = GENERIC + name in info.key_map if prefix == "" else name.startswith(prefix)
+        if spec is None or spec.problem or len(spec.weight_shape) < 2 or not known:
+            continue
+        if offset is None:
+            whole.setdefault(key, (name, spec))
+        else:
+            shape = list(spec.weight_shape)
+            shape[offset[0]] = offset[2]
+            slices.setdefault(key, {}).setdefault(offset, (name, replace(spec, weight_shape=tuple(shape))))
+    first, second = (slices, whole) if sliced else (whole, slices)
+    chosen = second | first
+    return dict(pair for found in chosen.values() for pair in (found.values() if isinstance(found, dict) else [found]))
