@@ -150,8 +150,8 @@ def _guard_swap(world: World, safety: Path, files: list[Path], forget: bool = Fa
         turn[0] += 1
         name = files[turn[0] % 2].name
         if forget:
-            host.forget()
-            reader.forget()
+            world.pack("nodes.warm").guards.clear()
+            world.pack("modular_lora.warm").forget_files()
         load.fingerprint_inputs(name)
         guarded = make.execute(world.patcher, lora, load.execute(name, 0.7, 0.7).args[0]).args[0]
         patcher = host.unwrap(guarded)
@@ -176,7 +176,6 @@ def reading(world: World, job: Job) -> dict:
         lora.load_lora(utils.load_torch_file(str(path), safe_load=True), key_map)
 
     def ours() -> None:
-        files.forget()
         read = files.read_lora(path)
         matching.match_layers(read, list(read.layers), key_map, shapes, "SD15")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from .layers import LayerSpec
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _SEAT = "_modular_lora_attachment"
-_walked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its modules by path, and their places
 
 
 @dataclass(frozen=True)
@@ -293,27 +292,48 @@ class Attachment:
             )
 
 
+def tree(model: nn.Module) -> object:
+    """Stays the same object as long as no module on the way to a layer that was guarded before is replaced."""
+    return _tree(model).mark
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """Modules of a model by path, and where each stands: (its siblings, its name, itself); the root is in neither."""
+
+    found: dict[str, nn.Module] = field(default_factory=dict)
+    steps: list[tuple[dict, str, nn.Module]] = field(default_factory=list)
+    mark: object = field(default_factory=object)
+
+
+_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Tree
+
+
+def _tree(model: nn.Module) -> _Tree:
+    found = _trees.get(model)
+    if found is None or any(siblings.get(name) is not child for siblings, name, child in found.steps):
+        found = _trees[model] = _Tree()
+    return found
+
+
 def _places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules at ``paths``; remembered until a module on the way to one of them is replaced."""
-    found, steps = _walked.get(model, ({}, []))
-    if any(children.get(name) is not child for children, name, child in steps):
-        found, steps = {}, []
+    """The modules at ``paths``; remembered until one on the way to any of them is replaced."""
+    known = _tree(model)
     for path in paths:
-        if path and path not in found:
-            _walk(model, path, found, steps)
-    _walked[model] = found, steps
-    return {path: found[path] if path else model for path in paths}
+        if path and path not in known.found:
+            _walk(model, path, known)
+    return {path: known.found[path] if path else model for path in paths}
 
 
-def _walk(model: nn.Module, path: str, found: dict[str, nn.Module], steps: list[tuple]) -> None:
+def _walk(model: nn.Module, path: str, known: _Tree) -> None:
     """Note every module on the way to ``path``, and where it stands."""
     module, here = model, ""
     for name in path.split("."):
         here = f"{here}.{name}" if here else name
-        if here not in found:
-            found[here] = module.get_submodule(name)
-            steps.append((module._modules, name, found[here]))
-        module = found[here]
+        if here not in known.found:
+            known.found[here] = module.get_submodule(name)
+            known.steps.append((module._modules, name, known.found[here]))
+        module = known.found[here]
 
 
 def _refuse_foreign_forward(path: str, module: nn.Module) -> None:

@@ -23,6 +23,11 @@ def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], note
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
+def format_warm(guards: int, nbytes: int) -> str:
+    """How many guards are kept ready, this one among them, and what their fused weights hold now."""
+    return f"warm cache: {guards} guard{'s' * (guards != 1)}, {nbytes / 1e6:.0f} MB"
+
+
 def _lora(line: LoraLine) -> str:
     low, high = line.ranks
     ranks = f" rank {low}" if low == high else f" ranks {low}-{high}"

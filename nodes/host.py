@@ -32,7 +32,8 @@ from ..modular_lora.guard import (
     notes,
     text_digest,
 )
-from ..modular_lora.report import format_guard
+from ..modular_lora.report import format_guard, format_warm
+from . import warm
 from .anatomy import clip_info, family, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
 
@@ -311,18 +312,23 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
         if patcher is not None:
             _check_incoming(patcher, accept_merged, what)
+    key = warm.key(model, clip, safety, tasks, policy)
+    built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy))
+    digest, patches = text_digest(safety), frozenset(model.patches)
+    guarded = _wrap(model.clone(), GuardState(built.model, built.record, patches, digest))
+    if built.text:
+        clip = _wrap_clip(clip.clone(), GuardState(built.text, built.record, frozenset(clip.patcher.patches), digest))
+    return GuardedModel(guarded, f"{built.report}\n{format_warm(len(warm.guards), warm.guards.nbytes)}"), clip
+
+
+def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Built:
     parts = build_parts(model_info(model), clip_info(clip) if clip else None, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
-    digest = text_digest(safety)
     record = make_record(
         PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
     )
-    guarded = _wrap(model.clone(), GuardState(parts[0], record, frozenset(model.patches), digest))
-    if text:
-        clip = _wrap_clip(clip.clone(), GuardState(text, record, frozenset(clip.patcher.patches), digest))
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
-    report = format_guard(record.base_family, record.base_sha256, parts, remarks)
-    return GuardedModel(guarded, report), clip
+    return warm.Built(parts[0], text, record, format_guard(record.base_family, record.base_sha256, parts, remarks))
 
 
 def _check_types(model, clip) -> None:

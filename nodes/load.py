@@ -9,8 +9,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..modular_lora.errors import GuardError, LoraFileError
-from ..modular_lora.files import read_lora, sha256_file
 from ..modular_lora.guard import SafetyLora, TaskLora
+from ..modular_lora.warm import kept_lora, kept_sha256
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
 
 SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
@@ -73,11 +73,11 @@ class LoadSafetyLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
-        return sha256_file(lora_path(lora_name, *SAFETY_FOLDERS))
+        return kept_sha256(lora_path(lora_name, *SAFETY_FOLDERS))
 
     @classmethod
     def execute(cls, lora_name, strength, expected_sha256="", safety_lora=()) -> io.NodeOutput:
-        lora = read_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
+        lora = kept_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
         return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
 
@@ -133,13 +133,13 @@ class LoadTaskLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
-        return sha256_file(lora_path(lora_name, *TASK_FOLDERS))
+        return kept_sha256(lora_path(lora_name, *TASK_FOLDERS))
 
     @classmethod
     def execute(
         cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
     ) -> io.NodeOutput:
-        lora = read_lora(lora_path(lora_name, *TASK_FOLDERS))
+        lora = kept_lora(lora_path(lora_name, *TASK_FOLDERS))
         before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
         tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
         return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
@@ -163,4 +163,4 @@ def stack_name(task: TaskLora) -> str:
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
     """Task LoRAs of a LORA_STACK: (name, model strength, clip strength) each; "None" entries are empty rows."""
     rows = [row for row in lora_stack or () if row[0] not in (None, "", "None")]
-    return tuple(TaskLora(read_lora(lora_path(name, *TASK_FOLDERS)), model, clip) for name, model, clip in rows)
+    return tuple(TaskLora(kept_lora(lora_path(name, *TASK_FOLDERS)), model, clip) for name, model, clip in rows)
