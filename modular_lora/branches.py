@@ -37,6 +37,17 @@ class Times:
         return self.least * evaluations <= runs <= (self.most or 0) * evaluations
 
 
+class Held:
+    """Bytes of the fused weights of all layers of one model, and how often they were made or dropped."""
+
+    def __init__(self):
+        self.nbytes = self.changes = 0
+
+    def change(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.changes += 1
+
+
 class FusedLayer:
     """All terms of one layer, fused over the active roles, and the count of its firings.
 
@@ -50,6 +61,7 @@ class FusedLayer:
         self.fired_compiled = _counter()
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
         self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
+        self.held = Held()
 
     def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
         """The active terms in compute dtype on the layer's device, or None where no term is active.
@@ -68,11 +80,16 @@ class FusedLayer:
                 f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
                 "or option that quantises activations outside the layers."
             )
-        for other in [k for k in self._fused if k[0] == roles]:
-            del self._fused[other]
-        self._last = (None, None, None, None)
+        self._drop([k for k in self._fused if k[0] == roles])
         terms = [t for t in self.terms if t.role in roles]
-        self._fused[key] = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
+        self._fused[key] = made = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
+        self.held.change(made.nbytes if made else 0)
+
+    def _drop(self, keys: list[tuple]) -> None:
+        self._last = (None, None, None, None)
+        for key in keys:
+            fused = self._fused.pop(key)
+            self.held.change(-fused.nbytes if fused else 0)
 
     def holds(self, roles: frozenset[str], device: torch.device) -> bool:
         """Whether the active terms are fused on ``device``, in whichever dtype the last activation had."""
@@ -102,8 +119,7 @@ class FusedLayer:
 
     def free(self) -> None:
         """Drop the fused weights; they are made again from the terms when next needed."""
-        self._fused.clear()
-        self._last = (None, None, None, None)
+        self._drop(list(self._fused))
 
 
 def _plain(make: Callable):
@@ -137,6 +153,11 @@ class Branches:
         self.roles = ALL_ROLES
         self._count: int | None = None
         self._dtype: torch.dtype | None = None
+        self._runs_with: dict[str, str] = {}
+        self._held, self._ready = Held(), ()
+        for layer in self.layers.values():
+            self._held.change(layer.nbytes())
+            layer.held = self._held
 
     @contextmanager
     def only(self, *roles: str) -> Iterator[None]:
@@ -162,7 +183,9 @@ class Branches:
 
     def runs_with(self, path: str) -> str:
         """The root or part whose runs the layer at ``path`` must match: the innermost one that holds it."""
-        return max((module for module in self.counted if _inside(path, module)), key=len)
+        if path not in self._runs_with:
+            self._runs_with[path] = max((module for module in self.counted if _inside(path, module)), key=len)
+        return self._runs_with[path]
 
     @property
     def varying(self) -> tuple[str, ...]:
@@ -174,11 +197,15 @@ class Branches:
 
         In ``dtype``, but for layers whose activations turned out to have another in a run before.
         """
+        ready = (self.roles, device, dtype)
+        if self._ready == (*ready, self._held.changes):
+            return
         self._move(device)
         for layer in self.layers.values():
             if dtype != self._dtype or not layer.holds(self.roles, device):
                 layer.fused(self.roles, dtype, device)
         self._dtype = dtype
+        self._ready = (*ready, self._held.changes)
 
     def _move(self, device: torch.device) -> None:
         """The compiled counters to ``device``."""
@@ -197,7 +224,7 @@ class Branches:
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now."""
-        return sum(layer.nbytes() for layer in self.layers.values())
+        return self._held.nbytes
 
     def free(self) -> None:
         """Drop all fused weights, as FusedLayer.free."""

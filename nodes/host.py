@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import comfy.model_patcher
@@ -314,10 +314,10 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
             _check_incoming(patcher, accept_merged, what)
     key = warm.key(model, clip, safety, tasks, policy)
     built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy))
-    digest, patches = text_digest(safety), frozenset(model.patches)
-    guarded = _wrap(model.clone(), GuardState(built.model, built.record, patches, digest))
+    state = GuardState(built.model, built.record, frozenset(model.patches), built.text_digest)
+    guarded = _wrap(model.clone(), state)
     if built.text:
-        clip = _wrap_clip(clip.clone(), GuardState(built.text, built.record, frozenset(clip.patcher.patches), digest))
+        clip = _wrap_clip(clip.clone(), replace(state, part=built.text, patches=frozenset(clip.patcher.patches)))
     return GuardedModel(guarded, f"{built.report}\n{format_warm(len(warm.guards), warm.guards.nbytes)}"), clip
 
 
@@ -328,7 +328,8 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Bu
         PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
     )
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
-    return warm.Built(parts[0], text, record, format_guard(record.base_family, record.base_sha256, parts, remarks))
+    report = format_guard(record.base_family, record.base_sha256, parts, remarks)
+    return warm.Built(parts[0], text, record, text_digest(safety), report)
 
 
 def _check_types(model, clip) -> None:

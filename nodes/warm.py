@@ -23,6 +23,7 @@ class Built:
     model: GuardedPart
     text: GuardedPart | None
     record: Attestation
+    text_digest: str
     report: str
 
     def nbytes(self) -> int:
