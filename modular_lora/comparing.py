@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .adapters import LoraLayer
-from .changes import Bias, Dense, LowRank, Part, dense
+from .changes import Bias, Dense, Kron, LowRank, Part, dense
 from .errors import GuardError
 from .files import LoraFile
 from .layers import LayerSpec
@@ -70,25 +70,41 @@ class Factor:
 
 
 class Whole:
-    """dW of one weight that is no product of thin factors, without strength: made when asked for and not kept."""
+    """dW = Σ scale·part of one weight that is no product of thin factors, without strength.
+
+    The dense matrix is made when asked for and not kept; a LoKr alone does without it.
+    """
 
     span = 1.0
 
-    def __init__(self, make: Callable[[], Tensor]):
-        self._make, self._energy = make, None
+    def __init__(self, parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]):
+        self.parts, self.W0, self._energy = tuple(parts), W0, None
+        alone = len(self.parts) == 1 and isinstance(self.parts[0][0], Kron)
+        self.kron: Kron | None = self.parts[0][0] if alone else None
 
     def dense(self) -> Tensor:
         """dW (out in, fp32)."""
-        matrix = self._make()
+        (part, scale), *others = self.parts
+        matrix = dense(part, self.W0) if scale == 1 else scale * dense(part, self.W0)
+        for part, scale in others:
+            matrix = torch.add(matrix, dense(part, self.W0), alpha=scale)
         self._energy = _energy(matrix)
         return matrix
 
     @property
     def energy(self) -> float:
         """‖dW‖²."""
-        if self._energy is None:
+        if self._energy is None and self.kron is not None:
+            self._energy = self.parts[0][1] ** 2 * _energy(self.kron.w1) * _energy(self.kron.w2.flatten(1))
+        elif self._energy is None:
             self.dense()
         return self._energy
+
+    def times(self, x: Tensor) -> Tensor:
+        """dW·x (in r -> out r) of a LoKr, without the dense matrix."""
+        w1, w2 = self.kron.w1, self.kron.w2.flatten(1)  # o1 i1, o2 i2·k·k
+        h = w2 @ x.to(w2).T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # r o2 i1
+        return self.parts[0][1] * (h @ w1.T).transpose(1, 2).flatten(1).T  # r o1 o2
 
 
 Change: TypeAlias = "Factor | Whole"
@@ -113,7 +129,7 @@ def change(parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]) -> Cha
     """Σ scale·part of one weight, or of one bias, as a change to compare; ``W0`` as in changes.dense."""
     pairs = [(_thin(part), scale) for part, scale in parts]
     if any(pair is None for pair, _ in pairs):
-        return Whole(lambda: sum(scale * dense(part, W0) for part, scale in parts))
+        return Whole(parts, W0)
     thin = [(Factor(*pair, scale), 1.0) for pair, scale in pairs]
     return thin[0][0] if len(thin) == 1 else join(thin)
 
@@ -141,13 +157,8 @@ def join(terms: Sequence[tuple[Factor, float]]) -> Factor:
 
 
 def inner(a: Change, b: Change) -> float:
-    """<dW_a, dW_b>: by the Gram trace of two factors, else by one dense matrix of each that is none."""
-    if isinstance(a, Factor) and isinstance(b, Factor):
-        return a.scale * b.scale * float((_gram(a.up.T, b.up.T) * _gram(a.down, b.down)).sum())
-    if isinstance(b, Factor):
-        a, b = b, a
-    matrix = b.dense()
-    return _inner_dense(a, matrix) if isinstance(a, Factor) else _dot(a.dense(), matrix)
+    """<dW_a, dW_b>."""
+    return _inner(a, None, b, None)
 
 
 def norm(a: Change) -> float:
@@ -191,13 +202,17 @@ class Compared:
         if a.energy == 0:
             raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
+        wholes = [b for b in (a, *changes.values()) if isinstance(b, Whole)]
         own = a.dense() if changes and isinstance(a, Whole) else None
-        matrices = {index: b.dense() if isinstance(b, Whole) else None for index, b in changes.items()}
+        asked = lambda b: isinstance(b, Whole) and (len(wholes) > 1 or b.kron is None)  # noqa: E731
+        matrices = {index: b.dense() if asked(b) else None for index, b in changes.items()}
         self.energies = {index: b.energy for index, b in changes.items()}
         self.crosses = _crosses(changes, matrices)
         roots = a.roots if changes and isinstance(a, Factor) else None
         self.seen = {
-            index: _seen_by_factor(a, roots, b, matrices[index]) if roots else _seen_by_dense(own, b, matrices[index])
+            index: _seen_by_factor(a, roots, b, matrices[index])
+            if roots
+            else _seen_by_dense(a, own, b, matrices[index])
             for index, b in changes.items()
         }
 
@@ -229,48 +244,53 @@ class Compared:
 
 def _crosses(changes: Mapping[int, Change], matrices: Mapping[int, Tensor | None]) -> dict[tuple[int, int], float]:
     """<dW_i, dW_j> of every two LoRAs; ``matrices`` holds the dense ones."""
-    found = {}
-    for i, j in combinations(changes, 2):
-        thin, wide = (i, j) if matrices[i] is None else (j, i)
-        if matrices[wide] is None:
-            found[i, j] = inner(changes[i], changes[j])
-        elif matrices[thin] is None:
-            found[i, j] = _inner_dense(changes[thin], matrices[wide])
-        else:
-            found[i, j] = _dot(matrices[i], matrices[j])
-    return found
+    return {(i, j): _inner(changes[i], matrices[i], changes[j], matrices[j]) for i, j in combinations(changes, 2)}
+
+
+def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
+    """<dW_a, dW_b>; ``A`` and ``B`` where they are dense already."""
+    if isinstance(a, Factor) and isinstance(b, Factor):
+        return a.scale * b.scale * float((_gram(a.up.T, b.up.T) * _gram(a.down, b.down)).sum())
+    if isinstance(b, Factor):
+        a, A, b, B = b, B, a, A
+    if isinstance(a, Factor):
+        return a.scale * _dot(_times(b, B, a.down.T), a.up)
+    return _dot(a.dense() if A is None else A, b.dense() if B is None else B)
+
+
+def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
+    """dW_b·x (in r -> out r), from its dense matrix where there is one."""
+    if matrix is None and b.kron is not None:
+        return b.times(x)
+    matrix = b.dense() if matrix is None else matrix
+    return matrix @ x.to(matrix)
 
 
 def _seen_by_factor(a: Factor, roots: tuple[Tensor, Tensor], b: Change, matrix: Tensor | None) -> _Seen:
     """dW_b (``matrix`` where it is dense) by M = U_aᵀ dW_b D_aᵀ (r r)."""
-    if matrix is None:
+    if isinstance(b, Factor):
         B = _gram(b.down, a.down)  # r_b r_a
         M = b.scale * _gram(a.up.T, b.up.T) @ B
         rows = float((B @ roots[1]).square().sum()), float(b.rows.trace())
     else:
-        matrix = matrix.to(a.down.dtype)
-        M = ((a.up.T @ matrix) @ a.down.T).double()
-        rows = float(((matrix @ a.down.T).double() @ roots[1]).square().sum()), b.energy
+        seen = _times(b, matrix, a.down.T)  # out r
+        M = _gram(a.up.T, seen.T)
+        rows = float((seen.double() @ roots[1]).square().sum()), b.energy
     return _Seen(a.scale * float(M.trace()), roots[0].T @ M @ roots[1], rows)
 
 
-def _seen_by_dense(own: Tensor, b: Change, matrix: Tensor | None) -> _Seen:
+def _seen_by_dense(a: Whole, own: Tensor, b: Change, matrix: Tensor | None) -> _Seen:
     """A dense safety change spans everything: all of dW_b is inside."""
-    return _Seen(_inner_dense(b, own) if matrix is None else _dot(own, matrix), None, (1.0, 1.0))
-
-
-def _inner_dense(a: Factor, matrix: Tensor) -> float:
-    """<dW_a, matrix>: one thin product."""
-    thin = a.up.T.to(matrix) @ matrix  # r in
-    return a.scale * _dot(thin, a.down.to(matrix))
+    return _Seen(_inner(a, own, b, matrix), None, (1.0, 1.0))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
+    """Σ a ⊙ b: rows in their own precision, their sum in fp64."""
+    return float((a * b.to(a)).sum(1).sum(dtype=torch.float64))
 
 
 def _energy(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
