@@ -16,7 +16,7 @@ from modular_lora_guard.modular_lora.attestation import (
     tensor_sha256,
     weights_sha256,
 )
-from modular_lora_guard.modular_lora.branches import Branches, FusedLayer
+from modular_lora_guard.modular_lora.branches import Branches, FusedLayer, Times
 from modular_lora_guard.modular_lora.changes import LowRank, Term
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.layers import LayerSpec
@@ -86,6 +86,93 @@ def test_zero_evaluations_stop_a_run_that_had_steps_and_are_reported_by_one_that
     with pytest.raises(GuardError, match="never evaluated although there were steps to sample"):
         run.finish(may_be_empty=False)
     assert run.finish(may_be_empty=True) == (0, 0, 0)
+
+
+PARTS = {"unet.opt": Times(0, 1), "unet.again": Times(1, 2), "unet.many": Times(1, None), "unet.twice": Times(2, 2)}
+
+
+def in_parts() -> Branches:
+    term = Term("safety", LowRank(torch.ones(1, 2), torch.ones(2, 1)), 1.0)
+    paths = ("unet.a", *(f"{part}.{name}" for part in PARTS for name in ("x", "y")))
+    layers = {path: FusedLayer(LayerSpec(path, (2, 2)), [term]) for path in paths}
+    return Branches(layers, ("unet",), {**PARTS, "unet.other": Times(0, 1)})
+
+
+def run_parts(branches: Branches, **times: int) -> None:
+    """One evaluation in which every part runs as often as named, else as often as it must."""
+    evaluate(branches, "unet.a")
+    for part, rule in PARTS.items():
+        for _ in range(times.get(part.removeprefix("unet."), rule.least)):
+            evaluate(branches, f"{part}.x", f"{part}.y", root=part)
+
+
+def test_only_layers_inside_parts_are_said_to_vary():
+    assert in_parts().varying == tuple(f"{part}.{name}" for part in PARTS for name in ("x", "y"))
+    assert counted().varying == ()
+
+
+@pytest.mark.parametrize(
+    ("times", "counts"),
+    [
+        ({}, (2, 18, 2)),
+        ({"opt": 1}, (2, 22, 0)),
+        ({"again": 2}, (2, 22, 2)),
+        ({"many": 7, "opt": 1}, (2, 46, 0)),
+    ],
+)
+def test_parts_may_run_as_often_as_declared_and_idle_layers_are_counted(times, counts):
+    branches = in_parts()
+    run_parts(branches, opt=1)
+    run = Run(branches)
+    for _ in range(2):
+        run_parts(branches, **times)
+    assert run.finish(may_be_empty=False) == counts
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ({"opt": 2}, r"2 of 9 layers fell short, first unet\.opt\.x in 2 of 1 evaluations"),
+        ({"again": 0}, r"first unet\.again\.x in 0 of 1"),
+        ({"again": 3}, r"first unet\.again\.x in 3 of 1"),
+        ({"many": 0}, r"first unet\.many\.x in 0 of 1"),
+        ({"twice": 1}, r"first unet\.twice\.x in 1 of 1"),
+        ({"twice": 3}, r"first unet\.twice\.x in 3 of 1"),
+    ],
+)
+def test_a_part_that_ran_too_rarely_or_too_often_stops_the_run(times, message):
+    branches = in_parts()
+    run = Run(branches)
+    run_parts(branches, **times)
+    with pytest.raises(GuardError, match=message):
+        run.finish(may_be_empty=False)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_layer_that_lost_its_branch_inside_a_part_stops_the_run(part):
+    branches = in_parts()
+    run = Run(branches)
+    run_parts(branches, opt=1)
+    branches.layers[f"{part}.y"].fired -= 1
+    with pytest.raises(GuardError, match=rf"1 of 9 layers fell short, first {part}\.y in"):
+        run.finish(may_be_empty=False)
+
+
+def test_a_part_that_ran_outside_an_evaluation_stops_the_run():
+    branches = in_parts()
+    run = Run(branches)
+    evaluate(branches, "unet.many.x", "unet.many.y", root="unet.many")
+    with pytest.raises(GuardError, match=r"first unet\.many\.x in 1 of 0 evaluations"):
+        run.finish(may_be_empty=True)
+
+
+def test_a_run_in_which_no_guarded_layer_had_anything_to_do_is_never_called_guarded():
+    term = Term("safety", LowRank(torch.ones(1, 2), torch.ones(2, 1)), 1.0)
+    branches = Branches({"unet.opt.x": FusedLayer(LayerSpec("unet.opt.x", (2, 2)), [term])}, ("unet",), PARTS)
+    run = Run(branches)
+    evaluate(branches)
+    with pytest.raises(GuardError, match="None of the guarded layers ran"):
+        run.finish(may_be_empty=False)
 
 
 @pytest.mark.parametrize("roles", [(), ("safety",), ("task",)])
