@@ -101,16 +101,18 @@ class FusedLayer:
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
         """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
+        if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
+            if (fused := self.fused(roles, x.dtype, x.device)) is None:
+                return y
+            self.fired_compiled.add_(1)
+            return fused(y, x)
         before, dtype, device, fused = self._last
         if before is not roles or dtype is not x.dtype or device != x.device:
             fused = self.fused(roles, x.dtype, x.device)
             self._last = roles, x.dtype, x.device, fused
         if fused is None:
             return y
-        if torch.compiler.is_compiling():
-            self.fired_compiled.add_(1)
-        else:
-            self.fired += 1
+        self.fired += 1
         return fused(y, x)
 
     def nbytes(self) -> int:
@@ -235,8 +237,11 @@ class Branches:
 class _Branch:
     """Stands in ``module.forward``: the layer's own forward plus the fused branch."""
 
-    def __init__(self, forward: Callable, layer: FusedLayer, branches: Branches):
+    def bind(self, forward: Callable, layer: FusedLayer, branches: Branches) -> None:
         self.forward, self.layer, self.branches, self.live = forward, layer, branches, True
+
+    def release(self) -> None:
+        self.layer, self.branches, self.live = None, None, False
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.forward(x, *args, **kwargs)
@@ -246,8 +251,11 @@ class _Branch:
 class _Evaluations:
     """Stands in the root's ``forward``: counts the evaluations of the model."""
 
-    def __init__(self, forward: Callable, root: str, branches: Branches):
+    def bind(self, forward: Callable, root: str, branches: Branches) -> None:
         self.forward, self.root, self.branches, self.live = forward, root, branches, True
+
+    def release(self) -> None:
+        self.branches, self.live = None, False
 
     def __call__(self, *args, **kwargs):
         if self.live and torch.compiler.is_compiling():
@@ -257,11 +265,16 @@ class _Evaluations:
         return self.forward(*args, **kwargs)
 
 
+_stand_ins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its stand-ins, by kind and path
+
+
 class Attachment:
     """Branches on the modules of one model, on behalf of one owner; a model has at most one attachment at a time.
 
     ``attach`` takes the seat from whichever attachment holds it; ``detach`` gives it up in LIFO order and restores
-    every module's ``__dict__`` as it was. A stand-in that somebody kept a reference to is inert after ``detach``.
+    every module's ``__dict__`` as it was. A stand-in that somebody kept a reference to is inert after ``detach``. All
+    attachments of a model use the same stand-ins, which torch.compile knows by identity: nothing is compiled again for
+    another run, nor for other LoRAs of the same ranks.
     """
 
     def __init__(self, model: nn.Module, branches: Branches):
@@ -282,23 +295,28 @@ class Attachment:
             for path, layer in self.branches.layers.items():
                 module = places[path]
                 _refuse_foreign_forward(path, module)
-                self._place(module, _Branch(module.forward, layer, self.branches))
+                self._place(_Branch, path, module, layer)
             for path in self.branches.counted:
                 module = places[path]
-                self._place(module, _Evaluations(module.forward, path, self.branches))
+                self._place(_Evaluations, path, module, path)
         except BaseException:
             self.detach()
             raise
         self.model.__dict__[_SEAT] = self
 
-    def _place(self, module: nn.Module, stand_in: object) -> None:
+    def _place(self, kind: type, path: str, module: nn.Module, what: object) -> None:
+        known = _stand_ins.setdefault(self.model, {}) if path else {}  # the model's own would keep it alive
+        if (stand_in := known.get((kind, path))) is None:
+            stand_in = known[kind, path] = kind()
+        stand_in.bind(module.forward, what, self.branches)
         self._placed.append((module, stand_in, module.__dict__.get("forward")))
         module.__dict__["forward"] = stand_in
 
     def detach(self) -> None:
         for module, stand_in, former in reversed(self._placed):
-            stand_in.live = False
+            stand_in.release()
             if module.__dict__.get("forward") is not stand_in:  # wrapped from outside since: ours stays inert inside it
+                _stand_ins.pop(self.model, None)
                 continue
             if former is None:
                 del module.__dict__["forward"]
