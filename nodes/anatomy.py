@@ -16,7 +16,7 @@ from ..modular_lora import attestation as attest
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo
 from ..modular_lora.layers import layer_spec
-from .parts import parts
+from .parts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
 
@@ -34,7 +34,8 @@ def clip_info(clip) -> ModelInfo:
     encoders = clip.cond_stage_model
     keys = comfy.lora.model_lora_keys_clip(encoders, {})
     weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
-    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), tuple(_text_roots(encoders)), weight)
+    roots, varying = tuple(_text_roots(encoders)), text_parts(encoders)
+    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), roots, weight, varying)
 
 
 def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:

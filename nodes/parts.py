@@ -1,4 +1,4 @@
-"""The parts of ComfyUI's diffusion models that do not run exactly once an evaluation, and why.
+"""The parts of ComfyUI's diffusion models and text encoders that do not run exactly once an evaluation, and why.
 
 A part is a sub-module; it is counted by itself, a guarded layer inside must run as often as the part does, and the part
 between the given limits (modular_lora/branches.py). What is not named here must run once. Found by running every family
@@ -49,6 +49,10 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     "ACEStepTransformer2DModel": (
         (r"projectors\.\d+|transformer_blocks\.\d+\.cross_attn\.(add_[qkv]_proj|to_add_out)", NEVER),
     ),
+    # text encoders: the last norm works on the last layer's output, and on an earlier one's (CLIP skip, SD2.x)
+    "CLIPTextModel_": ((r"final_layer_norm", TWICE),),
+    "T5Stack": ((r"final_layer_norm", TWICE),),
+    "Llama2_": ((r"norm", TWICE),),
 }
 
 
@@ -59,6 +63,12 @@ def parts(diffusion_model: nn.Module, root: str) -> dict[str, Times]:
     found = {path: times for path, _ in diffusion_model.named_modules() for p, times in patterns if p.fullmatch(path)}
     found |= dict(_repeated(diffusion_model))
     return {f"{root}.{path}": times for path, times in found.items()}
+
+
+def text_parts(encoders: nn.Module) -> dict[str, Times]:
+    """The same of text encoders, which hold the declared classes somewhere inside (0.3.75 and 0.33.0)."""
+    declared = (name for name, module in encoders.named_modules() if type(module).__name__ in PARTS)
+    return {part: times for name in declared for part, times in parts(encoders.get_submodule(name), name).items()}
 
 
 def _repeated(model: nn.Module) -> Iterator[tuple[str, Times]]:

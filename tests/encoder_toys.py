@@ -156,3 +156,13 @@ def save_text_lora(path: Path, layers: dict, rank: int, seed: int, size: float =
         if kohya:
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
     save_file(tensors, path)
+
+
+def save_norms(path: Path, layers: dict, size: float = 0.3) -> None:
+    """Random changes of norms (name -> LayerSpec) under LyCORIS' names."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.w_norm": torch.randn(spec.weight_shape, generator=generator) for name, spec in layers.items()}
+    tensors |= {f"{n}.b_norm": torch.randn(s.weight_shape, generator=generator) for n, s in layers.items() if s.bias}
+    save_file({name: tensor * size for name, tensor in tensors.items()}, path)

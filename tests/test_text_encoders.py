@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from encoder_toys import ENCODERS, save_text_lora, tokens, toy_clip
+from encoder_toys import ENCODERS, save_norms, save_text_lora, tokens, toy_clip
 
 SAFETY, TASK = 1.0, 0.6
 
@@ -93,10 +93,24 @@ def test_guarded_equals_merged_on_every_layer_of_the_encoders(name, comfy, guard
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_layers_without_a_branch_are_embeddings_and_norms(name, comfy):
+def test_changes_of_norms_are_guarded_and_equal_the_merge(name, comfy, loaded, tmp_path):
+    """The last norm works once or twice an evaluation: on the last layer's output, and on that of an earlier one."""
+    clip, prompt, g = toy_clip(ENCODERS[name]), tokens(ENCODERS[name]), comfy.host_guard
+    specs = comfy.anatomy.clip_info(clip).specs
+    norms = {f"text_encoders.{spec.path}": spec for spec in specs.values() if spec.norm is not None}
+    path = tmp_path / "norms.safetensors"
+    save_norms(path, norms)
+    safety = (g.SafetyLora(comfy.host_files.read_lora(path), SAFETY),)
+    ours = comfy.host.guard(loaded[0], clip, safety, (), False, g.Policy())[1]
+    assert_guarded_is_merged(clip, ours, [(path, SAFETY)], prompt)
+    assert ours.patcher.guard_state.part.layers == len(norms)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_layers_without_a_branch_are_embeddings(name, comfy):
     info = comfy.anatomy.clip_info(toy_clip(ENCODERS[name]))
-    kinds = {spec.problem.split(",")[0] for spec in info.specs.values() if spec.problem}
-    assert all(kind.endswith(("Embedding", "Norm")) for kind in kinds)
+    kinds = {spec.problem.split(",")[0] for spec in info.specs.values() if spec.problem and spec.norm is None}
+    assert all(kind.endswith("Embedding") for kind in kinds)
 
 
 def test_encoders_that_a_prompt_leaves_out_are_not_missed(comfy, guarded):
