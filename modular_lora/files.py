@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from .formats import DAMAGED, Entry, Names, check_layers, make_layers, sort_name
 HEADER_LIMIT = 16 * 2**20  # bytes
 TENSOR_LIMIT = 20_000
 SIZE_LIMIT = 2**31  # of one dimension
+PIECE = 2**22  # bytes that are read and hashed at a time
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -73,16 +74,10 @@ class LoraFile:
 class _Raw:
     """The bytes of a file whose header passed, and what the header says."""
 
-    head: bytes  # length and header
     data: Tensor  # bytes
     entries: dict[str, Entry]
     names: Names
     metadata: dict[str, str]
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256(self.head)
-        digest.update(self.data.numpy())
-        return digest.hexdigest()
 
 
 def read_lora(path: Path, *, expected_sha256: str | None = None) -> LoraFile:
@@ -104,18 +99,20 @@ def read_lora(path: Path, *, expected_sha256: str | None = None) -> LoraFile:
 
 
 def _read(path: Path, name: str, expected: str | None) -> LoraFile:
-    try:
-        with path.open("rb") as file:
-            raw = _read_checked(file, name)
-    except OSError as error:
-        raise LoraFileError(f"{name}: cannot be read ({error.strerror}): check the file and its permissions") from error
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(raw.sha256)  # beside the work on values, both are long for a big file
-        if expected is not None and digest.result() != expected:
-            what = f"SHA-256 is {digest.result()}, expected {expected}"
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as pool:  # hashes one piece while the next one is read, and while values are looked at
+        try:
+            with path.open("rb") as file:
+                raw = _read_checked(file, name, lambda piece: pool.submit(digest.update, piece))
+        except OSError as error:
+            what = f"cannot be read ({error.strerror})"
+            raise LoraFileError(f"{name}: {what}: check the file and its permissions") from error
+        sha256 = pool.submit(digest.hexdigest)
+        if expected is not None and sha256.result() != expected:
+            what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
         layers = make_layers(raw.names.layers, *_make_tensors(raw, name), name)
-    return LoraFile(path, name, digest.result(), raw.metadata, layers, raw.names.notes)
+    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes)
 
 
 @contextmanager
@@ -174,8 +171,11 @@ def _check_path(path: Path, name: str) -> None:
         raise LoraFileError(f"{name}: no such file: check the name and the loras folder")
 
 
-def _read_checked(file: BinaryIO, name: str) -> _Raw:
-    """All bytes of a file and its checked header; nothing beyond the header is read before it passes."""
+def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes], object]) -> _Raw:
+    """All bytes of a file and its checked header; nothing beyond the header is read before it passes.
+
+    ``seen`` gets the bytes piece by piece, in their order.
+    """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
@@ -188,11 +188,16 @@ def _read_checked(file: BinaryIO, name: str) -> _Raw:
     _check_offsets(entries, size - 8 - length, name)
     names = sort_names(entries, name)
     check_layers(names.layers, entries, name)
+    seen(prefix + header)
     data = torch.empty(size - 8 - length, dtype=torch.uint8)
-    read = file.readinto(data.numpy())
+    read = 0
+    for start in range(0, len(data), PIECE):
+        piece = memoryview(data.numpy())[start : start + PIECE]
+        read += file.readinto(piece)
+        seen(piece)
     if len(header) != length or read != len(data) or file.read(1):
         raise LoraFileError(f"{name}: changed from {size} bytes while it was read: load it again")
-    return _Raw(prefix + header, data, entries, names, metadata)
+    return _Raw(data, entries, names, metadata)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -222,21 +227,22 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
 
 
 def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        what = f"entry {shown(entry)} lacks dtype, shape or data_offsets"
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    known = isinstance(dtype, str) and (dtype in DTYPES or (dtype in ALPHA_DTYPES and tensor.endswith(".alpha")))
-    if not known:
-        what = f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}"
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: save it in one")
-    if not isinstance(shape, list) or len(shape) > 5 or not _whole(shape, 1, SIZE_LIMIT):
-        what = f"shape {shown(shape)} is not 0 to 5 sizes of 1 or more"
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not _whole(offsets, 0, 2**63):
-        what = f"offsets {shown(offsets)} are not two places in the file"
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
-    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        complete = len(entry) == 3
+    except (TypeError, KeyError):
+        complete = False
+    if not complete:
+        problem = f"entry {shown(entry)} lacks dtype, shape or data_offsets: {DAMAGED}"
+    elif type(dtype) is not str or not (dtype in DTYPES or (dtype in ALPHA_DTYPES and tensor.endswith(".alpha"))):
+        problem = f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}: save it in one"
+    elif type(shape) is not list or len(shape) > 5 or not _whole(shape, 1, SIZE_LIMIT):
+        problem = f"shape {shown(shape)} is not 0 to 5 sizes of 1 or more: {DAMAGED}"
+    elif type(offsets) is not list or len(offsets) != 2 or not _whole(offsets, 0, 2**63):
+        problem = f"offsets {shown(offsets)} are not two places in the file: {DAMAGED}"
+    else:
+        return Entry(dtype, tuple(shape), *offsets)
+    raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
 
 
 def _whole(values: list, least: int, limit: int) -> bool:

@@ -199,8 +199,6 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
     """Layer, role and PEFT's adapter name of a tensor; None where it is none of a format that is read."""
     if len(tensor) > NAME_LIMIT or not tensor.isprintable():
         return None
-    if tensor.startswith(("double_blocks.", "single_blocks.")) and (found := _XLABS.fullmatch(tensor)):
-        return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
     layer, _, end = tensor.rpartition(".")
     if end == "weight":
         layer, _, before = layer.rpartition(".")
@@ -209,6 +207,8 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
         if layer.startswith(_WAN_FUN):
             layer = _KOHYA + layer.removeprefix(_WAN_FUN)
         return layer, _ENDS[end], None
+    if found := _XLABS.fullmatch(tensor):
+        return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
     for pattern in _LONG_ENDS:
         if found := pattern.fullmatch(tensor):
             role = _LONG_ROLES.get(found["role"], found["role"])
