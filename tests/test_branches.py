@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer
-from modular_lora_guard.modular_lora.changes import LowRank, Role, Term
+from modular_lora_guard.modular_lora.changes import Bias, Dense, Gain, Kron, LowRank, Part, Role, Rotation, Term, dense
+from modular_lora_guard.modular_lora.comparing import factor
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
 from modular_lora_guard.modular_lora.guard import ModelInfo, Policy, SafetyLora, TaskLora, build_part
-from modular_lora_guard.modular_lora.comparing import factor
 from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.matching import Target
 from torch import Tensor, nn
@@ -133,6 +133,99 @@ def test_a_layer_equals_an_explicit_merge_within_rounding(data, seed, dtype):
     assert_merged(both, module, x, items)
     assert_merged(safety, module, x, [item for item in items if item.role == "safety"])
     assert torch.equal(none, base)
+
+
+@st.composite
+def parts(draw, module: nn.Module, generator: torch.Generator) -> list[tuple[Part, float]]:
+    """One to four parts of every form that fits the layer, with their scales."""
+    out, *rest = module.weight.shape
+    fan_in, kernel = torch.Size(rest).numel(), tuple(rest[1:])
+    random = lambda *shape: torch.randn(shape, generator=generator) / torch.Size(shape).numel() ** 0.5  # noqa: E731
+    splits = lambda size: [n for n in range(1, size + 1) if size % n == 0]  # noqa: E731
+    found = []
+    for kind in draw(st.lists(st.sampled_from((LowRank, Dense, Kron, Gain, Rotation, Bias)), min_size=1, max_size=4)):
+        rank, block = draw(st.integers(1, 16)), draw(st.sampled_from(splits(out)))
+        outer, inner = draw(st.sampled_from(splits(out))), draw(st.sampled_from(splits(rest[0])))
+        part = {
+            LowRank: lambda r=rank: LowRank(random(r, fan_in), random(out, r)),
+            Dense: lambda: Dense(random(out, fan_in)),
+            Kron: lambda o=outer, i=inner: Kron(random(o, i), random(out // o, rest[0] // i, *kernel)),
+            Gain: lambda: Gain(random(out), module.bias),
+            Rotation: lambda n=block: Rotation(random(out // n, n, n), module.bias),
+            Bias: lambda: Bias(random(out)),
+        }[kind]()
+        found.append((part, draw(st.sampled_from((1.0, 0.7, -0.4, 2.5)))))
+    return found
+
+
+def total(found: list[tuple[Part, float]], module: nn.Module, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """Σ scale·part as changes of the weight and of the bias; fp64; ``absolute`` sums absolute values."""
+    size = (lambda t: t.detach().abs()) if absolute else (lambda t: t.detach())
+    weight, bias = torch.zeros(module.weight.shape, dtype=torch.float64), torch.zeros(len(module.weight)).double()
+    for part, scale in found:
+        scale = abs(scale) if absolute else scale
+        mine = {f.name: size(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
+        part = replace(part, **mine)
+        if isinstance(part, Bias):
+            bias += scale * part.bias
+        else:
+            weight += (scale * dense(part, lambda: size(module.weight))).reshape(weight.shape)
+        if absolute and isinstance(part, Gain | Rotation) and part.bias is not None:  # what is taken back of W0·x + b
+            bias += 2 * scale * dense(part, lambda p=part: p.bias[:, None]).flatten()
+    return weight, bias
+
+
+@property_test
+@given(st.data(), st.integers(0, 2**16), st.sampled_from(DTYPES))
+def test_every_form_of_change_equals_an_explicit_merge_within_rounding(data, seed, dtype):
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    module = data.draw(modules()).to(dtype)
+    found = data.draw(parts(module, generator))
+    x, spec = example(module, generator).to(dtype), layer_spec("w", module)
+    layer = FusedLayer(spec, [Term("task", part, scale) for part, scale in found])
+    with torch.no_grad():
+        y = layer.add(module(x), x, frozenset(("task",))).double()
+    expected, bound = (evaluate(module, *total(found, module, size), x, size) for size in (False, True))
+    info = torch.finfo(dtype)
+    assert bool(((y - expected).abs() <= ROUNDINGS * info.eps * bound + info.smallest_normal).all())
+
+
+def evaluate(module: nn.Module, weight: Tensor, bias: Tensor, x: Tensor, absolute: bool) -> Tensor:
+    """The module with changes of its weight and bias, in fp64; ``absolute`` sums absolute values."""
+    W0 = module.weight.detach().double()
+    y = forward(module, (W0.abs() if absolute else W0) + weight, x, absolute)
+    return y + bias.reshape(-1, *(1 for _ in weight.shape[2:]))
+
+
+@pytest.mark.parametrize("kind", ["layer", "group", "rms", "shared", "flux"])
+def test_a_norm_takes_changes_of_its_weight_and_bias(kind):
+    class RMSNorm(nn.Module):
+        """As ComfyUI's own classes: Gemma's stores its weight less one, Flux's calls it scale."""
+
+        def __init__(self):
+            super().__init__()
+            self.add_one = kind == "shared"
+            self.eps = 1e-6
+            self.register_parameter("weight" if self.add_one else "scale", nn.Parameter(torch.randn(6)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, (6,), self.weight + 1 if self.add_one else self.scale, 1e-6)
+
+    norms = {"layer": lambda: nn.LayerNorm(6), "group": lambda: nn.GroupNorm(3, 6), "rms": lambda: nn.RMSNorm(6, 1e-5)}
+    module, generator = norms.get(kind, RMSNorm)(), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 4, generator=generator) if kind == "group" else torch.randn(2, 5, 6, generator=generator)
+    weight = module.scale if kind == "flux" else module.weight
+    delta, shift = torch.randn(6, 1, generator=generator), torch.randn(6, generator=generator)
+    terms = [Term("task", Dense(delta), 0.7)]
+    if getattr(module, "bias", None) is not None:
+        terms.append(Term("task", Bias(shift), -0.4))
+    with torch.no_grad():
+        y = FusedLayer(layer_spec("w", module), terms).add(module(x), x, frozenset(("task",)))
+        weight += 0.7 * delta.flatten()
+        if len(terms) > 1:
+            module.bias -= 0.4 * shift
+        assert torch.allclose(y, module(x), atol=1e-5)
 
 
 @property_test
