@@ -1,8 +1,8 @@
-"""Block weights of a task LoRA: one factor a U-Net block, in the notation of the LoRA block weight extensions.
+"""Block weights of a task LoRA: one factor a block, in the notation of the LoRA block weight extensions.
 
 ``"1,0.5,0,..."`` lists BASE (text encoder) and then every block that the LoRA touches, in model order (17 numbers for
-an SD1.5 attention LoRA, 12 for SDXL), or every block of the model. ``"IN01:0.5, M00:0, BASE:1"`` names blocks; the
-others stay at 1.
+an SD1.5 attention LoRA, 12 for SDXL, 58 for Flux), or every block of the model. ``"IN01:0.5, M00:0, BASE:1"`` names
+blocks; the others stay at 1. Transformers with two kinds of blocks have DOUBLE00 and SINGLE00 on, others BLOCK00.
 """
 
 from __future__ import annotations
@@ -13,16 +13,30 @@ from collections.abc import Iterable, Mapping
 
 from .errors import GuardError
 
-_BLOCK = re.compile(r"^diffusion_model\.(input_blocks|middle_block|output_blocks)\.(\d+)\.")
-_LETTERS = {"input_blocks": "IN", "middle_block": "M", "output_blocks": "OUT"}
-_ORDER = ("IN", "M", "OUT")
+_NAMES = {
+    "input_blocks": "IN",
+    "middle_block": "M",
+    "output_blocks": "OUT",
+    "double_blocks": "DOUBLE",  # Flux, Chroma, Hunyuan Video
+    "double_layers": "DOUBLE",  # AuraFlow
+    "double_stream_blocks": "DOUBLE",  # HiDream
+    "single_blocks": "SINGLE",
+    "single_layers": "SINGLE",
+    "single_stream_blocks": "SINGLE",
+    "joint_blocks": "BLOCK",  # SD3
+    "transformer_blocks": "BLOCK",  # Qwen-Image, LTX Video
+    "blocks": "BLOCK",  # Wan, PixArt, HunyuanDiT, Mochi, Cosmos
+    "layers": "BLOCK",  # Lumina, Z-Image, OmniGen2
+}
+_BLOCK = re.compile(rf"^diffusion_model\.({'|'.join(_NAMES)})\.(?:block)?(\d+)\.")
+_ORDER = tuple(dict.fromkeys(_NAMES.values()))
 
 
 def block_of(key: str) -> str:
-    """IN04, M00, OUT11 for a U-Net weight key; BASE for everything outside the blocks."""
+    """IN04, M00, OUT11, DOUBLE18, SINGLE37, BLOCK05 for a weight key; BASE for everything outside the blocks."""
     if not (found := _BLOCK.match(key)):
         return "BASE"
-    stage = _LETTERS[found[1]]
+    stage = _NAMES[found[1]]
     return "M00" if stage == "M" else f"{stage}{int(found[2]):02d}"
 
 
@@ -52,7 +66,7 @@ def parse_block_weights(text: str, keys: Iterable[str], all_keys: Iterable[str],
 
 def _ordered(keys: Iterable[str]) -> tuple[str, ...]:
     blocks = {block_of(key) for key in keys} - {"BASE"}
-    return tuple(sorted(blocks, key=lambda b: (_ORDER.index(b.rstrip("0123456789")), b)))
+    return tuple(sorted(blocks, key=lambda b: (_ORDER.index(b.rstrip("0123456789")), len(b), b)))
 
 
 def _number(value: str, subject: str) -> float:

@@ -29,6 +29,17 @@ def parse(text: str, keys=SD15, all_keys=ALL) -> dict[str, float]:
         (key("middle_block", 0), "M00"),
         (key("middle_block", 2), "M00"),
         (key("output_blocks", 9), "OUT09"),
+        ("diffusion_model.double_blocks.18.img_attn.qkv.weight", "DOUBLE18"),
+        ("diffusion_model.single_blocks.0.linear1.weight", "SINGLE00"),
+        ("diffusion_model.double_layers.3.attn.w1q.weight", "DOUBLE03"),
+        ("diffusion_model.single_stream_blocks.31.block.ff_i.w1.weight", "SINGLE31"),
+        ("diffusion_model.joint_blocks.23.x_block.attn.qkv.weight", "BLOCK23"),
+        ("diffusion_model.transformer_blocks.59.attn.to_q.weight", "BLOCK59"),
+        ("diffusion_model.blocks.39.cross_attn.k.weight", "BLOCK39"),
+        ("diffusion_model.blocks.block27.blocks.0.block.attn.to_q.0.weight", "BLOCK27"),
+        ("diffusion_model.layers.29.attention.qkv.weight", "BLOCK29"),
+        ("diffusion_model.noise_refiner.0.attention.qkv.weight", "BASE"),
+        ("diffusion_model.txt_in.individual_token_refiner.blocks.0.mlp.0.weight", "BASE"),
         ("diffusion_model.time_embed.0.weight", "BASE"),
         ("diffusion_model.out.2.weight", "BASE"),
         ("clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight", "BASE"),
@@ -53,6 +64,14 @@ def test_seventeen_numbers_name_base_and_the_blocks_of_an_sd15_attention_lora_in
 def test_the_order_of_the_keys_does_not_matter():
     text = ",".join(str(i) for i in range(17))
     assert parse(text, SD15[::-1]) == parse(text)
+
+
+def test_fifty_eight_numbers_name_base_and_the_blocks_of_a_flux_lora_doubles_first():
+    keys = [f"diffusion_model.single_blocks.{i}.linear1.weight" for i in range(38)]
+    keys += [f"diffusion_model.double_blocks.{i}.img_attn.qkv.weight" for i in range(19)]
+    found = parse(",".join(str(i) for i in range(58)), keys, keys)
+    assert list(found) == ["BASE", *(f"DOUBLE{i:02d}" for i in range(19)), *(f"SINGLE{i:02d}" for i in range(38))]
+    assert found["SINGLE37"] == 57
 
 
 def test_one_number_for_every_block_of_the_model_is_taken_as_well():
