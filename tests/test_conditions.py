@@ -23,7 +23,7 @@ from condition_toys import (
     toy_unet,
 )
 from encoder_toys import randomise
-from graphs import guarded_graph
+from graphs import GraphError, guarded_graph
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +236,6 @@ def test_a_picture_decoded_in_tiles_comes_from_a_guarded_run_and_is_not_attested
     results = run_graph(graph)
     assert results["sample"][1].startswith("guarded: ")
     assert results["decode"][0].shape == (1, 64, 64, 3)
+    graph["save"]["inputs"]["unattested"] = "refuse"
+    with pytest.raises(GraphError, match="unattested"):
+        run_graph(graph)
