@@ -82,7 +82,7 @@ class Maker:
         return f"{self.format}, {self.library}"
 
 
-def noise(module: nn.Module, size: float = 0.3) -> None:
+def noise(module: nn.Module, size: float) -> None:
     """Random values in place of a library's initial ones, which change nothing."""
     generator = torch.Generator().manual_seed(7)
     for p in module.parameters():
@@ -92,14 +92,14 @@ def noise(module: nn.Module, size: float = 0.3) -> None:
 def lycoris(algo: str, **options) -> Callable:
     """By one of LyCORIS's modules, saved as its networks save theirs."""
 
-    def make(net: Net, path: str, file: Path):
+    def make(net: Net, path: str, file: Path, size: float = 0.3):
         import lycoris.modules as modules
 
         net = copy.deepcopy(net)
         layer = net.get_submodule(path)
         lora = getattr(modules, algo)(f"lora_unet_{path}", layer, 1.0, **{"lora_dim": 2, "alpha": 3.0, **options})
         lora.apply_to()
-        noise(lora)
+        noise(lora, size)
         tensors = {f"{lora.lora_name}.{name}": value.detach().clone() for name, value in lora.state_dict().items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, file, {"ss_network_module": "lycoris"})
         return net

@@ -247,3 +247,36 @@ def test_a_task_lora_leaves_the_safety_change_alone_where_core_does_not(maker: M
     assert (kept.role, kept.scale) == (mine.role, mine.scale)
     assert torch.equal(kept.part.down, mine.part.down)
     assert torch.equal(kept.part.up, mine.part.up)
+
+
+def test_a_file_of_every_format_on_a_whole_unet_equals_core_s_own_merge(comfy, tmp_path, matrix):
+    """SD1.5 at toy width, every layer in another format, norms and biases too; it is the only file."""
+    from comfy.sd import load_lora_for_models
+    from comfy.utils import load_torch_file
+    from families import evaluate, make
+    from families_image import U_NETS
+
+    family, file, tensors = U_NETS[0], tmp_path / "file.safetensors", {}
+    model = make(family)
+    info = comfy.anatomy.model_info(model)
+    keys = [k for k, spec in info.specs.items() if (spec.norm or not spec.problem) and k.startswith("diffusion_model.")]
+    plain = [maker for maker in MAKERS if maker.library == "LyCORIS" and maker.as_core and len(maker.kinds) > 2]
+    norm = next(maker for maker in MAKERS if maker.format == "norm")
+    for index, key in enumerate(keys):
+        spec, net = info.specs[key], nn.Module()
+        name = f"lora_unet_{spec.path.removeprefix('diffusion_model.').replace('.', '_')}"
+        net.layer = copy.deepcopy(model.model.get_submodule(spec.path))
+        (norm if spec.norm else plain[index % len(plain)]).make(net, "layer", file, 0.05)
+        made = {n.replace("lora_unet_layer", name): value for n, value in load_file(file).items()}
+        tensors |= made
+    save_file(tensors, file)
+    g, safety = comfy.host_guard, comfy.host_files.read_lora(file)
+    handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (), False, g.Policy())
+    reference, _ = load_lora_for_models(model, None, load_torch_file(str(file)), 1.0, 0.0)
+    models = (comfy.host.unwrap(handle), reference, model)
+    ours, theirs, base = (evaluate(m, family, family.cond) for m in models)
+    worst = error(ours, theirs, base)
+    assert len(models[0].guard_state.part.branches.layers) == len(keys)
+    assert comfy.host.attestation(models[0]).status == "guarded"
+    assert worst < 1e-3
+    matrix("formats.json", "every format in one file, whole U-Net of SD1.5", "works", worst)
