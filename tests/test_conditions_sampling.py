@@ -109,6 +109,20 @@ def test_attention_and_block_patches_keep_the_guard(comfy, trio):
     assert_kept(comfy, trio, sample, change=attention_patches)
 
 
+def test_hypernetworks_keep_the_guard(comfy, trio, tmp_path, monkeypatch):
+    """Networks on keys and values of the attention, by the width of what they attend to."""
+    generator = torch.Generator().manual_seed(8)
+
+    def layer(width: int) -> dict:
+        weight = torch.randn(width, width, generator=generator) / width**0.5
+        return {"linear.0.weight": weight, "linear.0.bias": torch.zeros(width)}
+
+    torch.save({width: [layer(width), layer(width)] for width in (32, 64)}, tmp_path / "net.pt")
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "hypernetworks", ([str(tmp_path)], {".pt"}))
+    change = patch("HypernetworkLoader", "nodes_hypernetwork", hypernetwork_name="net.pt", strength=0.7)
+    assert_kept(comfy, trio, sample, change=change)
+
+
 def block_patches(model):
     """What packs do to transformers' blocks: one replaced by a wrapper of it, inputs and outputs changed."""
 
