@@ -191,6 +191,25 @@ def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
     raise TypeError(f"{type(part).__name__} is no change of a weight")
 
 
+def times(part: Part, W0: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """ΔW·x of a part (x in·k·k n -> out n, fp32) without making ΔW; ``W0`` as in ``dense``."""
+    if isinstance(part, LowRank):
+        return part.up.float() @ (part.down.float() @ x)
+    if isinstance(part, Dense):
+        return part.weight.float() @ x
+    if isinstance(part, Kron):
+        w1, w2 = part.w1.float(), part.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
+        h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
+        return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
+    y = W0().float().flatten(1) @ x  # out n
+    if isinstance(part, Gain):
+        return part.gain.float()[:, None] * y
+    if isinstance(part, Rotation):
+        k, n, _ = part.blocks.shape
+        return (part.blocks.float() @ y.reshape(k, n, -1)).flatten(0, 1)
+    raise TypeError(f"{type(part).__name__} is no change of a weight")
+
+
 def _picked(terms: Sequence[Term], kind: type) -> list:
     return [(t.part, t.scale) for t in terms if isinstance(t.part, kind)]
 

@@ -1,8 +1,9 @@
 """One weight's change by one LoRA against another's: norms, inner products, and what lies in the other's spaces.
 
 For LoRAs everything follows from Gram matrices of the factors (r by r): <U1 D1, U2 D2> = sum((U1ᵀU2) ⊙ (D1 D2ᵀ)), and
-no dense product is formed. What is no product of thin factors (LoKr, DoRA, OFT, full differences) goes in exactly, one
-dense matrix a layer that is dropped again. Sums are in fp64; products of large factors are in fp32.
+no dense product is formed. What is no product of thin factors (LoKr, DoRA, OFT, full differences) goes in exactly, by
+products with thin matrices where that is enough, else by one dense matrix a layer that is dropped again. Sums are in
+fp64; products of large factors are in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .adapters import LoraLayer
-from .changes import Bias, Dense, Kron, LowRank, Part, dense
+from .changes import Bias, Dense, Gain, Kron, LowRank, Part, dense, times
 from .errors import GuardError
 from .files import LoraFile
 from .layers import LayerSpec
@@ -72,15 +73,13 @@ class Factor:
 class Whole:
     """dW = Σ scale·part of one weight that is no product of thin factors, without strength.
 
-    The dense matrix is made when asked for and not kept; a LoKr alone does without it.
+    The dense matrix is made where nothing else will do, and not kept.
     """
 
     span = 1.0
 
     def __init__(self, parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]):
-        self.parts, self.W0, self._energy = tuple(parts), W0, None
-        alone = len(self.parts) == 1 and isinstance(self.parts[0][0], Kron)
-        self.kron: Kron | None = self.parts[0][0] if alone else None
+        self.parts, self.W0 = tuple(parts), W0
 
     def dense(self) -> Tensor:
         """dW (out in, fp32)."""
@@ -88,23 +87,33 @@ class Whole:
         matrix = dense(part, self.W0) if scale == 1 else scale * dense(part, self.W0)
         for part, scale in others:
             matrix = torch.add(matrix, dense(part, self.W0), alpha=scale)
-        self._energy = _energy(matrix)
         return matrix
 
-    @property
-    def energy(self) -> float:
-        """‖dW‖²."""
-        if self._energy is None and self.kron is not None:
-            self._energy = self.parts[0][1] ** 2 * _energy(self.kron.w1) * _energy(self.kron.w2.flatten(1))
-        elif self._energy is None:
-            self.dense()
-        return self._energy
-
     def times(self, x: Tensor) -> Tensor:
-        """dW·x (in r -> out r) of a LoKr, without the dense matrix."""
-        w1, w2 = self.kron.w1, self.kron.w2.flatten(1)  # o1 i1, o2 i2·k·k
-        h = w2 @ x.to(w2).T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # r o2 i1
-        return self.parts[0][1] * (h @ w1.T).transpose(1, 2).flatten(1).T  # r o1 o2
+        """dW·x (in n -> out n)."""
+        return sum(scale * times(part, self.W0, x.float()) for part, scale in self.parts)
+
+    @cached_property
+    def energy(self) -> float:
+        """‖dW‖²: of thin parts and one other by their inner products, unless they cancel to rounding."""
+        thin = [(part, scale) for part, scale in self.parts if isinstance(part, LowRank)]
+        others = [(part, scale) for part, scale in self.parts if not isinstance(part, LowRank)]
+        if len(others) == 1 and len(thin) <= 1:
+            ((part, scale),) = others
+            values = [scale**2 * self._energy(part)]
+            for pair, size in thin:
+                values.append(Factor(pair.up, pair.down, size).energy)
+                values.append(2 * size * scale * _dot(times(part, self.W0, pair.down.float().T), pair.up.float()))
+            if math.fsum(values) > 1e-3 * math.fsum(map(abs, values)):
+                return math.fsum(values)
+        return _energy(self.dense())
+
+    def _energy(self, part: Part) -> float:
+        if isinstance(part, Kron):
+            return _energy(part.w1.float()) * _energy(part.w2.float().flatten(1))
+        if isinstance(part, Gain):
+            return _energy(part.gain.float()[:, None] * self.W0().float().flatten(1).norm(dim=1, keepdim=True))
+        return _energy(dense(part, self.W0))
 
 
 Change: TypeAlias = "Factor | Whole"
@@ -202,10 +211,9 @@ class Compared:
         if a.energy == 0:
             raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
-        wholes = [b for b in (a, *changes.values()) if isinstance(b, Whole)]
-        own = a.dense() if changes and isinstance(a, Whole) else None
-        asked = lambda b: isinstance(b, Whole) and (len(wholes) > 1 or b.kron is None)  # noqa: E731
-        matrices = {index: b.dense() if asked(b) else None for index, b in changes.items()}
+        several = sum(isinstance(b, Whole) for b in (a, *changes.values())) > 1  # then one meets the other densely
+        own = a.dense() if several and isinstance(a, Whole) else None
+        matrices = {index: b.dense() if several and isinstance(b, Whole) else None for index, b in changes.items()}
         self.energies = {index: b.energy for index, b in changes.items()}
         self.crosses = _crosses(changes, matrices)
         roots = a.roots if changes and isinstance(a, Factor) else None
@@ -259,11 +267,8 @@ def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
 
 
 def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
-    """dW_b·x (in r -> out r), from its dense matrix where there is one."""
-    if matrix is None and b.kron is not None:
-        return b.times(x)
-    matrix = b.dense() if matrix is None else matrix
-    return matrix @ x.to(matrix)
+    """dW_b·x (in r -> out r), by its dense matrix where there is one."""
+    return b.times(x) if matrix is None else matrix @ x.to(matrix)
 
 
 def _seen_by_factor(a: Factor, roots: tuple[Tensor, Tensor], b: Change, matrix: Tensor | None) -> _Seen:
@@ -279,7 +284,7 @@ def _seen_by_factor(a: Factor, roots: tuple[Tensor, Tensor], b: Change, matrix: 
     return _Seen(a.scale * float(M.trace()), roots[0].T @ M @ roots[1], rows)
 
 
-def _seen_by_dense(a: Whole, own: Tensor, b: Change, matrix: Tensor | None) -> _Seen:
+def _seen_by_dense(a: Whole, own: Tensor | None, b: Change, matrix: Tensor | None) -> _Seen:
     """A dense safety change spans everything: all of dW_b is inside."""
     return _Seen(_inner(a, own, b, matrix), None, (1.0, 1.0))
 
