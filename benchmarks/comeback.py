@@ -85,7 +85,7 @@ class Trainee(narrow.NarrowTrainee):
 
     def attach(self, *loras: Path) -> None:
         """Let the net use exactly these LoRA files."""
-        layers = [files.read_lora(path).layers for path in loras]
+        layers = [files.read_lora(path).plain for path in loras]
         for path, module in lorafile.targets(self.unet).items():
             found = [some[name] for some in layers if (name := lorafile.kohya_name(path)) in some]
             module.adapters = [(f.down.float().to(self.device), f.up.float().to(self.device), f.scale) for f in found]

@@ -80,7 +80,7 @@ def turned(safety: LoraFile, seed: int) -> LoraFile:
     """The safety LoRA with its singular directions turned within its own column and row spaces."""
     g = torch.Generator().manual_seed(seed)
     layers = {}
-    for name, layer in safety.layers.items():
+    for name, layer in safety.plain.items():
         U, R = torch.linalg.qr(layer.up.float().flatten(1) * layer.scale)
         V, S = torch.linalg.qr(layer.down.float().flatten(1).T)
         rotate = [torch.linalg.qr(torch.randn(layer.rank, layer.rank, generator=g))[0] for _ in range(2)]
@@ -94,13 +94,13 @@ def dense_norm(up: Tensor, down: Tensor) -> float:
 
 
 def layer_norms(lora: LoraFile) -> dict[str, float]:
-    return {n: x.scale * dense_norm(x.up.float().flatten(1), x.down.float().flatten(1)) for n, x in lora.layers.items()}
+    return {n: x.scale * dense_norm(x.up.float().flatten(1), x.down.float().flatten(1)) for n, x in lora.plain.items()}
 
 
 def merged(weights: dict[str, Tensor], lora: LoraFile, strength: float) -> dict[str, Tensor]:
     """fp16 weights with a LoRA merged, as merge scripts store them."""
     found = dict(weights)
-    for name, x in lora.layers.items():
+    for name, x in lora.plain.items():
         delta = x.scale * x.up.float().flatten(1) @ x.down.float().flatten(1)
         found[name] = (weights[name].float() + strength * delta.reshape(weights[name].shape)).half()
     return found

@@ -89,7 +89,7 @@ class Adapters:
                 "choose the target and text-encoder setting it was trained with."
             )
         for name, layer in self.layers.items():
-            saved = lora.layers[name]
+            saved = lora.plain[name]
             for module, value in zip(self._pair(layer), (saved.down, saved.up), strict=True):
                 if module.weight.shape != value.shape or saved.alpha not in (None, self.alpha):
                     raise GuardError(

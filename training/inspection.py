@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
+from ..modular_lora.adapters import Adapter, LoraLayer
 from ..modular_lora.comparing import Factor, norm
-from ..modular_lora.files import LoraFile, LoraLayer, describe_base, read_lora
+from ..modular_lora.files import LoraFile, describe_base, read_lora
 from ..modular_lora.guard import BASE_KEY, ROLE_KEY
 from ..modular_lora.matching import is_text
 from .output import kohya_hashes
@@ -38,12 +41,13 @@ class PartReport:
 
     part: str  # "U-Net" or "text encoder"
     layers: int
+    kinds: tuple[tuple[str, int], ...]  # (format, layers)
     zero: int
     convolutions: int
-    ranks: tuple[tuple[int, int], ...]  # (rank, layers)
-    alphas: tuple[tuple[float | None, int], ...]  # (alpha, layers); None: the file gives none, the scale is 1
-    norm: float  # ‖ΔW‖ over the part
-    largest: tuple[str, float]  # layer with the largest ‖ΔW‖
+    ranks: tuple[tuple[int | None, int], ...]  # (rank, layers); None: a format without one
+    alphas: tuple[tuple[float | None, int], ...]  # (alpha, layers); None: the file gives none
+    norm: float | None  # ‖ΔW‖ over the part; None where a layer is no LoRA, whose ΔW may need W0
+    largest: tuple[str, float] | None  # layer with the largest ‖ΔW‖
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Inspection:
     base: str
     base_sha256: str
     parts: tuple[PartReport, ...]
+    notes: tuple[str, ...]
     metadata: dict[str, str]
     hashes: tuple[tuple[str, str, str], ...]  # (key, as the metadata says, as computed) of the sshs_* hashes
 
@@ -65,19 +70,21 @@ def inspect(path: str | Path) -> Inspection:
     """Read a LoRA file and describe it; LoraFileError where it does not pass `read_lora`."""
     lora = read_lora(Path(path))
     found = lora.metadata
-    computed = kohya_hashes(safetensors.torch.load_file(lora.path), found)
+    tensors = safetensors.torch.load_file(lora.path)
+    computed = kohya_hashes(tensors, found)
     halves = [("U-Net", False), ("text encoder", True)]
     layers = {part: [layer for name, layer in lora.layers.items() if is_text(name) is text] for part, text in halves}
     return Inspection(
         name=lora.name,
         sha256=lora.sha256,
         dtypes=tuple(
-            sorted({str(t.dtype).removeprefix("torch.") for x in lora.layers.values() for t in (x.down, x.up)})
+            sorted({str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if not name.endswith(".alpha")})
         ),
         role=found.get(ROLE_KEY, ""),
         base=describe_base(found) or "",
         base_sha256=found.get(BASE_KEY, ""),
         parts=tuple(_part(part, group, lora) for part, group in layers.items() if group),
+        notes=lora.notes,
         metadata=dict(found),
         hashes=tuple((key, found.get(key, ""), value) for key, value in computed.items()),
     )
@@ -91,6 +98,7 @@ def format_inspection(report: Inspection) -> str:
         f"  base {report.base or 'not recorded'}"
         + (f", sha256 {_text(report.base_sha256)}" * bool(report.base_sha256)),
         *(line for part in report.parts for line in _part_lines(part)),
+        *(f"  note: {note}" for note in report.notes),
     ]
     for key, said, computed in report.hashes:
         verdict = (
@@ -104,29 +112,55 @@ def format_inspection(report: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _part(part: str, layers: Sequence[LoraLayer], lora: LoraFile) -> PartReport:
-    norms = {x.name: norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in layers}
+def _part(part: str, layers: Sequence[Adapter], lora: LoraFile) -> PartReport:
+    norms = {
+        x.name: norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale))
+        for x in layers
+        if isinstance(x, LoraLayer)
+    }
+    whole = len(norms) == len(layers)
     return PartReport(
         part=part,
         layers=len(layers),
+        kinds=_counted(x.kind for x in layers),
         zero=sum(x.name in lora.zero_layers for x in layers),
-        convolutions=sum(x.down[0, 0].numel() > 1 for x in layers),
-        ranks=tuple(sorted(Counter(x.rank for x in layers).items())),
-        alphas=tuple(sorted(Counter(x.alpha for x in layers).items(), key=str)),
-        norm=math.hypot(*norms.values()),
-        largest=max(norms.items(), key=lambda item: item[1]),
+        convolutions=sum(map(_has_kernel, layers)),
+        ranks=_counted(x.rank for x in layers),
+        alphas=_counted(map(_alpha, layers)),
+        norm=math.hypot(*norms.values()) if whole else None,
+        largest=max(norms.items(), key=lambda item: item[1]) if whole else None,
     )
 
 
+def _counted(values: Iterable[Any]) -> tuple[tuple[Any, int], ...]:
+    """(value, how often), in the order of the values; None comes last."""
+    return tuple(sorted(Counter(values).items(), key=lambda item: (item[0] is None, item[0] or 0)))
+
+
+def _has_kernel(layer: Adapter) -> bool:
+    """Whether a tensor of the layer has a kernel larger than 1; LoHa and LoKr may store theirs flattened."""
+    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    inner = getattr(layer, "base", None)
+    return any(t.dim() > 3 and t[0, 0].numel() > 1 for t in tensors) or (inner is not None and _has_kernel(inner))
+
+
+def _alpha(layer: Adapter) -> float | None:
+    inner = getattr(layer, "base", None)
+    return _alpha(inner) if inner is not None else getattr(layer, "alpha", None)
+
+
 def _part_lines(p: PartReport) -> list[str]:
-    ranks = ", ".join(f"{rank} ({count})" for rank, count in p.ranks)
+    ranks = ", ".join(f"{'none' if rank is None else rank} ({count})" for rank, count in p.ranks)
     alphas = ", ".join(f"{'none' if alpha is None else f'{alpha:g}'} ({count})" for alpha, count in p.alphas)
-    head = f"  {p.part}: {p.layers} layers, {p.convolutions} with a kernel, {p.zero} all zero"
-    name, size = p.largest
+    kinds = "" if [kind for kind, _ in p.kinds] == ["LoRA"] else ", ".join(f"{kind} ({n})" for kind, n in p.kinds)
+    size = "norm only with the base's weights"
+    if p.norm is not None and p.largest is not None:
+        size = f"norm {p.norm:.4g}, largest {p.largest[1]:.3g} in {p.largest[0]}"
     return [
-        head,
+        f"  {p.part}: {p.layers} layers, {p.convolutions} with a kernel, {p.zero} all zero",
+        *([f"    format (layers) {kinds}"] if kinds else []),
         f"    rank (layers) {ranks}; alpha (layers) {alphas}",
-        f"    norm {p.norm:.4g}, largest {size:.3g} in {name}",
+        f"    {size}",
     ]
 
 

@@ -203,7 +203,7 @@ def _check(path: Path, before: tuple[int, int] | None) -> tuple[LoraFile, float]
             f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again."
         )
     size = math.hypot(
-        *(norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in lora.layers.values())
+        *(norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in lora.plain.values())
     )
     if not (math.isfinite(size) and size > 0):
         raise GuardError(f"{path.name}: ‖ΔW‖ is {size}, it would change nothing: raise the learning rate or the steps.")

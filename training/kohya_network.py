@@ -169,7 +169,7 @@ class _Guarded:
                 f"{lora.name}: {len(odd)} layers differ from those to be trained (first {odd[0]}): choose the target "
                 "and text-encoder setting that it was trained with."
             )
-        for name, layer in lora.layers.items():
+        for name, layer in lora.plain.items():
             module = mine[name]
             if layer.rank != module.lora_dim or not math.isclose(layer.scale, float(module.scale), rel_tol=1e-3):
                 raise GuardError(

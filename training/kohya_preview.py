@@ -55,7 +55,7 @@ class Modules:
         return [self._branch(lora, name, strength) for name in lora.layers if name in known]
 
     def _branch(self, lora: LoraFile, name: str, strength: float) -> Branch:
-        module, layer = self.named[name], lora.layers[name]
+        module, layer = self.named[name], lora.plain[name]
         spec = layer_spec(name, module)
         down, up = layer.down.flatten(1), layer.up.flatten(1)
         wanted = (spec.weight_shape[0], torch.Size(spec.weight_shape[1:]).numel())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from ..modular_lora.comparing import Factor, factors, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer
+from ..modular_lora.formats import sort_names
 from ..modular_lora.guard import ModelInfo
 from ..modular_lora.matching import Target, match_layers
 
@@ -32,7 +32,6 @@ RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does
 
 # the end of a down tensor's name, whoever wrote the file
-_DOWN = re.compile(r"(\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A(\.[^.]+)?)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -150,19 +149,20 @@ def project_file(
 
     ``dtype`` is the type to save in; None: the file's own, fp16 for fp8. Pairing and errors: see `bases`.
     """
-    found = bases(task.layers, safety, infos)
+    layers = task.plain
+    found = bases(layers, safety, infos)
     tensors = _raw(task)
-    down_of = {_DOWN.sub("", name): name for name in tensors}
+    names_of = sort_names(tensors, task.name).layers
     done = []
     for name, Q in found.items():
-        layer = task.layers[name]
-        tensor = down_of[name]
-        saved = project(project(layer.down, Q), Q).to(_saved_type(layer.down.dtype, dtype))
-        tensors[tensor] = saved
+        layer, parts = layers[name], names_of[name]
+        saved = project(project(layer.down, Q), Q).to(_saved_type(tensors[parts["down"]].dtype, dtype))
+        tensors[parts["down"]] = saved
+        tensors.pop(parts.get("mid"), None)  # Tucker form: its kernel is in the layer's down already
         before, after = (norm(_factor(layer, down)) ** 2 for down in (layer.down, saved))
         done.append(LayerProjection(name, Q.shape[1], before, after, residual(saved, Q)))
-    unpaired = tuple(name for name in task.layers if name not in found)
-    kept = math.fsum(norm(_factor(task.layers[name], task.layers[name].down)) ** 2 for name in unpaired)
+    unpaired = tuple(name for name in layers if name not in found)
+    kept = math.fsum(norm(_factor(layers[name], layers[name].down)) ** 2 for name in unpaired)
     tensors = {name: tensor.to(_saved_type(tensor.dtype, dtype)) for name, tensor in tensors.items()}
     unknown = strangers((task, *safety), infos) if infos else {}
     names = tuple(lora.name for lora in safety)
@@ -199,8 +199,8 @@ def _rows_by_name(layers: Mapping[str, LoraLayer], safety: Sequence[LoraFile]) -
     """Safety rows (r in·k·k) by task layer, by equal names."""
     rows: dict[str, list[Tensor]] = {}
     for lora in safety:
-        for name in layers.keys() & lora.layers.keys():
-            ours, theirs = (x.down.flatten(1) for x in (layers[name], lora.layers[name]))
+        for name in layers.keys() & lora.plain.keys():
+            ours, theirs = (x.down.flatten(1) for x in (layers[name], lora.plain[name]))
             if ours.shape[1] != theirs.shape[1]:
                 raise GuardError(
                     f"{lora.name}: layer {name} has {theirs.shape[1]} inputs, {ours.shape[1]} in the task LoRA: use "
@@ -220,7 +220,7 @@ def _rows_by_weight(
         shapes = _shapes(info)
         targets = match_layers(task, layers, info.key_map, shapes, info.family).targets
         for lora in safety:
-            found = factors(lora, match_layers(lora, lora.layers, info.key_map, shapes, info.family), shapes)
+            found = factors(lora, match_layers(lora, lora.plain, info.key_map, shapes, info.family), shapes)
             for name, target in targets.items():
                 if target.key in found:
                     part = _restrict(found[target.key].down, target, shapes[target.key])
