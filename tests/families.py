@@ -5,8 +5,9 @@ The tables are in families_image.py, families_dit.py and families_video.py.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -43,12 +44,37 @@ class Family:
     cfg: float = 2.0  # 1: no negative prompt, where ComfyUI cannot put the two in one batch
 
 
+PARAMETERS = {  # dataclasses of what a class is made with, to which newer versions add
+    "flux": "flux.model.FluxParams",
+    "flux2": "flux.model.FluxParams",
+    "chroma": "chroma.model.ChromaParams",
+    "chroma_radiance": "chroma_radiance.model.ChromaRadianceParams",
+    "hunyuan_video": "hunyuan_video.model.HunyuanVideoParams",
+}
+NEWER = {
+    "txt_ids_dims": [],
+    "vec_in_dim": None,
+    "use_x0": False,
+    "use_sequential_txt_ids": False,
+    "meanflow_sum": False,
+}
+
+
+def newer(unet: dict) -> dict:
+    """What the installed version asks for beside ``unet`` (0.33.0)."""
+    if (where := PARAMETERS.get(unet.get("image_model"))) is None:
+        return {}
+    module, _, name = where.rpartition(".")
+    asked = {f.name for f in fields(getattr(importlib.import_module(f"comfy.ldm.{module}"), name))}
+    return {k: v for k, v in NEWER.items() if k in asked and k not in unet}
+
+
 def make(family: Family):
     """A ModelPatcher of the family, made by ComfyUI's own classes."""
     from comfy import model_patcher, supported_models
 
     config = getattr(supported_models, family.config)(dict(family.unet))
-    config.unet_config.update(family.unet)
+    config.unet_config.update(family.unet | newer(family.unet))
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(family.state(), "")
     fill(model)

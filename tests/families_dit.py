@@ -251,7 +251,7 @@ OTHERS = (
     Family(
         "Stable Audio",
         "StableAudio",
-        {"audio_model": "dit1.0", "embed_dim": 64, "depth": 1, "num_heads": 1},
+        {"audio_model": "dit1.0", "embed_dim": 64, "depth": 1, "num_heads": 1, "project_cond_tokens": True},
         (64, 16),
         (12, 768),
         state=seconds,

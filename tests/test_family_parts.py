@@ -56,11 +56,12 @@ CLASSES = {
     "OmniGen2Transformer2DModel": ("OmniGen2",),
     "ACEStepTransformer2DModel": ("ACE-Step",),
 }
+TEXT = {"CLIPTextModel_", "T5Stack", "Llama2_"}  # in test_text_encoders.py
 UNTRIED = ("face_encoder", "face_adapter")  # with a face: its encoder takes 512×512 only, too slow for a test
 
 
 def test_every_class_that_declares_parts_is_tried(declared):
-    assert set(CLASSES) == set(declared)
+    assert set(CLASSES) | TEXT == set(declared)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
