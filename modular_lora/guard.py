@@ -205,6 +205,8 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
             if said := t.lora.metadata.get(key):
                 yield f"task {t.lora.name} says that it was trained on {what} ({said[:120]!r}): retrain it on W0"
     loras = [item.lora for item in (*safety, *tasks)]
+    for lora in loras:
+        yield from (f"{lora.name}: {note}" for note in lora.notes)
     if other := [lora.name for lora in loras if lora.metadata.get(BASE_KEY, base_sha256) != base_sha256]:
         yield (
             f"{len(other)} of {len(loras)} LoRAs were recorded on another base of this family ({', '.join(other)}): "
