@@ -69,15 +69,16 @@ def newer(unet: dict) -> dict:
     return {k: v for k, v in NEWER.items() if k in asked and k not in unet}
 
 
-def make(family: Family):
-    """A ModelPatcher of the family, made by ComfyUI's own classes."""
+def make(family: Family, filled: bool = True):
+    """A ModelPatcher of the family, made by ComfyUI's own classes; not ``filled``: shapes only."""
     from comfy import model_patcher, supported_models
 
     config = getattr(supported_models, family.config)(dict(family.unet))
     config.unet_config.update(family.unet | newer(family.unet))
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model(family.state(), "")
-    fill(model)
+    model = config.get_model(family.state(), "", device=None if filled else "meta")
+    if filled:
+        fill(model)
     cpu = torch.device("cpu")
     return model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
 
