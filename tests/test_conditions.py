@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from condition_toys import (
-    FLUX,
     SD15,
     SIZE,
     assert_kept,
@@ -121,7 +120,7 @@ def test_controlnet_of_transformers_keeps_the_guard(comfy, tmp_path):
     from comfy.ldm.flux.controlnet import ControlNetFlux
 
     trio, run = make_flux(comfy, tmp_path)
-    network = ControlNetFlux(operations=ops.manual_cast, **FLUX.unet).eval()
+    network = ControlNetFlux(operations=ops.manual_cast, **trio.base.model.model_config.unet_config).eval()
     randomise(network)
     extra = ["y", "guidance"]
     control = ControlNet(network, load_device=torch.device("cpu"), extra_conds=extra)
