@@ -49,22 +49,27 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     width = "toy" if options.toy else "sd15"
     lasting = lambda seconds: {"limits": {"seconds": 1.0 if options.toy else seconds}}  # noqa: E731
     step = {"section": "steps", "width": width, "latent": 8 if options.toy else 16}
-    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(150)}
+    pair = ("guarded", "merged")
+    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(120)}
     if options.newer:
-        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(100)}
-    yield "growth", step | {"rows": GROWTH, **lasting(130)}
-    yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(60)}
+        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(80)}
+    yield "growth", step | {"rows": GROWTH, **lasting(90)}
+    yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(40)}
     yield "reading", {"section": "reading", "width": "toy", "rows": READING, **lasting(20)}
     yield "memory", {"section": "memory", "width": width, "rows": {"memory held/fused weights": ("guarded", "none")}}
+    starts = {"limits": {"rounds": 1 if options.toy else 5}}
+    yield "import", {"section": "import", "rows": {"import seconds": ("guarded", "none")}, **starts}
     if not options.toy:
-        rows = {f"{STEP} cpu sd15 r4+r16, latents 64x64": ("guarded", "merged")}
-        yield "large", step | {"rows": rows, "latent": 64, "threads": 2, **lasting(100)}
-        rows = {f"{STEP} cpu sd15 r4+r16, bf16": ("guarded", "merged")}
-        yield "bf16", step | {"rows": rows, "dtype": "bfloat16", **lasting(40)}
-        rows = {f"{STEP} cpu sdxl r4+r16, bf16": ("guarded", "merged")}
-        yield "sdxl", step | {"rows": rows, "width": "sdxl", "dtype": "bfloat16", **lasting(90)}
+        rows = {f"{STEP} cpu sd15 r4+r16, latents 64x64": pair}
+        yield "large", step | {"rows": rows, "latent": 64, "threads": 2, **lasting(80)}
+        yield "bf16", step | {"rows": {f"{STEP} cpu sd15 r4+r16, bf16": pair}, "dtype": "bfloat16", **lasting(30)}
+        wide = step | {"width": "sdxl", "dtype": "bfloat16"}
+        yield "sdxl", wide | {"rows": {f"{STEP} cpu sdxl r4+r16, bf16": pair}, **lasting(70)}
+        if options.only:  # it takes minutes
+            rows = {f"{name}, sdxl bf16": pair for name, pair in SWAP.items()}
+            yield "swap-sdxl", wide | {"section": "swap", "rows": rows, **lasting(120)}
     if torch.cuda.is_available():
-        rows = {f"{STEP} gpu {width} r4+r16, fp16": ("guarded", "merged"), "step guarded/peft gpu": ("guarded", "peft")}
+        rows = {f"{STEP} gpu {width} r4+r16, fp16": pair, "step guarded/peft gpu": ("guarded", "peft")}
         yield "gpu", step | {"rows": rows, "dtype": "float16", "latent": 64, "cpu": False, **lasting(60)}
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from . import speed_import
 from .speed_models import MAKERS, Loras, World, guard, open_world, plain, save_half
 from .speed_rounds import Contender, Limits, Timing, measure, ratio
 
@@ -28,7 +29,7 @@ from .speed_rounds import Contender, Limits, Timing, measure, ratio
 class Job:
     """What one process measures."""
 
-    section: str  # steps, swap, reading, memory
+    section: str  # steps, swap, reading, memory, import
     comfyui: str
     rows: dict[str, tuple[str, str]]  # name of a row -> the contenders whose times are divided
     width: str = "sd15"
@@ -206,12 +207,23 @@ def _held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in found)}.values())
 
 
+def imports(job: Job) -> dict:
+    """Seconds that the pack adds to ComfyUI's start."""
+    limits = Limits(**(job.limits or {}))
+    times = {"guarded": speed_import.measure(Path(job.comfyui), limits.rounds)}
+    times["none"] = Timing((1.0,) * limits.rounds, (1.0,) * limits.rounds)
+    return _found(job, times)
+
+
 SECTIONS = {"steps": steps, "swap": swap, "reading": reading, "memory": memory}
 
 
 def main(arguments: list[str]) -> None:
     job, target = Job(**json.loads(Path(arguments[0]).read_text(encoding="utf-8"))), Path(arguments[1])
     torch.set_num_threads(job.threads)
+    if job.section == "import":
+        target.write_text(json.dumps(imports(job)), encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         world = open_world(job.width, getattr(torch, job.dtype), Path(job.comfyui), job.cpu, Path(folder))
         found = SECTIONS[job.section](world, job)
