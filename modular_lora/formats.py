@@ -189,9 +189,10 @@ def make_layers(
             if expanded > TUCKER_LIMIT:
                 what = f"its Tucker layers hold more than {TUCKER_LIMIT} numbers"
                 raise LoraFileError(f"{name}: layer {shown(layer)}: {what}: convert it to LoCon without Tucker form")
+            parts["down"] = _tucker(parts["down"], parts.pop("mid"))
+            if not parts["down"].isfinite().all():
+                raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
         result[layer] = _layer(layer, parts, alpha)
-        if "mid" in parts and not result[layer].down.isfinite().all():
-            raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
     return result
 
 
@@ -224,7 +225,7 @@ def _kind(tensor: str) -> str:
 
 def _check_whole(roles: Roles) -> None:
     """ValueError where the parts of a layer are not those of one form, and what may stand beside it."""
-    forms = list(dict.fromkeys(_FORMS[role] for role in roles if role in _FORMS))
+    forms = sorted({_FORMS[role] for role in roles if role in _FORMS})
     if len(forms) > 1:
         raise ValueError(f"is {' and '.join(forms)} in one: keep one of them")
     if not forms and "diff_b" not in roles:
@@ -287,8 +288,9 @@ def _check_loha(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _check_lokr(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    first = shapes.get("lokr_w1") or _check_product(shapes, "lokr_w1_a", "lokr_w1_b", None)
-    second = shapes.get("lokr_w2") or _check_product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    whole = [shapes.get("lokr_w1"), shapes.get("lokr_w2")]
+    first = _check_product(shapes, "lokr_w1_a", "lokr_w1_b", None) if whole[0] is None else whole[0]
+    second = _check_product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2") if whole[1] is None else whole[1]
     fits = len(first) == 2 and len(second) in (2, 4)
     _demand(fits, f"its factors {list(first)} and {list(second)} are those of no Linear or Conv2d")
     return first[0] * second[0]
@@ -317,13 +319,14 @@ def _check_oft(blocks: tuple[int, ...]) -> int:
 
 def _check_beside(shapes: Mapping[str, tuple[int, ...]], out: int | None) -> None:
     """What DoRA adds to a layer of `out` outputs."""
-    if scale := shapes.get("dora_scale"):
+    if (scale := shapes.get("dora_scale")) is not None:
         long = [i for i, size in enumerate(scale) if size > 1]
         fits = len(scale) >= 2 and long in ([], [0], [1]) and (long != [0] or scale[0] == out)
         _demand(fits, f"dora_scale {list(scale)} is neither a number an output ({out}) nor a number an input")
     elif "magnitude" in shapes:
         found = shapes["magnitude"]
-        _demand(math.prod(found) == max(found) == out, f"magnitude {list(found)} is not a number an output ({out})")
+        fits = math.prod(found) == max(found, default=0) == out
+        _demand(fits, f"magnitude {list(found)} is not a number an output ({out})")
 
 
 def _check_rank(rank: int) -> None:
@@ -354,8 +357,7 @@ def _layer(name: str, parts: dict[str, Tensor], alpha: float | None) -> Adapter:
 
 def _changed(name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Adapter:
     if "down" in parts:
-        down = parts["down"] if "mid" not in parts else _tucker(parts["down"], parts["mid"])
-        return LoraLayer(name, down, parts["up"], alpha)
+        return LoraLayer(name, parts["down"], parts["up"], alpha)
     if "oft_blocks" in parts:
         return OftLayer(name, parts["oft_blocks"], alpha)
     kind, roles = (LohaLayer, _FACTORS[:6]) if "hada_w1_a" in parts else (LokrLayer, _FACTORS[6:])
