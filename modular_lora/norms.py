@@ -39,7 +39,6 @@ def norm_of(module: nn.Module) -> Norm | None:
     A weight that a class stores less one (Gemma's RMSNorm) changes y by the same n(x)·Δw.
     """
     weight = getattr(module, "weight", None)
-    weight = getattr(module, "scale", None) if weight is None else weight  # Flux's RMSNorm, 0.3.75
     if not isinstance(weight, Tensor):
         return None
     if isinstance(module, nn.GroupNorm):
@@ -47,6 +46,6 @@ def norm_of(module: nn.Module) -> Norm | None:
     if isinstance(module, nn.LayerNorm):
         return Norm("layer", tuple(weight.shape), 1, module.eps)
     if type(module).__name__ in _RMS and weight.dim() == 1:
-        eps = getattr(module, "eps", getattr(module, "variance_epsilon", 1e-6))
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
         return Norm("rms", tuple(weight.shape), 1, eps)
     return None

@@ -198,31 +198,39 @@ def evaluate(module: nn.Module, weight: Tensor, bias: Tensor, x: Tensor, absolut
     return y + bias.reshape(-1, *(1 for _ in weight.shape[2:]))
 
 
-@pytest.mark.parametrize("kind", ["layer", "group", "rms", "shared", "flux"])
+@pytest.mark.parametrize("kind", ["layer", "group", "rms", "gemma", "t5"])
 def test_a_norm_takes_changes_of_its_weight_and_bias(kind):
     class RMSNorm(nn.Module):
-        """As ComfyUI's own classes: Gemma's stores its weight less one, Flux's calls it scale."""
+        """As ComfyUI's own for Gemma, which stores its weight less one."""
 
         def __init__(self):
             super().__init__()
-            self.add_one = kind == "shared"
-            self.eps = 1e-6
-            self.register_parameter("weight" if self.add_one else "scale", nn.Parameter(torch.randn(6)))
+            self.eps, self.weight = 1e-3, nn.Parameter(torch.randn(6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.rms_norm(x, (6,), self.weight + 1 if self.add_one else self.scale, 1e-6)
+            return nn.functional.rms_norm(x, (6,), self.weight + 1, self.eps)
+
+    class T5LayerNorm(nn.Module):
+        """As ComfyUI's own for T5."""
+
+        def __init__(self):
+            super().__init__()
+            self.variance_epsilon, self.weight = 1e-3, nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
     norms = {"layer": lambda: nn.LayerNorm(6), "group": lambda: nn.GroupNorm(3, 6), "rms": lambda: nn.RMSNorm(6, 1e-5)}
-    module, generator = norms.get(kind, RMSNorm)(), torch.Generator().manual_seed(0)
+    module = {**norms, "gemma": RMSNorm, "t5": T5LayerNorm}[kind]()
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 5, 4, generator=generator) if kind == "group" else torch.randn(2, 5, 6, generator=generator)
-    weight = module.scale if kind == "flux" else module.weight
     delta, shift = torch.randn(6, 1, generator=generator), torch.randn(6, generator=generator)
     terms = [Term("task", Dense(delta), 0.7)]
     if getattr(module, "bias", None) is not None:
         terms.append(Term("task", Bias(shift), -0.4))
     with torch.no_grad():
         y = FusedLayer(layer_spec("w", module), terms).add(module(x), x, frozenset(("task",)))
-        weight += 0.7 * delta.flatten()
+        module.weight += 0.7 * delta.flatten()
         if len(terms) > 1:
             module.bias -= 0.4 * shift
         assert torch.allclose(y, module(x), atol=1e-5)

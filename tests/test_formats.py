@@ -90,6 +90,8 @@ def safety(tmp_path) -> Path:
 
 @pytest.mark.parametrize(("maker", "kind"), CASES)
 def test_a_format_guarded_equals_its_lone_merge(maker: Maker, kind: str, comfy, safety, tmp_path, matrix):
+    if maker.library == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers asks for Python 3.11")
     model, file = Model(), tmp_path / "file.safetensors"
     own = maker.make(model.diffusion_model, PATHS[kind], file)
     base, errors = model.diffusion_model(example()), []
@@ -280,3 +282,25 @@ def test_a_file_of_every_format_on_a_whole_unet_equals_core_s_own_merge(comfy, t
     assert comfy.host.attestation(models[0]).status == "guarded"
     assert worst < 1e-3
     matrix("formats.json", "every format in one file, whole U-Net of SD1.5", "works", worst)
+
+
+def test_w0_is_what_it_was_before_a_lora_was_merged(comfy, tmp_path):
+    from comfy.model_management import load_models_gpu, unload_all_models
+    from comfy.sd import load_lora_for_models
+    from comfy.utils import load_torch_file
+    from families import make
+    from families_image import U_NETS
+
+    model = make(U_NETS[0])
+    info = comfy.anatomy.model_info(model)
+    key = next(k for k, spec in info.specs.items() if not spec.problem and k.startswith("diffusion_model."))
+    W0 = info.weight(key).clone()
+    save_lora(tmp_path / "a.safetensors", {key.removesuffix(".weight"): info.specs[key]}, 2, 1)
+    merged, _ = load_lora_for_models(model, None, load_torch_file(str(tmp_path / "a.safetensors")), 1.0, 0.0)
+    load_models_gpu([merged])
+    try:
+        assert not torch.equal(model.model.get_parameter(key), W0)
+        assert torch.equal(comfy.anatomy.original_weight(merged, key), W0)
+    finally:
+        unload_all_models()
+    assert torch.equal(model.model.get_parameter(key), W0)
