@@ -78,7 +78,7 @@ def _specs(module: torch.nn.Module) -> dict:
 
 
 def _refuse_fused_kernels(module: torch.nn.Module) -> None:
-    """GuardError for nunchaku's layers (by its package, 1.1): its kernels run past the forward of single layers."""
+    """GuardError for nunchaku's layers (by its package, 1.2): its kernels run past the forward of single layers."""
     for path, m in module.named_modules():
         if type(m).__module__.partition(".")[0] == "nunchaku":
             raise GuardError(
