@@ -91,7 +91,7 @@ ENCODERS = {
         "text_encoders.hunyuan_image", "te", ("qwen25_7b", "byt5"), {"qwen25_7b": LLAMA, "": T5}, {}
     ),
     "Gemma 2 2B (Lumina 2)": _llama("lumina2", "te", "gemma2_2b"),
-    "Gemma 3 4B (NewBie, Lumina)": _llama("lumina2", "te", "gemma3_4b", model_type="gemma3_4b"),
+    "Gemma 3 4B (Lumina 2)": _llama("lumina2", "te", "gemma3_4b", model_type="gemma3_4b"),
     "Qwen3 4B (Z-Image)": _llama("z_image", "te", "qwen3_4b"),
     "Qwen2.5 3B (OmniGen 2)": _llama("omnigen2", "te", "qwen25_3b"),
     "Qwen2.5-VL 7B (Qwen-Image)": _llama("qwen_image", "te", "qwen25_7b"),
