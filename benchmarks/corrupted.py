@@ -25,6 +25,18 @@ STYLES = (
     ("{}.lora_A.weight", "{}.lora_B.weight"),
     ("{}.lora.down.weight", "{}.lora.up.weight"),
 )
+FORMS: dict[str, dict[str, tuple[int, ...]]] = {  # parts that belong together, none of them optional
+    "LoHa": {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 3), "hada_w2_b": (3, 5)},
+    "LoHa Tucker": {
+        "hada_w1_a": (2, 6), "hada_w1_b": (2, 5), "hada_t1": (2, 2, 3, 3),
+        "hada_w2_a": (4, 6), "hada_w2_b": (4, 5), "hada_t2": (4, 4, 3, 3),
+    },
+    "LoKr": {"lokr_w1": (2, 3), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 5)},
+    "LoKr whole": {"lokr_w1_a": (2, 4), "lokr_w1_b": (4, 3), "lokr_w2": (6, 5, 3, 3)},
+    "OFT": {"oft_blocks": (3, 4, 4)},
+    "difference": {"diff": (6, 5, 3, 3)},
+    "norm": {"w_norm": (6,)},
+}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 INF = {"F32": b"\0\0\x80\x7f", "F16": b"\0\x7c", "BF16": b"\x80\x7f", "F8_E4M3": b"\x7f"}  # the last one: NaN
 NAN = {"F32": b"\0\0\xc0\x7f", "F16": b"\0\x7e", "BF16": b"\xc0\x7f", "F8_E4M3": b"\xff"}
@@ -61,6 +73,9 @@ def sound_file(rng: Random, folder: Path) -> Sound:
             tensors[name.format(f"lora_unet_block_{i}")] = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
         if style == STYLES[0] or rng.random() < 0.3:
             tensors[f"lora_unet_block_{i}.alpha"] = torch.tensor(float(rank)).to(dtype)
+    for i in range(rng.choice([0, 0, 1, 3])):
+        for role, shape in FORMS[rng.choice(list(FORMS))].items():
+            tensors[f"lora_unet_other_{i}.{role}"] = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
     metadata = {"ss_base_model_version": "sd_v1"} if rng.random() < 0.5 else None
     return apart(save(tensors, metadata))
 
@@ -216,6 +231,7 @@ def tensor_name(rng: Random, sound: Sound) -> bytes:
     bad = ["", f"a{n}\n.alpha", "x" * rng.randint(513, 9999) + ".alpha", f"block_{n}", f"\0{n}.alpha", f"{n}.weight"]
     bad += [f"model.diffusion_model.out.{n}.weight", f"..{n}/../etc/passwd", f"a{n}.hada_w1_a", f"a{n}.lokr_w1"]
     bad += [f"a{n}.dora_scale", f"a{n}.diff", f"a{n}.oft_blocks", f"a{n}.lora_mid.weight", f"a{n}.lora_up.bias"]
+    bad += [f"a{n}.boft_R", f"a{n}.oft_r", f"a{n}.b1.weight", f"a{n}.on_input", f"a{n}.vera_lambda_b", f"a{n}.w_norm"]
     name = rng.choice(sound.weights)
     header = {rng.choice(bad) if key == name else key: value for key, value in sound.header.items()}
     return build(header, sound.body)
@@ -247,11 +263,28 @@ def two_of_a_role(rng: Random, sound: Sound) -> bytes:
     return save({name: torch.ones(2, 2) for name in names[: rng.randint(3, 4)]})
 
 
+def other_form(rng: Random, sound: Sound) -> bytes:
+    """A layer of LoHa, LoKr, OFT or a difference that lacks a part, has one too many or one of another shape."""
+    layer, form = f"layer_{rng.getrandbits(40)}", rng.choice(list(FORMS))
+    shapes = dict(FORMS[form])
+    how = rng.choice(["lacks", "more", "shape"])
+    if how == "lacks" and len(shapes) > 1:
+        del shapes[rng.choice(list(shapes))]
+    elif how == "more":
+        extra = {"lora_down.weight": (2, 5), "a1.weight": (2, 2), "rescale": (6, 1), "b_norm": (7, 1), "scalar": ()}
+        role = rng.choice(list(extra))
+        shapes[role] = extra[role]
+    else:
+        shapes[rng.choice(list(shapes))] = (rng.randint(1, 9),) * 6 if rng.random() < 0.5 else ()
+    return save({f"{layer}.{role}": torch.ones(shape) for role, shape in shapes.items()})
+
+
 def not_finite(rng: Random, sound: Sound) -> bytes:
     """NaN or infinity in any number of places."""
     body = bytearray(sound.body)
+    names = [name for name in sound.header if name != "__metadata__"]
     for _ in range(rng.choice([1, 1, 1, 2, 50])):
-        entry = sound.header[rng.choice(sound.weights)]
+        entry = sound.header[rng.choice(names)]
         value = rng.choice([INF, NAN])[entry["dtype"]]
         start, end = entry["data_offsets"]
         place = start + len(value) * rng.randrange((end - start) // len(value))
@@ -297,8 +330,8 @@ def many_tensors(rng: Random, sound: Sound) -> bytes:
 Maker = Callable[[Random, Sound], bytes]
 KINDS: tuple[Maker, ...] = (
     truncated, appended, header_length, cut_json, bad_text, other_json, key_twice, dtype, shape, turned_shape, offsets,
-    overlapping, entry_kind, metadata, lost_half, tensor_name, ranks, alpha, two_of_a_role, not_finite, all_zero,
-    another_format,
+    overlapping, entry_kind, metadata, lost_half, tensor_name, ranks, alpha, two_of_a_role, other_form, not_finite,
+    all_zero, another_format,
 )  # fmt: skip
 HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors)  # of up to 16 MiB, so there are fewer of them
 

@@ -173,7 +173,7 @@ def check_layers(layers: Mapping[str, Roles], entries: Mapping[str, Entry], name
 def make_layers(
     layers: Mapping[str, Roles], tensors: Mapping[str, Tensor], alphas: Mapping[str, float], name: str
 ) -> dict[str, Adapter]:
-    """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0.
+    """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0 and the like.
 
     ``tensors`` has every tensor but the alphas.
     """
@@ -192,6 +192,9 @@ def make_layers(
             parts["down"] = _tucker(parts["down"], parts.pop("mid"))
             if not parts["down"].isfinite().all():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
+        for role in {"dora_scale", "magnitude"} & parts.keys():
+            if not parts[role].float().any():
+                raise LoraFileError(f"{name}: layer {shown(layer)}: {role} is 0, it would erase the weight: {DAMAGED}")
         result[layer] = _layer(layer, parts, alpha)
     return result
 

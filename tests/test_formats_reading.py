@@ -259,6 +259,7 @@ def whole(kind: str, **more: Tensor) -> dict[str, Tensor]:
         (whole("LoHa", lora_magnitude_vector=torch.ones(3)), "LoHa with magnitude"),
         (whole("LoRA", dora_scale=torch.ones(3)), "dora_scale [3]"),
         (whole("LoRA", dora_scale=torch.ones(())), "dora_scale []"),
+        (whole("LoRA", dora_scale=torch.zeros(3, 1)), "dora_scale is 0, it would erase the weight"),
         (whole("LoRA", lora_magnitude_vector=torch.ones(())), "magnitude []"),
         (whole("LoKr whole") | {"a.lokr_w1": torch.ones(())}, "factors [] and [3, 5]"),
         (whole("LoRA", dora_scale=torch.ones(4, 1)), "dora_scale [4, 1]"),
