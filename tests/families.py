@@ -76,7 +76,8 @@ def make(family: Family, filled: bool = True):
     config = getattr(supported_models, family.config)(dict(family.unet))
     config.unet_config.update(family.unet | newer(family.unet))
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model(family.state(), "", device=None if filled else "meta")
+    with torch.no_grad():
+        model = config.get_model(family.state(), "", device=None if filled else "meta")
     if filled:
         fill(model)
     cpu = torch.device("cpu")
@@ -120,7 +121,7 @@ def evaluate(patcher, family: Family, cond: dict) -> torch.Tensor:
     sigma = float(patcher.model.model_sampling.percent_to_sigma(0.5))
     sigmas, start = torch.tensor([sigma, 0.0]), torch.zeros_like(noise)
     return sample_custom(
-        patcher, noise, family.cfg, ksampler("euler"), sigmas, positive, negative, start, disable_pbar=True
+        patcher, noise, family.cfg, ksampler("euler"), sigmas, positive, negative, start, disable_pbar=True, seed=0
     )
 
 

@@ -24,6 +24,20 @@ UNET = {
     "adm_in_channels": None,
 }
 ADM = {**UNET, "num_classes": "sequential"}
+SVD = {
+    **ADM,
+    "in_channels": 8,
+    "context_dim": 1024,
+    "use_temporal_attention": True,
+    "use_temporal_resblock": True,
+    "extra_ff_mix_layer": True,
+    "use_spatial_context": True,
+    "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1],
+    "disable_temporal_crossattention": False,
+}
+PICTURE = {"concat_latent_image": Noise((1, 4, 8, 8))}
 POOLED = {"pooled_output": Noise((1, 1280))}
 DIFFUSERS_UNET = ("lora_unet_", "unet.", "lycoris_")
 
@@ -58,24 +72,49 @@ U_NETS = (
     Family(
         "Stable Video Diffusion",
         "SVD_img2vid",
-        {
-            **ADM,
-            "in_channels": 8,
-            "context_dim": 1024,
-            "adm_in_channels": 768,
-            "use_temporal_attention": True,
-            "use_temporal_resblock": True,
-            "extra_ff_mix_layer": True,
-            "use_spatial_context": True,
-            "merge_strategy": "learned_with_images",
-            "merge_factor": 0.0,
-            "video_kernel_size": [3, 1, 1],
-            "disable_temporal_crossattention": False,
-        },
+        {**SVD, "adm_in_channels": 768},
         (4, 8, 8),
         (1, 1024),
-        {"concat_latent_image": Noise((1, 4, 8, 8))},
+        PICTURE,
     ),
+    Family("SV3D", "SV3D_u", {**SVD, "adm_in_channels": 256}, (4, 8, 8), (1, 1024), PICTURE),
+    Family("SV3D with a path", "SV3D_p", {**SVD, "adm_in_channels": 1280}, (4, 8, 8), (1, 1024), PICTURE),
+    Family(
+        "InstructPix2Pix",
+        "SD15_instructpix2pix",
+        {**UNET, "in_channels": 8, "use_linear_in_transformer": False, "context_dim": 768},
+        (4, 8, 8),
+        (77, 768),
+        PICTURE,
+    ),
+    Family(
+        "SDXL InstructPix2Pix",
+        "SDXL_instructpix2pix",
+        {**ADM, "in_channels": 8, "context_dim": 2048, "adm_in_channels": 2816},
+        (4, 8, 8),
+        (77, 2048),
+        {**POOLED, **PICTURE},
+    ),
+    Family(
+        "Stable Zero123",
+        "Stable_Zero123",
+        {**UNET, "in_channels": 8, "use_linear_in_transformer": False, "context_dim": 768},
+        (4, 8, 8),
+        (1, 768),
+        PICTURE,
+        state=lambda: {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)},
+    ),
+    Family(
+        "SD2.x upscaler",
+        "SD_X4Upscaler",
+        {**UNET, "in_channels": 7, "context_dim": 1024, "num_classes": 1000}
+        | {"disable_self_attentions": [True, False]},
+        (4, 8, 8),
+        (77, 1024),
+        {"concat_image": Noise((1, 3, 8, 8)), "noise_augmentation": 0.5},
+        bare=("label_emb",),
+    ),
+    Family("Lotus", "LotusD", {**ADM, "context_dim": 1024, "adm_in_channels": 4}, (4, 8, 8), (77, 1024)),
 )
 
 MMDIT = {
