@@ -82,6 +82,22 @@ def test_a_joined_factor_is_the_sum(pair, strengths):
     assert torch.allclose(dense(join(list(zip(pair, strengths, strict=True)))), total, atol=1e-5)
 
 
+def test_large_factors_whose_products_are_in_fp32_give_the_same_figures():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (random_factor(generator, 640, 1280, rank) for rank in (32, 48))
+    result = interference({"w": a}, 1.0, [("task", {"w": b}, -0.7)], FLOOR)
+    S, T = dense(a), -0.7 * dense(b)
+    U, D = a.up.double(), a.down.double()
+    inside = U @ torch.linalg.pinv(U) @ T @ torch.linalg.pinv(D) @ D
+    assert result.net_strength == near(1 + float((S * T).sum() / S.norm() ** 2), abs=1e-6)
+    assert result.energy_overlap == near(float(inside.norm() ** 2 / T.norm() ** 2), rel=1e-4)
+    assert interference({"w": a}, 1.0, [("same", {"w": a}, -1.0)], FLOOR).net_strength == near(0, abs=1e-9)
+    u, d = a.up[:, :16], a.down[:16]
+    assert norm(Factor(torch.cat([u, -u], 1), torch.cat([d, d]))) == 0
+    left = Factor(torch.cat([u, -0.999 * u], 1), torch.cat([d, d]))
+    assert norm(left) == near(1e-3 * float((u @ d).norm()), rel=1e-3)
+
+
 def test_factors_that_cancel_have_norm_zero():
     a = random_factor(torch.Generator().manual_seed(0), 8, 8, 2)
     assert norm(join([(a, 1.0), (a, -1.0)])) == 0
