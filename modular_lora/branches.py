@@ -291,13 +291,13 @@ class Attachment:
         if (other := self.model.__dict__.get(_SEAT)) is not None:
             other.detach()
         try:
-            places = _places(self.model, (*self.branches.layers, *self.branches.counted))
+            modules = places(self.model, (*self.branches.layers, *self.branches.counted))
             for path, layer in self.branches.layers.items():
-                module = places[path]
+                module = modules[path]
                 _refuse_foreign_forward(path, module)
                 self._place(_Branch, path, module, layer)
             for path in self.branches.counted:
-                module = places[path]
+                module = modules[path]
                 self._place(_Evaluations, path, module, path)
         except BaseException:
             self.detach()
@@ -361,7 +361,7 @@ def _tree(model: nn.Module) -> _Tree:
     return found
 
 
-def _places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+def places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     """The modules at ``paths``; remembered until one on the way to any of them is replaced."""
     known = _tree(model)
     for path in paths:

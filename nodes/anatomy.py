@@ -6,36 +6,52 @@ Like host.py, which changes them, it touches ComfyUI's internals; each touch say
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import comfy.lora
 import comfy.model_patcher
 import torch
 
 from ..modular_lora import attestation as attest
+from ..modular_lora.branches import places, tree
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo
-from ..modular_lora.layers import layer_spec
+from ..modular_lora.layers import LayerSpec, layer_spec
 from .parts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
+_layouts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> its mark (tree), names, layers
 
 
-def model_info(model) -> ModelInfo:
-    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0)."""
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+def model_info(model, remembered: bool = False) -> ModelInfo:
+    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0); ``remembered``: _layout."""
+    keys, specs = _layout(model.model, comfy.lora.model_lora_keys_unet, remembered)
     weight = lambda key: original_weight(model, key)  # noqa: E731
     varying = parts(model.model.diffusion_model, "diffusion_model")
-    return ModelInfo(family(model), keys, _specs(model.model), ("diffusion_model",), weight, varying)
+    return ModelInfo(family(model), keys, specs, ("diffusion_model",), weight, varying)
 
 
-def clip_info(clip) -> ModelInfo:
+def clip_info(clip, remembered: bool = False) -> ModelInfo:
     """Key map, layers and evaluated parts of a CLIP (comfy.lora.model_lora_keys_clip, 0.3.75 and 0.33.0)."""
     encoders = clip.cond_stage_model
-    keys = comfy.lora.model_lora_keys_clip(encoders, {})
+    keys, specs = _layout(encoders, comfy.lora.model_lora_keys_clip, remembered)
     weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
     roots, varying = tuple(_text_roots(encoders)), text_parts(encoders)
-    return ModelInfo(type(encoders).__name__, keys, _specs(encoders), roots, weight, varying)
+    return ModelInfo(type(encoders).__name__, keys, specs, roots, weight, varying)
+
+
+def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple[dict, dict]:
+    """(key map, specs); ``remembered``: as they were last, which the caller holds against the layers (is_current)."""
+    mark, known = tree(module), _layouts.get(module)
+    if not remembered or known is None or known[0] is not mark:
+        known = _layouts[module] = mark, names(module, {}), _specs(module)
+    return known[1:]
+
+
+def is_current(module: torch.nn.Module, specs: Iterable[LayerSpec]) -> bool:
+    """Whether these layers are still what their specs say."""
+    specs = {spec.path: spec for spec in specs}
+    return all(layer_spec(path, layer) == specs[path] for path, layer in places(module, specs).items())
 
 
 def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:

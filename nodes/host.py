@@ -34,7 +34,7 @@ from ..modular_lora.guard import (
 )
 from ..modular_lora.report import format_guard, format_warm
 from . import warm
-from .anatomy import clip_info, family, model_info, model_sha256
+from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
 
 PACK = "modular-lora-guard 0.1.0"
@@ -322,7 +322,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
 
 
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Built:
-    parts = build_parts(model_info(model), clip_info(clip) if clip else None, safety, tasks, policy)
+    parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(
         PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
@@ -330,6 +330,22 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Bu
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     return warm.Built(parts[0], text, record, text_digest(safety), report)
+
+
+def _parts(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> tuple[GuardedPart, ...]:
+    """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
+    build = lambda **known: build_parts(  # noqa: E731
+        model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy
+    )
+    try:
+        parts = build(remembered=True)
+        modules = (model.model, clip and clip.cond_stage_model)
+        specs = ([layer.spec for layer in part.branches.layers.values()] for part in parts)
+        if all(is_current(module, found) for module, found in zip(modules, specs, strict=False)):
+            return parts
+    except (GuardError, AttributeError):
+        pass  # what is wrong is said of the model as it is now
+    return build()
 
 
 def _check_types(model, clip) -> None:

@@ -105,6 +105,17 @@ def test_a_merged_lora_another_policy_or_a_replaced_layer_builds_a_guard_of_its_
     assert toy(model).branches is not first.branches
 
 
+def test_a_layer_that_became_another_in_place_is_looked_at_again(toy, model, warm):
+    first = toy(model)
+    layer = next(m for p in first.branches.layers if isinstance(m := model.model.get_submodule(p), torch.nn.Conv2d))
+    layer.groups = 2
+    try:
+        with pytest.raises(RuntimeError, match="a LoRA made for this base"):
+            toy(model, 0.9)
+    finally:
+        layer.groups = 1
+
+
 def test_guards_go_with_their_model(toy, model, warm):
     other = comfy_model(model)
     toy(other)
