@@ -192,8 +192,8 @@ def make_layers(
             parts["down"] = _tucker(parts["down"], parts.pop("mid"))
             if not parts["down"].isfinite().all():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
-        for role in {"dora_scale", "magnitude"} & parts.keys():
-            if not parts[role].float().any():
+        for role in ("dora_scale", "magnitude"):
+            if role in parts and not parts[role].float().any():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: {role} is 0, it would erase the weight: {DAMAGED}")
         result[layer] = _layer(layer, parts, alpha)
     return result
