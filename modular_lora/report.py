@@ -23,9 +23,10 @@ def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], note
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
-def format_warm(guards: int, nbytes: int) -> str:
-    """How many guards are kept ready, this one among them, and what their fused weights hold now."""
-    return f"warm cache: {guards} guard{'s' * (guards != 1)}, {nbytes / 1e6:.0f} MB"
+def format_memory(branches: int, guards: int, nbytes: int) -> str:
+    """What this guard's fused weights take in bytes, how many guards are kept ready, and what theirs hold now."""
+    kept = f"{guards} guard{'s' * (guards != 1)}, {nbytes / 1e6:.0f} MB"
+    return f"branches: {branches / 1e6:.1f} MB beside the weights; warm cache: {kept}"
 
 
 def _lora(line: LoraLine) -> str:

@@ -32,7 +32,7 @@ from ..modular_lora.guard import (
     notes,
     text_digest,
 )
-from ..modular_lora.report import format_guard, format_warm
+from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
@@ -318,7 +318,10 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     guarded = _wrap(model.clone(), state)
     if built.text:
         clip = _wrap_clip(clip.clone(), replace(state, part=built.text, patches=frozenset(clip.patcher.patches)))
-    return GuardedModel(guarded, f"{built.report}\n{format_warm(len(warm.guards), warm.guards.nbytes)}"), clip
+    patchers = (guarded, clip.patcher) if built.text else (guarded,)
+    size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
+    memory = format_memory(size, len(warm.guards), warm.guards.nbytes)
+    return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
 
 
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Built:
