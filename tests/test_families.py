@@ -41,7 +41,7 @@ class Pair:
         from comfy.sd import load_lora_for_models
         from comfy.utils import load_torch_file
 
-        self.layers, self.base, g = layers, model, comfy.host_guard
+        g = comfy.host_guard
         files = [folder / "safety.safetensors", folder / "task.safetensors"]
         for seed, path in enumerate(files):
             save_lora(path, layers, rank=1 + seed, seed=seed, size=0.2)
