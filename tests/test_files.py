@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.files import (
     HEADER_LIMIT,
+    PIECE,
     TENSOR_LIMIT,
     describe_base,
     read_lora,
@@ -342,3 +343,19 @@ def test_the_base_that_a_file_names():
     assert describe_base({"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl_base_v1-0 (ss_base_model_version)"
     spec = {"modelspec.architecture": "stable-diffusion-v1/lora\n"}
     assert describe_base(spec) == "stable-diffusion-v1/lora? (modelspec.architecture)"
+
+
+def test_a_file_of_many_pieces_and_of_odd_places_is_read_whole(tmp_path):
+    """Larger than what is read and hashed at a time; one byte comes first, so that all numbers lie at odd places."""
+    tensors = pair("a") | {"b.lora_down.weight": torch.rand(256, 2**13) + 0.5, "b.lora_up.weight": torch.ones(3, 256)}
+    header, body = parts(save(tensors))
+    shifted = {key: entry | {"data_offsets": [n + 1 for n in entry["data_offsets"]]} for key, entry in header.items()}
+    one = {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(build({"a.alpha": one, **shifted}, b"\x3c" + body))
+    assert path.stat().st_size > PIECE
+    lora = read_lora(path)
+    assert lora.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert lora.plain["a"].alpha == 1.0
+    for name in ("a", "b"):
+        assert torch.equal(lora.plain[name].down, tensors[f"{name}.lora_down.weight"])

@@ -280,6 +280,20 @@ def test_inspect_shows_a_file_and_notices_metadata_of_another(tmp_path):
     assert f"the file says {lora.metadata['sshs_model_hash']}" in text
 
 
+def test_inspect_describes_what_is_no_lora_without_its_norm(tmp_path):
+    tensors = {f"a.hada_w{i}_{half}": torch.ones(2, 2) for i in (1, 2) for half in "ab"} | {"a.alpha": torch.ones(1)}
+    tensors |= {"b.lokr_w1": torch.ones(2, 2), "b.lokr_w2": torch.ones(2, 2, 3, 3), "bundle_emb.x.y": torch.ones(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    report = inspection.inspect(tmp_path / "x.safetensors")
+    part = report.parts[0]
+    assert part.kinds == (("LoHa", 1), ("LoKr", 1))
+    assert part.ranks == ((2, 1), (None, 1))
+    assert (part.layers, part.convolutions, part.norm, part.largest) == (2, 1, None, None)
+    text = inspection.format_inspection(report)
+    for words in ("format (layers) LoHa (1), LoKr (1)", "norm only with the base's weights", "1 tensors of bundled"):
+        assert words in text
+
+
 def test_inspect_reads_the_demo_world_loras():
     text = inspection.format_inspection(inspection.inspect(ASSETS / "demo_safety_vehicles.safetensors"))
     assert "safety role" in text

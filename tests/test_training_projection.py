@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.errors import GuardError, LoraFileError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.guard import ModelInfo
 from modular_lora_guard.modular_lora.layers import LayerSpec
@@ -223,6 +223,26 @@ def test_a_file_keeps_its_names_types_and_all_but_the_paired_downs(names, tmp_pa
     assert report.removed == pytest.approx(lost / sum(energies), rel=1e-6)  # of the whole LoRA, unpaired layers too
     again = write_tensors(tmp_path / "p.safetensors", tensors, {})
     assert set(again.layers) == set(task.layers)
+
+
+def test_a_tucker_file_is_projected_with_its_kernel_and_saved_without_the_middle(tmp_path):
+    torch.manual_seed(0)
+    tensors = {"x.lora_down.weight": torch.randn(2, 8, 1, 1), "x.lora_up.weight": torch.randn(8, 2, 1, 1)}
+    save_file(tensors | {"x.lora_mid.weight": torch.randn(2, 2, 3, 3)}, tmp_path / "t.safetensors")
+    safety = LoraFile(Path(), "s", "", {}, {"x": LoraLayer("x", torch.randn(1, 8, 3, 3), torch.ones(8, 1), None)})
+    made, report = project_file(read_lora(tmp_path / "t.safetensors"), [safety])
+    assert set(made) == set(tensors)
+    assert made["x.lora_down.weight"].shape == (2, 8, 3, 3)
+    assert report.residual < 1e-5
+
+
+def test_files_of_other_formats_are_refused(tmp_path):
+    tensors = {"x.lokr_w1": torch.ones(2, 2), "x.lokr_w2": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "t.safetensors")
+    other = read_lora(tmp_path / "t.safetensors")
+    for task, safety in ((other, lora("s", ["x"], 2, 1)), (lora("t", ["x"], 2, 1), other)):
+        with pytest.raises(LoraFileError, match=r"t\.safetensors: layer 'x' is LoKr"):
+            project_file(task, [safety])
 
 
 def test_the_report_counts_the_energy_of_the_dense_matrices(tmp_path):
