@@ -50,10 +50,10 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     lasting = lambda seconds: {"limits": {"seconds": 1.0 if options.toy else seconds}}  # noqa: E731
     step = {"section": "steps", "width": width, "latent": 8 if options.toy else 16}
     pair = ("guarded", "merged")
-    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(120)}
+    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(110)}
     if options.newer:
-        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(80)}
-    yield "growth", step | {"rows": GROWTH, **lasting(90)}
+        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(75)}
+    yield "growth", step | {"rows": GROWTH, **lasting(85)}
     yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(40)}
     yield "reading", {"section": "reading", "width": "toy", "rows": READING, **lasting(20)}
     yield "memory", {"section": "memory", "width": width, "rows": {"memory held/fused weights": ("guarded", "none")}}
@@ -64,7 +64,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield "large", step | {"rows": rows, "latent": 64, "threads": 2, **lasting(80)}
         yield "bf16", step | {"rows": {f"{STEP} cpu sd15 r4+r16, bf16": pair}, "dtype": "bfloat16", **lasting(30)}
         wide = step | {"width": "sdxl", "dtype": "bfloat16"}
-        yield "sdxl", wide | {"rows": {f"{STEP} cpu sdxl r4+r16, bf16": pair}, **lasting(70)}
+        yield "sdxl", wide | {"rows": {f"{STEP} cpu sdxl r4+r16, bf16": pair}, **lasting(60)}
         if options.only:  # it takes minutes
             rows = {f"{name}, sdxl bf16": pair for name, pair in SWAP.items()}
             yield "swap-sdxl", wide | {"section": "swap", "rows": rows, **lasting(120)}
