@@ -203,7 +203,7 @@ def guarded(world: World, loras: Loras, latent: int) -> Contender:
 
 def guard(world: World, loras: Loras):
     """The guarded patcher, read from the files."""
-    g, read = world.pack("modular_lora.guard"), world.pack("modular_lora.files").read_lora
+    g, read = world.pack("modular_lora.guard"), world.pack("modular_lora.warm").kept_lora
     (first, strength), *others = ((read(path), strength) for path, strength in loras)
     tasks = tuple(g.TaskLora(lora, s, s) for lora, s in others)
     handle, _ = world.pack("nodes.host").guard(

@@ -185,12 +185,13 @@ def reading(world: World, job: Job) -> dict:
 
 
 def memory(world: World, job: Job) -> dict:
-    """Bytes that a loaded guard holds over bytes of the fused weights; its files' own tensors are counted apart."""
+    """Bytes that a loaded guard holds over bytes of the fused weights; its files' own tensors and warm caches apart."""
     loras = two(world)
-    read = [world.pack("modular_lora.files").read_lora(path) for path, _ in loras]  # as the loading nodes hold them
+    read = [world.pack("modular_lora.warm").kept_lora(path) for path, _ in loras]  # as the loading nodes hold them
     before = _held()
     patcher = guard(world, loras)
     patcher.guard_begin()
+    world.pack("modular_lora.guard").known_safety.clear()  # the warm caches are counted apart
     layers = patcher.guard_state.part.branches.layers.values()
     fused, held = sum(layer.nbytes() for layer in layers), _held() - before
     patcher.guard_end(may_be_empty=True)

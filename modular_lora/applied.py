@@ -10,14 +10,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
 from .blocks import block_of, parse_block_weights
-from .changes import Bias, Part, Role, Term, dense
+from .changes import Bias, LowRank, Part, Role, Term, dense
 from .comparing import Changes, change
 from .errors import GuardError
 from .files import LoraFile
 from .layers import LayerSpec
-from .matching import Match, match_layers, mismatch
+from .matching import Match, Target, match_layers, mismatch
 from .model import ModelInfo
 from .resolve import Parts, power, resolve
 
@@ -52,6 +52,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         raise GuardError(mismatch(lora, match, info.family))
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
+    stored: dict[str, list[tuple[Part, float]]] = {}
     zero = []
     for name, target in match.targets.items():
         adapter, spec = lora.layers[name], specs[target.key]
@@ -62,13 +63,14 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         for part, scale in found:
             key = _bias_key(target.key) if isinstance(part, Bias) else target.key
             parts.setdefault(key, []).append((part, scale * factor))
+            stored.setdefault(key, []).append((_as_stored(part, adapter, target), scale * factor))
     if role == "safety" and zero:
         raise GuardError(
             f"Safety LoRA {lora.name}: layer {min(zero)} ({len(zero)} in all) is all zero and would do nothing; "
             "train or export the file again."
         )
     changes = {key: change(found, partial(info.weight, key)) for key, found in parts.items()}
-    return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in parts.items()}, changes)
+    return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in stored.items()}, changes)
 
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
@@ -79,6 +81,13 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
             layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
             found.setdefault(specs[key].path, (specs[key], []))[1].extend(layer)
     return ((spec, layer) for spec, layer in found.values() if layer)
+
+
+def _as_stored(part: Part, adapter: Adapter, target: Target) -> Part:
+    """A LoRA's factors as its file holds them, not their copy in fp32, where they are those of the whole weight."""
+    if isinstance(part, LowRank) and isinstance(adapter, LoraLayer) and target.offset is target.rearrange is None:
+        return LowRank(adapter.down.flatten(1), adapter.up.flatten(1))
+    return part
 
 
 def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> bool:

@@ -25,7 +25,7 @@ from .model import ModelInfo
 from .warm import Warm
 
 Part = Literal["model", "text"]
-_safety: Warm[tuple[Mapping[str, LayerSpec], Applied]] = Warm(8, lambda _: 1)
+known_safety: Warm[tuple[Mapping[str, LayerSpec], Applied]] = Warm(8, lambda _: 1)
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
 BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
 CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden
@@ -221,13 +221,13 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
 def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> Applied:
     """`apply`; a safety LoRA on the model that it was last on is remembered with all that was worked out about it."""
     key = (lora.sha256, lora.name, strength, part)
-    known = _safety.get(key) if role == "safety" else None
+    known = known_safety.get(key) if role == "safety" else None
     if known is not None and known[0] is info.specs:
         return known[1]
     names = [name for name in lora.layers if is_text(name) == (part == "text")]
     applied = apply(role, lora, names, strength, blocks, info)
     if role == "safety" and all(isinstance(change, Factor) for change in applied.changes.values()):  # not of W0
-        _safety.put(key, (info.specs, applied))
+        known_safety.put(key, (info.specs, applied))
     return applied
 
 
