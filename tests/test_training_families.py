@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from families import make as toy
+from families_image import U_NETS
 from modular_lora_guard.bootstrap.paths import ROOT
-from test_families import FAMILIES, layers, toy  # noqa: F401 - a fixture
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
 PICTURES = ROOT / "world" / "assets" / "gloss" / "10_gloss"
+FAMILIES = {family.config: family for family in reversed(U_NETS)}  # the first of each class
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 32}
 TE1, TE2 = "lora_te1_text_model_", "lora_te2_text_model_"
 ENCODERS = {  # and how many layers act: both take the last but one, and SDXL's second encoder is pooled at its end
@@ -31,7 +33,7 @@ def part(comfy, name: str):
 
 
 @pytest.fixture
-def parts(comfy, toy):  # noqa: F811
+def parts(comfy):
     """(MODEL, CLIP, VAE) of a family: ComfyUI's classes with random weights, few layers; the VAE pools and repeats."""
 
     def make(family: str):
@@ -51,7 +53,7 @@ def parts(comfy, toy):  # noqa: F811
             patcher=patcher.ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu),
             encode=lambda pixels: F.avg_pool2d(F.pad(pixels.movedim(-1, 1), (0, 0, 0, 0, 0, 1)), 8),
         )
-        return toy(family), clip, vae
+        return toy(FAMILIES[family]), clip, vae
 
     return make
 
@@ -83,7 +85,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     with trainee.opened(model, clip, vae, options, True) as opened:
         assert opened.schedule.prediction == "epsilon"
         cond = opened.encode(["a cat", ""])
-        assert cond.cross.shape == (2, 77, FAMILIES[family]["context_dim"])
+        assert cond.cross.shape == (2, *FAMILIES[family].context)
         trained = task.train_task(opened, options, watch, engine="test")
     for old, m in zip(before, (model.model, clip.cond_stage_model), strict=True):
         assert all(torch.equal(old[k], v) for k, v in m.state_dict().items())
