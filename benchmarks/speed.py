@@ -50,7 +50,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     lasting = lambda seconds: {"limits": {"seconds": 1.0 if options.toy else seconds}}  # noqa: E731
     step = {"section": "steps", "width": width, "latent": 8 if options.toy else 16}
     pair = ("guarded", "merged")
-    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(110)}
+    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(200)}
     if options.newer:
         yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(75)}
     yield "growth", step | {"rows": GROWTH, **lasting(85)}

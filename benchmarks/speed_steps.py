@@ -24,6 +24,9 @@ from . import speed_import
 from .speed_models import MAKERS, Loras, World, guard, open_world, plain, save_half
 from .speed_rounds import Contender, Limits, Timing, measure, ratio
 
+# as many as ComfyUI's own map has for each layer of a U-Net's attention (model_lora_keys_unet)
+NAMES = ("{}", "diffusion_model.{}", "lycoris_{}", "unet.{}", "unet_{}", "diffusers.{}")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -163,13 +166,14 @@ def _guard_swap(world: World, safety: Path, files: list[Path], forget: bool = Fa
 
 
 def reading(world: World, job: Job) -> dict:
-    """A file of 9,999 keys: read, and its layers assigned to weights."""
+    """A file of 9,999 keys: read, and its layers assigned to weights that have as many names as those of a U-Net."""
     from comfy import lora, utils
 
     files, matching = world.pack("modular_lora.files"), world.pack("modular_lora.matching")
     spec = world.pack("modular_lora.layers").LayerSpec("", (640, 640))
     names = [f"lora_unet_block_{number}_attn_to_q" for number in range(3333)]
-    path, key_map = world.folder / "many.safetensors", {name: f"{name}.weight" for name in names}
+    path = world.folder / "many.safetensors"
+    key_map = {form.format(name): f"{name}.weight" for name in names for form in NAMES}
     save_half(path, dict.fromkeys(names, spec), 8, 0)
     shapes = dict.fromkeys(key_map.values(), spec.weight_shape)
 

@@ -300,7 +300,7 @@ def _energy(matrix: Tensor) -> float:
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ (r_a r_b, fp64)."""
-    if _exact(a) or _exact(b):
+    if _exact(a) and _exact(b):
         return a.double() @ b.double().T
     return (a @ b.T).double()
 
