@@ -32,16 +32,15 @@ def main(arguments: list[str]) -> int:
             return code or 1
         rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     for file in sorted({row["file"] for row in rows}):
-        write(file, _joined(row for row in rows if row["file"] == file), COMMAND)
+        write(file, _joined([row for row in rows if row["file"] == file]), COMMAND)
     return 0
 
 
-def _joined(rows) -> list[dict]:
+def _joined(rows: list[dict]) -> list[dict]:
     """One row a name, in the order in which they came: the largest error of all its tests."""
     found: dict[str, dict] = {}
     for row in rows:
-        row.pop("file")
-        same = found.setdefault(row["name"], row)
+        same = found.setdefault(row["name"], {key: value for key, value in row.items() if key != "file"})
         if same["status"] != row["status"]:
             raise ValueError(f"{row['name']}: {same['status']} in {same['test']}, {row['status']} in {row['test']}")
         errors = [r["max_error"] for r in (same, row) if r["max_error"] is not None]
