@@ -1,1 +1,1 @@
-"""ComfyUI nodes of Modular LoRA Guard (V3 schema); host, anatomy, trainee, drawing touch its internals."""
+"""ComfyUI nodes of Modular LoRA Guard (V3 schema); docs/compatibility.md says which modules touch its internals."""

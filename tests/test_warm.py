@@ -9,7 +9,6 @@ import re
 import sys
 
 import pytest
-import torch
 from graphs import guarded_graph, save_lora
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.layers import LayerSpec
@@ -117,21 +116,13 @@ def test_a_layer_that_became_another_in_place_is_looked_at_again(toy, model, war
         layer.groups = 1
 
 
-def test_guards_go_with_their_model(toy, model, warm):
-    other = comfy_model(model)
+def test_guards_go_with_their_model(toy, warm, comfy):
+    other = comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")[0]
     toy(other)
     assert len(warm) == 1
     del other
     gc.collect()
     assert len(warm) == 0
-
-
-def comfy_model(model):
-    """A second loaded model of the same kind."""
-    from comfy.model_patcher import ModelPatcher
-
-    cpu = torch.device("cpu")
-    return ModelPatcher(copy.deepcopy(model.model), cpu, cpu)
 
 
 def test_the_node_says_how_many_guards_are_kept(run_graph, warm):
