@@ -9,6 +9,7 @@ import re
 import sys
 
 import pytest
+import torch
 from graphs import guarded_graph, save_lora
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.layers import LayerSpec
