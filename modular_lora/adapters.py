@@ -30,8 +30,19 @@ def _product_is_zero(left: Tensor, right: Tensor) -> bool:
     return not bool((columns & rows).any())
 
 
+class _Scaled:
+    """What alpha makes of a form: alpha / rank; 1 where the file gives none, or there is no rank to divide it by."""
+
+    alpha: float | None
+    rank: int | None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+
 @dataclass(frozen=True, eq=False)
-class LoraLayer:
+class LoraLayer(_Scaled):
     """LoRA and LoCon, also in Tucker form: ΔW = scale * up @ down."""
 
     name: str  # the layer's name in the file, suffix removed
@@ -46,16 +57,12 @@ class LoraLayer:
         return self.down.shape[0]
 
     @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def is_zero(self) -> bool:
         return self.alpha == 0 or _product_is_zero(self.up, self.down)
 
 
 @dataclass(frozen=True, eq=False)
-class LohaLayer:
+class LohaLayer(_Scaled):
     """LoHa: ΔW = scale * (w1_a @ w1_b) ⊙ (w2_a @ w2_b); with t1, t2 each factor is a Tucker product."""
 
     name: str
@@ -74,10 +81,6 @@ class LohaLayer:
         return self.w1_b.shape[0]
 
     @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @property
     def is_zero(self) -> bool:
         if self.t1 is not None and self.t2 is not None:
             zero = not all(map(_any, (self.t1, self.w1_a, self.w1_b, self.t2, self.w2_a, self.w2_b)))
@@ -87,7 +90,7 @@ class LohaLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class LokrLayer:
+class LokrLayer(_Scaled):
     """LoKr: ΔW = scale * w1 ⊗ w2, each whole or as a product; scale = alpha / rank where one is a product, else 1."""
 
     name: str
@@ -107,10 +110,6 @@ class LokrLayer:
         """Rank of the factor that alpha is divided by: the second one's, else the first one's, else none."""
         factor = self.w2_b if self.w2_b is not None else self.w1_b
         return None if factor is None else factor.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     @property
     def is_zero(self) -> bool:

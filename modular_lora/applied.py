@@ -16,7 +16,7 @@ from .changes import Bias, LowRank, Part, Role, Term, dense
 from .comparing import Changes, change
 from .errors import GuardError
 from .files import LoraFile
-from .layers import LayerSpec
+from .layers import LayerSpec, bias_key
 from .matching import Match, Target, match_layers, mismatch
 from .model import ModelInfo
 from .resolve import Parts, power, resolve
@@ -45,7 +45,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
 
     Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, or nothing matches.
     """
-    specs = _specs(info)
+    specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else spec.weight_shape[:1] for key, spec in specs.items()}
     match = match_layers(lora, names, info.key_map, shapes, info.family)
     if names and match.unmatched and (role == "safety" or not match.targets):
@@ -61,7 +61,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         zero += [name] if _does_nothing(adapter, found, partial(info.weight, target.key)) else []
         factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
         for part, scale in found:
-            key = _bias_key(target.key) if isinstance(part, Bias) else target.key
+            key = bias_key(target.key) if isinstance(part, Bias) else target.key
             parts.setdefault(key, []).append((part, scale * factor))
             stored.setdefault(key, []).append((_as_stored(part, adapter, target), scale * factor))
     if role == "safety" and zero:
@@ -75,7 +75,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
     """What every layer computes beside its weight; parts of strength 0 are left out."""
-    specs, found = _specs(info), {}
+    specs, found = info.places, {}
     for a in applied:
         for key, parts in a.parts.items():
             layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
@@ -101,15 +101,6 @@ def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> b
 def _factor(strength: float, block: float, power: int) -> float:
     """What a layer is multiplied by beside its strength: (strength·block)^power / strength."""
     return block * (strength * block) ** (power - 1)
-
-
-def _specs(info: ModelInfo) -> dict[str, LayerSpec]:
-    """The layer of every weight and of every bias beside one."""
-    return {**{_bias_key(key): spec for key, spec in info.specs.items() if spec.bias}, **info.specs}
-
-
-def _bias_key(key: str) -> str:
-    return f"{key.rpartition('.')[0]}.bias"
 
 
 def _check_takes(lora: LoraFile, adapter: Adapter, spec: LayerSpec) -> None:

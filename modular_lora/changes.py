@@ -182,13 +182,7 @@ def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
     if isinstance(part, Kron):
         w1 = part.w1.float().reshape(*part.w1.shape, *(1 for _ in part.w2.shape[2:]))
         return torch.kron(w1, part.w2.float()).flatten(1)
-    weight = W0().float().flatten(1)  # out in·k·k
-    if isinstance(part, Gain):
-        return part.gain.float()[:, None] * weight
-    if isinstance(part, Rotation):
-        k, n, _ = part.blocks.shape
-        return (part.blocks.float() @ weight.reshape(k, n, -1)).flatten(0, 1)
-    raise TypeError(f"{type(part).__name__} is no change of a weight")
+    return _on_rows(part, W0().float().flatten(1))
 
 
 def times(part: Part, W0: Callable[[], Tensor], x: Tensor) -> Tensor:
@@ -201,12 +195,16 @@ def times(part: Part, W0: Callable[[], Tensor], x: Tensor) -> Tensor:
         w1, w2 = part.w1.float(), part.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
         h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
         return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
-    y = W0().float().flatten(1) @ x  # out n
+    return _on_rows(part, W0().float().flatten(1) @ x)
+
+
+def _on_rows(part: Part, rows: Tensor) -> Tensor:
+    """What a function of W0 makes of rows over the outputs (out n): of W0 itself, of W0·x, of the bias."""
     if isinstance(part, Gain):
-        return part.gain.float()[:, None] * y
+        return part.gain.float()[:, None] * rows
     if isinstance(part, Rotation):
         k, n, _ = part.blocks.shape
-        return (part.blocks.float() @ y.reshape(k, n, -1)).flatten(0, 1)
+        return (part.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
     raise TypeError(f"{type(part).__name__} is no change of a weight")
 
 
@@ -241,11 +239,8 @@ def _column(spec: LayerSpec, vector: Tensor) -> Tensor:
 def _bias(terms: Sequence[Term]) -> Tensor | None:
     """What is added to every position: changes of the bias, less what gains and rotations of y = W0·x + b make of b."""
     found = [s * p.bias.float() for p, s in _picked(terms, Bias)]
-    found += [-s * p.gain.float() * p.bias.float() for p, s in _picked(terms, Gain) if p.bias is not None]
-    for p, s in _picked(terms, Rotation):
-        if p.bias is not None:
-            k, n, _ = p.blocks.shape
-            found.append(-s * (p.blocks.float() @ p.bias.float().reshape(k, n, 1)).flatten())
+    of_weight = (*_picked(terms, Gain), *_picked(terms, Rotation))
+    found += [-s * _on_rows(p, p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
     return sum(found) if found else None
 
 

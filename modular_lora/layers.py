@@ -26,6 +26,11 @@ class LayerSpec:
     norm: Norm | None = None  # a norm takes changes of its weight and bias and no other; ``problem`` says so
 
 
+def bias_key(weight_key: str) -> str:
+    """The key of the bias beside a weight."""
+    return f"{weight_key.rpartition('.')[0]}.bias"
+
+
 def layer_spec(path: str, module: nn.Module) -> LayerSpec:
     """The spec of the module at ``path``: a Linear, one that says its features like nn.Linear, nn.ConvNd or a norm."""
     spec = _spec(path, module)

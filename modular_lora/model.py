@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
 from .branches import Times
 from .errors import GuardError
-from .layers import LayerSpec
+from .layers import LayerSpec, bias_key
 from .matching import KeyMap
 
 
@@ -32,3 +33,8 @@ class ModelInfo:
     roots: tuple[str, ...]
     weight: Callable[[str], Tensor] = _no_weight
     parts: Mapping[str, Times] = field(default_factory=dict)
+
+    @cached_property
+    def places(self) -> dict[str, LayerSpec]:
+        """The layer of every weight and of every bias beside one."""
+        return {**{bias_key(key): spec for key, spec in self.specs.items() if spec.bias}, **self.specs}

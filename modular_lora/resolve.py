@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
 from .changes import Bias, Dense, Gain, Kron, LowRank, Part, Rotation, dense
 from .errors import GuardError
-from .layers import LayerSpec
+from .layers import LayerSpec, bias_key
 from .matching import Target, slice_shape
 
 Weight: TypeAlias = Callable[[str], Tensor]  # weight or bias key -> W0's tensor
@@ -83,7 +83,7 @@ class _Place:
 
     def original_bias(self) -> Tensor | None:
         """The layer's own bias (out of the whole weight)."""
-        return self.values(f"{self.target.key.rpartition('.')[0]}.bias").float() if self.spec.bias else None
+        return self.values(bias_key(self.target.key)).float() if self.spec.bias else None
 
     def arranged(self, rows: Tensor) -> Tensor:
         """Rows (out ...) in the order in which the weight has them."""

@@ -17,9 +17,12 @@ State = tuple[Path, int, int, int]  # path, size, time of the last change, inode
 
 
 class Warm(Generic[T]):
-    """The last used values whose sizes together stay within ``limit`` bytes; ``size`` is asked anew at every change."""
+    """The last used values whose sizes together stay within ``limit``; ``size`` is asked anew at every change.
 
-    def __init__(self, limit: int, size: Callable[[T], int]):
+    Sizes are bytes, or 1 each where none is given: then ``limit`` is how many are kept.
+    """
+
+    def __init__(self, limit: int, size: Callable[[T], int] = lambda _: 1):
         self.limit, self._size = limit, size
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
 
@@ -52,7 +55,7 @@ class Warm(Generic[T]):
 
 
 _files: Warm[tuple[LoraFile, int]] = Warm(FILES, lambda entry: entry[1])
-_digests: Warm[str] = Warm(4096, lambda _: 1)  # of the last files, kept or not
+_digests: Warm[str] = Warm(4096)  # of the last files, kept or not
 
 
 def kept_lora(path: Path, expected_sha256: str | None = None) -> LoraFile:

@@ -8,12 +8,10 @@ that another node guards is on while a picture is drawn, and pictures never reac
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import comfy.model_management
 import comfy.sample
@@ -30,6 +28,7 @@ from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
+from ..modular_lora.warm import Warm
 from ..training.pictures import PictureError, decode
 from . import anatomy, host, trainee
 from .memory import compute_dtype
@@ -44,7 +43,6 @@ STEADY = frozenset((  # samplers that draw no noise of their own: their pictures
 # SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
 UNREAD = ("clip_l.transformer.text_projection.weight",)
 PIXELS = 8  # of a side for one of a latent
-T = TypeVar("T")
 Cond = tuple[Tensor, Mapping[str, object]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
 
 
@@ -55,24 +53,6 @@ class _Built:
     unet: GuardedPart
     text: GuardedPart
     encodes_as: Hashable  # equal for arms whose text encoders are the same
-
-
-class _Recent(Generic[T]):
-    """The last few things made; the least recently used goes first."""
-
-    def __init__(self, size: int):
-        self._size, self._made = size, OrderedDict[Hashable, T]()
-
-    def get(self, key: Hashable) -> T | None:
-        if key in self._made:
-            self._made.move_to_end(key)
-        return self._made.get(key)
-
-    def put(self, key: Hashable, value: T) -> T:
-        self._made[key] = value
-        if len(self._made) > self._size:
-            self._made.popitem(last=False)
-        return value
 
 
 class ComfyPainter:
@@ -86,8 +66,8 @@ class ComfyPainter:
         self.base_sha256 = _base_sha256(model, clip, vae)
         self.device, self.dtype = _device_name(model.load_device), str(compute_dtype(model)).removeprefix("torch.")
         self._infos = anatomy.model_info(model), anatomy.clip_info(clip)
-        self._arms: _Recent[_Built] = _Recent(KEPT_ARMS)
-        self._prompts: _Recent[Cond] = _Recent(KEPT_PROMPTS)
+        self._arms: Warm[_Built] = Warm(KEPT_ARMS)
+        self._prompts: Warm[Cond] = Warm(KEPT_PROMPTS)
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
         """Pictures b h w 3, uint8, RGB, in the order of ``items``; equal to the stock nodes' at one item."""
