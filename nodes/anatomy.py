@@ -111,8 +111,8 @@ def model_sha256(patcher) -> str:
     """SHA-256 of W0: contents as float32, merged LoRAs taken back out; remembered while the model is loaded."""
     module = patcher.model
     if module not in _weights:
-        backup = {key: entry.weight for key, entry in patcher.backup.items()}
-        backup |= {key: entry[0] for key, entry in patcher.hook_backup.items()}
+        backup = {key: entry[0] for key, entry in patcher.hook_backup.items()}
+        backup |= {key: entry.weight for key, entry in patcher.backup.items()}  # a hook's is of the merged weight
         _weights[module] = attest.weights_sha256(_stored(module, backup))
     return _weights[module]
 

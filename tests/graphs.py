@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 STEPS, SIZE = 2, 64
 
 
@@ -88,3 +90,8 @@ def save_lora(
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(rank if alpha is None else alpha))
     save_file(tensors, path, {"ss_base_model_version": "sd_v1", **metadata})
+
+
+def bits(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all of a module's tensors as bytes: what ComfyUI leaves uninitialised may be NaN, unequal to itself."""
+    return {name: t.detach().clone().reshape(-1).view(torch.uint8) for name, t in module.state_dict().items()}

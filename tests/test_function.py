@@ -6,20 +6,17 @@ import gc
 
 import pytest
 import torch
-from graphs import base_graph, decode, guarded_graph, sampler
+from graphs import base_graph, bits, decode, guarded_graph, sampler
 
 
 def weights(patcher) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in patcher.model.state_dict().items()}
+    return bits(patcher.model)
 
 
 def assert_same_bits(patcher, before: dict[str, torch.Tensor]) -> None:
-    now = patcher.model.state_dict()
+    now = weights(patcher)
     assert now.keys() == before.keys()
-    changed = [
-        k for k, v in before.items() if not torch.equal(v.view(-1).view(torch.uint8), now[k].view(-1).view(torch.uint8))
-    ]
-    assert not changed
+    assert [k for k, v in before.items() if not torch.equal(v, now[k])] == []
 
 
 def evaluate(patcher, seed: int = 3) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from families import make as toy
 from families_image import U_NETS
+from graphs import bits
 from modular_lora_guard.bootstrap.paths import ROOT
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
@@ -81,14 +82,14 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     watch = SimpleNamespace(check=lambda: None, stage=lambda *_: None, step=lambda *_: None)
     model, clip, vae = parts(family)
     infos = comfy.anatomy.model_info(model), comfy.anatomy.clip_info(clip)
-    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (model.model, clip.cond_stage_model)]
+    before = [bits(m) for m in (model.model, clip.cond_stage_model)]
     with trainee.opened(model, clip, vae, options, True) as opened:
         assert opened.schedule.prediction == "epsilon"
         cond = opened.encode(["a cat", ""])
         assert cond.cross.shape == (2, *FAMILIES[family].context)
         trained = task.train_task(opened, options, watch, engine="test")
     for old, m in zip(before, (model.model, clip.cond_stage_model), strict=True):
-        assert all(torch.equal(old[k], v) for k, v in m.state_dict().items())
+        assert all(torch.equal(old[k], v) for k, v in bits(m).items())
     lora = trained.lora
     assert all(layer.up.norm() > 0 for layer in lora.layers.values())
     for prefix, count in ENCODERS[family][3].items():

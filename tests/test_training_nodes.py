@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from graphs import GraphError, base_graph, guarded_graph
+from graphs import GraphError, base_graph, bits, guarded_graph
 from kohya_toys import STUB, stub_weights
 from modular_lora_guard.bootstrap.paths import ROOT
 from safetensors.torch import load_file, save_file
@@ -94,10 +94,6 @@ def shape_of(module: torch.nn.Module) -> dict:
         hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
         found[path] = id(m), type(m), tensors, hooks, "forward" in vars(m), [n for n in vars(m) if "peft" in n]
     return found
-
-
-def bits(module: torch.nn.Module) -> dict:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def same(a: dict, b: dict) -> bool:

@@ -170,6 +170,32 @@ def test_a_lora_recorded_on_another_base_is_a_counted_note(comfy, run_graph, lor
     assert "says that it is a safety LoRA and acts as a task LoRA" in report
 
 
+def test_the_hash_of_w0_is_w0s_whatever_was_merged_and_hooked_over_it(comfy, run_graph, loras):
+    """A hook's backup is of the weight that a LoRA was merged into before: W0 is what the merge put aside."""
+    import comfy.hooks as hooks
+    from comfy.model_management import load_models_gpu, unload_all_models
+
+    model = run_graph(guarded_graph())["ckpt"][0]
+    anatomy, module = comfy.anatomy, model.model
+    own = anatomy.model_sha256(model)
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    patched, group = model.clone(), hooks.create_hook_lora(load_file(loras.folder / "task.safetensors"), 1.0, 1.0)
+    W0 = anatomy.original_weight(model, key)
+    patched.add_patches({key: ("diff", (torch.ones_like(W0),))}, 1.0)
+    try:
+        load_models_gpu([patched])
+        patched.register_all_hook_patches(group, hooks.create_target_dict(hooks.EnumWeightTarget.Model), {})
+        patched.patch_hooks(group)
+        assert key in patched.backup and key in patched.hook_backup
+        anatomy._weights.pop(module)
+        assert anatomy.model_sha256(patched) == own
+        assert torch.equal(anatomy.original_weight(patched, key), W0)
+    finally:
+        patched.unpatch_hooks()
+        unload_all_models()
+    assert torch.equal(anatomy.original_weight(model, key), W0)
+
+
 def test_conditioning_of_the_unguarded_clip_is_refused_where_safety_has_a_text_half(run_graph, loras):
     graph = guarded_graph("safety_te.safetensors", None, clip=True)
     assert "text encoder: guarded" in run_graph(graph)["sample"][1]
