@@ -327,9 +327,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
-    record = make_record(
-        PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks
-    )
+    record = make_record(PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks)
     remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     return warm.Built(parts[0], text, record, text_digest(safety), report)

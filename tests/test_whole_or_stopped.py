@@ -186,7 +186,8 @@ def test_the_hash_of_w0_is_w0s_whatever_was_merged_and_hooked_over_it(comfy, run
         load_models_gpu([patched])
         patched.register_all_hook_patches(group, hooks.create_target_dict(hooks.EnumWeightTarget.Model), {})
         patched.patch_hooks(group)
-        assert key in patched.backup and key in patched.hook_backup
+        assert key in patched.backup
+        assert key in patched.hook_backup
         anatomy._weights.pop(module)
         assert anatomy.model_sha256(patched) == own
         assert torch.equal(anatomy.original_weight(patched, key), W0)
