@@ -45,6 +45,9 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
 
     Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, or nothing matches.
     """
+    if role == "safety" and lora.unread:
+        what = f"holds {len(lora.unread)} tensors of no LoRA format, first {lora.unread[0]!r}, and cannot apply whole"
+        raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
     specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else spec.weight_shape[:1] for key, spec in specs.items()}
     match = match_layers(lora, names, info.key_map, shapes, info.family)

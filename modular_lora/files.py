@@ -27,7 +27,8 @@ from torch import Tensor
 
 from .adapters import Adapter, LoraLayer
 from .errors import LoraFileError, plain, shown
-from .formats import DAMAGED, Entry, Names, check_layers, make_layers, sort_names
+from .formats import DAMAGED, Entry, check_layers, make_layers
+from .names import Names, sort_names
 
 HEADER_LIMIT = 16 * 2**20  # bytes
 TENSOR_LIMIT = 20_000
@@ -55,6 +56,7 @@ class LoraFile:
     metadata: dict[str, str]
     layers: dict[str, Adapter]
     notes: tuple[str, ...] = ()  # what the file holds and nothing uses, a line each
+    unread: tuple[str, ...] = ()  # tensors of no format that ComfyUI reads
 
     @cached_property
     def plain(self) -> dict[str, LoraLayer]:
@@ -113,7 +115,7 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
         layers = make_layers(raw.names.layers, *_make_tensors(raw, name), name)
-    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes)
+    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, tuple(raw.names.unread))
 
 
 @contextmanager

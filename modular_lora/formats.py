@@ -1,16 +1,9 @@
-"""The formats of LoRA files: what layer and role a tensor name means, what belongs together, what layer it makes.
-
-Names are those of kohya-ss sd-scripts, diffusers, PEFT, OneTrainer, AI-Toolkit, XLabs, LyCORIS and ComfyUI, as
-ComfyUI's loader takes them (comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter). What is not read is refused
-with its name.
-"""
+"""The formats of LoRA files: what parts of a layer belong together and fit, and what layer they make."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,83 +11,24 @@ from torch import Tensor
 
 from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
 from .errors import LoraFileError, shown
+from .names import FACTORS, FORMS, FULL, LOHA, LOKR, LORA, NORM, OFT, READS
 
 RANK_LIMIT = 1024
-NAME_LIMIT = 512  # characters
 TUCKER_LIMIT = 2**30  # numbers in the products of a file's Tucker layers
-READS = "this version reads LoRA, LoCon, LoHa, LoKr, DoRA, OFT and full differences"
 DAMAGED = "the file is damaged: download it again"
 
-_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
-_FACTORS += ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_ENDS = {  # the end of a name -> role
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A": "down",  # Mochi
-    "lora_B": "up",
-    **{role: role for role in (*_FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-_LONG_ENDS = (  # groups: layer, what says the role, PEFT's name of the adapter
-    re.compile(r"(?P<layer>.+)(?:[._]lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(?:\.weight)?"),
-)
-_LONG_ROLES = {"A": "down", "B": "up"}
-_XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
-_XLABS_LAYERS = {
-    "qkv_lora1": "img_attn.qkv",
-    "qkv_lora2": "txt_attn.qkv",
-    "proj_lora1": "img_attn.proj",
-    "proj_lora2": "txt_attn.proj",
-    "qkv_lora": "linear1_qkv",
-    "proj_lora": "linear2",
-}
-_WAN_FUN, _KOHYA = "lora_unet__", "lora_unet_"
-_FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
-_EMBEDDING = "bundle_emb."
-
-_REFUSED = (
-    (re.compile(r"\.boft_\w+(\..+)?$"), "BOFT"),
-    (re.compile(r"\.oft_\w+(\..+)?$"), "OFT as PEFT saves it"),
-    (re.compile(r"\.rescale$"), "OFT with a rescale, which ComfyUI leaves out"),
-    (re.compile(r"\.lokr_t1$"), "LoKr with a Tucker first factor"),
-    (re.compile(r"\.(set_weight|reshape_weight)$"), "a weight to be replaced or reshaped, which is no difference"),
-    (re.compile(r"\.scalar$"), "a scalar beside the factors (LyCORIS use_scalar): export it, which multiplies it in"),
-    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
-    (re.compile(r"\.(on_input|ia3_l(\..+)?)$"), "IA3"),
-    (re.compile(r"\.vera_\w+(\..+)?$"), "VeRA"),
-    (re.compile(r"\.(lora_E|ranknum)(\..+)?$"), "AdaLoRA"),
-    (re.compile(r"\.(p_layer|q_layer|lambda_layer)(\..+)?$"), "T-LoRA"),
-    (re.compile(r"\.lora_embedding_[AB](\..+)?$"), "a LoRA of an embedding"),
-    (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias of its own (lora_bias)"),
-)
-
-_LORA, _LOHA, _LOKR, _OFT, _FULL, _NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
-_FORMS = {  # role -> the form that it is a part of
-    **dict.fromkeys(("down", "up", "mid"), _LORA),
-    **{role: _LOHA if role.startswith("hada") else _LOKR for role in _FACTORS},
-    "oft_blocks": _OFT,
-    "diff": _FULL,
-    **dict.fromkeys(("w_norm", "b_norm"), _NORM),
-}
 _WHOLE = {  # form -> sets of roles, one of which must be there and nothing else of this form
-    _LORA: ({"down", "up"}, {"down", "up", "mid"}),
-    _LOHA: (set(_FACTORS[:4]), set(_FACTORS[:6])),
-    _LOKR: tuple(
+    LORA: ({"down", "up"}, {"down", "up", "mid"}),
+    LOHA: (set(FACTORS[:4]), set(FACTORS[:6])),
+    LOKR: tuple(
         first | second
         for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
         for second in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
     ),
-    _OFT: ({"oft_blocks"},),
-    _FULL: ({"diff"},),
-    _NORM: ({"w_norm"}, {"w_norm", "b_norm"}),
+    OFT: ({"oft_blocks"},),
+    FULL: ({"diff"},),
+    NORM: ({"w_norm"}, {"w_norm", "b_norm"}),
 }
-_SCALED = {role for role, form in _FORMS.items() if form not in (_FULL, _NORM)}
 
 
 class Entry(NamedTuple):
@@ -107,52 +41,6 @@ class Entry(NamedTuple):
 
 
 Roles = Mapping[str, str]  # role -> tensor name
-
-
-@dataclass
-class Names:
-    """Tensor names by layer and role, and names that nothing uses."""
-
-    layers: dict[str, dict[str, str]] = field(default_factory=dict)
-    embeddings: list[str] = field(default_factory=list)  # OneTrainer's bundled embeddings
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        alphas = sum("alpha" in roles and roles.keys().isdisjoint(_SCALED) for roles in self.layers.values())
-        lines = []
-        if self.embeddings:
-            lines.append(f"{len(self.embeddings)} tensors of bundled embeddings (bundle_emb) are left out")
-        if alphas:
-            lines.append(f"the alpha of {alphas} full differences is left out: ComfyUI does not scale by it either")
-        return tuple(lines)
-
-
-def sort_names(tensors: Collection[str], name: str) -> Names:
-    """Sort the tensor names of the file `name`; LoraFileError for another format's and for a role that comes twice."""
-    if all(mark in tensors for mark in _FLUX_CONTROL):
-        what = "is a Flux control LoRA (BFL), which replaces norms and widens img_in"
-        raise LoraFileError(f"{name}: {what}: it cannot act unmerged, use the full Flux control model instead")
-    found, adapters = Names(), {}
-    for tensor in tensors:
-        if tensor.startswith(_EMBEDDING):
-            found.embeddings.append(tensor)
-            continue
-        place = _place(tensor)
-        if place is None:
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {_kind(tensor)}: {READS}")
-        layer, role, adapter = place
-        roles = found.layers.setdefault(layer, {})
-        if role in roles:
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: a second {role} of its layer: keep one adapter")
-        roles[role] = tensor
-        if adapter:
-            adapters[adapter] = tensor
-    if len(adapters) > 1:
-        what = f"{len(adapters)} adapters ({', '.join(shown(a) for a in sorted(adapters)[:3])}) in one file"
-        raise LoraFileError(f"{name}: {what}: save each to a file of its own")
-    if not found.layers:
-        raise LoraFileError(f"{name}: holds no layer: {READS}")
-    return found
 
 
 def check_layers(layers: Mapping[str, Roles], entries: Mapping[str, Entry], name: str) -> None:
@@ -199,51 +87,24 @@ def make_layers(
     return result
 
 
-def _place(tensor: str) -> tuple[str, str, str | None] | None:
-    """Layer, role and PEFT's adapter name of a tensor; None where it is none of a format that is read."""
-    if len(tensor) > NAME_LIMIT or not tensor.isprintable():
-        return None
-    layer, _, end = tensor.rpartition(".")
-    if end == "weight":
-        layer, _, before = layer.rpartition(".")
-        end = f"{before}.weight"
-    if layer and end in _ENDS:
-        if layer.startswith(_WAN_FUN):
-            layer = _KOHYA + layer.removeprefix(_WAN_FUN)
-        return layer, _ENDS[end], None
-    if found := _XLABS.fullmatch(tensor):
-        return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
-    for pattern in _LONG_ENDS:
-        if found := pattern.fullmatch(tensor):
-            role = _LONG_ROLES.get(found["role"], found["role"])
-            return found["layer"], role, found.groupdict().get("adapter")
-    return None
-
-
-def _kind(tensor: str) -> str:
-    """What a tensor that is no LoRA tensor most likely is."""
-    text = tensor[-NAME_LIMIT:]
-    return next((f"is {kind}" for pattern, kind in _REFUSED if pattern.search(text)), "is not a LoRA tensor")
-
-
 def _check_whole(roles: Roles) -> None:
     """ValueError where the parts of a layer are not those of one form, and what may stand beside it."""
-    forms = sorted({_FORMS[role] for role in roles if role in _FORMS})
+    forms = sorted({FORMS[role] for role in roles if role in FORMS})
     if len(forms) > 1:
         raise ValueError(f"is {' and '.join(forms)} in one: keep one of them")
     if not forms and "diff_b" not in roles:
         raise ValueError(f"has only {' and '.join(sorted(roles))}, no weights: save it whole")
-    form = forms[0] if forms else _FULL
-    own = {role for role in roles if role in _FORMS}
+    form = forms[0] if forms else FULL
+    own = {role for role in roles if role in FORMS}
     if forms and own not in _WHOLE[form]:
         needed = " or ".join(" and ".join(sorted(group)) for group in _WHOLE[form])
         raise ValueError(f"has only {' and '.join(sorted(own))}, needs {needed}: save it whole")
     beside = {"dora_scale", "magnitude"} & roles.keys()
-    if len(beside) > 1 or (beside and form not in (_LORA, _LOHA, _LOKR)) or ("magnitude" in beside and form != _LORA):
+    if len(beside) > 1 or (beside and form not in (LORA, LOHA, LOKR)) or ("magnitude" in beside and form != LORA):
         raise ValueError(f"is {form} with {' and '.join(sorted(beside))}, which no trainer makes: {DAMAGED}")
     if {"diff_b", "b_norm"} <= roles.keys():
         raise ValueError("has two changes of the bias, diff_b and b_norm: keep one of them")
-    if form == _NORM and "alpha" in roles:
+    if form == NORM and "alpha" in roles:
         raise ValueError(f"is a {form} with an alpha, which no trainer makes: {DAMAGED}")
 
 
@@ -363,7 +224,7 @@ def _changed(name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Ada
         return LoraLayer(name, parts["down"], parts["up"], alpha)
     if "oft_blocks" in parts:
         return OftLayer(name, parts["oft_blocks"], alpha)
-    kind, roles = (LohaLayer, _FACTORS[:6]) if "hada_w1_a" in parts else (LokrLayer, _FACTORS[6:])
+    kind, roles = (LohaLayer, FACTORS[:6]) if "hada_w1_a" in parts else (LokrLayer, FACTORS[6:])
     return kind(name, *(parts.get(role) for role in roles), alpha)
 
 

@@ -46,6 +46,7 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
         (r"face_encoder|face_adapter\.fuser_blocks\.\d+", OPTIONAL),  # a face video
     ),
     "OmniGen2Transformer2DModel": ((r"ref_image_patch_embedder|ref_image_refiner\.\d+", OPTIONAL),),
+    "HunYuanDiTPlain": ((r"blocks\.\d+\.moe\.experts\.\d+", OPTIONAL),),  # an expert to which no token is sent
     "ACEStepTransformer2DModel": (
         (r"projectors\.\d+|transformer_blocks\.\d+\.cross_attn\.(add_[qkv]_proj|to_add_out)", NEVER),
     ),

@@ -23,6 +23,10 @@ class Noise:
     shape: tuple[int, ...]
 
 
+class Entries(dict):
+    """Stays a dict; see drawn()."""
+
+
 ONES = torch.ones(1, 12, dtype=torch.long)  # attention mask of 12 tokens
 REFERENCE = {"reference_latents": [Noise((1, 16, 8, 8))]}
 
@@ -99,11 +103,13 @@ def fill(model: nn.Module) -> None:
 
 
 def drawn(value, generator: torch.Generator):
-    """``value`` with every Noise in it drawn; a dict stands for an object with these attributes."""
+    """``value`` with every Noise in it drawn; a dict stands for an object with these attributes, Entries for a dict."""
     if isinstance(value, Noise):
         return torch.randn(value.shape, generator=generator)
     if isinstance(value, list):
         return [drawn(v, generator) for v in value]
+    if isinstance(value, Entries):
+        return {k: drawn(v, generator) for k, v in value.items()}
     if isinstance(value, dict):
         return SimpleNamespace(**{k: drawn(v, generator) for k, v in value.items()})
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from families import GENERIC, ONES, REFERENCE, Family, Noise
+from families import GENERIC, ONES, REFERENCE, Entries, Family, Noise
 
 PIXART = {
     "image_model": "pixart_alpha",
@@ -201,6 +201,11 @@ MORE_TRANSFORMERS = (
         (12, 24),
         {"pooled_output": Noise((1, 28))},
         ("lora_prior_unet_",),
+        variants={
+            "Stable Cascade C with a picture": {
+                "unclip_conditioning": [Entries(clip_vision_output={"image_embeds": Noise((1, 768))}, strength=1.0)]
+            }
+        },
         bare=(r".*\.depthwise",),
     ),
     Family(
@@ -236,6 +241,16 @@ ACE = {
     "lyric_encoder_vocab_size": 64,
     "lyric_hidden_size": 1024,
 }
+HUNYUAN_3D = {
+    "image_model": "hunyuan3d2",
+    "in_channels": 16,
+    "context_in_dim": 24,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "guidance_embed": False,
+}
 
 
 def seconds() -> dict:
@@ -270,10 +285,19 @@ OTHERS = (
     Family(
         "Hunyuan 3D 2",
         "Hunyuan3Dv2",
-        {"image_model": "hunyuan3d2", "in_channels": 16, "context_in_dim": 24, "hidden_size": 32, "num_heads": 2}
-        | {"depth": 1, "depth_single_blocks": 1, "guidance_embed": False},
+        HUNYUAN_3D,
         (16, 12),
         (12, 24),
+    ),
+    Family("Hunyuan 3D 2 mini", "Hunyuan3Dv2mini", {**HUNYUAN_3D, "depth": 2}, (16, 12), (12, 24)),
+    Family(
+        "Hunyuan 3D 2.1",
+        "Hunyuan3Dv2_1",
+        {"image_model": "hunyuan3d2_1", "in_channels": 16, "context_dim": 24, "hidden_size": 32, "mlp_ratio": 4.0}
+        | {"num_heads": 2, "depth": 3, "qkv_bias": False, "guidance_cond_proj_dim": None, "num_moe_layers": 1},
+        (16, 12),
+        (12, 24),
+        bare=(r"blocks\.2\.moe\.gate",),
     ),
 )
 DITS = (*MORE_TRANSFORMERS, *OTHERS)

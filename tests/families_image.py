@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from families import GENERIC, REFERENCE, Family, Noise
+from families import GENERIC, REFERENCE, Entries, Family, Noise
 
 UNET = {
     "image_size": 32,
@@ -39,7 +39,16 @@ SVD = {
 }
 PICTURE = {"concat_latent_image": Noise((1, 4, 8, 8))}
 POOLED = {"pooled_output": Noise((1, 1280))}
+SMALLER_SDXL = {**ADM, "context_dim": 2048, "adm_in_channels": 2816}
+UNCLIP = {**ADM, "context_dim": 1024}
 DIFFUSERS_UNET = ("lora_unet_", "unet.", "lycoris_")
+
+
+def seen(width: int) -> dict:
+    """What unCLIPConditioning says of a picture: its embedding, how strong, with how much noise."""
+    picture = {"image_embeds": Noise((1, width))}
+    return {"unclip_conditioning": [Entries(clip_vision_output=picture, strength=1.0, noise_augmentation=0.1)]}
+
 
 U_NETS = (
     Family("SD1.x", "SD15", {**UNET, "use_linear_in_transformer": False, "context_dim": 768}, (4, 8, 8), (77, 768)),
@@ -60,6 +69,65 @@ U_NETS = (
         (4, 8, 8),
         (77, 1280),
         POOLED,
+    ),
+    Family(
+        "SSD-1B",
+        "SSD1B",
+        {**SMALLER_SDXL, "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 1]}
+        | {"transformer_depth_middle": -1},
+        (4, 8, 8),
+        (77, 2048),
+        POOLED,
+        names=DIFFUSERS_UNET,
+    ),
+    Family(
+        "Segmind Vega",
+        "Segmind_Vega",
+        {**SMALLER_SDXL, "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1]}
+        | {"transformer_depth_middle": -1},
+        (4, 8, 8),
+        (77, 2048),
+        POOLED,
+        names=DIFFUSERS_UNET,
+    ),
+    Family(
+        "KOALA 700M",
+        "KOALA_700M",
+        {**SMALLER_SDXL, "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 2]}
+        | {"transformer_depth_middle": -2},
+        (4, 8, 8),
+        (77, 2048),
+        POOLED,
+        names=DIFFUSERS_UNET,
+    ),
+    Family(
+        "KOALA 1B",
+        "KOALA_1B",
+        {**SMALLER_SDXL, "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 2]}
+        | {"transformer_depth_middle": 2},
+        (4, 8, 8),
+        (77, 2048),
+        POOLED,
+        names=DIFFUSERS_UNET,
+    ),
+    Family(
+        "SD2.1 unCLIP L",
+        "SD21UnclipL",
+        {**UNCLIP, "adm_in_channels": 1536},
+        (4, 8, 8),
+        (77, 1024),
+        seen(768),
+        names=DIFFUSERS_UNET,
+        variants={"SD2.1 unCLIP L without a picture": {"unclip_conditioning": None}},
+    ),
+    Family(
+        "SD2.1 unCLIP H",
+        "SD21UnclipH",
+        {**UNCLIP, "adm_in_channels": 2048},
+        (4, 8, 8),
+        (77, 1024),
+        seen(1024),
+        names=DIFFUSERS_UNET,
     ),
     Family(
         "SD1.x inpainting",

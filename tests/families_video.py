@@ -261,6 +261,15 @@ VIDEOS = (
         variants={"Wan 2.1 camera without a path": {"camera_conditions": None}},
     ),
     Family(
+        "Wan 2.2 camera",
+        "WAN22_Camera",
+        {**WAN, "model_type": "camera_2.2", "in_dim": 36},
+        VIDEO,
+        (12, 24),
+        {**FIRST_FRAME, "camera_conditions": Noise((1, 24, 3, 64, 64))},
+        variants={"Wan 2.2 camera without a path": {"camera_conditions": None}},
+    ),
+    Family(
         "Wan 2.1 HuMo",
         "WAN21_HuMo",
         {**WAN, "model_type": "humo", "num_layers": 1},
@@ -291,7 +300,10 @@ VIDEOS = (
         VIDEO,
         (12, 24),
         {**FIRST_FRAME, **CLIP_FEATURES, "pose_video_latent": Noise((1, 16, 2, 8, 8))},
-        variants={"Wan 2.2 Animate without a pose": {"pose_video_latent": None}},
+        variants={
+            "Wan 2.2 Animate without a pose": {"pose_video_latent": None},
+            "Wan 2.2 Animate with a face video": {"face_video_pixels": Noise((1, 3, 1, 512, 512))},
+        },
         bare=(r"motion_encoder\..*",),
     ),
     Family("Wan 2.2 TI2V 5B", "WAN22_T2V", {**WAN, "in_dim": 48, "out_dim": 48}, (48, 3, 8, 8), (12, 24)),

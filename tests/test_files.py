@@ -195,7 +195,8 @@ def test_header_edits_never_give_another_error(data, layers, value, tmp_path_fac
         ("a.lora_embedding_A", "a LoRA of an embedding"),
         ("a.lora_B.bias", "a LoRA with a bias of its own"),
         ("a.lora_B.default.bias", "a LoRA with a bias of its own"),
-        ("model.diffusion_model.out.0.weight", "not a LoRA tensor"),
+        ("lora_unet_a.lora_upp.weight", "not a LoRA tensor"),
+        ("lora_unet_a.diff_m", "not a LoRA tensor"),
         ("a\nb.lora_up.weight", "not a LoRA tensor"),
         ("a" * 600 + ".alpha", "not a LoRA tensor"),
         (".lora_up.weight", "not a LoRA tensor"),
@@ -207,6 +208,21 @@ def test_other_formats_are_refused_by_name(tmp_path, tensor, kind):
     message = refusal(tmp_path / "a.safetensors")
     assert kind in message
     assert "this version reads LoRA, LoCon, LoHa" in message
+
+
+def test_tensors_beside_the_layers_that_comfyui_leaves_out_are_left_out_and_counted(tmp_path):
+    more = {f"diffusion_model.blocks.{i}.diff_m": torch.ones(1, 6, 4) for i in range(3)}
+    save_file({**pair("diffusion_model.blocks.0.ffn.0", style="peft"), **more}, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert list(lora.layers) == ["diffusion_model.blocks.0.ffn.0"]
+    assert set(lora.unread) == set(more)
+    first = min(more)
+    assert lora.notes == (f"3 tensors are left out, as ComfyUI's own loader leaves them out (first '{first}')",)
+
+
+def test_a_file_of_nothing_else_is_no_lora(tmp_path):
+    save_file({"model.diffusion_model.out.0.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    assert "'model.diffusion_model.out.0.weight': is not a LoRA tensor" in refusal(tmp_path / "a.safetensors")
 
 
 DOWN, UP = (name.format("lora_unet_a") for name in NAMES["kohya"])

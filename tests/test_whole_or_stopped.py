@@ -170,6 +170,16 @@ def test_a_lora_recorded_on_another_base_is_a_counted_note(comfy, run_graph, lor
     assert "says that it is a safety LoRA and acts as a task LoRA" in report
 
 
+def test_tensors_of_no_format_are_counted_in_a_task_lora_and_stop_a_safety_lora(run_graph, loras):
+    def add(tensors):
+        tensors["diffusion_model.blocks.0.diff_m"] = torch.ones(1, 6, 8)
+
+    report = run_graph(guarded_graph(task=edited(loras, "more.safetensors", add, "task.safetensors")))["guard"][2]
+    assert "more.safetensors: 1 tensors are left out, as ComfyUI's own loader leaves them out" in report
+    with pytest.raises(GraphError, match="holds 1 tensors of no LoRA format, first 'diffusion_model"):
+        run_graph(guarded_graph(edited(loras, "more_safety.safetensors", add)))
+
+
 def test_the_hash_of_w0_is_w0s_whatever_was_merged_and_hooked_over_it(comfy, run_graph, loras):
     """A hook's backup is of the weight that a LoRA was merged into before: W0 is what the merge put aside."""
     import comfy.hooks as hooks

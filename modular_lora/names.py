@@ -1,0 +1,166 @@
+"""The names of tensors in LoRA files: what layer and role each one means, and what is refused with its name.
+
+They are those of kohya-ss sd-scripts, diffusers, PEFT, OneTrainer, AI-Toolkit, XLabs, LyCORIS and ComfyUI, as
+ComfyUI's loader takes them (comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from .errors import LoraFileError, shown
+
+NAME_LIMIT = 512  # characters
+READS = "this version reads LoRA, LoCon, LoHa, LoKr, DoRA, OFT and full differences"
+
+FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
+FACTORS += ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_ENDS = {  # the end of a name -> role
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A": "down",  # Mochi
+    "lora_B": "up",
+    **{role: role for role in (*FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_LONG_ENDS = (  # groups: layer, what says the role, PEFT's name of the adapter
+    re.compile(r"(?P<layer>.+)(?:[._]lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(?:\.weight)?"),
+)
+_LONG_ROLES = {"A": "down", "B": "up"}
+_XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+_XLABS_LAYERS = {
+    "qkv_lora1": "img_attn.qkv",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1_qkv",
+    "proj_lora": "linear2",
+}
+_WAN_FUN, _KOHYA = "lora_unet__", "lora_unet_"
+_FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+_EMBEDDING = "bundle_emb."
+
+_REFUSED = (
+    (re.compile(r"\.boft_\w+(\..+)?$"), "BOFT"),
+    (re.compile(r"\.oft_\w+(\..+)?$"), "OFT as PEFT saves it"),
+    (re.compile(r"\.rescale$"), "OFT with a rescale, which ComfyUI leaves out"),
+    (re.compile(r"\.lokr_t1$"), "LoKr with a Tucker first factor"),
+    (re.compile(r"\.(set_weight|reshape_weight)$"), "a weight to be replaced or reshaped, which is no difference"),
+    (re.compile(r"\.scalar$"), "a scalar beside the factors (LyCORIS use_scalar): export it, which multiplies it in"),
+    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
+    (re.compile(r"\.(on_input|ia3_l(\..+)?)$"), "IA3"),
+    (re.compile(r"\.vera_\w+(\..+)?$"), "VeRA"),
+    (re.compile(r"\.(lora_E|ranknum)(\..+)?$"), "AdaLoRA"),
+    (re.compile(r"\.(p_layer|q_layer|lambda_layer)(\..+)?$"), "T-LoRA"),
+    (re.compile(r"\.lora_embedding_[AB](\..+)?$"), "a LoRA of an embedding"),
+    (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias of its own (lora_bias)"),
+)
+
+LORA, LOHA, LOKR, OFT, FULL, NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
+FORMS = {  # role -> the form that it is a part of
+    **dict.fromkeys(("down", "up", "mid"), LORA),
+    **{role: LOHA if role.startswith("hada") else LOKR for role in FACTORS},
+    "oft_blocks": OFT,
+    "diff": FULL,
+    **dict.fromkeys(("w_norm", "b_norm"), NORM),
+}
+SCALED = {role for role, form in FORMS.items() if form not in (FULL, NORM)}
+
+
+@dataclass
+class Names:
+    """Tensor names by layer and role, and names that nothing uses."""
+
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    embeddings: list[str] = field(default_factory=list)  # OneTrainer's bundled embeddings
+    unread: list[str] = field(default_factory=list)  # of no format, ComfyUI leaves them out as well
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        alphas = sum("alpha" in roles and roles.keys().isdisjoint(SCALED) for roles in self.layers.values())
+        lines = []
+        if self.embeddings:
+            lines.append(f"{len(self.embeddings)} tensors of bundled embeddings (bundle_emb) are left out")
+        if self.unread:
+            what = f"{len(self.unread)} tensors are left out, as ComfyUI's own loader leaves them out"
+            lines.append(f"{what} (first {shown(self.unread[0])})")
+        if alphas:
+            lines.append(f"the alpha of {alphas} full differences is left out: ComfyUI does not scale by it either")
+        return tuple(lines)
+
+
+def sort_names(tensors: Collection[str], name: str) -> Names:
+    """Sort the tensor names of the file `name`; LoraFileError for another format's and for a role that comes twice.
+
+    Names of no format are left out where they stand beside the layers, not in one (Wan's ``diff_m``, its modulation).
+    """
+    if all(mark in tensors for mark in _FLUX_CONTROL):
+        what = "is a Flux control LoRA (BFL), which replaces norms and widens img_in"
+        raise LoraFileError(f"{name}: {what}: it cannot act unmerged, use the full Flux control model instead")
+    found, adapters = Names(), {}
+    for tensor in tensors:
+        if tensor.startswith(_EMBEDDING):
+            found.embeddings.append(tensor)
+            continue
+        place = _place(tensor)
+        if place is None:
+            _refuse_kinds(tensor, name)
+            found.unread.append(tensor)
+            continue
+        layer, role, adapter = place
+        roles = found.layers.setdefault(layer, {})
+        if role in roles:
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: a second {role} of its layer: keep one adapter")
+        roles[role] = tensor
+        if adapter:
+            adapters[adapter] = tensor
+    if len(adapters) > 1:
+        what = f"{len(adapters)} adapters ({', '.join(shown(a) for a in sorted(adapters)[:3])}) in one file"
+        raise LoraFileError(f"{name}: {what}: save each to a file of its own")
+    for tensor in found.unread:
+        if not found.layers or _layer_of(tensor) in found.layers:
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: is not a LoRA tensor: {READS}")
+    if not found.layers:
+        raise LoraFileError(f"{name}: holds no layer: {READS}")
+    return found
+
+
+def _place(tensor: str) -> tuple[str, str, str | None] | None:
+    """Layer, role and PEFT's adapter name of a tensor; None where it is none of a format that is read."""
+    if len(tensor) > NAME_LIMIT or not tensor.isprintable():
+        return None
+    layer, _, end = tensor.rpartition(".")
+    if end == "weight":
+        layer, _, before = layer.rpartition(".")
+        end = f"{before}.weight"
+    if layer and end in _ENDS:
+        if layer.startswith(_WAN_FUN):
+            layer = _KOHYA + layer.removeprefix(_WAN_FUN)
+        return layer, _ENDS[end], None
+    if found := _XLABS.fullmatch(tensor):
+        return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
+    for pattern in _LONG_ENDS:
+        if found := pattern.fullmatch(tensor):
+            role = _LONG_ROLES.get(found["role"], found["role"])
+            return found["layer"], role, found.groupdict().get("adapter")
+    return None
+
+
+def _layer_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight").rpartition(".")[0]
+
+
+def _refuse_kinds(tensor: str, name: str) -> None:
+    """LoraFileError for a tensor of a kind that is known and not read, and for one that has no proper name."""
+    text = tensor[-NAME_LIMIT:]
+    kind = next((kind for pattern, kind in _REFUSED if pattern.search(text)), None)
+    if kind or not _layer_of(tensor) or len(tensor) > NAME_LIMIT or not tensor.isprintable():
+        raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind or 'not a LoRA tensor'}: {READS}")
