@@ -16,6 +16,7 @@ or comfy-cli's default workspace names is used instead; nothing is written into 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older one
 
 from bootstrap import browser, comfyui, environment, paths
 from bootstrap.console import RunError, say
-from bootstrap.process import child_environment, run_attached
+from bootstrap.process import child_environment, physical_cores, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
@@ -37,6 +38,7 @@ OWN_LINE = {  # command -> module, help
     "evidence": ("world", "the paper's table on the demo world"),
 }
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+MOST_WORKERS = 4  # each loads ComfyUI: 2 GB, and as much again while a server runs in a test
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -116,7 +118,18 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
         return code
     settings = child_environment(variables)
     code = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
-    return code or run_attached([host.python, "-c", PYTEST, *rest], environment=settings, cwd=paths.ROOT)
+    if spread := spread_over_cores(rest):
+        settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return code or run_attached([host.python, "-c", PYTEST, *spread, *rest], environment=settings, cwd=paths.ROOT)
+
+
+def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
+    """Options of pytest-xdist: whole files go to one worker a core. None where files or tests are named."""
+    workers = min(MOST_WORKERS, physical_cores())
+    named = any((paths.ROOT / argument.partition("::")[0]).is_file() for argument in rest)
+    if named or workers == 1:
+        return ()
+    return ("-n", "auto", "--maxprocesses", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:

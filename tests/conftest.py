@@ -12,12 +12,16 @@ import importlib.util
 import inspect
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
@@ -58,6 +62,24 @@ def _register() -> None:
 _register()
 sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
 from graphs import GraphError, save_lora  # noqa: E402
+
+# The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, with its fixtures, starts from the same random numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test come first: what takes longest should not begin last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 class _Server:
@@ -119,7 +141,6 @@ def _import_comfyui(base: Path) -> list:
 
 def _write_lively(world: Path, path: Path) -> None:
     """The demo world with a random text encoder: its own is a lookup table whose layers are zero and take no LoRA."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     generator, tensors = torch.Generator().manual_seed(0), load_file(world)
