@@ -14,7 +14,7 @@ from .gated import SafetyGate, SampleAndGate
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
-from .picture import GuardedDecode
+from .picture import GuardedDecode, GuardedDecodeTiled
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
 from .sockets import register_folders
@@ -36,6 +36,7 @@ class ModularLoraExtension(ComfyExtension):
             GuardedKSamplerAdvanced,
             GuardedGuider,
             GuardedDecode,
+            GuardedDecodeTiled,
             SaveAttestedImage,
             GateSettings,
             SafetyGate,

@@ -22,7 +22,8 @@ WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL",
 TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
 GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
-DECODE, GATE, SAMPLE_AND_GATE = "ModularLoraDecode", "ModularLoraGate", "ModularLoraSampleAndGate"
+GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
+DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
 SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "ModularLoraGuider", SAMPLE_AND_GATE))
 CLOSED = {  # our node type -> key of [open]
     AS_MODEL: "guarded_as_model",
@@ -226,7 +227,7 @@ class _Graph:
 
     def _pictures(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
         kind = self._type(name) if self._ours(name) else ""
-        if kind in (DECODE, SAMPLE_AND_GATE):
+        if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
         passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
         return passed or {Kind(type)}

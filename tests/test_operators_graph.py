@@ -52,6 +52,7 @@ FACTS = {
     "ModularLoraGuardedAsModel": known(f"guarded_model {GUARDED}", "MODEL", ours=True),
     "ModularLoraKSampler": known(f"model {GUARDED},MODEL; latent_image LATENT", "LATENT STRING", ours=True),
     "ModularLoraDecode": known("samples LATENT; vae VAE", "IMAGE STRING", ours=True),
+    "ModularLoraDecodeTiled": known("samples LATENT; vae VAE; tile_size INT", "IMAGE STRING", ours=True),
     "ModularLoraGate": known("images IMAGE", "IMAGE BOOLEAN MASK", ours=True),
     "ModularLoraGateSettings": known("threshold FLOAT", "MODULAR_LORA_GATE", ours=True),
     "ModularLoraSaveImage": known("images IMAGE", "", True, True),
@@ -106,8 +107,9 @@ def stock(model: list) -> dict:
     return with_nodes(sample=node("KSampler", model=model, positive=["pos", 0], latent_image=["latent", 0]))
 
 
-def test_the_guarded_graph_is_not_refused() -> None:
-    assert refused(guarded()) == {}
+@pytest.mark.parametrize("kind", ["ModularLoraDecode", "ModularLoraDecodeTiled"])
+def test_the_guarded_graph_is_not_refused(kind: str) -> None:
+    assert refused(with_nodes(decode=node(kind, samples=["sample", 0], vae=["ckpt", 2]))) == {}
 
 
 def test_the_stock_sampler_is_refused_whatever_it_samples() -> None:

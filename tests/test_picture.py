@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,56 @@ def test_a_guarded_picture_is_saved_with_what_made_it(comfy, run_graph, loras):
     assert all(len(record[k]) == 64 for k in ("base_sha256", "vae_sha256", "image_sha256", "pixels_sha256"))
     assert len(record["embeddings_sha256"]) == 2
     assert record["net_strength"]["safety.safetensors"] == pytest.approx(1.0, abs=0.2)
+
+
+TILES = {"tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
+
+
+def test_a_picture_decoded_in_tiles_is_attested_and_core_decodes_the_same_pixels(comfy, run_graph, loras):
+    graph = with_prefix(guarded_graph(), "tiled", "refuse")
+    graph["latent"]["inputs"] |= {"width": 128, "height": 128, "batch_size": 2}
+    graph["decode"] = decode(["sample", 0], "ModularLoraDecodeTiled")
+    graph["core"] = decode(["sample", 0], "VAEDecodeTiled")
+    for tiled in ("decode", "core"):
+        graph[tiled]["inputs"] |= TILES
+    graph["whole"] = decode(["sample", 0])
+    graph["show"] = node("PreviewImage", images=["core", 0])
+    graph["show2"] = node("PreviewImage", images=["whole", 0])
+    results = run_graph(graph)
+    assert torch.equal(results["decode"][0], results["core"][0])
+    assert not torch.equal(results["decode"][0], results["whole"][0])  # tiles have seams
+    assert results["decode"][1].startswith("guarded: ")
+    records = saved(comfy, "tiled")
+    assert [r["status"] for r in records] == ["guarded"] * 2
+    assert len({r["image_sha256"] for r in records}) == 2
+
+
+def test_an_edited_latent_decoded_in_tiles_is_unattested(run_graph, loras):
+    graph = guarded_graph()
+    graph["edit"] = node("LatentFlip", samples=["sample", 0], flip_method="x-axis: vertically")
+    graph["decode"] = decode(["edit", 0], "ModularLoraDecodeTiled")
+    graph["decode"]["inputs"] |= TILES
+    graph["save"]["inputs"]["unattested"] = "save and say so"
+    assert run_graph(graph)["decode"][1].startswith("unattested")
+
+
+def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, loras):
+    """With a stand-in for a video VAE, as core asks one."""
+    asked = {}
+    frames = torch.rand(1, 5, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    vae = SimpleNamespace(
+        first_stage_model=torch.nn.Linear(1, 1),
+        temporal_compression_decode=lambda: 4,
+        spacial_compression_decode=lambda: 8,
+        decode_tiled=lambda latent, **tiles: asked.update(tiles) or frames,
+    )
+    latent = run_graph(guarded_graph())["sample"][0]["samples"]
+    picture = sys.modules[f"{comfy.host.__package__}.picture"]
+    made, reports = picture.decode(vae, latent, TILES)
+    assert asked == {"tile_x": 8, "tile_y": 8, "overlap": 2, "tile_t": 16, "overlap_t": 2}
+    assert torch.equal(made, frames[0])
+    assert len(reports) == 5  # each names its own pixels
+    assert all(picture.known(frame).guarded for frame in made)
 
 
 def test_an_edited_picture_is_unattested_and_can_be_refused(comfy, run_graph, loras):

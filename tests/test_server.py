@@ -30,6 +30,7 @@ NODE_IDS = {
     "ModularLoraKSamplerAdvanced",
     "ModularLoraGuider",
     "ModularLoraDecode",
+    "ModularLoraDecodeTiled",
     "ModularLoraSaveImage",
     "ModularLoraInterference",
     "ModularLoraTrainTask",
