@@ -62,6 +62,13 @@ class LoraLayer(_Scaled):
 
 
 @dataclass(frozen=True, eq=False)
+class WideLoraLayer(LoraLayer):
+    """A LoRA of a Linear to which it gives more inputs, as if W0 had zeros there (the img_in of Flux control LoRAs)."""
+
+    kind = "LoRA with more inputs"
+
+
+@dataclass(frozen=True, eq=False)
 class LohaLayer(_Scaled):
     """LoHa: ΔW = scale * (w1_a @ w1_b) ⊙ (w2_a @ w2_b); with t1, t2 each factor is a Tucker product."""
 
@@ -200,4 +207,20 @@ class BiasedLayer:
         return self.base.is_zero and not _any(self.bias)
 
 
-Adapter: TypeAlias = LoraLayer | LohaLayer | LokrLayer | DoraLayer | OftLayer | DiffLayer | BiasedLayer
+@dataclass(frozen=True, eq=False)
+class SetLayer:
+    """A weight in place of W0 (``set_weight``, the norms of Flux control LoRAs): ΔW = weight − W0 at any strength."""
+
+    name: str
+    weight: Tensor
+
+    kind = "replaced weight"
+    rank = None
+
+    @property
+    def is_zero(self) -> bool:
+        """False: whether it is W0, only W0 tells."""
+        return False
+
+
+Adapter: TypeAlias = LoraLayer | LohaLayer | LokrLayer | DoraLayer | OftLayer | DiffLayer | SetLayer | BiasedLayer

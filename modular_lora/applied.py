@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LoraLayer, SetLayer
 from .blocks import block_of, parse_block_weights
 from .changes import Bias, LowRank, Part, Role, Term, dense
 from .comparing import Changes, change
@@ -49,7 +49,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         what = f"holds {len(lora.unread)} tensors of no LoRA format, first {lora.unread[0]!r}, and cannot apply whole"
         raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
     specs = info.places
-    shapes = {key: spec.weight_shape if key in info.specs else spec.weight_shape[:1] for key, spec in specs.items()}
+    shapes = {key: spec.weight_shape if key in info.specs else (spec.outputs,) for key, spec in specs.items()}
     match = match_layers(lora, names, info.key_map, shapes, info.family)
     if names and match.unmatched and (role == "safety" or not match.targets):
         raise GuardError(mismatch(lora, match, info.family))
@@ -65,7 +65,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key
-            parts.setdefault(key, []).append((part, scale * factor))
+            parts.setdefault(key, []).append((_on_own(part, spec), scale * factor))
             stored.setdefault(key, []).append((_as_stored(part, adapter, target), scale * factor))
     if role == "safety" and zero:
         raise GuardError(
@@ -83,7 +83,20 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
         for key, parts in a.parts.items():
             layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
             found.setdefault(specs[key].path, (specs[key], []))[1].extend(layer)
-    return ((spec, layer) for spec, layer in found.values() if layer)
+    return ((_widened(spec, layer), layer) for spec, layer in found.values() if layer)
+
+
+def _on_own(part: Part, spec: LayerSpec) -> Part:
+    """A part on the inputs that W0 has, which is where two LoRAs are compared."""
+    if isinstance(part, LowRank) and part.down.shape[1] > spec.inputs:
+        return LowRank(part.down[:, : spec.inputs], part.up)
+    return part
+
+
+def _widened(spec: LayerSpec, terms: Sequence[Term]) -> LayerSpec:
+    """The layer with as many inputs as the widest LoRA gives it."""
+    inputs = max((t.part.down.shape[1] for t in terms if isinstance(t.part, LowRank)), default=0)
+    return spec.widened(inputs, spec.inputs) if inputs > spec.inputs else spec
 
 
 def _as_stored(part: Part, adapter: Adapter, target: Target) -> Part:
@@ -94,22 +107,28 @@ def _as_stored(part: Part, adapter: Adapter, target: Target) -> Part:
 
 
 def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> bool:
-    """Whether a layer changes nothing; of a DoRA over zeros only W0 and its stored lengths tell, to their rounding."""
-    if not (isinstance(adapter, DoraLayer) and adapter.base.is_zero):
+    """Whether a layer changes nothing; of a DoRA over zeros and of a replaced weight only W0 tells, to rounding."""
+    if isinstance(adapter, SetLayer):
+        stored = adapter.weight
+    elif isinstance(adapter, DoraLayer) and adapter.base.is_zero:
+        stored = adapter.magnitude
+    else:
         return adapter.is_zero
     total = sum(scale * dense(part, W0) for part, scale in parts)
-    return float(total.norm()) <= torch.finfo(adapter.magnitude.dtype).eps * float(W0().norm())
+    return float(total.norm()) <= torch.finfo(stored.dtype).eps * float(W0().norm())
 
 
 def _factor(strength: float, block: float, power: int) -> float:
-    """What a layer is multiplied by beside its strength: (strength·block)^power / strength."""
+    """What a layer is multiplied by beside its strength: (strength·block)^power / strength; nothing at strength 0."""
+    if power == 0 and strength * block == 0:
+        return 0.0
     return block * (strength * block) ** (power - 1)
 
 
 def _check_takes(lora: LoraFile, adapter: Adapter, spec: LayerSpec) -> None:
     """GuardError where the layer cannot take such a change."""
     what = f"{lora.name}: layer {adapter.name}"
-    if spec.problem and not (spec.norm and isinstance(adapter, DiffLayer)):
+    if spec.problem and not (spec.norm and isinstance(adapter, DiffLayer | SetLayer)):
         raise GuardError(f"{what} is {spec.problem} and takes no branch; use a LoRA without it.")
     if isinstance(adapter, DiffLayer | BiasedLayer) and adapter.bias is not None and not spec.bias:
         raise GuardError(f"{what} changes a bias, and {spec.path} has none: use a LoRA made for this base.")

@@ -248,6 +248,14 @@ class _Branch:
         return self.layer.add(y, x, self.branches.roles) if self.live else y
 
 
+class _WideBranch(_Branch):
+    """The same where a LoRA gave the layer more inputs than W0 has."""
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self.forward(x[..., : self.layer.spec.narrow] if self.live else x, *args, **kwargs)
+        return self.layer.add(y, x, self.branches.roles) if self.live else y
+
+
 class _Evaluations:
     """Stands in the root's ``forward``: counts the evaluations of the model."""
 
@@ -295,7 +303,7 @@ class Attachment:
             for path, layer in self.branches.layers.items():
                 module = modules[path]
                 _refuse_foreign_forward(path, module)
-                self._place(_Branch, path, module, layer)
+                self._place(_Branch if layer.spec.narrow is None else _WideBranch, path, module, layer)
             for path in self.branches.counted:
                 module = modules[path]
                 self._place(_Evaluations, path, module, path)

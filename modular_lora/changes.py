@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import LayerSpec
+from .layers import Conv, LayerSpec
 
 Role = Literal["safety", "task"]
+_ONCE = Conv((1,), (0,), (1,))  # a kernel of 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class Fused:
         place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
         whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
         if _is_dense(spec, whole, pairs):
-            self.dense = place(_sum(whole, pairs).reshape(spec.weight_shape))
+            self.dense = place(_sum(spec, whole, pairs).reshape(spec.weight_shape))
         elif pairs:
             self.down, self.up = map(place, _concatenate(spec, pairs))
         self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in _picked(terms, Kron))
@@ -96,6 +97,7 @@ class Fused:
         bias = _bias(terms)
         self.bias = None if bias is None else place(_column(spec, bias))
         self.pointwise = spec.conv is not None and _is_pointwise(spec)
+        self.inputs = slice(spec.narrow)  # of x, as W0 has them
         self.plain = self.down is not None and not (self.krons or self.rotations or gains or bias is not None)
         self.nbytes = sum(t.nbytes for t in self.tensors)
 
@@ -116,11 +118,11 @@ class Fused:
     def _convolved(self, y: Tensor, x: Tensor) -> Tensor:
         """y + up·(down ∗ x), as products of matrices where layout and kernel allow it."""
         if y.dim() != self.down.dim() or not y.is_contiguous():
-            return y.add_(_conv(_conv(x, self.down, *self.spec.conv), self.up))
+            return y.add_(_ONCE(self.spec.conv(x, self.down), self.up))
         if self.pointwise and x.is_contiguous():
             h = self.down.flatten(1) @ x.flatten(2)  # b R h·w
         else:
-            h = _conv(x, self.down, *self.spec.conv).flatten(2)  # b R h·w
+            h = self.spec.conv(x, self.down).flatten(2)  # b R h·w
         y.flatten(2).baddbmm_(self.up.flatten(1).expand(len(y), -1, -1), h)
         return y
 
@@ -133,8 +135,8 @@ class Fused:
         if self.dense is not None and norm is not None:
             change.append(norm.normalised(x) * norm.beside(self.dense, y))
         elif self.dense is not None:
-            change.append(F.linear(x, self.dense) if conv is None else _conv(x, self.dense, *conv))
-        change += [_kron(self.spec, w1, w2, x) for w1, w2 in self.krons]
+            change.append(F.linear(x, self.dense) if conv is None else conv(x, self.dense))
+        change += [_kron(self.spec, w1, w2, x[..., self.inputs] if conv is None else x) for w1, w2 in self.krons]
         if self.bias is not None:
             change.append(self.bias if norm is None else norm.beside(self.bias, y))
         for part in change:
@@ -151,22 +153,22 @@ class Fused:
 def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     """How many numbers ``Fused`` holds for these terms."""
     whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
-    outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
-    total = outputs * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (outputs + inputs)
+    rows, inputs = spec.weight_shape[0], spec.inputs
+    total = rows * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (rows + inputs)
     total += sum(p.w1.numel() + p.w2.numel() for p, _ in _picked(terms, Kron))
     total += sum(p.blocks.numel() for p, _ in _picked(terms, Rotation))
     has_bias = any(isinstance(t.part, Bias) or getattr(t.part, "bias", None) is not None for t in terms)
-    return total + outputs * (bool(_picked(terms, Gain)) + has_bias)
+    return total + spec.outputs * (bool(_picked(terms, Gain)) + has_bias)
 
 
 def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
-    outputs, inputs = spec.weight_shape[0], _size(spec.weight_shape[1:])
-    return bool(whole) or _rank(pairs) * (outputs + inputs) > outputs * inputs
+    rows, inputs = spec.weight_shape[0], spec.inputs
+    by_nature = spec.conv is not None and spec.conv.dense and bool(pairs)
+    return bool(whole) or by_nature or _rank(pairs) * (rows + inputs) > rows * inputs
 
 
 def _is_pointwise(spec: LayerSpec) -> bool:
-    stride, padding, _ = spec.conv
-    return set(spec.weight_shape[2:]) | set(stride) == {1} and not any(padding)
+    return set(spec.weight_shape[2:]) | set(spec.conv.stride) == {1} and not any(spec.conv.padding)
 
 
 def _rank(pairs: list[tuple[LowRank, float]]) -> int:
@@ -212,17 +214,18 @@ def _picked(terms: Sequence[Term], kind: type) -> list:
     return [(t.part, t.scale) for t in terms if isinstance(t.part, kind)]
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _sum(spec: LayerSpec, whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
+    total = sum(s * _wide(spec, p.weight) for p, s in whole)
+    return total + sum(s * p.up.float() @ _wide(spec, p.down) for p, s in pairs)  # out in·k·k
 
 
-def _sum(whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
-    total = sum(s * p.weight.float() for p, s in whole)
-    return total + sum(s * p.up.float() @ p.down.float() for p, s in pairs)  # out in·k·k
+def _wide(spec: LayerSpec, rows: Tensor) -> Tensor:
+    """Rows over the inputs in fp32, zero for inputs that another LoRA gave the layer."""
+    return rows.float() if spec.narrow is None else F.pad(rows.float(), (0, spec.inputs - rows.shape[1]))
 
 
 def _concatenate(spec: LayerSpec, pairs: list[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
-    down = torch.cat([p.down.float() for p, _ in pairs])  # R in·k·k
+    down = torch.cat([_wide(spec, p.down) for p, _ in pairs])  # R in·k·k
     up = torch.cat([s * p.up.float() for p, s in pairs], dim=1)  # out R
     kernel = spec.weight_shape[2:]
     if kernel:
@@ -257,9 +260,5 @@ def _kron(spec: LayerSpec, w1: Tensor, w2: Tensor, x: Tensor) -> Tensor:
     if spec.conv is None:
         h = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)  # ... i1 o2
         return torch.einsum("oi,...ic->...oc", w1, h).flatten(-2)
-    h = _conv(x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1), w2, *spec.conv)  # b·i1 o2 h w
+    h = spec.conv(x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1), w2)  # b·i1 o2 h w
     return torch.einsum("oi,bic...->boc...", w1, h.unflatten(0, (x.shape[0], w1.shape[1]))).flatten(1, 2)
-
-
-def _conv(x: Tensor, weight: Tensor, stride=1, padding=0, dilation=1) -> Tensor:
-    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, None, stride, padding, dilation)

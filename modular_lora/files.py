@@ -114,7 +114,7 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
         if expected is not None and sha256.result() != expected:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
-        layers = make_layers(raw.names.layers, *_make_tensors(raw, name), name)
+        layers = make_layers(raw.names, *_make_tensors(raw, name), name)
     return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, tuple(raw.names.unread))
 
 

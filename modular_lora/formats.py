@@ -9,9 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
+from .adapters import (
+    Adapter,
+    BiasedLayer,
+    DiffLayer,
+    DoraLayer,
+    LohaLayer,
+    LokrLayer,
+    LoraLayer,
+    OftLayer,
+    SetLayer,
+    WideLoraLayer,
+)
 from .errors import LoraFileError, shown
-from .names import FACTORS, FORMS, FULL, LOHA, LOKR, LORA, NORM, OFT, READS
+from .names import FACTORS, FORMS, FULL, LOHA, LOKR, LORA, NORM, OFT, READS, SET, Names
 
 RANK_LIMIT = 1024
 TUCKER_LIMIT = 2**30  # numbers in the products of a file's Tucker layers
@@ -27,6 +38,7 @@ _WHOLE = {  # form -> sets of roles, one of which must be there and nothing else
     ),
     OFT: ({"oft_blocks"},),
     FULL: ({"diff"},),
+    SET: ({"set"},),
     NORM: ({"w_norm"}, {"w_norm", "b_norm"}),
 }
 
@@ -59,7 +71,7 @@ def check_layers(layers: Mapping[str, Roles], entries: Mapping[str, Entry], name
 
 
 def make_layers(
-    layers: Mapping[str, Roles], tensors: Mapping[str, Tensor], alphas: Mapping[str, float], name: str
+    names: Names, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], name: str
 ) -> dict[str, Adapter]:
     """The layers of the file `name`, checked before by `check_layers`; LoraFileError for an alpha below 0 and the like.
 
@@ -67,7 +79,7 @@ def make_layers(
     """
     result: dict[str, Adapter] = {}
     expanded = 0
-    for layer, roles in layers.items():
+    for layer, roles in names.layers.items():
         parts = {role: tensors[tensor] for role, tensor in roles.items() if role != "alpha"}
         alpha = alphas[roles["alpha"]] if "alpha" in roles else None
         if alpha is not None and alpha < 0:
@@ -83,7 +95,7 @@ def make_layers(
         for role in ("dora_scale", "magnitude"):
             if role in parts and not parts[role].float().any():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: {role} is 0, it would erase the weight: {DAMAGED}")
-        result[layer] = _layer(layer, parts, alpha)
+        result[layer] = _layer(layer, parts, alpha, layer == names.wide)
     return result
 
 
@@ -125,6 +137,8 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
         _demand(len(shapes["diff"]) > 0, f"diff has shape {list(shapes['diff'])}, a weight's is needed")
     if len(shapes) > 2:
         _check_beside(shapes, out)
+    if "set" in shapes:
+        _demand(len(shapes) == 1 and len(shapes["set"]) > 0, f"set_weight {list(shapes['set'])} is no weight by itself")
     for role in ("diff_b", "w_norm", "b_norm"):
         if role in shapes:
             fits = len(shapes[role]) == 1 and out in (None, shapes[role][0])
@@ -203,15 +217,17 @@ def _demand(fits: bool, problem: str) -> None:
         raise ValueError(f"{problem}: {DAMAGED}")
 
 
-def _layer(name: str, parts: dict[str, Tensor], alpha: float | None) -> Adapter:
-    if len(parts) == 2 and "down" in parts:
+def _layer(name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> Adapter:
+    if len(parts) == 2 and "down" in parts and not wide:
         return LoraLayer(name, parts["down"], parts["up"], alpha)
+    if "set" in parts:
+        return SetLayer(name, parts["set"])
     if "w_norm" in parts:
         return DiffLayer(name, parts["w_norm"], parts.get("b_norm", parts.get("diff_b")))
     bias = parts.pop("diff_b", None)
     if "diff" in parts or not parts:
         return DiffLayer(name, parts.get("diff"), bias)
-    changed = _changed(name, parts, alpha)
+    changed = _changed(name, parts, alpha, wide)
     if "dora_scale" in parts:
         changed = DoraLayer(name, changed, parts["dora_scale"], of_sum=False)
     elif "magnitude" in parts:
@@ -219,9 +235,9 @@ def _layer(name: str, parts: dict[str, Tensor], alpha: float | None) -> Adapter:
     return changed if bias is None else BiasedLayer(name, changed, bias)
 
 
-def _changed(name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Adapter:
+def _changed(name: str, parts: Mapping[str, Tensor], alpha: float | None, wide: bool) -> Adapter:
     if "down" in parts:
-        return LoraLayer(name, parts["down"], parts["up"], alpha)
+        return (WideLoraLayer if wide else LoraLayer)(name, parts["down"], parts["up"], alpha)
     if "oft_blocks" in parts:
         return OftLayer(name, parts["oft_blocks"], alpha)
     kind, roles = (LohaLayer, FACTORS[:6]) if "hada_w1_a" in parts else (LokrLayer, FACTORS[6:])

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
+from .adapters import (
+    Adapter,
+    BiasedLayer,
+    DiffLayer,
+    DoraLayer,
+    LohaLayer,
+    LokrLayer,
+    LoraLayer,
+    OftLayer,
+    SetLayer,
+    WideLoraLayer,
+)
 from .errors import GuardError
 from .files import LoraFile, describe_base
 
@@ -92,7 +103,7 @@ def _variants(name: str) -> Iterator[str]:
     """A layer's name as the file has it, then as ComfyUI's map spells diffusers and PEFT names."""
     bare = name.removeprefix(_PEFT)
     plain = bare.removeprefix("unet.").removeprefix(_PEFT)
-    for stem in (name, bare, plain, f"unet.{plain}", f"text_encoder.{plain}"):
+    for stem in (name, bare, plain, f"unet.{plain}", f"text_encoder.{plain}", name.removesuffix(".scale")):
         yield stem
         long = stem if ".processor.to_" in stem else stem.replace(".to_", ".processor.to_")
         yield long
@@ -126,6 +137,9 @@ def _check_shape(lora: LoraFile, layer: Adapter, target: Target, shape: tuple[in
 
 def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:
     """Whether a file's layer is a change of a weight of shape ``wanted``, and of the bias beside it."""
+    if isinstance(layer, WideLoraLayer):
+        shape = _shape(layer)
+        return len(shape) == len(wanted) == 2 and shape[0] == wanted[0] and shape[1] >= wanted[1]
     if isinstance(layer, LoraLayer):
         return _same(_shape(layer), wanted)
     if isinstance(layer, BiasedLayer):
@@ -164,6 +178,8 @@ def _shape(layer: Adapter) -> tuple[int, ...]:
         return (first[0] * second[0], first[1] * second[1], *second[2:])
     if isinstance(layer, OftLayer):
         return (layer.blocks.shape[0] * layer.blocks.shape[1],)
+    if isinstance(layer, SetLayer):
+        return tuple(layer.weight.shape)
     return tuple((layer.bias if layer.weight is None else layer.weight).shape)
 
 

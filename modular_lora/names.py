@@ -26,6 +26,7 @@ _ENDS = {  # the end of a name -> role
     "lora_A": "down",  # Mochi
     "lora_B": "up",
     **{role: role for role in (*FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
+    "set_weight": "set",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
@@ -45,7 +46,9 @@ _XLABS_LAYERS = {
     "proj_lora": "linear2",
 }
 _WAN_FUN, _KOHYA = "lora_unet__", "lora_unet_"
-_FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+_FLUX_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")  # BFL's, by these two names
+_CONTROL = re.compile(r"(?P<layer>.+?)(?:\.lora_(?P<half>[AB])\.(?P<what>weight|bias)|(?<=_norm\.scale))")
+_CONTROL_ROLES = {("A", "weight"): "down", ("B", "weight"): "up", ("B", "bias"): "diff_b", (None, None): "set"}
 _EMBEDDING = "bundle_emb."
 
 _REFUSED = (
@@ -53,7 +56,7 @@ _REFUSED = (
     (re.compile(r"\.oft_\w+(\..+)?$"), "OFT as PEFT saves it"),
     (re.compile(r"\.rescale$"), "OFT with a rescale, which ComfyUI leaves out"),
     (re.compile(r"\.lokr_t1$"), "LoKr with a Tucker first factor"),
-    (re.compile(r"\.(set_weight|reshape_weight)$"), "a weight to be replaced or reshaped, which is no difference"),
+    (re.compile(r"\.reshape_weight$"), "a LoRA for a weight of another shape (reshape_weight)"),
     (re.compile(r"\.scalar$"), "a scalar beside the factors (LyCORIS use_scalar): export it, which multiplies it in"),
     (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
     (re.compile(r"\.(on_input|ia3_l(\..+)?)$"), "IA3"),
@@ -65,14 +68,16 @@ _REFUSED = (
 )
 
 LORA, LOHA, LOKR, OFT, FULL, NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
+SET = "replaced weight"
 FORMS = {  # role -> the form that it is a part of
     **dict.fromkeys(("down", "up", "mid"), LORA),
     **{role: LOHA if role.startswith("hada") else LOKR for role in FACTORS},
     "oft_blocks": OFT,
     "diff": FULL,
+    "set": SET,
     **dict.fromkeys(("w_norm", "b_norm"), NORM),
 }
-SCALED = {role for role, form in FORMS.items() if form not in (FULL, NORM)}
+SCALED = {role for role, form in FORMS.items() if form not in (FULL, NORM, SET)}
 
 
 @dataclass
@@ -82,6 +87,7 @@ class Names:
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     embeddings: list[str] = field(default_factory=list)  # OneTrainer's bundled embeddings
     unread: list[str] = field(default_factory=list)  # of no format, ComfyUI leaves them out as well
+    wide: str | None = None  # the layer to which the file gives more inputs
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,15 +108,13 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
 
     Names of no format are left out where they stand beside the layers, not in one (Wan's ``diff_m``, its modulation).
     """
-    if all(mark in tensors for mark in _FLUX_CONTROL):
-        what = "is a Flux control LoRA (BFL), which replaces norms and widens img_in"
-        raise LoraFileError(f"{name}: {what}: it cannot act unmerged, use the full Flux control model instead")
-    found, adapters = Names(), {}
+    control = all(mark in tensors for mark in _FLUX_CONTROL)
+    found, adapters = Names(wide="diffusion_model.img_in" if control else None), {}
     for tensor in tensors:
         if tensor.startswith(_EMBEDDING):
             found.embeddings.append(tensor)
             continue
-        place = _place(tensor)
+        place = _control_place(tensor) if control else _place(tensor)
         if place is None:
             _refuse_kinds(tensor, name)
             found.unread.append(tensor)
@@ -152,6 +156,13 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
             role = _LONG_ROLES.get(found["role"], found["role"])
             return found["layer"], role, found.groupdict().get("adapter")
     return None
+
+
+def _control_place(tensor: str) -> tuple[str, str, None] | None:
+    """The same in a Flux control LoRA: names without a prefix, biases beside the factors, norms to be replaced."""
+    found = _CONTROL.fullmatch(tensor)
+    role = _CONTROL_ROLES.get((found["half"], found["what"])) if found else None
+    return (f"diffusion_model.{found['layer']}", role, None) if role else None
 
 
 def _layer_of(tensor: str) -> str:

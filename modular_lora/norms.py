@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _RMS = ("RMSNorm", "T5LayerNorm")  # ComfyUI's own classes beside nn.RMSNorm (0.3.75 and 0.33.0)
+_EPS = 1e-6  # of Flux's RMSNorm, which calls its weight ``scale`` and says no more (0.3.75)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def norm_of(module: nn.Module) -> Norm | None:
 
     A weight that a class stores less one (Gemma's RMSNorm) changes y by the same n(x)·Δw.
     """
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, norm_weight(module) or "weight", None)
     if not isinstance(weight, Tensor):
         return None
     if isinstance(module, nn.GroupNorm):
@@ -46,6 +47,13 @@ def norm_of(module: nn.Module) -> Norm | None:
     if isinstance(module, nn.LayerNorm):
         return Norm("layer", tuple(weight.shape), 1, module.eps)
     if type(module).__name__ in _RMS and weight.dim() == 1:
-        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        eps = module.eps if hasattr(module, "eps") else getattr(module, "variance_epsilon", _EPS)
         return Norm("rms", tuple(weight.shape), 1, eps)
     return None
+
+
+def norm_weight(module: nn.Module) -> str | None:
+    """The name of the weight of an RMS norm that does not call it ``weight``; None for all other modules."""
+    scale = getattr(module, "scale", None)
+    has = type(module).__name__ in _RMS and not hasattr(module, "weight") and isinstance(scale, Tensor)
+    return "scale" if has else None

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer, OftLayer, SetLayer
 from .changes import Bias, Dense, Gain, Kron, LowRank, Part, Rotation, dense
 from .errors import GuardError
 from .layers import LayerSpec, bias_key
@@ -26,8 +26,9 @@ EPS = torch.finfo(torch.float32).eps  # what core adds to the lengths that it di
 
 
 def power(adapter: Adapter) -> int:
-    """How often core multiplies by the strength: OFT's rotation is taken times strength and then times strength."""
-    return 2 if isinstance(getattr(adapter, "base", adapter), OftLayer) else 1
+    """How often core multiplies by the strength: an OFT's rotation twice, a replaced weight never."""
+    adapter = getattr(adapter, "base", adapter)
+    return 2 if isinstance(adapter, OftLayer) else 0 if isinstance(adapter, SetLayer) else 1
 
 
 def resolve(adapter: Adapter, target: Target, spec: LayerSpec, weight: Weight) -> Parts:
@@ -39,6 +40,20 @@ def resolve(adapter: Adapter, target: Target, spec: LayerSpec, weight: Weight) -
     place = _Place(target, spec, weight)
     if isinstance(adapter, BiasedLayer):
         return (*resolve(adapter.base, target, spec, weight), (place.bias(adapter.bias), 1.0))
+    if spec.conv is not None and spec.conv.dense:
+        return tuple((_as_weight(part, place), scale) for part, scale in _resolve(adapter, place))
+    return _resolve(adapter, place)
+
+
+def _as_weight(part: Part, place: _Place) -> Part:
+    """A part that acts on the layer's output, or on its inputs in groups, as a matrix in the shape of W0."""
+    acts = isinstance(part, Gain | Rotation) and place.spec.conv.transposed
+    return Dense(dense(part, place.original)) if acts or isinstance(part, Kron) else part
+
+
+def _resolve(adapter: Adapter, place: _Place) -> Parts:
+    if isinstance(adapter, SetLayer):
+        return ((_replacement(adapter, place), 1.0),)
     if isinstance(adapter, DiffLayer):
         return tuple(_diff(adapter, place))
     if isinstance(adapter, OftLayer):
@@ -77,9 +92,14 @@ class _Place:
         return slice(start, start + length) if dim == 0 else slice(None)
 
     def original(self) -> Tensor:
-        """W0 of the slice (out in·k·k, fp32)."""
+        """W0 of the slice (out in·k·k; out 1 for a norm or a bias; fp32)."""
         weight = self.values(self.target.key).float()
-        return (weight if self.target.offset is None else weight.narrow(*self.target.offset)).flatten(1)
+        weight = weight if self.target.offset is None else weight.narrow(*self.target.offset)
+        return weight.reshape(weight.shape[0], -1)
+
+    @property
+    def is_bias(self) -> bool:
+        return self.target.key.endswith(".bias")
 
     def original_bias(self) -> Tensor | None:
         """The layer's own bias (out of the whole weight)."""
@@ -180,13 +200,20 @@ def _factors(a: Tensor, b: Tensor, middle: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _diff(adapter: DiffLayer, place: _Place):
-    if adapter.weight is not None and place.target.key.endswith(".bias"):
+    if adapter.weight is not None and place.is_bias:
         yield place.bias(adapter.weight), 1.0
     elif adapter.weight is not None:
         change = adapter.weight.float()
         yield place.weight(Dense(change.reshape(change.shape[0], -1))), 1.0
     if adapter.bias is not None:
         yield place.bias(adapter.bias), 1.0
+
+
+def _replacement(adapter: SetLayer, place: _Place) -> Dense | Bias:
+    """The difference of a stored weight to W0."""
+    rows = adapter.weight.float()
+    change = place.arranged(rows.reshape(rows.shape[0], -1)) - place.original()
+    return Bias(change.flatten()) if place.is_bias else place.weight(Dense(change), arrange=False)
 
 
 def _rotation(adapter: OftLayer, place: _Place) -> Rotation | Dense:

@@ -16,7 +16,7 @@ from ..modular_lora import attestation as attest
 from ..modular_lora.branches import places, tree
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo
-from ..modular_lora.layers import LayerSpec, layer_spec
+from ..modular_lora.layers import LayerSpec, layer_spec, layer_specs
 from .parts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
@@ -50,7 +50,7 @@ def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple
 
 def is_current(module: torch.nn.Module, specs: Iterable[LayerSpec]) -> bool:
     """Whether these layers are still what their specs say."""
-    specs = {spec.path: spec for spec in specs}
+    specs = {spec.path: spec.own for spec in specs}
     return all(layer_spec(path, layer) == specs[path] for path, layer in places(module, specs).items())
 
 
@@ -89,8 +89,7 @@ def original_weight(patcher, key: str) -> torch.Tensor:
 
 def _specs(module: torch.nn.Module) -> dict:
     _refuse_fused_kernels(module)
-    found = ((path, m) for path, m in module.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor))
-    return {f"{path}.weight": layer_spec(path, m) for path, m in found}
+    return layer_specs(module)
 
 
 def _refuse_fused_kernels(module: torch.nn.Module) -> None:

@@ -36,6 +36,7 @@ from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
+from .widened import widen
 
 PACK = "modular-lora-guard 0.1.0"
 KEY = "modular_lora"
@@ -316,6 +317,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy))
     state = GuardState(built.model, built.record, frozenset(model.patches), built.text_digest)
     guarded = _wrap(model.clone(), state)
+    widen(guarded, state.part.branches)
     if built.text:
         clip = _wrap_clip(clip.clone(), replace(state, part=built.text, patches=frozenset(clip.patcher.patches)))
     patchers = (guarded, clip.patcher) if built.text else (guarded,)

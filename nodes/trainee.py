@@ -316,4 +316,10 @@ def text_names(info: ModelInfo) -> dict[str, str]:
 
 
 def _trainable(info: ModelInfo, key: str) -> bool:
-    return key in info.specs and not info.specs[key].problem and len(info.specs[key].weight_shape) in (2, 4)
+    spec = info.specs.get(key)
+    return (
+        spec is not None
+        and not spec.problem
+        and len(spec.weight_shape) in (2, 4)
+        and not (spec.conv and spec.conv.dense)
+    )

@@ -206,7 +206,6 @@ MORE_TRANSFORMERS = (
                 "unclip_conditioning": [Entries(clip_vision_output={"image_embeds": Noise((1, 768))}, strength=1.0)]
             }
         },
-        bare=(r".*\.depthwise",),
     ),
     Family(
         "Stable Cascade B",
@@ -215,7 +214,6 @@ MORE_TRANSFORMERS = (
         (4, 16, 16),
         (12, 24),
         {"pooled_output": Noise((1, 1, 28)), "stable_cascade_prior": Noise((1, 16, 4, 4))},
-        bare=(r".*\.depthwise", r"up_upscalers\.\d\.1"),
     ),
 )
 
@@ -280,7 +278,7 @@ OTHERS = (
         (12, 24),
         {"conditioning_lyrics": torch.arange(6)[None]},
         ("",),
-        bare=("lyric_embs", r"transformer_blocks\.0\.ff\.depth_conv\.conv"),
+        bare=("lyric_embs",),
     ),
     Family(
         "Hunyuan 3D 2",

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 LINEAR, POINT, KERNEL, LINE = "Linear", "Conv2d 1x1", "Conv2d 3x3", "Conv1d"
+DEPTH, UP = "Conv2d, grouped", "ConvTranspose2d"
 LAYER, GROUP, RMS = "LayerNorm", "GroupNorm", "RMSNorm"
 PATHS = {LINEAR: "linear", POINT: "point", KERNEL: "kernel", LINE: "line", LAYER: "layer", GROUP: "group", RMS: "rms"}
+PATHS |= {DEPTH: "depth", UP: "up"}
 
 
 class Net(nn.Module):
@@ -22,6 +24,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.kernel = nn.Conv2d(4, 12, 3, stride=2, padding=1)
+        self.depth = nn.Conv2d(12, 12, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(12, 12, 2, stride=2)
         self.group = nn.GroupNorm(3, 12)
         self.point = nn.Conv2d(12, 16, 1)
         self.line = nn.Conv1d(16, 24, 3, padding=1)
@@ -31,7 +35,8 @@ class Net(nn.Module):
         self.out = nn.Linear(36, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.point(torch.tanh(self.group(self.kernel(x))))  # b 16 h w
+        h = self.up(torch.tanh(self.depth(self.kernel(x))))  # b 12 h w
+        h = self.point(torch.tanh(self.group(h)))  # b 16 h w
         h = self.line(torch.tanh(h).flatten(2)).transpose(1, 2)  # b hw 24
         return self.out(self.rms(self.linear(self.layer(h))))
 
@@ -161,8 +166,10 @@ def _by_cosine(*shape: int) -> Tensor:
 BIASED = {
     "lora_down.weight": lambda w: _by_cosine(2, *w.shape[1:]),
     "lora_up.weight": lambda w: _by_cosine(w.shape[0], 2, *(1 for _ in w.shape[2:])),
-    "diff_b": lambda w: _by_cosine(w.shape[0]),
+    "diff_b": lambda w: _by_cosine(w.shape[0]),  # as many outputs as inputs where the layer is transposed
 }
+LENGTHS = lambda w: 1.5 + w.flatten(1)[:, 0].reshape(-1, *(1 for _ in w.shape[1:]))  # noqa: E731
+KRON = {"lokr_w1": lambda w: _by_cosine(3, 1), "lokr_w2": lambda w: _by_cosine(w.shape[0] // 3, *w.shape[1:])}
 LAYERS = (LINEAR, POINT, KERNEL, LINE)
 FLAT = (LINEAR, POINT, KERNEL)
 TUCKER = {"use_tucker": True}
@@ -195,7 +202,10 @@ MAKERS = (
     Maker("full difference with bias", "LyCORIS", LAYERS, lycoris("FullModule")),
     Maker("norm", "LyCORIS", (LAYER, GROUP), lycoris("NormModule")),
     Maker("norm", "by hand", (RMS,), by_hand(w_norm=lambda w: 0.3 * torch.cos(torch.arange(36.0)))),
-    Maker("LoRA with a bias", "by hand", FLAT, by_hand(**BIASED)),
+    Maker("LoRA with a bias", "by hand", (*FLAT, DEPTH, UP), by_hand(**BIASED)),
+    Maker("DoRA over LoRA", "by hand", (DEPTH, UP), by_hand(**BIASED, dora_scale=LENGTHS)),
+    Maker("LoKr of whole factors", "by hand", (DEPTH, UP), by_hand(**KRON)),
+    Maker("replaced weight", "by hand", (*FLAT, LAYER, RMS), by_hand(set_weight=lambda w: w + _by_cosine(*w.shape))),
 )
 REFUSED = {  # what the error must say of the file
     Maker("BOFT", "LyCORIS", (POINT,), lycoris("ButterflyOFTModule", lora_dim=4)): "BOFT",
@@ -208,5 +218,4 @@ REFUSED = {  # what the error must say of the file
     Maker(
         "LoKr of whole factors, Conv1d", "LyCORIS", (LINE,), lycoris("LokrModule", full_matrix=True)
     ): "are those of no",
-    Maker("set_weight", "by hand", (LINEAR,), by_hand(set_weight=lambda w: w + 1)): "a weight to be replaced",
 }

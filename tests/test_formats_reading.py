@@ -290,10 +290,12 @@ def test_two_adapters_in_one_file_are_refused_even_on_different_layers(tmp_path)
     assert "a second down" in refusal(tmp_path, {name.replace("b.", "a.", 1): t for name, t in tensors.items()})
 
 
-def test_a_control_lora_of_flux_is_refused_by_name(tmp_path):
+def test_a_control_lora_of_flux_has_more_inputs_biases_and_replaced_norms(tmp_path):
     tensors = {"img_in.lora_A.weight": torch.ones(2, 4), "img_in.lora_B.weight": torch.ones(3, 2)}
     tensors |= {"img_in.lora_B.bias": torch.ones(3), "single_blocks.0.norm.key_norm.scale": torch.ones(4)}
-    assert "is a Flux control LoRA (BFL)" in refusal(tmp_path, tensors)
+    layers = read(tmp_path, tensors).layers
+    assert list(layers) == ["diffusion_model.img_in", "diffusion_model.single_blocks.0.norm.key_norm.scale"]
+    assert [layer.kind for layer in layers.values()] == ["LoRA with more inputs with a bias", "replaced weight"]
 
 
 def test_tucker_layers_are_what_the_three_convolutions_are(tmp_path):
