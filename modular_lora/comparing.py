@@ -2,18 +2,17 @@
 
 For LoRAs everything follows from Gram matrices of the factors (r by r): <U1 D1, U2 D2> = sum((U1ᵀU2) ⊙ (D1 D2ᵀ)), and
 no dense product is formed. What is no product of thin factors (LoKr, DoRA, OFT, full differences) goes in exactly, by
-products with thin matrices where that is enough, else by one dense matrix a layer that is dropped again. Sums are in
-fp64; products of large factors are in fp32.
+products with thin matrices where that is enough, else by one dense matrix a layer that is dropped again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,52 +21,22 @@ from .adapters import LoraLayer
 from .changes import Bias, Dense, Gain, Kron, LowRank, Part, dense, times
 from .errors import GuardError
 from .files import LoraFile
+from .grams import (
+    ZERO_ENERGY,
+    Factor,
+    Grams,
+    column,
+    grams,
+    inners,
+    measure,
+    note_energies,
+    product,
+    ready,
+    trace,
+)
 from .layers import LayerSpec
 from .matching import Match, Target
 from .resolve import resolve
-
-SMALL = 2**14  # entries of a factor; up to there products are in fp64
-ZERO_ENERGY = 1e-14  # of ‖U‖²‖D‖²: what rounding leaves of factors that cancel
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """dW = scale * up @ down of one weight, without strength."""
-
-    up: Tensor  # out r
-    down: Tensor  # r in, a conv kernel flattened
-    scale: float = 1.0  # alpha / rank
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """D Dᵀ (r r)."""
-        return _gram(self.down, self.down)
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """UᵀU (r r)."""
-        return _gram(self.up.T, self.up.T)
-
-    @cached_property
-    def energy(self) -> float:
-        """‖dW‖²; 0 where the factors cancel to rounding."""
-        rows, columns = self.rows, self.columns
-        if not (_exact(self.up) and _exact(self.down)) and float((columns * rows).sum()) < 1e-3 * _bound(columns, rows):
-            rows, columns = _gram(self.down.double(), self.down.double()), _gram(self.up.double().T, self.up.double().T)
-        energy = float((columns * rows).sum())
-        return self.scale**2 * energy if energy > ZERO_ENERGY * _bound(columns, rows) else 0.0
-
-    @cached_property
-    def roots(self) -> tuple[Tensor, Tensor]:
-        """R (r n) with R Rᵀ the pseudo-inverse of UᵀU, and of D Dᵀ."""
-        return tuple(
-            _root(gram, 1e-12 if _exact(f) else 1e-6) for gram, f in ((self.columns, self.up), (self.rows, self.down))
-        )
-
-    @property
-    def span(self) -> float:
-        """r / in: the row overlap that chance gives."""
-        return self.down.shape[0] / self.down.shape[1]
 
 
 class Whole:
@@ -175,8 +144,7 @@ def norm(a: Change) -> float:
     return math.sqrt(a.energy)
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Inner products of one weight's safety (s) and task (t) change; t is 0 where no task LoRA changes it."""
 
     layer: str
@@ -185,6 +153,7 @@ class Pair:
     st: float
     inside: float  # ‖P_U dW_t P_D‖²
     row_overlap: float
+    span: float  # of the safety LoRA's change
 
     @property
     def cosine(self) -> float:
@@ -192,73 +161,130 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """One task LoRA's change of a weight, at strength 1, as the safety LoRA's change sees it."""
+class Seen:
+    """One task LoRA's changes of L weights, at strength 1, as the safety LoRA's changes see them."""
 
-    st: float
-    within: Tensor | None  # r_s r_s: P_U dW_t P_D in orthonormal bases of the two spaces; None: all of dW_t is inside
-    rows: tuple[float, float]  # energy of its rows inside the row space of D_s, and in all
+    tt: Tensor  # L
+    st: Tensor  # L
+    within: Tensor | None  # L r_s r_s: P_U dW_t P_D in orthonormal bases of the two spaces; None: dW_t is all inside
+    rows: tuple[Tensor, Tensor]  # L each: energy of its rows inside the row space of D_s, and in all
 
 
+@dataclass(frozen=True, eq=False)
 class Compared:
-    """The safety LoRA's change ``a`` of one weight and what every other LoRA does to that weight.
+    """Weights that the safety LoRA and the same others change: L weights whose changes have the same ranks, or one."""
 
-    Raises GuardError where ``a`` does nothing.
+    layers: tuple[str, ...]
+    changes: tuple[Change, ...]  # the safety LoRA's
+    seen: Mapping[int, Seen]  # by the number of the other
+    crosses: Mapping[tuple[int, int], Tensor]  # L: <dW_i, dW_j> of every two others
+
+    def pairs(self, strengths: Sequence[float]) -> list[Pair]:
+        """Against Σ strength·dW_t, weight by weight."""
+        seen = {index: one for index, one in self.seen.items() if strengths[index]}
+        if not seen:
+            return self._pairs(*([0.0] * len(self.layers) for _ in range(4)))
+        alone = sum(strengths[index] ** 2 * one.tt for index, one in seen.items())
+        pairs = [(i, j) for i, j in self.crosses if i in seen and j in seen]
+        tt = alone + 2 * sum(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
+        some = (tt > ZERO_ENERGY * alone) & (tt != 0)
+        st = sum(strengths[index] * one.st for index, one in seen.items())
+        inside = tt
+        if next(iter(seen.values())).within is not None:
+            within = sum(strengths[index] * one.within for index, one in seen.items())
+            inside = torch.minimum(tt, within.square().sum((1, 2)))
+        figures = (tt, st, inside, _overlap(seen.values()))
+        return self._pairs(*(torch.where(some, figure, 0.0).tolist() for figure in figures))
+
+    def alone(self, index: int) -> list[Pair]:
+        """Against one LoRA at strength 1, the weights that it changes."""
+        if (one := self.seen.get(index)) is None:
+            return []
+        figures = (one.tt, one.st, torch.zeros_like(one.tt), _overlap([one]))
+        return [pair for pair in self._pairs(*(figure.tolist() for figure in figures)) if pair.tt]
+
+    def _pairs(self, *figures: list[float]) -> list[Pair]:
+        spans, energies = [a.span for a in self.changes], [a.energy for a in self.changes]
+        return list(map(Pair, self.layers, energies, *figures, spans))
+
+
+def _overlap(seen: Iterable[Seen]) -> Tensor:
+    """Energy of the rows inside over that of all rows (L)."""
+    inside, whole = (sum(energies) for energies in zip(*(one.rows for one in seen), strict=True))
+    return (inside / whole.clamp(min=1e-300)).clamp(max=1.0)
+
+
+def compare(safety: Changes, others: Sequence[Changes]) -> list[Compared]:
+    """What every other LoRA does to the safety LoRA's weights; factors of the same ranks together.
+
+    Raises GuardError where a change of the safety LoRA does nothing.
     """
-
-    def __init__(self, layer: str, a: Change, others: Sequence[Changes]):
-        self.layer, self.a = layer, a
+    measure(safety.values())
+    alike: dict[tuple, list[tuple[str, Change, dict[int, Change]]]] = {}
+    for layer, a in safety.items():
         if a.energy == 0:
             raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
-        several = sum(isinstance(b, Whole) for b in (a, *changes.values())) > 1  # then one meets the other densely
-        own = a.dense() if several and isinstance(a, Whole) else None
-        matrices = {index: b.dense() if several and isinstance(b, Whole) else None for index, b in changes.items()}
-        self.energies = {index: b.energy for index, b in changes.items()}
-        self.crosses = _crosses(changes, matrices)
-        roots = a.roots if changes and isinstance(a, Factor) else None
-        self.seen = {
-            index: _seen_by_factor(a, roots, b, matrices[index])
-            if roots
-            else _seen_by_dense(a, own, b, matrices[index])
-            for index, b in changes.items()
-        }
-
-    def pair(self, strengths: Sequence[float]) -> Pair:
-        """Against Σ strength·dW_t."""
-        strengths = {index: strength for index, strength in enumerate(strengths) if strength and index in self.seen}
-        alone = math.fsum(strength**2 * self.energies[index] for index, strength in strengths.items())
-        tt = alone + 2 * math.fsum(
-            strengths[i] * strengths[j] * value
-            for (i, j), value in self.crosses.items()
-            if i in strengths and j in strengths
-        )
-        if tt <= ZERO_ENERGY * alone or tt == 0:
-            return Pair(self.layer, self.a.energy, 0.0, 0.0, 0.0, 0.0)
-        seen = [(self.seen[index], strength) for index, strength in strengths.items()]
-        st = math.fsum(strength * one.st for one, strength in seen)
-        within = None if seen[0][0].within is None else sum(strength * one.within for one, strength in seen)
-        inside = tt if within is None else min(tt, float(within.square().sum()))
-        rows = math.fsum(one.rows[0] for one, _ in seen) / max(math.fsum(one.rows[1] for one, _ in seen), 1e-300)
-        return Pair(self.layer, self.a.energy, tt, st, inside, min(1.0, rows))
-
-    def alone(self, index: int) -> Pair | None:
-        """Against one LoRA at strength 1; None where it does not change the weight."""
-        if index not in self.seen or self.energies[index] == 0:
-            return None
-        one, tt = self.seen[index], self.energies[index]
-        return Pair(self.layer, self.a.energy, tt, one.st, 0.0, min(1.0, one.rows[0] / one.rows[1]))
+        thin = all(isinstance(item, Factor) for item in (a, *changes.values()))
+        ranks = tuple((index, item.down.shape[0]) for index, item in changes.items()) if thin else layer
+        alike.setdefault((a.down.shape[0], ranks) if thin else (layer,), []).append((layer, a, changes))
+    return [_of_factors(group) if len(kind) > 1 else _of_wholes(*group[0]) for kind, group in alike.items()]
 
 
-def _crosses(changes: Mapping[int, Change], matrices: Mapping[int, Tensor | None]) -> dict[tuple[int, int], float]:
-    """<dW_i, dW_j> of every two LoRAs; ``matrices`` holds the dense ones."""
-    return {(i, j): _inner(changes[i], matrices[i], changes[j], matrices[j]) for i, j in combinations(changes, 2)}
+def _of_factors(group: Sequence[tuple[str, Factor, Mapping[int, Factor]]]) -> Compared:
+    """Weights whose changes are all thin, of the same ranks by the same LoRAs."""
+    layers, own, changes = zip(*group, strict=True)
+    numbers = tuple(changes[0])
+    members = [own, *([found[number] for found in changes] for number in numbers)]
+    places = range(1, len(members))
+    several = list(combinations(places, 2))
+    products = grams(members, [*((0, i) for i in places), *((i, i) for i in places), *several])
+    seen = {numbers[i - 1]: _see(own, members[i], products[0, i], products[i, i]) for i in places}
+    crosses = {(numbers[i - 1], numbers[j - 1]): inners(members[i], members[j], products[i, j]) for i, j in several}
+    return Compared(layers, own, seen, crosses)
+
+
+def _see(own: Sequence[Factor], others: Sequence[Factor], crossed: Grams, alone: Grams) -> Seen:
+    """``others`` (b) by U_aᵀ dW_b D_aᵀ for ``own`` (a); ``crossed``: products of a with b, ``alone``: of b with b."""
+    note_energies(others, alone)
+    up, down = crossed  # L r_a r_b
+    left, right = (torch.stack(roots).mT for roots in zip(*(a.roots for a in own), strict=True))
+    rows = right @ down  # D_b in an orthonormal basis of D_a's rows
+    within = column([b.scale for b in others])[:, None, None] * ((left @ up) @ rows.mT)
+    energies = rows.square().sum((1, 2)), trace(alone[1])
+    return Seen(column([b.energy for b in others]), inners(own, others, crossed), within, energies)
+
+
+def _of_wholes(layer: str, a: Change, changes: Mapping[int, Change]) -> Compared:
+    """One weight where the safety LoRA's change or another is no product of thin factors."""
+    several = sum(isinstance(b, Whole) for b in (a, *changes.values())) > 1  # then one meets the other densely
+    own = a.dense() if several and isinstance(a, Whole) else None
+    matrices = {index: b.dense() if several and isinstance(b, Whole) else None for index, b in changes.items()}
+    crosses = {
+        (i, j): column([_inner(changes[i], matrices[i], changes[j], matrices[j])]) for i, j in combinations(changes, 2)
+    }
+    seen = {index: _seen(a, own, b, matrices[index]) for index, b in changes.items()}
+    return Compared((layer,), (a,), seen, crosses)
+
+
+def _seen(a: Change, own: Tensor | None, b: Change, matrix: Tensor | None) -> Seen:
+    """One change by another; ``own`` and ``matrix`` where they are dense already."""
+    if isinstance(a, Factor) and isinstance(b, Factor):
+        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
+    tt = column([b.energy])
+    if not isinstance(a, Factor):  # it spans everything: all of dW_b is inside
+        return Seen(tt, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
+    up, down = ready(a)
+    change = _times(b, matrix, down.T)  # out r
+    M = product(up, change.T).double()  # r r
+    rows = (change.double() @ a.roots[1]).square().sum()
+    return Seen(tt, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], tt))
 
 
 def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
     """<dW_a, dW_b>; ``A`` and ``B`` where they are dense already."""
     if isinstance(a, Factor) and isinstance(b, Factor):
-        return a.scale * b.scale * float((_gram(a.up.T, b.up.T) * _gram(a.down, b.down)).sum())
+        return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
     if isinstance(b, Factor):
         a, A, b, B = b, B, a, A
     if isinstance(a, Factor):
@@ -271,24 +297,6 @@ def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
     return b.times(x) if matrix is None else matrix @ x.to(matrix)
 
 
-def _seen_by_factor(a: Factor, roots: tuple[Tensor, Tensor], b: Change, matrix: Tensor | None) -> _Seen:
-    """dW_b (``matrix`` where it is dense) by M = U_aᵀ dW_b D_aᵀ (r r)."""
-    if isinstance(b, Factor):
-        B = _gram(b.down, a.down)  # r_b r_a
-        M = b.scale * _gram(a.up.T, b.up.T) @ B
-        rows = float((B @ roots[1]).square().sum()), float(b.rows.trace())
-    else:
-        seen = _times(b, matrix, a.down.T)  # out r
-        M = _gram(a.up.T, seen.T)
-        rows = float((seen.double() @ roots[1]).square().sum()), b.energy
-    return _Seen(a.scale * float(M.trace()), roots[0].T @ M @ roots[1], rows)
-
-
-def _seen_by_dense(a: Whole, own: Tensor | None, b: Change, matrix: Tensor | None) -> _Seen:
-    """A dense safety change spans everything: all of dW_b is inside."""
-    return _Seen(_inner(a, own, b, matrix), None, (1.0, 1.0))
-
-
 def _dot(a: Tensor, b: Tensor) -> float:
     """Σ a ⊙ b: rows in their own precision, their sum in fp64."""
     return float((a * b.to(a)).sum(1).sum(dtype=torch.float64))
@@ -296,27 +304,3 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 def _energy(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ (r_a r_b, fp64)."""
-    if _exact(a) and _exact(b):
-        return a.double() @ b.double().T
-    return (a @ b.T).double()
-
-
-def _exact(a: Tensor) -> bool:
-    """Whether products of a factor are in fp64."""
-    return a.numel() <= SMALL or a.dtype == torch.float64
-
-
-def _bound(columns: Tensor, rows: Tensor) -> float:
-    """‖U‖²‖D‖² from the Gram matrices."""
-    return float(columns.trace() * rows.trace())
-
-
-def _root(gram: Tensor, exact: bool) -> Tensor:
-    """R (r n) with R Rᵀ the pseudo-inverse of a Gram matrix (r r); what is below rounding spans nothing."""
-    values, vectors = torch.linalg.eigh(gram)
-    kept = values > (1e-12 if exact else 1e-6) * values[-1].clamp(min=0)
-    return vectors[:, kept] / values[kept].sqrt()

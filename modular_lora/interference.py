@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .comparing import Changes, Compared
+from .comparing import Changes, Compared, compare
 from .errors import GuardError
 
 SHARED_ROWS = 0.5
@@ -51,8 +51,9 @@ def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes,
     """
     if not safety:
         raise GuardError("safety LoRA: has 0 matched layers, nothing to compare: use a LoRA made for this base")
-    compared = [Compared(key, a, [changes for _, changes, _ in others]) for key, a in safety.items()]
-    pairs = [layer.pair([strength for _, _, strength in others]) for layer in compared]
+    compared = compare(safety, [changes for _, changes, _ in others])
+    found = {p.layer: p for group in compared for p in group.pairs([strength for _, _, strength in others])}
+    pairs = [found[key] for key in safety]
     net = {p.layer: s + p.st / p.ss for p in pairs}
     shared = [p for p in pairs if p.tt > 0]
     cosines = [p.cosine for p in shared]
@@ -84,9 +85,9 @@ def cancelled(result: Interference, s: float, floor: float, subject: str) -> str
 
 def _marks(name: str, index: int, compared: Sequence[Compared]) -> list[str]:
     """Sentences on how one task LoRA was made; its strength plays no part."""
-    pairs = [(layer, pair) for layer in compared if (pair := layer.alone(index))]
-    cosines = [pair.cosine for _, pair in pairs]
-    small = [(layer.a.span, pair.row_overlap) for layer, pair in pairs if layer.a.span < SMALL_SPAN]
+    pairs = [pair for group in compared for pair in group.alone(index)]
+    cosines = [pair.cosine for pair in pairs]
+    small = [(pair.span, pair.row_overlap) for pair in pairs if pair.span < SMALL_SPAN]
     rows = _mean([overlap for _, overlap in small])
     sentences = []
     if _mean(cosines) < -0.01 and _z(cosines) < -3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,38 @@ def test_overlaps_are_those_of_dense_projections(pair, strength):
 def test_a_joined_factor_is_the_sum(pair, strengths):
     total = sum(strength * dense(item) for item, strength in zip(pair, strengths, strict=True))
     assert torch.allclose(dense(join(list(zip(pair, strengths, strict=True)))), total, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_many_weights_at_once_are_each_weight_by_itself(data):
+    weights = [f"w{index}" for index in range(5)]
+
+    def drawn(seed: int) -> dict[str, Factor]:
+        some = data.draw(st.lists(st.sampled_from(weights), unique=True)) if seed else weights
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+        ranks = {key: data.draw(st.integers(1, 3)) for key in some}
+        return {key: random_factor(generator, 9 + int(key[1]), 12, rank, 0.5) for key, rank in ranks.items()}
+
+    safety, strengths = drawn(0), (1.0, -0.4, 0.0)
+    others = [(f"t{index}", drawn(index + 1), strength) for index, strength in enumerate(strengths)]
+    together = interference(safety, 1.0, others, FLOOR)
+    alone = []
+    for key, a in safety.items():
+        mine = [(name, {key: changes[key]} if key in changes else {}, strength) for name, changes, strength in others]
+        alone += interference({key: a}, 1.0, mine, FLOOR).layers
+    assert [layer.layer for layer in together.layers] == [layer.layer for layer in alone]
+    for found, expected in zip(together.layers, alone, strict=True):
+        assert astuple(found)[1:] == near(astuple(expected)[1:], abs=1e-9)
+
+
+def test_slices_of_a_large_weight_joined_meet_a_lora_of_the_whole_weight():
+    generator = torch.Generator().manual_seed(0)
+    slices, whole = random_factor(generator, 640, 1280, 32), random_factor(generator, 640, 1280, 32)
+    a = join([(slices, 0.5), (slices, 0.5)])  # fp64, beside fp32
+    for s, t in ((a, whole), (whole, a)):
+        [layer] = interference({"w": s}, 1.0, [("task", {"w": t}, 1.0)], FLOOR).layers
+        assert layer.net_strength == near(1 + float((dense(s) * dense(t)).sum() / dense(s).norm() ** 2), abs=1e-6)
 
 
 def test_large_factors_whose_products_are_in_fp32_give_the_same_figures():
