@@ -41,14 +41,14 @@ NODE_IDS = {
 GUARDED_TYPE = "MODULAR_LORA_GUARDED_MODEL"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world() -> DemoWorld:
     if not COMFYUI or not WORLD:
         pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
     return DemoWorld.at(Path(WORLD))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     base.prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
@@ -62,7 +62,7 @@ def client(server: Server) -> Client:
     return Client(server.url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def setting(world: DemoWorld) -> graphs.Setting:
     return world.setting(steps=2, seed=7, prompts=("gloss, racing car", "gloss, cat face"))
 
