@@ -240,7 +240,7 @@ def tensor_name(rng: Random, sound: Sound) -> bytes:
 def ranks(rng: Random, sound: Sound) -> bytes:
     """Down and up of different ranks, a rank beyond all sense, or shapes of no pair."""
     r, n = rng.randint(1, 40), rng.randint(1, 40)
-    bad = [((r, n), (n, r + rng.randint(1, 9))), ((1024 + r, n), (n, 1024 + r)), ((r,), (n, r)), ((r, n, 3), (n, r))]
+    bad = [((r, n), (n, r + rng.randint(1, 9))), ((4096 + r, n), (n, 4096 + r)), ((r,), (n, r)), ((r, n, 3), (n, r))]
     bad += [((r, n, 3, 3), (n, r, 3, 3)), ((r, n), (n, r, 2, 2)), ((r, n, 1, 1), (n, r, 1))]
     down, up = rng.choice(bad)
     layer = f"layer_{rng.getrandbits(30)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -43,23 +43,24 @@ class Applied:
 def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blocks: str, info: ModelInfo) -> Applied:
     """Match, check and resolve ``names`` (layers of ``lora``) on one model; ``blocks``: see blocks.py.
 
-    Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, or nothing matches.
+    What of a task LoRA fits no layer is left out and counted. Raises GuardError where a safety LoRA does not apply
+    whole.
     """
     if role == "safety" and lora.unread:
         what = f"holds {len(lora.unread)} tensors of no LoRA format, first {lora.unread[0]!r}, and cannot apply whole"
         raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
     specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else (spec.outputs,) for key, spec in specs.items()}
-    match = match_layers(lora, names, info.key_map, shapes, info.family)
-    if names and match.unmatched and (role == "safety" or not match.targets):
+    match = match_layers(lora, names, info.key_map, shapes, info.family, whole=role == "safety")
+    if role == "safety" and match.unmatched:
         raise GuardError(mismatch(lora, match, info.family))
+    adapters = dict(_taken(role, lora, match, specs))
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
     stored: dict[str, list[tuple[Part, float]]] = {}
     zero = []
-    for name, target in match.targets.items():
-        adapter, spec = lora.layers[name], specs[target.key]
-        _check_takes(lora, adapter, spec)
+    for name, adapter in adapters.items():
+        target, spec = match.targets[name], specs[match.targets[name].key]
         found = resolve(adapter, target, spec, info.weight)
         zero += [name] if _does_nothing(adapter, found, partial(info.weight, target.key)) else []
         factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
@@ -125,10 +126,25 @@ def _factor(strength: float, block: float, power: int) -> float:
     return block * (strength * block) ** (power - 1)
 
 
-def _check_takes(lora: LoraFile, adapter: Adapter, spec: LayerSpec) -> None:
-    """GuardError where the layer cannot take such a change."""
-    what = f"{lora.name}: layer {adapter.name}"
+def _taken(role: Role, lora: LoraFile, match: Match, specs: Mapping[str, LayerSpec]) -> Iterator[tuple[str, Adapter]]:
+    """The matched layers as their targets take them; the others move to ``match.left``, GuardError in a safety LoRA."""
+    for name, target in list(match.targets.items()):
+        adapter, spec = lora.layers[name], specs[target.key]
+        why = _problem(adapter, spec)
+        if why is not None and role == "safety":
+            raise GuardError(f"{lora.name}: layer {name} {why}.")
+        if why is not None:
+            match.left[name] = why
+        if why is not None and not (isinstance(adapter, BiasedLayer) and _problem(adapter.base, spec) is None):
+            del match.targets[name]
+        else:
+            yield name, adapter if why is None else adapter.base
+
+
+def _problem(adapter: Adapter, spec: LayerSpec) -> str | None:
+    """Why the layer cannot take such a change, or None."""
     if spec.problem and not (spec.norm and isinstance(adapter, DiffLayer | SetLayer)):
-        raise GuardError(f"{what} is {spec.problem} and takes no branch; use a LoRA without it.")
+        return f"is {spec.problem} and takes no branch; use a LoRA without it"
     if isinstance(adapter, DiffLayer | BiasedLayer) and adapter.bias is not None and not spec.bias:
-        raise GuardError(f"{what} changes a bias, and {spec.path} has none: use a LoRA made for this base.")
+        return f"changes a bias, and {spec.path} has none: use a LoRA made for this base"
+    return None

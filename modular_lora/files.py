@@ -28,7 +28,7 @@ from torch import Tensor
 from .adapters import Adapter, LoraLayer
 from .errors import LoraFileError, plain, shown
 from .formats import DAMAGED, Entry, check_layers, make_layers
-from .names import Names, sort_names
+from .names import Names, refuse_other_files, sort_names
 
 HEADER_LIMIT = 16 * 2**20  # bytes
 TENSOR_LIMIT = 20_000
@@ -235,7 +235,11 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
         raise LoraFileError(f"{name}: metadata {shown(metadata)} is not text only: save the file without it")
     if not 1 <= len(table) <= TENSOR_LIMIT:
         raise LoraFileError(f"{name}: holds {len(table)} tensors, 1 to {TENSOR_LIMIT} allowed: use a LoRA file")
-    entries = [(tensor, _parse_entry(tensor, entry, name)) for tensor, entry in table.items()]
+    try:
+        entries = [(tensor, _parse_entry(tensor, entry, name)) for tensor, entry in table.items()]
+    except LoraFileError:
+        refuse_other_files(table, name)
+        raise
     return dict(sorted(entries, key=lambda item: (item[1].start, item[1].end))), metadata
 
 
@@ -292,10 +296,7 @@ def _make_tensors(raw: _Raw, name: str) -> tuple[dict[str, Tensor], dict[str, fl
         row = raw.data[start : next(reversed(run.values())).end]
         row = (row if start % size == 0 else row.clone()).view(_TYPES[dtype])
         if not _is_finite(row):
-            pieces = row.split([math.prod(entry.shape) for entry in run.values()])
-            tensor, piece = next(pair for pair in zip(run, pieces, strict=True) if not _is_finite(pair[1]))
-            peak = piece.double().abs().amax().item()  # NaN and inf both come through amax
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: holds {peak}: train or convert the LoRA again")
+            _refuse_values(run, row, name)
         first, numbers = row.storage_offset() - start // size, []
         for tensor, entry in run.items():
             if tensor.endswith(".alpha"):
@@ -305,6 +306,15 @@ def _make_tensors(raw: _Raw, name: str) -> tuple[dict[str, Tensor], dict[str, fl
         places = torch.tensor([place for _, place in numbers], dtype=torch.long)
         alphas |= zip((tensor for tensor, _ in numbers), row[places].double().tolist(), strict=True)
     return tensors, alphas
+
+
+def _refuse_values(run: Mapping[str, Entry], row: Tensor, name: str) -> None:
+    """LoraFileError for the first tensor of ``row`` that is not finite; what an alpha may be, its format decides."""
+    pieces = row.split([math.prod(entry.shape) for entry in run.values()])
+    for tensor, piece in zip(run, pieces, strict=True):
+        if not tensor.endswith(".alpha") and not _is_finite(piece):
+            peak = piece.double().abs().amax().item()  # NaN and inf both come through amax
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: holds {peak}: train or convert the LoRA again")
 
 
 @lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from .adapters import (
 from .errors import LoraFileError, shown
 from .names import FACTORS, FORMS, FULL, LOHA, LOKR, LORA, NORM, OFT, READS, SET, Names
 
-RANK_LIMIT = 1024
+RANK_LIMIT = 4096
 TUCKER_LIMIT = 2**30  # numbers in the products of a file's Tucker layers
 DAMAGED = "the file is damaged: download it again"
 
@@ -82,6 +82,8 @@ def make_layers(
     for layer, roles in names.layers.items():
         parts = {role: tensors[tensor] for role, tensor in roles.items() if role != "alpha"}
         alpha = alphas[roles["alpha"]] if "alpha" in roles else None
+        if alpha is not None and not math.isfinite(alpha) and not {"lokr_w1", "lokr_w2"} <= parts.keys():
+            raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}: train or convert the LoRA again")
         if alpha is not None and alpha < 0:
             raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}, below 0: set a negative strength")
         if "mid" in parts:

@@ -20,7 +20,7 @@ from .errors import GuardError
 from .files import LoraFile
 from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
-from .matching import is_text
+from .matching import is_text, mismatch
 from .model import ModelInfo
 from .warm import Warm
 
@@ -87,6 +87,8 @@ class LoraLine:
     ranks: tuple[int, int]  # of the layers that have one; (0, 0) where none has
     norm: float
     formats: tuple[str, ...] = ()  # of the layers that matched: "LoRA", "LoKr", ...
+    left: tuple[tuple[str, str], ...] = ()  # layers that the model has and cannot take, and why
+    refusal: str = ""  # what to say if the file applies nowhere else either
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def build_part(
 ) -> GuardedPart:
     """Match, check and fuse every LoRA on one model.
 
-    Raises GuardError where a safety LoRA does not apply whole, a shape or layer does not fit, a task LoRA matches
-    nothing at all, or (``enforce``) the net strength of a safety LoRA falls below ``policy.net_strength_floor``.
+    Raises GuardError where a safety LoRA does not apply whole, or (``enforce``) its net strength falls below
+    ``policy.net_strength_floor``; what of a task LoRA fits no layer is counted in its line.
     """
     applied = [_apply("safety", s.lora, s.strength, "", part, info) for s in safety]
     for t in tasks:
@@ -145,7 +147,9 @@ def build_part(
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
     layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-    return GuardedPart(part, Branches(layers, info.roots, info.parts), tuple(_line(a) for a in applied), reports)
+    return GuardedPart(
+        part, Branches(layers, info.roots, info.parts), tuple(_line(a, info.family) for a in applied), reports
+    )
 
 
 def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
@@ -158,7 +162,10 @@ def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
                 "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
             )
         if not any(line.matched for line in lines):
-            raise GuardError(f"{first.name} applies to no layer at all: use a LoRA made for this base.")
+            refusals = [line.refusal for line in lines if line.refusal]
+            raise GuardError(
+                next(iter(refusals), f"{first.name} applies to no layer at all: use one made for this base.")
+            )
 
 
 def text_digest(safety: Safety) -> str:
@@ -240,19 +247,22 @@ def _net_strength(safety: Applied, applied: list[Applied], policy: Policy, enfor
     return safety.lora.name, result
 
 
-def _line(a: Applied) -> LoraLine:
-    layers = [a.lora.layers[name] for name in a.match.targets]
+def _line(a: Applied, family: str) -> LoraLine:
+    targets, unmatched, left = a.match.targets, a.match.unmatched, a.match.left
+    layers = [a.lora.layers[name] for name in targets]
     ranks = [layer.rank for layer in layers if layer.rank] or [0]
     return LoraLine(
         role=a.role,
         name=a.lora.name,
         sha256=a.lora.sha256,
         strength=a.strength,
-        matched=len(a.match.targets),
-        unmatched=a.match.unmatched,
-        elsewhere=len(a.lora.layers) - len(a.match.targets) - len(a.match.unmatched),
+        matched=len(targets),
+        unmatched=unmatched,
+        elsewhere=len(a.lora.layers) - len(targets.keys() | left.keys()) - len(unmatched),
         zero_layers=len(a.zero),
         formats=tuple(sorted({layer.kind for layer in layers})),
         ranks=(min(ranks), max(ranks)),
         norm=a.norm,
+        left=tuple(left.items()),
+        refusal="" if targets or not (unmatched or left) else mismatch(a.lora, a.match, family),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Match:
 
     targets: dict[str, Target]  # layer name -> target
     unmatched: tuple[str, ...]
-    text: tuple[str, ...]  # text-encoder layers of the whole file, by prefix
+    left: dict[str, str] = field(default_factory=dict)  # layers that the model has and cannot take -> why
 
 
 def is_text(name: str) -> bool:
@@ -53,36 +53,55 @@ def is_text(name: str) -> bool:
 
 
 def match_layers(
-    lora: LoraFile, names: Iterable[str], key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]], subject: str
+    lora: LoraFile,
+    names: Iterable[str],
+    key_map: KeyMap,
+    shapes: Mapping[str, tuple[int, ...]],
+    subject: str,
+    whole: bool = True,
 ) -> Match:
     """Find the weight that each of `names` (layers of `lora`) changes.
 
     `key_map` is ComfyUI's map (comfy.lora.model_lora_keys_unet or _clip), `shapes` gives every weight's shape and
-    `subject` names the model in errors. A layer whose name or weight is unknown is unmatched. Raises GuardError for
-    a wrong shape, for two layers on one place, and for a target that is no plain slice.
+    `subject` names the model in errors. A layer whose name or weight is unknown is unmatched. Raises GuardError for a
+    target that is no plain slice, for a wrong shape and for two layers on one place; where the file need not apply
+    ``whole``, the last two are left out as ComfyUI's merge leaves them out.
     """
-    targets: dict[str, Target] = {}
-    taken: dict[tuple, str] = {}
-    unmatched = []
+    found, unmatched = Match({}, ()), []
+    taken: dict[tuple, tuple[str, str]] = {}  # place -> name in the file, name in the map
     for name in names:
-        if (entry := key_map.get(name)) is None:
-            entry = next((key_map[variant] for variant in _variants(name) if variant in key_map), None)
-        target = None if entry is None else _target(entry, lora, name)
+        known = next((variant for variant in _variants(name) if variant in key_map), None)
+        target = None if known is None else _target(key_map[known], lora, name)
         if target is None or target.key not in shapes:
             unmatched.append(name)
             continue
-        _check_shape(lora, lora.layers[name], target, tuple(shapes[target.key]), subject)
-        place = target.key, target.offset
-        if place in taken:
-            what = f"layers {taken[place]!r} and {name!r} both change {target.key} of {subject}"
-            raise GuardError(f"{lora.name}: {what}: keep one of them in the file")
-        taken[place] = name
-        targets[name] = target
-    return Match(targets, tuple(unmatched), tuple(name for name in lora.layers if is_text(name)))
+        place, pair = (target.key, target.offset), (name, known)
+        why = _misfit(lora.layers[name], target, tuple(shapes[target.key]), subject)
+        if why is None and place in taken:
+            lost, pair = _in_order(taken[place], pair, key_map)
+            found.targets.pop(lost[0], None)
+            name, why = lost[0], f"and {pair[0]!r} both change {target.key} of {subject}: keep one of them in the file"
+            taken[place], found.targets[pair[0]] = pair, target
+        if why is None:
+            taken[place], found.targets[name] = pair, target
+        elif whole:
+            raise GuardError(f"{lora.name}: layer {name!r} {why}")
+        else:
+            found.left[name] = why
+    return replace(found, unmatched=tuple(unmatched))
+
+
+def _in_order(first: tuple[str, str], second: tuple[str, str], key_map: KeyMap) -> tuple[tuple[str, str], ...]:
+    """Two (name in the file, name in the map) of one place in the map's order: ComfyUI takes the last."""
+    order = list(key_map)
+    return tuple(sorted((first, second), key=lambda pair: order.index(pair[1])))
 
 
 def mismatch(lora: LoraFile, match: Match, subject: str) -> str:
     """One line for a file whose layers do not all match a model: counts, first name, the base it says, remedy."""
+    if match.left and not match.targets:
+        name, why = next(iter(match.left.items()))
+        return f"{lora.name}: layer {name!r} {why}"
     total = len(match.targets) + len(match.unmatched)
     first = f", not {match.unmatched[0]!r}" if match.targets and match.unmatched else ""
     base = describe_base(lora.metadata)
@@ -124,15 +143,15 @@ def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
     return Target(key, (int(dim), int(start), int(length)), rearrange)
 
 
-def _check_shape(lora: LoraFile, layer: Adapter, target: Target, shape: tuple[int, ...], subject: str) -> None:
-    """The change must have its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
+def _misfit(layer: Adapter, target: Target, shape: tuple[int, ...], subject: str) -> str | None:
+    """Why a change has not its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
     dim, start, length = target.offset or (0, 0, 0)
     inside = len(shape) > dim and start + length <= shape[dim]
     wanted = slice_shape(target, shape)  # out in [k k]; out of a bias or a norm
     if inside and _fits(layer, wanted):
-        return
+        return None
     have = f"{list(_shape(layer))} in the file, {list(wanted)} in {target.key} of {subject}"
-    raise GuardError(f"{lora.name}: layer {layer.name!r} ({layer.kind}) is {have}: use a LoRA made for this base")
+    return f"({layer.kind}) is {have}: use a LoRA made for this base"
 
 
 def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:

@@ -67,6 +67,17 @@ _REFUSED = (
     (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias of its own (lora_bias)"),
 )
 
+_OTHER_FILES = (  # by the name of a tensor: no LoRA in any format, and what to do with it
+    (re.compile(r"lora_controlnet"), "a Control-LoRA (for a ControlNet loader)"),
+    (re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*"), "a checkpoint"),
+    (re.compile(r".*\.(qweight|wscales|smooth(_orig)?|lora_down|lora_up)"), "nunchaku's own form of a model or LoRA"),
+    (re.compile(r"(emb_params|string_to_(param|token)\..*|clip_[lg]|t5xxl)"), "an embedding (textual inversion)"),
+    (re.compile(r"lllite_.*"), "a ControlNet-LLLite"),
+    (re.compile(r"(ip_adapter|image_proj)\..*"), "an IP-Adapter"),
+    (re.compile(r"(?!.*lora).*(motion_modules|temporal_transformer)\..*"), "a motion module of AnimateDiff"),
+    (re.compile(r"(control_model|input_hint_block|zero_convs)\..*"), "a ControlNet"),
+)
+
 LORA, LOHA, LOKR, OFT, FULL, NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
 SET = "replaced weight"
 FORMS = {  # role -> the form that it is a part of
@@ -77,6 +88,7 @@ FORMS = {  # role -> the form that it is a part of
     "set": SET,
     **dict.fromkeys(("w_norm", "b_norm"), NORM),
 }
+BESIDE = {"alpha", "dora_scale", "magnitude"}  # nothing by themselves
 SCALED = {role for role, form in FORMS.items() if form not in (FULL, NORM, SET)}
 
 
@@ -103,6 +115,15 @@ class Names:
         return tuple(lines)
 
 
+def refuse_other_files(tensors: Collection[str], name: str) -> None:
+    """LoraFileError with the kind of a file that is no LoRA in any format, where its names tell it."""
+    if any(_place(tensor) for tensor in tensors):
+        return
+    for pattern, kind in _OTHER_FILES:
+        if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
+            raise LoraFileError(f"{name}: is {kind}, which is no LoRA: {READS}")
+
+
 def sort_names(tensors: Collection[str], name: str) -> Names:
     """Sort the tensor names of the file `name`; LoraFileError for another format's and for a role that comes twice.
 
@@ -116,7 +137,7 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
             continue
         place = _control_place(tensor) if control else _place(tensor)
         if place is None:
-            _refuse_kinds(tensor, name)
+            _refuse_kinds(tensor, name, tensors)
             found.unread.append(tensor)
             continue
         layer, role, adapter = place
@@ -129,12 +150,22 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
     if len(adapters) > 1:
         what = f"{len(adapters)} adapters ({', '.join(shown(a) for a in sorted(adapters)[:3])}) in one file"
         raise LoraFileError(f"{name}: {what}: save each to a file of its own")
+    if not found.layers:
+        refuse_other_files(tensors, name)
+    _leave_orphans(found)
     for tensor in found.unread:
         if not found.layers or _layer_of(tensor) in found.layers:
             raise LoraFileError(f"{name}: tensor {shown(tensor)}: is not a LoRA tensor: {READS}")
     if not found.layers:
         raise LoraFileError(f"{name}: holds no layer: {READS}")
     return found
+
+
+def _leave_orphans(found: Names) -> None:
+    """A scale without the weights that it scales goes unread: some tools write it under another name than theirs."""
+    orphans = [layer for layer, roles in found.layers.items() if roles.keys() <= BESIDE]
+    for layer in orphans if len(orphans) < len(found.layers) else ():
+        found.unread += found.layers.pop(layer).values()
 
 
 def _place(tensor: str) -> tuple[str, str, str | None] | None:
@@ -169,9 +200,10 @@ def _layer_of(tensor: str) -> str:
     return tensor.removesuffix(".weight").rpartition(".")[0]
 
 
-def _refuse_kinds(tensor: str, name: str) -> None:
+def _refuse_kinds(tensor: str, name: str, tensors: Collection[str]) -> None:
     """LoraFileError for a tensor of a kind that is known and not read, and for one that has no proper name."""
     text = tensor[-NAME_LIMIT:]
     kind = next((kind for pattern, kind in _REFUSED if pattern.search(text)), None)
     if kind or not _layer_of(tensor) or len(tensor) > NAME_LIMIT or not tensor.isprintable():
+        refuse_other_files(tensors, name)
         raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind or 'not a LoRA tensor'}: {READS}")

@@ -15,7 +15,7 @@ def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], note
     """The report on Guard Model: base, every LoRA on every model, net strength, warnings and notes."""
     lines = [f"base {base}, sha256 {base_sha256[:16]}"]
     for part in parts:
-        if any(line.matched or line.unmatched for line in part.lines):
+        if any(line.matched or line.unmatched or line.left for line in part.lines):
             lines.append(f"{_PARTS[part.part]}: {part.layers} layers guarded")
             lines += [f"  {_lora(line)}" for line in part.lines]
             lines += [f"  {_interference(name, result)}" for name, result in part.interference]
@@ -36,6 +36,9 @@ def _lora(line: LoraLine) -> str:
     text = f"{line.role} {line.name}: {line.matched} layers, {form}, strength {line.strength:g}, norm {line.norm:.3g}"
     if line.unmatched:
         text += f"; {len(line.unmatched)} keys match no layer (first {line.unmatched[0]})"
+    if line.left:
+        name, why = line.left[0]
+        text += f"; {len(line.left)} layers are left out (first {name} {why})"
     if line.zero_layers:
         text += f"; {line.zero_layers} layers are all zero"
     return f"{text}; sha256 {line.sha256[:16]}"

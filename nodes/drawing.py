@@ -195,11 +195,12 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
         for name, info in zip(("model", "text"), infos, strict=True)
     ]
     check_coverage(tuple(parts), True)
-    for line in (line for part in parts for line in part.lines if line.unmatched):
-        raise GuardError(
-            f"{line.name}: {len(line.unmatched)} of its layers fit nothing in this base, first {line.unmatched[0]!r}; "
-            "an audit measures whole LoRAs only: use a LoRA made for this base."
-        )
+    for line in (line for part in parts for line in part.lines):
+        if idle := (*line.unmatched, *(name for name, _ in line.left)):
+            raise GuardError(
+                f"{line.name}: {len(idle)} of its layers fit nothing in this base, first {idle[0]!r}; "
+                "an audit measures whole LoRAs only: use a LoRA made for this base."
+            )
     encodes_as = tuple((line.sha256, line.strength) for line in parts[1].lines if line.matched)
     return _Built(*parts, encodes_as)
 

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
+from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
 from ..modular_lora.interference import Interference
 from ..modular_lora.report import format_interference
@@ -53,6 +54,8 @@ class LoraInterference(io.ComfyNode):
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=()) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         part = build_part("model", anatomy.model_info(model), safety, tasks, Policy(), enforce=False)
+        for line in (line for line in part.lines if line.refusal):
+            raise GuardError(line.refusal)
         table = "\n\n".join(format_interference(name, result) for name, result in part.interference)
         show(cls, "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING"))))
         return io.NodeOutput(table, _pictures([_draw(name, result) for name, result in part.interference]))

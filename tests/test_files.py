@@ -219,9 +219,45 @@ def test_tensors_beside_the_layers_that_comfyui_leaves_out_are_left_out_and_coun
     assert lora.notes == (f"3 tensors are left out, as ComfyUI's own loader leaves them out (first '{first}')",)
 
 
+def test_a_scale_without_weights_is_left_out_and_counted(tmp_path):
+    """As diffusers' training scripts left magnitudes under another name than the weights they belong to."""
+    alone = {"a.b.lora_magnitude_vector": torch.ones(3), "c.alpha": torch.tensor(2.0), "d.dora_scale": torch.ones(3, 1)}
+    save_file({**pair(), **alone}, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert list(lora.layers) == ["lora_unet_a"]
+    assert set(lora.unread) == set(alone)
+
+
+def test_an_alpha_that_nothing_is_scaled_by_may_be_infinite(tmp_path):
+    """AI-Toolkit's LoKr of whole factors has an alpha of 9,999,999,999, which float16 cannot hold."""
+    factors = {"a.lokr_w1": torch.ones(2, 2), "a.lokr_w2": torch.ones(3, 2)}
+    save_file({**factors, "a.alpha": torch.tensor(9999999999.0).half()}, tmp_path / "a.safetensors")
+    assert read_lora(tmp_path / "a.safetensors").layers["a"].scale == 1.0
+
+
 def test_a_file_of_nothing_else_is_no_lora(tmp_path):
-    save_file({"model.diffusion_model.out.0.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    assert "'model.diffusion_model.out.0.weight': is not a LoRA tensor" in refusal(tmp_path / "a.safetensors")
+    save_file({"out.0.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    assert "'out.0.weight': is not a LoRA tensor" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        ({"lora_controlnet": torch.ones(0), "input_blocks.0.0.up": torch.ones(2, 2)}, "a Control-LoRA"),
+        ({"cond_stage_model.position_ids": torch.ones(2).long(), "first_stage_model.a": torch.ones(2)}, "a checkpoint"),
+        ({"model.diffusion_model.out.0.weight": torch.ones(2, 2)}, "a checkpoint"),
+        ({"single_blocks.0.qweight": torch.ones(2, 2).char()}, "nunchaku's own form"),
+        ({"emb_params": torch.ones(2, 8)}, "an embedding"),
+        ({"clip_g": torch.ones(2, 8), "clip_l": torch.ones(2, 8)}, "an embedding"),
+        ({"lllite_unet_a.down.0.weight": torch.ones(2, 8)}, "a ControlNet-LLLite"),
+        ({"image_proj.norm.weight": torch.ones(8), "ip_adapter.1.to_k_ip.weight": torch.ones(8, 8)}, "an IP-Adapter"),
+        ({"control_model.out.weight": torch.ones(8, 8)}, "a ControlNet"),
+        ({"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": torch.ones(8)}, "a motion module"),
+    ],
+)
+def test_another_kind_of_file_is_refused_by_its_kind(tmp_path, tensors, kind):
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert f"a.safetensors: is {kind}" in refusal(tmp_path / "a.safetensors")
 
 
 DOWN, UP = (name.format("lora_unet_a") for name in NAMES["kohya"])
@@ -272,13 +308,13 @@ def test_a_header_that_is_wrong_is_named(tmp_path, edit, says):
     [
         ({DOWN: torch.ones(2, 4)}, "has only down"),
         ({UP: torch.ones(3, 2)}, "has only up"),
-        ({**pair(), "b.alpha": torch.tensor(1.0)}, "has only alpha"),
+        ({"b.alpha": torch.tensor(1.0)}, "has only alpha"),
         ({DOWN: torch.ones(2, 4), UP: torch.ones(3, 5)}, "rank is 2 in down and 5 in up"),
         ({DOWN: torch.ones(2, 4, 3), UP: torch.ones(3, 2)}, "no Linear or convolution pair"),
         ({DOWN: torch.ones(2, 4, 3, 3), UP: torch.ones(3, 2, 3, 3)}, "no Linear or convolution pair"),
-        ({DOWN: torch.ones(1025, 4), UP: torch.ones(3, 1025)}, "rank 1025"),
+        ({DOWN: torch.ones(4097, 4), UP: torch.ones(3, 4097)}, "rank 4097"),
         ({**pair(), "lora_unet_a.alpha": torch.ones(2)}, "alpha has shape [2]"),
-        ({**pair(), "lora_unet_a.alpha": torch.tensor(math.inf)}, "holds inf"),
+        ({**pair(), "lora_unet_a.alpha": torch.tensor(math.inf)}, "alpha is inf"),
         ({**pair(), "lora_unet_a.alpha": torch.tensor(-1.0)}, "alpha is -1.0"),
         ({DOWN: torch.full((2, 4), math.nan), UP: torch.ones(3, 2)}, "holds nan"),
         ({DOWN: torch.ones(2, 4), UP: torch.tensor([[1.0, -math.inf]])}, "holds inf"),

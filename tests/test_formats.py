@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -199,20 +200,39 @@ def test_biases_by_their_own_names(comfy, safety, tmp_path, matrix):
     matrix("formats.json", "differences of biases alone", "works", worst)
 
 
-@pytest.mark.parametrize(("name", "words"), [("rms", "rms has none"), ("embedding", "a Embedding, not a Linear")])
-def test_what_a_layer_cannot_take_is_refused_by_name(name, words, safety, tmp_path, matrix):
+@pytest.mark.parametrize(
+    ("path", "tensors", "words", "row"),
+    [
+        ("rms", {"w_norm": (36,), "b_norm": (36,)}, "rms has none", "a difference of a bias that a norm lacks"),
+        ("embedding", {"diff": (7, 5)}, "a Embedding, not a Linear", "a difference of an embedding"),
+        ("linear", {"diff": (36, 23)}, "[36, 23] in the file, [36, 24] in", "a layer of another shape"),
+    ],
+)
+def test_what_a_layer_cannot_take_is_counted_in_a_task_lora_and_stops_a_safety_lora(
+    path, tensors, words, row, safety, tmp_path, matrix
+):
     model, file = Model(), tmp_path / "file.safetensors"
     model.diffusion_model.embedding = nn.Embedding(7, 5)
-    made = {
-        "rms": {"lora_unet_rms.w_norm": torch.ones(36), "lora_unet_rms.b_norm": torch.ones(36)},
-        "embedding": {"lora_unet_embedding.diff": torch.ones(7, 5)},
-    }
-    save_file(made[name], file)
-    with pytest.raises(GuardError, match=words):
-        guarded(model, [(safety, 1.0)], [(file, 1.0)])
-    matrix(
-        "formats.json", f"a difference of {'a bias that a norm lacks' if name == 'rms' else 'an embedding'}", "refused"
-    )
+    whole = {"lora_unet_out.diff": torch.ones(8, 36)}
+    save_file({f"lora_unet_{path}.{name}": torch.ones(shape) for name, shape in tensors.items()} | whole, file)
+    with pytest.raises(GuardError, match=re.escape(words)):
+        guarded(model, [(file, 1.0)], [])
+    loras = (SafetyLora(read_lora(safety), 1.0),), (TaskLora(read_lora(file), 1.0, 0.0),)
+    part = build_part("model", info(model), *loras, Policy(), enforce=False)
+    ((name, why),) = part.lines[1].left
+    assert (part.lines[1].matched, name) == (1, f"lora_unet_{path}")
+    assert words in why
+    matrix("formats.json", row, "refused")
+
+
+def test_a_lora_beside_a_change_of_a_bias_that_the_layer_lacks_acts_without_it(comfy, safety, tmp_path):
+    model, file = Model(), tmp_path / "file.safetensors"
+    model.diffusion_model.out = nn.Linear(36, 8, bias=False)
+    factors = {"lora_down.weight": torch.ones(2, 36), "lora_up.weight": torch.ones(8, 2)}
+    save_file({f"lora_unet_out.{k}": v for k, v in (factors | {"diff_b": torch.ones(8)}).items()}, file)
+    both = guarded(model, [(safety, 1.0)], [(file, 1.0)])
+    save_file({f"lora_unet_out.{k}": v for k, v in factors.items()}, file)
+    assert torch.equal(both, guarded(model, [(safety, 1.0)], [(file, 1.0)]))
 
 
 def test_rows_in_no_order_are_refused(safety, tmp_path):

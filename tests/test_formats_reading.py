@@ -273,7 +273,7 @@ def whole(kind: str, **more: Tensor) -> dict[str, Tensor]:
         (whole("LoHa") | {"a.hada_t1": torch.ones(2, 2, 3, 3)}, "has only hada_t1"),
         (whole("LoHa") | {"a.hada_w2_b": torch.ones(2, 6)}, "its two products are [3, 5] and [3, 6]"),
         (whole("LoHa") | {"a.hada_w1_a": torch.ones(3, RANK_LIMIT + 1), "a.hada_w1_b": torch.ones(RANK_LIMIT + 1, 5)},
-         "rank 1025"),
+         "rank 4097"),
         (whole("Tucker") | {"a.lora_mid.weight": torch.ones(2, 3, 3, 3)}, "mid [2, 3, 3, 3]"),
         (whole("LoCon") | {"a.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "mid [2, 2, 3, 3]"),
         (whole("LoKr whole") | {"a.lokr_w2": torch.ones(2, 2, 3)}, "those of no Linear or Conv2d"),

@@ -113,16 +113,30 @@ def test_two_layers_on_one_place_are_an_error():
         match(lora(layer(f"{BLOCK}.to_q"), layer(f"unet.{BLOCK}.to_q")))
 
 
+def test_what_need_not_apply_whole_leaves_out_what_comfyui_leaves_out():
+    """A wrong shape; of two layers on one place the one that comes first in the map, whatever the file's order."""
+    generic = QUERY.removesuffix(".weight")
+    wrong, first, last = layer("linear1", up=(5, 2)), layer(f"{BLOCK}.to_q"), layer(generic)
+    order = list(KEY_MAP)
+    assert order.index(generic) < order.index(f"{BLOCK}.processor.to_q")
+    for file in (lora(wrong, first, last), lora(last, first, wrong)):
+        result = match_layers(file, file.layers, KEY_MAP, SHAPES, "SD15", whole=False)
+        assert result.targets == {f"{BLOCK}.to_q": Target(QUERY)}
+        assert result.unmatched == ()
+        assert result.left.keys() == {"linear1", generic}
+        assert "[5, 4] in the file, [9, 4] in" in result.left["linear1"]
+        assert f"and '{BLOCK}.to_q' both change {QUERY} of SD15" in result.left[generic]
+
+
 def test_a_rearranged_weight_keeps_its_rearrangement():
     assert match(lora(layer("swapped", up=(9, 2)))).targets == {"swapped": Target(FUSED, None, torch.flip)}
 
 
-def test_only_the_names_asked_for_are_matched_and_text_layers_are_listed():
+def test_only_the_names_asked_for_are_matched():
     file = lora(layer("linear1", up=(9, 2)), layer("lora_te1_text_model_encoder_layers_0_mlp_fc1"))
     result = match_layers(file, ["linear1"], KEY_MAP, SHAPES, "SD15")
     assert list(result.targets) == ["linear1"]
     assert result.unmatched == ()
-    assert result.text == ("lora_te1_text_model_encoder_layers_0_mlp_fc1",)
 
 
 @pytest.mark.parametrize(

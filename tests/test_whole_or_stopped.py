@@ -170,6 +170,30 @@ def test_a_lora_recorded_on_another_base_is_a_counted_note(comfy, run_graph, lor
     assert "says that it is a safety LoRA and acts as a task LoRA" in report
 
 
+@pytest.mark.parametrize("half", ["lora_unet_", "lora_te_"])
+def test_a_task_lora_of_which_one_half_fits_acts_by_the_other(run_graph, loras, half):
+    """As FLUX LoRAs with a CLIP-L half on Chroma, which has none: ComfyUI says so of the keys and goes on."""
+
+    def rename(tensors):
+        for key in [k for k in tensors if k.startswith(half)]:
+            tensors[key.replace(half, f"{half}other_")] = tensors.pop(key)
+
+    name = edited(loras, "half.safetensors", rename, "task_te.safetensors")
+    report = run_graph(guarded_graph(task=name, clip=True))["guard"][2]
+    (line,) = (line for line in report.splitlines() if "half.safetensors: 0 layers" in line)
+    assert "keys match no layer" in line
+    assert "net strength" in report
+
+
+def test_layers_of_another_shape_are_counted_in_a_task_lora(run_graph, loras):
+    """As LoRAs of text to video on an image to video model, whose first layer takes more channels."""
+    report = run_graph(guarded_graph(task=edited(loras, "wide.safetensors", wrong_shape, "task.safetensors")))["guard"][
+        2
+    ]
+    assert "; 1 layers are left out (first lora_unet_" in report
+    assert "use a LoRA made for this base" in report
+
+
 def test_tensors_of_no_format_are_counted_in_a_task_lora_and_stop_a_safety_lora(run_graph, loras):
     def add(tensors):
         tensors["diffusion_model.blocks.0.diff_m"] = torch.ones(1, 6, 8)
