@@ -82,7 +82,8 @@ class FusedLayer:
             )
         self._drop([k for k in self._fused if k[0] == roles])
         terms = [t for t in self.terms if t.role in roles]
-        self._fused[key] = made = _plain(lambda: Fused(self.spec, terms, dtype, device)) if terms else None
+        with plain():
+            self._fused[key] = made = Fused(self.spec, terms, dtype, device) if terms else None
         self.held.change(made.nbytes if made else 0)
 
     def _drop(self, keys: list[tuple]) -> None:
@@ -124,14 +125,19 @@ class FusedLayer:
         self._drop(list(self._fused))
 
 
-def _plain(make: Callable):
-    """Tensors made by ``make`` outside inference mode: in-place counting and autograd then work anywhere."""
+@contextmanager
+def plain() -> Iterator[None]:
+    """Tensors made here are none of inference mode: in-place counting and autograd then work anywhere."""
+    if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():  # entering both takes a while
+        yield
+        return
     with torch.inference_mode(False), torch.no_grad():
-        return make()
+        yield
 
 
 def _counter() -> Tensor:
-    return _plain(lambda: torch.zeros((), dtype=torch.int64))
+    with plain():
+        return torch.zeros((), dtype=torch.int64)
 
 
 def _inside(path: str, module: str) -> bool:
@@ -203,9 +209,10 @@ class Branches:
         if self._ready == (*ready, self._held.changes):
             return
         self._move(device)
-        for layer in self.layers.values():
-            if dtype != self._dtype or not layer.holds(self.roles, device):
-                layer.fused(self.roles, dtype, device)
+        with plain():
+            for layer in self.layers.values():
+                if dtype != self._dtype or not layer.holds(self.roles, device):
+                    layer.fused(self.roles, dtype, device)
         self._dtype = dtype
         self._ready = (*ready, self._held.changes)
 
@@ -213,7 +220,7 @@ class Branches:
         """The compiled counters to ``device``."""
         if all(counter.device == device for counter in self.evaluated_compiled.values()):
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with plain():
             self.evaluated_compiled = {root: counter.to(device) for root, counter in self.evaluated_compiled.items()}
             for layer in self.layers.values():
                 layer.fired_compiled = layer.fired_compiled.to(device)

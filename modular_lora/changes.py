@@ -6,7 +6,8 @@ W0·x = y − b, never on another adapter's share, so no task adapter can rescal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -85,16 +86,16 @@ class Fused:
         self.spec = spec
         self.down = self.up = self.dense = None  # R in [k k], out R [1 1]; out in [k k]
         place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
-        whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
+        found = _by_kind(terms)
+        whole, pairs, gains = found[Dense], found[LowRank], found[Gain]
         if _is_dense(spec, whole, pairs):
             self.dense = place(_sum(spec, whole, pairs).reshape(spec.weight_shape))
         elif pairs:
             self.down, self.up = map(place, _concatenate(spec, pairs))
-        self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in _picked(terms, Kron))
-        self.rotations = tuple(place(s * p.blocks.float()) for p, s in _picked(terms, Rotation))
-        gains = _picked(terms, Gain)
+        self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in found[Kron])
+        self.rotations = tuple(place(s * p.blocks.float()) for p, s in found[Rotation])
         self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains))) if gains else None
-        bias = _bias(terms)
+        bias = _bias(found)
         self.bias = None if bias is None else place(_column(spec, bias))
         self.pointwise = spec.conv is not None and _is_pointwise(spec)
         self.inputs = slice(spec.narrow)  # of x, as W0 has them
@@ -152,13 +153,16 @@ class Fused:
 
 def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     """How many numbers ``Fused`` holds for these terms."""
-    whole, pairs = _picked(terms, Dense), _picked(terms, LowRank)
+    found = _by_kind(terms)
+    whole, pairs = found[Dense], found[LowRank]
     rows, inputs = spec.weight_shape[0], spec.inputs
     total = rows * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (rows + inputs)
-    total += sum(p.w1.numel() + p.w2.numel() for p, _ in _picked(terms, Kron))
-    total += sum(p.blocks.numel() for p, _ in _picked(terms, Rotation))
+    if len(pairs) == len(terms):
+        return total
+    total += sum(p.w1.numel() + p.w2.numel() for p, _ in found[Kron])
+    total += sum(p.blocks.numel() for p, _ in found[Rotation])
     has_bias = any(isinstance(t.part, Bias) or getattr(t.part, "bias", None) is not None for t in terms)
-    return total + spec.outputs * (bool(_picked(terms, Gain)) + has_bias)
+    return total + spec.outputs * (bool(found[Gain]) + has_bias)
 
 
 def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
@@ -210,8 +214,12 @@ def _on_rows(part: Part, rows: Tensor) -> Tensor:
     raise TypeError(f"{type(part).__name__} is no change of a weight")
 
 
-def _picked(terms: Sequence[Term], kind: type) -> list:
-    return [(t.part, t.scale) for t in terms if isinstance(t.part, kind)]
+def _by_kind(terms: Sequence[Term]) -> Mapping[type, list]:
+    """Parts and scales by the kind of part."""
+    found = defaultdict(list)
+    for t in terms:
+        found[type(t.part)].append((t.part, t.scale))
+    return found
 
 
 def _sum(spec: LayerSpec, whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
@@ -225,8 +233,9 @@ def _wide(spec: LayerSpec, rows: Tensor) -> Tensor:
 
 
 def _concatenate(spec: LayerSpec, pairs: list[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
-    down = torch.cat([_wide(spec, p.down) for p, _ in pairs])  # R in·k·k
-    up = torch.cat([s * p.up.float() for p, s in pairs], dim=1)  # out R
+    downs = [p.down if spec.narrow is None else _wide(spec, p.down) for p, _ in pairs]
+    down, up = _joined(downs, 0), _joined([p.up for p, _ in pairs], 1)  # R in·k·k, out R
+    up.mul_(torch.tensor([s for p, s in pairs for _ in range(p.up.shape[1])], dtype=up.dtype, device=up.device))
     kernel = spec.weight_shape[2:]
     if kernel:
         down = down.reshape(-1, *spec.weight_shape[1:])  # R in k k
@@ -234,17 +243,24 @@ def _concatenate(spec: LayerSpec, pairs: list[tuple[LowRank, float]]) -> tuple[T
     return down, up
 
 
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    """Concatenated, in fp32; first in the dtype of files that have one in common: that is half the bytes to move."""
+    if len({t.dtype for t in tensors}) > 1:
+        tensors = [t.float() for t in tensors]
+    return torch.cat(tensors, dim).float()
+
+
 def _column(spec: LayerSpec, vector: Tensor) -> Tensor:
     """A vector over the outputs in the shape that it has beside the layer's output."""
     return vector.reshape(-1, *(1 for _ in spec.weight_shape[2:])) if spec.conv is not None else vector
 
 
-def _bias(terms: Sequence[Term]) -> Tensor | None:
+def _bias(found: Mapping[type, list]) -> Tensor | None:
     """What is added to every position: changes of the bias, less what gains and rotations of y = W0·x + b make of b."""
-    found = [s * p.bias.float() for p, s in _picked(terms, Bias)]
-    of_weight = (*_picked(terms, Gain), *_picked(terms, Rotation))
-    found += [-s * _on_rows(p, p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
-    return sum(found) if found else None
+    terms = [s * p.bias.float() for p, s in found[Bias]]
+    of_weight = (*found[Gain], *found[Rotation])
+    terms += [-s * _on_rows(p, p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
+    return sum(terms) if terms else None
 
 
 def _rotate(spec: LayerSpec, blocks: Tensor, y: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ Changes: TypeAlias = "Mapping[str, Change]"  # weight key -> what one LoRA does 
 def factor(layer: LoraLayer, target: Target, shape: tuple[int, ...]) -> Factor:
     """A file's layer as factors of the whole weight of `shape`: kernel flattened, a slice embedded in zeros; fp32."""
     ((part, scale),) = resolve(layer, target, LayerSpec("", tuple(shape)), _unasked)
-    return Factor(part.up, part.down, scale)
+    return Factor(part.up.float(), part.down.float(), scale)
 
 
 def factors(lora: LoraFile, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:

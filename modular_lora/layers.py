@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ class LayerSpec:
     @property
     def inputs(self) -> int:
         """Numbers in a row of the weight: in·k·k."""
-        return torch.Size(self.weight_shape[1:]).numel()
+        return math.prod(self.weight_shape[1:])
 
     @property
     def own(self) -> LayerSpec:
@@ -96,10 +96,11 @@ def layer_specs(model: nn.Module) -> dict[str, LayerSpec]:
 
 def layer_spec(path: str, module: nn.Module) -> LayerSpec:
     """The spec of the module at ``path``: a Linear or what says its features like one, a convolution, a norm."""
-    spec = _spec(path, module)
+    bias = isinstance(getattr(module, "bias", None), Tensor)
     if (norm := norm_of(module)) is not None:
-        spec = replace(spec, weight_shape=norm.shape, norm=norm)
-    return replace(spec, bias=isinstance(getattr(module, "bias", None), Tensor))
+        return replace(_spec(path, module), weight_shape=norm.shape, norm=norm, bias=bias)
+    spec = _spec(path, module)
+    return replace(spec, bias=True) if bias else spec
 
 
 def _spec(path: str, module: nn.Module) -> LayerSpec:

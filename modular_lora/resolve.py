@@ -34,8 +34,8 @@ def power(adapter: Adapter) -> int:
 def resolve(adapter: Adapter, target: Target, spec: LayerSpec, weight: Weight) -> Parts:
     """The parts of one layer of a file on ``target`` (a weight, a slice of it, a norm, a bias) of the layer ``spec``.
 
-    All tensors are fp32 on the CPU and in the shape of the whole weight. ``weight`` is asked only for what is a
-    function of W0. Raises GuardError for a rearrangement that is none.
+    All tensors are on the CPU and in the shape of the whole weight, in fp32; a LoRA's factors in the file's dtype.
+    ``weight`` is asked only for what is a function of W0. Raises GuardError for a rearrangement that is none.
     """
     place = _Place(target, spec, weight)
     if isinstance(adapter, BiasedLayer):
@@ -159,7 +159,7 @@ Additive: TypeAlias = "LoraLayer | LohaLayer | LokrLayer"
 def _additive(adapter: Additive, shape: tuple[int, ...]) -> tuple[LowRank | Dense | Kron, float]:
     """A change that does not look at W0, in the shape of its slice (out in [k k]), and its scale."""
     if isinstance(adapter, LoraLayer):
-        return LowRank(adapter.down.float().flatten(1), adapter.up.float().flatten(1)), adapter.scale
+        return LowRank(adapter.down.flatten(1), adapter.up.flatten(1)), adapter.scale
     make = _loha if isinstance(adapter, LohaLayer) else _lokr
     return make(adapter, shape), adapter.scale
 
@@ -233,6 +233,7 @@ def _rotation(adapter: OftLayer, place: _Place) -> Rotation | Dense:
 def _dora(adapter: DoraLayer, place: _Place) -> Parts:
     """(W0 + ΔW)·m/n − W0, n the lengths of W0's rows, of the rows of the sum (PEFT), or of its columns."""
     part, scale = _additive(adapter.base, place.shape)
+    part = LowRank(part.down.float(), part.up.float()) if isinstance(part, LowRank) else part
     magnitude = adapter.magnitude.float()
     by_output = adapter.of_sum or magnitude.shape[0] == place.shape[0]
     if by_output and not (place.target.offset and place.target.offset[0] == 1):
