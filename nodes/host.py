@@ -36,6 +36,7 @@ from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
+from .runs import GenerateMixin, KeptMixin
 from .widened import widen
 
 PACK = "modular-lora-guard 0.1.0"
@@ -106,7 +107,7 @@ _BEFORE = "use Load Task LoRA, or do this before Guard Model"
 _BASE = "connect the unguarded checkpoint to that node instead"
 
 
-class GuardMixin(MemoryMixin):
+class GuardMixin(KeptMixin, MemoryMixin):
     """In front of a ModelPatcher's class: attaches, checks and counts the branches; refuses what would lose them."""
 
     guard_state: GuardState
@@ -272,7 +273,7 @@ def _made_by(embedding: torch.Tensor, digest: str) -> bool:
     return all(embeddings.get(row) == digest for row in row_digests(rows))
 
 
-class GuardedClipMixin:
+class GuardedClipMixin(GenerateMixin):
     """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
 
     def clone(self, *args, **kwargs):

@@ -17,6 +17,7 @@ from ..modular_lora.branches import Times
 OPTIONAL = Times(0, 1)  # works on an input that a prompt may leave out
 TWICE = Times(1, 2)  # once more for a second input
 ANY = Times(1, None)  # once for each of several inputs or tiles
+FREELY = Times(0, None)  # works on prompts, once a run (or once an evaluation), before the model itself is called
 NEVER = Times(0, 0)  # kept from training, not called when ComfyUI samples
 
 # class of the diffusion model (and of what derives from it) -> path of a part inside it, how often it runs
@@ -50,6 +51,30 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     "ACEStepTransformer2DModel": (
         (r"projectors\.\d+|transformer_blocks\.\d+\.cross_attn\.(add_[qkv]_proj|to_add_out)", NEVER),
     ),
+    # what 0.33.0 has besides
+    "BooguTransformer2DModel": ((r"ref_image_patch_embedder|ref_image_refiner\.\d+", OPTIONAL),),
+    "PixDiT_T2I": ((r"pixel_blocks\.\d+\.mlp", ANY),),  # pixels in chunks
+    "Anima": ((r"llm_adapter", FREELY),),
+    "LTXAVModel": ((r"(audio|video)_embeddings_connector|(audio_)?caption_projection", FREELY),),
+    "MiniMaxH3Model": ((r"condition_proj|token_refiner", FREELY),),
+    "HiDreamO1Transformer": ((r"visual", OPTIONAL),),  # reference pictures, in a run's first evaluation
+    "LatentSeqMMFlowModel": ((r"cond_embedder2", OPTIONAL),),  # a reference picture
+    "AceStepConditionGenerationModel": (
+        (r"tokenizer\.(audio_acoustic_proj|attention_pooler|quantizer\.project_in)", OPTIONAL),  # no codes given
+    ),
+    "SCAILWanModel": ((r"patch_embedding_pose", OPTIONAL),),
+    "SCAIL2WanModel": ((r"patch_embedding_mask", Times(0, 2)),),  # of the pose video, of the references
+    "WanDancerModel": (
+        (r"(patch_embedding|head)(_global)?", OPTIONAL),  # one for 30 frames a second, one for any other rate
+        (r"img_emb_refimage", OPTIONAL),  # CLIP vision of a reference picture
+        (r"music_projection|music_encoder\.\d+|music_injector\.injector\.\d+", OPTIONAL),  # music
+    ),
+    "WanAnimate2Model": (  # once more for a pose video
+        (r"patch_embedding|text_embedding|time_embedding|time_projection", TWICE),
+        (r"img_emb", Times(0, 2)),  # CLIP vision
+        (r"blocks\.\d+\.(self_attn\.(q|k|v|o|norm_q|norm_k)|cross_attn|norm3|ffn)", TWICE),
+    ),
+    "CausalWanModel": ((r"blocks\.\d+\.cross_attn\.(k|v|norm_k)", OPTIONAL),),  # kept for a run
     # text encoders: the last norm works on the last layer's output, and on an earlier one's (CLIP skip, SD2.x)
     "CLIPTextModel_": ((r"final_layer_norm", TWICE),),
     "T5Stack": ((r"final_layer_norm", TWICE),),
@@ -58,8 +83,8 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
 
 
 def parts(diffusion_model: nn.Module, root: str) -> dict[str, Times]:
-    """How often each declared part of a diffusion model runs, by its path under ``root``."""
-    rules = [rule for cls in type(diffusion_model).__mro__ for rule in PARTS.get(cls.__name__, ())]
+    """How often each declared part of a diffusion model runs, by its path under ``root``; subclasses override."""
+    rules = [rule for cls in reversed(type(diffusion_model).__mro__) for rule in PARTS.get(cls.__name__, ())]
     patterns = [(re.compile(pattern), times) for pattern, times in rules]
     found = {path: times for path, _ in diffusion_model.named_modules() for p, times in patterns if p.fullmatch(path)}
     found |= dict(_repeated(diffusion_model))

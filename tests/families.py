@@ -38,13 +38,14 @@ class Family:
     name: str  # row of the table
     config: str  # class in comfy.supported_models
     unet: dict  # what comfy.model_detection would read off a checkpoint
-    latent: tuple[int, ...]  # channels, [frames,] height, width
+    latent: tuple  # channels, [frames,] height, width; of several latents in one a tuple of these
     context: tuple[int, int]  # tokens, width
     cond: dict = field(default_factory=dict)  # further conditioning; see drawn()
     names: tuple[str, ...] = ("lora_unet_",)  # how the family's LoRA files name layers, besides GENERIC
     state: Callable[[], dict] = dict  # weights that the class asks for when it is made
     variants: dict[str, dict] = field(default_factory=dict)  # row of the table -> other conditioning of the same model
     bare: tuple[str, ...] = ()  # patterns of the layers that take no branch
+    on_meta: bool = True  # whether its class can be made without memory for weights
     cfg: float = 2.0  # 1: no negative prompt, where ComfyUI cannot put the two in one batch
 
 
@@ -81,7 +82,7 @@ def make(family: Family, filled: bool = True):
     config.unet_config.update(family.unet | newer(family.unet))
     config.set_inference_dtype(torch.float32, None)
     with torch.no_grad():
-        model = config.get_model(family.state(), "", device=None if filled else "meta")
+        model = config.get_model(family.state(), "", device="meta" if family.on_meta and not filled else None)
     if filled:
         fill(model)
     cpu = torch.device("cpu")
@@ -116,19 +117,40 @@ def drawn(value, generator: torch.Generator):
 
 
 def evaluate(patcher, family: Family, cond: dict) -> torch.Tensor:
-    """One step of euler with positive and negative prompt, through the function that KSampler calls."""
+    """One step of euler, or of ``cond["sampler"]``, with both prompts, through the function that KSampler calls."""
     from comfy.sample import sample_custom
     from comfy.samplers import ksampler
 
     generator = torch.Generator().manual_seed(1)
-    further = {k: drawn(v, generator) for k, v in cond.items()}
+    further = {k: drawn(v, generator) for k, v in cond.items() if k != "sampler"}
     positive, negative = ([[torch.randn(1, *family.context, generator=generator), further]] for _ in range(2))
-    noise = torch.randn(1, *family.latent, generator=generator)
-    sigma = float(patcher.model.model_sampling.percent_to_sigma(0.5))
-    sigmas, start = torch.tensor([sigma, 0.0]), torch.zeros_like(noise)
-    return sample_custom(
-        patcher, noise, family.cfg, ksampler("euler"), sigmas, positive, negative, start, disable_pbar=True, seed=0
-    )
+    noise, start = latents(family, generator)
+    sigmas = torch.tensor([float(patcher.model.model_sampling.percent_to_sigma(0.5)), 0.0])
+    with torch.inference_mode():  # as ComfyUI's executor runs nodes
+        made = sample_custom(
+            patcher,
+            noise,
+            family.cfg,
+            ksampler(cond.get("sampler", "euler")),
+            sigmas,
+            positive,
+            negative,
+            start,
+            disable_pbar=True,
+            seed=0,
+        )
+    return torch.cat([one.flatten() for one in made.unbind()]) if getattr(made, "is_nested", False) else made
+
+
+def latents(family: Family, generator: torch.Generator) -> tuple:
+    """Noise and an empty latent; several in one where the family samples several at once (0.33.0)."""
+    if not isinstance(family.latent[0], tuple):
+        noise = torch.randn(1, *family.latent, generator=generator)
+        return noise, torch.zeros_like(noise)
+    from comfy.nested_tensor import NestedTensor
+
+    noise = [torch.randn(1, *shape, generator=generator) for shape in family.latent]
+    return NestedTensor(noise), NestedTensor([torch.zeros_like(one) for one in noise])
 
 
 def named(info, prefix: str, sliced: bool) -> dict:

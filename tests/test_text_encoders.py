@@ -147,6 +147,51 @@ def test_weighted_long_and_skipping_prompts_are_guarded(comfy, guarded):
     assert ours.clone().encode_from_tokens(prompt).shape == (1, 154, 64)
 
 
+WRITES = {"temperature": 8.0, "top_p": 1.0, "seed": 1, "max_length": 12}
+
+
+@pytest.fixture
+def writer():
+    """A CLIP that writes text, where this ComfyUI has CLIP.generate (0.33.0), and a prompt."""
+    encoder = ENCODERS["Qwen3 4B (Z-Image)"]
+    clip = toy_clip(encoder)
+    if not hasattr(clip, "generate"):
+        pytest.skip("this ComfyUI's CLIP does not generate text")
+    clip.cond_stage_model.qwen3_4b.transformer.model.config.stop_tokens = []
+    return clip, tokens(encoder)
+
+
+def test_text_is_generated_by_the_guarded_encoder_as_by_a_merged_one(writer, comfy, guarded):
+    clip, prompt = writer
+    ours, files = guarded(clip, *aliases(comfy.anatomy.clip_info(clip)))
+    plain = clip.generate(prompt, **WRITES)
+    text = ours.generate(prompt, **WRITES)
+    assert text == merged(clip, files).generate(prompt, **WRITES) != plain
+    assert clip.generate(prompt, **WRITES) == plain
+    assert_guarded_is_merged(clip, ours, files, prompt)
+
+
+def test_a_branch_that_is_lost_while_text_is_generated_is_an_error(writer, comfy, guarded):
+    clip, prompt = writer
+    ours, _ = guarded(clip, aliases(comfy.anatomy.clip_info(clip))[0])
+    module = ours.cond_stage_model.qwen3_4b.transformer.model
+    forward, projection = module.forward, module.layers[1].mlp.up_proj
+
+    def without(*args, **kwargs):
+        branch = projection.__dict__.pop("forward")
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            projection.__dict__["forward"] = branch
+
+    module.forward = without
+    try:
+        with pytest.raises(comfy.host.GuardError, match=r"did not all run while text was generated: 1 of .*up_proj"):
+            ours.generate(prompt, **WRITES)
+    finally:
+        del module.forward
+
+
 def test_a_lora_for_an_encoder_that_is_not_loaded_is_refused(comfy, guarded):
     whole = toy_clip(ENCODERS["CLIP-L, CLIP-G and T5-XXL (SD3)"])
     half = toy_clip(ENCODERS["CLIP-L and CLIP-G (SD3 without T5)"])

@@ -1,0 +1,60 @@
+"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes.
+
+Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
+"""
+
+from __future__ import annotations
+
+from ..modular_lora.errors import GuardError
+
+
+class KeptMixin:
+    """In front of a ModelPatcher's class: nothing that layers made in another run enters a guarded one."""
+
+    def pre_run(self):
+        forget(self.model)
+        super().pre_run()
+
+    def cleanup(self):
+        try:
+            super().cleanup()
+        finally:
+            forget(self.model)
+
+
+def forget(model) -> None:
+    """Keys and values of a prompt, and features of its pictures (HiDreamO1Transformer.clear_kv_cache, 0.33.0)."""
+    clear = getattr(getattr(model, "diffusion_model", None), "clear_kv_cache", None)
+    if clear is not None:
+        clear()
+
+
+class GenerateMixin:
+    """In front of ComfyUI's CLIP: it writes text with the branches on (CLIP.generate, 0.33.0), unrecorded."""
+
+    def generate(self, tokens, *args, **kwargs):
+        self.load_model(tokens)
+        self.patcher.guard_begin()
+        _, before = self.patcher.branches.counts()
+        try:
+            text = super().generate(tokens, *args, **kwargs)
+        finally:
+            self.patcher.guard_run = None  # each token runs the layers, without an evaluation of what holds them
+        self.patcher.guard_seat.verify()
+        _check_even(self.patcher.branches, before)
+        return text
+
+
+def _check_even(branches, before: dict[str, int]) -> None:
+    """GuardError where a layer ran less often than others of its encoder, or none ran at all."""
+    fired = {path: n - before[path] for path, n in branches.counts()[1].items() if path not in branches.varying}
+    most = {branches.root_of(path): 0 for path in fired}
+    for path, n in fired.items():
+        most[branches.root_of(path)] = max(most[branches.root_of(path)], n)
+    short = [path for path, n in fired.items() if n < most[branches.root_of(path)]]
+    if short or not any(fired.values()):
+        first = short[0] if short else next(iter(fired), "none")
+        raise GuardError(
+            f"The guard's branches did not all run while text was generated: {len(short) or len(fired)} of "
+            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one."
+        )
