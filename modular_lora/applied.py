@@ -10,14 +10,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, LoraLayer, SetLayer
+from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, SetLayer
 from .blocks import block_of, parse_block_weights
 from .changes import Bias, LowRank, Part, Role, Term, dense
-from .comparing import Changes, change
+from .comparing import Changes, change, measure
 from .errors import GuardError
 from .files import LoraFile
 from .layers import LayerSpec, bias_key
-from .matching import Match, Target, match_layers, mismatch
+from .matching import Match, match_layers, mismatch
 from .model import ModelInfo
 from .resolve import Parts, power, resolve
 
@@ -37,6 +37,7 @@ class Applied:
     @cached_property
     def norm(self) -> float:
         """Of strength·ΔW over all weights."""
+        measure(self.changes.values())
         return abs(self.strength) * math.sqrt(math.fsum(c.energy for c in self.changes.values()))
 
 
@@ -57,24 +58,26 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     adapters = dict(_taken(role, lora, match, specs))
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
-    stored: dict[str, list[tuple[Part, float]]] = {}
     zero = []
     for name, adapter in adapters.items():
         target, spec = match.targets[name], specs[match.targets[name].key]
         found = resolve(adapter, target, spec, info.weight)
         zero += [name] if _does_nothing(adapter, found, partial(info.weight, target.key)) else []
-        factor = _factor(strength, weights.get(block_of(target.key), 1.0), power(adapter))
+        block = weights.get(block_of(target.key), 1.0) if weights else 1.0
+        factor = _factor(strength, block, power(adapter))
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key
-            parts.setdefault(key, []).append((_on_own(part, spec), scale * factor))
-            stored.setdefault(key, []).append((_as_stored(part, adapter, target), scale * factor))
+            parts.setdefault(key, []).append((part, scale * factor))
     if role == "safety" and zero:
         raise GuardError(
             f"Safety LoRA {lora.name}: layer {min(zero)} ({len(zero)} in all) is all zero and would do nothing; "
             "train or export the file again."
         )
-    changes = {key: change(found, partial(info.weight, key)) for key, found in parts.items()}
-    return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in stored.items()}, changes)
+    changes = {
+        key: change([(_compared(part, role, specs[key]), scale) for part, scale in found], partial(info.weight, key))
+        for key, found in parts.items()
+    }
+    return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in parts.items()}, changes)
 
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
@@ -87,10 +90,12 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
     return ((_widened(spec, layer), layer) for spec, layer in found.values() if layer)
 
 
-def _on_own(part: Part, spec: LayerSpec) -> Part:
-    """A part on the inputs that W0 has, which is where two LoRAs are compared."""
+def _compared(part: Part, role: Role, spec: LayerSpec) -> Part:
+    """A part as two LoRAs are compared: on the inputs that W0 has, the safety LoRA's in fp32, for it is kept."""
     if isinstance(part, LowRank) and part.down.shape[1] > spec.inputs:
-        return LowRank(part.down[:, : spec.inputs], part.up)
+        part = LowRank(part.down[:, : spec.inputs], part.up)
+    if isinstance(part, LowRank) and role == "safety":
+        part = LowRank(part.down.float(), part.up.float())
     return part
 
 
@@ -98,13 +103,6 @@ def _widened(spec: LayerSpec, terms: Sequence[Term]) -> LayerSpec:
     """The layer with as many inputs as the widest LoRA gives it."""
     inputs = max((t.part.down.shape[1] for t in terms if isinstance(t.part, LowRank)), default=0)
     return spec.widened(inputs, spec.inputs) if inputs > spec.inputs else spec
-
-
-def _as_stored(part: Part, adapter: Adapter, target: Target) -> Part:
-    """A LoRA's factors as its file holds them, not their copy in fp32, where they are those of the whole weight."""
-    if isinstance(part, LowRank) and isinstance(adapter, LoraLayer) and target.offset is target.rearrange is None:
-        return LowRank(adapter.down.flatten(1), adapter.up.flatten(1))
-    return part
 
 
 def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from .applied import Applied, apply, terms
 from .attestation import Attestation, LoraRecord
-from .branches import Branches, FusedLayer
+from .branches import Branches, FusedLayer, plain
 from .changes import Role
 from .comparing import Factor
 from .errors import GuardError
@@ -146,10 +146,10 @@ def build_part(
         strength = t.strength_model if part == "model" else t.strength_clip
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
-    layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-    return GuardedPart(
-        part, Branches(layers, info.roots, info.parts), tuple(_line(a, info.family) for a in applied), reports
-    )
+    with plain():
+        layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
+        branches = Branches(layers, info.roots, info.parts)
+    return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
 
 
 def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
