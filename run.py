@@ -58,7 +58,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     demo.add_argument("--steps", type=int, default=20, help="sampling steps of every picture (20)")
     demo.add_argument("--seed", type=int, default=1, help="seed of the first prompt; the others count on (1)")
     demo.add_argument("--output", type=Path, default=paths.DEMO_OUTPUT, help="folder of the report (demo_output)")
-    commands.add_parser("test", allow_abbrev=False, parents=[common], help="lint and test; what follows goes to pytest")
+    commands.add_parser(
+        "test",
+        allow_abbrev=False,
+        parents=[common],
+        help="lint and test, on all cores unless files or tests are named; what follows goes to pytest (-n 0: one)",
+    )
     comfy = commands.add_parser(
         "comfy", allow_abbrev=False, parents=[common], help="open ComfyUI; what follows goes to ComfyUI"
     )
