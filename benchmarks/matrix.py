@@ -18,7 +18,8 @@ from pathlib import Path
 from .figures import FOLDER, write
 
 ROOT = FOLDER.parent.parent
-TESTS = ("tests/test_formats.py", "tests/test_families.py", "tests/test_text_encoders.py", "tests/test_precision.py")
+TESTS = ("tests/test_formats.py", "tests/test_published_names.py", "tests/test_families.py")
+TESTS += ("tests/test_text_encoders.py", "tests/test_precision.py")
 COMMAND = "python -m benchmarks.matrix"
 
 
