@@ -128,15 +128,27 @@ def _taken(role: Role, lora: LoraFile, match: Match, specs: Mapping[str, LayerSp
     """The matched layers as their targets take them; the others move to ``match.left``, GuardError in a safety LoRA."""
     for name, target in list(match.targets.items()):
         adapter, spec = lora.layers[name], specs[target.key]
+        if name in match.left:  # the weight has another shape
+            adapter = DiffLayer(name, None, adapter.bias)
         why = _problem(adapter, spec)
         if why is not None and role == "safety":
             raise GuardError(f"{lora.name}: layer {name} {why}.")
         if why is not None:
             match.left[name] = why
-        if why is not None and not (isinstance(adapter, BiasedLayer) and _problem(adapter.base, spec) is None):
+            adapter = _without_bias(adapter)
+        if adapter is None or _problem(adapter, spec):
             del match.targets[name]
         else:
-            yield name, adapter if why is None else adapter.base
+            yield name, adapter
+
+
+def _without_bias(adapter: Adapter) -> Adapter | None:
+    """The change of the weight alone."""
+    if isinstance(adapter, BiasedLayer):
+        return adapter.base
+    if isinstance(adapter, DiffLayer) and adapter.weight is not None:
+        return DiffLayer(adapter.name, adapter.weight, None)
+    return None
 
 
 def _problem(adapter: Adapter, spec: LayerSpec) -> str | None:

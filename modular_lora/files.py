@@ -32,6 +32,7 @@ from .names import Names, refuse_other_files, sort_names
 
 HEADER_LIMIT = 16 * 2**20  # bytes
 TENSOR_LIMIT = 20_000
+ENDINGS = (".safetensors", ".sft")  # as ComfyUI lists them
 SIZE_LIMIT = 2**31  # of one dimension
 PIECE = 2**22  # bytes that are read and hashed at a time
 DTYPES = {
@@ -56,7 +57,7 @@ class LoraFile:
     metadata: dict[str, str]
     layers: dict[str, Adapter]
     notes: tuple[str, ...] = ()  # what the file holds and nothing uses, a line each
-    unread: tuple[str, ...] = ()  # tensors of no format that ComfyUI reads
+    unread: tuple[str, ...] = ()  # tensors that no LoRA format of ComfyUI's has
 
     @cached_property
     def plain(self) -> dict[str, LoraLayer]:
@@ -115,7 +116,7 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
         layers = make_layers(raw.names, *_make_tensors(raw, name), name)
-    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, tuple(raw.names.unread))
+    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, raw.names.left_out)
 
 
 @contextmanager
@@ -166,7 +167,7 @@ def _parse_sha256(name: str, text: str | None) -> str | None:
 
 
 def _check_path(path: Path, name: str) -> None:
-    if path.suffix.lower() != ".safetensors":
+    if path.suffix.lower() not in ENDINGS:
         raise LoraFileError(f"{name}: is not a .safetensors file: pickle files can run code, convert it first")
     if path.is_dir():
         raise LoraFileError(f"{name}: is a directory: choose a .safetensors file")

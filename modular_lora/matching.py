@@ -44,7 +44,7 @@ class Match:
 
     targets: dict[str, Target]  # layer name -> target
     unmatched: tuple[str, ...]
-    left: dict[str, str] = field(default_factory=dict)  # layers that the model has and cannot take -> why
+    left: dict[str, str] = field(default_factory=dict)  # layers that the model has and cannot take (whole) -> why
 
 
 def is_text(name: str) -> bool:
@@ -70,7 +70,7 @@ def match_layers(
     found, unmatched = Match({}, ()), []
     taken: dict[tuple, tuple[str, str]] = {}  # place -> name in the file, name in the map
     for name in names:
-        known = next((variant for variant in _variants(name) if variant in key_map), None)
+        known = name if name in key_map else next((v for v in _variants(name) if v in key_map), None)
         target = None if known is None else _target(key_map[known], lora, name)
         if target is None or target.key not in shapes:
             unmatched.append(name)
@@ -78,15 +78,17 @@ def match_layers(
         place, pair = (target.key, target.offset), (name, known)
         why = _misfit(lora.layers[name], target, tuple(shapes[target.key]), subject)
         if why is None and place in taken:
-            lost, pair = _in_order(taken[place], pair, key_map)
-            found.targets.pop(lost[0], None)
+            lost, pair = _in_order(taken.pop(place), pair, key_map)
             name, why = lost[0], f"and {pair[0]!r} both change {target.key} of {subject}: keep one of them in the file"
+            found.targets.pop(name, None)
             taken[place], found.targets[pair[0]] = pair, target
-        if why is None:
+        elif why is None:
             taken[place], found.targets[name] = pair, target
-        elif whole:
+        elif _takes_bias(lora.layers[name], target, shapes[target.key]):
+            found.targets[name] = target
+        if why is not None and whole:
             raise GuardError(f"{lora.name}: layer {name!r} {why}")
-        else:
+        if why is not None:
             found.left[name] = why
     return replace(found, unmatched=tuple(unmatched))
 
@@ -122,7 +124,8 @@ def _variants(name: str) -> Iterator[str]:
     """A layer's name as the file has it, then as ComfyUI's map spells diffusers and PEFT names."""
     bare = name.removeprefix(_PEFT)
     plain = bare.removeprefix("unet.").removeprefix(_PEFT)
-    for stem in (name, bare, plain, f"unet.{plain}", f"text_encoder.{plain}", name.removesuffix(".scale")):
+    stems = name, bare, plain, f"unet.{plain}", f"text_encoder.{plain}", f"diffusion_model.{plain}"
+    for stem in (*stems, f"transformer.{bare.removeprefix(f'transformer.{_PEFT}')}", name.removesuffix(".scale")):
         yield stem
         long = stem if ".processor.to_" in stem else stem.replace(".to_", ".processor.to_")
         yield long
@@ -152,6 +155,12 @@ def _misfit(layer: Adapter, target: Target, shape: tuple[int, ...], subject: str
         return None
     have = f"{list(_shape(layer))} in the file, {list(wanted)} in {target.key} of {subject}"
     return f"({layer.kind}) is {have}: use a LoRA made for this base"
+
+
+def _takes_bias(layer: Adapter, target: Target, shape: tuple[int, ...]) -> bool:
+    """Whether the bias beside a weight of another shape fits; ComfyUI merges it by itself."""
+    bias = getattr(layer, "bias", None)
+    return bias is not None and bias.numel() == slice_shape(target, tuple(shape))[0]
 
 
 def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:

@@ -102,6 +102,10 @@ class Names:
     wide: str | None = None  # the layer to which the file gives more inputs
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        return (*self.unread, *self.embeddings)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         alphas = sum("alpha" in roles and roles.keys().isdisjoint(SCALED) for roles in self.layers.values())
         lines = []

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.errors import GuardError, LoraFileError
+from ..modular_lora.files import ENDINGS
 
 CATEGORY = "modular lora"
 SAFETY_FOLDER = "safety_loras"
@@ -35,9 +36,9 @@ def register_folders() -> None:
 
 
 def lora_names(*folders: str) -> list[str]:
-    """Names of the .safetensors files in these model folders, each once, the first folder's first."""
+    """Names of the safetensors files in these model folders, each once, the first folder's first."""
     names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return list(dict.fromkeys(name for name in names if name.lower().endswith(".safetensors")))
+    return list(dict.fromkeys(name for name in names if name.lower().endswith(ENDINGS)))
 
 
 def lora_path(name: str, *folders: str) -> Path:

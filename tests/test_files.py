@@ -235,6 +235,11 @@ def test_an_alpha_that_nothing_is_scaled_by_may_be_infinite(tmp_path):
     assert read_lora(tmp_path / "a.safetensors").layers["a"].scale == 1.0
 
 
+def test_comfyuis_short_ending_is_read_as_well(tmp_path):
+    save_file(pair(), tmp_path / "a.sft")
+    assert list(read_lora(tmp_path / "a.sft").layers) == ["lora_unet_a"]
+
+
 def test_a_file_of_nothing_else_is_no_lora(tmp_path):
     save_file({"out.0.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     assert "'out.0.weight': is not a LoRA tensor" in refusal(tmp_path / "a.safetensors")

@@ -220,9 +220,23 @@ def test_what_a_layer_cannot_take_is_counted_in_a_task_lora_and_stops_a_safety_l
     loras = (SafetyLora(read_lora(safety), 1.0),), (TaskLora(read_lora(file), 1.0, 0.0),)
     part = build_part("model", info(model), *loras, Policy(), enforce=False)
     ((name, why),) = part.lines[1].left
-    assert (part.lines[1].matched, name) == (1, f"lora_unet_{path}")
+    assert (part.lines[1].matched, name) == (2 if path == "rms" else 1, f"lora_unet_{path}")
     assert words in why
     matrix("formats.json", row, "refused")
+
+
+@pytest.mark.parametrize("role", ["diff", "LoRA"])
+def test_the_bias_beside_a_weight_of_another_shape_acts_as_core_merges_it(role, comfy, safety, tmp_path):
+    """As the LoRAs of text to video on an image to video model: ComfyUI logs the weight and adds the bias."""
+    model, file = Model(), tmp_path / "file.safetensors"
+    change = {"diff": torch.ones(36, 20)}
+    if role == "LoRA":
+        change = {"lora_down.weight": torch.ones(2, 20), "lora_up.weight": torch.ones(36, 2)}
+    save_file({f"lora_unet_linear.{k}": v for k, v in (change | {"diff_b": torch.ones(36)}).items()}, file)
+    files, base = [(safety, 1.0), (file, 0.7)], model.diffusion_model(example())
+    assert error(guarded(model, files[:1], files[1:]), merged(model, files), base) < TOLERANCE
+    alone = [guarded(model, files[:1], tasks) for tasks in ([], files[1:])]
+    assert (alone[0] - alone[1]).abs().max() > 0.1
 
 
 def test_a_lora_beside_a_change_of_a_bias_that_the_layer_lacks_acts_without_it(comfy, safety, tmp_path):

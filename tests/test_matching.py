@@ -56,6 +56,8 @@ def match(file: LoraFile):
         (f"unet.{BLOCK}.processor.to_q", QUERY),
         (f"base_model.model.{BLOCK}.to_q", QUERY),
         (f"unet.base_model.model.{BLOCK}.to_q", QUERY),
+        (QUERY.removeprefix("diffusion_model.").removesuffix(".weight"), QUERY),
+        (f"base_model.model.{QUERY.removeprefix('diffusion_model.').removesuffix('.weight')}", QUERY),
         (f"{BLOCK}.to_out.0", OUT),
         (f"unet.{BLOCK}.to_out.0", OUT),
         (f"unet.{BLOCK}.processor.to_out", OUT),
