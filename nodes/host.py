@@ -36,7 +36,7 @@ from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
-from .runs import GenerateMixin, KeptMixin
+from .runs import GenerateMixin, KeptMixin, streams
 from .widened import widen
 
 PACK = "modular-lora-guard 0.1.0"
@@ -211,23 +211,21 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     hashes = _check_conditioning(executor.class_obj.conds, state)
     _silence_previews(callback)
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
-    outside = _starts_outside(latent_image, state.record)
+    outside = _starts_outside(streams(latent_image, **kwargs), state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
     status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
     counts = {"evaluations": evaluations, "firings": firings, "idle_layers": idle}
     patcher.guard_result = state.record.of(status=status, embeddings_sha256=hashes, **counts)
-    for latent in output if complete else ():
+    for latent in streams(output, **kwargs) if complete else ():
         latents.put(tensor_sha256(latent), patcher.guard_result)
     return output
 
 
-def _starts_outside(latent_image: torch.Tensor, record: Attestation) -> bool:
+def _starts_outside(start: Iterator[torch.Tensor], record: Attestation) -> bool:
     """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
-    if torch.count_nonzero(latent_image) == 0:
-        return False
-    known = [latents.get(tensor_sha256(latent)) for latent in latent_image]
+    known = [latents.get(tensor_sha256(latent)) for latent in start if torch.count_nonzero(latent)]
     return any(a is None or a.status != "guarded" or a.safety != record.safety for a in known)
 
 

@@ -5,6 +5,11 @@ Like host.py it touches ComfyUI's internals; each touch says the versions in whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import comfy.utils
+import torch
+
 from ..modular_lora.errors import GuardError
 
 
@@ -27,6 +32,13 @@ def forget(model) -> None:
     clear = getattr(getattr(model, "diffusion_model", None), "clear_kv_cache", None)
     if clear is not None:
         clear()
+
+
+def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_) -> Iterator[torch.Tensor]:
+    """Every latent of a batch; of several that are sampled as one, sound beside video, each by itself (0.33.0)."""
+    several = latent_shapes is not None and len(latent_shapes) > 1
+    for batch in comfy.utils.unpack_latents(packed, latent_shapes) if several else (packed,):
+        yield from batch
 
 
 class GenerateMixin:

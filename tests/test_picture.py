@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from families import GENERIC, latents, make, named
+from families_newer_video import NEWER
 from graphs import GraphError, decode, guarded_graph, sampler
 from PIL import Image
+from test_families import Pair
 
 
 def node(kind: str, **inputs) -> dict:
@@ -87,6 +91,34 @@ def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, l
     assert torch.equal(made, frames[0])
     assert len(reports) == 5  # each names its own pixels
     assert all(picture.known(frame).guarded for frame in made)
+
+
+def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_path):
+    """Video and sound of LTX Video, in 0.33.0: they leave the sampler in one latent, and nodes take them apart."""
+    if importlib.util.find_spec("comfy.nested_tensor") is None:
+        pytest.skip("this ComfyUI samples one latent at a time")
+    family = next(f for f in NEWER if f.config == "LTXAV")
+    model = make(family)
+    guarded = Pair(comfy, model, tmp_path, named(comfy.anatomy.model_info(model), GENERIC, sliced=False)).guarded
+    cond = [[torch.randn(1, *family.context, generator=torch.Generator().manual_seed(1)), {}]]
+    _, start = latents(family, torch.Generator().manual_seed(2))
+    settings = (1, 1, 1.0, "euler", "normal", cond, cond)
+    made = comfy.host.common_ksampler(guarded, *settings, {"samples": start})["samples"]
+    frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
+    vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
+    picture = sys.modules[f"{comfy.host.__package__}.picture"]
+    digest = sys.modules[comfy.host_guard.__name__.replace(".guard", ".attestation")].tensor_sha256
+    for latent in (made, made.unbind()[0]):
+        pictures, reports = picture.decode(vae, latent)
+        assert pictures.shape == (3, 8, 8, 3)
+        assert all(report.startswith("guarded: ") for report in reports)
+    assert comfy.host.latents.get(digest(made.unbind()[1][0])).status == "guarded"
+    comfy.host.common_ksampler(guarded, *settings, {"samples": made}, denoise=0.5)
+    assert comfy.host.attestation(guarded).status == "guarded"
+    edited = type(made)([made.unbind()[0] * 2, made.unbind()[1]])
+    assert picture.decode(vae, edited)[1] == [picture.EDITED]
+    comfy.host.common_ksampler(guarded, *settings, {"samples": edited}, denoise=0.5)
+    assert comfy.host.attestation(guarded).status == "guarded, outside start"
 
 
 def test_an_edited_picture_is_unattested_and_can_be_refused(comfy, run_graph, loras):
