@@ -42,7 +42,7 @@ class Published:
     dtype: torch.dtype = torch.float32
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # of layers that fit no weight of the model
     left: int = 0  # tensors that ComfyUI leaves out
-    here: int = 0  # of these, those that are read here
+    known: Mapping[str, str] = field(default_factory=dict)  # what makes them names that it knows: they are read here
     unfit: int = 0  # layers that no branch can take: of another shape, of an embedding, a second one of a weight
 
     def tensors(self, shape: Callable[[str], Shape]) -> dict[str, Tensor]:
@@ -55,6 +55,11 @@ class Published:
         if self.alpha is not None:
             drawn |= {f"{layer}.alpha": torch.tensor(self.alpha) for layer in self.layers}
         return {name: tensor.to(self.dtype) for name, tensor in drawn.items()}
+
+    def as_known(self, name: str) -> str:
+        for old, new in self.known.items():
+            name = name.replace(old, new)
+        return name
 
     def _parts(self, layer: str, shape: Shape) -> dict[str, Shape]:
         out, fan_in, *kernel = shape
@@ -144,6 +149,11 @@ LIGHT = under(MODEL, WAN + WAN_TEXT)
 MOTION = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0"
 POSE = {"dwpose_embedding.0.weight": (4, 3, 3), "dwpose_embedding.0.bias": (4,)}
 
+PEFT = "base_model.model."
+PROCESSOR = {".to_out.0": ".to_out", ".to_": ".processor.to_"}
+XLABS_KNOWN = {"double_": f"{MODEL}double_", "processor.qkv_lora1.": "img_attn.qkv.lora_"}
+XLABS_KNOWN |= {"processor.proj_lora2.": "txt_attn.proj.lora_"}
+
 P = Published
 U_NETS = (
     P("kohya SD1.5", "SD1.x", (*under(KOHYA, UNET), f"lora_te{UNTIL}"), "kohya", 1.0, encoder=SD1),
@@ -159,12 +169,19 @@ U_NETS = (
     P("OneTrainer DoRA", "SDXL", (*under(KOHYA, UNET), f"lora_te1{UNTIL}"), "DoRA", 1.0, encoder=XL),
     P("OneTrainer, bundled embedding", "SDXL", under(KOHYA, UNET), "kohya", 1.0, BUNDLED, left=1),
     P("diffusers SD1.5, 2023", "SD1.x", OLD, "processor"),
-    P("diffusers SDXL", "SDXL", under("unet.", DIFFUSERS), left=4, here=4),
-    P("diffusers SDXL, 2023", "SDXL", under("unet.", DIFFUSERS), "dots", left=4, here=4),
+    P("diffusers SDXL", "SDXL", under("unet.", DIFFUSERS), left=4, known=PROCESSOR),
+    P("diffusers SDXL, 2023", "SDXL", under("unet.", DIFFUSERS), "dots", left=4, known=PROCESSOR),
     P("diffusers SDXL, text encoders", "SDXL", CLIP, "linear", encoder=XL),
     P("diffusers SDXL, advanced DoRA script", "SDXL", under(KOHYA, UNET), "kohya", 2.0, MAGNITUDE, left=1),
-    P("PEFT checkpoint SDXL", "SDXL", under("base_model.model.", DIFFUSERS), left=6, here=6),
-    P("PEFT checkpoint SDXL, adapter named", "SDXL", under("base_model.model.", DIFFUSERS), "default", left=6, here=6),
+    P("PEFT checkpoint SDXL", "SDXL", under(PEFT, DIFFUSERS), left=6, known={PEFT: "unet.", **PROCESSOR}),
+    P(
+        "PEFT checkpoint SDXL, adapter named",
+        "SDXL",
+        under(PEFT, DIFFUSERS),
+        "default",
+        left=6,
+        known={PEFT: "unet.", **PROCESSOR},
+    ),
     P("ComfyUI's extraction from a CLIP", "SD1.x", EMBEDDED, "kohya", encoder=SD1, unfit=1),
 )
 FLUXES = (
@@ -177,9 +194,9 @@ FLUXES = (
     P("Flux, OneTrainer", "Flux dev", (*flat("lora_transformer_", FLUX), *ONE_TE), "kohya", 1.0, encoder=FLUX_TEXT),
     P("Flux, SimpleTuner LyCORIS", "Flux dev", flat("lycoris_", FLUX), "LoKr", 1.0),
     P("Flux, AI-Toolkit LoKr, alpha inf", "Flux dev", under(MODEL, BFL), "LoKr", 9999999999.0, dtype=FP16),
-    P("Flux, SimpleTuner, 2024", "Flux dev", under("transformer.base_model.model.", FLUX), left=20, here=20),
-    P("Flux, Kontext, fal", "Flux dev", under("base_model.model.", BFL), left=8, here=8),
-    P("Flux, XLabs", "Flux dev", XLABS, "XLabs", shapes=XLABS_SHAPES, left=4, here=4),
+    P("Flux, SimpleTuner, 2024", "Flux dev", under("transformer.base_model.model.", FLUX), left=20, known={PEFT: ""}),
+    P("Flux, Kontext, fal", "Flux dev", under(PEFT, BFL), left=8, known={PEFT: MODEL}),
+    P("Flux, XLabs", "Flux dev", XLABS, "XLabs", shapes=XLABS_SHAPES, left=4, known=XLABS_KNOWN),
     P("Flux, USO", "Flux dev", USO, "XLabs", shapes=XLABS_SHAPES, left=4),
     P("Flux, dev's img_in on Fill", "Flux Fill", under(MODEL, BFL), shapes={f"{MODEL}img_in": (32, 64)}, unfit=1),
     P("Flux 2, AI-Toolkit", "Flux 2", under(MODEL, ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"))),
@@ -188,13 +205,13 @@ FLUXES = (
 OTHERS = (
     P("SD3, kohya", "SD3", (f"{KOHYA}joint_blocks_0_x_block_attn_qkv", *SD3_TE), "kohya", 1.0, encoder=SD3_TEXT),
     P("SD3, diffusers", "SD3", under("transformer.", SD3)),
-    P("SD3, Flash", "SD3", under("base_model.model.", SD3)),
+    P("SD3, Flash", "SD3", under(PEFT, SD3)),
     P("SD3, OneTrainer", "SD3", flat("lora_transformer_", SD3), "kohya", 1.0),
     P("SD3.5, SimpleTuner LyCORIS", "SD3.5 medium", ("lycoris_transformer_blocks_0_attn2_to_q",), "LoKr", 1.0),
     P("Stable Cascade", "Stable Cascade C", CASCADE_LAYERS, "kohya", 1.0, encoder=CASCADE),
     P("AuraFlow", "AuraFlow", under("transformer.", ("joint_transformer_blocks.0.attn.to_q", "context_embedder"))),
     P("PixArt, diffusers", "PixArt Sigma", under("transformer.", PIXART)),
-    P("PixArt, PEFT", "PixArt Sigma", under("base_model.model.", PIXART)),
+    P("PixArt, PEFT", "PixArt Sigma", under(PEFT, PIXART)),
     P("HunyuanDiT", "HunyuanDiT", under("base_model.model.blocks.0.", ("attn1.Wqkv", "attn2.q_proj"))),
     P("Lumina 2", "Lumina 2", under(MODEL, ("layers.0.attention.qkv", "layers.0.feed_forward.w1"))),
     P("Z-Image, AI-Toolkit", "Z-Image", under(MODEL, Z)),
@@ -215,7 +232,7 @@ OTHERS = (
     P("Qwen-Image, diffusers", "Qwen-Image", under("transformer.", QWEN)),
     P("Qwen-Image, musubi-tuner", "Qwen-Image", flat(KOHYA, QWEN), "kohya", 1.0),
     P("Qwen-Image, DiffSynth", "Qwen-Image", QWEN, "default"),
-    P("Qwen-Image, PEFT checkpoint", "Qwen-Image", under("base_model.model.", QWEN), left=10, here=10),
+    P("Qwen-Image, PEFT checkpoint", "Qwen-Image", under(PEFT, QWEN), left=10, known={PEFT: ""}),
     P("Qwen-Image, SimpleTuner LyCORIS", "Qwen-Image", flat("lycoris_", QWEN), "LoKr", 1.0),
     P("OmniGen 2", "OmniGen2", ("layers.0.attn.to_q", "layers.0.feed_forward.linear_1")),
     P("ACE-Step", "ACE-Step", ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.cross_attn.to_q")),
@@ -227,7 +244,7 @@ VIDEO = (
     P("Hunyuan Image, sd-scripts, converted", "Hunyuan Image 2.1", flat(KOHYA, BFL[:1]), "kohya", 1.0),
     P("Wan, AI-Toolkit, diffusion-pipe, SVI", "Wan 2.1 T2V", under(MODEL, WAN)),
     P("Wan, musubi-tuner", "Wan 2.1 T2V", flat(KOHYA, WAN), "kohya", 1.0),
-    P("Wan, DiffSynth", "Wan 2.1 T2V", WAN, "default", left=8, here=8),
+    P("Wan, DiffSynth", "Wan 2.1 T2V", WAN, "default", left=8, known={"blocks.": "diffusion_model.blocks."}),
     P("Wan, Fun rewards", "Wan 2.1 T2V", FUN, "kohya", 2.0),
     P("Wan, lightx2v, CausVid, AccVideo", "Wan 2.1 T2V", LIGHT, "kohya", further=OF_T2V, dtype=FP16, left=2),
     P("Wan, lightx2v, T2V's on I2V", "Wan 2.1 I2V", LIGHT, "kohya", further=OF_T2V, left=2, unfit=1),
