@@ -36,6 +36,7 @@ FORMS: dict[str, dict[str, tuple[int, ...]]] = {  # parts that belong together, 
     "OFT": {"oft_blocks": (3, 4, 4)},
     "difference": {"diff": (6, 5, 3, 3)},
     "norm": {"w_norm": (6,)},
+    "replaced weight": {"set_weight": (6, 5)},
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 INF = {"F32": b"\0\0\x80\x7f", "F16": b"\0\x7c", "BF16": b"\x80\x7f", "F8_E4M3": b"\x7f"}  # the last one: NaN

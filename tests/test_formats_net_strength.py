@@ -16,6 +16,8 @@ from modular_lora_guard.modular_lora.adapters import (
     LokrLayer,
     LoraLayer,
     OftLayer,
+    SetLayer,
+    WideLoraLayer,
 )
 from modular_lora_guard.modular_lora.changes import Dense, Gain, Kron, LowRank, Rotation, dense
 from modular_lora_guard.modular_lora.comparing import change
@@ -132,6 +134,8 @@ CANCELLING = {  # a safety LoRA and a task LoRA at strength 1 that takes it back
         DoraLayer("w", SAFETY, 1.5 * lengths(), False),
         DiffLayer("w", -(1.5 * (weight() + DELTA) - weight()), None),
     ),
+    "replaced weight": (SAFETY, SetLayer("w", weight() - DELTA)),
+    "LoRA with more inputs": (SAFETY, WideLoraLayer("w", torch.cat([DOWN, random(2, 3)], 1), -UP, None)),
     "bias": (DiffLayer("w", None, torch.ones(OUT)), DiffLayer("w", None, -torch.ones(OUT))),
 }
 
@@ -139,7 +143,7 @@ CANCELLING = {  # a safety LoRA and a task LoRA at strength 1 that takes it back
 @pytest.mark.parametrize("name", CANCELLING)
 def test_a_task_lora_of_any_format_that_cancels_the_safety_lora_is_an_error(name):
     safety, task = CANCELLING[name]
-    strength = -1.0 if name == "LoKr as safety" else 1.0
+    strength = {"LoKr as safety": -1.0, "replaced weight": 0.3}.get(name, 1.0)
     loras = (SafetyLora(file(safety, "safety"), 1.0),), (TaskLora(file(task, "task"), strength, 0.0),)
     part = build_part("model", info(), *loras, Policy(), enforce=False)
     assert part.interference[0][1].net_strength == near(0, abs=1e-5)
@@ -174,10 +178,11 @@ def test_block_weights_count_in_every_format():
         LohaLayer("w", UP, torch.zeros(2, IN), *ONES, None, None, None),
         DiffLayer("w", torch.zeros(OUT, IN), None),
         OftLayer("w", torch.zeros(3, 4, 4), None),
+        SetLayer("w", weight()),
         DoraLayer("w", LoraLayer("w", DOWN, torch.zeros(OUT, 2), None), lengths(), False),
         DoraLayer("w", LoraLayer("w", DOWN, torch.zeros(OUT, 2), None), lengths().half(), False),
     ],
-    ids=["LoKr", "LoHa", "difference", "OFT", "DoRA", "DoRA in fp16"],
+    ids=["LoKr", "LoHa", "difference", "OFT", "replaced weight", "DoRA", "DoRA in fp16"],
 )
 def test_a_safety_layer_that_changes_nothing_is_an_error_in_every_format(layer):
     with pytest.raises(GuardError, match=r"all zero and would do nothing|norm 0, it protects nothing"):
