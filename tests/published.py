@@ -112,7 +112,8 @@ QWEN += ("transformer_blocks.1.txt_mod.1",)
 Z = under("layers.0.attention.", ("to_q", "to_k", "to_v", "to_out.0"))
 Z += ("layers.0.feed_forward.w1", "noise_refiner.0.attention.to_q")
 HIDREAM = ("double_stream_blocks.0.block.attn1.to_q", "single_stream_blocks.0.block.ff_i.experts.0.w1")
-LTX = under("transformer_blocks.0.", ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj"))
+LTX_BLOCK, LTX_SOUND = "transformer_blocks.0.", ("audio_attn1.to_q", "audio_to_video_attn.to_k")
+LTX = under(LTX_BLOCK, ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj"))
 PIXART = under("transformer_blocks.0.", ("attn1.to_q", "attn2.to_k", "ff.net.0.proj"))
 
 KOHYA, MODEL = "lora_unet_", "diffusion_model."
@@ -257,6 +258,20 @@ VIDEO = (
     P("Cosmos Predict2", "Cosmos Predict2", under(MODEL, ("blocks.0.self_attn.q_proj", "blocks.0.mlp.layer1"))),
 )
 LAYOUTS = (*U_NETS, *FLUXES, *OTHERS, *VIDEO)
+FLUX_2 = under("transformer_blocks.0.", ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.linear_in"))
+FLUX_2 += ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",)
+NEWER = (  # that ComfyUI 0.33.0 loads and 0.3.75 does not
+    P("Flux, DiffSynth", "Flux dev", FLUX, "default"),
+    P("Flux 2, diffusers", "Flux 2", under("transformer.", FLUX_2)),
+    P("Flux 2, SimpleTuner LyCORIS", "Flux 2", flat("lycoris_", FLUX_2), "LoKr", 1.0),
+    P("Z-Image, diffusers", "Z-Image", under("transformer.", Z)),
+    P("Z-Image, DiffSynth", "Z-Image", Z, "default"),
+    P("Krea 2, diffusers", "Krea 2", under("transformer.transformer_blocks.0.", ("attn.to_q", "ff.up"))),
+    P("Anima, sd-scripts", "Anima", flat(f"{KOHYA}blocks_0_", ("self_attn.q_proj", "mlp.layer1")), "kohya", 1.0),
+    P("LTX Video, without a prefix", "LTX Video", LTX),
+    P("LTX 2, AI-Toolkit", "LTX Video with sound", under(MODEL, (*LTX, *under(LTX_BLOCK, LTX_SOUND)))),
+    P("ACE-Step 1.5", "ACE-Step 1.5", under(f"{PEFT}layers.0.", ("self_attn.q_proj", "cross_attn.o_proj"))),
+)
 NOWHERE = (  # of which ComfyUI loads nothing either
     P("AnimateDiff motion LoRA", "SD1.x", (f"{MOTION}.attention_blocks.0.processor.to_q",), "processor"),
     P("Flux, trained through sd-scripts' SD code", "Flux dev", (f"{KOHYA}transformer_blocks_0_attn_to_q_",), "kohya"),
