@@ -7,19 +7,17 @@ A layer has one down and one up product however many LoRAs act on it. The branch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .changes import Fused, Term, count
 from .errors import GuardError
-from .layers import LayerSpec
+from .fused import FusedLayer, Held, counter, make, plain
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
-COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _SEAT = "_modular_lora_attachment"
 
 
@@ -35,109 +33,6 @@ class Times:
         if self.most is None and evaluations:
             return runs >= self.least * evaluations
         return self.least * evaluations <= runs <= (self.most or 0) * evaluations
-
-
-class Held:
-    """Bytes of the fused weights of all layers of one model, and how often they were made or dropped."""
-
-    def __init__(self):
-        self.nbytes = self.changes = 0
-
-    def change(self, nbytes: int) -> None:
-        self.nbytes += nbytes
-        self.changes += 1
-
-
-class FusedLayer:
-    """All terms of one layer, fused over the active roles, and the count of its firings.
-
-    Eager evaluations count in ``fired``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
-    there and keeps its graph, and eager runs launch no kernel for the count.
-    """
-
-    def __init__(self, spec: LayerSpec, terms: Sequence[Term]):
-        self.spec, self.terms = spec, tuple(terms)
-        self.fired = 0
-        self.fired_compiled = _counter()
-        self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
-        self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
-        self.held = Held()
-
-    def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
-        """The active terms in compute dtype on the layer's device, or None where no term is active.
-
-        One dtype and device is held at a time, the activation's; GuardError for a dtype that nothing is computed in.
-        """
-        key = (roles, dtype, device)
-        if key not in self._fused:
-            self._make(key)
-        return self._fused[key]
-
-    def _make(self, key: tuple[frozenset[str], torch.dtype, torch.device]) -> None:
-        roles, dtype, device = key
-        if dtype not in COMPUTE:
-            raise GuardError(
-                f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
-                "or option that quantises activations outside the layers."
-            )
-        self._drop([k for k in self._fused if k[0] == roles])
-        terms = [t for t in self.terms if t.role in roles]
-        with plain():
-            self._fused[key] = made = Fused(self.spec, terms, dtype, device) if terms else None
-        self.held.change(made.nbytes if made else 0)
-
-    def _drop(self, keys: list[tuple]) -> None:
-        self._last = (None, None, None, None)
-        for key in keys:
-            fused = self._fused.pop(key)
-            self.held.change(-fused.nbytes if fused else 0)
-
-    def holds(self, roles: frozenset[str], device: torch.device) -> bool:
-        """Whether the active terms are fused on ``device``, in whichever dtype the last activation had."""
-        return any(k[0] == roles and k[2] == device for k in self._fused)
-
-    def count(self) -> int:
-        """How many numbers all terms fused are."""
-        return count(self.spec, self.terms)
-
-    def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
-        """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
-        if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
-            if (fused := self.fused(roles, x.dtype, x.device)) is None:
-                return y
-            self.fired_compiled.add_(1)
-            return fused(y, x)
-        before, dtype, device, fused = self._last
-        if before is not roles or dtype is not x.dtype or device != x.device:
-            fused = self.fused(roles, x.dtype, x.device)
-            self._last = roles, x.dtype, x.device, fused
-        if fused is None:
-            return y
-        self.fired += 1
-        return fused(y, x)
-
-    def nbytes(self) -> int:
-        """Bytes of the fused weights that are held now, over all dtypes and devices."""
-        return sum(fused.nbytes for fused in self._fused.values() if fused)
-
-    def free(self) -> None:
-        """Drop the fused weights; they are made again from the terms when next needed."""
-        self._drop(list(self._fused))
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Tensors made here are none of inference mode: in-place counting and autograd then work anywhere."""
-    if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():  # entering both takes a while
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _counter() -> Tensor:
-    with plain():
-        return torch.zeros((), dtype=torch.int64)
 
 
 def _inside(path: str, module: str) -> bool:
@@ -157,7 +52,7 @@ class Branches:
         self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
         self.counted = (*roots, *self.parts)
         self.evaluated = dict.fromkeys(self.counted, 0)
-        self.evaluated_compiled = {module: _counter() for module in self.counted}
+        self.evaluated_compiled = {module: counter() for module in self.counted}
         self.roles = ALL_ROLES
         self._count: int | None = None
         self._dtype: torch.dtype | None = None
@@ -209,10 +104,9 @@ class Branches:
         if self._ready == (*ready, self._held.changes):
             return
         self._move(device)
-        with plain():
-            for layer in self.layers.values():
-                if dtype != self._dtype or not layer.holds(self.roles, device):
-                    layer.fused(self.roles, dtype, device)
+        wanted = None if dtype == self._dtype else dtype
+        missing = [layer for layer in self.layers.values() if not layer.holds(self.roles, device, wanted)]
+        make(missing, self.roles, dtype, device)
         self._dtype = dtype
         self._ready = (*ready, self._held.changes)
 

@@ -7,7 +7,7 @@ W0·x = y − b, never on another adapter's share, so no task adapter can rescal
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from .layers import Conv, LayerSpec
 
 Role = Literal["safety", "task"]
 _ONCE = Conv((1,), (0,), (1,))  # a kernel of 1
+TOGETHER = 2**20  # numbers of a factor that are made at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,25 +83,40 @@ class Term:
 class Fused:
     """The sum of a layer's terms in compute dtype on its device: at most one product pair, or one dense product."""
 
-    def __init__(self, spec: LayerSpec, terms: Sequence[Term], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        spec: LayerSpec,
+        terms: Sequence[Term],
+        dtype: torch.dtype,
+        device: torch.device,
+        pair: tuple[Tensor, Tensor] | None = None,
+    ):
+        """``pair``: down and up, where they are made already and all that the terms are."""
         self.spec = spec
-        self.down = self.up = self.dense = None  # R in [k k], out R [1 1]; out in [k k]
-        place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
-        found = _by_kind(terms)
-        whole, pairs, gains = found[Dense], found[LowRank], found[Gain]
+        self.down, self.up = pair or (None, None)  # R in [k k], out R [1 1]
+        self.dense = self.gain = self.bias = None  # out in [k k], out, out
+        self.krons, self.rotations = (), ()
+        if pair is None:
+            self._make(terms, lambda t: t.to(device, dtype).contiguous())
+        self.pointwise = spec.conv is not None and _is_pointwise(spec)
+        self.inputs = slice(spec.narrow)  # of x, as W0 has them
+        others = self.krons or self.rotations or self.gain is not None or self.bias is not None
+        self.plain = self.down is not None and not others
+        self.nbytes = sum(t.nbytes for t in self.tensors)
+
+    def _make(self, terms: Sequence[Term], place: Callable[[Tensor], Tensor]) -> None:
+        spec, found = self.spec, _by_kind(terms)
+        whole, pairs = found[Dense], found[LowRank]
         if _is_dense(spec, whole, pairs):
             self.dense = place(_sum(spec, whole, pairs).reshape(spec.weight_shape))
         elif pairs:
             self.down, self.up = map(place, _concatenate(spec, pairs))
         self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in found[Kron])
         self.rotations = tuple(place(s * p.blocks.float()) for p, s in found[Rotation])
-        self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains))) if gains else None
-        bias = _bias(found)
-        self.bias = None if bias is None else place(_column(spec, bias))
-        self.pointwise = spec.conv is not None and _is_pointwise(spec)
-        self.inputs = slice(spec.narrow)  # of x, as W0 has them
-        self.plain = self.down is not None and not (self.krons or self.rotations or gains or bias is not None)
-        self.nbytes = sum(t.nbytes for t in self.tensors)
+        if gains := found[Gain]:
+            self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains)))
+        if (bias := _bias(found)) is not None:
+            self.bias = place(_column(spec, bias))
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y + Σ scale·ΔW·x; y may be changed in place."""
@@ -149,6 +165,45 @@ class Fused:
         """All tensors that it holds."""
         own = (self.down, self.up, self.dense, self.gain, self.bias)
         return (*(t for t in own if t is not None), *self.rotations, *(w for pair in self.krons for w in pair))
+
+
+Layers: TypeAlias = "Sequence[tuple[LayerSpec, Sequence[Term]]]"
+
+
+def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused]:
+    """``Fused`` of many layers; pairs of the same shapes are made together."""
+    pairs = {}
+    for places in _alike(layers):
+        pairs |= zip(places, _pairs([layers[place] for place in places], dtype, device), strict=True)
+    return [Fused(spec, terms, dtype, device, pairs.get(place)) for place, (spec, terms) in enumerate(layers)]
+
+
+def _alike(layers: Layers) -> Iterator[list[int]]:
+    """The numbers of layers that have a pair and nothing else, of the same shapes and dtypes."""
+    found = defaultdict(list)
+    for place, (spec, terms) in enumerate(layers):
+        parts = [t.part for t in terms]
+        if spec.narrow is None and all(isinstance(part, LowRank) for part in parts):
+            kinds = tuple((part.down.shape[0], part.down.dtype, part.up.dtype) for part in parts)
+            found[spec.weight_shape, spec.conv, kinds].append(place)
+    for (shape, _, kinds), places in found.items():
+        spec, terms = layers[places[0]]
+        size = max(1, TOGETHER // (sum(rank for rank, *_ in kinds) * max(shape[0], spec.inputs)))
+        if not _is_dense(spec, [], [(t.part, t.scale) for t in terms]):
+            yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _pairs(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Down and up of L layers alike, as parts of one tensor each."""
+    spec, terms = layers[0]
+    ups = [torch.stack([terms[i].part.up for _, terms in layers]) for i in range(len(terms))]  # L out r each
+    down = _joined([t.part.down for _, terms in layers for t in terms], 0)  # L·R in·k·k
+    up = _joined(ups, 2)  # L out R
+    scales = [[t.scale for t in terms for _ in range(t.part.down.shape[0])] for _, terms in layers]
+    up.mul_(torch.tensor(scales, dtype=up.dtype, device=up.device)[:, None])
+    down = down.reshape(len(layers), -1, *spec.weight_shape[1:])
+    up = up.reshape(*up.shape, *(1 for _ in spec.weight_shape[2:]))
+    return list(zip(down.to(device, dtype).unbind(), up.to(device, dtype).unbind(), strict=True))
 
 
 def count(spec: LayerSpec, terms: Sequence[Term]) -> int:

@@ -13,11 +13,12 @@ from typing import Literal
 
 from .applied import Applied, apply, terms
 from .attestation import Attestation, LoraRecord
-from .branches import Branches, FusedLayer, plain
+from .branches import Branches
 from .changes import Role
 from .comparing import Factor
 from .errors import GuardError
 from .files import LoraFile
+from .fused import FusedLayer, plain
 from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
 from .matching import is_text, mismatch

@@ -39,6 +39,8 @@ def norm_of(module: nn.Module) -> Norm | None:
 
     A weight that a class stores less one (Gemma's RMSNorm) changes y by the same n(x)·Δw.
     """
+    if not isinstance(module, nn.GroupNorm | nn.LayerNorm) and type(module).__name__ not in _RMS:
+        return None
     weight = getattr(module, norm_weight(module) or "weight", None)
     if not isinstance(weight, Tensor):
         return None
@@ -54,6 +56,6 @@ def norm_of(module: nn.Module) -> Norm | None:
 
 def norm_weight(module: nn.Module) -> str | None:
     """The name of the weight of an RMS norm that does not call it ``weight``; None for all other modules."""
-    scale = getattr(module, "scale", None)
-    has = type(module).__name__ in _RMS and not hasattr(module, "weight") and isinstance(scale, Tensor)
-    return "scale" if has else None
+    if type(module).__name__ not in _RMS or hasattr(module, "weight"):
+        return None
+    return "scale" if isinstance(getattr(module, "scale", None), Tensor) else None

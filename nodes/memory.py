@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..modular_lora.branches import COMPUTE, Branches
+from ..modular_lora.branches import Branches
+from ..modular_lora.fused import COMPUTE
 
 
 def compute_dtype(patcher) -> torch.dtype:

@@ -86,7 +86,8 @@ def parts(diffusion_model: nn.Module, root: str) -> dict[str, Times]:
     """How often each declared part of a diffusion model runs, by its path under ``root``; subclasses override."""
     rules = [rule for cls in reversed(type(diffusion_model).__mro__) for rule in PARTS.get(cls.__name__, ())]
     patterns = [(re.compile(pattern), times) for pattern, times in rules]
-    found = {path: times for path, _ in diffusion_model.named_modules() for p, times in patterns if p.fullmatch(path)}
+    paths = (path for path, _ in diffusion_model.named_modules()) if patterns else ()  # there are thousands
+    found = {path: times for path in paths for p, times in patterns if p.fullmatch(path)}
     found |= dict(_repeated(diffusion_model))
     return {f"{root}.{path}": times for path, times in found.items()}
 

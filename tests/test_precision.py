@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.branches import COMPUTE, FusedLayer
 from modular_lora_guard.modular_lora.changes import LowRank, Term
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.fused import COMPUTE, FusedLayer
 from modular_lora_guard.modular_lora.layers import LayerSpec, layer_spec
 from precision_toys import (
     FP8,
