@@ -7,7 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
-from . import enforce
+from . import carried, enforce
 from .audit import Audit
 from .gate import GateSettings
 from .gated import SafetyGate, SampleAndGate
@@ -27,6 +27,7 @@ class ModularLoraExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()
         enforce.register()
+        carried.register()
         return [
             LoadSafetyLora,
             LoadTaskLora,

@@ -250,8 +250,8 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
                 if not _made_by(tensor, state.text_digest):
                     raise GuardError(
                         f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
-                        "text-encoder half: encode prompts with the CLIP output of Guard Model (ConditioningAverage "
-                        "makes a new embedding and cannot be checked: use ConditioningCombine or ConditioningConcat)."
+                        "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
+                        "nodes that change the embeddings (ConditioningAverage and style models may stay)."
                     )
     return tuple(hashes)
 

@@ -121,7 +121,7 @@ def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -
     """Pictures (b h w c) of latents, attested where their latents are, and what is to be said of them, each once.
 
     ``tiles``: what the stock VAE Decode (Tiled) is given, the stock VAE Decode otherwise (nodes, 0.3.75 and 0.33.0);
-    a video's frames come as a batch. Of latents of several kinds (sound beside video, 0.33.0) the first is decoded.
+    a video's frames come as a batch. Of latents of several kinds (sound beside video) the first is decoded.
     """
     import nodes  # ComfyUI's top-level module, complete only after start-up
 

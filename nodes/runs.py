@@ -35,7 +35,10 @@ def forget(model) -> None:
 
 
 def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_) -> Iterator[torch.Tensor]:
-    """Every latent of a batch; of several that are sampled as one, sound beside video, each by itself (0.33.0)."""
+    """Every latent of a batch; of several that are sampled as one (sound beside video), each by itself.
+
+    ``latent_shapes``: what CFGGuider.sample hands on (0.3.75 and 0.33.0).
+    """
     several = latent_shapes is not None and len(latent_shapes) > 1
     for batch in comfy.utils.unpack_latents(packed, latent_shapes) if several else (packed,):
         yield from batch

@@ -264,7 +264,7 @@ def test_core_conditioning_nodes_keep_the_guarded_clips_mark(kind, run_graph, lo
     assert "guarded: " in run_graph(graph)["sample"][1]
 
 
-def test_concat_with_unguarded_rows_and_averages_are_refused(run_graph, loras):
+def test_concat_and_average_with_unguarded_rows_are_refused(run_graph, loras):
     graph = guarded_graph("safety_te.safetensors", None, clip=True)
     graph["plain"] = node("CLIPTextEncode", clip=["ckpt", 1], text="on a table")
     graph["made"] = node("ConditioningConcat", conditioning_to=["pos", 0], conditioning_from=["plain", 0])
@@ -272,9 +272,9 @@ def test_concat_with_unguarded_rows_and_averages_are_refused(run_graph, loras):
     with pytest.raises(GraphError, match="not made by the guarded CLIP"):
         run_graph(graph)
     graph["made"] = node(
-        "ConditioningAverage", conditioning_to=["pos", 0], conditioning_from=["neg", 0], conditioning_to_strength=0.5
+        "ConditioningAverage", conditioning_to=["pos", 0], conditioning_from=["plain", 0], conditioning_to_strength=0.5
     )
-    with pytest.raises(GraphError, match="ConditioningAverage"):
+    with pytest.raises(GraphError, match="not made by the guarded CLIP"):
         run_graph(graph)
 
 

@@ -1,0 +1,137 @@
+"""Conditionings beside a guard whose safety LoRA has a text-encoder half: honest ones pass, unguarded text does not."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from condition_toys import SIZE, node, picture, random_cond, sample
+from encoder_toys import randomise
+
+
+@pytest.fixture(scope="module", autouse=True)
+def photomaker(comfy) -> None:
+    """PhotoMakerEncode, which the other tests do not load."""
+    file = Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_photomaker.py"
+    asyncio.run(comfy.nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    sys.modules[f"{comfy.host.__package__}.carried"].register()
+
+
+@pytest.fixture(scope="module")
+def world(comfy, loaded, loras):
+    """The demo world under a safety LoRA with a text-encoder half, its guarded CLIP, and the CLIP as it came."""
+    g, (model, clip, _) = comfy.host_guard, loaded
+    safety = (g.SafetyLora(comfy.host_files.read_lora(loras.folder / "safety_te.safetensors"), 1.0),)
+    handle, ours = comfy.host.guard(model, clip, safety, (), False, g.Policy())
+    return SimpleNamespace(model=comfy.host.unwrap(handle), clip=ours, plain=clip)
+
+
+def text(clip, words: str) -> list:
+    return node("CLIPTextEncode", clip=clip, text=words)[0]
+
+
+def mask() -> torch.Tensor:
+    return torch.linspace(0, 1, SIZE).expand(1, SIZE, SIZE)
+
+
+def average(one, other, clip, kind):
+    return node("ConditioningAverage", conditioning_to=one, conditioning_from=other, conditioning_to_strength=0.6)[0]
+
+
+def redux(one, other, clip, kind):
+    """A style model of Flux's class, of the demo world's width."""
+    from comfy.ldm.flux.redux import ReduxImageEncoder
+    from comfy.sd import StyleModel
+
+    encoder = ReduxImageEncoder(redux_dim=8, txt_in_features=768, dtype=torch.float32)
+    randomise(encoder)
+    seen = SimpleNamespace(last_hidden_state=torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0)))
+    settings = {"style_model": StyleModel(encoder), "clip_vision_output": seen}
+    return node("StyleModelApply", conditioning=one, **settings, strength=0.7, strength_type=kind)[0]
+
+
+def faces(one, other, clip, kind):
+    """PhotoMakerEncode with a stand-in for its network, which changes the tokens of one word."""
+
+    class Maker:
+        load_device = torch.device("cpu")
+
+        def __call__(self, id_pixel_values, prompt_embeds, class_tokens_mask):
+            return torch.where(class_tokens_mask[..., None], prompt_embeds * 1.5 + 0.1, prompt_embeds)
+
+    import nodes  # the class that the server runs, not the module's own once more
+
+    maker = nodes.NODE_CLASS_MAPPINGS["PhotoMakerEncode"]
+    return maker.execute(photomaker=Maker(), image=picture(64), clip=clip, text="a photomaker cat").result[0]
+
+
+def seen(one, other, clip, kind):
+    vision = SimpleNamespace(image_embeds=torch.randn(1, 768, generator=torch.Generator().manual_seed(4)))
+    settings = {"clip_vision_output": vision, "strength": 1.0, "noise_augmentation": 0.1}
+    return node("unCLIPConditioning", conditioning=one, **settings)[0]
+
+
+def together(one, other, clip, kind):
+    return node("ConditioningConcat", conditioning_to=one, conditioning_from=other)[0]
+
+
+def combined(one, other, clip, kind):
+    """Areas, masks and ranges of steps."""
+    place = {"width": 0.5, "height": 0.5, "x": 0.0, "y": 0.0, "strength": 0.7}
+    (area,) = node("ConditioningSetAreaPercentage", conditioning=one, **place)
+    (masked,) = node("ConditioningSetMask", conditioning=other, mask=mask(), set_cond_area="default", strength=1.0)
+    (late,) = node("ConditioningSetTimestepRange", conditioning=one, start=0.2, end=1.0)
+    (both,) = node("ConditioningCombine", conditioning_1=area, conditioning_2=masked)
+    return node("ConditioningCombine", conditioning_1=both, conditioning_2=late)[0]
+
+
+def nothing(one, other, clip, kind):
+    return node("ConditioningZeroOut", conditioning=one)[0]
+
+
+MADE = {
+    "an average": (average, None),
+    "a style model": (redux, "multiply"),
+    "a style model by attention": (redux, "attn_bias"),
+    "PhotoMaker": (faces, None),
+    "unCLIP": (seen, None),
+    "two prompts in one": (together, None),
+    "regions": (combined, None),
+    "a zeroed prompt": (nothing, None),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_of_guarded_prompts_keeps_the_guard(name, comfy, world):
+    make, kind = MADE[name]
+    one, other = text(world.clip, "a cat"), text(world.clip, "on a table")
+    made = make(one, other, world.clip, kind)
+    sample(world.model, made, text(world.clip, ""))
+    assert comfy.host.attestation(world.model).status == "guarded"
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "a zeroed prompt"])
+def test_what_is_made_of_an_unguarded_prompt_is_refused(name, comfy, world):
+    make, kind = MADE[name]
+    one, other = text(world.plain, "a dog"), text(world.clip, "on a table")
+    made = make(one, other, world.plain, kind)
+    with pytest.raises(comfy.host.GuardError, match="positive conditioning was not made by the guarded CLIP"):
+        sample(world.model, made, text(world.clip, ""))
+
+
+@pytest.mark.parametrize("name", ["an average", "two prompts in one", "regions"])
+def test_a_guarded_prompt_does_not_carry_an_unguarded_one_with_it(name, comfy, world):
+    make, kind = MADE[name]
+    one, other = text(world.clip, "a cat"), text(world.plain, "a horse")
+    with pytest.raises(comfy.host.GuardError, match="positive conditioning was not made by the guarded CLIP"):
+        sample(world.model, make(one, other, world.clip, kind), text(world.clip, ""))
+
+
+def test_an_average_with_anything_else_is_refused(comfy, world):
+    made = average(text(world.clip, "a cat"), random_cond(3), None, None)
+    with pytest.raises(comfy.host.GuardError, match="positive conditioning was not made by the guarded CLIP"):
+        sample(world.model, made, text(world.clip, ""))
