@@ -94,7 +94,7 @@ def make_layers(
             parts["down"] = _tucker(parts["down"], parts.pop("mid"))
             if not parts["down"].isfinite().all():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: its Tucker product overflows: train the LoRA again")
-        for role in ("dora_scale", "magnitude"):
+        for role in ("dora_scale", "magnitude", "set"):
             if role in parts and not parts[role].float().any():
                 raise LoraFileError(f"{name}: layer {shown(layer)}: {role} is 0, it would erase the weight: {DAMAGED}")
         result[layer] = _layer(layer, parts, alpha, layer == names.wide)
