@@ -267,7 +267,7 @@ def test_an_audit_of_the_demo_world_runs_by_one_command(tmp_path):
     ]
     command += ["--checkpoint", Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors"]
     command += [part for name, value in values.items() for part in (f"--{name}", value)]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "o" / "evidence.json").read_text(encoding="utf-8"))
     assert said["arms"]["base"]["n"] == said["arms"]["safety"]["n"] == 4

@@ -110,7 +110,7 @@ def test_a_task_lora_is_trained_by_one_command(comfy, tmp_path):
     values |= {"output_dir": tmp_path, "output_name": "made"}
     values |= {"safety_lora": assets / "demo_safety_vehicles.safetensors"}
     command += [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "frozen, in no optimizer group, not in the training" in done.stdout
     made = read_lora(tmp_path / "made.safetensors")
