@@ -65,6 +65,8 @@ class Published:
         out, fan_in, *kernel = shape
         if self.form == "LoKr":
             return {f"{layer}.lokr_w1": (2, 2), f"{layer}.lokr_w2": (out // 2, fan_in // 2, *kernel)}
+        if self.form == "OFT":
+            return {f"{layer}.oft_blocks": (out // 4, 4, 4)}
         if self.form == "LoHa":
             ends = {"a": (out, RANK), "b": (RANK, fan_in)}
             return {f"{layer}.hada_w{i}_{end}": size for i in (1, 2) for end, size in ends.items()}
@@ -184,6 +186,13 @@ U_NETS = (
         known={PEFT: "unet.", **PROCESSOR},
     ),
     P("ComfyUI's extraction from a CLIP", "SD1.x", EMBEDDED, "kohya", encoder=SD1, unfit=1),
+)
+TRAINED = under(f"{MODEL}input_blocks.1.", ("0.in_layers.2", "1.proj_in", "1.transformer_blocks.0.attn1.to_q"))
+BESIDE = {f"{MODEL}input_blocks.1.1.norm.{end}": (32,) for end in ("diff", "diff_b")}
+BESIDE |= {f"{TRAINED[0]}.diff_b": (32,)}
+U_NETS += tuple(  # kernels are flat
+    P(f"ComfyUI's Train LoRA, {kind}", "SD1.x", TRAINED, form, 1.0, BESIDE, shapes={TRAINED[0]: (32, 288)})
+    for kind, form in {"LoRA": "kohya", "LoHa": "LoHa", "LoKr": "LoKr", "OFT": "OFT"}.items()
 )
 FLUXES = (
     P("Flux, diffusers, AI-Toolkit, Turbo", "Flux dev", under("transformer.", FLUX), dtype=BF16),
