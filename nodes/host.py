@@ -36,7 +36,7 @@ from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .memory import MemoryMixin, compute_dtype
-from .runs import GenerateMixin, KeptMixin, streams
+from .runs import GenerateMixin, KeptMixin, streams, watch
 from .widened import widen
 
 PACK = "modular-lora-guard 0.1.0"
@@ -158,6 +158,8 @@ class GuardMixin(KeptMixin, MemoryMixin):
         self.guard_checked = False
         self.guard_begin()
         super().pre_run()
+        if self.guard_state.text_digest:
+            watch(self.model, lambda entry: _check_conditioning({"extra": [entry]}, self.guard_state))
 
     def cleanup(self):
         try:

@@ -5,7 +5,7 @@ Like host.py it touches ComfyUI's internals; each touch says the versions in whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.utils
 import torch
@@ -14,7 +14,7 @@ from ..modular_lora.errors import GuardError
 
 
 class KeptMixin:
-    """In front of a ModelPatcher's class: nothing that layers made in another run enters a guarded one."""
+    """In front of a ModelPatcher's class: nothing that another run left enters a guarded one, nothing of it stays."""
 
     def pre_run(self):
         forget(self.model)
@@ -25,6 +25,22 @@ class KeptMixin:
             super().cleanup()
         finally:
             forget(self.model)
+            vars(self.model).pop("extra_conds", None)
+
+
+def watch(model, check: Callable[[dict], object]) -> None:
+    """Have ``check`` see every conditioning that the model is handed until the run's end.
+
+    The guider's own and those that a node encodes on the way (PerpNeg): encode_model_conds calls the model's
+    ``extra_conds`` with all entries of each (0.3.75 and 0.33.0).
+    """
+    extra_conds = model.extra_conds
+
+    def checked(**entry):
+        check(entry)
+        return extra_conds(**entry)
+
+    model.extra_conds = checked
 
 
 def forget(model) -> None:

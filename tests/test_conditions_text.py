@@ -135,3 +135,18 @@ def test_an_average_with_anything_else_is_refused(comfy, world):
     made = average(text(world.clip, "a cat"), random_cond(3), None, None)
     with pytest.raises(comfy.host.GuardError, match="positive conditioning was not made by the guarded CLIP"):
         sample(world.model, made, text(world.clip, ""))
+
+
+def test_what_a_node_encodes_inside_the_run_is_checked_as_well(comfy, world):
+    """PerpNeg evaluates its empty prompt from inside the CFG function; by cfg 0 its picture is that prompt's."""
+    for clip, refused in ((world.clip, False), (world.plain, True)):
+        settings = {"empty_conditioning": text(clip, "a horse"), "neg_scale": 1.0}
+        (model,) = node("PerpNeg", "nodes_perpneg", model=world.model, **settings)
+        run = lambda model=model: sample(model, text(world.clip, "a cat"), text(world.clip, ""), cfg=0.0)  # noqa: E731
+        if refused:
+            with pytest.raises(comfy.host.GuardError, match="extra conditioning was not made by the guarded CLIP"):
+                run()
+        else:
+            run()
+            assert comfy.host.attestation(model).status == "guarded"
+        assert "extra_conds" not in vars(model.model)
