@@ -30,7 +30,7 @@ from .errors import LoraFileError, plain, shown
 from .formats import DAMAGED, Entry, check_layers, make_layers
 from .names import Names, refuse_other_files, sort_names
 
-HEADER_LIMIT = 16 * 2**20  # bytes
+HEADER_LIMIT = 32 * 2**20  # bytes; sd-scripts writes every tag of every picture into it
 TENSOR_LIMIT = 20_000
 ENDINGS = (".safetensors", ".sft")  # as ComfyUI lists them
 SIZE_LIMIT = 2**31  # of one dimension

@@ -171,8 +171,8 @@ def _check_lokr(shapes: Mapping[str, tuple[int, ...]]) -> int:
     whole = [shapes.get("lokr_w1"), shapes.get("lokr_w2")]
     first = _check_product(shapes, "lokr_w1_a", "lokr_w1_b", None) if whole[0] is None else whole[0]
     second = _check_product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2") if whole[1] is None else whole[1]
-    fits = len(first) == 2 and len(second) in (2, 4)
-    _demand(fits, f"its factors {list(first)} and {list(second)} are those of no Linear or Conv2d")
+    fits = len(first) == 2 and 2 <= len(second) <= 5
+    _demand(fits, f"its factors {list(first)} and {list(second)} are those of no Linear or convolution")
     return first[0] * second[0]
 
 

@@ -187,6 +187,8 @@ MAKERS = (
     Maker("LoKr", "LyCORIS", LAYERS, lycoris("LokrModule", factor=2)),
     Maker("LoKr, both factors decomposed", "LyCORIS", FLAT, lycoris("LokrModule", lora_dim=1, decompose_both=True)),
     Maker("LoKr of whole factors", "LyCORIS", FLAT, lycoris("LokrModule", factor=4, full_matrix=True)),
+    # core's own product of such factors has the kernel in the wrong place (torch.kron pads in front)
+    Maker("LoKr of whole factors", "LyCORIS", (LINE,), lycoris("LokrModule", factor=4, full_matrix=True), True, False),
     # core's own product of such factors stops with an error, which it logs (torch.kron of a strided tensor)
     Maker("LoKr in Tucker form", "LyCORIS", (KERNEL,), lycoris("LokrModule", lora_dim=1, **TUCKER), True, False),
     # core does not read PEFT's magnitude vector and merges a DoRA as a LoRA
@@ -215,7 +217,4 @@ REFUSED = {  # what the error must say of the file
     Maker("OFT", "PEFT", (LINEAR,), peft("OFTConfig", oft_block_size=4, r=0)): "OFT as PEFT saves it",
     Maker("BOFT", "PEFT", (LINEAR,), peft("BOFTConfig", boft_block_size=4)): "BOFT",
     Maker("VeRA", "PEFT", (LINEAR,), peft("VeraConfig", r=4)): "VeRA",
-    Maker(
-        "LoKr of whole factors, Conv1d", "LyCORIS", (LINE,), lycoris("LokrModule", full_matrix=True)
-    ): "are those of no",
 }

@@ -276,7 +276,7 @@ def whole(kind: str, **more: Tensor) -> dict[str, Tensor]:
          "rank 4097"),
         (whole("Tucker") | {"a.lora_mid.weight": torch.ones(2, 3, 3, 3)}, "mid [2, 3, 3, 3]"),
         (whole("LoCon") | {"a.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "mid [2, 2, 3, 3]"),
-        (whole("LoKr whole") | {"a.lokr_w2": torch.ones(2, 2, 3)}, "those of no Linear or Conv2d"),
+        (whole("LoKr whole") | {"a.lokr_w2": torch.ones(2)}, "those of no Linear or convolution"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_belong_together_are_named(tensors, says, tmp_path):
