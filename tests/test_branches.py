@@ -63,16 +63,15 @@ def lora_layer(
 
 @st.composite
 def modules(draw, grouped: bool = True) -> nn.Module:
-    """``grouped``: in groups or transposed as well, which changes that act on outputs never reach (see resolve)."""
-    wide, narrow = draw(st.integers(1, 24)), draw(st.integers(1, 24))
-    bias = draw(st.booleans())
+    """``grouped``: also in groups or transposed, which changes that act on outputs never reach (see resolve)."""
+    wide, narrow, bias = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.booleans())
     if draw(st.booleans()):
         return nn.Linear(narrow, 3 * wide, bias)
     kind = draw(st.sampled_from(CONVOLUTIONS if grouped else CONVOLUTIONS[:3]))
     shape = {name: draw(st.integers(1, 2)) for name in ("stride", "dilation")}
-    groups = draw(st.sampled_from((1, 1, 3) if grouped else (1,)))
-    kernel, padding = draw(st.sampled_from((1, 3))), draw(st.integers(0, 2))
-    return kind(groups * narrow, groups * wide, kernel, padding=padding, bias=bias, groups=groups, **shape)
+    shape |= {"padding": draw(st.integers(0, 2)), "groups": draw(st.sampled_from((1, 1, 3) if grouped else (1,)))}
+    groups, kernel = shape["groups"], draw(st.sampled_from((1, 3)))
+    return kind(groups * narrow, groups * wide, kernel, bias=bias, **shape)
 
 
 @st.composite
