@@ -28,7 +28,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older one
 
 from bootstrap import browser, comfyui, environment, paths
 from bootstrap.console import RunError, say
-from bootstrap.process import child_environment, physical_cores, run_attached
+from bootstrap.process import child_environment, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
@@ -38,7 +38,8 @@ OWN_LINE = {  # command -> module, help
     "evidence": ("world", "the paper's table on the demo world"),
 }
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-MOST_WORKERS = 4  # each loads ComfyUI: 2 GB, and as much again while a server runs in a test
+# Two workers of pytest-xdist at most: each takes 2 to 3 GB, and a server that a test starts 1 GB more.
+SPREAD = ("-n", "logical", "--maxprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "test",
         allow_abbrev=False,
         parents=[common],
-        help="lint and test, on all cores unless files or tests are named; what follows goes to pytest (-n 0: one)",
+        help="lint and test, on two cores unless files or tests are named; what follows goes to pytest (-n 0: one)",
     )
     comfy = commands.add_parser(
         "comfy", allow_abbrev=False, parents=[common], help="open ComfyUI; what follows goes to ComfyUI"
@@ -129,12 +130,9 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
 
 
 def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
-    """Options of pytest-xdist: whole files go to one worker a core. None where files or tests are named."""
-    workers = min(MOST_WORKERS, physical_cores())
+    """Options with which whole files go to a worker a core; none where files or tests are named."""
     named = any((paths.ROOT / argument.partition("::")[0]).is_file() for argument in rest)
-    if named or workers == 1:
-        return ()
-    return ("-n", "auto", "--maxprocesses", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
+    return () if named else SPREAD
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
