@@ -78,7 +78,7 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     # text encoders: the last norm works on the last layer's output, and on an earlier one's (CLIP skip, SD2.x)
     "CLIPTextModel_": ((r"final_layer_norm", TWICE),),
     "T5Stack": ((r"final_layer_norm", TWICE),),
-    "Llama2_": ((r"norm", TWICE),),
+    "Llama2_": ((r"norm", TWICE), (r"lm_head", NEVER)),  # the head is for writing text, and read as a weight (0.33.0)
 }
 
 

@@ -83,6 +83,7 @@ def _check_even(branches, before: dict[str, int]) -> None:
     for path, n in fired.items():
         most[branches.root_of(path)] = max(most[branches.root_of(path)], n)
     short = [path for path, n in fired.items() if n < most[branches.root_of(path)]]
+    short += [path for path in branches.layers if path.endswith(".lm_head")]  # read as a weight, without its branch
     if short or not any(fired.values()):
         first = short[0] if short else next(iter(fired), "none")
         raise GuardError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -20,8 +23,10 @@ LLAMA = {
     "num_hidden_layers": 4,
     "vocab_size": 1024,
 }
+DEEP = {**LLAMA, "num_hidden_layers": 36}  # where layers far up are asked for
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}  # no option of ComfyUI's
 WIDE = {"d_model": 4096}  # what SD3 and HiDream pad their CLIP halves to, fixed in ComfyUI
+VISION_3 = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "depth": 2, "deepstack_visual_indexes": (0,)}
 PROMPT = [872, 198, *range(5, 27), 1]  # starts as a chat turn does, after which ComfyUI's Qwen encoders cut
 
 
@@ -98,26 +103,63 @@ ENCODERS = {
     "CLIP-L, CLIP-G, T5-XXL and Llama 3 8B (HiDream)": _hidream(),
     "CLIP-L and CLIP-G (HiDream without T5 and Llama)": _hidream(t5=False, llama=False),
     "Llama 3 8B (HiDream alone)": _hidream(clip_l=False, clip_g=False, t5=False),
+    # of 0.33.0
+    "Qwen3 0.6B (Anima)": Encoder("text_encoders.anima", "te", ("qwen3_06b", "t5xxl"), {"qwen3_06b": LLAMA}, {}),
+    "Qwen2.5-VL 7B and CLIP-L (Kandinsky 5)": Encoder(
+        "text_encoders.kandinsky5", "te", ("qwen25_7b", "l"), {"qwen25_7b": LLAMA, "clip_l": CLIP}, {}
+    ),
+    "Ministral 3 3B (Ernie Image)": _llama("ernie", "te", "ministral3_3b"),
+    "T5-XXL (CogVideoX)": _t5("cogvideo", "cogvideo_te", options={}),
+    "Qwen3 4B (Flux 2 Klein)": Encoder(
+        "text_encoders.flux", "klein_te", ("qwen3_4b",), {"qwen3_4b": {**LLAMA, "num_hidden_layers": 28}}, {}
+    ),
+    "Qwen2.5-VL 7B (LongCat Image)": _llama("longcat_image", "te", "qwen25_7b"),
+    "Gemma 2 2B (PixelDiT)": _llama("pixeldit", "pixeldit_te", "gemma2_2b"),
+    "Qwen3 2B (Ovis)": _llama("ovis", "te", "qwen3_2b"),
+    "Qwen3-VL 4B (Krea 2)": Encoder("text_encoders.krea2", "te", ("qwen3vl_4b",), {"qwen3vl_4b": DEEP}, {}),
+    "Qwen3-VL 4B (Mage Flow)": _llama("mage_flow", "te", "qwen3vl_4b"),
+    "Qwen3-VL 8B (Boogu)": _llama("boogu", "te", "qwen3vl_8b"),
+    "Qwen3-VL 8B (Ideogram 4)": Encoder(
+        "text_encoders.ideogram4", "te_qwen3vl", ("qwen3vl_8b",), {"qwen3vl_8b": DEEP}, {}
+    ),
 }
+
+
+def known(encoder: Encoder):
+    """The class or function that makes the encoder, or None where this ComfyUI has none."""
+    try:
+        return getattr(importlib.import_module(f"comfy.{encoder.module}"), encoder.made, None)
+    except ModuleNotFoundError:
+        return None
 
 
 def toy_clip(encoder: Encoder):
     """ComfyUI's CLIP around the encoder, made by its own constructor in fp32; the tokenizer is left out."""
     from comfy import sd
-    from comfy.text_encoders import qwen_vl
 
-    made = getattr(importlib.import_module(f"comfy.{encoder.module}"), encoder.made)
+    if (made := known(encoder)) is None:
+        pytest.skip(f"this ComfyUI has no {encoder.module}.{encoder.made}")
     model_options = {f"{name}_model_config": sizes for name, sizes in encoder.sizes.items()}
     made = made if encoder.options is None else made(**encoder.options)
     target = SimpleNamespace(params={}, clip=made, tokenizer=lambda **_: None)
-    vision = qwen_vl.Qwen2VLVisionTransformer
-    qwen_vl.Qwen2VLVisionTransformer = lambda **sizes: vision(**(sizes | VISION))
-    try:
+    with small_eyes():
         clip = sd.CLIP(target, model_options={"dtype": torch.float32, **model_options})
-    finally:
-        qwen_vl.Qwen2VLVisionTransformer = vision
     randomise(clip.cond_stage_model)
     return clip
+
+
+@contextmanager
+def small_eyes() -> Iterator[None]:
+    """The parts that see pictures at toy size, for which ComfyUI has no options."""
+    from comfy.text_encoders import qwen_vl
+
+    vision = qwen_vl.Qwen2VLVisionTransformer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen_vl, "Qwen2VLVisionTransformer", lambda **sizes: vision(**(sizes | VISION)))
+        with suppress(ModuleNotFoundError):  # 0.33.0
+            qwen3vl = importlib.import_module("comfy.text_encoders.qwen3vl")
+            patch.setattr(qwen3vl, "QWEN3VL_VISION", dict.fromkeys(qwen3vl.QWEN3VL_VISION, VISION_3))
+        yield
 
 
 def randomise(module: torch.nn.Module) -> None:

@@ -38,9 +38,10 @@ def merged(clip, files):
 
 
 def encode(clip, prompt: dict) -> dict[str, torch.Tensor]:
-    """What the encoders made of a prompt."""
+    """What the encoders made of a prompt; the weights of T5's words (Anima) are as they were given."""
     made = clip.encode_from_tokens(prompt, return_dict=True)
-    return {k: v for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    tensors = {k: v for k, v in made.items() if isinstance(v, torch.Tensor) and k != "t5xxl_weights"}
+    return {k: v for k, v in tensors.items() if v.is_floating_point()}
 
 
 def largest_error(ours: dict, reference: dict, base: dict) -> float:
@@ -88,7 +89,7 @@ def test_guarded_equals_merged_on_every_layer_of_the_encoders(name, comfy, guard
     assert ours.patcher.guard_state.record.text_encoder == f"guarded, {len(linear)} layers"
     evaluations, firings, _ = ours.patcher.guard_counts
     assert evaluations == sum(not root.endswith(".visual") for root in info.roots)
-    assert firings == sum(".visual." not in path for path in linear)
+    assert firings == sum(".visual." not in path and not path.endswith(".lm_head") for path in linear)
     matrix("families.json", f"text encoder {name}", "works", error)
 
 
