@@ -89,6 +89,19 @@ def combined(one, other, clip, kind):
     return node("ConditioningCombine", conditioning_1=both, conditioning_2=late)[0]
 
 
+def boxes(one, other, clip, kind):
+    """GLIGEN's phrase in a box, by the same CLIP; its network is of ComfyUI's class and the world's widths."""
+    from comfy import gligen, model_patcher
+
+    fusers = [gligen.GatedSelfAttentionDense(width, 768, 4, width // 4) for width in kind]
+    network = gligen.Gligen(fusers, gligen.PositionNet(768, 768), 768).eval()
+    randomise(network)
+    cpu = torch.device("cpu")
+    patcher = model_patcher.ModelPatcher(network, load_device=cpu, offload_device=cpu)
+    place = {"text": "a horse", "width": 64, "height": 64, "x": 32, "y": 0}
+    return node("GLIGENTextBoxApply", conditioning_to=one, clip=clip, gligen_textbox_model=patcher, **place)[0]
+
+
 def nothing(one, other, clip, kind):
     return node("ConditioningZeroOut", conditioning=one)[0]
 
@@ -150,3 +163,19 @@ def test_what_a_node_encodes_inside_the_run_is_checked_as_well(comfy, world):
             run()
             assert comfy.host.attestation(model).status == "guarded"
         assert "extra_conds" not in vars(model.model)
+
+
+@pytest.mark.parametrize("phrase", ["guarded", "plain"])
+def test_gligens_phrases_are_text_as_well(phrase, comfy, world):
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    blocks = [m for m in world.model.model.diffusion_model.modules() if isinstance(m, BasicTransformerBlock)]
+    widths = [block.attn1.to_q.in_features for block in blocks]
+    clip = world.clip if phrase == "guarded" else world.plain
+    made = boxes(text(world.clip, "a cat"), None, clip, widths)
+    if phrase == "guarded":
+        sample(world.model, made, text(world.clip, ""))
+        assert comfy.host.attestation(world.model).status == "guarded"
+    else:
+        with pytest.raises(comfy.host.GuardError, match="positive conditioning was not made by the guarded CLIP"):
+            sample(world.model, made, text(world.clip, ""))
