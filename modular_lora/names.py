@@ -33,9 +33,10 @@ _ENDS = {  # the end of a name -> role
 _LONG_ENDS = (  # groups: layer, what says the role, PEFT's name of the adapter
     re.compile(r"(?P<layer>.+)(?:[._]lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
+    re.compile(r"(?P<layer>.+)\.lora_B(?:\.(?P<adapter>[^.]+))?\.(?P<role>bias)"),  # PEFT's lora_bias
     re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(?:\.weight)?"),
 )
-_LONG_ROLES = {"A": "down", "B": "up"}
+_LONG_ROLES = {"A": "down", "B": "up", "bias": "diff_b"}
 _XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 _XLABS_LAYERS = {
     "qkv_lora1": "img_attn.qkv",
@@ -63,8 +64,7 @@ _REFUSED = (
     (re.compile(r"\.vera_\w+(\..+)?$"), "VeRA"),
     (re.compile(r"\.(lora_E|ranknum)(\..+)?$"), "AdaLoRA"),
     (re.compile(r"\.(p_layer|q_layer|lambda_layer)(\..+)?$"), "T-LoRA"),
-    (re.compile(r"\.lora_embedding_[AB](\..+)?$"), "a LoRA of an embedding"),
-    (re.compile(r"\.lora_(B|up)(\..+)?\.bias$"), "a LoRA with a bias of its own (lora_bias)"),
+    (re.compile(r"\.lora_up(\..+)?\.bias$"), "a LoRA with a bias of its own"),
 )
 
 _OTHER_FILES = (  # by the name of a tensor: no LoRA in any format, and what to do with it

@@ -191,6 +191,8 @@ MAKERS = (
     Maker("LoKr of whole factors", "LyCORIS", (LINE,), lycoris("LokrModule", factor=4, full_matrix=True), True, False),
     # core's own product of such factors stops with an error, which it logs (torch.kron of a strided tensor)
     Maker("LoKr in Tucker form", "LyCORIS", (KERNEL,), lycoris("LokrModule", lora_dim=1, **TUCKER), True, False),
+    # core leaves the bias of its own out
+    Maker("LoRA with lora_bias", "PEFT", FLAT, peft("LoraConfig", r=2, lora_alpha=2, lora_bias=True), True, False),
     # core does not read PEFT's magnitude vector and merges a DoRA as a LoRA
     Maker("DoRA over LoRA", "PEFT", FLAT, peft("LoraConfig", r=2, lora_alpha=2, use_dora=True), True, False),
     # core divides by the lengths of W0's rows, LyCORIS by those of W0 + dW
