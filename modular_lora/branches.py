@@ -6,16 +6,18 @@ A layer has one down and one up product however many LoRAs act on it. The branch
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import GuardError
-from .fused import FusedLayer, Held, counter, make, plain
+from .fused import FusedLayer, Held, counter, make, note_traced, plain, traced
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 _SEAT = "_modular_lora_attachment"
@@ -51,6 +53,7 @@ class Branches:
         self.layers, self.roots = dict(layers), roots
         self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
         self.counted = (*roots, *self.parts)
+        self.wide = tuple(path for path, layer in self.layers.items() if layer.spec.narrow is not None)
         self.evaluated = dict.fromkeys(self.counted, 0)
         self.evaluated_compiled = {module: counter() for module in self.counted}
         self.roles = ALL_ROLES
@@ -73,10 +76,11 @@ class Branches:
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """(evaluations by root or part, firings by layer path), read from the counters in one go."""
-        compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
-        eager = (*self.evaluated.values(), *(f.fired for f in self.layers.values()))
-        ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
-        values = [a + b for a, b in zip(eager, ticks, strict=True)]
+        values = [*self.evaluated.values(), *(f.fired for f in self.layers.values())]
+        if traced.is_set():  # else nothing compiled has counted
+            compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
+            ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
+            values = [a + b for a, b in zip(values, ticks, strict=True)]
         fired = dict(zip(self.layers, values[len(self.counted) :], strict=True))
         return dict(zip(self.counted, values, strict=False)), fired
 
@@ -168,13 +172,33 @@ class _Evaluations:
 
     def __call__(self, *args, **kwargs):
         if self.live and torch.compiler.is_compiling():
+            note_traced()
             self.branches.evaluated_compiled[self.root].add_(1)
         elif self.live:
             self.branches.evaluated[self.root] += 1
         return self.forward(*args, **kwargs)
 
 
-_stand_ins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its stand-ins, by kind and path
+Seat: TypeAlias = "tuple[str, nn.Module, _Branch | _Evaluations]"  # path, module there, what stands in its forward
+
+
+class _StandIns:
+    """The stand-ins of one model, and the seats of the guard that it had last."""
+
+    def __init__(self):
+        self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, mark of the tree
+        self.seats: list[Seat] = []
+        self._made: dict[tuple[type, str], _Branch | _Evaluations] = {}
+
+    def get(self, kind: type, path: str) -> _Branch | _Evaluations:
+        if not path:  # the model's own would keep it alive
+            return kind()
+        if (kind, path) not in self._made:
+            self._made[kind, path] = kind()
+        return self._made[kind, path]
+
+
+_stand_ins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _StandIns
 
 
 class Attachment:
@@ -199,27 +223,39 @@ class Attachment:
             return
         if (other := self.model.__dict__.get(_SEAT)) is not None:
             other.detach()
+        served = (*self.branches.layers.values(), *self.branches.counted)
         try:
-            modules = places(self.model, (*self.branches.layers, *self.branches.counted))
-            for path, layer in self.branches.layers.items():
-                module = modules[path]
-                _refuse_foreign_forward(path, module)
-                self._place(_Branch if layer.spec.narrow is None else _WideBranch, path, module, layer)
-            for path in self.branches.counted:
-                module = modules[path]
-                self._place(_Evaluations, path, module, path)
+            for (path, module, stand_in), what in zip(self._seats(), served, strict=True):
+                former = module.__dict__.get("forward")
+                if former is not None and isinstance(stand_in, _Branch):
+                    _refuse_foreign_forward(path, module, former)
+                stand_in.bind(module.forward, what, self.branches)
+                self._placed.append((module, stand_in, former))
+                module.__dict__["forward"] = stand_in
         except BaseException:
             self.detach()
             raise
         self.model.__dict__[_SEAT] = self
 
-    def _place(self, kind: type, path: str, module: nn.Module, what: object) -> None:
-        known = _stand_ins.setdefault(self.model, {}) if path else {}  # the model's own would keep it alive
-        if (stand_in := known.get((kind, path))) is None:
-            stand_in = known[kind, path] = kind()
-        stand_in.bind(module.forward, what, self.branches)
-        self._placed.append((module, stand_in, module.__dict__.get("forward")))
-        module.__dict__["forward"] = stand_in
+    def _seats(self) -> list[Seat]:
+        """One for every layer and then for all that is counted; remembered for the next guard of the same layers."""
+        branches = self.branches
+        wanted = [*branches.layers, branches.wide, *branches.counted, tree(self.model)]
+        known = _stand_ins.setdefault(self.model, _StandIns())
+        if known.wanted != wanted:
+            modules = places(self.model, (*branches.layers, *branches.counted))
+            kinds = [(_WideBranch if path in branches.wide else _Branch, path) for path in branches.layers]
+            kinds += [(_Evaluations, path) for path in branches.counted]
+            seats = [(path, modules[path], known.get(kind, path)) for kind, path in kinds]
+            if "" in branches.counted:
+                return seats
+            known.wanted, known.seats = wanted, seats
+        return known.seats
+
+    def _lost(self) -> int:
+        """How many stand-ins are not where ``attach`` put them."""
+        outer = {module: stand_in for module, stand_in, _ in self._placed}  # a layer that is a part has two
+        return sum(module.__dict__.get("forward") is not stand_in for module, stand_in in outer.items())
 
     def detach(self) -> None:
         for module, stand_in, former in reversed(self._placed):
@@ -237,9 +273,7 @@ class Attachment:
 
     def verify(self) -> None:
         """Raise GuardError unless every stand-in is where ``attach`` put it."""
-        outer = {module: stand_in for module, stand_in, _ in self._placed}  # a layer that is a part has two
-        lost = sum(module.__dict__.get("forward") is not stand_in for module, stand_in in outer.items())
-        if not self.attached or lost:
+        if (lost := self._lost()) or not self.attached:
             raise GuardError(
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
                 "another node replaced their forward; remove it, or put it before Guard Model."
@@ -253,11 +287,16 @@ def tree(model: nn.Module) -> object:
 
 @dataclass(frozen=True, eq=False)
 class _Tree:
-    """Modules of a model by path, and where each stands: (its siblings, its name, itself); the root is in neither."""
+    """Modules of a model by path, and where each stands: among its siblings by its name; the root is in neither."""
 
     found: dict[str, nn.Module] = field(default_factory=dict)
-    steps: list[tuple[dict, str, nn.Module]] = field(default_factory=list)
+    siblings: list[dict[str, nn.Module]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     mark: object = field(default_factory=object)
+
+    def holds(self) -> bool:
+        """Whether every module still stands where it stood; a loop that Python itself runs takes twice as long."""
+        return all(map(operator.is_, map(dict.get, self.siblings, self.names), self.found.values()))
 
 
 _trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Tree
@@ -265,7 +304,7 @@ _trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Tre
 
 def _tree(model: nn.Module) -> _Tree:
     found = _trees.get(model)
-    if found is None or any(siblings.get(name) is not child for siblings, name, child in found.steps):
+    if found is None or not found.holds():
         found = _trees[model] = _Tree()
     return found
 
@@ -286,14 +325,14 @@ def _walk(model: nn.Module, path: str, known: _Tree) -> None:
         here = f"{here}.{name}" if here else name
         if here not in known.found:
             known.found[here] = module.get_submodule(name)
-            known.steps.append((module._modules, name, known.found[here]))
+            known.siblings.append(module._modules)
+            known.names.append(name)
         module = known.found[here]
 
 
-def _refuse_foreign_forward(path: str, module: nn.Module) -> None:
+def _refuse_foreign_forward(path: str, module: nn.Module, former: object) -> None:
     """A loader that restored the class's bound forward left nothing behind; anything else is another pack's hook."""
-    former = module.__dict__.get("forward")
-    if former is not None and getattr(former, "__func__", None) is not type(module).forward:
+    if getattr(former, "__func__", None) is not type(module).forward:
         raise GuardError(
             f"Layer {path} already has a replaced forward ({type(former).__name__}): the guard would stack on another "
             "pack's hook; remove that node, or load its LoRA with Load Task LoRA."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,15 @@ from .errors import GuardError
 from .layers import LayerSpec
 
 COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+traced = threading.Event()  # whether torch.compile has looked at a branch in this process
+
+
+def note_traced() -> None:
+    """Run by torch.compile while it looks at a branch, never by what it makes of one."""
+    traced.set()
+
+
+note_traced._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports all of dynamo
 
 
 class Held:
@@ -84,6 +94,7 @@ class FusedLayer:
         if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
             if (fused := self.fused(roles, x.dtype, x.device)) is None:
                 return y
+            note_traced()
             self.fired_compiled.add_(1)
             return fused(y, x)
         before, dtype, device, fused = self._last

@@ -154,10 +154,12 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 
 def stack_name(task: TaskLora) -> str:
-    """The name under which a LORA_STACK knows the file: its path below a loras folder."""
-    roots = (Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras"))
-    path = task.lora.path.resolve()
-    return next((str(path.relative_to(root)) for root in roots if path.is_relative_to(root)), task.lora.name)
+    """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
+    for as_it_is in (Path, Path.resolve):
+        path, roots = as_it_is(task.lora.path), map(as_it_is, map(Path, folder_paths.get_folder_paths("loras")))
+        if found := next((path.relative_to(root) for root in roots if path.is_relative_to(root)), None):
+            return str(found)
+    return task.lora.name
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:

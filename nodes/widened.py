@@ -16,10 +16,10 @@ WEIGHT, CONCAT = "weight", "concat_cond"
 
 def widen(patcher, branches: Branches) -> None:
     """Let ``patcher`` (a fresh clone) draw the inputs that its LoRAs read (ModelPatcher.add_object_patch)."""
-    for path, layer in branches.layers.items():
-        if layer.spec.narrow is not None:
-            drawn = _drawn(patcher.get_model_object(CONCAT), patcher.get_model_object(path), layer.spec.weight_shape)
-            patcher.add_object_patch(CONCAT, drawn)
+    for path in branches.wide:
+        shape = branches.layers[path].spec.weight_shape
+        drawn = _drawn(patcher.get_model_object(CONCAT), patcher.get_model_object(path), shape)
+        patcher.add_object_patch(CONCAT, drawn)
 
 
 def _drawn(concat_cond: Callable, layer: torch.nn.Module, shape: tuple[int, ...]) -> Callable:

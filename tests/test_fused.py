@@ -1,15 +1,20 @@
-"""Layers fused together: each holds what it would hold by itself."""
+"""Layers fused together hold what each would by itself; guards of the same layers take turns on them."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora import changes
+from modular_lora_guard.modular_lora.branches import Attachment, Branches
 from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, LowRank, Term, fuse
+from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.fused import FusedLayer, make
 from modular_lora_guard.modular_lora.layers import Conv, LayerSpec
+from torch import nn
 
 BOTH = frozenset(("safety", "task"))
 CPU = torch.device("cpu")
@@ -69,3 +74,45 @@ def test_a_layer_without_terms_of_a_role_holds_nothing_for_it():
     assert [layer.fused(safety, torch.float32, CPU) is None for layer in made] == [False, True]
     make(made, BOTH, torch.float32, CPU)
     assert [layer.nbytes() for layer in made] == [40, 20]
+
+
+class Model(nn.Module):
+    """Two layers, one of them inside another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = nn.Module()
+        self.unet.first, self.unet.second = nn.Linear(3, 2), nn.Linear(2, 2)
+        self.unet.forward = lambda x: self.unet.second(self.unet.first(x))
+
+
+def branches(scale: float) -> Branches:
+    found = {}
+    for name, inputs in (("first", 3), ("second", 2)):
+        part = LowRank(torch.ones(1, inputs), torch.ones(2, 1))
+        found[f"unet.{name}"] = FusedLayer(LayerSpec(f"unet.{name}", (2, inputs)), [Term("task", part, scale)])
+    return Branches(found, ("unet",))
+
+
+def test_guards_of_the_same_layers_take_turns_and_find_a_layer_that_was_replaced_between():
+    model, x = Model(), torch.ones(3)
+    first, second = (Attachment(model, branches(scale)) for scale in (1.0, 2.0))
+    outputs = []
+    for attachment in (first, second, first):
+        attachment.attach()
+        attachment.verify()
+        outputs.append(model.unet(x))
+        attachment.detach()
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert first.branches.counts() == ({"unet": 2}, {"unet.first": 2, "unet.second": 2})
+    old, model.unet.first = model.unet.first, copy.deepcopy(model.unet.first)
+    second.attach()
+    assert torch.equal(model.unet(x), outputs[1])
+    assert "forward" not in old.__dict__
+    assert second.branches.counts() == ({"unet": 2}, {"unet.first": 2, "unet.second": 2})
+    second.detach()
+    model.unet.second.forward = lambda x: x
+    with pytest.raises(GuardError, match=r"Layer unet\.second already has a replaced forward"):
+        first.attach()
+    assert "forward" not in model.unet.first.__dict__
