@@ -244,6 +244,7 @@ def test_conditioning_of_the_unguarded_clip_is_refused_where_safety_has_a_text_h
     [
         "ConditioningCombine",
         "ConditioningConcat",
+        "ConditioningAverage",
         "ConditioningZeroOut",
         "ConditioningSetArea",
         "ConditioningSetTimestepRange",
@@ -255,6 +256,8 @@ def test_core_conditioning_nodes_keep_the_guarded_clips_mark(kind, run_graph, lo
     inputs = {
         "ConditioningCombine": {"conditioning_1": ["pos", 0], "conditioning_2": ["more", 0]},
         "ConditioningConcat": {"conditioning_to": ["pos", 0], "conditioning_from": ["more", 0]},
+        "ConditioningAverage": {"conditioning_to": ["pos", 0], "conditioning_from": ["more", 0]}
+        | {"conditioning_to_strength": 0.5},
         "ConditioningZeroOut": {"conditioning": ["pos", 0]},
         "ConditioningSetArea": {"conditioning": ["pos", 0], "width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0},
         "ConditioningSetTimestepRange": {"conditioning": ["pos", 0], "start": 0.0, "end": 1.0},
