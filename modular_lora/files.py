@@ -95,7 +95,7 @@ def read_lora(path: Path, *, expected_sha256: str | None = None) -> LoraFile:
     name = plain(path.name)
     expected = _parse_sha256(name, expected_sha256)
     _check_path(path, name)
-    with _no_collection():
+    with no_collection():
         lora = _read(path, name, expected)
     if all(layer.is_zero for layer in lora.layers.values()):
         raise LoraFileError(f"{name}: all {len(lora.layers)} layers are zero, it would change nothing: train it first")
@@ -120,7 +120,7 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection meanwhile: a file of 10,000 tensors sets off dozens, which took two thirds of its time."""
     enabled = gc.isenabled()
     gc.disable()

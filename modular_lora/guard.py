@@ -17,7 +17,7 @@ from .branches import Branches
 from .changes import Role
 from .comparing import Factor
 from .errors import GuardError
-from .files import LoraFile
+from .files import LoraFile, no_collection
 from .fused import FusedLayer, plain
 from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
@@ -123,6 +123,7 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
             raise GuardError(f"{item.lora.name} is loaded more than once: load it once, with the strength you want.")
 
 
+@no_collection()  # a full one takes 0.3 s in ComfyUI
 def build_parts(
     model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: Policy
 ) -> tuple[GuardedPart, ...]:
