@@ -280,7 +280,7 @@ class GuardedClipMixin(GenerateMixin):
         return _wrap_clip(super().clone(*args, **kwargs), self.patcher.guard_state)
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
-        self.load_model()
+        self.load_model(tokens)
         self.patcher.guard_begin()
         try:
             result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)

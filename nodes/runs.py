@@ -5,6 +5,7 @@ Like host.py it touches ComfyUI's internals; each touch says the versions in whi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 import comfy.utils
@@ -62,6 +63,11 @@ def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_)
 
 class GenerateMixin:
     """In front of ComfyUI's CLIP: it writes text with the branches on (CLIP.generate, 0.33.0), unrecorded."""
+
+    def load_model(self, *tokens):
+        """0.33.0 reckons by the tokens how much memory they take; 0.3.75 is not told them."""
+        told = inspect.signature(super().load_model).parameters
+        return super().load_model(*(tokens if told else ()))
 
     def generate(self, tokens, *args, **kwargs):
         self.load_model(tokens)
