@@ -26,7 +26,7 @@ class KeptMixin:
             super().cleanup()
         finally:
             forget(self.model)
-            vars(self.model).pop("extra_conds", None)
+            unwatch(self.model)
 
 
 def watch(model, check: Callable[[dict], object]) -> None:
@@ -41,7 +41,16 @@ def watch(model, check: Callable[[dict], object]) -> None:
         check(entry)
         return extra_conds(**entry)
 
+    checked.former = vars(model).get("extra_conds")  # an object patch of another node
     model.extra_conds = checked
+
+
+def unwatch(model) -> None:
+    """Take the check off and put back what stood there."""
+    while hasattr(checked := vars(model).get("extra_conds"), "former"):
+        del model.extra_conds
+        if checked.former is not None:
+            model.extra_conds = checked.former
 
 
 def forget(model) -> None:

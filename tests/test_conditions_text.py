@@ -165,6 +165,17 @@ def test_what_a_node_encodes_inside_the_run_is_checked_as_well(comfy, world):
         assert "extra_conds" not in vars(model.model)
 
 
+def test_another_nodes_patch_of_what_the_check_stands_before_is_there_again_afterwards(comfy, world):
+    model, calls = world.model.clone(), []
+    stock = model.get_model_object("extra_conds")
+    model.add_object_patch("extra_conds", patch := lambda **entry: calls.append(1) or stock(**entry))
+    for runs in (1, 2):
+        sample(model, text(world.clip, "a cat"), text(world.clip, ""))
+        assert vars(model.model)["extra_conds"] is patch
+        assert len(calls) >= 2 * runs
+    model.unpatch_model()
+
+
 @pytest.mark.parametrize("phrase", ["guarded", "plain"])
 def test_gligens_phrases_are_text_as_well(phrase, comfy, world):
     from comfy.ldm.modules.attention import BasicTransformerBlock
