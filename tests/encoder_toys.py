@@ -27,6 +27,7 @@ DEEP = {**LLAMA, "num_hidden_layers": 36}  # where layers far up are asked for
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_layers": 2}  # no option of ComfyUI's
 WIDE = {"d_model": 4096}  # what SD3 and HiDream pad their CLIP halves to, fixed in ComfyUI
 VISION_3 = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "depth": 2, "deepstack_visual_indexes": (0,)}
+SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
 PROMPT = [872, 198, *range(5, 27), 1]  # starts as a chat turn does, after which ComfyUI's Qwen encoders cut
 
 
@@ -118,6 +119,15 @@ ENCODERS = {
     "Qwen3 2B (Ovis)": _llama("ovis", "te", "qwen3_2b"),
     "Qwen3-VL 4B (Krea 2)": Encoder("text_encoders.krea2", "te", ("qwen3vl_4b",), {"qwen3vl_4b": DEEP}, {}),
     "Qwen3-VL 4B (Mage Flow)": _llama("mage_flow", "te", "qwen3vl_4b"),
+    "Gemma 3 12B (LTX Video with sound)": Encoder(
+        "text_encoders.lt", "ltxav_te", ("gemma3_12b",), {"gemma3_12b": LLAMA, "": LLAMA}, {}
+    ),
+    "Jina CLIP 2": Encoder(
+        "text_encoders.jina_clip_2",
+        "JinaClip2TextModelWrapper",
+        ("jina_clip_2",),
+        {"jina_clip_2": {**CLIP, "vocab_size": 1024}},
+    ),
     "Qwen3-VL 8B (Boogu)": _llama("boogu", "te", "qwen3vl_8b"),
     "Qwen3-VL 8B (Ideogram 4)": Encoder(
         "text_encoders.ideogram4", "te_qwen3vl", ("qwen3vl_8b",), {"qwen3vl_8b": DEEP}, {}
@@ -151,13 +161,15 @@ def toy_clip(encoder: Encoder):
 @contextmanager
 def small_eyes() -> Iterator[None]:
     """The parts that see pictures at toy size, for which ComfyUI has no options."""
-    from comfy.text_encoders import qwen_vl
+    from comfy.text_encoders import llama, qwen_vl
 
     vision = qwen_vl.Qwen2VLVisionTransformer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qwen_vl, "Qwen2VLVisionTransformer", lambda **sizes: vision(**(sizes | VISION)))
         with suppress(ModuleNotFoundError):  # 0.33.0
             qwen3vl = importlib.import_module("comfy.text_encoders.qwen3vl")
+            small = llama.GEMMA3_VISION_CONFIG | SIGLIP
+            patch.setattr(llama.Gemma3_12B_Config, "vision_config", small)
             patch.setattr(qwen3vl, "QWEN3VL_VISION", dict.fromkeys(qwen3vl.QWEN3VL_VISION, VISION_3))
         yield
 
