@@ -50,12 +50,12 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     lasting = lambda seconds: {"limits": {"seconds": 1.0 if options.toy else seconds}}  # noqa: E731
     step = {"section": "steps", "width": width, "latent": 8 if options.toy else 16}
     pair = ("guarded", "merged")
-    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(200)}
+    yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(400)}
     if options.newer:
         yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(75)}
     yield "growth", step | {"rows": GROWTH, **lasting(85)}
-    yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(40)}
-    yield "reading", {"section": "reading", "width": "toy", "rows": READING, **lasting(20)}
+    yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(100)}
+    yield "reading", {"section": "reading", "width": "toy", "rows": READING, **lasting(40)}
     yield "memory", {"section": "memory", "width": width, "rows": {"memory held/fused weights": ("guarded", "none")}}
     starts = {"limits": {"rounds": 1 if options.toy else 5}}
     yield "import", {"section": "import", "rows": {"import seconds": ("guarded", "none")}, **starts}
@@ -67,7 +67,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield "sdxl", wide | {"rows": {f"{STEP} cpu sdxl r4+r16, bf16": pair}, **lasting(60)}
         if options.only:  # it takes minutes
             rows = {f"{name}, sdxl bf16": pair for name, pair in SWAP.items()}
-            yield "swap-sdxl", wide | {"section": "swap", "rows": rows, **lasting(120)}
+            yield "swap-sdxl", wide | {"section": "swap", "rows": rows, **lasting(180)}
     if torch.cuda.is_available():
         rows = {f"{STEP} gpu {width} r4+r16, fp16": pair, "step guarded/peft gpu": ("guarded", "peft")}
         yield "gpu", step | {"rows": rows, "dtype": "float16", "latent": 64, "cpu": False, **lasting(60)}
