@@ -254,19 +254,19 @@ def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
         problem = f"entry {shown(entry)} lacks dtype, shape or data_offsets: {DAMAGED}"
     elif type(dtype) is not str or not (dtype in DTYPES or (dtype in ALPHA_DTYPES and tensor.endswith(".alpha"))):
         problem = f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}: save it in one"
-    elif type(shape) is not list or len(shape) > 5 or not _whole(shape, 1, SIZE_LIMIT):
+    elif type(shape) is not list or len(shape) > 5 or not _are_sizes(shape):
         problem = f"shape {shown(shape)} is not 0 to 5 sizes of 1 or more: {DAMAGED}"
-    elif type(offsets) is not list or len(offsets) != 2 or not _whole(offsets, 0, 2**63):
+    elif type(offsets) is not list or [type(place) for place in offsets] != [int, int] or min(offsets) < 0:
         problem = f"offsets {shown(offsets)} are not two places in the file: {DAMAGED}"
     else:
         return Entry(dtype, tuple(shape), *offsets)
     raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
 
 
-def _whole(values: list, least: int, limit: int) -> bool:
-    """Whether JSON values are whole numbers from `least` on and below `limit`; true and 1.0 are none."""
-    for value in values:  # noqa: SIM110, asked twice for every tensor, and a generator takes twice as long
-        if type(value) is not int or not least <= value < limit:
+def _are_sizes(values: list) -> bool:
+    """Whether JSON values are whole numbers from 1 on and below the limit; true and 1.0 are none."""
+    for value in values:  # noqa: SIM110, asked for every tensor, and a generator takes twice as long
+        if type(value) is not int or not 1 <= value < SIZE_LIMIT:
             return False
     return True
 

@@ -76,7 +76,7 @@ def match_layers(
             unmatched.append(name)
             continue
         place, pair = (target.key, target.offset), (name, known)
-        why = _misfit(lora.layers[name], target, tuple(shapes[target.key]), subject)
+        why = _misfit(lora.layers[name], target, shapes[target.key], subject)
         if why is None and place in taken:
             lost, pair = _in_order(taken.pop(place), pair, key_map)
             name, why = lost[0], f"and {pair[0]!r} both change {target.key} of {subject}: keep one of them in the file"
@@ -148,6 +148,8 @@ def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
 
 def _misfit(layer: Adapter, target: Target, shape: tuple[int, ...], subject: str) -> str | None:
     """Why a change has not its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
+    if target.offset is None and isinstance(layer, LoraLayer) and _shape(layer) == shape:  # nearly all there are
+        return None
     dim, start, length = target.offset or (0, 0, 0)
     inside = len(shape) > dim and start + length <= shape[dim]
     wanted = slice_shape(target, shape)  # out in [k k]; out of a bias or a norm
