@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-HEADER_LIMIT = 32 * 2**20  # bytes, as modular_lora.files has it
+HEADER_LIMIT = 16 * 2**20  # bytes, as modular_lora.files has it
 ASSETS = ("safety_vehicles", "task_gloss", "sequential_gloss")
 STYLES = (
     ("{}.lora_down.weight", "{}.lora_up.weight"),
@@ -53,7 +53,7 @@ class Sound:
 
     @property
     def weights(self) -> list[str]:
-        return [name for name in self.header if name.endswith("weight")]
+        return [name for name in self.header if name.endswith(".weight")]
 
 
 def apart(raw: bytes) -> Sound:
@@ -334,7 +334,7 @@ KINDS: tuple[Maker, ...] = (
     overlapping, entry_kind, metadata, lost_half, tensor_name, ranks, alpha, two_of_a_role, other_form, not_finite,
     all_zero, another_format,
 )  # fmt: skip
-HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors)  # of up to 32 MiB, so there are fewer of them
+HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors)  # of up to 16 MiB, so there are fewer of them
 
 
 def flipped_bits(rng: Random, sound: Sound) -> bytes:

@@ -30,7 +30,7 @@ from .errors import LoraFileError, plain, shown
 from .formats import DAMAGED, Entry, check_layers, make_layers
 from .names import Names, refuse_other_files, sort_names
 
-HEADER_LIMIT = 32 * 2**20  # bytes; sd-scripts writes every tag of every picture into it
+HEADER_LIMIT = 16 * 2**20  # bytes; JSON of this size takes half a gigabyte while it is looked at
 TENSOR_LIMIT = 20_000
 ENDINGS = (".safetensors", ".sft")  # as ComfyUI lists them
 SIZE_LIMIT = 2**31  # of one dimension
@@ -186,7 +186,8 @@ def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes]
     if len(prefix) < 8 or length < 2 or 8 + length > size:
         raise LoraFileError(f"{name}: header of {length} bytes in a file of {size} bytes: {DAMAGED}")
     if length > HEADER_LIMIT:
-        raise LoraFileError(f"{name}: header of {length} bytes, at most {HEADER_LIMIT} allowed: it is not a LoRA file")
+        what = f"header of {length} bytes, at most {HEADER_LIMIT} allowed"
+        raise LoraFileError(f"{name}: {what}: if it is a LoRA file, save it without its training metadata")
     header = file.read(length)
     entries, metadata = _parse_header(header, name)
     _check_offsets(entries, size - 8 - length, name)
