@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -13,7 +14,7 @@ from .files import LoraFile, read_lora, sha256_file
 T = TypeVar("T")
 FILES = 2**30  # bytes of LoRA files
 
-State = tuple[Path, int, int, int]  # path, size, time of the last change, inode
+State = tuple[str, int, int, int]  # path, size, time of the last change, inode
 
 
 class Warm(Generic[T]):
@@ -90,7 +91,7 @@ def forget_files() -> None:
 
 def _state(path: Path) -> State | None:
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return Path(path), status.st_size, status.st_mtime_ns, status.st_ino
+    return os.fspath(path), status.st_size, status.st_mtime_ns, status.st_ino

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
 
 import folder_paths
 from comfy_api.latest import io
@@ -155,10 +155,11 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 def stack_name(task: TaskLora) -> str:
     """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
-    for as_it_is in (Path, Path.resolve):
-        path, roots = as_it_is(task.lora.path), map(as_it_is, map(Path, folder_paths.get_folder_paths("loras")))
-        if found := next((path.relative_to(root) for root in roots if path.is_relative_to(root)), None):
-            return str(found)
+    for as_it_is in (os.path.abspath, os.path.realpath):
+        path = as_it_is(task.lora.path)
+        for root in map(as_it_is, folder_paths.get_folder_paths("loras")):
+            if os.path.normcase(path).startswith(os.path.normcase(os.path.join(root, ""))):
+                return os.path.relpath(path, root)
     return task.lora.name
 
 
