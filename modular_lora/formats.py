@@ -82,10 +82,11 @@ def make_layers(
     for layer, roles in names.layers.items():
         parts = {role: tensors[tensor] for role, tensor in roles.items() if role != "alpha"}
         alpha = alphas[roles["alpha"]] if "alpha" in roles else None
-        if alpha is not None and not math.isfinite(alpha) and not {"lokr_w1", "lokr_w2"} <= parts.keys():
-            raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}: train or convert the LoRA again")
-        if alpha is not None and alpha < 0:
-            raise LoraFileError(f"{name}: layer {shown(layer)}: alpha is {alpha}, below 0: set a negative strength")
+        if alpha is not None and not 0 <= alpha < math.inf:
+            _check_alpha(alpha, parts, f"{name}: layer {shown(layer)}")
+        if len(parts) == 2 and "down" in parts and layer != names.wide:  # nearly all there are
+            result[layer] = LoraLayer(layer, parts["down"], parts["up"], alpha)
+            continue
         if "mid" in parts:
             expanded += parts["down"].numel() * math.prod(parts["mid"].shape[2:])
             if expanded > TUCKER_LIMIT:
@@ -99,6 +100,14 @@ def make_layers(
                 raise LoraFileError(f"{name}: layer {shown(layer)}: {role} is 0, it would erase the weight: {DAMAGED}")
         result[layer] = _layer(layer, parts, alpha, layer == names.wide)
     return result
+
+
+def _check_alpha(alpha: float, parts: Mapping[str, Tensor], subject: str) -> None:
+    """LoraFileError for an alpha below 0 or not finite, unless nothing is scaled by it (LoKr of whole factors)."""
+    if alpha < 0:
+        raise LoraFileError(f"{subject}: alpha is {alpha}, below 0: set a negative strength")
+    if not {"lokr_w1", "lokr_w2"} <= parts.keys():
+        raise LoraFileError(f"{subject}: alpha is {alpha}: train or convert the LoRA again")
 
 
 def _check_whole(roles: Roles) -> None:
@@ -220,8 +229,6 @@ def _demand(fits: bool, problem: str) -> None:
 
 
 def _layer(name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> Adapter:
-    if len(parts) == 2 and "down" in parts and not wide:
-        return LoraLayer(name, parts["down"], parts["up"], alpha)
     if "set" in parts:
         return SetLayer(name, parts["set"])
     if "w_norm" in parts:
