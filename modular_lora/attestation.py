@@ -182,6 +182,12 @@ def row_digests(tensor: Tensor) -> tuple[str, ...]:
     return tuple(hashlib.sha256(_bytes(row)).hexdigest() for row in rows)
 
 
+def carrying_digests(tensor: Tensor) -> tuple[str, ...]:
+    """`row_digests` of the rows that are not zero: ConditioningZeroOut's carry nothing."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    return row_digests(rows[rows.abs().amax(1) > 0])
+
+
 def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over named weights in name order, each as float32: independent of device and of storage precision."""
     digest = hashlib.sha256()

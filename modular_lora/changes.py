@@ -110,7 +110,7 @@ class Fused:
         if _is_dense(spec, whole, pairs):
             self.dense = place(_sum(spec, whole, pairs).reshape(spec.weight_shape))
         elif pairs:
-            self.down, self.up = map(place, _concatenate(spec, pairs))
+            self.down, self.up = (place(factors[0]) for factors in _stacked(spec, [pairs]))
         self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in found[Kron])
         self.rotations = tuple(place(s * p.blocks.float()) for p, s in found[Rotation])
         if gains := found[Gain]:
@@ -174,7 +174,9 @@ def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused
     """``Fused`` of many layers; pairs of the same shapes are made together."""
     pairs = {}
     for places in _alike(layers):
-        pairs |= zip(places, _pairs([layers[place] for place in places], dtype, device), strict=True)
+        alike = [[(t.part, t.scale) for t in layers[place][1]] for place in places]
+        made = (factors.to(device, dtype).unbind() for factors in _stacked(layers[places[0]][0], alike))
+        pairs |= zip(places, zip(*made, strict=True), strict=True)
     return [Fused(spec, terms, dtype, device, pairs.get(place)) for place, (spec, terms) in enumerate(layers)]
 
 
@@ -193,17 +195,15 @@ def _alike(layers: Layers) -> Iterator[list[int]]:
             yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
-def _pairs(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Down and up of L layers alike, as parts of one tensor each."""
-    spec, terms = layers[0]
-    ups = [torch.stack([terms[i].part.up for _, terms in layers]) for i in range(len(terms))]  # L out r each
-    down = _joined([t.part.down for _, terms in layers for t in terms], 0)  # L·R in·k·k
-    up = _joined(ups, 2)  # L out R
-    scales = [[t.scale for t in terms for _ in range(t.part.down.shape[0])] for _, terms in layers]
+def _stacked(spec: LayerSpec, layers: Sequence[Sequence[tuple[LowRank, float]]]) -> tuple[Tensor, Tensor]:
+    """The pairs of L layers alike, each layer's as one: down (L R in [k k]), up with scales (L out R [1 1]); fp32."""
+    downs = [p.down if spec.narrow is None else _wide(spec, p.down) for pairs in layers for p, _ in pairs]
+    ups = [torch.stack([p.up for p, _ in ranked]) for ranked in zip(*layers, strict=True)]  # L out r each
+    down, up = _joined(downs, 0), _joined(ups, 2)  # L·R in·k·k, L out R
+    scales = [[s for p, s in pairs for _ in range(p.up.shape[1])] for pairs in layers]
     up.mul_(torch.tensor(scales, dtype=up.dtype, device=up.device)[:, None])
     down = down.reshape(len(layers), -1, *spec.weight_shape[1:])
-    up = up.reshape(*up.shape, *(1 for _ in spec.weight_shape[2:]))
-    return list(zip(down.to(device, dtype).unbind(), up.to(device, dtype).unbind(), strict=True))
+    return down, up.reshape(*up.shape, *(1 for _ in spec.weight_shape[2:]))
 
 
 def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
@@ -285,17 +285,6 @@ def _sum(spec: LayerSpec, whole: list[tuple[Dense, float]], pairs: list[tuple[Lo
 def _wide(spec: LayerSpec, rows: Tensor) -> Tensor:
     """Rows over the inputs in fp32, zero for inputs that another LoRA gave the layer."""
     return rows.float() if spec.narrow is None else F.pad(rows.float(), (0, spec.inputs - rows.shape[1]))
-
-
-def _concatenate(spec: LayerSpec, pairs: list[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
-    downs = [p.down if spec.narrow is None else _wide(spec, p.down) for p, _ in pairs]
-    down, up = _joined(downs, 0), _joined([p.up for p, _ in pairs], 1)  # R in·k·k, out R
-    up.mul_(torch.tensor([s for p, s in pairs for _ in range(p.up.shape[1])], dtype=up.dtype, device=up.device))
-    kernel = spec.weight_shape[2:]
-    if kernel:
-        down = down.reshape(-1, *spec.weight_shape[1:])  # R in k k
-        up = up.reshape(*up.shape, *(1 for _ in kernel))  # out R 1 1
-    return down, up
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

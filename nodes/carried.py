@@ -11,9 +11,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import comfy.sd
-import torch
 
-from ..modular_lora.attestation import row_digests
+from ..modular_lora.attestation import carrying_digests
 from . import host
 
 CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids, 0.3.75 and 0.33.0
@@ -54,22 +53,18 @@ def _text_of(inputs: Iterable) -> str | None:
         if isinstance(value, comfy.sd.CLIP):
             guarded = isinstance(value, host.GuardedClipMixin)
             found.add(value.patcher.guard_state.text_digest if guarded else None)
-        for rows in _rows(value):
-            found |= {host.embeddings.get(digest) for digest in row_digests(rows)}
+        found |= {host.embeddings.get(row) for row in _rows(value)}
     return found.pop() if len(found) == 1 else None
 
 
 def _remember(value: object, digest: str) -> None:
-    for rows in _rows(value):
-        for row in row_digests(rows):
-            host.embeddings.put(row, digest)
+    for row in _rows(value):
+        host.embeddings.put(row, digest)
 
 
-def _rows(value: object) -> Iterator[torch.Tensor]:
-    """The rows (n, width) that carry something of a conditioning's embeddings; of any other value nothing."""
+def _rows(value: object) -> Iterator[str]:
+    """Digests of the rows that carry something of a conditioning's embeddings; of any other value nothing."""
     entries = value if isinstance(value, list) else ()
     for cross, further in (entry for entry in entries if isinstance(entry, list | tuple) and len(entry) == 2):
-        for tensor in (cross, *map(further.get, host.ENCODED)) if isinstance(further, dict) else ():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                rows = tensor.detach().reshape(-1, tensor.shape[-1])
-                yield rows[rows.abs().amax(1) > 0]
+        for tensor in host.encoded({**further, "cross_attn": cross}) if isinstance(further, dict) else ():
+            yield from carrying_digests(tensor)

@@ -19,7 +19,7 @@ import comfy.sd
 import torch
 
 from ..modular_lora import attestation as attest
-from ..modular_lora.attestation import Attestation, Ledger, row_digests, tensor_sha256
+from ..modular_lora.attestation import Attestation, Ledger, carrying_digests, row_digests, tensor_sha256
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.guard import (
@@ -248,7 +248,7 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
         for entry in entries:
             if (cross := entry.get("cross_attn")) is not None:
                 hashes.append(tensor_sha256(cross))
-            for tensor in _encoded(entry) if state.text_digest else ():
+            for tensor in encoded(entry) if state.text_digest else ():
                 if not _made_by(tensor, state.text_digest):
                     raise GuardError(
                         f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
@@ -258,7 +258,7 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
     return tuple(hashes)
 
 
-def _encoded(entry: dict) -> Iterator[torch.Tensor]:
+def encoded(entry: dict) -> Iterator[torch.Tensor]:
     """What text encoders made of a conditioning, GLIGEN's phrases too (0.3.75 and 0.33.0)."""
     for value in map(entry.get, ENCODED):
         if isinstance(value, torch.Tensor) and value.is_floating_point():  # ACE-Step's lyrics are token numbers
@@ -268,9 +268,7 @@ def _encoded(entry: dict) -> Iterator[torch.Tensor]:
 
 
 def _made_by(embedding: torch.Tensor, digest: str) -> bool:
-    rows = embedding.detach().reshape(-1, embedding.shape[-1])
-    rows = rows[rows.abs().amax(1) > 0]  # ConditioningZeroOut's rows carry nothing
-    return all(embeddings.get(row) == digest for row in row_digests(rows))
+    return all(embeddings.get(row) == digest for row in carrying_digests(embedding))
 
 
 class GuardedClipMixin(GenerateMixin):
