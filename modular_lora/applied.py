@@ -85,7 +85,8 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
     specs, found = info.places, {}
     for a in applied:
         for key, parts in a.parts.items():
-            layer = [Term(a.role, part, a.strength * scale) for part, scale in parts if a.strength * scale != 0]
+            owner = a.lora.sha256 if a.role == "safety" else ""
+            layer = [Term(a.role, part, a.strength * scale, owner) for part, scale in parts if a.strength * scale != 0]
             found.setdefault(specs[key].path, (specs[key], []))[1].extend(layer)
     return ((_widened(spec, layer), layer) for spec, layer in found.values() if layer)
 

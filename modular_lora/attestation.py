@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -59,7 +59,7 @@ class Attestation:
     base_sha256: str
     base_had_merged_loras: bool
     loras: tuple[LoraRecord, ...]
-    net_strength: Mapping[str, float]
+    net_strength: Mapping[str, float]  # of the files; here and below by the SHA-256 of the safety LoRA
     layers: int = 0
     evaluations: int = 0
     firings: int = 0
@@ -70,6 +70,9 @@ class Attestation:
     gate: GateRecord | None = None  # None: no gate judged these pixels
     varying_layers: int = 0  # of ``layers``: those in parts that do not run exactly once an evaluation
     idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
+    acted_strength: Mapping[str, float | None] = field(default_factory=dict)  # acted.py; None: nothing to judge
+    acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0
+    measured_evaluations: int = 0
 
     @property
     def safety(self) -> frozenset[LoraRecord]:

@@ -1,7 +1,8 @@
 """Unmerged branches on the layers of a model: y = W0·x + b + Σᵢ strengthᵢ·ΔWᵢ·x, summed as changes.py fuses them.
 
-A layer has one down and one up product however many LoRAs act on it. The branches are plain objects in
-``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save path ever sees them.
+A layer has one down product and two up products, the safety LoRAs' and the task LoRAs', however many there are. The
+branches are plain objects in ``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save
+path ever sees them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .acted import Meter
 from .errors import GuardError
-from .fused import FusedLayer, Held, counter, make, note_traced, plain, traced
+from .fused import OFF, FusedLayer, Held, counter, make, note_traced, plain, traced
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 _SEAT = "_modular_lora_attachment"
@@ -48,9 +50,13 @@ class Branches:
     """
 
     def __init__(
-        self, layers: Mapping[str, FusedLayer], roots: tuple[str, ...], parts: Mapping[str, Times] | None = None
+        self,
+        layers: Mapping[str, FusedLayer],
+        roots: tuple[str, ...],
+        parts: Mapping[str, Times] | None = None,
+        meter: Meter = OFF,
     ):
-        self.layers, self.roots = dict(layers), roots
+        self.layers, self.roots, self.meter = dict(layers), roots, meter
         self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
         self.counted = (*roots, *self.parts)
         self.wide = tuple(path for path, layer in self.layers.items() if layer.spec.narrow is not None)
@@ -63,7 +69,7 @@ class Branches:
         self._held, self._ready = Held(), ()
         for layer in self.layers.values():
             self._held.change(layer.nbytes())
-            layer.held = self._held
+            layer.held, layer.meter = self._held, meter
 
     @contextmanager
     def only(self, *roles: str) -> Iterator[None]:
@@ -176,6 +182,9 @@ class _Evaluations:
             self.branches.evaluated_compiled[self.root].add_(1)
         elif self.live:
             self.branches.evaluated[self.root] += 1
+            if self.branches.meter.running and self.root in self.branches.roots:
+                with self.branches.meter.evaluation(self.root, args, kwargs):
+                    return self.forward(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
 
@@ -278,6 +287,12 @@ class Attachment:
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
                 "another node replaced their forward; remove it, or put it before Guard Model."
             )
+
+
+def attached(model: nn.Module) -> Branches | None:
+    """The branches that sit on a model now."""
+    attachment = model.__dict__.get(_SEAT)
+    return attachment.branches if attachment is not None else None
 
 
 def tree(model: nn.Module) -> object:

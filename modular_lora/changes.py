@@ -6,6 +6,7 @@ W0·x = y − b, never on another adapter's share, so no task adapter can rescal
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,15 +74,76 @@ Part: TypeAlias = LowRank | Dense | Kron | Gain | Rotation | Bias
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One part of one adapter on one layer; ``scale`` is its strength, alpha/rank folded in."""
+    """One part of one adapter on one layer; ``scale`` is its strength, alpha/rank folded in.
+
+    ``owner`` tells several safety LoRAs apart (their SHA-256); task LoRAs are one sum and have none.
+    """
 
     role: Role
     part: Part
     scale: float
+    owner: str = ""
+
+
+Owner: TypeAlias = "tuple[Role, str]"  # one safety LoRA, or ("task", "") for all task LoRAs together
+TASKS: Owner = ("task", "")
+
+
+class _Others:
+    """What one owner adds to a layer's output beside low-rank pairs, summed in a tensor of its own."""
+
+    def __init__(self, spec: LayerSpec, terms: Sequence[Term], dense: Tensor | None, place: Callable[[Tensor], Tensor]):
+        found = _by_kind(terms)
+        self.spec, self.dense = spec, dense  # out in [k k]
+        self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in found[Kron])
+        self.rotations = tuple(place(s * p.blocks.float()) for p, s in found[Rotation])
+        gains, bias = found[Gain], _bias(found)
+        self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains))) if gains else None  # out
+        self.bias = None if bias is None else place(_column(spec, bias))  # out
+        self.inputs = slice(spec.narrow)  # of x, as W0 has them
+
+    def __call__(self, y0: Tensor, x: Tensor) -> Tensor:
+        """Σ scale·ΔW·x of these parts; ``y0`` = W0·x + b, which gains and rotations act on."""
+        spec, norm, conv = self.spec, self.spec.norm, self.spec.conv
+        shares = [_rotate(spec, blocks, y0) for blocks in self.rotations]
+        if self.gain is not None:
+            shares.append(self.gain * y0)
+        if self.dense is not None and norm is not None:
+            shares.append(norm.normalised(x) * norm.beside(self.dense, y0))
+        elif self.dense is not None:
+            shares.append(F.linear(x, self.dense) if conv is None else conv(x, self.dense))
+        shares += [_kron(spec, w1, w2, x[..., self.inputs] if conv is None else x) for w1, w2 in self.krons]
+        if self.bias is not None:
+            shares.append(self.bias if norm is None else norm.beside(self.bias, y0))
+        total, *rest = shares
+        for share in rest:
+            total = total + share
+        return total
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        own = (t for t in (self.dense, self.gain, self.bias) if t is not None)
+        return (*own, *self.rotations, *(w for pair in self.krons for w in pair))
+
+    def to(self, dtype: torch.dtype) -> _Others:
+        """The same in another dtype."""
+        other = copy.copy(self)
+        other.krons = tuple((w1.to(dtype), w2.to(dtype)) for w1, w2 in self.krons)
+        other.rotations = tuple(blocks.to(dtype) for blocks in self.rotations)
+        for name in ("dense", "gain", "bias"):
+            value = getattr(self, name)
+            setattr(other, name, None if value is None else value.to(dtype))
+        return other
 
 
 class Fused:
-    """The sum of a layer's terms in compute dtype on its device: at most one product pair, or one dense product."""
+    """A layer's terms in compute dtype on its device: y = (y0 + s) + t, y0 = W0·x + b computed once.
+
+    s is the sum of every safety LoRA's share and t that of every task LoRA's, each in tensors of its own. No task
+    term is accumulated into a tensor that holds s: floating-point sums lose what is small beside a term that is large,
+    also where a later term cancels the large one, so a task LoRA could otherwise make the safety LoRA's share vanish
+    by rounding. All low-rank pairs have one down product, whose rows do not mix, and one up product a side.
+    """
 
     def __init__(
         self,
@@ -91,80 +153,144 @@ class Fused:
         device: torch.device,
         pair: tuple[Tensor, Tensor] | None = None,
     ):
-        """``pair``: down and up, where they are made already and all that the terms are."""
+        """``pair``: down and up of all pairs, safety LoRAs first, where they are made already."""
+        place = lambda t: t.to(device, dtype).contiguous()  # noqa: E731
         self.spec = spec
-        self.down, self.up = pair or (None, None)  # R in [k k], out R [1 1]
-        self.dense = self.gain = self.bias = None  # out in [k k], out, out
-        self.krons, self.rotations = (), ()
-        if pair is None:
-            self._make(terms, lambda t: t.to(device, dtype).contiguous())
-        self.pointwise = spec.conv is not None and _is_pointwise(spec)
-        self.inputs = slice(spec.narrow)  # of x, as W0 has them
-        others = self.krons or self.rotations or self.gain is not None or self.bias is not None
-        self.plain = self.down is not None and not others
+        self.ranks: dict[Owner, slice] = {}  # of R, whose pairs they are
+        self.others: dict[Owner, _Others] = {}
+        pairs: list[tuple[LowRank, float]] = []
+        for owner, own in by_owner(terms).items():
+            found = _by_kind(own)
+            whole, low, before = found[Dense], found[LowRank], _rank(pairs)
+            dense = None
+            if _is_dense(spec, whole, low):
+                dense = place(_sum(spec, whole, low).reshape(spec.weight_shape))
+            elif low:
+                pairs += low
+                self.ranks[owner] = slice(before, _rank(pairs))
+            if dense is not None or found.keys() - {Dense, LowRank}:
+                self.others[owner] = _Others(spec, own, dense, place)
+        if pair is None and pairs:
+            pair = tuple(place(factors[0]) for factors in _stacked(spec, [pairs]))
+        self.down, self.up = pair if pair is not None else (None, None)  # R in [k k], out R [1 1]
+        self._divide()
+
+    def _divide(self) -> None:
+        """Where the safety LoRAs' ranks end and the task LoRAs' begin, and both halves of the up matrix."""
+        self.pointwise = self.spec.conv is not None and _is_pointwise(self.spec)
+        self.split = max((ranks.stop for owner, ranks in self.ranks.items() if owner != TASKS), default=0)
+        self.has_tasks = TASKS in self.ranks
         self.nbytes = sum(t.nbytes for t in self.tensors)
 
-    def _make(self, terms: Sequence[Term], place: Callable[[Tensor], Tensor]) -> None:
-        spec, found = self.spec, _by_kind(terms)
-        whole, pairs = found[Dense], found[LowRank]
-        if _is_dense(spec, whole, pairs):
-            self.dense = place(_sum(spec, whole, pairs).reshape(spec.weight_shape))
-        elif pairs:
-            self.down, self.up = (place(factors[0]) for factors in _stacked(spec, [pairs]))
-        self.krons = tuple((place(s * p.w1.float()), place(p.w2.float())) for p, s in found[Kron])
-        self.rotations = tuple(place(s * p.blocks.float()) for p, s in found[Rotation])
-        if gains := found[Gain]:
-            self.gain = place(_column(spec, sum(s * p.gain.float() for p, s in gains)))
-        if (bias := _bias(found)) is not None:
-            self.bias = place(_column(spec, bias))
-
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + Σ scale·ΔW·x; y may be changed in place."""
-        if not self.plain:
-            y = self._others(y, x)
+        """(y + s) + t for y = W0·x + b; y may be changed in place."""
+        return self.apply(y, x, self.reduced(x))
+
+    def reduced(self, x: Tensor) -> Tensor | None:
+        """h = down·x of all pairs: (..., R), of a convolution (b, R, ...); None where there is no pair."""
         if self.down is None:
-            return y
-        if self.spec.conv is not None:
-            return self._convolved(y, x)
-        h = F.linear(x, self.down)  # ... R
-        if y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.up.t())
-            return y
-        return y + F.linear(h, self.up)
+            return None
+        if self.spec.conv is None:
+            return F.linear(x, self.down)
+        if self.pointwise and x.is_contiguous() and x.dim() == self.down.dim():
+            return (self.down.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return self.spec.conv(x, self.down)
 
-    def _convolved(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + up·(down ∗ x), as products of matrices where layout and kernel allow it."""
-        if y.dim() != self.down.dim() or not y.is_contiguous():
-            return y.add_(_ONCE(self.spec.conv(x, self.down), self.up))
-        if self.pointwise and x.is_contiguous():
-            h = self.down.flatten(1) @ x.flatten(2)  # b R h·w
+    def apply(self, y: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
+        """``__call__`` with h = down·x at hand."""
+        s = t = None
+        if self.others:  # before y changes: gains and rotations read W0·x + b
+            s, t = self._sum_of_others(y, x, "safety"), self._sum_of_others(y, x, "task")
+        if self.has_tasks:
+            pair = self._expanded(h, slice(self.split, None), y)
+            t = pair if t is None else pair + t
+        if s is not None:
+            y = y + s
+        if self.split:
+            y = self._add_expanded(y, h, slice(self.split))
+        if t is None:
+            return y
+        return y.add_(t) if t.dtype == y.dtype and t.shape == y.shape else y + t
+
+    def _sum_of_others(self, y0: Tensor, x: Tensor, role: Role) -> Tensor | None:
+        total = None
+        for owner, others in self.others.items():
+            if owner[0] == role:
+                share = others(y0, x)
+                total = share if total is None else total + share
+        return total
+
+    def _expanded(self, h: Tensor, ranks: slice, y: Tensor) -> Tensor:
+        """up·h of these ranks in a new tensor of y's shape."""
+        up = self.up[:, ranks]
+        if self.spec.conv is None:
+            return F.linear(h[..., ranks], up)
+        if h.dim() != self.up.dim():  # without a batch
+            return _ONCE(h[ranks], up)
+        return (up.flatten(1) @ h[:, ranks].flatten(2)).view(y.shape)
+
+    def _add_expanded(self, y: Tensor, h: Tensor, ranks: slice) -> Tensor:
+        """y + up·h of these ranks, in place where the layout allows it."""
+        up = self.up[:, ranks]
+        if not y.is_contiguous() or (self.spec.conv is not None and h.dim() != self.up.dim()):
+            return y + self._expanded(h, ranks, y)
+        if self.spec.conv is None:
+            rows = h[..., ranks].reshape(-1, up.shape[1])
+            y.view(-1, y.shape[-1]).addmm_(rows, up.t())
         else:
-            h = self.spec.conv(x, self.down).flatten(2)  # b R h·w
-        y.flatten(2).baddbmm_(self.up.flatten(1).expand(len(y), -1, -1), h)
+            y.flatten(2).baddbmm_(up.flatten(1).expand(len(y), -1, -1), h[:, ranks].flatten(2))
         return y
 
-    def _others(self, y: Tensor, x: Tensor) -> Tensor:
-        """y plus all parts but the low-rank pair."""
-        change = [_rotate(self.spec, blocks, y) for blocks in self.rotations]
-        if self.gain is not None:
-            change.append(self.gain * y)
-        norm, conv = self.spec.norm, self.spec.conv
-        if self.dense is not None and norm is not None:
-            change.append(norm.normalised(x) * norm.beside(self.dense, y))
-        elif self.dense is not None:
-            change.append(F.linear(x, self.dense) if conv is None else conv(x, self.dense))
-        change += [_kron(self.spec, w1, w2, x[..., self.inputs] if conv is None else x) for w1, w2 in self.krons]
-        if self.bias is not None:
-            change.append(self.bias if norm is None else norm.beside(self.bias, y))
-        for part in change:
-            y = y + part
-        return y
+    def share(self, owner: Owner, y0: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
+        """What one owner adds to y0, in a tensor of y0's shape."""
+        total = self._expanded(h, self.ranks[owner], y0) if owner in self.ranks else None
+        if owner in self.others:
+            rest = self.others[owner](y0, x)
+            total = rest if total is None else total + rest
+        return total.expand_as(y0)
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """All that act on the layer, safety LoRAs first."""
+        return tuple(sorted(self.ranks.keys() | self.others.keys()))
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether all that acts is pairs."""
+        return not self.others
+
+    def only(self, role: Role, dtype: torch.dtype | None = None) -> Fused:
+        """The part of one role, in another dtype if one is given; for measurements."""
+        part = copy.copy(self)
+        part.ranks = {owner: ranks for owner, ranks in self.ranks.items() if owner[0] == role}
+        part.others = {owner: o.to(dtype) if dtype else o for owner, o in self.others.items() if owner[0] == role}
+        kept = slice(self.split) if role == "safety" else slice(self.split, None)
+        if not part.ranks:
+            part.down = part.up = None
+        else:
+            part.down, part.up = self.down[kept], self.up[:, kept]
+            if dtype:
+                part.down, part.up = part.down.to(dtype), part.up.to(dtype)
+            start = 0 if role == "safety" else self.split
+            part.ranks = {o: slice(r.start - start, r.stop - start) for o, r in part.ranks.items()}
+        part._divide()
+        return part
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that it holds."""
-        own = (self.down, self.up, self.dense, self.gain, self.bias)
-        return (*(t for t in own if t is not None), *self.rotations, *(w for pair in self.krons for w in pair))
+        own = (t for t in (self.down, self.up) if t is not None)
+        return (*own, *(t for others in self.others.values() for t in others.tensors))
+
+
+def by_owner(terms: Sequence[Term]) -> dict[Owner, list[Term]]:
+    """Terms by whose they are: every safety LoRA by itself, then all task LoRAs as one."""
+    found: dict[Owner, list[Term]] = defaultdict(list)
+    for term in terms:
+        found[(term.role, term.owner) if term.role == "safety" else TASKS].append(term)
+    if TASKS in found:
+        found[TASKS] = found.pop(TASKS)
+    return found
 
 
 Layers: TypeAlias = "Sequence[tuple[LayerSpec, Sequence[Term]]]"
@@ -172,6 +298,7 @@ Layers: TypeAlias = "Sequence[tuple[LayerSpec, Sequence[Term]]]"
 
 def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused]:
     """``Fused`` of many layers; pairs of the same shapes are made together."""
+    layers = [(spec, [term for own in by_owner(terms).values() for term in own]) for spec, terms in layers]
     pairs = {}
     for places in _alike(layers):
         alike = [[(t.part, t.scale) for t in layers[place][1]] for place in places]
@@ -181,17 +308,17 @@ def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused
 
 
 def _alike(layers: Layers) -> Iterator[list[int]]:
-    """The numbers of layers that have a pair and nothing else, of the same shapes and dtypes."""
+    """The numbers of layers that have pairs and nothing else, of the same shapes and dtypes, none of them dense."""
     found = defaultdict(list)
     for place, (spec, terms) in enumerate(layers):
-        parts = [t.part for t in terms]
-        if spec.narrow is None and all(isinstance(part, LowRank) for part in parts):
-            kinds = tuple((part.down.shape[0], part.down.dtype, part.up.dtype) for part in parts)
+        if spec.narrow is None and all(isinstance(t.part, LowRank) for t in terms):
+            kinds = tuple((t.role, t.owner, t.part.down.shape[0], t.part.down.dtype, t.part.up.dtype) for t in terms)
             found[spec.weight_shape, spec.conv, kinds].append(place)
     for (shape, _, kinds), places in found.items():
         spec, terms = layers[places[0]]
-        size = max(1, TOGETHER // (sum(rank for rank, *_ in kinds) * max(shape[0], spec.inputs)))
-        if not _is_dense(spec, [], [(t.part, t.scale) for t in terms]):
+        size = max(1, TOGETHER // (sum(rank for _, _, rank, *_ in kinds) * max(shape[0], spec.inputs)))
+        own = ([(t.part, t.scale) for t in some] for some in by_owner(terms).values())
+        if not any(_is_dense(spec, [], pairs) for pairs in own):
             yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
@@ -208,6 +335,11 @@ def _stacked(spec: LayerSpec, layers: Sequence[Sequence[tuple[LowRank, float]]])
 
 def count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     """How many numbers ``Fused`` holds for these terms."""
+    return sum(_count(spec, own) for own in by_owner(terms).values())
+
+
+def _count(spec: LayerSpec, terms: Sequence[Term]) -> int:
+    """The same of one owner."""
     found = _by_kind(terms)
     whole, pairs = found[Dense], found[LowRank]
     rows, inputs = spec.weight_shape[0], spec.inputs

@@ -77,6 +77,15 @@ class Whole:
                 return math.fsum(values)
         return _energy(self.dense())
 
+    @cached_property
+    def magnitude(self) -> float:
+        """Σ over the parts of what each would be if none cancelled another, of pairs Σᵢ |uᵢ||dᵢ| (Factor.magnitude)."""
+        sizes = []
+        for part, scale in self.parts:
+            thin = _thin(part)
+            sizes.append(Factor(*thin, scale).magnitude if thin else abs(scale) * math.sqrt(self._energy(part)))
+        return math.fsum(sizes)
+
     def _energy(self, part: Part) -> float:
         if isinstance(part, Kron):
             return _energy(part.w1.float()) * _energy(part.w2.float().flatten(1))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .acted import Meter
 from .changes import Fused, Term, count, fuse
 from .errors import GuardError
 from .layers import LayerSpec
@@ -23,6 +24,9 @@ def note_traced() -> None:
 
 
 note_traced._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports all of dynamo
+
+
+OFF = Meter({}, {}, None)  # of layers that belong to no guard
 
 
 class Held:
@@ -49,7 +53,7 @@ class FusedLayer:
         self.fired_compiled = counter()
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
         self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
-        self.held = Held()
+        self.held, self.meter = Held(), OFF
 
     def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
         """The active terms in compute dtype on the layer's device, or None where no term is active.
@@ -90,7 +94,7 @@ class FusedLayer:
         return count(self.spec, self.terms)
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
-        """y + Σ scale·ΔW·x; the branch is taken in the activation's dtype, whatever the weight is stored in."""
+        """(y + s) + t (changes.Fused), in the activation's dtype, whatever the weight is stored in."""
         if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
             if (fused := self.fused(roles, x.dtype, x.device)) is None:
                 return y
@@ -104,7 +108,7 @@ class FusedLayer:
         if fused is None:
             return y
         self.fired += 1
-        return fused(y, x)
+        return self.meter.layer(self.spec.path, fused, y, x) if self.meter.measuring else fused(y, x)
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now, over all dtypes and devices."""

@@ -32,6 +32,12 @@ class Factor:
         return self.energy
 
     @cached_property
+    def magnitude(self) -> float:
+        """Σᵢ |uᵢ||dᵢ|: ‖dW‖ if no term cancelled another; infinite where a term is."""
+        measure([self])
+        return self.magnitude
+
+    @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
         """R (r r) with R Rᵀ the pseudo-inverse of UᵀU, and of D Dᵀ."""
         return tuple(_root(product(f, f).double(), _exact(f)) for f in ready(self))
@@ -49,20 +55,23 @@ def measure(changes: Iterable[object]) -> None:
     """Work out the energies of all factors among ``changes`` that do not know theirs; those of one rank together."""
     alike: dict[int, list[Factor]] = {}
     for item in changes:
-        if isinstance(item, Factor) and "energy" not in vars(item):
+        if isinstance(item, Factor) and not {"energy", "magnitude"} <= vars(item).keys():
             alike.setdefault(item.down.shape[0], []).append(item)
     for factors in alike.values():
         note_energies(factors, grams([factors], [(0, 0)])[0, 0])
 
 
 def note_energies(factors: Sequence[Factor], alone: Grams) -> None:
-    """Let factors know their energies by their products with themselves: what the cached property would keep."""
+    """Let factors know energy and magnitude by their products with themselves: what the properties would keep."""
     columns, rows = alone
+    sizes = (columns.diagonal(dim1=1, dim2=2) * rows.diagonal(dim1=1, dim2=2)).sqrt().sum(1)  # Σ |u||d|, L
     energies, bounds = (columns * rows).sum((1, 2)), trace(columns) * trace(rows)  # ‖UD‖² and ‖U‖²‖D‖², L
-    for item, energy, bound in zip(factors, energies.tolist(), bounds.tolist(), strict=True):
+    table = zip(factors, energies.tolist(), bounds.tolist(), sizes.tolist(), strict=True)
+    for item, energy, bound, size in table:
         if energy < 1e-3 * bound and not (_exact(item.up) and _exact(item.down)):
             energy = float((_square(item.up.double().T) * _square(item.down.double())).sum())
         vars(item)["energy"] = item.scale**2 * energy if energy > ZERO_ENERGY * bound else 0.0
+        vars(item)["magnitude"] = abs(item.scale) * size
 
 
 def inners(a: Sequence[Factor], b: Sequence[Factor], crossed: Grams) -> Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .acted import Meter
 from .applied import Applied, apply, terms
 from .attestation import Attestation, LoraRecord
 from .branches import Branches
@@ -21,6 +22,7 @@ from .files import LoraFile, no_collection
 from .fused import FusedLayer, plain
 from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
+from .magnitude import check_magnitudes
 from .matching import is_text, mismatch
 from .model import ModelInfo
 from .warm import Warm
@@ -35,9 +37,13 @@ TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that
 
 @dataclass(frozen=True)
 class Policy:
-    """What the guard insists on. ``net_strength_floor``: least net strength of every safety LoRA."""
+    """What the guard insists on of every safety LoRA.
+
+    ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py).
+    """
 
     net_strength_floor: float = 0.5
+    acted_strength_floor: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class GuardedPart:
     part: Part
     branches: Branches
     lines: tuple[LoraLine, ...]
-    interference: tuple[tuple[str, Interference], ...]  # by safety LoRA
+    interference: tuple[tuple[LoraFile, Interference], ...]  # by safety LoRA
 
     @property
     def layers(self) -> int:
@@ -148,9 +154,11 @@ def build_part(
         strength = t.strength_model if part == "model" else t.strength_clip
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
+    if enforce:
+        check_magnitudes(applied, info)
     with plain():
         layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-        branches = Branches(layers, info.roots, info.parts)
+        branches = Branches(layers, info.roots, info.parts, _meter(applied, policy.acted_strength_floor, enforce))
     return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
 
 
@@ -198,7 +206,7 @@ def make_record(
         base_sha256=base_sha256,
         base_had_merged_loras=merged,
         loras=tuple(loras),
-        net_strength={name: result.net_strength for name, result in model.interference},
+        net_strength={lora.sha256: result.net_strength for lora, result in model.interference},
         layers=model.layers,
         varying_layers=len(model.branches.varying),
         text_encoder=f"guarded, {text.layers} layers" if text else "",
@@ -240,13 +248,22 @@ def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part,
     return applied
 
 
-def _net_strength(safety: Applied, applied: list[Applied], policy: Policy, enforce: bool) -> tuple[str, Interference]:
+def _meter(applied: Sequence[Applied], floor: float, enforce: bool) -> Meter:
+    acting = [a for a in applied if a.role == "safety" and a.parts]
+    owners = {("safety", a.lora.sha256): a for a in acting}
+    strengths = {owner: a.strength for owner, a in owners.items()}
+    return Meter(strengths, {owner: a.lora.name for owner, a in owners.items()}, floor if enforce else None)
+
+
+def _net_strength(
+    safety: Applied, applied: list[Applied], policy: Policy, enforce: bool
+) -> tuple[LoraFile, Interference]:
     others = [(a.lora.name, a.changes, a.strength) for a in applied if a is not safety]
     result = interference(safety.changes, safety.strength, others, policy.net_strength_floor)
-    if enforce and result.net_strength < policy.net_strength_floor:
+    if enforce and not result.net_strength >= policy.net_strength_floor:  # not a number is too little
         floor = policy.net_strength_floor
         raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
-    return safety.lora.name, result
+    return safety.lora, result
 
 
 def _line(a: Applied, family: str) -> LoraLine:

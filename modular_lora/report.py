@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .attestation import Attestation, GateRecord
+from .attestation import Attestation, GateRecord, LoraRecord
 from .guard import GuardedPart, LoraLine
 from .interference import Interference
 
@@ -18,7 +18,7 @@ def format_guard(base: str, base_sha256: str, parts: Iterable[GuardedPart], note
         if any(line.matched or line.unmatched or line.left for line in part.lines):
             lines.append(f"{_PARTS[part.part]}: {part.layers} layers guarded")
             lines += [f"  {_lora(line)}" for line in part.lines]
-            lines += [f"  {_interference(name, result)}" for name, result in part.interference]
+            lines += [f"  {_interference(lora.name, result)}" for lora, result in part.interference]
             lines += [f"  WARNING: {w}" for _, result in part.interference for w in result.warnings]
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
@@ -59,7 +59,7 @@ def format_attestation(a: Attestation) -> str:
         f"{a.status}: {a.firings} branch firings in {a.layers} layers over {a.evaluations} evaluations",
         f"base {a.base_family}, sha256 {a.base_sha256[:16]}" + ", LoRAs merged before" * a.base_had_merged_loras,
         *(f"{r.role} {r.name} at {r.strength_model:g} / {r.strength_clip:g}, sha256 {r.sha256[:16]}" for r in a.loras),
-        *(f"net strength of {name}: {value:.3f}" for name, value in a.net_strength.items()),
+        *(f"net strength of {r.name}: {_strengths(a, r)}" for r in a.loras if r.role == "safety"),
     ]
     if a.varying_layers:
         lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
@@ -72,6 +72,20 @@ def format_attestation(a: Attestation) -> str:
     if a.gate:
         lines.append(_gate(a.gate))
     return "\n".join(lines)
+
+
+def _strengths(a: Attestation, lora: LoraRecord) -> str:
+    """Net strength of the files and as it acted; what was not measured is said."""
+    files = a.net_strength.get(lora.sha256)
+    said = "not on the model's layers" if files is None else f"{files:.3f} by the files"
+    if files is None or not a.evaluations:
+        return said
+    if not a.measured_evaluations:
+        return f"{said}; as it acted: not measured"
+    acted, share = a.acted_strength.get(lora.sha256), a.acted_share.get(lora.sha256, 0.0)
+    if acted is None:
+        return f"{said}; the safety LoRA had nothing to do here (its share of what the layers give is {share:.1g})"
+    return f"{said}, {acted:.3f} as it acted in {a.measured_evaluations} measured evaluations"
 
 
 def _gate(record: GateRecord) -> str:

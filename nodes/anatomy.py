@@ -20,6 +20,7 @@ from ..modular_lora.layers import LayerSpec, layer_spec, layer_specs
 from .parts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
+_norms: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> norms of its weights, by key
 _layouts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> its mark (tree), names, layers
 
 
@@ -28,7 +29,7 @@ def model_info(model, remembered: bool = False) -> ModelInfo:
     keys, specs = _layout(model.model, comfy.lora.model_lora_keys_unet, remembered)
     weight = lambda key: original_weight(model, key)  # noqa: E731
     varying = parts(model.model.diffusion_model, "diffusion_model")
-    return ModelInfo(family(model), keys, specs, ("diffusion_model",), weight, varying)
+    return ModelInfo(family(model), keys, specs, ("diffusion_model",), weight, varying, _norms_of(model.model, weight))
 
 
 def clip_info(clip, remembered: bool = False) -> ModelInfo:
@@ -37,7 +38,19 @@ def clip_info(clip, remembered: bool = False) -> ModelInfo:
     keys, specs = _layout(encoders, comfy.lora.model_lora_keys_clip, remembered)
     weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
     roots, varying = tuple(_text_roots(encoders)), text_parts(encoders)
-    return ModelInfo(type(encoders).__name__, keys, specs, roots, weight, varying)
+    return ModelInfo(type(encoders).__name__, keys, specs, roots, weight, varying, _norms_of(encoders, weight))
+
+
+def _norms_of(module: torch.nn.Module, weight: Callable[[str], torch.Tensor]) -> Callable[[str], float]:
+    """The norm of W0 by key, read once while the model is loaded."""
+    known = _norms.setdefault(module, {})
+
+    def norm(key: str) -> float:
+        if key not in known:
+            known[key] = float(torch.linalg.vector_norm(weight(key)))
+        return known[key]
+
+    return norm
 
 
 def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple[dict, dict]:

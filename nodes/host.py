@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sd
 import torch
+from comfy.model_base import BaseModel
 
 from ..modular_lora import attestation as attest
 from ..modular_lora.attestation import Attestation, Ledger, carrying_digests, row_digests, tensor_sha256
@@ -35,6 +36,7 @@ from ..modular_lora.guard import (
 from ..modular_lora.report import format_guard, format_memory
 from . import warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
+from .measured import evaluation_rows, measured_eagerly
 from .memory import MemoryMixin, compute_dtype
 from .runs import GenerateMixin, KeptMixin, streams, watch
 from .widened import widen
@@ -51,6 +53,7 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75
     "conditioning_lyrics",
 )
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 
 latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
 images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
@@ -173,17 +176,25 @@ class GuardMixin(KeptMixin, MemoryMixin):
         self.guard_seat.attach()
         self.guard_seat.verify()
         self.branches.to(self.load_device, compute_dtype(self))
-        self.guard_run, self.guard_counts = attest.Run(self.branches), None
+        self.guard_run, self.guard_counts, self.guard_acted = attest.Run(self.branches), None, {}
+        if self.branches.roles == ALL_ROLES:
+            rows = partial(evaluation_rows, self.guard_images) if isinstance(self.model, BaseModel) else None
+            self.branches.meter.start(rows, self.guard_steps)
         self.guard_before = sys.exc_info()[1]
 
     def guard_end(self, may_be_empty: bool | None = None) -> None:
         """Check the counts of the run; a run that an interrupt or error ended is simply not attested."""
         run, self.guard_run = self.guard_run, None
-        if run is None or sys.exc_info()[1] is not self.guard_before:
-            return
-        counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
-        self.guard_seat.verify()  # what took branches and evaluation counter off together leaves equal counts behind
-        self.guard_counts = counts
+        try:
+            if run is None or sys.exc_info()[1] is not self.guard_before:
+                return
+            counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
+            self.guard_seat.verify()  # what took branches and evaluation counter off together leaves equal counts
+            self.guard_measured = self.branches.meter.evaluations
+            self.guard_acted = self.branches.meter.finish(self.guard_images)
+            self.guard_counts = counts
+        finally:
+            self.branches.meter.stop()
 
 
 @cache
@@ -198,9 +209,11 @@ def _wrap(patcher, state: GuardState):
     patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
     patcher.guard_run = patcher.guard_before = patcher.guard_counts = patcher.guard_result = None
     patcher.guard_checked, patcher.guard_may_be_empty = False, False
+    patcher.guard_acted, patcher.guard_measured, patcher.guard_steps, patcher.guard_images = {}, 0, 1, 1
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
         patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
+        patcher.add_wrapper_with_key(APPLY_MODEL, KEY, measured_eagerly)
     return patcher
 
 
@@ -213,15 +226,26 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     hashes = _check_conditioning(executor.class_obj.conds, state)
     _silence_previews(callback)
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
+    patcher.guard_steps, patcher.guard_images = max(1, sigmas.shape[-1] - 1), len(noise)
     outside = _starts_outside(streams(latent_image, **kwargs), state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
     status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
     counts = {"evaluations": evaluations, "firings": firings, "idle_layers": idle}
-    patcher.guard_result = state.record.of(status=status, embeddings_sha256=hashes, **counts)
-    for latent in streams(output, **kwargs) if complete else ():
-        latents.put(tensor_sha256(latent), patcher.guard_result)
+    acted = patcher.guard_acted
+    result = state.record.of(
+        status=status,
+        embeddings_sha256=hashes,
+        acted_strength={sha256: one.least for (_, sha256), one in acted.items()},
+        acted_share={sha256: one.share for (_, sha256), one in acted.items()},
+        measured_evaluations=patcher.guard_measured,
+        **counts,
+    )
+    patcher.guard_result = result
+    for number, latent in enumerate(streams(output, **kwargs) if complete else ()):
+        own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
+        latents.put(tensor_sha256(latent), result.of(acted_strength=own))
     return output
 
 

@@ -56,9 +56,9 @@ class LoraInterference(io.ComfyNode):
         part = build_part("model", anatomy.model_info(model), safety, tasks, Policy(), enforce=False)
         for line in (line for line in part.lines if line.refusal):
             raise GuardError(line.refusal)
-        table = "\n\n".join(format_interference(name, result) for name, result in part.interference)
+        table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
         show(cls, "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING"))))
-        return io.NodeOutput(table, _pictures([_draw(name, result) for name, result in part.interference]))
+        return io.NodeOutput(table, _pictures([_draw(lora.name, result) for lora, result in part.interference]))
 
 
 def _draw(name: str, result: Interference) -> Image.Image:

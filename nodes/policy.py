@@ -132,8 +132,8 @@ def check_guarded(guarded: host.GuardedModel, clip, safety: Safety, tasks: Tasks
         _paths.put(item.lora.sha256, item.lora.path)
     states = [host.unwrap(guarded).guard_state]
     states += [clip.patcher.guard_state] if isinstance(clip, host.GuardedClipMixin) else []
-    found = [(name, result) for state in states for name, result in state.part.interference]
-    nets = {name: min(r.net_strength for n, r in found if n == name) for name, _ in found}
+    found = [(lora.sha256, result) for state in states for lora, result in state.part.interference]
+    nets = {sha256: min(r.net_strength for key, r in found if key == sha256) for sha256, _ in found}
     check_run(policy, states[0].record.of(net_strength=nets))
     if policy.guard.interference_is_error and (bad := next((w for _, r in found for w in r.warnings), None)):
         raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..gate.finding import Detector
@@ -56,14 +56,13 @@ def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
     if run.base_had_merged_loras:
         what = "LoRAs were merged into the base, which may cancel a safety LoRA"
         raise RefusedError("guard.required", what, "connect the checkpoint's own MODEL")
-    strengths = _net_strengths(run)
     for one in policy.guard.required:
         why = {lora: _unlike(lora, one, unsigned) for lora in run.safety}
         fit = [lora for lora, reason in why.items() if not reason]
         if not fit:
             what = f"the safety LoRA that is required ({one.name}) is missing: {'; '.join(why.values())}"
             raise RefusedError("guard.required", what, "load it with Load Safety LoRA")
-        net = max(strengths[lora.name] for lora in fit)
+        net = max(run.net_strength.get(lora.sha256, lora.strength_model) for lora in fit)  # on the text encoder alone
         if not net >= one.min_net_strength:
             what = f"the safety LoRA that is required ({one.name}) has a net strength of {net:.3f}"
             least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
@@ -75,16 +74,6 @@ def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:
     if one.signed_by:
         return unsigned(lora, one.signed_by)
     return "" if lora.sha256 == one.sha256 else f"{lora.name} has the sha256 {lora.sha256[:16]}"
-
-
-def _net_strengths(run: Attestation) -> Mapping[str, float]:
-    """By name; of a LoRA that is on the text encoder alone its strength. RefusedError where a name says too little."""
-    names = [lora.name for lora in run.loras]
-    for lora in run.safety:
-        if names.count(lora.name) > 1:
-            what = f"two LoRAs have the name {lora.name}, under which net strengths are recorded"
-            raise RefusedError("guard.required", what, "give one another file name")
-    return {lora.name: run.net_strength.get(lora.name, lora.strength_model) for lora in run.safety}
 
 
 def check_picture(

@@ -1,0 +1,326 @@
+"""Net strength as it acted: what was left of each safety LoRA's share on a run's own activations.
+
+The net strength of the files (interference.py) compares weights. Files can be made for it: dW_t = −dW_s + c·dW_s·C⁻¹
+(C: second moments of a layer's inputs) keeps it at 1 in every layer and still cancels the safety LoRA on real inputs.
+In the measured evaluations of a run this module looks at what each layer adds to y0 = W0·x + b instead. With z_i the
+share of safety LoRA i (its strength in it) and z_other that of every other LoRA, over tokens, layers and measured
+evaluations:
+
+    net strength as it acted = strength_i · (1 + Σ <z_i, z_other> / Σ <z_i, z_i>)
+
+for each image of the batch and each of the guider's conditionings (a prompt may stand in any of them). It is judged
+only where Σ |z_i|² is at least SHARE of Σ |y0|²; where it is less, the safety LoRA had nothing to do there.
+
+Where all that acts on a layer is low-rank, one small product hᵀ·h of h = down·x gives both sums (R numbers a token);
+elsewhere the shares themselves are compared. The evaluations to measure are the first and one drawn at random, which
+no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's own dtype, with
+s in fp64, so that no share can be lost to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .errors import GuardError
+
+if TYPE_CHECKING:
+    from .changes import Fused, Owner
+
+SHARE = 1e-6  # least Σ|z|² / Σ|y0|² that is judged
+PROBE_FLOOR = 0.5  # least <with s − without s, s> / <s, s> of a layer in the probe
+PROBE_SHARE = 1e-6  # least |s|² / |y0|² of a layer that the probe judges
+POSITIONS = 256  # of a linear layer that the probe looks at
+
+Row: TypeAlias = "tuple[int, int]"  # which of the guider's conditionings, which image of the batch
+Rows: TypeAlias = "tuple[Row, ...]"  # of the batch dimension of one evaluation
+EVERY = 2**31  # an image's number that stands for every image of the run
+UNKNOWN: Rows = ((0, EVERY),)  # an evaluation whose rows are not told apart
+
+
+def _kind(root: str, rows: Rows) -> tuple:
+    """Evaluations of one kind have the same conditionings of the guider."""
+    return root, *sorted({conditioning for conditioning, _ in rows})
+
+
+@dataclass(frozen=True)
+class Acted:
+    """One safety LoRA in one run.
+
+    Attributes:
+        images: least net strength of every image over the conditionings that were judged; None: nothing to judge.
+        share: Σ|z|² / Σ|y0|² over all that was measured.
+    """
+
+    images: tuple[float | None, ...]
+    share: float
+
+    @property
+    def least(self) -> float | None:
+        """The least of all images; None where the safety LoRA had nothing to do in any."""
+        return min((value for value in self.images if value is not None), default=None)
+
+
+@dataclass
+class _Layer:
+    """What one layer gave in one measured evaluation; the tensors stay on its device until the run ends."""
+
+    fused: Fused
+    base: Tensor  # |y0|² of every row
+    grams: Tensor | None = None  # h hᵀ (rows R R_s), all that acts against the safety LoRAs' ranks
+    inner: dict[Owner, tuple[Tensor, Tensor]] = field(default_factory=dict)  # or <z, z_other> and <z, z> of every row
+
+
+class Meter:
+    """Measures the evaluations of one guarded model; a run begins with ``start`` and is read by ``finish``.
+
+    Args:
+        strengths: Strength of every safety LoRA by its owner.
+        names: What people call it.
+        floor: Least net strength as it acted; None judges nothing (audits, comparisons).
+    """
+
+    def __init__(self, strengths: Mapping[Owner, float], names: Mapping[Owner, str], floor: float | None):
+        self.strengths, self.names, self.floor = dict(strengths), dict(names), floor
+        self.running = self.measuring = False
+        self.evaluations = 0  # measured since the start of the run
+        self._rows_of: Callable[[tuple, dict], Rows] | None = None
+        self._steps = 1
+        self._seen: dict[tuple, list[int]] = {}  # kind of evaluation -> how many there were, which is drawn
+        self._made: list[tuple[Rows, list[_Layer]]] = []
+        self._layers: list[_Layer] = []
+        self._rows: Rows = UNKNOWN
+        self._probes: list[tuple[str, Tensor]] = []
+        self._probing = False
+
+    def start(self, rows_of: Callable[[tuple, dict], Rows] | None = None, steps: int = 1) -> None:
+        """Begin a run.
+
+        Args:
+            rows_of: Rows of an evaluation by the arguments of the model's forward; None: of one image, unknown.
+            steps: How many evaluations of each kind the run is expected to have; one of them is drawn at random.
+        """
+        self.stop()
+        self._rows_of, self._steps, self.running = rows_of, steps, bool(self.strengths)
+
+    def stop(self) -> None:
+        """Forget the run."""
+        self.running = self.measuring = self._probing = False
+        self.evaluations = 0
+        self._seen, self._made, self._layers, self._probes = {}, [], [], []
+
+    def due(self, root: str, args: tuple, kwargs: dict) -> bool:
+        """Whether the next evaluation of ``root``, with these arguments of its forward, is to be measured."""
+        rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
+        return self.running and self._next(_kind(root, rows))
+
+    def _next(self, kind: tuple) -> bool:
+        count, drawn = self._seen.get(kind, (0, 0))
+        return count in (0, drawn)
+
+    @contextmanager
+    def evaluation(self, root: str, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Around one evaluation of ``root``, a model or text encoder, with the arguments of its forward."""
+        if not self.running or self.measuring:  # a root inside another is measured with it
+            yield
+            return
+        rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
+        kind = _kind(root, rows)
+        self.measuring = self._next(kind)
+        self._probing = self.measuring and not self._made
+        self._rows, self._layers = rows, []
+        seen = self._seen.setdefault(kind, [0, 1 + secrets.randbelow(max(1, self._steps - 1))])
+        seen[0] += 1
+        try:
+            yield
+        finally:
+            measured, self.measuring = self.measuring, False
+        if measured:
+            self.evaluations += 1
+            self._made.append((self._rows, self._layers))
+        if self._probing:
+            self._check_probes()
+
+    def layer(self, path: str, fused: Fused, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's result as ``fused(y, x)`` gives it, measured on the way."""
+        if not any(role == "safety" for role, _ in fused.owners):
+            return fused(y, x)
+        rows = len(self._rows)
+        h = fused.reduced(x)
+        found = _Layer(fused, _by_rows(y, rows).square())
+        if fused.low_rank:
+            found.grams = _grams(fused, h, rows)
+        else:
+            found.inner = _inner(fused, y, x, h, rows)
+        self._layers.append(found)
+        if not self._probing:
+            return fused.apply(y, x, h)
+        sample = _sample(fused, y, x)
+        y = fused.apply(y, x, h)
+        self._probes.append((path, _probe(fused, *sample, y)))
+        return y
+
+    def _check_probes(self) -> None:
+        """GuardError where a layer's result does not hold the safety LoRAs' share, or is not finite."""
+        self._probing = False
+        if not self._probes:
+            return
+        paths, values = zip(*self._probes, strict=True)
+        table = torch.stack([value.to(values[0].device) for value in values]).tolist()
+        for path, (kept, share, noise, finite) in zip(paths, table, strict=True):
+            if not finite:
+                raise GuardError(
+                    f"Layer {path} gives values that are not finite: lower the strength of the LoRAs, or run the model "
+                    "in a wider dtype (bf16 or fp32)."
+                )
+            if share >= PROBE_SHARE and not kept >= PROBE_FLOOR - 4 * noise:
+                raise GuardError(
+                    f"Layer {path} kept {kept:.2f} of the safety LoRA's share in its result: another LoRA's values are "
+                    "so large that the share is lost to rounding; leave that LoRA out."
+                )
+
+    def finish(self, images: int | None = None) -> dict[Owner, Acted]:
+        """What was measured of the run, by safety LoRA.
+
+        Args:
+            images: How many images the run had; rows beyond them, and layers without a row for each, count for all.
+
+        Raises:
+            GuardError: Where a figure lies below the floor or is not finite.
+        """
+        made, self._made, self.running = self._made, [], False
+        found = {owner: _judged(_sums(made, owner), self.strengths[owner], images or 1) for owner in self.strengths}
+        for owner, acted in found.items():
+            self._check(owner, acted)
+        return found
+
+    def _check(self, owner: Owner, acted: Acted) -> None:
+        name = self.names[owner]
+        if not math.isfinite(acted.share) or any(v is not None and not math.isfinite(v) for v in acted.images):
+            raise GuardError(
+                f"Safety LoRA {name}: what the layers gave is not finite, so nothing can be said of its strength: "
+                "lower the strength of the LoRAs, or run the model in a wider dtype (bf16 or fp32)."
+            )
+        least = acted.least
+        if self.floor is not None and least is not None and least < self.floor:
+            image = acted.images.index(least) + 1
+            raise GuardError(
+                f"Safety LoRA {name}: as it acted, a net strength of {least:.2f} is left of "
+                f"{self.strengths[owner]:.2f} in image {image}, below the floor of {self.floor:.2f}: the other LoRAs "
+                "work against it; lower their strength or leave them out."
+            )
+
+
+Sums: TypeAlias = "dict[Row | None, list[float]]"  # <z, z_other>, <z, z>, |y0|²; None: of layers without these rows
+
+
+def _sums(made: Sequence[tuple[Rows, Sequence[_Layer]]], owner: Owner) -> Sums:
+    """The three sums of one safety LoRA for every row, over layers and evaluations, in fp64."""
+    sums: Sums = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for rows, layers in made:
+        for layer in layers:
+            if (figures := _figures(layer, owner)) is None:
+                continue
+            table = torch.stack([*figures, layer.base.cpu().double()], -1).tolist()  # rows or one, 3
+            for row, values in zip(rows if len(table) == len(rows) else [None], table, strict=True):
+                sums[row] = [total + value for total, value in zip(sums[row], values, strict=True)]
+    return sums
+
+
+def _figures(layer: _Layer, owner: Owner) -> tuple[Tensor, Tensor] | None:
+    """<z, z_other> and <z, z> of every row; None where the safety LoRA does not act on the layer."""
+    if layer.grams is None:
+        found = layer.inner.get(owner)
+        return found and tuple(value.cpu().double() for value in found)
+    if (own := layer.fused.ranks.get(owner)) is None:
+        return None
+    up = layer.fused.up.flatten(1).cpu().double()  # out R
+    both = (up.T @ up)[:, own] * layer.grams.cpu().double()[:, :, own]  # rows R R_i: <u_a h_a, u_b h_b>
+    each = both.sum(2)
+    inside = each[:, own].sum(1)
+    outside = each[:, : own.start].sum(1) + each[:, own.stop :].sum(1)
+    return outside, inside
+
+
+def _judged(sums: Sums, strength: float, images: int) -> Acted:
+    common = sums.get(None, [0.0, 0.0, 0.0])
+    least: list[float | None] = [None] * images
+    rows = {row: own for row, own in sums.items() if row is not None} or {UNKNOWN[0]: [0.0, 0.0, 0.0]}
+    for (_, number), own in rows.items():
+        other, energy, base = (a + b for a, b in zip(own, common, strict=True))
+        if not all(map(math.isfinite, (other, energy, base))):
+            value = math.nan
+        elif energy <= 0 or energy < SHARE * base:
+            continue
+        else:
+            value = strength * (1 + other / energy)
+        for image in [number] if number < images else range(images):
+            before = least[image]
+            least[image] = value if before is None or not before <= value else before
+    energy, base = (math.fsum(own[i] for own in sums.values()) for i in (1, 2))
+    return Acted(tuple(least), energy / base if base else 0.0)
+
+
+def _by_rows(t: Tensor, rows: int) -> Tensor:
+    """The length of every row's part of a tensor (rows; fp32); one length where it has no part for each."""
+    parts = rows if t.dim() > 1 and t.shape[0] % rows == 0 else 1
+    return torch.linalg.vector_norm(t.reshape(parts, -1), dim=1, dtype=torch.float32)
+
+
+def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
+    """hᵀ·h of every row (rows R R_s, fp32): all ranks against those of the safety LoRAs."""
+    parts = rows if h.dim() > 1 and h.shape[0] % rows == 0 else 1
+    if fused.spec.conv is not None:
+        h = h.movedim(1 if h.dim() == fused.down.dim() else 0, -1)
+    h = h.reshape(parts, -1, h.shape[-1]).float()
+    return h.mT @ h[..., : fused.split]
+
+
+def _inner(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, rows: int) -> dict[Owner, tuple[Tensor, Tensor]]:
+    """<z, z_other> and <z, z> of every row, by safety LoRA, from the shares themselves."""
+    parts = rows if y0.dim() > 1 and y0.shape[0] % rows == 0 else 1
+    shares = {owner: fused.share(owner, y0, x, h).reshape(parts, -1).float() for owner in fused.owners}
+    total = sum(shares.values())
+    found = {}
+    for owner, share in shares.items():
+        if owner[0] == "safety":
+            found[owner] = (share * (total - share)).sum(1), share.square().sum(1)
+    return found
+
+
+def _sample(fused: Fused, y0: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Some of a layer's inputs with y0 there (a copy), and what picks the same of its result."""
+    spec = fused.spec
+    if spec.conv is None and spec.norm is None:
+        step = max(1, x.numel() // x.shape[-1] // POSITIONS)
+        pick = lambda t: t.reshape(-1, t.shape[-1])[::step]  # noqa: E731
+    elif x.dim() > len(spec.weight_shape) - (spec.conv is not None):  # they need an image as a whole
+        pick = lambda t: t[:1]  # noqa: E731
+    else:  # without a batch
+        pick = lambda t: t  # noqa: E731
+    return pick(y0).clone(), pick(x), pick
+
+
+def _probe(fused: Fused, y0: Tensor, x: Tensor, pick: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """(kept, |s|²/|y0|², deviation of kept by rounding, whether all is finite) of one layer (4).
+
+    kept = <(y0 + s + t) − (y0 + t), s> / <s, s>: the results in their own dtype, s in fp64.
+    """
+    result = pick(y)
+    wide = torch.float64 if y.device.type in ("cpu", "cuda") else torch.float32  # others may have no fp64
+    without = fused.only("task")(y0.clone(), x)
+    exact = y0.to(wide)
+    s = fused.only("safety", wide)(exact.clone(), x.to(wide)) - exact
+    energy, base = s.square().sum(), exact.square().sum()
+    kept = ((result.to(wide) - without.to(wide)) * s).sum() / energy
+    noise = torch.finfo(y.dtype).eps * (base / s.numel() / energy).sqrt()
+    finite = torch.isfinite(result).all() & torch.isfinite(s).all()
+    return torch.stack([kept, energy / base, noise, finite.to(wide)])
