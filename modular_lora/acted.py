@@ -12,13 +12,14 @@ for each image of the batch and each of the guider's conditionings (a prompt may
 only where Σ |z_i|² is at least SHARE of Σ |y0|²; where it is less, the safety LoRA had nothing to do there.
 
 Where all that acts on a layer is low-rank, one small product hᵀ·h of h = down·x gives both sums (R numbers a token);
-elsewhere the shares themselves are compared. The evaluations to measure are the first and one drawn at random, which
-no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's own dtype, with
+elsewhere the shares themselves are compared. The evaluations to measure are the first and one drawn with a key of the
+process, which no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's own dtype, with
 s in fp64, so that no share can be lost to rounding.
 """
 
 from __future__ import annotations
 
+import hmac
 import math
 import secrets
 from collections import defaultdict
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 SHARE = 1e-6  # least Σ|z|² / Σ|y0|² that is judged
 PROBE_FLOOR = 0.5  # least <with s − without s, s> / <s, s> of a layer in the probe
 PROBE_SHARE = 1e-6  # least |s|² / |y0|² of a layer that the probe judges
+_KEY = secrets.token_bytes(32)
 POSITIONS = 256  # of a linear layer that the probe looks at
 
 Row: TypeAlias = "tuple[int, int]"  # which of the guider's conditionings, which image of the batch
@@ -93,7 +95,7 @@ class Meter:
         self.running = self.measuring = False
         self.evaluations = 0  # measured since the start of the run
         self._rows_of: Callable[[tuple, dict], Rows] | None = None
-        self._steps = 1
+        self._steps, self._content = 1, b""
         self._seen: dict[tuple, list[int]] = {}  # kind of evaluation -> how many there were, which is drawn
         self._made: list[tuple[Rows, list[_Layer]]] = []
         self._layers: list[_Layer] = []
@@ -101,15 +103,17 @@ class Meter:
         self._probes: list[tuple[str, Tensor]] = []
         self._probing = False
 
-    def start(self, rows_of: Callable[[tuple, dict], Rows] | None = None, steps: int = 1) -> None:
+    def start(self, rows_of: Callable[[tuple, dict], Rows] | None = None, steps: int = 1, content: bytes = b"") -> None:
         """Begin a run.
 
         Args:
-            rows_of: Rows of an evaluation by the arguments of the model's forward; None: of one image, unknown.
-            steps: How many evaluations of each kind the run is expected to have; one of them is drawn at random.
+            rows_of: Rows of an evaluation by the arguments of the model's forward; None: they are not told apart.
+            steps: How many evaluations of each kind the run is expected to have; one of them is drawn.
+            content: What the run starts from. The same run draws the same evaluation as long as the process lives, so
+                that a compiled model, whose measured evaluations run eagerly, gives the same picture again.
         """
         self.stop()
-        self._rows_of, self._steps, self.running = rows_of, steps, bool(self.strengths)
+        self._rows_of, self._steps, self._content, self.running = rows_of, steps, content, bool(self.strengths)
 
     def stop(self) -> None:
         """Forget the run."""
@@ -121,6 +125,11 @@ class Meter:
         """Whether the next evaluation of ``root``, with these arguments of its forward, is to be measured."""
         rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
         return self.running and self._next(_kind(root, rows))
+
+    def _drawn(self, kind: tuple) -> int:
+        """The number of an evaluation after the first; without the key of this process nobody can tell it."""
+        digest = hmac.digest(_KEY, self._content + repr(kind).encode(), "sha256")
+        return 1 + int.from_bytes(digest, "big") % max(1, self._steps - 1)
 
     def _next(self, kind: tuple) -> bool:
         count, drawn = self._seen.get(kind, (0, 0))
@@ -137,7 +146,7 @@ class Meter:
         self.measuring = self._next(kind)
         self._probing = self.measuring and not self._made
         self._rows, self._layers = rows, []
-        seen = self._seen.setdefault(kind, [0, 1 + secrets.randbelow(max(1, self._steps - 1))])
+        seen = self._seen.setdefault(kind, [0, self._drawn(kind)])
         seen[0] += 1
         try:
             yield

@@ -179,7 +179,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
         self.guard_run, self.guard_counts, self.guard_acted = attest.Run(self.branches), None, {}
         if self.branches.roles == ALL_ROLES:
             rows = partial(evaluation_rows, self.guard_images) if isinstance(self.model, BaseModel) else None
-            self.branches.meter.start(rows, self.guard_steps)
+            self.branches.meter.start(rows, self.guard_steps, self.guard_content)
         self.guard_before = sys.exc_info()[1]
 
     def guard_end(self, may_be_empty: bool | None = None) -> None:
@@ -210,6 +210,7 @@ def _wrap(patcher, state: GuardState):
     patcher.guard_run = patcher.guard_before = patcher.guard_counts = patcher.guard_result = None
     patcher.guard_checked, patcher.guard_may_be_empty = False, False
     patcher.guard_acted, patcher.guard_measured, patcher.guard_steps, patcher.guard_images = {}, 0, 1, 1
+    patcher.guard_content = b""
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
         patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
@@ -227,6 +228,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     _silence_previews(callback)
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
     patcher.guard_steps, patcher.guard_images = max(1, sigmas.shape[-1] - 1), len(noise)
+    patcher.guard_content = tensor_sha256(noise).encode()
     outside = _starts_outside(streams(latent_image, **kwargs), state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
