@@ -13,8 +13,8 @@ only where Σ |z_i|² is at least SHARE of Σ |y0|²; where it is less, the safe
 
 Where all that acts on a layer is low-rank, one small product hᵀ·h of h = down·x gives both sums (R numbers a token);
 elsewhere the shares themselves are compared. The evaluations to measure are the first and one drawn with a key of the
-process, which no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's own dtype, with
-s in fp64, so that no share can be lost to rounding.
+process, which no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's
+own dtype, with s in fp64, so that no share can be lost to rounding.
 """
 
 from __future__ import annotations

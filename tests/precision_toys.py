@@ -157,15 +157,3 @@ def swap(network: nn.Module, make) -> None:
         if isinstance(module, nn.Linear) and ".transformer_blocks." in path:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, make(module))
-
-
-def sampled(patcher, size: int = 8, batch: int = 1, steps: int = 1, cfg: float = 1.0) -> torch.Tensor:
-    """Latents of one run through ComfyUI's own sampling, so that the guard's checks are in it."""
-    from comfy.sample import sample_custom
-    from comfy.samplers import ksampler
-
-    generator = torch.Generator().manual_seed(1)
-    cond = [[torch.randn(1, 77, 768, generator=generator), {}]]
-    noise = torch.randn(batch, 4, size, size, generator=generator)
-    sigmas, start = torch.linspace(5.0, 0.0, steps + 1), torch.zeros(batch, 4, size, size)
-    return sample_custom(patcher, noise, cfg, ksampler("euler"), sigmas, cond, cond, start, disable_pbar=True)

@@ -8,28 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import save_lora
-from precision_toys import sampled
+from small_unet import sampled, small_unet
 
 dynamo = pytest.importorskip("torch._dynamo", reason="this torch has no dynamo")
-
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": [1],
-    "channel_mult": [1],
-    "transformer_depth": [1],
-    "transformer_depth_output": [0, 0],
-    "transformer_depth_middle": -2,
-    "context_dim": 768,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": False,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "adm_in_channels": None,
-}
-
 
 @pytest.fixture(autouse=True)
 def counts(monkeypatch, comfy):
@@ -46,17 +27,7 @@ def counts(monkeypatch, comfy):
 
 @pytest.fixture
 def model(comfy):
-    from comfy import model_patcher, supported_models
-
-    config = supported_models.SD15(dict(UNET))
-    config.unet_config["num_heads"], config.unet_config["num_head_channels"] = -1, 16
-    config.set_inference_dtype(torch.float32, None)
-    network = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(0)
-    for p in network.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.05
-    cpu = torch.device("cpu")
-    return model_patcher.ModelPatcher(network.eval(), load_device=cpu, offload_device=cpu)
+    return small_unet()
 
 
 @pytest.fixture
