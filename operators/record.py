@@ -187,7 +187,7 @@ def lines(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """File, line number in it and content of every line, unchecked; what is no line is left out."""
     for path in _existing(Path(folder)):
         with _reading(path), path.open("rb") as file:
-            for i, raw in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):  # noqa: B023
+            for i, raw in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
                 if (said := _parsed(raw)) is not None:
                     yield path, i, said
 

@@ -167,7 +167,7 @@ def _lossy(path: Path) -> tuple[dict, dict]:
 
 
 def _sha256(path: Path) -> str:
-    """Of the file as it is now: a digest that is remembered by size and time would trust the clock of whoever wrote it."""
+    """Of the file as it is now: a digest kept by size and time would trust the clock of whoever wrote the file."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
