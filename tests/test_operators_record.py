@@ -369,7 +369,7 @@ def test_the_command_says_in_one_line_what_is_wrong(folder, operator, capsys, ca
     assert "head signed by ours" in said
     assert cli.main(["record", "show", str(folder), "--last", "2"]) == 0
     assert [json.loads(line)["n"] for line in capsys.readouterr().out.splitlines()] == [11, 12]
-    assert cli.main(["record", "show", str(folder), "--kind", "refusal", "--last", "0"]) == 0
+    assert cli.main(["record", "show", str(folder), "--kind", "refused", "--last", "0"]) == 0
     assert capsys.readouterr().out == "\n"
     edit(files[0], lambda found: found[1:])
     assert cli.main(["record", "verify", str(folder), *trusted]) == 1
