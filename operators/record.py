@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..modular_lora.errors import GuardError
-from . import keys
+from . import bounds, keys
 
 START = "0" * 64  # what the first line names as the line before
 HEAD, LOCK = "head.json", "record.lock"
@@ -79,11 +79,15 @@ class Record:
         self._lock = FileLock(self.folder / LOCK, timeout=PATIENCE)
 
     def append(self, kind: str, *, prompts: Sequence[str] = (), **fields: Any) -> Head:
-        """Write one line and sync it; the new head. ``fields``: JSON values. Raises RecordError."""
+        """Write one line and sync it; the new head. Raises RecordError.
+
+        ``fields``: JSON values; long texts in them are cut, and their length and SHA-256 stand in the line.
+        """
         if taken := set(fields) & set(OWN):
             raise ValueError(f"fields {sorted(taken)} are the record's own")
         if prompts and self.prompts:
-            fields["prompts"] = list(prompts)
+            fields["prompts"] = bounds.texts(prompts)
+        fields = bounds.bounded(fields)
         try:
             with self._lock, _written(self.folder):
                 number, last, lost = self._recover()

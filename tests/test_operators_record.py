@@ -96,7 +96,7 @@ def test_prompts_are_written_only_where_the_operator_wants_them(folder, tmp_path
 
 def test_a_line_that_is_no_json_is_refused_and_leaves_nothing(folder):
     record = Record(folder)
-    for value in (float("nan"), object(), "x" * records.LINE_LIMIT):
+    for value in (float("nan"), object(), ["x"] * records.LINE_LIMIT):
         with pytest.raises(RecordError):
             record.append("run", value=value)
     with pytest.raises(ValueError, match="own"):
