@@ -10,11 +10,12 @@ NAME = 120  # characters of a node's name or type in a sentence
 TEXT = 4096  # characters of one text in a line
 TEXTS = 32_768  # characters of all texts of a run
 MOST_TEXTS = 256  # texts of a run that are named
+MARK = 128  # characters for what a cut text says of the whole, so that it is not cut again
 
 
 def cut(text: str, most: int = TEXT) -> str:
     """A text as it is or, where it is longer than ``most`` characters, its beginning, its length and its SHA-256."""
-    if len(text) <= most:
+    if len(text) <= most + MARK:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{text[:most]}… ({len(text)} characters, SHA-256 {digest})"
@@ -30,12 +31,14 @@ def bounded(value: Any) -> Any:
 
 
 def texts(found: Sequence[str]) -> list[str]:
-    """The texts of a run, the later ones cut shorter where all of them would be too long for a line."""
+    """The texts of a run; of those for which there is no room in a line their number and the SHA-256."""
     kept, left = [], TEXTS
     for text in found[:MOST_TEXTS]:
-        kept.append(cut(text, min(TEXT, left)))
-        left = max(0, left - len(text))
-    if more := found[MOST_TEXTS:]:
+        if left <= 0:
+            break
+        kept.append(cut(text))
+        left -= len(kept[-1])
+    if more := found[len(kept) :]:
         digest = hashlib.sha256("\0".join(more).encode("utf-8", "surrogatepass")).hexdigest()
         kept.append(f"… ({len(more)} more texts, SHA-256 of them with zero bytes between {digest})")
     return kept
