@@ -252,8 +252,12 @@ def write_waiting() -> None:
                 _book(policy).append(kind, policy=sha256, **fields)
                 _waiting.popleft()
             elif _beyond:
-                _book(policy).append("refused", policy=policy.sha256 if policy else "", **more_refused(_beyond))
-                _beyond.clear()
+                counted = Counter(_beyond)  # more may come while the line is written
+                _book(policy).append("refused", policy=policy.sha256 if policy else "", **more_refused(counted))
+                for rule, n in counted.items():
+                    _beyond[rule] -= n
+                    if not _beyond[rule]:
+                        del _beyond[rule]
 
 
 def more_refused(rules: Counter[str]) -> dict[str, Any]:
