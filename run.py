@@ -109,6 +109,18 @@ def run_own_line(host: comfyui.Host, module: str, rest: Sequence[str]) -> int:
     return code or run_attached([host.python, "-m", module, *rest], environment=settings, cwd=paths.ROOT)
 
 
+def run_operator(host: comfyui.Host, rest: Sequence[str]) -> int:
+    """The operators' own command line, with the packages that signatures need where it is to sign or verify."""
+    variables = environment.ensure_signatures(host.python, bundled=host.bundled) if needs_signatures(rest) else {}
+    settings = child_environment({"MODULAR_LORA_COMFYUI": str(host.folder), **variables})
+    return run_attached([host.python, "-m", "operators", *rest], environment=settings, cwd=paths.ROOT)
+
+
+def needs_signatures(rest: Sequence[str]) -> bool:
+    """Help and the record's lines are shown without them."""
+    return bool(rest) and not {"-h", "--help"} & set(rest) and tuple(rest[:2]) != ("record", "show")
+
+
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     """Lint, then every test; the last lines are pytest's own summary."""
     tools = environment.ensure_test_tools(host.python, bundled=host.bundled)
@@ -150,6 +162,8 @@ def main(arguments: Sequence[str]) -> int:
             return run_demo(host, options)
         if options.command == "comfy":
             return run_comfy(host, options, rest)
+        if options.command == "operator":
+            return run_operator(host, rest)
         if options.command in OWN_LINE:
             return run_own_line(host, OWN_LINE[options.command][0], rest)
         return run_test(host, rest)

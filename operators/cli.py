@@ -1,6 +1,7 @@
 """The operator's command line: keygen, sign, verify, record and policy. Nothing here needs ComfyUI or a network.
 
-Exit code 0 where all is as it should be, 1 with one line that says what is not.
+Exit code 0 where all is as it should be, 1 with one line that says what is not. What takes long to import is imported
+by the commands that need it: help and the record's lines come at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from ..modular_lora.command import finish
 from ..modular_lora.errors import GuardError
-from . import keys, policy, record, signing
+from . import keys, record
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,8 +53,8 @@ def _record_commands(made: argparse.ArgumentParser) -> None:
     one.add_argument("--head", type=Path, metavar="COPY", help="a head.json copied earlier and kept elsewhere")
     one = _command(inner, "show", _record_show, "lines of the record, one JSON object each")
     one.add_argument("folder", type=Path, metavar="FOLDER")
-    one.add_argument("--kind", help="only lines of this kind, for instance refusal")
-    one.add_argument("--last", type=int, default=20, help="how many, from the end (20); 0 for all")
+    one.add_argument("--kind", choices=record.KINDS, help="only lines of this kind")
+    one.add_argument("--last", type=_count, default=20, metavar="N", help="how many, from the end (20); 0 for all")
 
 
 def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -75,6 +76,12 @@ def _date(text: str) -> datetime.date:
         raise argparse.ArgumentTypeError(f"{text!r} is no date as 2027-12-31") from error
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
 def _named(given: Sequence[str]) -> dict[str, Path]:
     """Trusted keys by name, of ``name=path`` or ``path``."""
     found: dict[str, Path] = {}
@@ -94,10 +101,14 @@ def _keygen(chosen: argparse.Namespace) -> str:
 
 
 def _sign(chosen: argparse.Namespace) -> str:
+    from . import signing
+
     return str(signing.sign(chosen.file, chosen.key, expires=chosen.expires))
 
 
 def _verify(chosen: argparse.Namespace) -> str:
+    from . import signing
+
     if chosen.identity or chosen.issuer:
         if not (chosen.identity and chosen.issuer):
             raise GuardError("verify: --identity and --issuer are needed together: name both")
@@ -133,6 +144,8 @@ def _record_show(chosen: argparse.Namespace) -> str:
 
 
 def _check(chosen: argparse.Namespace) -> str:
+    from . import policy
+
     found = policy.load(chosen.file)
     if found is None:
         raise GuardError(f"{chosen.file}: no such policy: check the path")

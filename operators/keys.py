@@ -91,9 +91,11 @@ def private_key(path: Path) -> Any:
 @lru_cache(maxsize=8)
 def _private_key(path: Path, mtime_ns: int, size: int) -> Any:
     serialization, ec, _ = _cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm as Unsupported
+
     try:
         key = serialization.load_pem_private_key(_read(path), None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, Unsupported) as error:
         raise SignatureError(
             f"{path.name}: is no private key in PEM without a password: make one with keygen"
         ) from error
@@ -112,9 +114,11 @@ def _public_key(name: str, path: Path) -> Any:
     raw = _read(path)
     if b"PRIVATE KEY" in raw:
         raise SignatureError(f"key {name}: {path.name} holds a private key: name the .pub file, keep this one away")
+    from cryptography.exceptions import UnsupportedAlgorithm as Unsupported
+
     try:
         key = serialization.load_pem_public_key(raw)
-    except ValueError as error:
+    except (ValueError, Unsupported) as error:
         raise SignatureError(
             f"key {name}: {path.name} is no public key in PEM: name the file that keygen made"
         ) from error
@@ -164,7 +168,7 @@ def _check(said: Mapping[str, Any], purpose: str, public_key: Any, message: str)
     try:
         value = base64.b64decode(signature["value"], validate=True)
         public_key.verify(value, _bytes(plain, purpose), ec.ECDSA(_hash(public_key.curve)))
-    except (InvalidSignature, KeyError, TypeError, ValueError) as error:
+    except (InvalidSignature, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Tampered(message) from error
 
 

@@ -22,13 +22,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..modular_lora.errors import GuardError
-from . import keys
+from . import bounds, keys
 
 START = "0" * 64  # what the first line names as the line before
 HEAD, LOCK = "head.json", "record.lock"
 PURPOSE = "record head"
+KINDS = ("policy", "run", "opened", "gate", "refused", "recovered")
 OWN = ("n", "time", "kind", "previous")
 LINE_LIMIT = 2**20  # bytes
+MOST_LINES = 2**63  # a number beyond is no line's
 PATIENCE = 30.0  # seconds that a writer waits for the others
 SHOWN = 20  # problems that are named
 _NAME = re.compile(r"record-(\d{6,})\.jsonl")
@@ -77,11 +79,15 @@ class Record:
         self._lock = FileLock(self.folder / LOCK, timeout=PATIENCE)
 
     def append(self, kind: str, *, prompts: Sequence[str] = (), **fields: Any) -> Head:
-        """Write one line and sync it; the new head. ``fields``: JSON values. Raises RecordError."""
+        """Write one line and sync it; the new head. Raises RecordError.
+
+        ``fields``: JSON values; long texts in them are cut, and their length and SHA-256 stand in the line.
+        """
         if taken := set(fields) & set(OWN):
             raise ValueError(f"fields {sorted(taken)} are the record's own")
         if prompts and self.prompts:
-            fields["prompts"] = list(prompts)
+            fields["prompts"] = bounds.texts(prompts)
+        fields = bounds.bounded(fields)
         try:
             with self._lock, _written(self.folder):
                 number, last, lost = self._recover()
@@ -186,7 +192,7 @@ def lines(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """File, line number in it and content of every line, unchecked; what is no line is left out."""
     for path in _existing(Path(folder)):
         with _reading(path), path.open("rb") as file:
-            for i, raw in enumerate(file, 1):
+            for i, raw in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
                 if (said := _parsed(raw)) is not None:
                     yield path, i, said
 
@@ -256,7 +262,7 @@ def _read_head(path: Path, name: str) -> dict[str, Any]:
         raise RecordError(f"{name}: is not there: it was removed, and the record's end cannot be checked") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{name}: cannot be read as JSON: it was changed") from error
-    if not isinstance(said, dict) or type(said.get("n")) is not int or not isinstance(said.get("sha256"), str):
+    if not isinstance(said, dict) or not _is_number(said.get("n"), 0) or not isinstance(said.get("sha256"), str):
         raise RecordError(f"{name}: names no line: it was changed")
     return said
 
@@ -356,8 +362,13 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         said = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(said, dict) and type(said.get("n")) is int and isinstance(said.get("previous"), str)
+    whole = isinstance(said, dict) and _is_number(said.get("n"), 1) and isinstance(said.get("previous"), str)
     return said if whole else None
+
+
+def _is_number(value: Any, least: int) -> bool:
+    """Whether a value is the number of a line; Python reads and prints whole numbers of thousands of digits."""
+    return type(value) is int and least <= value < MOST_LINES
 
 
 def _sha256(line: bytes) -> str:

@@ -9,6 +9,7 @@ from ..gate.finding import Detector
 from ..gate.settings import Settings
 from ..modular_lora.attestation import Attestation, GateRecord, LoraRecord
 from ..modular_lora.errors import GuardError
+from . import bounds
 from .policy import Gate, Policy, Required
 
 Said = tuple[str, str, str]  # rule, reason, remedy
@@ -26,7 +27,8 @@ class Refusal:
     remedy: str
 
     def __str__(self) -> str:
-        return f"Node {self.node} ({self.type}): {self.reason} (policy: {self.rule}): {self.remedy}."
+        node, kind = (bounds.cut(name, bounds.NAME) for name in (self.node, self.type))
+        return f"Node {node} ({kind}): {bounds.cut(self.reason)} (policy: {self.rule}): {bounds.cut(self.remedy)}."
 
 
 class RefusedError(GuardError):

@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,17 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ..modular_lora.files import sha256_file
-from . import keys
+from . import keys, png
 from .keys import Expired, MissingSignature, SignatureError, Tampered
 
 ENDING = ".sig"
 LIMIT = 2**20  # bytes of a bundle or of a picture's text
 KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as nodes/save.py writes them
 ATTESTATION = "attestation"  # purpose of the statement
-CHUNKS = {"IHDR", "IDAT", "IEND", "tEXt", "zTXt", "iTXt", "pHYs", "tIME"}  # others may show another picture
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -144,32 +140,16 @@ def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
 
 def _png(path: Path) -> tuple[dict, dict]:
     """The record in a PNG's text, and what of it the pixels give."""
-    try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            found = np.asarray(picture)
-            text = getattr(picture, "text", {}).get(KEY)
-        chunks = list(_chunks(path.read_bytes()))
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise SignatureError(f"{path.name}: is no PNG that can be read ({_line(error)}): check the file") from error
-    if text is None:
+    found = png.read(path)
+    ours = [(kind, text) for kind, keyword, text in found.texts if keyword == KEY.encode()]
+    if not ours:
         raise MissingSignature(f"{path.name}: carries no attestation: it was not saved as an attested image, or edited")
-    if more := sorted({kind for kind, _ in chunks} - CHUNKS):
-        raise Tampered(f"{path.name}: holds a {more[0]!r} chunk, which may change what is seen: it was edited")
-    if sum(data.startswith(KEY.encode() + b"\0") for _, data in chunks) != 1:
+    if len(ours) > 1:
         raise Tampered(f"{path.name}: carries more than one attestation: it was edited")
-    return _record(text, path), pixels(found if found.ndim == 3 else found[..., None])
-
-
-def _chunks(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Type and content of a PNG's chunks; what lies behind the last one comes as "after the end"."""
-    place, kind = 8, ""
-    while kind != "IEND" and place < len(raw):
-        (size,) = struct.unpack_from(">I", raw, place)
-        kind = raw[place + 4 : place + 8].decode("latin-1")
-        yield kind, raw[place + 8 : place + 8 + size]
-        place += size + 12
-    if raw[place:]:
-        yield "after the end", raw[place:]
+    ((kind, text),) = ours
+    if kind != b"tEXt" or len(text) > LIMIT:
+        raise Tampered(f"{path.name}: its attestation is not stored as the save nodes do: it was edited")
+    return _record(text.decode("latin-1"), path), pixels(found.pixels)
 
 
 def _lossy(path: Path) -> tuple[dict, dict]:
@@ -183,7 +163,19 @@ def _lossy(path: Path) -> tuple[dict, dict]:
     record = said.get(KEY)
     if not isinstance(record, dict):
         raise MissingSignature(f"{side.name}: holds no attestation: it belongs to something else")
-    return record, {"file_sha256": sha256_file(path)}
+    return record, {"file_sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    """Of the file as it is now: a digest kept by size and time would trust the clock of whoever wrote the file."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(LIMIT):
+                digest.update(piece)
+    except OSError as error:
+        raise SignatureError(f"{path.name}: cannot be read ({error.strerror}): check its path") from error
+    return digest.hexdigest()
 
 
 def _record(text: str, path: Path) -> dict:
@@ -216,7 +208,7 @@ def _claim(path: Path) -> Claim:
         raise SignatureError(f"{place.name}: cannot be read ({error.strerror}): check its permissions") from error
     try:
         return _parsed(json.loads(raw))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Tampered(f"{place.name}: is no signature of one file by a key ({_line(error)}): sign it again") from error
 
 
@@ -226,6 +218,7 @@ def _parsed(bundle: Any) -> Claim:
     payload = base64.b64decode(envelope["payload"], validate=True)
     statement = json.loads(payload)
     (resource,), how = statement["predicate"]["resources"], statement["predicate"]["serialization"]
+    (signature,) = envelope["signatures"]
     if (resource["name"], resource["algorithm"], how["method"]) != (".", "sha256", "files"):
         raise ValueError("it signs more than one file, or not by SHA-256")
     said = (hint, resource["digest"], how.get("expires", ""))
@@ -237,7 +230,7 @@ def _parsed(bundle: Any) -> Claim:
         "dsseEnvelope": {
             "payload": base64.b64encode(payload).decode(),
             "payloadType": envelope["payloadType"],
-            "signatures": [{"sig": envelope["signatures"][0]["sig"], "keyid": ""}],
+            "signatures": [{"sig": signature["sig"], "keyid": ""}],
         },
     }
     return Claim(json.dumps(whole).encode(), *said)
@@ -259,7 +252,7 @@ def _verifying(path: Path, claim: Claim, changed: str) -> Iterator[None]:
     except Exception as error:  # a bundle may be anything, and so is what the library raises over it
         if not path.is_file():
             raise SignatureError(f"{path.name}: no such file: check its path") from error
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = _sha256(path)
         if found != claim.sha256:
             raise Tampered(f"{path.name}: was {changed} (SHA-256 is {found}): use the file that was signed") from error
         name = signature_path(path).name

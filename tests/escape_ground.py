@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ class Ground:
         return [json.loads(line) for line in new]
 
     def _record(self) -> dict[Path, list[str]]:
+        with suppress(Exception):  # a policy that cannot be read has a record of its own
+            self.policies.write_waiting()
         files = sorted(self.policy.parent.glob("record*/record-*.jsonl"))
         return {file: file.read_text(encoding="utf-8").splitlines() for file in files}
 

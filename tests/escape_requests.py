@@ -10,6 +10,7 @@ from escapes import CKPT, Graph, attempt, guarded, node, unguarded
 from graphs import decode
 
 FOLDER = "__modular_lora"
+_seeds = iter(range(1000, 10**9))
 FORM = {"subfolder": f"../user/{FOLDER}", "type": "input", "overwrite": "true"}
 
 
@@ -170,6 +171,142 @@ def _(ground):
     assert b"forged" not in picture.read_bytes()
 
 
+# What the record says: each refusal a bounded line, each run with the texts that it used
+
+TEXTS = "[record]\nprompts = true\n"
+MEBIBYTE = 2**20
+
+
+def bounded(ground: Ground) -> None:
+    """Every refusal is there, and no line is longer than a few of its texts."""
+    lines = ground.refusals()
+    assert lines
+    assert all(len(json.dumps(line)) < 65_536 for line in lines)
+
+
+@attempt("a node type of 1 MiB stands beside an unguarded sampler")
+def _(ground):
+    ground.send(stock() | {"long": node("x" * MEBIBYTE)})
+    bounded(ground)
+
+
+@attempt("a node has an id of 1 MiB, and an unguarded sampler takes its output")
+def _(ground):
+    made, long = stock(), "y" * MEBIBYTE
+    made[long] = made.pop("stock")
+    made["stock_decode"]["inputs"]["samples"] = [long, 0]
+    ground.send(made)
+    bounded(ground)
+
+
+@attempt("the prompt's id has 1 MiB")
+def _(ground):
+    ground.send(stock(), prompt_id="z" * MEBIBYTE)
+    bounded(ground)
+
+
+@attempt("the unguarded sampler stands behind the fiftieth refusal")
+def _(ground):
+    ground.send({f"u{i}": node(f"Unknown{i}") for i in range(80)} | stock())
+    assert sum(sum(line.get("more", {"": 1}).values()) for line in ground.refusals()) == 82
+    bounded(ground)
+
+
+@attempt("the unguarded sampler stands behind two hundred thousand nodes")
+def _(ground):
+    ground.send({f"u{i}": node("Unknown") for i in range(200_000)} | stock())
+    bounded(ground)
+
+
+@attempt("a node that is refused as it runs has a long name")
+def _(ground):
+    made, long = guarded(), "w" * 1000
+    made[long] = node("EscHidden")
+    made["sample"]["inputs"]["model"] = [long, 0]
+    ground.send(made)
+    bounded(ground)
+
+
+def texts(ground: Ground) -> list[list[str]]:
+    return [line.get("prompts", []) for line in ground.record() if line["kind"] == "run"]
+
+
+_words = iter(range(10**9))
+
+
+def prompted(text, **nodes) -> Graph:
+    """A guarded graph whose prompt comes from no cache."""
+    made = guarded() | nodes
+    made["pos"]["inputs"]["text"], made["sample"]["inputs"]["seed"] = text, next(_seeds)
+    return made
+
+
+SAME = "the picture is guarded; the record has the text that it was made from"
+
+
+@attempt("two prompts of one id have different texts", "permitted", SAME, policy=TEXTS)
+def _(ground):
+    first, second = f"gloss, cactus {next(_words)}", f"gloss, cat {next(_words)}"
+    assert ground.queue(prompted(first), prompt_id="mine") == 200
+    assert ground.queue(prompted(second), prompt_id="mine") == 200
+    ground.work()
+    assert [said[0] for said in texts(ground)] == [first, second]
+    assert len({line["execution"] for line in ground.record() if line["kind"] == "run"}) == 2
+
+
+@attempt("an innocent prompt of the same id is sent while the other one waits", "permitted", SAME, policy=TEXTS)
+def _(ground):
+    used = f"gloss, cat {next(_words)}"
+    assert ground.queue(prompted(used), prompt_id="mine") == 200
+    ground.queue(only_stock() | {"pos": node("CLIPTextEncode", clip=["ckpt", 1], text="flowers")}, prompt_id="mine")
+    ground.seen.refused.clear()
+    ground.work()
+    assert [said[0] for said in texts(ground)] == [used]
+
+
+@attempt("the text comes over links, an any-type node among them", "permitted", SAME, policy=TEXTS)
+def _(ground):
+    used = f"gloss, cat {next(_words)}"
+    ground.send(prompted(["esc", 0], esc=node("EscText", text=used)))
+    assert [said[0] for said in texts(ground)] == [used]
+
+
+@attempt("the encoder's result is kept from an earlier prompt", "permitted", SAME, policy=TEXTS)
+def _(ground):
+    used = f"gloss, cat {next(_words)}"
+    for _ in range(2):
+        ground.send(prompted(used))
+    assert [said[0] for said in texts(ground)] == [used, used]
+
+
+@attempt("the second text of a concatenated prompt is another one", "permitted", SAME, policy=TEXTS)
+def _(ground):
+    used, other = f"gloss, cactus {next(_words)}", f"gloss, cat {next(_words)}"
+    made = prompted(used, other=node("CLIPTextEncode", clip=["ckpt", 1], text=other))
+    made["both"] = node("ConditioningConcat", conditioning_to=["pos", 0], conditioning_from=["other", 0])
+    made["sample"]["inputs"]["positive"] = ["both", 0]
+    ground.send(made)
+    assert [said[:2] for said in texts(ground)] == [[used, other]]
+
+
+@attempt(
+    "two texts are averaged into embeddings that nobody encoded",
+    "permitted",
+    "the picture is guarded; the record says how many rows have no known text",
+    policy=TEXTS,
+)
+def _(ground):
+    used, other = f"gloss, cactus {next(_words)}", f"gloss, cat {next(_words)}"
+    made = prompted(used, other=node("CLIPTextEncode", clip=["ckpt", 1], text=other))
+    links = {"conditioning_to": ["pos", 0], "conditioning_from": ["other", 0]}
+    made["both"] = node("ConditioningAverage", **links, conditioning_to_strength=0.5)
+    made["sample"]["inputs"]["positive"] = ["both", 0]
+    ground.send(made)
+    (line,) = [line for line in ground.record() if line["kind"] == "run"]
+    assert line["rows_without_known_text"] > 70
+    assert used not in line["prompts"]
+
+
 # The policy's file and others over HTTP
 
 
@@ -305,9 +442,6 @@ def _(ground):
     made["save"]["inputs"]["filename_prefix"] += "again"
     ground.queue(made)
     ground.work(heed_flags=False)
-
-
-_seeds = iter(range(1000, 10**9))
 
 
 def changing(ground: Ground, change, after: bool = False) -> None:

@@ -62,6 +62,7 @@ class Operator:
         return self.run_graph(copy.deepcopy(graph))  # the executor writes into it
 
     def record(self) -> list[dict]:
+        self.policies.write_waiting()
         files = sorted((self.path.parent / "record").glob("record-*.jsonl"))
         return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 

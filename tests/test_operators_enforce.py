@@ -106,14 +106,6 @@ def test_a_guarded_graph_runs_and_is_in_the_record(enforced):
     assert "prompts" not in run
 
 
-def test_prompts_are_recorded_where_the_policy_says_so(operator, sha256):
-    operator.write(required(sha256("safety.safetensors")) + "[record]\nprompts = true\n")
-    said = operator.enforce.on_prompt({"prompt": guarded(3), "prompt_id": "test"})
-    operator.run_graph(said["prompt"])
-    (run,) = [line for line in operator.record() if line["kind"] == "run"]
-    assert sorted(run["prompts"]) == ["", "gloss, cat"]
-
-
 def test_nodes_that_others_expand_to_are_checked(enforced, add_node):
     inner = {f"x.{name}": node for name, node in stock(4).items()}
     for node in inner.values():

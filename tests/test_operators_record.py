@@ -96,7 +96,7 @@ def test_prompts_are_written_only_where_the_operator_wants_them(folder, tmp_path
 
 def test_a_line_that_is_no_json_is_refused_and_leaves_nothing(folder):
     record = Record(folder)
-    for value in (float("nan"), object(), "x" * records.LINE_LIMIT):
+    for value in (float("nan"), object(), ["x"] * records.LINE_LIMIT):
         with pytest.raises(RecordError):
             record.append("run", value=value)
     with pytest.raises(ValueError, match="own"):
@@ -369,7 +369,7 @@ def test_the_command_says_in_one_line_what_is_wrong(folder, operator, capsys, ca
     assert "head signed by ours" in said
     assert cli.main(["record", "show", str(folder), "--last", "2"]) == 0
     assert [json.loads(line)["n"] for line in capsys.readouterr().out.splitlines()] == [11, 12]
-    assert cli.main(["record", "show", str(folder), "--kind", "refusal", "--last", "0"]) == 0
+    assert cli.main(["record", "show", str(folder), "--kind", "refused", "--last", "0"]) == 0
     assert capsys.readouterr().out == "\n"
     edit(files[0], lambda found: found[1:])
     assert cli.main(["record", "verify", str(folder), *trusted]) == 1

@@ -99,9 +99,46 @@ def test_an_unguarded_graph_is_answered_with_400_on_its_nodes_and_nothing_is_que
     assert "(policy: nodes.sampling)" in error["details"]
     assert "use Guarded KSampler" in error["details"]
     assert client.get_json("/queue") == {"queue_running": [], "queue_pending": []}
-    said = [line for line in _lines(server, "refused") if line["node"] == "sampler-0"]
+    _until(lambda: any(line.get("node") == "sampler-0" for line in _lines(server, "refused")))
+    said = [line for line in _lines(server, "refused") if line.get("node") == "sampler-0"]
     assert said[-1]["rule"] == "nodes.sampling"
     assert uuid.UUID(said[-1]["prompt_id"])
+    assert uuid.UUID(said[-1]["execution"])
+
+
+MEBIBYTE = 2**20
+HEAVY = {  # 21 MiB and more each; name -> graph, lines of its refusals
+    "types of 1 MiB": ({f"{i}": node(f"{i}" * MEBIBYTE) for i in range(21)}, 1),
+    "a node's id of 21 MiB": ({"x" * 21 * MEBIBYTE: node("KSampler")}, 1),
+    "an input's name of 21 MiB": ({"1": node("KSampler", **{"x" * 21 * MEBIBYTE: 1})}, 1),
+    "a text of 21 MiB": ({"1": node("Unknown", text="x" * 21 * MEBIBYTE)}, 1),
+    "a hundred thousand nodes": ({f"{i}": node("KSampler", text="x" * 200) for i in range(100_000)}, 1),
+    "a node with a hundred thousand inputs": ({"1": node("KSampler", **{f"{i}": "x" * 200 for i in range(10**5)})}, 1),
+    "four thousand refusals": ({f"{i}": node(f"Unknown{i}", text="x" * 5500) for i in range(4000)}, 51),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_heavy_prompt_is_refused_in_bounded_lines_while_the_server_goes_on(
+    name: str, server: Server, client: Client
+) -> None:
+    graph, count = HEAVY[name]
+    mine = uuid.uuid4().hex
+    folder = _policy(server.base).parent / "record"
+    before = sum(file.stat().st_size for file in folder.iterdir())
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        client.post_json("/prompt", {"prompt": graph, "prompt_id": mine})
+    assert caught.value.code == 400
+    assert len(caught.value.read()) < MEBIBYTE
+    own = lambda: [line for line in _lines(server, "refused") if line["prompt_id"] == mine]  # noqa: E731
+    _until(lambda: len(own()) >= count)
+    assert len(own()) == count
+    assert sum(file.stat().st_size for file in folder.iterdir()) - before < MEBIBYTE
+    assert verify(folder).whole
+    if count == 51:
+        assert own()[-1]["more"] == {"nodes": 3950}
+        assert "3950 more refusals" in own()[-1]["reason"]
+    assert client.get_json("/queue") == {"queue_running": [], "queue_pending": []}
 
 
 def test_targets_of_a_partial_run_do_not_spare_the_rest(client: Client, setting: graphs.Setting) -> None:
@@ -240,7 +277,7 @@ def test_a_policy_that_changes_while_a_prompt_runs_stops_it(
     with pytest.raises(Failed, match="2 is the least"):
         client.run(graphs.guarded(long), tighten, timeout=300)
     assert sent
-    assert _lines(server, "refused")[-1]["rule"] == "guard.required"
+    assert _lines(server, "refused")[-1]["rule"] == "guard.required"  # written before the run's error is told
 
 
 def test_a_policy_that_comes_while_an_unguarded_prompt_runs_stops_it(
