@@ -219,7 +219,7 @@ def _of_all(leaves: Iterator[Any]) -> Runs | None:
 
 
 def _called(leaf: Any) -> str:
-    if isinstance(leaf, torch.Tensor):
+    if isinstance(leaf, torch.Tensor) and not leaf.is_nested:  # a nested one has no shape
         return f"a tensor ({' × '.join(map(str, leaf.shape))})"
     return {_Sound: "sound", _Latent: "a latent"}.get(type(leaf), f"a {type(leaf).__name__}")
 
