@@ -30,7 +30,7 @@ def behind_a_gate(flags: bool, change: Callable[[Graph], None], ground: Ground) 
         for do in (lambda made: None, change):
             made["save"]["inputs"]["filename_prefix"] = f"l{next(_numbers)}"
             do(made)
-            ground.send(made)
+            ground.send(made, client_id="browser")  # whom everything is told
 
 
 def gate(name: str, outcome: str = "refused", why: str = "", policy: str = GATED, flags: bool = True):
