@@ -7,9 +7,9 @@ these functions of ComfyUI are wrapped:
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it
 
-and, where what leaves must be judged, what shows pictures or values on the way: ``execution.format_value``,
+(0.3.75 and 0.33.0, tested in both), and what shows pictures or values on the way: ``execution.format_value``,
 ``comfy.utils.ProgressBar.update_absolute`` and ``comfy_execution.progress.ProgressRegistry.update_progress``
-(0.3.75 and 0.33.0, tested in both). Each asks for the policy of that moment, and a sampling run once more at its end: a
+(0.3.75, newer by reading). Each asks for the policy of that moment, and a sampling run once more at its end: a
 policy that changes in between holds as well, so that a run that ends has satisfied both.
 """
 

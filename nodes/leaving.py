@@ -29,6 +29,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..modular_lora.attestation import Attestation, Ledger, tensor_sha256
 from ..modular_lora.errors import GuardError
+from ..operators import graph as graphs
 from ..operators import leaving
 from ..operators.graph import NodeFacts
 from ..operators.policy import Policy
@@ -62,10 +63,9 @@ class Node:
     facts: NodeFacts
     names: frozenset[str]
 
-    @property
-    def leaves(self) -> bool:
+    def leaves(self, policy: Policy) -> bool:
         """Whether it writes, shows or sends."""
-        return self.facts.is_output or self.facts.sends
+        return self.facts.is_output or self.facts.sends or bool(self.names & set(policy.nodes.showing))
 
     def known(self, policy: Policy) -> bool:
         """Whether it is known to show what it is given and nothing beside."""
@@ -94,7 +94,7 @@ MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes
 
 def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
     """RefusedError where something has come to a node that writes, shows or sends, and may not leave."""
-    if not node.leaves:
+    if not node.leaves(policy):
         return
     latent_file = node.facts.core and "SaveLatent" in node.names  # it writes the samples and nothing else
     weights_pass = node.facts.ours or node.names & set(policy.nodes.allow or ())
@@ -112,8 +112,13 @@ def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
 
 
 def begin(policy: Policy, node: Node) -> contextvars.Token:
-    """Before a node runs: pictures that it shows while it does pass where it is one that was checked; see ``end``."""
-    return _shows.set(node.known(policy) and (node.leaves or node.facts.ours))
+    """Before a node runs: pictures that it shows while it does pass where it was checked; see ``end``.
+
+    What trainings and audits show on the way is what they sample, which no gate judges.
+    """
+    opened = node.facts.ours and graphs.CLOSED.keys() & node.names
+    checked = node.known(policy) and node.leaves(policy) and not (opened and policy.gate.required)
+    return _shows.set(bool(checked))
 
 
 def end(token: contextvars.Token) -> None:

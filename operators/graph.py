@@ -280,7 +280,7 @@ class _Graph:
         facts = self._of_node(name)
         if self.policy.guard.required:
             yield from self._models(name)
-        if facts.is_output or facts.sends:
+        if facts.is_output or facts.sends or self._type(name) in self.policy.nodes.showing:
             yield from self._leaving(name)
         if facts.ours:
             yield from self._literals(name)
