@@ -16,14 +16,16 @@ RATE = 16000
 
 
 def load(comfy) -> None:
-    """Register them; where torchaudio is not installed, something of its name without resampling stands in."""
+    """Register them; where torchaudio is not installed, something of its name stands in while they are imported."""
     if "SaveAudio" in comfy.nodes.NODE_CLASS_MAPPINGS:
         return
-    if importlib.util.find_spec("torchaudio") is None:
-        stand_in = sys.modules["torchaudio"] = ModuleType("torchaudio")
-        stand_in.functional = ModuleType("torchaudio.functional")
+    missing = importlib.util.find_spec("torchaudio") is None
+    if missing:
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
     path = Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_audio.py"
     assert asyncio.run(comfy.nodes.load_custom_node(str(path), module_parent="comfy_extras"))
+    if missing:
+        del sys.modules["torchaudio"]  # others ask whether it is there
 
 
 def write_sound(path: Path) -> Path:
