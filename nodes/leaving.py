@@ -50,8 +50,11 @@ WEIGHTS = (
     comfy.clip_vision.ClipVisionModel,
 )
 
+SHORT = 32  # characters of a text that is too short to be told from any other of its kind
+
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
 _made: Ledger[Runs] = Ledger(4096)  # content of a waveform, a voxel grid or a mesh
+_told: Ledger[bool] = Ledger(4096)  # content of a text that a node of another pack may have made of a picture
 _files: weakref.WeakSet = weakref.WeakSet()  # videos that are files of the user's
 _shows: contextvars.ContextVar[bool] = contextvars.ContextVar("modular_lora_shows", default=False)
 
@@ -109,6 +112,10 @@ def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
                 raise RefusedError(*leaving.unknown_type(min(node.names), name, _called(leaf), policy))
             elif judged:
                 _check_leaf(policy, node, name, leaf)
+        own = name in node.facts.inputs  # and no hidden one, in which the user's whole graph stands
+        if judged and own and any(_told.get(text) for text in _texts(value)):
+            what = f"{name} lets out text that a node of another pack may have made of a picture"
+            raise RefusedError(leaving.rule(policy), what, "take the node out")
 
 
 def begin(policy: Policy, node: Node) -> contextvars.Token:
@@ -239,6 +246,7 @@ def given_out(policy: Policy, node: Node, inputs: Mapping[str, list], made: tupl
         outputs, shown = _returned(result)
         check_shown(policy, node, inputs, shown)
         _note(policy, node, inputs, outputs)
+        _note_texts(policy, node, inputs, outputs)
 
     outputs, shown, expands, later, *_ = *made, False
     if later:
@@ -246,6 +254,7 @@ def given_out(policy: Policy, node: Node, inputs: Mapping[str, list], made: tupl
     check_shown(policy, node, inputs, shown)
     if not expands:
         _note(policy, node, inputs, outputs)
+    _note_texts(policy, node, inputs, outputs)
     return made
 
 
@@ -293,6 +302,35 @@ def _note(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) 
             _files.add(leaf)
         elif digest := _digest(leaf):
             _made.put(digest, runs)
+
+
+def _note_texts(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
+    """Remember texts that may be made of a picture, and what is made of them; see operators.graph.Kind.tells."""
+    if node.facts.ours or node.trusted(policy):
+        return
+    values = [value for some in inputs.values() for value in some]
+    given = {text for value in values for text in _texts(value)}
+    told = {text for text in given if _told.get(text)}
+    own = not node.facts.core and any(
+        not isinstance(leaf, WEIGHTS) for value in values for leaf in _leaves(value, whole=False)
+    )
+    for text in _texts(outputs) if own or told else ():
+        if text not in given - told:  # what it only hands on
+            _told.put(text, True)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Digests of the texts in a value, short ones left out."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if len(one) >= SHORT:
+                yield hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest()
+        elif isinstance(one, CONTAINERS) and id(one) not in seen:
+            seen.add(id(one))
+            waiting.extend(one)
+            waiting.extend(one.values() if isinstance(one, Mapping) else ())
 
 
 def _sources(policy: Policy, node: Node, inputs: Mapping[str, list]) -> Runs | None:

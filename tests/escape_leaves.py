@@ -236,6 +236,27 @@ def _(g):
     g["save"]["inputs"]["filename_prefix"] = ["part", 0]
 
 
+@gate("a text of what a gate flagged is shown by a node that another expands to")
+def _(g):
+    g["text"] = node("EscText64", value=DECODED)
+    let(g, "PreviewAny", "source", "plain", ["text", 0])
+
+
+@gate("the same with a text put behind it, and in a table")
+def _(g):
+    g["text"] = node("EscText64", value=DECODED)
+    g["longer"] = node("StringConcatenate", string_a=["text", 0], string_b="x", delimiter="")
+    let(g, "PreviewAny", "source", "dict of tuples", ["longer", 0])
+
+
+@gate("a part of a text of what a gate flagged is shown by a node that another expands to")
+def _(g):
+    g["text"] = node("EscText64", value=DECODED)
+    g["part"] = node("StringSubstring", string=["text", 0], start=0, end=99)
+    g["own"] = node("EscLet", value=["part", 0], into="PreviewAny", slot="source", form="list")
+    needed(g, ["own", 0])
+
+
 @gate("a node that is no output shows what a gate flagged as text of its own")
 def _(g):
     g["tell"] = node("EscTell", value=DECODED)
