@@ -163,7 +163,7 @@ def _leaves(value: Any, whole: bool = True) -> Iterator[Any]:
 
     ``whole`` False: of a latent its samples alone, and a video as it is.
     """
-    waiting, seen = [value], set()
+    waiting, seen = [value], {}  # what was seen is kept, as the place of what is gone is given to the next
     while waiting:
         one = waiting.pop()
         if isinstance(one, PLAIN + EXECUTORS):
@@ -171,7 +171,7 @@ def _leaves(value: Any, whole: bool = True) -> Iterator[Any]:
         if isinstance(one, CONTAINERS):
             if id(one) in seen:
                 continue
-            seen.add(id(one))
+            seen[id(one)] = one
         if isinstance(one, Mapping):
             marked = {key: one[key] for key in MARKS if key in one and not isinstance(one[key], PLAIN + CONTAINERS)}
             yield from (MARKS[key](item) for key, item in marked.items())
@@ -250,6 +250,9 @@ def given_out(policy: Policy, node: Node, inputs: Mapping[str, list], made: tupl
 
     outputs, shown, expands, later, *_ = *made, False
     if later:
+        for one in outputs:
+            if not isinstance(one, asyncio.Task):  # of a list of runs, one that has ended
+                check(one)
         return [_then(one, check) if isinstance(one, asyncio.Task) else one for one in outputs], *made[1:]
     check_shown(policy, node, inputs, shown)
     if not expands:
@@ -321,14 +324,14 @@ def _note_texts(policy: Policy, node: Node, inputs: Mapping[str, list], outputs:
 
 def _texts(value: Any) -> Iterator[str]:
     """Digests of the texts in a value, short ones left out."""
-    waiting, seen = [value], set()
+    waiting, seen = [value], {}
     while waiting:
         one = waiting.pop()
         if isinstance(one, str):
             if len(one) >= SHORT:
                 yield hashlib.sha256(one.encode("utf-8", "surrogatepass")).hexdigest()
         elif isinstance(one, CONTAINERS) and id(one) not in seen:
-            seen.add(id(one))
+            seen[id(one)] = one
             waiting.extend(one)
             waiting.extend(one.values() if isinstance(one, Mapping) else ())
 

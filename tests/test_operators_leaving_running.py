@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import audio_nodes
@@ -213,3 +214,49 @@ def test_a_loop_of_containers_ends(gated, comfy) -> None:
     loop.append(loop)
     loop.append({"again": loop, "text": "x", "numbers": [1, 2.0, None, True]})
     assert len(list(module._leaves(loop))) == 1
+
+
+class Fresh(Mapping):
+    """Makes what it holds anew each time."""
+
+    def __getitem__(self, key: str) -> dict:
+        return {"x": torch.zeros(1)}
+
+    def __iter__(self):
+        return iter(("a", "b"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_what_is_made_while_it_is_looked_at_is_not_taken_for_something_seen(comfy) -> None:
+    module = part(comfy, "nodes.leaving")
+    assert len(list(module._leaves([Fresh() for _ in range(50)]))) == 100
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_coroutine_that_shows_is_stopped_whichever_run_of_a_list_does(slow, gated, comfy, monkeypatch) -> None:
+    """Of two runs of one node the one ends at once, the other later."""
+
+    async def run(self, value, number):
+        if number != slow:
+            return {"result": (1,)} if slow else {"ui": {"text": ["x"]}, "result": (1,)}
+        await asyncio.sleep(0.01)
+        return {"ui": {"text": ["x"]}, "result": (1,)} if slow else {"result": (1,)}
+
+    def both(self):
+        return ([0, 1],)
+
+    common = {"FUNCTION": "run", "CATEGORY": "test"}
+    inputs = classmethod(lambda cls: {"required": {"value": ("IMAGE",), "number": ("INT",)}})
+    mapping = comfy.nodes.NODE_CLASS_MAPPINGS
+    later = {"RETURN_TYPES": ("INT",), "INPUT_TYPES": inputs, "run": run, **common}
+    listed = {"RETURN_TYPES": ("INT",), "OUTPUT_IS_LIST": (True,), "run": both, **common}
+    listed["INPUT_TYPES"] = classmethod(lambda cls: {"required": {}})
+    monkeypatch.setitem(mapping, "Later", type("Later", (), later))
+    monkeypatch.setitem(mapping, "Both", type("Both", (), listed))
+    graph = behind_gate(both=node("Both"), tell=node("Later", value=["decode", 0], number=["both", 0]))
+    graph["n"] = node("EmptyImage", width=64, height=64, batch_size=["tell", 0], color=0)
+    graph["size"] = node("GetImageSize", image=["n", 0])
+    graph["said"] = node("PreviewAny", source=["size", 2])
+    stopped(gated, graph, "on the way")
