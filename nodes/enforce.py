@@ -1,7 +1,7 @@
 """Enforcement of the operator's policy: when a prompt is queued, as each of its nodes runs, and around every sampling.
 
 Without a policy only a handler for queued prompts is there, which looks at one file's state. While one is in force,
-functions of ComfyUI are wrapped:
+these functions of ComfyUI are wrapped:
 
 * ``execution.get_output_data``, through which every node runs, nodes that others expand to included,
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
@@ -9,7 +9,9 @@ functions of ComfyUI are wrapped:
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
 * and those that texts.py names, through which texts become embeddings.
 
-(0.3.75 and 0.33.0, tested in both). Each asks for the policy of that moment, and a sampling run once more at its end: a
+(0.3.75 and 0.33.0, tested in both), and what shows pictures or values on the way: ``execution.format_value``,
+``comfy.utils.ProgressBar.update_absolute`` and ``comfy_execution.progress.ProgressRegistry.update_progress``
+(0.3.75, newer by reading). Each asks for the policy of that moment, and a sampling run once more at its end: a
 policy that changes in between holds as well, so that a run that ends has satisfied both.
 """
 
@@ -22,7 +24,7 @@ import logging
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +32,17 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
-import torch
+import comfy.utils
+import comfy_execution.progress
 from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.errors import GuardError
 from ..operators import bounds
 from ..operators import graph as graphs
-from ..operators.graph import NodeFacts
 from ..operators.policy import Policy, PolicyError
 from ..operators.rules import Refusal, RefusedError
-from . import facts, host, texts
+from . import facts, host, leaving, texts
 from . import policy as policies
 from .guard import GuardModel
 from .sockets import CATEGORY
@@ -280,14 +282,16 @@ def _node(original: Callable) -> Callable:
     """Around every node as it runs: its type and what has come to it are checked, now that they are known."""
 
     async def get_output_data(prompt_id, unique_id, obj, input_data_all, *args, **kwargs):
-        policy, token = None, None
+        policy, token, showing = None, None, None
         where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(facts.names(type(obj)))}
         try:
             if (policy := policies.current()) is not None:
+                node = leaving.node_of(type(obj))
                 token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
+                showing = leaving.begin(policy, node)
             made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
             if policy is not None:
-                _check_shown(policy, facts.facts(type(obj)), made[1])
+                made = leaving.given_out(policy, node, input_data_all, made)
                 for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
                     task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
             return made
@@ -295,6 +299,8 @@ def _node(original: Callable) -> Callable:
             _failed(policy, error, where)
             raise
         finally:
+            if showing is not None:
+                leaving.end(showing)
             if token is not None:
                 _evaluating.reset(token)
 
@@ -319,8 +325,7 @@ def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str,
     values = [(name, value) for name, some in inputs.items() for value in some]
     if policy.guard.required and not said.ours:
         _check_models(policy, names, values)
-    if said.is_output:
-        _check_leaving(policy, said, values)
+    leaving.check(policy, leaving.node_of(kind), inputs)
     if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
         return None
     policies.record(policy, "opened", type=names[0], node=unique_id)
@@ -341,44 +346,6 @@ def _check_models(policy: Policy, names: list[str], values: list[tuple[str, Any]
 def _is_model(value: Any) -> bool:
     patcher = isinstance(value, comfy.model_patcher.ModelPatcher)
     return patcher and isinstance(value.model, comfy.model_base.BaseModel)
-
-
-def _check_leaving(policy: Policy, said: NodeFacts, values: list[tuple[str, Any]]) -> None:
-    """Of an output node: RefusedError for pictures and latents that may not leave."""
-    attested, gated = graphs.closes_pictures(policy), policy.gate.required
-    if not attested and not gated:
-        return
-    for name, value in values:
-        if isinstance(value, Mapping) and "samples" in value:
-            if gated:
-                raise RefusedError("gate.required", f"{name} lets out a latent that no gate can judge", "take it out")
-        elif said.inputs.get(name) != "AUDIO":
-            for picture in _pictures(value):
-                policies.check_picture(policy, picture, attested)
-
-
-def _check_shown(policy: Policy, said: NodeFacts, shown: Mapping[str, Any]) -> None:
-    """RefusedError where a node that is no output node, and so was not checked before, shows files of its own."""
-    if said.ours or said.is_output or not (graphs.closes_pictures(policy) or policy.gate.required):
-        return
-    if any(isinstance(one, Mapping) and "filename" in one for some in shown.values() for one in some):
-        rule = "gate.required" if policy.gate.required else "open.unattested"
-        raise RefusedError(rule, "the node shows a file on the way, which nobody has checked", "take the node out")
-
-
-def _pictures(value: Any) -> Iterator[torch.Tensor]:
-    """Single pictures (h w c) in what came to an input; a mask (b h w) counts as one that nobody knows."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim >= 3:
-            yield from value.reshape(-1, *value.shape[-3:])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _pictures(item)
-    elif isinstance(value, Mapping):
-        for item in value.values() if "waveform" not in value else ():  # of AUDIO
-            yield from _pictures(item)
-    elif hasattr(value, "get_components"):  # VIDEO (comfy_api's VideoInput, 0.3.75 and 0.33.0)
-        yield from value.get_components().images
 
 
 def _sampling(original: Callable) -> Callable:
@@ -456,4 +423,7 @@ _WRAPPED = (
     _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens", texts.encoding),
     _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens_scheduled", texts.encoding_scheduled),
     _Wrapped(lambda: comfy.samplers, "encode_model_conds", texts.handing_over),
+    _Wrapped(_execution, "format_value", leaving.no_values),
+    _Wrapped(lambda: comfy.utils.ProgressBar, "update_absolute", leaving.no_previews),
+    _Wrapped(lambda: comfy_execution.progress.ProgressRegistry, "update_progress", leaving.no_previews),
 )

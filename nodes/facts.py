@@ -14,6 +14,7 @@ from .load import SAFETY_FOLDERS, TASK_FOLDERS
 from .sockets import lora_path
 
 PACK = __name__.rpartition(".nodes.")[0]
+CORE = frozenset(("custom_nodes.websocket_image_save",))  # comes with ComfyUI, in the folder of other packs
 _facts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # node class -> NodeFacts
 
 
@@ -61,8 +62,15 @@ def facts(kind: type) -> NodeFacts:
         inputs = {name: _plain(type) for name, type in inputs.items()}
         outputs = tuple(map(_plain, kind.RETURN_TYPES or ()))
         ours = kind.__module__.startswith(f"{PACK}.")
-        _facts[kind] = NodeFacts(inputs, outputs, bool(getattr(kind, "OUTPUT_NODE", False)), ours)
+        is_output, sends = (bool(getattr(kind, name, False)) for name in ("OUTPUT_NODE", "API_NODE"))
+        _facts[kind] = NodeFacts(inputs, outputs, is_output, ours, _is_core(kind), sends)
     return _facts[kind]
+
+
+def _is_core(kind: type) -> bool:
+    """Whether a class itself, not one that it was made of, came with ComfyUI, as the loader notes (0.3.75, 0.33.0)."""
+    place = vars(kind).get("RELATIVE_PYTHON_MODULE", "")
+    return kind.__module__ == "nodes" or place.startswith("comfy_extras.") or place in CORE
 
 
 def _plain(type: object) -> str:

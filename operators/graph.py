@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from . import leaving
 from .policy import Policy, Required, named
 from .rules import Refusal, Said, task_refused
 
 ANY = "*"
-MODEL, GUARDED, LATENT = "MODEL", "MODULAR_LORA_GUARDED_MODEL", "LATENT"
-PICTURES = frozenset(("IMAGE", "VIDEO"))
+MODEL, GUARDED, LATENT, SOUND = "MODEL", "MODULAR_LORA_GUARDED_MODEL", "LATENT", "AUDIO"
+VIDEO = "VIDEO"
+PICTURES = frozenset(("IMAGE", VIDEO))
 WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL", "CLIP_VISION", "STYLE_MODEL"))
 TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
 GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
@@ -37,12 +39,17 @@ CLOSED = {  # our node type -> key of [open]
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node type: names and types of its inputs ("COMBO": a choice), types of its outputs; ``ours``: this pack's."""
+    """A node type: names and types of its inputs ("COMBO": a choice), types of its outputs.
+
+    ``ours``: this pack's; ``core``: ComfyUI's own; ``sends``: to a company's servers (API nodes).
+    """
 
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
     is_output: bool
     ours: bool = False
+    core: bool = False
+    sends: bool = False
 
 
 class Files(Protocol):
@@ -57,11 +64,22 @@ class Files(Protocol):
 
 
 class Kind(NamedTuple):
-    """What a link carries. ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged."""
+    """What a link carries.
+
+    ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged; ``free``: sound of a file,
+    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture.
+    """
 
     type: str
     guarded: bool = False
     gated: bool = False
+    free: bool = False
+    tells: bool = False
+
+    @property
+    def carries(self) -> bool:
+        """Whether it may hold a picture in some form; weights have rules of their own."""
+        return self.type not in leaving.PLAIN and self.type not in WEIGHTS
 
 
 class Link(NamedTuple):
@@ -104,9 +122,10 @@ def may_take_model(kind: str, policy: Policy) -> bool:
     return kind in policy.nodes.sampling or kind in policy.nodes.patching
 
 
-def closes_pictures(policy: Policy) -> bool:
-    """Whether pictures leave only where a guarded run made them."""
-    return bool(policy.guard.required) and not policy.open.unattested
+def _unjudgeable(gate: bool) -> frozenset[str]:
+    """Types that are never judged; where a gate must judge, whatever is no picture."""
+    never = frozenset(("MASK", "CONDITIONING", "CLIP_VISION_OUTPUT", "SVG"))
+    return never | {"MESH", "VOXEL"} if gate else never
 
 
 def _malformed(graph: Any, facts_of: FactsOf) -> Refusal | None:
@@ -211,12 +230,15 @@ class _Graph:
             for type in _types(output):
                 if type == ANY:
                     found |= coming or {Kind(ANY)}
+                    found |= {Kind("STRING", tells=True)} if self._tells(name, coming) else set()
                 elif type == MODEL:
                     found |= self._model(name, coming)
                 elif type in PICTURES:
                     found |= self._pictures(name, type, coming)
+                elif type == SOUND:
+                    found |= self._sound(name, coming)
                 else:
-                    found.add(Kind(type))
+                    found.add(Kind(type, tells=type in leaving.PLAIN and self._tells(name, coming)))
             yield frozenset(found)
 
     def _model(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
@@ -230,14 +252,35 @@ class _Graph:
         if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
         passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
-        return passed or {Kind(type)}
+        return (passed or {Kind(type)}) | (self._track(name, coming) if type == VIDEO else set())
+
+    def _track(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
+        """The sound of a video, which goes where the video goes."""
+        if self._of_node(name).core and self._type(name) in leaving.SOURCES:
+            return {Kind(SOUND, free=True)}
+        return {k for k in coming if k.type == SOUND}
+
+    def _sound(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
+        kind, core = self._type(name), self._of_node(name).core
+        if (core and kind in leaving.SOURCES) or leaving.trusted(frozenset((kind,)), self.policy):
+            return {Kind(SOUND, free=True)}
+        sounds = {k for k in coming if k.type == SOUND}
+        only = all(k.type in (SOUND, VIDEO) for k in coming if k.carries)
+        return sounds if core and kind in leaving.SOUND_EDITS and only and sounds else {Kind(SOUND)}
+
+    def _tells(self, name: str, coming: frozenset[Kind]) -> bool:
+        """Whether texts and numbers that a node gives may be made of a picture; ComfyUI's own make none of them."""
+        facts = self._of_node(name)
+        if facts.ours or leaving.trusted(frozenset((self._type(name),)), self.policy):
+            return False
+        return any(k.tells or (k.carries and not facts.core) for k in coming)
 
     def _of(self, name: str) -> Iterator[Said]:
         """(rule, reason, remedy) of one node that would run."""
         facts = self._of_node(name)
         if self.policy.guard.required:
             yield from self._models(name)
-        if facts.is_output:
+        if facts.is_output or facts.sends or self._type(name) in self.policy.nodes.showing:
             yield from self._leaving(name)
         if facts.ours:
             yield from self._literals(name)
@@ -266,20 +309,44 @@ class _Graph:
         return carried.type in (MODEL, GUARDED) or (carried.type == ANY and declared)
 
     def _leaving(self, name: str) -> Iterator[Said]:
-        """Of an output node: pictures, latents and weights that may not leave."""
+        """Of a node that writes, shows or sends: what may not leave, and weights."""
         kind, coming = self._type(name), list(self._coming(name))
-        gate = self.policy.gate.required
-        pictures = [(link, k) for link, k in coming if k.type in PICTURES]
-        if closes_pictures(self.policy) and (bad := next((link for link, k in pictures if not k.guarded), None)):
-            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is a picture "
-            yield "open.unattested", f"{what}that no guarded run made", "connect Guarded VAE Decode"
-        elif gate and (bad := next((link for link, k in pictures if not k.gated), None)):
-            yield "gate.required", f"{bad.input} shows a picture that no gate judged", "put Safety Gate in front"
-        if gate and (bad := next((link for link, k in coming if k.type == LATENT), None)):
-            yield "gate.required", f"{bad.input} lets out a latent that no gate can judge", "take the node out"
+        if leaving.closed(self.policy) and not leaving.trusted(frozenset((kind,)), self.policy):
+            yield from self._unjudged(name, coming)
         allowed = self._ours(name) or kind in (self.policy.nodes.allow or ())
         if not allowed and (bad := next((k for _, k in coming if k.type in WEIGHTS), None)):
             yield "nodes.allow", f"writes or shows weights ({bad.type})", "take the node out"
+
+    def _unjudged(self, name: str, coming: list[tuple[Link, Kind]]) -> Iterator[Said]:
+        """What comes to a node that writes, shows or sends, and must not leave so; the rest shows when it runs."""
+        kind, facts, policy = self._type(name), self._of_node(name), self.policy
+        if not facts.ours and not leaving.may_show(frozenset((kind,)), facts.core, policy):
+            if bad := next(((link, k) for link, k in coming if k.carries or k.tells), None):
+                yield leaving.unknown_type(kind, bad[0].input, bad[1].type, policy)
+            return
+        pictures = [(link, k) for link, k in coming if k.type in PICTURES]
+        if leaving.attested(policy) and (bad := next((link for link, k in pictures if not k.guarded), None)):
+            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is a picture "
+            yield "open.unattested", f"{what}that no guarded run made", "connect Guarded VAE Decode"
+        elif policy.gate.required and (bad := next((link for link, k in pictures if not k.gated), None)):
+            yield "gate.required", f"{bad.input} shows a picture that no gate judged", "put Safety Gate in front"
+        for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
+            if what:
+                yield leaving.rule(policy), f"{link.input} lets out {what}", "take the node out"
+                return
+
+    def _no_picture(self, facts: NodeFacts, link: Link, kind: Kind) -> str:
+        """What comes over a link, where it is no picture and may not leave; "" where it may, or the run tells."""
+        gate = self.policy.gate.required
+        if kind.tells and _types(facts.inputs.get(link.input, ANY)) & (leaving.PLAIN | {ANY}):
+            return "text or numbers that a node of another pack may have made of a picture"
+        if kind.type == LATENT and gate:
+            return "a latent that no gate can judge"
+        if facts.ours:
+            return ""
+        if kind.type == SOUND and gate and not kind.free:
+            return "sound that no gate can judge and that may hold a picture"
+        return f"a {kind.type} that nobody can judge" if kind.type in _unjudgeable(gate) else ""
 
     def _literals(self, name: str) -> Iterator[Said]:
         """Of one of our nodes: values that are written in the graph and that the policy does not take."""

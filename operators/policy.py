@@ -236,6 +236,8 @@ class Nodes:
     deny: tuple[str, ...] = _key(_list(_text, "node types"), ())
     sampling: tuple[str, ...] = _key(_list(_text, "node types"), ())
     patching: tuple[str, ...] = _key(_list(_text, "node types"), ())
+    showing: tuple[str, ...] = _key(_list(_text, "node types"), ())  # write, show or send what they take, not more
+    trusted: tuple[str, ...] = _key(_list(_text, "node types"), ())  # may take anything; texts and sound of theirs pass
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..modular_lora.errors import GuardError
 from . import bounds
 from .policy import Gate, Policy, Required
 
+REPORT = "report"  # the action of a gate that changes nothing
 Said = tuple[str, str, str]  # rule, reason, remedy
 Unsigned = Callable[[LoraRecord, str], str]  # why a key's signature of a LoRA's file does not hold; "" where it does
 
@@ -91,9 +92,14 @@ def check_picture(
             what = "a picture that no guarded run made, or that was edited since, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
         check_run(policy, run, unsigned)
-    if policy.gate.required and not (gate is not None and accepted):
+    if not policy.gate.required:
+        return
+    if gate is None or not accepted:
         what = "a picture would leave that no gate judged as the policy asks"
         raise RefusedError("gate.required", what, "connect Safety Gate, with nothing behind it that edits")
+    if gate.flagged and not gate.changed and not (gate.action == REPORT and REPORT in policy.gate.allowed):
+        what = f"a picture would leave that a gate flagged and did not let pass (action {gate.action})"
+        raise RefusedError("gate.required", what, "take the pictures that come out of the gate, not those that went in")
 
 
 def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import audio_nodes
 import escape_nodes
 import numpy as np
 import torch
@@ -24,7 +25,20 @@ KEY = "modular_lora_attestation"
 LEAST = 0.9
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".webm", ".mp4", ".avif", ".bmp"))
 WEIGHTS = frozenset((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
-EXTRAS = ("images", "video", "mask", "train", "dataset", "string", "advanced_samplers", "post_processing")
+SOUNDS = frozenset((".flac", ".mp3", ".opus", ".wav", ".m4a"))
+SOLIDS = frozenset((".glb", ".obj", ".svg"))
+EXTRAS = (
+    "images",
+    "video",
+    "mask",
+    "train",
+    "dataset",
+    "string",
+    "advanced_samplers",
+    "post_processing",
+    "load_3d",
+    "hunyuan3d",
+)
 REFUSED = "ModularLoraRefused"
 
 
@@ -36,6 +50,8 @@ class Seen:
     invalid: list[str] = field(default_factory=list)  # ComfyUI's own errors
     prompts: list[str] = field(default_factory=list)  # ids of prompts that were refused
     answers: list[tuple[int, bytes]] = field(default_factory=list)  # of other requests
+    shown: list[Any] = field(default_factory=list)  # pictures that were shown on the way
+    told: list[str] = field(default_factory=list)  # what the server sent beside pictures
     unguarded: int = 0  # evaluations of a network without branches while a policy was in force
 
 
@@ -49,7 +65,7 @@ class Ground:
         self.policy = modules.policy.folder() / "policy.toml"
         self.loras, self.inputs = comfy.loras, Path(comfy.folder_paths.get_input_directory())
         self.between: Callable[[], None] = lambda: None
-        self.seen, self.attested, self._mark = Seen(), set(), {}
+        self.seen, self.attested, self.passed, self._mark = Seen(), set(), set(), {}
         self.status = "guarded"  # what an attempt's pictures say of themselves, where they name it
         self._undo: list[Callable[[], None]] = []
 
@@ -57,7 +73,11 @@ class Ground:
         execution, mapping = self.comfy.execution, self.comfy.nodes.NODE_CLASS_MAPPINGS
         folder = Path(self.comfy.nodes.__file__).parent / "comfy_extras"
         for name in EXTRAS:
-            asyncio.run(self.comfy.nodes.load_custom_node(str(folder / f"nodes_{name}.py"), "comfy_extras"))
+            place = str(folder / f"nodes_{name}.py")
+            asyncio.run(self.comfy.nodes.load_custom_node(place, module_parent="comfy_extras"))
+        audio_nodes.load(self.comfy)
+        api = str(folder.parent / "comfy_api_nodes" / "nodes_bfl.py")
+        asyncio.run(self.comfy.nodes.load_custom_node(api, module_parent="comfy_api_nodes"))
         sent = folder.parent / "custom_nodes" / "websocket_image_save.py"
         asyncio.run(self.comfy.nodes.load_custom_node(str(sent), "custom_nodes"))
         before = dict(mapping)
@@ -73,6 +93,8 @@ class Ground:
         self.executor = execution.PromptExecutor(self.site, execution.CacheType.CLASSIC, cache_args=sizes)
         self._spy_evaluations()
         self._spy_pictures()
+        self._spy_gates()
+        self._spy_messages()
         self.safety = hashlib.sha256((self.loras / "safety.safetensors").read_bytes()).hexdigest()
         self._prepare_files()
 
@@ -122,11 +144,42 @@ class Ground:
         picture._bind = bind
         self._undo.append(lambda: setattr(picture, "_bind", before))
 
+    def _spy_gates(self) -> None:
+        """Pixels of the pictures that a gate let pass as they were, or changed."""
+        gated = importlib.import_module(f"{self.host.__name__.rpartition('.')[0]}.gated")
+        before = gated.judge
+
+        def judge(pictures, gate):
+            out, outcome = before(pictures, gate)
+            passed = (not flagged or changed for flagged, changed in zip(outcome.flags, outcome.changed, strict=True))
+            self.passed |= {_digest(picture) for picture, passes in zip(out, passed, strict=True) if passes}
+            return out, outcome
+
+        gated.judge = judge
+        self._undo.append(lambda: setattr(gated, "judge", before))
+
+    def _spy_messages(self) -> None:
+        """What goes to the user's browser: every message, and pictures beside the progress (main.py hooks them)."""
+        utils, before = importlib.import_module("comfy.utils"), self.site.send_sync
+
+        def send_sync(event, data, sid=None):
+            self.seen.told.append(repr(data))
+            return before(event, data, sid)
+
+        def hook(value, total, preview, **_):
+            self.seen.shown.extend([preview[1]] if preview else [])
+
+        self.site.send_sync = send_sync
+        known = utils.PROGRESS_BAR_HOOK
+        utils.set_progress_bar_global_hook(hook)
+        self._undo.append(lambda: utils.set_progress_bar_global_hook(known))
+
     def _prepare_files(self) -> None:
-        """An outside picture and latent, an embedding, another VAE, the checkpoint under a second name."""
+        """An outside picture, latent and sound, an embedding, another VAE, the checkpoint under a second name."""
         from safetensors.torch import save_file
 
         self.inputs.mkdir(parents=True, exist_ok=True)
+        audio_nodes.write_sound(self.inputs / "outside.flac")
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(self.inputs / "outside.png")
         latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -257,6 +310,17 @@ class Ground:
             assert file.suffix.lower() not in WEIGHTS, f"{file.name}: weights came out"
             if file.suffix == ".latent":
                 self._check_latent(file)
+            assert file.suffix.lower() not in SOLIDS, f"{file.name}: a solid came out"
+            if file.suffix.lower() in SOUNDS:
+                outside = audio_nodes.samples(self.inputs / "outside.flac")
+                assert np.array_equal(audio_nodes.samples(file), outside), (
+                    f"{file.name}: it is not the user's own sound"
+                )
+        for picture in self.seen.shown:
+            self._check_pixels(np.array(picture.convert("RGB")), "shown on the way")
+        for text in self.seen.told:
+            assert "tensor(" not in text, f"numbers of a tensor were told: {text[:300]}"
+            assert escape_nodes.MARK not in text, f"a picture was told as text: {text[:300]}"
         return found
 
     def _check_picture(self, file: Path) -> None:
@@ -266,10 +330,17 @@ class Ground:
                 assert json.loads(text)["status"] == self.status
                 return
             for frame in ImageSequence.Iterator(picture):
-                digest = _digest(torch.from_numpy(np.array(frame.convert("RGB"))))
-                assert digest in self.attested, f"{file.name}: no guarded run made it"
+                self._check_pixels(np.array(frame.convert("RGB")), file.name)
         if text is not None:
             assert self.is_guarded(json.loads(text)), f"{file.name} says {text[:300]}"
+
+    def _check_pixels(self, pixels: np.ndarray, where: str) -> None:
+        """A guarded run made them, if they must be attested, and a gate let them pass, if there must be one."""
+        digest, policy = _digest(torch.from_numpy(pixels)), self.policies.current() if self.in_force() else None
+        gated = policy is not None and policy.gate.required
+        if not (gated and policy.open.unattested):
+            assert digest in self.attested | (self.passed if gated else set()), f"{where}: no guarded run made it"
+        assert not gated or digest in self.passed, f"{where}: no gate let it pass"
 
     def _check_latent(self, file: Path) -> None:
         from safetensors.torch import load_file

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import inspect
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +13,7 @@ import torch
 from helper_nodes import ANY
 
 CHECKPOINT = "world.safetensors"
+MARK = "picture as text: "  # before every text that is made of a picture
 
 
 def _node(run: Callable, returns: tuple = (), output: bool = False, **inputs) -> type:
@@ -85,6 +88,13 @@ def install(mapping: dict[str, type], between: Callable[[], None]) -> None:
         "EscExpandAll": _node(_expand, (ANY,), True),
         "EscExpandLoader": _node(_expand_loader, (ANY,)),
         "EscLazy": _Lazy,
+        "EscLet": _node(_let, ("INT",), value=(ANY,), into=("STRING",), slot=("STRING",), form=("STRING",)),
+        "EscText64": _node(_as_text, ("STRING",), value=(ANY,)),
+        "EscTell": _node(lambda value: _telling(value), ("INT",), value=(ANY,)),
+        "EscTellLater": _node(_tell_later, ("INT",), value=(ANY,)),
+        "EscFail": _node(_fail, ("INT",), value=(ANY,)),
+        "EscPreview": _node(_preview, ("INT",), value=(ANY,)),
+        "EscMesh": _node(_mesh, (ANY,), value=(ANY,)),
         "EscAlias": mapping["PreviewImage"],
     }
 
@@ -111,6 +121,88 @@ def _expand_loader() -> dict:
     graph = GraphBuilder()
     loader = graph.node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     return {"result": (loader.out(0),), "expand": graph.finalize()}
+
+
+FORMS: dict[str, Callable] = {  # ways to hand on a picture b h w c
+    "plain": lambda value: value,
+    "list": lambda value: [value],
+    "pictures in a list": lambda value: list(value),
+    "dict of tuples": lambda value: {"a": (value, {"b": 1})},
+    "key of a dict": lambda value: {value: 1},
+    "set": lambda value: {value},
+    "video of five dimensions": lambda value: value[None],
+    "slice of a batch": lambda value: torch.cat((value, value))[1:],
+    "one picture": lambda value: value[0],
+    "mask": lambda value: value[..., 0],
+    "row of a mask": lambda value: value[0, ..., 0],
+    "vector": lambda value: value.flatten(),
+    "bytes of colour": lambda value: (value * 255).to(torch.uint8),
+    "half precision": lambda value: value.half(),
+    "array": lambda value: value.numpy(),
+    "pickled": lambda value: pickle.dumps(value.numpy()),
+    "generator": iter,
+    "function": lambda value: lambda: value,
+    "nested": lambda value: _nested(value),
+    "nested of PyTorch": lambda value: torch.nested.nested_tensor([value[0]]),
+    "latent": lambda value: {"samples": value},
+    "latent under another key": lambda value: {"latents": value, "samples": []},
+    "sound": lambda value: {"waveform": value.movedim(-1, 1).reshape(len(value), 3, -1), "sample_rate": 16000},
+    "sound beside sound": lambda value: {"waveform": [], "sample_rate": 16000, "more": value},
+}
+
+
+def _nested(value: torch.Tensor):
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor([value, value])
+
+
+MORE = {  # other inputs of the types that EscLet expands to
+    "SaveAnimatedWEBP": {"fps": 6.0, "lossless": True, "quality": 90, "method": "default"},
+    "ModularLoraSaveGated": {"format": "png", "quality": 90, "unfit": "refuse", "save_flagged": True},
+    "ModularLoraSaveImage": {"unattested": "save and say so"},
+}
+
+
+def _let(value, into: str, slot: str, form: str) -> dict:
+    """Expands to a node that gets the value in another form; what comes out is a number."""
+    from comfy_execution.graph_utils import GraphBuilder
+
+    graph = GraphBuilder()
+    graph.node(into, **{slot: FORMS[form](value), "filename_prefix": "let"}, **MORE.get(into, {}))
+    return {"result": (1,), "expand": graph.finalize()}
+
+
+def _as_text(value: torch.Tensor) -> str:
+    return MARK + base64.b64encode(value.numpy().tobytes()).decode()
+
+
+def _telling(value) -> dict:
+    return {"ui": {"text": [_as_text(value)]}, "result": (1,)}
+
+
+async def _tell_later(value) -> dict:
+    await asyncio.sleep(0.01)
+    return _telling(value)
+
+
+def _fail(value):
+    raise ValueError("no")
+
+
+def _preview(value: torch.Tensor) -> int:
+    import comfy.utils
+    from PIL import Image
+
+    picture = Image.fromarray((value[0] * 255).to(torch.uint8).numpy())
+    comfy.utils.ProgressBar(1).update_absolute(1, 1, ("PNG", picture, None))
+    return 1
+
+
+def _mesh(value: torch.Tensor):
+    from comfy_api.latest._util import MESH
+
+    return MESH(value.reshape(1, -1, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
 
 
 class _Lazy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ FACTS = {
     "FreeU": known("model MODEL", "MODEL"),
     "VAEDecode": known("samples LATENT; vae VAE", "IMAGE"),
     "ImageInvert": known("image IMAGE", "IMAGE"),
-    "CreateVideo": known("images IMAGE", "VIDEO"),
+    "CreateVideo": known("images IMAGE; audio AUDIO", "VIDEO"),
     "SaveVideo": known("video VIDEO", "", True),
     "LoadImage": known("image COMBO", "IMAGE MASK"),
     "SaveImage": known("images IMAGE", "", True),
@@ -58,6 +59,30 @@ FACTS = {
     "ModularLoraSaveImage": known("images IMAGE", "", True, True),
     "ModularLoraAudit": known("model MODEL", "STRING", True, True),
     "ModularLoraTrainTask": known("model MODEL", "MODULAR_LORA_TASK", True, True),
+    "LoadAudio": known("audio COMBO", "AUDIO"),
+    "LoadVideo": known("file COMBO", "VIDEO"),
+    "TrimAudioDuration": known("audio AUDIO; start_index FLOAT", "AUDIO"),
+    "GetVideoComponents": known("video VIDEO", "IMAGE AUDIO FLOAT"),
+    "VAEDecodeAudio": known("samples LATENT; vae VAE", "AUDIO"),
+    "SaveAudio": known("audio AUDIO; filename_prefix STRING", "", True),
+    "PreviewAudio": known("audio AUDIO", "", True),
+    "MaskPreview": known("mask MASK", "", True),
+    "ImageToMask": known("image IMAGE", "MASK"),
+    "SaveGLB": known("mesh MESH", "", True),
+    "VAEDecodeHunyuan3D": known("samples LATENT", "VOXEL"),
+    "VoxelToMesh": known("voxel VOXEL", "MESH"),
+    "GetImageSize": known("image IMAGE", "INT INT INT"),
+    "StringConcatenate": known("string_a STRING; string_b STRING", "STRING"),
+    "SaveNew": known("images IMAGE", "", True),  # of a later ComfyUI
+}
+FACTS = {name: replace(facts, core=not facts.ours) for name, facts in FACTS.items()} | {
+    "OtherSave": known("images IMAGE; latent LATENT; filename_prefix STRING", "", True),
+    "OtherShow": known("text STRING; anything *", "", True),
+    "OtherAny": known("value *", "*"),
+    "Base64": known("image IMAGE", "STRING"),
+    "Speech": known("text STRING", "AUDIO"),
+    "Edit": known("image IMAGE", "IMAGE"),
+    "Sends": NodeFacts({"image": "IMAGE", "prompt": "STRING"}, ("IMAGE", "STRING"), False, core=True, sends=True),
 }
 
 
