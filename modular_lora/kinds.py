@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from .errors import LoraFileError, shown
 
-_PICKLE = "a pickle file can run code when it is opened: convert it to .safetensors where you trust it"
+_PICKLE = "pickle files can run code, convert it first"
 _ENDINGS = {  # what a file with another ending is
     **dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"), _PICKLE),
     ".gguf": "GGUF holds quantised models, no LoRA: load the model with a GGUF loader, and its LoRA here",
@@ -24,7 +24,7 @@ _AGAIN = "download it again"
 _STARTS = (  # first bytes -> what the file is, and what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: get that with git lfs pull"),
     (b"GGUF", "a GGUF file (a quantised model), no LoRA: load it with a GGUF loader"),
-    (b"PK\x03\x04", f"a zip archive, as PyTorch's .ckpt and .pt files are: unpack it, or, of a pickle: {_PICKLE}"),
+    (b"PK\x03\x04", f"a zip archive, as PyTorch's .ckpt and .pt files are: unpack it; {_PICKLE}"),
     (b"\x80\x02", f"a pickle file under another name: {_PICKLE}"),
     (b"\x80\x03", f"a pickle file under another name: {_PICKLE}"),
     (b"\x80\x04", f"a pickle file under another name: {_PICKLE}"),
@@ -51,6 +51,7 @@ def refuse_contents(start: bytes, size: int, name: str) -> None:
     """LoraFileError where the first bytes of a file that is no safetensors file tell what it is."""
     if not size:
         raise LoraFileError(f"{name}: is empty, header of 0 bytes: {_AGAIN}")
+    start = start.removeprefix(b"\xef\xbb\xbf")  # UTF-8's mark
     for first, kind in _STARTS:
         if start.startswith(first):
             raise LoraFileError(f"{name}: is {kind}")
@@ -67,7 +68,7 @@ def refuse_contents(start: bytes, size: int, name: str) -> None:
 
 def _text(start: bytes) -> str:
     """The bytes as text, "" where they are none; a character that is cut off at the end is left out."""
-    text = start.decode("utf-8-sig", "ignore").strip()
+    text = start.decode("utf-8", "ignore").strip()
     if len(text.encode()) < len(start.strip()) - 6 or not all(c.isprintable() or c.isspace() for c in text):
         return ""
     return text
