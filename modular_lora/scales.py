@@ -120,7 +120,7 @@ def check_scale(name: str, stated: Mapping[str, Stated], layers: Mapping[str, Ad
     """
     if stated and chosen == "refuse":
         what = f"Safety LoRA {name}: {remark(stated, layers, 'tensors')}"
-        raise GuardError(f"{what}: choose the one that it was trained with (scale, on Load Safety LoRA)")
+        raise GuardError(f"{what}: choose the one that it was trained with (scale on Load Safety LoRA, else safety_scale)")
 
 
 def _words(said: Stated) -> str:
