@@ -120,7 +120,8 @@ def check_scale(name: str, stated: Mapping[str, Stated], layers: Mapping[str, Ad
     """
     if stated and chosen == "refuse":
         what = f"Safety LoRA {name}: {remark(stated, layers, 'tensors')}"
-        raise GuardError(f"{what}: choose the one that it was trained with (scale on Load Safety LoRA, else safety_scale)")
+        where = "scale on Load Safety LoRA, else safety_scale"
+        raise GuardError(f"{what}: choose the one that it was trained with ({where})")
 
 
 def _words(said: Stated) -> str:

@@ -73,7 +73,7 @@ def _said(row: object, place: str) -> dict[str, Any]:
             if key in _KEYS:
                 said.setdefault(_KEYS[key], value)
             elif isinstance(value, int | float) and not isinstance(value, bool):  # a strength under an unknown name
-                raise GuardError(f"{place}: {shown(key)} {shown(value)} is not known: name it strength or clip_strength.")
+                raise GuardError(f"{place}: {shown(key)} {shown(value)} is not known: use strength or clip_strength.")
         return said
     if _is_empty(row) or (isinstance(row, list | tuple) and len(row) > 0 and _is_empty(row[0])):
         return {}
