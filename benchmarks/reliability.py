@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -101,7 +102,7 @@ def read_changing(count: Count, rng: Random, files: int, folder: Path) -> None:
     for _ in range(files):
         sound = corrupted.sound_file(rng, ASSETS)
         path.write_bytes(sound.raw)
-        contents = iter(lambda sound=sound: corrupted.other_values(rng, sound), None)
+        contents = cycle([corrupted.other_values(rng, sound), sound.raw])
         written = lambda *args, contents=contents: corrupted.WrittenOver(opened(*args), contents)  # noqa: E731
         begun = time.process_time()
         with mock.patch.object(Path, "open", written):

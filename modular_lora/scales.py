@@ -229,9 +229,7 @@ def _beside_alpha(kohya: Mapping[str, Any], name: str, base: _Scaled) -> Stated 
         return Stated(base.alpha / dim, f"the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}")
     split = str(args.get("split_qkv")).lower() == "true" and _SPLIT.fullmatch(name)
     if isinstance(base, LoraLayer) and split and base.rank in (3 * dim, 4 * dim):
-        what = (
-            f"split_qkv: the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
-        )
+        what = f"split_qkv: the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
         return Stated(base.alpha / dim, what)
     return None
 
