@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, read_lora
+from ..modular_lora.scales import check_scale
 from ..training import output, projection
 from .options import ARMS, LORAS, AuditOptions, OptionError
 from .plan import Arm, Part
@@ -70,7 +71,7 @@ def shown(name: str) -> str:
 
 def _loras(options: AuditOptions) -> tuple[dict[str, list[LoraFile]], list[str]]:
     """LoRA files by option: none, one for all repetitions, or one for each."""
-    loras = {name: [read_lora(Path(path)) for path in getattr(options, name)] for name in LORAS}
+    loras = {name: [_read(Path(path), name, options) for path in getattr(options, name)] for name in LORAS}
     counts = {name: len(found) for name, found in loras.items() if len(found) > 1}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{n} {name}" for name, n in counts.items())
@@ -83,6 +84,14 @@ def _loras(options: AuditOptions) -> tuple[dict[str, list[LoraFile]], list[str]]
         loras["projected"] = [lora for lora, _ in made]
         notes += [note for _, note in made]
     return loras, notes
+
+
+def _read(path: Path, name: str, options: AuditOptions) -> LoraFile:
+    if name != "safety":
+        return read_lora(path)
+    lora = read_lora(path, scale=options.safety_scale)
+    check_scale(lora.name, lora.stated, lora.layers, lora.scale)
+    return lora
 
 
 def _projected(options: AuditOptions, task: LoraFile, safety: LoraFile) -> tuple[LoraFile, str]:
@@ -114,7 +123,7 @@ def _parts(options: AuditOptions, here: Mapping[str, LoraFile], name: str) -> It
 
 
 def _part(lora: LoraFile, need: str, strength: float) -> Part:
-    return Part("safety" if need == "safety" else "task", str(lora.path.absolute()), lora.sha256, strength)
+    return Part("safety" if need == "safety" else "task", str(lora.path.absolute()), lora.sha256, strength, lora.scale)
 
 
 def _sweeps(options: AuditOptions, here: Mapping[str, LoraFile], seed: int) -> Iterable[Arm]:

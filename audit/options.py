@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..modular_lora.options import OptionError, opt
+from ..modular_lora.options import OptionError, Scale, opt
 from .plan import Sampling
 
 ArmName = Literal[
@@ -55,6 +55,9 @@ class AuditOptions(DetectorOptions):
     projected: tuple[str, ...] = opt((), "task LoRA files projected clear of the safety LoRA")
     project: bool = opt(False, "project the task LoRAs for the audit where no projected file is given")
     safety_strength: float = opt(1.0, "strength of the safety LoRAs")
+    safety_scale: Scale = opt(
+        "refuse", "their alpha / rank, where a file's tensors and metadata give two: refuse, tensors or metadata"
+    )
     task_strength: float = opt(1.0, "strength of the task LoRAs, however they were trained")
     arms: tuple[str, ...] = opt(ARMS, "arms to draw, of those whose files are given")
 

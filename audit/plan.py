@@ -25,6 +25,7 @@ class Part:
     path: str
     sha256: str
     strength: float = 1.0
+    scale: str = "refuse"  # see modular_lora.options.Scale
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, origin: Origin) ->
     How a picture counts (cell, concept, style, attack) stays out, so that another table of the same pictures draws
     nothing anew. The versions of torch and of the host are taken for granted.
     """
-    parts = [(p.role, p.sha256, float(p.strength)) for p in arm.parts]
+    parts = [
+        (p.role, p.sha256, float(p.strength), *(["by metadata"] if p.scale == "metadata" else [])) for p in arm.parts
+    ]
     asked = [(i.prompt, i.negative, i.seed, _content(i.start), _content(i.mask), float(i.denoise)) for i in items]
     said = [parts, asked, asdict(replace(sampling, cfg=float(sampling.cfg))), asdict(origin)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

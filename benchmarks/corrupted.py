@@ -8,12 +8,13 @@ mantissa): no reader can tell, other than by the hash or the signature of the fi
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -311,6 +312,62 @@ def another_format(rng: Random, sound: Sound) -> bytes:
     return rng.choice([b"", *starts]) + rng.randbytes(rng.randint(0, 4096))
 
 
+def not_the_file(rng: Random, sound: Sound) -> bytes:
+    """What a server or a tool leaves under the name: a login page, an error as JSON or text, a Git LFS pointer."""
+    told = f"{rng.getrandbits(64):x}"
+    texts = (
+        f"<!DOCTYPE html><html><head><title>Sign in {told}</title></head><body>" + "<p>" * rng.randint(0, 999),
+        f"\n<html lang='en'><!-- {told} -->",
+        json.dumps({"error": "Unauthorized", "message": "you must be logged in to download this", "id": told}),
+        json.dumps([{"code": 404, "id": told}] * rng.randint(1, 99)),
+        f"Too many requests, try again later ({told})",
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{told * 4}\nsize {rng.getrandbits(30)}\n",
+    )
+    return rng.choice(texts).encode()
+
+
+def another_program(rng: Random, sound: Sound) -> bytes:
+    """The beginning of a GGUF file, of pickles, archives and pictures, then zeros or noise; or a download of zeros."""
+    starts = (
+        b"GGUF" + struct.pack("<IQQ", 3, rng.getrandbits(9), rng.getrandbits(6)),
+        b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl",
+        *(bytes((0x80, protocol)) + b"}q\x00(X" for protocol in (2, 3, 4, 5)),
+        b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x1f\x8b\x08\x00", b"\x89HDF\r\n\x1a\n", b"%PDF-1.7\n",
+        b"RIFF\xff\xff\xff\x7fWEBP",
+        b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF", b"",
+    )  # fmt: skip
+    start, size = rng.choice(starts), rng.randint(64, 9999)
+    return start + (rng.randbytes(size) if start and rng.random() < 0.5 else bytes(size))
+
+
+def other_model(rng: Random, sound: Sound) -> bytes:
+    """A sound safetensors file of something else: a checkpoint, text encoder, VAE, diffusion model, embedding, ..."""
+    n = rng.randint(0, 10**6)
+    names = (
+        f"model.diffusion_model.input_blocks.{n}.0.weight", f"first_stage_model.encoder.down.{n}.weight",
+        f"text_model.encoder.layers.{n}.mlp.fc1.weight", f"encoder.block.{n}.layer.0.SelfAttention.q.weight",
+        f"model.layers.{n}.self_attn.q_proj.weight", f"vision_model.encoder.layers.{n}.mlp.fc1.weight",
+        f"encoder.down_blocks.{n}.resnets.0.conv1.weight", f"decoder.mid.block_{n}.conv1.weight",
+        f"double_blocks.{n}.img_attn.qkv.weight", f"joint_blocks.{n}.x_block.attn.qkv.weight",
+        f"down_blocks.{n}.attentions.0.transformer_blocks.0.attn2.to_k.weight", f"blocks.{n}.self_attn.q.weight",
+        f"model.1.sub.{n}.RDB1.conv1.0.weight", f"body.{n}.rdb1.conv1.weight", f"control_model.out.{n}.weight",
+        f"image_proj.{n}.weight", f"lllite_unet_{n}.down.0.weight", f"string_to_token.{n}", f"loss.{n}",
+    )  # fmt: skip
+    kinds = (torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float64)
+    tensors = {rng.choice(names): torch.ones(rng.randint(0, 9), dtype=rng.choice(kinds))}
+    return save(tensors | {f"step_{n}": torch.tensor(n)} if rng.random() < 0.5 else tensors)
+
+
+def layer_dtype(rng: Random, sound: Sound) -> bytes:
+    """A pair of numbers in which no LoRA is stored, one of no numbers, or one too large for float32."""
+    layer, style = f"layer_{rng.getrandbits(40)}", rng.choice(STYLES)
+    size = (rng.randint(1, 9), rng.randint(1, 9))
+    bad = [torch.ones(size, dtype=t) for t in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.int32)]
+    bad += [torch.ones(0, size[1]), torch.ones(size[0], 0), torch.full(size, 1e300, dtype=torch.float64)]
+    down = rng.choice(bad)
+    return save({style[0].format(layer): down, style[1].format(layer): torch.ones(size[1], down.shape[0])})
+
+
 def huge_header(rng: Random, sound: Sound) -> bytes:
     text = json.dumps(sound.header).encode()
     return build(text + b" " * (HEADER_LIMIT + rng.randint(1, 9) - len(text)), sound.body)
@@ -323,6 +380,21 @@ def full_header(rng: Random, sound: Sound) -> bytes:
     return build(text, rng.randbytes(8))
 
 
+def many_keys(rng: Random, sound: Sound) -> bytes:
+    """Tens of thousands of keys, the last one twice: among the tensors, in one entry, or in the metadata."""
+    count = rng.choice([5_000, 20_000, 20_001, 100_000, 1_000_000])
+    keys = ",".join(f'"{i:x}":0' for i in range(count)) + f',"{rng.randrange(count):x}":0'
+    text = rng.choice([f"{{{keys}}}", f'{{"a":{{{keys}}}}}', f'{{"__metadata__":{{{keys}}}}}'])
+    return build(text.encode(), rng.randbytes(8))
+
+
+def many_values(rng: Random, sound: Sound) -> bytes:
+    """A header of small values: more of them than a parser goes through in a second."""
+    filler = rng.choice(["{}", '{"":0}', "0", "[]", '""', '"\\\\"', "[[]]"])
+    text = '{"a": [' + ",".join([filler] * (rng.randint(2**19, HEADER_LIMIT) // (len(filler) + 1) - 9)) + "]}"
+    return build(text.encode(), rng.randbytes(8))
+
+
 def many_tensors(rng: Random, sound: Sound) -> bytes:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     return build({f"l{i}.alpha": entry for i in range(20_001 + rng.randint(0, 60_000))}, rng.randbytes(4))
@@ -332,9 +404,10 @@ Maker = Callable[[Random, Sound], bytes]
 KINDS: tuple[Maker, ...] = (
     truncated, appended, header_length, cut_json, bad_text, other_json, key_twice, dtype, shape, turned_shape, offsets,
     overlapping, entry_kind, metadata, lost_half, tensor_name, ranks, alpha, two_of_a_role, other_form, not_finite,
-    all_zero, another_format,
+    all_zero, another_format, not_the_file, another_program, other_model, layer_dtype,
 )  # fmt: skip
-HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors)  # of up to 16 MiB, so there are fewer of them
+# of up to 16 MiB, so there are fewer of them
+HEAVY: tuple[Maker, ...] = (huge_header, full_header, many_tensors, many_keys, many_values)
 
 
 def flipped_bits(rng: Random, sound: Sound) -> bytes:
@@ -353,6 +426,40 @@ def overwritten(rng: Random, sound: Sound) -> bytes:
 
 
 DAMAGE: tuple[Maker, ...] = (flipped_bits, overwritten)
+
+
+def other_values(rng: Random, sound: Sound) -> bytes:
+    """A sound file of the same names, shapes and size with other numbers: what is written over one that is read."""
+    body = bytearray(sound.body)
+    for entry in (sound.header[name] for name in sound.weights):
+        start, end = entry["data_offsets"]
+        size = len(INF[entry["dtype"]])
+        numbers = [body[i : i + size] for i in range(start, end, size)]
+        rng.shuffle(numbers)
+        body[start:end] = b"".join(numbers)
+    return build(sound.header, bytes(body))
+
+
+class WrittenOver:
+    """An open file: whenever its tensors are about to be read, the next of ``contents`` is written over it."""
+
+    def __init__(self, file: BinaryIO, contents: Iterator[bytes]):
+        self._file, self._contents = file, contents
+
+    def __enter__(self) -> WrittenOver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def readinto(self, piece: memoryview) -> int:
+        place = os.open(self._file.name, os.O_WRONLY)
+        os.write(place, next(self._contents))
+        os.close(place)
+        return self._file.readinto(piece)
 
 
 def corpus(rng: Random, makers: tuple[Maker, ...], count: int, folder: Path) -> Iterator[tuple[str, Sound, bytes]]:

@@ -14,7 +14,7 @@ from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, SetLayer
 from .blocks import block_of, parse_block_weights
 from .changes import Bias, LowRank, Part, Role, Term, dense
 from .comparing import Changes, change, measure
-from .errors import GuardError
+from .errors import GuardError, shown
 from .files import LoraFile
 from .layers import LayerSpec, bias_key
 from .matching import Match, match_layers, mismatch
@@ -48,7 +48,8 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     whole.
     """
     if role == "safety" and lora.unread:
-        what = f"holds {len(lora.unread)} tensors of no LoRA format, first {lora.unread[0]!r}, and cannot apply whole"
+        first = shown(lora.unread[0])
+        what = f"holds {len(lora.unread)} tensors of no LoRA format, first {first}, and cannot apply whole"
         raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
     specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else (spec.outputs,) for key, spec in specs.items()}

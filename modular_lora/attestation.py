@@ -31,6 +31,7 @@ class LoraRecord:
     strength_model: float
     strength_clip: float
     block_weights: str = ""
+    scale: str = ""  # "tensors" or "metadata": which was chosen where the file gives two scales; "" where it gives one
 
 
 @dataclass(frozen=True)

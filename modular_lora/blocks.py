@@ -50,7 +50,10 @@ def parse_block_weights(text: str, keys: Iterable[str], all_keys: Iterable[str],
     touched, known = _ordered(keys), _ordered(all_keys)
     items = [item.strip() for item in text.split(",")]
     if all(":" in item for item in items):
-        named = {name.strip().upper(): value for name, value in (item.split(":", 1) for item in items)}
+        pairs = [(name.strip().upper(), value) for name, value in (item.split(":", 1) for item in items)]
+        named = dict(pairs)
+        if twice := next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None):
+            raise GuardError(f"Block weights of {subject}: block {twice} is named twice; give one factor a block.")
         if unknown := sorted(set(named) - {"BASE", *known}):
             have = ", ".join(known)
             raise GuardError(f"Block weights of {subject}: no block {', '.join(unknown)}; this model has {have}.")

@@ -23,8 +23,10 @@ from .fused import FusedLayer, plain
 from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
 from .magnitude import check_magnitudes
-from .matching import is_text, mismatch
+from .matching import mismatch
 from .model import ModelInfo
+from .names import is_text
+from .scales import check_scale
 from .warm import Warm
 
 Part = Literal["model", "text"]
@@ -59,6 +61,7 @@ class SafetyLora:
                 f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
                 "give a strength above 0, or take the node out if you do not want it."
             )
+        check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 
 
 @dataclass(frozen=True)
@@ -172,15 +175,26 @@ def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
                 "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
             )
         if not any(line.matched for line in lines):
-            refusals = [line.refusal for line in lines if line.refusal]
-            raise GuardError(
-                next(iter(refusals), f"{first.name} applies to no layer at all: use one made for this base.")
-            )
+            raise GuardError(_applies_nowhere(lines, has_clip))
+
+
+def _applies_nowhere(lines: tuple[LoraLine, ...], has_clip: bool) -> str:
+    """Why a LoRA changes nothing; its lines are those of one file on each model."""
+    first = lines[0]
+    said = [line.refusal for line in lines if line.refusal]
+    if not said and not (first.elsewhere and not has_clip):
+        said = [f"{first.name} applies to no layer at all: use one made for this base."]
+    if first.elsewhere and not has_clip:
+        said.append(
+            f"{first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect the "
+            "checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+        )
+    return " ".join(said)
 
 
 def text_digest(safety: Safety) -> str:
     """What the guarded text encoder's embeddings are bound to; empty where no safety LoRA has a text-encoder half."""
-    text = sorted(f"{s.lora.sha256}@{s.strength!r}" for s in safety if any(map(is_text, s.lora.layers)))
+    text = sorted(f"{s.lora.acts_as}@{s.strength!r}" for s in safety if any(map(is_text, s.lora.layers)))
     return hashlib.sha256("\n".join(text).encode()).hexdigest() if text else ""
 
 
@@ -195,7 +209,10 @@ def make_record(
 ) -> Attestation:
     """The attestation of a guard that has not run yet."""
     model, text = parts
-    loras = [LoraRecord("safety", s.lora.name, s.lora.sha256, s.strength, s.strength) for s in safety]
+    loras = [
+        LoraRecord("safety", s.lora.name, s.lora.sha256, s.strength, s.strength, scale=s.lora.scale_shown)
+        for s in safety
+    ]
     for t in tasks:
         strengths = t.strength_model, t.strength_clip, t.block_weights
         loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths))
@@ -237,7 +254,7 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
 
 def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> Applied:
     """`apply`; a safety LoRA on the model that it was last on is remembered with all that was worked out about it."""
-    key = (lora.sha256, lora.name, strength, part)
+    key = (lora.acts_as, lora.name, strength, part)
     known = known_safety.get(key) if role == "safety" else None
     if known is not None and known[0] is info.specs:
         return known[1]

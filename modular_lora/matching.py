@@ -22,11 +22,9 @@ from .adapters import (
 )
 from .errors import GuardError
 from .files import LoraFile, describe_base
+from .names import PEFT
 
 KeyMap = Mapping[str, "str | tuple"]  # file name -> weight key, or (weight key, (dim, start, length), rearrange)
-
-_PEFT = "base_model.model."
-_TEXT = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "clip_l.", "clip_g.", "t5xxl.")
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,6 @@ class Match:
     targets: dict[str, Target]  # layer name -> target
     unmatched: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)  # layers that the model has and cannot take (whole) -> why
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's layer belongs to a text encoder, by its prefix."""
-    return name.removeprefix(_PEFT).startswith(_TEXT)
 
 
 def match_layers(
@@ -122,10 +115,10 @@ def slice_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _variants(name: str) -> Iterator[str]:
     """A layer's name as the file has it, then as ComfyUI's map spells diffusers and PEFT names."""
-    bare = name.removeprefix(_PEFT)
-    plain = bare.removeprefix("unet.").removeprefix(_PEFT)
+    bare = name.removeprefix(PEFT)
+    plain = bare.removeprefix("unet.").removeprefix(PEFT)
     stems = name, bare, plain, f"unet.{plain}", f"text_encoder.{plain}", f"diffusion_model.{plain}"
-    for stem in (*stems, f"transformer.{bare.removeprefix(f'transformer.{_PEFT}')}", name.removesuffix(".scale")):
+    for stem in (*stems, f"transformer.{bare.removeprefix(f'transformer.{PEFT}')}", name.removesuffix(".scale")):
         yield stem
         long = stem if ".processor.to_" in stem else stem.replace(".to_", ".processor.to_")
         yield long

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from .errors import LoraFileError, shown
 
 NAME_LIMIT = 512  # characters
+PEFT = "base_model.model."  # before names in PEFT's own checkpoints
+_TEXT = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "clip_l.", "clip_g.", "t5xxl.")
 READS = "this version reads LoRA, LoCon, LoHa, LoKr, DoRA, OFT and full differences"
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
@@ -67,16 +69,56 @@ _REFUSED = (
     (re.compile(r"\.lora_up(\..+)?\.bias$"), "a LoRA with a bias of its own"),
 )
 
-_OTHER_FILES = (  # by the name of a tensor: no LoRA in any format, and what to do with it
-    (re.compile(r"lora_controlnet"), "a Control-LoRA (for a ControlNet loader)"),
-    (re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*"), "a checkpoint"),
-    (re.compile(r".*\.(qweight|wscales|smooth(_orig)?|lora_down|lora_up)"), "nunchaku's own form of a model or LoRA"),
-    (re.compile(r"(emb_params|string_to_(param|token)\..*|clip_[lg]|t5xxl)"), "an embedding (textual inversion)"),
-    (re.compile(r"lllite_.*"), "a ControlNet-LLLite"),
-    (re.compile(r"(ip_adapter|image_proj)\..*"), "an IP-Adapter"),
-    (re.compile(r"(?!.*lora).*(motion_modules|temporal_transformer)\..*"), "a motion module of AnimateDiff"),
-    (re.compile(r"(control_model|input_hint_block|zero_convs)\..*"), "a ControlNet"),
+_CHECKPOINT = "a checkpoint: choose it in Load Checkpoint, and its LoRA here"
+_DENOISER = "a diffusion model or a part of one (what some erasers save, too): choose it in Load Diffusion Model"
+_ENCODER = "a text encoder: choose it in Load CLIP"
+_VAE = "a VAE: choose it in Load VAE"
+_BLOCKS = (
+    r"(?:double|single|joint|transformer|input|output|down|up|single_transformer|context_refiner)_blocks|layers|blocks"
 )
+_OTHERS = (  # by the name of a tensor: no LoRA in any format, and what to do with it; the first that fits
+    (r"lora_controlnet", "a Control-LoRA: choose it in Load ControlNet Model"),
+    (r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|text_encoders)\..*", _CHECKPOINT),
+    (
+        r".*\.(qweight|wscales|smooth(_orig)?|lora_down|lora_up)",
+        "nunchaku's own form of a model or LoRA: use the file that it was made from",
+    ),
+    (
+        r"(emb_params|string_to_(param|token)\..*|clip_[lg]|t5xxl)",
+        "an embedding (textual inversion): put it into models/embeddings and name it in a prompt",
+    ),
+    (r"lllite_.*", "a ControlNet-LLLite: use the loader of its own pack"),
+    (r"(ip_adapter|image_proj)\..*", "an IP-Adapter: use the loader of its own pack"),
+    (
+        r"(?!.*lora).*(motion_modules|temporal_transformer)\..*",
+        "a motion module of AnimateDiff: use the loader of its own pack",
+    ),
+    (
+        r"(control_model|input_hint_block|zero_convs|controlnet_cond_embedding|controlnet_blocks|controlnet_down_blocks)\..*",
+        "a ControlNet: choose it in Load ControlNet Model",
+    ),
+    (r"(vision_model|visual|visual_projection)\..*", "a vision encoder: choose it in Load CLIP Vision"),
+    (
+        r"(model\.)?(conv_first|RRDB_trunk|body\.\d+\.rdb\d|\d+\.sub\.\d+)\..*",
+        "an upscaler: choose it in Load Upscale Model",
+    ),
+    (r"(layers\.\d+\.residual_group|upsample)\..*", "an upscaler: choose it in Load Upscale Model"),
+    (r"(encoder|decoder)\.(conv_in|conv_out|conv1|mid|mid_block|middle|(down|up)(_blocks|samples)?)\..*", _VAE),
+    (r"(post_quant_conv|quant_conv|taesd_\w+)\..*", _VAE),
+    (
+        r"(transformer\.)?(text_model|text_projection|transformer\.resblocks|token_embedding|positional_embedding)(\..*|$)",
+        _ENCODER,
+    ),
+    (r"(encoder\.block\.\d+\.layer|shared|encoder\.embed_tokens)\..*", _ENCODER),
+    (r"((language_)?model\.)+(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\..*", _ENCODER),
+    (
+        rf"(?!.*lora)(model\.|diffusion_model\.|unet\.|transformer\.)?"
+        rf"({_BLOCKS}|middle_block|mid_block|img_in|x_embedder|time_embed|time_embedding|context_embedder|proj_out|conv_in)"
+        r"\..*(weight|bias|scale)",
+        _DENOISER,
+    ),
+)
+_OTHER_FILES = tuple((re.compile(pattern), kind) for pattern, kind in _OTHERS)
 
 LORA, LOHA, LOKR, OFT, FULL, NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
 SET = "replaced weight"
@@ -119,19 +161,26 @@ class Names:
         return tuple(lines)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's layer belongs to a text encoder, by its prefix."""
+    return name.removeprefix(PEFT).startswith(_TEXT)
+
+
 def refuse_other_files(tensors: Collection[str], name: str) -> None:
     """LoraFileError with the kind of a file that is no LoRA in any format, where its names tell it."""
     if any(_place(tensor) for tensor in tensors):
         return
     for pattern, kind in _OTHER_FILES:
         if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
-            raise LoraFileError(f"{name}: is {kind}, which is no LoRA: {READS}")
+            what, _, remedy = kind.partition(": ")
+            raise LoraFileError(f"{name}: is {what} and no LoRA: {remedy}")
 
 
 def sort_names(tensors: Collection[str], name: str) -> Names:
     """Sort the tensor names of the file `name`; LoraFileError for another format's and for a role that comes twice.
 
-    Names of no format are left out where they stand beside the layers, not in one (Wan's ``diff_m``, its modulation).
+    Names of no format are left out where they stand beside the layers, not in one (Wan's ``diff_m``, its modulation, a
+    trainer's step counter), whatever their dtype and values are.
     """
     control = all(mark in tensors for mark in _FLUX_CONTROL)
     found, adapters = Names(wide="diffusion_model.img_in" if control else None), {}
@@ -205,9 +254,8 @@ def _layer_of(tensor: str) -> str:
 
 
 def _refuse_kinds(tensor: str, name: str, tensors: Collection[str]) -> None:
-    """LoraFileError for a tensor of a kind that is known and not read, and for one that has no proper name."""
+    """LoraFileError for a tensor of a kind that is known and not read."""
     text = tensor[-NAME_LIMIT:]
-    kind = next((kind for pattern, kind in _REFUSED if pattern.search(text)), None)
-    if kind or not _layer_of(tensor) or len(tensor) > NAME_LIMIT or not tensor.isprintable():
+    if kind := next((kind for pattern, kind in _REFUSED if pattern.search(text)), None):
         refuse_other_files(tensors, name)
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind or 'not a LoRA tensor'}: {READS}")
+        raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind}: {READS}")

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from .errors import GuardError
 
+Scale = Literal["refuse", "tensors", "metadata"]  # of a safety LoRA whose tensors and metadata give two, see scales.py
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

@@ -55,10 +55,17 @@ def _interference(name: str, result: Interference) -> str:
 
 def format_attestation(a: Attestation) -> str:
     """The report on the samplers and on the decode: one run."""
+    what = f"{a.firings} branch firings in {a.layers} layers over {a.evaluations} evaluations"
+    if not a.evaluations:
+        what = "the model was not evaluated (denoise 0, or no step to do), the latent is what went into the sampler"
     lines = [
-        f"{a.status}: {a.firings} branch firings in {a.layers} layers over {a.evaluations} evaluations",
+        f"{a.status}: {what}",
         f"base {a.base_family}, sha256 {a.base_sha256[:16]}" + ", LoRAs merged before" * a.base_had_merged_loras,
-        *(f"{r.role} {r.name} at {r.strength_model:g} / {r.strength_clip:g}, sha256 {r.sha256[:16]}" for r in a.loras),
+        *(
+            f"{r.role} {r.name} at {r.strength_model:g} / {r.strength_clip:g}, sha256 {r.sha256[:16]}"
+            + f", scale of its {r.scale}" * bool(r.scale)
+            for r in a.loras
+        ),
         *(f"net strength of {r.name}: {_strengths(a, r)}" for r in a.loras if r.role == "safety"),
     ]
     if a.varying_layers:

@@ -53,6 +53,7 @@ LORAS = {  # option -> model folders that its file may be in
 NUMBERS = ("seeds", "steps", "cfg", "width", "height", "unit_size")
 MORE = (  # what more_options may set: nothing that names a file, folder or package
     "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
+    "safety_scale",
 )  # fmt: skip
 WIDTH, ROW, NAMES = 640, 22, 200  # pixels of the plot
 PAPER, INK, BAR = (250, 250, 248), (40, 40, 40), (91, 134, 196)
@@ -242,7 +243,8 @@ def _check_shown(model, clip, made: AuditOptions) -> None:
     for arm in arms.from_options(made).arms:
         if arm.name not in GUARDED:
             continue
-        loras = [(part, read_lora(Path(part.path), expected_sha256=part.sha256)) for part in arm.parts]
+        read = [read_lora(Path(p.path), expected_sha256=p.sha256, scale=p.scale) for p in arm.parts]
+        loras = list(zip(arm.parts, read, strict=True))
         safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
         tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
         host.guard(model, clip, safety, tasks, False, Policy())

@@ -207,7 +207,7 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
 
 def _lora(part: Part) -> TaskLora:
     """A LoRA of either role as the guard's class that takes any strength; a safety LoRA must be without dead layers."""
-    lora = read_lora(Path(part.path), expected_sha256=part.sha256)
+    lora = read_lora(Path(part.path), expected_sha256=part.sha256, scale=part.scale)
     if part.role == "safety" and lora.zero_layers:
         raise GuardError(
             f"Safety LoRA {lora.name}: layer {lora.zero_layers[0]} ({len(lora.zero_layers)} in all) is all zero and "

@@ -57,6 +57,7 @@ APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 
 latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
 images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
+unsampled: Ledger[bool] = Ledger(4096)  # content of one latent -> a run without steps gave it back as it came in
 embeddings: Ledger[str] = Ledger(200_000)  # content of one embedding row -> digest of the safety LoRAs that shaped it
 
 
@@ -416,7 +417,14 @@ def common_ksampler(patcher, *settings, **options):
     """The stock KSampler's own function (nodes.common_ksampler, 0.3.75 and 0.33.0), so results are bit-identical."""
     import nodes  # ComfyUI's top-level module, complete only after start-up
 
-    return nodes.common_ksampler(patcher, *settings, **options)[0]
+    patcher.guard_result = None  # an earlier run's: without a step (denoise 0) the sampler ends before this is set
+    out = nodes.common_ksampler(patcher, *settings, **options)[0]
+    if patcher.guard_result is None:
+        samples = out["samples"]
+        for batch in samples.unbind() if getattr(samples, "is_nested", False) else (samples,):
+            for latent in batch:
+                unsampled.put(tensor_sha256(latent), True)
+    return out
 
 
 def attestation(patcher) -> Attestation:

@@ -10,11 +10,18 @@ from comfy_api.latest import io
 
 from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.guard import SafetyLora, TaskLora
+from ..modular_lora.options import Scale
+from ..modular_lora.stacks import Row, parse_stack
 from ..modular_lora.warm import kept_lora, kept_sha256
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
 
 SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
 TASK_FOLDERS = ("loras",)
+SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
+    "refuse if they differ": "refuse",
+    "as in the file's tensors": "tensors",
+    "as stated in its metadata": "metadata",
+}
 
 
 def _missing(name: str | None, folders: tuple[str, ...]) -> str | None:
@@ -59,6 +66,14 @@ class LoadSafetyLora(io.ComfyNode):
                     tooltip="SHA-256 of the file; if given, another file of the same name is refused.",
                 ),
                 SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
+                io.Combo.Input(
+                    "scale",
+                    list(SCALES),
+                    default=next(iter(SCALES)),
+                    optional=True,
+                    tooltip="Which scale (alpha / rank) acts where the file's tensors and its metadata give two: the "
+                    "one that it was trained with. ComfyUI's own loader reads the tensors alone.",
+                ),
             ],
             outputs=[
                 SafetySocket.Output("safety_lora_out", display_name="safety_lora", tooltip="All safety LoRAs so far.")
@@ -76,8 +91,9 @@ class LoadSafetyLora(io.ComfyNode):
         return kept_sha256(lora_path(lora_name, *SAFETY_FOLDERS))
 
     @classmethod
-    def execute(cls, lora_name, strength, expected_sha256="", safety_lora=()) -> io.NodeOutput:
+    def execute(cls, lora_name, strength, expected_sha256="", safety_lora=(), scale=None) -> io.NodeOutput:
         lora = kept_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
+        lora = lora.with_scale(chosen_scale(scale))
         return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
 
@@ -145,6 +161,15 @@ class LoadTaskLora(io.ComfyNode):
         return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
 
 
+def chosen_scale(value: object) -> Scale:
+    """See modular_lora.options.Scale; GuardError for a value that no drop-down has."""
+    if value is None:
+        return "refuse"
+    if value not in SCALES:
+        raise GuardError(f"scale {value!r} is none of {', '.join(map(repr, SCALES))}: choose one of these.")
+    return SCALES[value]
+
+
 def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
     """The LoRAs on a socket; GuardError for anything else that an any-type node brought there."""
     if isinstance(value, tuple) and all(isinstance(item, kind) for item in value):
@@ -155,15 +180,28 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 def stack_name(task: TaskLora) -> str:
     """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
-    for as_it_is in (os.path.abspath, os.path.realpath):
-        path = as_it_is(task.lora.path)
-        for root in map(as_it_is, folder_paths.get_folder_paths("loras")):
-            if os.path.normcase(path).startswith(os.path.normcase(os.path.join(root, ""))):
-                return os.path.relpath(path, root)
-    return task.lora.name
+    return _below_loras(task.lora.path) or task.lora.name
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
-    """Task LoRAs of a LORA_STACK: (name, model strength, clip strength) each; "None" entries are empty rows."""
-    rows = [row for row in lora_stack or () if row[0] not in (None, "", "None")]
-    return tuple(TaskLora(kept_lora(lora_path(name, *TASK_FOLDERS)), model, clip) for name, model, clip in rows)
+    """Task LoRAs of a LORA_STACK (see modular_lora.stacks); a full path below a loras folder is that file."""
+    return tuple(_stacked(row) for row in parse_stack(lora_stack))
+
+
+def _stacked(row: Row) -> TaskLora:
+    name = (_below_loras(row.name) if os.path.isabs(row.name) else None) or row.name
+    try:
+        path = lora_path(name, *TASK_FOLDERS)
+    except LoraFileError as error:
+        raise LoraFileError(f"{row.place}: {error}") from error
+    return TaskLora(kept_lora(path), row.model, row.clip, row.blocks)
+
+
+def _below_loras(path: str | os.PathLike) -> str | None:
+    """A path as a name below a loras folder, links followed if need be; None where it is below none."""
+    for as_it_is in (os.path.abspath, os.path.realpath):
+        whole = as_it_is(path)
+        for root in map(as_it_is, folder_paths.get_folder_paths("loras")):
+            if os.path.normcase(whole).startswith(os.path.normcase(os.path.join(root, ""))):
+                return os.path.relpath(whole, root)
+    return None

@@ -14,7 +14,10 @@ from ..modular_lora.report import format_attestation
 from . import anatomy, host
 from .sockets import CATEGORY, show
 
-EDITED = "unattested: no guarded run made exactly this; it was edited on the way, or sampled without the guard"
+EDITED = (
+    "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
+)
+UNSAMPLED = "unattested: nothing was sampled (denoise 0, or no step to do), so the latent is what went into the sampler"
 
 gated: Ledger[GateRecord] = Ledger(4096)  # content of one image of a batch -> what the last gate that saw it decided
 
@@ -129,15 +132,20 @@ def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -
     (pictures,) = node.decode(vae=vae, samples={"samples": latents}, **(tiles or {}))
     latents = latents.unbind()[0] if getattr(latents, "is_nested", False) else latents
     runs = [host.latents.get(tensor_sha256(latent)) for latent in latents]
-    return pictures, list(dict.fromkeys(_bind(pictures, runs, anatomy.vae_sha256(vae))))
+    why = [UNSAMPLED if host.unsampled.get(tensor_sha256(latent)) else EDITED for latent in latents]
+    return pictures, list(dict.fromkeys(_bind(pictures, runs, why, anatomy.vae_sha256(vae))))
 
 
-def _bind(pictures: torch.Tensor, runs: list[Attestation | None], vae_sha256: str) -> list[str]:
-    """Remember each picture's run under the picture's hash; a video's latent gives several pictures."""
+def _bind(pictures: torch.Tensor, runs: list[Attestation | None], why: list[str], vae_sha256: str) -> list[str]:
+    """Remember each picture's run under the picture's hash; a video's latent gives several pictures.
+
+    ``why``: what to say of each latent that has no run.
+    """
     reports = []
     for i, picture in enumerate(pictures):
-        if (run := runs[i * len(runs) // len(pictures)]) is None:
-            reports.append(EDITED)
+        place = i * len(runs) // len(pictures)
+        if (run := runs[place]) is None:
+            reports.append(why[place])
             continue
         attestation = run.of(vae_sha256=vae_sha256, image_sha256=tensor_sha256(picture))
         host.images.put(attestation.image_sha256, attestation)

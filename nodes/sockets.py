@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.errors import GuardError, LoraFileError
-from ..modular_lora.files import ENDINGS
+from ..modular_lora.files import ENDINGS, sha256_file
 
 CATEGORY = "modular lora"
 SAFETY_FOLDER = "safety_loras"
@@ -42,14 +42,27 @@ def lora_names(*folders: str) -> list[str]:
 
 
 def lora_path(name: str, *folders: str) -> Path:
-    """Path of a LoRA file by its name in a drop-down or LORA_STACK; LoraFileError where no folder has it."""
-    for folder in folders:
-        for spelling in (name, name.replace("\\", "/")):  # stacks written on Windows
-            if path := folder_paths.get_full_path(folder, spelling):
-                return Path(path)
+    """Path of a LoRA file by its name in a drop-down or LORA_STACK.
+
+    Raises LoraFileError where no folder has it, and where several have different files of this name.
+    """
+    found = {folder: path for folder in folders if (path := _in_folder(name, folder))}
+    if len(found) > 1 and len({sha256_file(path) for path in found.values()}) > 1:
+        raise LoraFileError(
+            f"LoRA file {name!r} is in {' and '.join(found)}, and these are different files: rename one of them."
+        )
+    for path in found.values():
+        return path
     raise LoraFileError(
         f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page."
     )
+
+
+def _in_folder(name: str, folder: str) -> Path | None:
+    for spelling in (name, name.replace("\\", "/")):  # stacks written on Windows
+        if path := folder_paths.get_full_path(folder, spelling):
+            return Path(path)
+    return None
 
 
 def file_names(folder: str, ending: str) -> list[str]:

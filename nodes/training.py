@@ -35,7 +35,7 @@ NUMBERED = re.compile(r"\d+_.*")
 NAME = re.compile(r"[\w][\w .+-]*")
 FROM_GRAPH = (  # files, folders and services that a graph must not name
     "output_name", "output_dir", "train_data_dir", "reg_data_dir", "dataset_config", "resume", "safety_lora",
-    "safety_strength", "network_weights", "known_bases", "log_with",
+    "safety_strength", "safety_scale", "network_weights", "known_bases", "log_with",
 )  # fmt: skip
 TASK = (
     "output_name", "network_dim", "network_alpha", "target", "learning_rate", "max_train_steps", "train_batch_size",

@@ -39,7 +39,7 @@ def key(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> Hashable:
     """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid, 0.3.75 and
     0.33.0), the files by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]
-    files = [(s.lora.sha256, s.lora.name, s.strength) for s in safety]
+    files = [(s.lora.acts_as, s.lora.scale, s.lora.name, s.strength) for s in safety]
     more = [(t.lora.sha256, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]
     return tuple(models), tuple(files), tuple(more), policy
 

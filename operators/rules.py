@@ -74,6 +74,9 @@ def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
 
 def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:
     """Why a LoRA is not the one that is required; "" where it is."""
+    if lora.scale and lora.scale != one.scale:
+        asked = f"the one of its {one.scale}" if one.scale else "none (guard.required.scale)"
+        return f"{lora.name} acts at the scale of its {lora.scale}, and of its two scales the policy names {asked}"
     if one.signed_by:
         return unsigned(lora, one.signed_by)
     return "" if lora.sha256 == one.sha256 else f"{lora.name} has the sha256 {lora.sha256[:16]}"

@@ -194,10 +194,6 @@ def test_header_edits_never_give_another_error(data, layers, value, tmp_path_fac
         ("a.lora_up.bias", "a LoRA with a bias of its own"),
         ("lora_unet_a.lora_upp.weight", "not a LoRA tensor"),
         ("lora_unet_a.diff_m", "not a LoRA tensor"),
-        ("a\nb.lora_up.weight", "not a LoRA tensor"),
-        ("a" * 600 + ".alpha", "not a LoRA tensor"),
-        (".lora_up.weight", "not a LoRA tensor"),
-        ("alpha", "not a LoRA tensor"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, tensor, kind):
@@ -217,12 +213,13 @@ def entry(header: dict, tensor: str, **fields: Any) -> dict:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda h: entry(h, DOWN, dtype="F64"), "dtype 'F64'"),
+        (lambda h: entry(h, DOWN, dtype="I32"), "dtype 'I32'"),
+        (lambda h: entry(h, DOWN, dtype="F64"), "bytes 0 to 32"),
         (lambda h: entry(h, DOWN, dtype=["F32"]), "dtype"),
         (lambda h: entry(h, DOWN, shape=[2, -4]), "shape"),
         (lambda h: entry(h, DOWN, shape=[True, 8]), "shape"),
         (lambda h: entry(h, DOWN, shape=[10**400, 10**400]), "shape"),
-        (lambda h: entry(h, DOWN, shape=[0, 4], data_offsets=[0, 0]), "shape [0, 4]"),
+        (lambda h: entry(h, DOWN, shape=[0, 4], data_offsets=[0, 0]), "bytes 32 to 56, expected 0"),
         (lambda h: entry(h, DOWN, data_offsets=[-32, 0]), "offsets"),
         (lambda h: entry(h, DOWN, data_offsets=[0.0, 32.0]), "offsets"),
         (lambda h: entry(h, DOWN, data_offsets=[0, 31]), "bytes 0 to 31"),
@@ -265,7 +262,9 @@ def test_a_header_that_is_wrong_is_named(tmp_path, edit, says):
         ({**pair(), "lora_unet_a.alpha": torch.tensor(-1.0)}, "alpha is -1.0"),
         ({DOWN: torch.full((2, 4), math.nan), UP: torch.ones(3, 2)}, "holds nan"),
         ({DOWN: torch.ones(2, 4), UP: torch.tensor([[1.0, -math.inf]])}, "holds inf"),
-        ({DOWN: torch.ones(2, 4, dtype=torch.float64), UP: torch.ones(3, 2)}, "dtype 'F64'"),
+        ({DOWN: torch.ones(2, 4, dtype=torch.int8), UP: torch.ones(3, 2)}, "dtype 'I8'"),
+        ({DOWN: torch.ones(0, 4), UP: torch.ones(3, 0)}, "shape [0, 4]"),
+        ({DOWN: torch.full((2, 4), 1e300, dtype=torch.float64), UP: torch.ones(3, 2)}, "holds inf"),
         ({**pair("a", style="kohya"), **pair("a", style="peft")}, "a second"),
         ({DOWN: torch.ones(2, 4), UP: torch.zeros(3, 2)}, "all 1 layers are zero"),
         ({**pair(), "lora_unet_a.alpha": torch.tensor(0.0)}, "all 1 layers are zero"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
-from modular_lora_guard.modular_lora.matching import Target, is_text, match_layers, mismatch, slice_shape
+from modular_lora_guard.modular_lora.matching import Target, match_layers, mismatch, slice_shape
+from modular_lora_guard.modular_lora.names import is_text
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 QUERY = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"

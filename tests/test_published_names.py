@@ -29,7 +29,7 @@ MISTAKES = {  # what else lies in a loras folder: a word of the refusal, some of
     "textual inversion": ("textual inversion", {"emb_params": 4}, torch.float32),
     "textual inversion SDXL": ("textual inversion", {"clip_l": 4, "clip_g": 4}, torch.float32),
     "AnimateDiff motion module": ("motion module", {"down_blocks.0.motion_modules.0.norm.weight": 4}, torch.float16),
-    "VAE": ("not a LoRA", {"encoder.conv_in.weight": 4, "encoder.conv_in.bias": 4}, torch.float32),
+    "VAE": ("is a VAE", {"encoder.conv_in.weight": 4, "encoder.conv_in.bias": 4}, torch.float32),
     "checkpoint": ("checkpoint", {"cond_stage_model.transformer.text_model.position_ids": 4}, torch.int64),
     "checkpoint, fp16": ("checkpoint", {"model.diffusion_model.out.2.weight": 4}, torch.float16),
     "LyCORIS IA3": ("IA3", {"lora_unet_conv_in.weight": 4, "lora_unet_conv_in.on_input": 1}, torch.float16),

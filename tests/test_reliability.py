@@ -36,3 +36,15 @@ def test_the_corpus_is_the_same_for_the_same_seed_and_no_file_comes_twice():
     first, again = (list(corrupted.corpus(Random(3), corrupted.KINDS, 60, ASSETS)) for _ in range(2))
     assert [raw for *_, raw in first] == [raw for *_, raw in again]
     assert len({raw for *_, raw in first}) == 60
+
+
+def test_a_file_that_is_written_over_whenever_it_is_read_is_refused(tmp_path, monkeypatch):
+    path, opened, rng = tmp_path / "a.safetensors", Path.open, Random(11)
+    for _ in range(10):
+        sound = corrupted.sound_file(rng, ASSETS)
+        path.write_bytes(sound.raw)
+        contents = iter(lambda sound=sound: corrupted.other_values(rng, sound), None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda *args, of=contents: corrupted.WrittenOver(opened(*args), of))
+            with pytest.raises(LoraFileError, match=r"^a\.safetensors: another program wrote to it"):
+                read_lora(path)

@@ -112,7 +112,7 @@ def with_options(chosen: dict) -> str:
 def _safety(made: options.Options) -> list[SafetyLora]:
     if not (isinstance(made, TaskOptions) and made.safety_lora):
         return []
-    return [SafetyLora(read_lora(made.safety_lora), made.safety_strength)]
+    return [SafetyLora(read_lora(made.safety_lora, scale=made.safety_scale), made.safety_strength)]
 
 
 def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -> str:

@@ -30,7 +30,8 @@ from ..modular_lora.comparing import Factor, factors, inner, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
-from ..modular_lora.matching import is_text, match_layers
+from ..modular_lora.matching import match_layers
+from ..modular_lora.names import is_text
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find
 WHOLE = 0.02  # of strength 1: this close, taking the LoRA out again gives W0 up to rounding

@@ -16,7 +16,7 @@ from ..modular_lora.adapters import Adapter, LoraLayer
 from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.files import LoraFile, describe_base, read_lora
 from ..modular_lora.guard import BASE_KEY, ROLE_KEY
-from ..modular_lora.matching import is_text
+from ..modular_lora.names import is_text
 from .output import kohya_hashes
 
 SHOWN = (  # metadata worth a line, in this order, where a file has it

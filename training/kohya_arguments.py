@@ -74,6 +74,7 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
     network = _network(options, run, "task") | {
         "safety": os.pathsep.join(str(s.lora.path.absolute()) for s in safety),
         "safety_strength": ",".join(str(s.strength) for s in safety),
+        "safety_scale": ",".join(s.lora.scale for s in safety),
         "project": "weight" if options.project else "",
         "dataset_sha256": run.dataset_sha256,
         "allow_contaminated_base": "yes" if options.allow_contaminated_base else "",

@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from ..modular_lora.options import Scale
 from .contamination import check_start
 from .output import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 
@@ -36,6 +37,7 @@ class Settings:
     role: str = "task"  # task or safety
     safety: str = ""  # files of the safety LoRAs, os.pathsep between them
     safety_strength: str = "1.0"  # in previews: one for all, or one each with commas between
+    safety_scale: str = "refuse"  # refuse, tensors or metadata (modular_lora.options.Scale), likewise
     project: str = "none"  # none or weight
     target: str = "linear"  # cross-attention, attention, linear, conv
     init_seed: str = ""  # "": --seed
@@ -67,6 +69,12 @@ class Settings:
         given = [float(text) for text in self.safety_strength.split(",")]
         return given * len(self.safety_files) if len(given) == 1 else given
 
+    @property
+    def scales(self) -> list[str]:
+        """One for each of `safety_files`."""
+        given = self.safety_scale.split(",")
+        return given * len(self.safety_files) if len(given) == 1 else given
+
     def check(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
@@ -83,6 +91,9 @@ class Settings:
             raise GuardError(
                 f"--network_args safety_strength: {count} for {len(self.safety_files)} LoRAs: give one or as many."
             )
+        if not set(self.scales) <= set(get_args(Scale)) or (self.safety and len(self.scales) != len(self.safety_files)):
+            known = ", ".join(get_args(Scale))
+            raise GuardError(f"--network_args safety_scale={self.safety_scale}: one of {known} for each LoRA: choose.")
 
 
 NAMES = {f.name for f in fields(Settings)}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
+from ..modular_lora.scales import check_scale
 from . import kohya_checks as checks
 from .contamination import check_base, known_bases
 from .kohya_checks import STATE, Settings
@@ -202,7 +203,10 @@ class _Guarded:
 def _hold(settings: Settings, architecture: Architecture, unet: nn.Module, text_encoder: Any) -> Held:
     """The safety LoRAs, matched whole to the model that sd-scripts loaded, and a look for them in its weights."""
     modules = find_modules(unet, _text_encoders(text_encoder, architecture))
-    safety = tuple(map(read_lora, settings.safety_files))
+    given = zip(settings.safety_files, settings.scales, strict=True)
+    safety = tuple(read_lora(path, scale=scale) for path, scale in given)
+    for lora in safety:
+        check_scale(lora.name, lora.stated, lora.layers, lora.scale)
     branches = [
         branch
         for lora, strength in zip(safety, settings.strengths, strict=False)

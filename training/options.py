@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from ..modular_lora.options import OptionError, add_arguments, coerce, load, opt, parse, tomllib
+from ..modular_lora.options import OptionError, Scale, add_arguments, coerce, load, opt, parse, tomllib
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "coerce", "fingerprint", "load", "parse",
@@ -33,7 +33,7 @@ SAVING = {
 }
 SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
-ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength"}  # options that do not change what is trained
+ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # these do not change what is trained
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class TaskOptions(Options):
     caption_dropout_rate: float = opt(0.0, "share of draws without a caption")
     safety_lora: str = opt("", "safety LoRA file: recorded, shown in previews, never in the training forward")
     safety_strength: float = opt(1.0, "its strength in the previews")
+    safety_scale: Scale = opt(
+        "refuse", "its alpha / rank, where the file's tensors and metadata give two: refuse, tensors or metadata"
+    )
     project: bool = opt(False, "keep the LoRA's down matrices out of the safety LoRA's row space, layer by layer")
     network_train_text_encoder: bool = opt(False, "train the text encoder's attention and MLP as well")
     text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder")
