@@ -31,6 +31,7 @@ class LoraRecord:
     strength_model: float
     strength_clip: float
     block_weights: str = ""
+    pending: bool = False  # a loader before the guard left it; ``sha256`` is of its values, its file is not known
 
 
 @dataclass(frozen=True)

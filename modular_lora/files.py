@@ -58,6 +58,12 @@ class LoraFile:
     layers: dict[str, Adapter]
     notes: tuple[str, ...] = ()  # what the file holds and nothing uses, a line each
     unread: tuple[str, ...] = ()  # tensors that no LoRA format of ComfyUI's has
+    places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a loader before the guard left it: its file is not known."""
+        return self.places is not None
 
     @cached_property
     def plain(self) -> dict[str, LoraLayer]:

@@ -23,6 +23,7 @@ from .interference import Interference, cancelled, interference
 from .layers import LayerSpec
 from .matching import is_text, mismatch
 from .model import ModelInfo
+from .pending import check_not_safety
 from .warm import Warm
 
 Part = Literal["model", "text"]
@@ -147,6 +148,9 @@ def build_part(
     for t in tasks:
         strength = t.strength_model if part == "model" else t.strength_clip
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
+    for task in (a for a in applied if a.lora.pending):
+        for s in (a for a in applied if a.role == "safety"):
+            check_not_safety((s.lora, s.match), (task.lora, task.match))
     reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
     with plain():
         layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
@@ -190,7 +194,7 @@ def make_record(
     loras = [LoraRecord("safety", s.lora.name, s.lora.sha256, s.strength, s.strength) for s in safety]
     for t in tasks:
         strengths = t.strength_model, t.strength_clip, t.block_weights
-        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths))
+        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths, pending=t.lora.pending))
     return Attestation(
         status="not sampled",
         pack=pack,
@@ -208,7 +212,7 @@ def make_record(
 def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool) -> Iterator[str]:
     """What is worth a line on the node and stops nothing."""
     if merged:
-        yield f"a LoRA was merged into {merged} weights before the guard, so the base is not W0"
+        yield f"a LoRA or model was merged into {merged} weights before the guard, so the base is not W0"
     for t in tasks:
         if not has_clip and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
             yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
