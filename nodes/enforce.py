@@ -1,11 +1,12 @@
 """Enforcement of the operator's policy: when a prompt is queued, as each of its nodes runs, and around every sampling.
 
 Without a policy only a handler for queued prompts is there, which looks at one file's state. While one is in force,
-three functions of ComfyUI are wrapped:
+functions of ComfyUI are wrapped:
 
 * ``execution.get_output_data``, through which every node runs, nodes that others expand to included,
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
-* ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it
+* ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
+* what reads files of weights, and what uses text encoders and VAEs (weights.py)
 
 (0.3.75 and 0.33.0, tested in both). Each asks for the policy of that moment, and a sampling run once more at its end: a
 policy that changes in between holds as well, so that a run that ends has satisfied both.
@@ -24,9 +25,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 from server import PromptServer
@@ -36,7 +42,7 @@ from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
 from ..operators.policy import Policy, PolicyError
 from ..operators.rules import Refusal, RefusedError
-from . import facts, host
+from . import facts, host, weights
 from . import policy as policies
 from .guard import GuardModel
 from .sockets import CATEGORY
@@ -244,8 +250,11 @@ def _node(original: Callable) -> Callable:
         try:
             if (policy := policies.current()) is not None:
                 token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
-            made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
-            if policy is not None:
+            if policy is None:
+                return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+            with weights.reading() as read:
+                made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+                weights.end(policy, read, made[0])
                 _check_shown(policy, facts.facts(type(obj)), made[1])
                 for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
                     task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
@@ -276,6 +285,8 @@ def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str,
         one = denied or refusals[0]
         raise RefusedError(one.rule, f"{one.type}: {one.reason}", one.remedy)
     values = [(name, value) for name, some in inputs.items() for value in some]
+    for value in weights.models([value for _, value in values]):
+        weights.check_base(policy, value)
     if policy.guard.required and not said.ours:
         _check_models(policy, names, values)
     if said.is_output:
@@ -348,6 +359,7 @@ def _sampling(original: Callable) -> Callable:
         if policy is None or _evaluating.get() is ANY_MODEL:
             return original(self, *args, **kwargs)
         guarded = isinstance(self.model_patcher, host.GuardMixin)
+        weights.check_base(policy, self.model_patcher)
         if policy.guard.required and not guarded:
             what = "sampling began on a MODEL that is not guarded"
             raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
@@ -358,23 +370,24 @@ def _sampling(original: Callable) -> Callable:
             output = original(self, *args, **kwargs)
         finally:
             _evaluating.reset(token)
-        _end(self.model_patcher if guarded else None)
+        _end(self.model_patcher, guarded)
         return output
 
     return sample
 
 
-def _end(patcher: Any | None) -> None:
+def _end(patcher: Any, guarded: bool) -> None:
     """After a run: it must satisfy the policy of now too, and stand in the record before anybody has its latents."""
     if (policy := policies.current()) is None:
         return
-    run = host.attestation(patcher) if patcher is not None else None
+    base = weights.check_base(policy, patcher)
+    run = host.attestation(patcher) if guarded else None
     if run is not None:
         policies.check_run(policy, run)
     elif policy.guard.required:
         what = "the policy asks for a guard since this run began"
         raise RefusedError("guard.required", what, "queue it again, guarded")
-    policies.record_run(policy, run)
+    policies.record_run(policy, run, base)
 
 
 def _evaluation(original: Callable) -> Callable:
@@ -387,6 +400,8 @@ def _evaluation(original: Callable) -> Callable:
             if policy is not None and policy.guard.required:
                 what = "a diffusion model was evaluated outside of a guarded run"
                 raise RefusedError("guard.required", what, "use a Guarded sampler")
+            if policy is not None:
+                weights.check_base(policy, self)
         return original(self, *args, **kwargs)
 
     return apply_model
@@ -396,4 +411,11 @@ _WRAPPED = (
     _Wrapped(_execution, "get_output_data", _node),
     _Wrapped(lambda: comfy.samplers.CFGGuider, "sample", _sampling),
     _Wrapped(lambda: comfy.model_base.BaseModel, "apply_model", _evaluation),
+    _Wrapped(lambda: comfy.utils, "load_torch_file", weights.loading),
+    _Wrapped(lambda: comfy.clip_vision, "load_torch_file", weights.loading),
+    _Wrapped(lambda: folder_paths, "get_full_path", weights.finding),
+    _Wrapped(lambda: comfy.sd1_clip, "load_embed", weights.embedding),
+    _Wrapped(lambda: comfy.sd.CLIP, "load_model", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode_tiled", weights.using),
 )

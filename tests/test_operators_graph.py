@@ -68,6 +68,9 @@ class Files:
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         return "" if (name, key) == ("safety.safetensors", "team") else f"{name}: not signed by {key}"
 
+    def uploaded(self, name: str) -> str | None:
+        return "output" if name.startswith("uploaded") else None
+
 
 def node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
