@@ -23,7 +23,10 @@ patching = ["LoraLoader", "LoraLoaderModelOnly", "ModelMergeSimple", "CLIPMergeS
 
 @contextmanager
 def sent(ground: Ground, source: Path, kind: str, name: str = "sent.safetensors") -> Iterator[str]:
-    """A file uploaded to a folder of models below the output folder, which main.py adds for five kinds."""
+    """A file uploaded to a folder of models below the output folder, which main.py adds for five kinds.
+
+    What is in it matters only where it would be read: an upload is of 100 MB at most.
+    """
     folder_paths = ground.comfy.folder_paths
     folder, kind = ground.base / "output" / kind, folder_paths.map_legacy(kind)
     folder_paths.add_model_folder_path(kind, str(folder))
@@ -36,7 +39,6 @@ def sent(ground: Ground, source: Path, kind: str, name: str = "sent.safetensors"
         yield name
     finally:
         (folder / name).unlink()
-        folder_paths.get_folder_paths(kind)
         folder_paths.folder_names_and_paths[kind][0].remove(str(folder))
         folder_paths.filename_list_cache.clear()
 
@@ -66,7 +68,7 @@ def _(ground):
 
 @attempt("a checkpoint is uploaded into the folder of checkpoints")
 def _(ground):
-    with sent(ground, checkpoint(ground), "checkpoints") as name:
+    with sent(ground, part(ground, "model.diffusion_model."), "checkpoints") as name:
         made = guarded()
         made["ckpt"]["inputs"]["ckpt_name"] = name
         ground.send(made)
@@ -74,7 +76,7 @@ def _(ground):
 
 @attempt("the name of an uploaded checkpoint comes over a link")
 def _(ground):
-    with sent(ground, checkpoint(ground), "checkpoints") as name:
+    with sent(ground, part(ground, "model.diffusion_model."), "checkpoints") as name:
         made = guarded()
         made["name"] = node("EscText", text=name)
         made["ckpt"]["inputs"]["ckpt_name"] = ["name", 0]
@@ -83,7 +85,7 @@ def _(ground):
 
 @attempt("the name of an uploaded checkpoint is wrapped as the front end wraps a list")
 def _(ground):
-    with sent(ground, checkpoint(ground), "checkpoints") as name:
+    with sent(ground, part(ground, "model.diffusion_model."), "checkpoints") as name:
         made = guarded()
         made["ckpt"]["inputs"]["ckpt_name"] = {"__value__": name}
         ground.send(made)
@@ -91,7 +93,7 @@ def _(ground):
 
 @attempt("a text encoder is uploaded into the folder of text encoders")
 def _(ground):
-    with sent(ground, part(ground, "cond_stage_model.transformer."), "clip") as name:
+    with sent(ground, part(ground, "first_stage_model."), "clip") as name:
         made = guarded()
         made["text"] = node("CLIPLoader", clip_name=name, type="stable_diffusion")
         made["pos"]["inputs"]["clip"] = ["text", 0]
@@ -157,7 +159,7 @@ def _(ground):
 
 @attempt("an uploaded checkpoint is named by a path that climbs out of the folder", "invalid")
 def _(ground):
-    with sent(ground, checkpoint(ground), "checkpoints") as name:
+    with sent(ground, part(ground, "model.diffusion_model."), "checkpoints") as name:
         made = guarded()
         made["ckpt"]["inputs"]["ckpt_name"] = f"../../output/checkpoints/{name}"
         ground.send(made)
