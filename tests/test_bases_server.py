@@ -98,7 +98,7 @@ def test_an_uploaded_u_net_is_not_sampled_under_a_policy(
         client.run(graphs.guarded(setting), timeout=300)  # the base that is named
         policy.write_text(f'[guard]\nrequired = [{{sha256 = "{safety}"}}]\n[base]\nallow = ["{safety}"]\n', "utf-8")
         time.sleep(1.5)  # the policy is looked at once a second
-        with pytest.raises(Failed, match="policy: base.allow"):
+        with pytest.raises(Failed, match=r"policy: base\.allow"):
             client.run(graphs.guarded(world.setting(steps=2, seed=8, prompts=("gloss, cat face",))), timeout=300)
     finally:
         policy.unlink()
