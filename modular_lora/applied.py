@@ -53,7 +53,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
     specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else (spec.outputs,) for key, spec in specs.items()}
-    match = match_layers(lora, names, info.key_map, shapes, info.family, whole=role == "safety")
+    match = match_layers(lora, names, lora.places or info.key_map, shapes, info.family, whole=role == "safety")
     if role == "safety" and match.unmatched:
         raise GuardError(mismatch(lora, match, info.family))
     adapters = dict(_taken(role, lora, match, specs))

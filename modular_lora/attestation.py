@@ -32,6 +32,7 @@ class LoraRecord:
     strength_clip: float
     block_weights: str = ""
     scale: str = ""  # "tensors" or "metadata": which was chosen where the file gives two scales; "" where it gives one
+    pending: bool = False  # a loader before the guard left it; ``sha256`` is of its values, its file is not known
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ class LoraFile:
     unread: tuple[str, ...] = ()  # tensors that no LoRA format of ComfyUI's has
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
+    places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a loader before the guard left it: its file is not known."""
+        return self.places is not None
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

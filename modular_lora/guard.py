@@ -26,6 +26,7 @@ from .magnitude import check_magnitudes
 from .matching import mismatch
 from .model import ModelInfo
 from .names import is_text
+from .pending import check_not_safety
 from .scales import check_scale
 from .warm import Warm
 
@@ -156,9 +157,12 @@ def build_part(
     for t in tasks:
         strength = t.strength_model if part == "model" else t.strength_clip
         applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
-    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
-    if enforce:
+    for task in (a for a in applied if a.lora.pending):
+        for s in (a for a in applied if a.role == "safety"):
+            check_not_safety((s.lora, s.match), (task.lora, task.match))
+    if enforce:  # before other figures, which mean nothing where values are that large
         check_magnitudes(applied, info)
+    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
     with plain():
         layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
         branches = Branches(layers, info.roots, info.parts, _meter(applied, policy.acted_strength_floor, enforce))
@@ -215,7 +219,7 @@ def make_record(
     ]
     for t in tasks:
         strengths = t.strength_model, t.strength_clip, t.block_weights
-        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths))
+        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths, pending=t.lora.pending))
     return Attestation(
         status="not sampled",
         pack=pack,
@@ -233,7 +237,7 @@ def make_record(
 def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool) -> Iterator[str]:
     """What is worth a line on the node and stops nothing."""
     if merged:
-        yield f"a LoRA was merged into {merged} weights before the guard, so the base is not W0"
+        yield f"a LoRA or model was merged into {merged} weights before the guard, so the base is not W0"
     for t in tasks:
         if not has_clip and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
             yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"

@@ -7,7 +7,8 @@ these functions of ComfyUI are wrapped:
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
-* and those that texts.py names, through which texts become embeddings.
+* those that texts.py names, through which texts become embeddings,
+* and what reads files of weights, and what uses text encoders and VAEs (weights.py)
 
 (0.3.75 and 0.33.0, tested in both), and what shows pictures or values on the way: ``execution.format_value``,
 ``comfy.utils.ProgressBar.update_absolute`` and ``comfy_execution.progress.ProgressRegistry.update_progress``
@@ -28,12 +29,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
 import comfy_execution.progress
+import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
@@ -42,7 +46,7 @@ from ..operators import bounds
 from ..operators import graph as graphs
 from ..operators.policy import Policy, PolicyError
 from ..operators.rules import Refusal, RefusedError
-from . import facts, host, leaving, texts
+from . import facts, host, leaving, texts, weights
 from . import policy as policies
 from .guard import GuardModel
 from .sockets import CATEGORY
@@ -289,8 +293,11 @@ def _node(original: Callable) -> Callable:
                 node = leaving.node_of(type(obj))
                 token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
                 showing = leaving.begin(policy, node)
-            made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
-            if policy is not None:
+            if policy is None:
+                return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+            with weights.reading() as read:
+                made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+                weights.end(policy, read, made[0])
                 made = leaving.given_out(policy, node, input_data_all, made)
                 for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
                     task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
@@ -323,6 +330,8 @@ def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str,
         one = denied or refusals[0]
         raise RefusedError(one.rule, f"{one.type}: {one.reason}", one.remedy)
     values = [(name, value) for name, some in inputs.items() for value in some]
+    for value in weights.models([value for _, value in values]):
+        weights.check_base(policy, value)
     if policy.guard.required and not said.ours:
         _check_models(policy, names, values)
     leaving.check(policy, leaving.node_of(kind), inputs)
@@ -356,6 +365,7 @@ def _sampling(original: Callable) -> Callable:
         if policy is None or _evaluating.get() is ANY_MODEL:
             return original(self, *args, **kwargs)
         guarded = isinstance(self.model_patcher, host.GuardMixin)
+        weights.check_base(policy, self.model_patcher)
         if policy.guard.required and not guarded:
             what = "sampling began on a MODEL that is not guarded"
             raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
@@ -367,23 +377,24 @@ def _sampling(original: Callable) -> Callable:
         finally:
             said = texts.stop(collecting)
             _evaluating.reset(token)
-        _end(self.model_patcher if guarded else None, said)
+        _end(self.model_patcher, guarded, said)
         return output
 
     return sample
 
 
-def _end(patcher: Any | None, said: texts.Texts | None) -> None:
+def _end(patcher: Any, guarded: bool, said: texts.Texts | None) -> None:
     """After a run: it must satisfy the policy of now too, and stand in the record before anybody has its latents."""
     if (policy := policies.current()) is None:
         return
-    run = host.attestation(patcher) if patcher is not None else None
+    base = weights.check_base(policy, patcher)
+    run = host.attestation(patcher) if guarded else None
     if run is not None:
         policies.check_run(policy, run)
     elif policy.guard.required:
         what = "the policy asks for a guard since this run began"
         raise RefusedError("guard.required", what, "queue it again, guarded")
-    policies.record_run(policy, run, said if policy.record.prompts else None)
+    policies.record_run(policy, run, base, said if policy.record.prompts else None)
 
 
 def _evaluation(original: Callable) -> Callable:
@@ -396,6 +407,8 @@ def _evaluation(original: Callable) -> Callable:
             if policy is not None and policy.guard.required:
                 what = "a diffusion model was evaluated outside of a guarded run"
                 raise RefusedError("guard.required", what, "use a Guarded sampler")
+            if policy is not None:
+                weights.check_base(policy, self)
         return original(self, *args, **kwargs)
 
     return apply_model
@@ -426,4 +439,11 @@ _WRAPPED = (
     _Wrapped(_execution, "format_value", leaving.no_values),
     _Wrapped(lambda: comfy.utils.ProgressBar, "update_absolute", leaving.no_previews),
     _Wrapped(lambda: comfy_execution.progress.ProgressRegistry, "update_progress", leaving.no_previews),
+    _Wrapped(lambda: comfy.utils, "load_torch_file", weights.loading),
+    _Wrapped(lambda: comfy.clip_vision, "load_torch_file", weights.loading),
+    _Wrapped(lambda: folder_paths, "get_full_path", weights.finding),
+    _Wrapped(lambda: comfy.sd1_clip, "load_embed", weights.embedding),
+    _Wrapped(lambda: comfy.sd.CLIP, "load_model", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode_tiled", weights.using),
 )

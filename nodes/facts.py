@@ -10,6 +10,7 @@ from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
 from ..operators.policy import Policy
 from . import policy as policies
+from . import weights
 from .load import SAFETY_FOLDERS, TASK_FOLDERS
 from .sockets import lora_path
 
@@ -22,7 +23,7 @@ class Files:
     """See operators.graph.Files."""
 
     def __init__(self, policy: Policy):
-        self.policy = policy
+        self.policy, self.uploaded = policy, weights.Choices().uploaded
 
     def sha256(self, node_type: str, name: str) -> str | None:
         try:

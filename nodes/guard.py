@@ -37,7 +37,8 @@ class GuardModel(io.ComfyNode):
                     "accept_merged",
                     default=False,
                     optional=True,
-                    tooltip="Take a MODEL that already has a LoRA merged into its weights; the report then says so.",
+                    tooltip="Take a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task LoRAs, a "
+                    "merge part of the base, which every report of the picture then says.",
                 ),
             ],
             outputs=[

@@ -34,7 +34,7 @@ from ..modular_lora.guard import (
     text_digest,
 )
 from ..modular_lora.report import format_guard, format_memory
-from . import warm
+from . import pending, warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .measured import evaluation_rows, measured_eagerly
 from .memory import MemoryMixin, compute_dtype
@@ -339,24 +339,32 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
         if patcher is not None:
             _check_incoming(patcher, accept_merged, what)
+    before, text = pending.of(model), pending.of(clip and clip.patcher)
+    tasks = (*tasks, *pending.tasks(before, text))
     key = warm.key(model, clip, safety, tasks, policy)
-    built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy))
-    state = GuardState(built.model, built.record, frozenset(model.patches), built.text_digest)
-    guarded = _wrap(model.clone(), state)
+    merged = len(before.rest) + len(text.rest)
+    built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy, merged))
+    state = GuardState(built.model, built.record, frozenset(before.rest), built.text_digest)
+    guarded = model.clone()
+    pending.leave(guarded, before)
+    guarded = _wrap(guarded, state)
     widen(guarded, state.part.branches)
+    if text.found or built.text:
+        clip = clip.clone()
+        pending.leave(clip.patcher, text)
     if built.text:
-        clip = _wrap_clip(clip.clone(), replace(state, part=built.text, patches=frozenset(clip.patcher.patches)))
+        clip = _wrap_clip(clip, replace(state, part=built.text, patches=frozenset(text.rest)))
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
     memory = format_memory(size, len(warm.guards), warm.guards.nbytes)
     return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
 
 
-def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> warm.Built:
+def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: int) -> warm.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
-    record = make_record(PACK, family(model), model_sha256(model), bool(model.patches), (parts[0], text), safety, tasks)
-    remarks = notes(safety, tasks, record.base_sha256, len(model.patches), clip is not None)
+    record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
+    remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     return warm.Built(parts[0], text, record, text_digest(safety), report)
 
@@ -389,10 +397,14 @@ def _check_incoming(patcher, accept_merged: bool, what: str) -> None:
     if isinstance(patcher, GuardMixin):
         raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
     if patcher.patches and not accept_merged:
-        raise GuardError(
-            f"{what} has a LoRA or model merged into {len(patcher.patches)} weights already: load it with Load Task "
-            "LoRA instead, or switch accept_merged on and take it as part of the base."
+        found = pending.of(patcher)
+        remedy = (
+            "leave that node out, or switch accept_merged on: pictures then read merged base"
+            if found.why
+            else "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
         )
+        kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
+        raise GuardError(f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.")
     _check_clean(patcher, frozenset(patcher.patches), what)
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def fingerprint() -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a LoRA file, read again when the file changes."""
-    key = (str(path), _state(path))
+    key = (str(path), file_state(path))
     return _hashes.get(key) or _hashes.put(key, sha256_file(path))
 
 
@@ -107,7 +108,7 @@ def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:
     """Why the signature of a LoRA file by a key of the policy does not hold; "" where it does."""
     public = policy.key_paths()[key]
     day = datetime.datetime.now(datetime.timezone.utc).date()
-    asked = (str(path), sha256, key, *map(_state, (path, signing.signature_path(path), public)), day)
+    asked = (str(path), sha256, key, *map(file_state, (path, signing.signature_path(path), public)), day)
     if asked not in _signatures:
         try:
             signing.verify(path, {key: public}, sha256=sha256)
@@ -117,7 +118,7 @@ def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:
     return _signatures[asked]
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
+def file_state(path: Path) -> tuple[int, ...] | None:
     try:
         found = os.stat(path)
     except OSError:
@@ -192,14 +193,18 @@ def record_gate(settings_sha256: str, detector: Detector, outcome: Outcome) -> N
     record(policy, "gate", **said, flags=list(outcome.flags), changed=list(outcome.changed))
 
 
-def record_run(policy: Policy, run: Attestation | None, texts: tuple[tuple[str, ...], int] | None) -> None:
+def record_run(
+    policy: Policy, run: Attestation | None, base: Sequence[str], texts: tuple[tuple[str, ...], int] | None
+) -> None:
     """A line of one sampling run; ``run`` None: the policy asks for no guard, and there was none.
 
-    ``texts``: those of the embeddings that it used, and how many rows of these have none that is known.
+    ``base``: SHA-256 of the files that the diffusion model was made of, where the policy names bases. ``texts``: those
+    of the embeddings that it used, and how many rows of these have none that is known.
     """
     said = {"status": "unguarded"} if run is None else asdict(run)
     known, unknown = texts or ((), 0)
     more = {"rows_without_known_text": unknown} if texts is not None else {}
+    more |= {"base_files": list(base)} if base else {}
     record(policy, "run", prompts=known, attestation=said, **more)
 
 

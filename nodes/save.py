@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,8 @@ class SaveAttestedImage(io.ComfyNode):
         if missing and unattested == "refuse":
             raise GuardError(f"{missing} of {len(found)} pictures are {EDITED}; connect Guarded VAE Decode directly.")
         results = save(cls, images, found, filename_prefix, Style())
-        show(cls, f"{len(found) - missing} of {len(found)} pictures attested" + f"; {missing} {EDITED}" * bool(missing))
+        said = f"{len(found) - missing} of {len(found)} pictures attested{on_merged(found)}"
+        show(cls, said + f"; {missing} {EDITED}" * bool(missing))
         return io.NodeOutput(ui=ui.SavedImages(results))
 
 
@@ -131,8 +132,15 @@ class SaveGatedImage(io.ComfyNode):
         fit = [i for i, problem in enumerate(problems) if problem is None]
         results = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
         skipped = f"; left out: {counts}" if counts else ""
-        show(cls, f"{len(fit)} of {len(found)} pictures saved, attested and gated{skipped}")
+        merged = on_merged(found[i] for i in fit)
+        show(cls, f"{len(fit)} of {len(found)} pictures saved, attested and gated{merged}{skipped}")
         return io.NodeOutput(ui=ui.SavedImages(results))
+
+
+def on_merged(found: Iterable[Known]) -> str:
+    """How many of the attested pictures are of a base with merged LoRAs or models, in words; "" where none is."""
+    merged = sum(k.guarded and k.run.base_had_merged_loras for k in found)
+    return f", {merged} of them on a merged base" if merged else ""
 
 
 def _problem(picture: Known, save_flagged: bool) -> str | None:

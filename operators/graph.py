@@ -53,14 +53,17 @@ class NodeFacts:
 
 
 class Files(Protocol):
-    """What is known of LoRA files by their names in the drop-downs.
+    """What is known of files by their names in the drop-downs; of LoRAs the first two.
 
-    ``sha256``: None where there is no such file; ``unsigned``: why a key's signature does not hold, "" where it does.
+    ``sha256``: None where there is no such file; ``unsigned``: why a key's signature does not hold, "" where it does;
+    ``uploaded``: the folder that requests can write to from which weights of this name would be read, or None.
     """
 
     def sha256(self, node_type: str, name: str) -> str | None: ...
 
     def unsigned(self, node_type: str, name: str, key: str) -> str: ...
+
+    def uploaded(self, name: str) -> str | None: ...
 
 
 class Kind(NamedTuple):
@@ -278,12 +281,21 @@ class _Graph:
     def _of(self, name: str) -> Iterator[Said]:
         """(rule, reason, remedy) of one node that would run."""
         facts = self._of_node(name)
+        yield from self._choices(name, facts)
         if self.policy.guard.required:
             yield from self._models(name)
         if facts.is_output or facts.sends or self._type(name) in self.policy.nodes.showing:
             yield from self._leaving(name)
         if facts.ours:
             yield from self._literals(name)
+
+    def _choices(self, name: str, facts: NodeFacts) -> Iterator[Said]:
+        """Weights that a request can have written, chosen in a drop-down."""
+        for key in (key for key, type in facts.inputs.items() if type == "COMBO"):
+            chosen = _literal(self.graph[name], key)
+            if isinstance(chosen, str) and (folder := self.files.uploaded(chosen)):
+                what = f"{key} {chosen!r} would be read from {folder}, a folder that requests can write to"
+                yield "weights", what, "ask the operator to put it into a folder of models"
 
     def _models(self, name: str) -> Iterator[Said]:
         kind, facts, nodes = self._type(name), self._of_node(name), self.policy.nodes

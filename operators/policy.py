@@ -187,6 +187,13 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Base:
+    """Diffusion models, text encoders and VAEs by their files' SHA-256. ``allow`` None: every one."""
+
+    allow: tuple[str, ...] | None = _key(_list(_sha256, "SHA-256 values"), None)
+
+
+@dataclass(frozen=True)
 class Tasks:
     """Task LoRAs by SHA-256. ``allow`` None: every one that ``deny`` does not name."""
 
@@ -258,6 +265,7 @@ class Policy:
     guard: Guard = field(
         metadata={"check": _table(Guard), "missing": "is missing: a table [guard] with the key required"}
     )
+    base: Base = _key(_table(Base), Base())
     tasks: Tasks = _key(_table(Tasks), Tasks())
     open: Open = _key(_table(Open), Open())
     gate: Gate = _key(_table(Gate), Gate())

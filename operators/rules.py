@@ -52,12 +52,15 @@ def task_refused(policy: Policy, name: str, sha256: str) -> Said | None:
 def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
     """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
     for lora in run.loras:
+        if lora.pending and (rule := _asks_for_files(policy)):
+            what = f"task LoRA {lora.name} came with the model, so its file is not known"
+            raise RefusedError(rule, what, "load it with Load Task LoRA")
         if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256)):
             raise RefusedError(*said)
     if not policy.guard.required:
         return
     if run.base_had_merged_loras:
-        what = "LoRAs were merged into the base, which may cancel a safety LoRA"
+        what = "LoRAs or models were merged into the base, which may cancel a safety LoRA"
         raise RefusedError("guard.required", what, "connect the checkpoint's own MODEL")
     for one in policy.guard.required:
         why = {lora: _unlike(lora, one, unsigned) for lora in run.safety}
@@ -70,6 +73,13 @@ def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
             what = f"the safety LoRA that is required ({one.name}) has a net strength of {net:.3f}"
             least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
             raise RefusedError("guard.required", what, least)
+
+
+def _asks_for_files(policy: Policy) -> str | None:
+    """The rule that only the file of a task LoRA can answer."""
+    if policy.tasks.allow is not None or policy.tasks.deny:
+        return "tasks.deny" if policy.tasks.allow is None else "tasks.allow"
+    return "guard.contamination_is_error" if policy.guard.contamination_is_error else None
 
 
 def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:

@@ -93,6 +93,9 @@ class Files:
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         return "" if (name, key) == ("safety.safetensors", "team") else f"{name}: not signed by {key}"
 
+    def uploaded(self, name: str) -> str | None:
+        return "output" if name.startswith("uploaded") else None
+
 
 def node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
@@ -363,3 +366,13 @@ def test_no_way_of_wiring_brings_an_unguarded_model_to_a_sampler(kinds: list[str
     if "ImageInvert" not in kinds:
         assert refused(graph, named) == {"sample": {"guard.required"}}
     assert refused(graph)
+
+
+def test_weights_that_a_request_can_have_written_are_refused_by_their_name_in_any_loader():
+    graph = guarded()
+    graph["ckpt"]["inputs"]["ckpt_name"] = "uploaded.safetensors"
+    assert refused(graph) == refused(graph, "[open]\nunattested = true") == {"ckpt": {"weights"}}
+    graph["ckpt"]["inputs"]["ckpt_name"] = {"__value__": "uploaded.safetensors"}
+    assert refused(graph) == {"ckpt": {"weights"}}
+    graph["ckpt"]["inputs"]["ckpt_name"] = "world.safetensors"
+    assert refused(graph) == {}

@@ -292,3 +292,11 @@ def test_a_policy_signed_by_another_key_is_refused(place: Path, signed: Path, tm
     signing.sign(place, tmp_path / "other.pem")
     with pytest.raises(PolicyError, match="is not accepted"):
         load(place)
+
+
+def test_bases_are_named_by_the_sha256_of_their_files():
+    text = '[guard]\nrequired = []\n[base]\nallow = ["' + "A" * 64 + '"]\n'
+    assert parse(text.encode(), Path(FILE)).base.allow == ("a" * 64,)
+    assert parse(b"[guard]\nrequired = []\n", Path(FILE)).base.allow is None
+    with pytest.raises(PolicyError, match=r"base\.allow\.0|base\.allow\[0\]|64 hexadecimal"):
+        parse(text.replace("A" * 64, "A").encode(), Path(FILE))

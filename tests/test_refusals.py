@@ -172,10 +172,10 @@ def test_skip_layer_guidance_stops_because_branches_did_not_run(run_graph, loras
         run_graph(sampled(graph, ["skip", 0]))
 
 
-def test_a_lora_merged_before_the_guard_is_refused_unless_accepted_and_then_reported(run_graph, loras):
+def test_a_model_merged_before_the_guard_is_refused_unless_accepted_and_then_reported(run_graph, loras):
     graph = guarded_graph()
-    graph["lora"] = node("LoraLoaderModelOnly", model=["ckpt", 0], lora_name="other.safetensors", strength_model=1.0)
-    graph["guard"]["inputs"]["model"] = ["lora", 0]
+    graph["merge"] = node("ModelMergeSimple", model1=["ckpt", 0], model2=["ckpt", 0], ratio=0.5)
+    graph["guard"]["inputs"]["model"] = ["merge", 0]
     with pytest.raises(GraphError, match="merged into"):
         run_graph(graph)
     graph["guard"]["inputs"]["accept_merged"] = True
