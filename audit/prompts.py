@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
 from .options import AuditOptions
 from .plan import Item
@@ -141,12 +142,11 @@ class _Skip(Exception):
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return textfiles.decode(path.read_bytes())
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path.name}: is no UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    except textfiles.TextError as error:
+        raise PromptError(f"{path.name}: {error}: save it as UTF-8.") from error
 
 
 def _lines(text: str) -> list[dict[str, Any]]:

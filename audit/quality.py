@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.picturefiles import decode
 from . import pictures
 from .judge import Judge
 from .options import AuditOptions
@@ -210,7 +211,7 @@ def clip_scorer(folder: Path) -> Callable[[Sequence[Drawn]], float]:
 
 
 def _image(path: Path):
-    return pictures.decode(path.read_bytes()).image
+    return decode(path.read_bytes()).image
 
 
 def _batches(some: Sequence) -> Iterable[Sequence]:
