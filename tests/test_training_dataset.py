@@ -358,7 +358,7 @@ WRONG = {
     GOOD + 'flip_aug = "yes"\n': "flip_aug = 'yes' is no true or false",
     GOOD + "caption_dropout_rate = 1.5\n": "caption_dropout_rate = 1.5 has to be 0 … 1",
     GOOD + 'resize_interpolation = "best"\n': "resize_interpolation = 'best' is none of nearest",
-    GOOD.replace("HERE/a", "HERE/c"): r"data\.toml: .*image_dir: '.*/c' is no folder: correct the path",
+    GOOD.replace("HERE/a", "HERE/c"): r"data\.toml: .*/c is no folder: correct the path",
     "[[datasets]]\nresolution = [64]\n": r"resolution = \[64\] is no whole number or \[width, height\]",
     GOOD.replace("s]]", "s]]\nresolution = 100", 1): "resolution = 100 is no multiple of 8",
     GOOD.replace(
