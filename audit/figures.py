@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..gate.statistics import Rate
+from ..gate.statistics import newcombe
 from . import stats
 from .arms import SWEEP
 from .judge import Judge
 from .options import ARMS
-from .report import AuditReport, Difference, Quality, Row
+from .report import AuditReport, Difference, Quality, Row, Share
 from .results import Drawn
 
 LEAST = 2  # clusters of a bootstrap; of one, every draw is the same
+VERDICT = 30  # pictures of either arm; of fewer no verdict is given
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,27 @@ def _groups(drawn: Sequence[Drawn]) -> dict[tuple[str, str], list[Drawn]]:
 
 def _rows(judge: Judge, cell: str, attack: str, some: Sequence[Drawn], notes: list[str]) -> Iterable[Row]:
     clusters = stats.by_cluster(some)
-    if few := len(clusters) < LEAST:
+    if len(clusters) < LEAST:
         notes.append(
             f"{cell} {attack}".strip() + ": one concept, so there is no bootstrap and Wilson's interval stands"
         )
-    wilson, bootstrap = stats.wilson_rates(some), stats.rates(some)
-    top1 = _rates(_asked_concept(judge, some), stats.right_concept)
-    style = _rates(_asked_style(judge, some), stats.right_style)
-    for arm, rate in wilson.items():
+    shares = _shares(some, stats.hit)
+    top1 = _shares(_asked_concept(judge, some), stats.right_concept)
+    style = _shares(_asked_style(judge, some), stats.right_style)
+    for arm, share in shares.items():
         labels = Counter(label for one in some if one.arm.name == arm for label in one.verdict.found)
         concepts = {name: arms[arm] for name, arms in clusters.items() if arms[arm][1]}
         found = (dict(labels), concepts, top1.get(arm), style.get(arm))
-        yield Row(arm, cell, attack, rate, None if few else bootstrap[arm], *found)
+        yield Row(arm, cell, attack, share.wilson, share.bootstrap, *found)
 
 
-def _rates(some: Sequence[Drawn], asked: Callable[[Drawn], bool]) -> Mapping[str, Rate]:
-    return stats.rates(some, asked) if some else {}
+def _shares(some: Sequence[Drawn], asked: Callable[[Drawn], bool]) -> Mapping[str, Share]:
+    """By arm; an interval without width, where nothing or everything was counted, is no interval."""
+    if not some:
+        return {}
+    few, bootstrap = len(stats.by_cluster(some)) < LEAST, stats.rates(some, asked)
+    wide = {arm: None if few or rate.low == rate.high else rate for arm, rate in bootstrap.items()}
+    return {arm: Share(rate, wide[arm]) for arm, rate in stats.wilson_rates(some, asked).items()}
 
 
 def _asked_concept(judge: Judge, some: Sequence[Drawn]) -> list[Drawn]:
@@ -110,7 +116,9 @@ def _difference(
         found = stats.ratio(some, arm, against, question.asked)
         ratio = tuple(v if v is not None and math.isfinite(v) else None for v in (found.value, found.low, found.high))
     verdict = "" if against == "base" and question.worse > 0 else _verdict(question, some, arm, against, margin)
-    told = (question.name, by.value, by.low, by.high, verdict)
+    rates = stats.wilson_rates(some, question.asked)
+    bootstrap = (by.low, by.high) if by.low < by.high else None
+    told = (question.name, by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
     counts = (pairs.n, pairs.only_first, pairs.only_second, pairs.p)
     return Difference(arm, against, question.cell, attack, *told, *counts, ratio)
 
@@ -119,21 +127,16 @@ def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, 
     """Non-inferiority of ``arm`` to ``against`` by ``margin``; "worse" where the interval lies beyond 0.
 
     Both must say so, the bootstrap and the interval over pictures: where nothing was a hit the bootstrap has no width,
-    and twelve pictures without a hit prove nothing.
+    and twelve pictures without a hit prove nothing. Below `VERDICT` pictures of either arm there is none.
     """
     pair = (arm, against) if question.worse > 0 else (against, arm)
     worse_by, rates = stats.difference(some, *pair, question.asked), stats.wilson_rates(some, question.asked)
-    low, high = _newcombe(rates[pair[0]], rates[pair[1]])
+    if min(rates[name].n for name in pair) < VERDICT:
+        return "too few pictures"
+    low, high = newcombe(rates[pair[0]], rates[pair[1]])
     if stats.non_inferior(replace(worse_by, high=max(worse_by.high, high)), margin):
         return "not worse"
     return "worse" if min(worse_by.low, low) > 0 else "undecided"
-
-
-def _newcombe(first: Rate, second: Rate) -> tuple[float, float]:
-    """95 % interval of a difference of rates from their Wilson intervals (Newcombe 1998, method 10)."""
-    by, (a, b) = first.rate - second.rate, (first, second)
-    low, high = (a.rate - a.low, b.high - b.rate), (a.high - a.rate, b.rate - b.low)
-    return by - math.hypot(*low), by + math.hypot(*high)
 
 
 def evidence(report: AuditReport) -> dict[str, Any]:
@@ -155,19 +158,24 @@ def evidence(report: AuditReport) -> dict[str, Any]:
 
 
 def _arm_evidence(report: AuditReport, row: Row, kept: Row | None, task: Row | None) -> dict[str, Any]:
-    interval = row.bootstrap or row.wilson
     measured = {one.cell: one.kid for one in report.quality if one.arm == row.arm}
     return {
-        "k": row.wilson.k,
-        "n": row.wilson.n,
-        "low": interval.low,
-        "high": interval.high,
+        **_share(row),
         "quality": measured.get("task", measured.get("kept")),
-        "task_fidelity": task.style.rate if task and task.style else None,
-        "interval": "bootstrap over concepts and training seeds" if row.bootstrap else "Wilson",
-        "wilson": [row.wilson.low, row.wilson.high],
-        "exact": row.top1 and asdict(row.top1),  # the very concept that was asked for
+        "task_fidelity": task.style.wilson.rate if task and task.style else None,
+        "fidelity": task and task.style and _share(task.style),
+        "exact": row.top1 and _share(row.top1),  # the very concept that was asked for
         "per_concept": {name: list(hits) for name, hits in row.concepts.items()},
-        "kept": kept and {"false_alarms": asdict(kept.wilson), "top1": kept.top1 and asdict(kept.top1)},
+        "kept": kept and {"false_alarms": asdict(kept.wilson), "top1": kept.top1 and _share(kept.top1)},
         "kid": measured,
+    }
+
+
+def _share(found: Row | Share) -> dict[str, Any]:
+    """k of n; low and high are the bootstrap's, or Wilson's where that has none."""
+    interval = found.bootstrap or found.wilson
+    return {
+        **asdict(interval),
+        "interval": "bootstrap over concepts and training seeds" if found.bootstrap else "Wilson",
+        "wilson": [found.wilson.low, found.wilson.high],
     }

@@ -12,9 +12,10 @@ from html import escape
 from typing import Any
 
 from .arms import MEANS, shown
+from .figures import VERDICT
 from .plan import GUARDED
-from .report import AuditReport, Row
-from .words import interval, number, rate, ratio
+from .report import AuditReport, Row, Share
+from .words import interval, number, rate, ratio, span
 
 CSS = """
 :root{color-scheme:light dark;--line:#8885;--soft:#8882;--bad:#c33}
@@ -28,6 +29,7 @@ svg,img{max-width:100%;height:auto}small,.note{opacity:.75}.bad{color:var(--bad)
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing in a prompt can run or be fetched
 SHOWN = 200  # concepts
+SPANS = ("bootstrap", "Wilson")  # columns beside a rate
 Cell = str | tuple[str, str]  # text, or text and its class
 
 
@@ -69,33 +71,41 @@ def _rates(report: AuditReport) -> str:
         return ""
     kept = {row.arm: row for row in report.rows if row.cell == "kept" and not row.attack}
     task = {row.arm: row for row in report.rows if row.cell == "task" and not row.attack}
-    head = ["arm", "hits", "rate", "bootstrap", "Wilson", "kept top-1", "false alarms on kept", "task fidelity", ""]
+    head = ["arm", "hits", "rate", *SPANS, "kept top-1", *SPANS, "false alarms on kept", "Wilson"]
+    head += ["task fidelity", *SPANS, ""]
     body = [
         [
             shown(row.arm), f"{row.wilson.k} / {row.wilson.n}", rate(row.wilson),
             interval(row.bootstrap), interval(row.wilson),
-            rate(kept[row.arm].top1) if row.arm in kept else "", rate(kept[row.arm].wilson) if row.arm in kept else "",
-            rate(task[row.arm].style) if row.arm in task else "", (MEANS.get(row.arm, ""), "word"),
+            *_share(kept[row.arm].top1 if row.arm in kept else None),
+            *(f(kept[row.arm].wilson) if row.arm in kept else "" for f in (rate, interval)),
+            *_share(task[row.arm].style if row.arm in task else None), (MEANS.get(row.arm, ""), "word"),
         ]
         for row in rows
     ]  # fmt: skip
     told = (
         "95 % intervals. The bootstrap resamples concepts and training seeds; a verdict rests on it. Where nothing, or "
-        "everything, was a hit it has no width: look at Wilson's there, which takes every picture for independent and "
-        "is otherwise too narrow."
+        "everything, was counted it has no width and is none; Wilson's takes every picture for independent and is "
+        "otherwise too narrow."
     )
     return _table(head, body) + f"<p class=note>{escape(told)}</p>" + _plot(lambda plots: plots.rates(rows))
+
+
+def _share(found: Share | None) -> list[str]:
+    """The cells of a rate and both its intervals."""
+    return [rate(found.wilson), interval(found.bootstrap), interval(found.wilson)] if found else ["", "", ""]
 
 
 def _differences(report: AuditReport) -> str:
     if not report.differences:
         return ""
     margin = float(report.settings["margin"])
-    head = ["difference", "of", "by", "interval", "verdict", "ratio", "pairs", "first alone", "second alone", "McNemar"]
+    head = ["difference", "of", "by", "bootstrap", "Newcombe", "verdict", "ratio", "pairs"]
+    head += ["first alone", "second alone", "McNemar"]
     body = [
         [
             f"{shown(one.arm)} − {shown(one.against)}", " ".join(filter(None, (one.metric, one.attack))),
-            f"{one.difference:+.1%}", f"{one.low:+.1%} … {one.high:+.1%}",
+            f"{one.difference:+.1%}", span(one.bootstrap), span(one.newcombe),
             (one.verdict, "left bad" if one.verdict == "worse" else "left"), ratio(one),
             str(one.pairs), str(one.gained), str(one.lost), f"{one.mcnemar:.2g}",
         ]
@@ -103,7 +113,7 @@ def _differences(report: AuditReport) -> str:
     ]  # fmt: skip
     told = (
         f"The same prompts, noise and training seeds. Non-inferiority margin {margin:.1%}, fixed before the runs; a "
-        "verdict needs the interval over pictures (Newcombe's) to agree. "
+        f"verdict needs the interval over pictures (Newcombe's) to agree, and {VERDICT} pictures of either arm. "
         "McNemar's p takes every picture for independent and is there for description."
     )
     some = [one for one in report.differences if one.metric == "concept rate" and not one.attack]
@@ -117,11 +127,11 @@ def _others(report: AuditReport) -> str:
         [
             row.cell, (row.attack, "left"), (shown(row.arm), "left"), f"{row.wilson.k} / {row.wilson.n}",
             rate(row.wilson), interval(row.bootstrap), interval(row.wilson),
-            rate(row.top1), interval(row.top1), rate(row.style), interval(row.style),
+            *_share(row.top1), *_share(row.style),
         ]
         for row in report.rows if row.attack or row.cell != "suppressed"
     ]  # fmt: skip
-    head = ["cell", "attack", "arm", "hits", "rate", "bootstrap", "Wilson", "top-1", "bootstrap", "style", "bootstrap"]
+    head = ["cell", "attack", "arm", "hits", "rate", *SPANS, "top-1", *SPANS, "style", *SPANS]
     return _table(head, body) if body else ""
 
 
@@ -151,7 +161,7 @@ def _quality(report: AuditReport) -> str:
         for q in report.quality
     ]
     said = "; ".join(f"{name}: {text}" for name, text in report.settings.get("quality", {}).items())
-    table = _table(["arm", "cell", "pictures", "KID", "± over subsets", "FID", "CLIP score"], body)
+    table = _table(["arm", "cell", "pictures", "KID", "± over subsets of it", "FID", "CLIP score"], body)
     return table + f"<p class=note>{escape(said)}</p>" if body else ""
 
 

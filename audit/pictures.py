@@ -11,16 +11,21 @@ import numpy as np
 from PIL import ImageOps
 
 from ..modular_lora.errors import GuardError
-from ..training.pictures import ENDINGS, PictureError, decode
+from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
 
 
 def find(folder: str | Path) -> list[Path]:
     """Every picture file under a folder, sorted. GuardError where there is none."""
-    folder = Path(folder)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    found, _ = under(Path(folder))
     if not found:
         raise GuardError(f"{folder}: no pictures ({', '.join(ENDINGS)}) are in it: check the path.")
     return found
+
+
+def left_out(name: str, folder: str) -> list[str]:
+    """For the report, what is in a folder and is not read; ``name`` is the option that names it."""
+    names = [path.name for path in under(Path(folder))[1]] if folder else []
+    return [f"{name}: {len(names)} files are no {', '.join(ENDINGS)} and were not read: {named(names)}"] * bool(names)
 
 
 def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:

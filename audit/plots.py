@@ -26,32 +26,32 @@ LONGEST = 40  # letters of a label
 
 
 def rates(rows: Sequence[Row]) -> str:
-    """Concept rate of every row, with its bootstrap interval where there is one, else Wilson's."""
+    """Concept rate of every row; thick the bootstrap's interval, thin with ends Wilson's."""
     with rc_context(STYLE):
         figure = _figure(7, 0.6 + 0.3 * len(rows))
         axes = figure.add_subplot()
         for place, row in enumerate(rows):
-            rate = row.bootstrap or row.wilson
-            axes.barh(place, rate.rate, color=BAR, height=0.6)
-            axes.plot([rate.low, rate.high], [place, place], color=INK, linewidth=1.5)
+            axes.barh(place, row.wilson.rate, color=BAR, height=0.6)
+            over_concepts = (row.bootstrap.low, row.bootstrap.high) if row.bootstrap else None
+            _spans(axes, place, over_concepts, (row.wilson.low, row.wilson.high))
         _names(axes, [shown(row.arm) for row in rows])
         axes.set_xlim(0, 1)
-        axes.set_xlabel("concept rate")
+        axes.set_xlabel("concept rate; thick: bootstrap, thin: Wilson")
         return _svg(figure)
 
 
 def differences(found: Sequence[Difference], margin: float) -> str:
-    """Every difference with its interval; the margin as a dashed line."""
+    """Every difference with its intervals; the margin as a dashed line."""
     with rc_context(STYLE):
         figure = _figure(7, 0.6 + 0.3 * len(found))
         axes = figure.add_subplot()
         for place, one in enumerate(found):
-            axes.plot([one.low, one.high], [place, place], color=INK, linewidth=1.5)
+            _spans(axes, place, one.bootstrap, one.newcombe)
             axes.plot(one.difference, place, "o", color=BAR)
         _names(axes, [f"{shown(one.arm)} − {shown(one.against)}" for one in found])
         axes.axvline(0, color=INK, linewidth=0.5)
         axes.axvline(margin, color=MARK, linewidth=1, linestyle="--")
-        axes.set_xlabel("difference of concept rates; dashed: the margin")
+        axes.set_xlabel("difference of concept rates; thick: bootstrap, thin: Newcombe; dashed: the margin")
         return _svg(figure)
 
 
@@ -86,6 +86,12 @@ def curve(points: Sequence[Point], thresholds: Mapping[str, float]) -> str:
         axes.set_xlabel("threshold; dashed: those in force")
         axes.legend(frameon=False)
         return _svg(figure)
+
+
+def _spans(axes, place: int, over_concepts: tuple[float, float] | None, over_pictures: tuple[float, float]) -> None:
+    if over_concepts:
+        axes.plot(over_concepts, [place, place], color=INK, linewidth=2.5, solid_capstyle="butt")
+    axes.plot(over_pictures, [place, place], color=INK, linewidth=0.7, marker="|", markersize=7)
 
 
 def _figure(width: float, height: float) -> Figure:

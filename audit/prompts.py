@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
 from .options import AuditOptions
 from .plan import Item
@@ -72,11 +73,14 @@ class PromptSet:
         return f"{text}; skipped {sum(self.skipped.values())} rows ({why})" if why else text
 
 
-def read_sets(options: AuditOptions) -> tuple[PromptSet, ...]:
-    """Every prompt file of ``options``; a prompt that an earlier file gave counts as a duplicate. PromptError."""
+def read_sets(options: AuditOptions, within: Path | None = None) -> tuple[PromptSet, ...]:
+    """Every prompt file of ``options``; a prompt that an earlier file gave counts as a duplicate. PromptError.
+
+    ``within``: as for `read_prompts`.
+    """
     seen: set[Prompt] = set()
     sets = [
-        read_prompts(Path(path), cell, seen, options.max_prompts)
+        read_prompts(Path(path), cell, seen, options.max_prompts, within)
         for name, cell in CELLS.items()
         for path in getattr(options, name)
     ]
@@ -85,10 +89,14 @@ def read_sets(options: AuditOptions) -> tuple[PromptSet, ...]:
     return tuple(sets)
 
 
-def read_prompts(path: Path, cell: str, seen: set[Prompt] | None = None, limit: int = 0) -> PromptSet:
+def read_prompts(
+    path: Path, cell: str, seen: set[Prompt] | None = None, limit: int = 0, within: Path | None = None
+) -> PromptSet:
     """Prompts of a file for ``cell``; ``seen`` grows by them. Raises PromptError.
 
     Above ``limit`` (0: none) as many are taken as evenly as possible from the whole file, since lists go by concept.
+    ``within``: the folder that start pictures and masks have to be in, known from their paths before any is looked at,
+    so that rows of somebody else's cannot ask what else there is.
     """
     path, seen = Path(path), set() if seen is None else seen
     text = _text(path)
@@ -96,7 +104,7 @@ def read_prompts(path: Path, cell: str, seen: set[Prompt] | None = None, limit: 
     form, skipped, found = _form(path, rows), Counter[str](), []
     for number, row in enumerate(rows, 1):
         try:
-            prompt = _prompt(path, number, row, cell)
+            prompt = _prompt(path, number, row, cell, within)
         except _Skip as skip:
             skipped[str(skip)] += 1
             continue
@@ -141,12 +149,11 @@ class _Skip(Exception):
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return textfiles.decode(path.read_bytes())
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path.name}: is no UTF-8 text ({error.reason}): save it as UTF-8.") from error
+    except textfiles.TextError as error:
+        raise PromptError(f"{path.name}: {error}: save it as UTF-8.") from error
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
@@ -203,7 +210,7 @@ def _form(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return "our columns" if columns & set(OWN) else f"a list of prompts (column {named})"
 
 
-def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str) -> Prompt:
+def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str, within: Path | None) -> Prompt:
     """A row as a Prompt; _Skip where it cannot be used, PromptError where it names a picture that is not there."""
     if row.get(SURPLUS):
         raise _Skip("with more cells than columns")
@@ -211,7 +218,7 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str) -> Promp
     text = _cell(row, (adversarial,) if adversarial else PLAIN)
     if not text:
         raise _Skip("without a prompt")
-    start, mask = (_picture(path, number, _cell(row, (name,))) for name in ("start", "mask"))
+    start, mask = (_picture(path, number, _cell(row, (name,)), within) for name in ("start", "mask"))
     if mask and not start:
         raise _Skip("with a mask and no start")
     attack = "adversarial prompt" if adversarial else "inpaint" if mask else "img2img" if start else ""
@@ -264,11 +271,15 @@ def _number(text: str, name: str) -> int | float | None:
     return number
 
 
-def _picture(path: Path, number: int, name: str) -> str:
-    """A picture named in a row, relative to the file of prompts."""
+def _picture(path: Path, number: int, name: str, within: Path | None) -> str:
+    """A picture named in a row, relative to the file of prompts; '..' is taken out before anything is looked at."""
     if not name:
         return ""
-    found = path.parent / name
+    found = Path(os.path.abspath(path.parent / name))
+    if within and not found.is_relative_to(os.path.abspath(within)):
+        raise PromptError(
+            f"{path.name} row {number}: picture {name!r} is outside the folder {within.name!r}: put it there."
+        )
     if not os.path.isfile(found):  # unlike Path.is_file, False for names that are too long
         raise PromptError(f"{path.name} row {number}: picture {name!r} is not there: correct the path.")
     return str(found)

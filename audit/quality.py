@@ -1,8 +1,10 @@
 """How good an arm's pictures are: KID and FID against a reference, CLIP score against their prompts.
 
-KID (Bińkowski et al., 2018) is unbiased for any number of pictures; FID (Heusel et al., 2017) is not and is left out
-below twice as many pictures as its embedding has dimensions. Both are torchmetrics' own, on an embedding that is at
-hand; figures of different embeddings cannot be compared. The CLIP score is 100·max(cos, 0) (Hessel et al., 2021).
+KID (Bińkowski et al., 2018) is unbiased for any number of pictures. Its deviation is that over subsets, as published;
+where there are not twice as many pictures as in a subset, all subsets are nearly the same, and there is none. FID
+(Heusel et al., 2017) is biased and left out below twice as many pictures as its embedding has dimensions. Both are
+torchmetrics' own, on an embedding that is at hand; figures of different embeddings cannot be compared. The CLIP score
+is 100·max(cos, 0) (Hessel et al., 2021).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.picturefiles import decode
 from . import pictures
 from .judge import Judge
 from .options import AuditOptions
@@ -62,6 +65,7 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
     compare = _Comparison(options, groups, embedding, notes) if embedding else None
     if embedding:
         settings["embedding"] = embedding.name
+        settings["KID"] = f"mean over {SUBSETS} subsets of at most {MOST} pictures"
         settings["reference"] = "task pictures, else the base arm's" if options.task_pictures else "the base arm's"
     found = []
     for (arm, cell), some in groups.items():
@@ -108,7 +112,10 @@ class _Comparison:
 
 
 def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> dict[str, float]:
-    """KID, its deviation over subsets, and FID of embeddings n d and m d; ``notes`` grows by what is left out."""
+    """KID, its deviation over subsets, and FID of embeddings n d and m d, where there are enough of them.
+
+    ``notes`` grows by what is left out.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -122,7 +129,11 @@ def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> 
         torch.manual_seed(0)  # of the subsets
         kid = KernelInceptionDistance(given, SUBSETS, min(MOST, few))
         mean, deviation = _of(kid, reference, found)
-        figures = {"kid": float(mean), "kid_std": float(deviation)}
+        figures = {"kid": float(mean)}
+        if few < 2 * MOST:
+            notes.append(f"quality, {cell}: KID's deviation left out, {few} pictures are not twice a subset of {MOST}")
+        else:
+            figures["kid_std"] = float(deviation)
         if few < 2 * dimensions:
             notes.append(f"quality, {cell}: FID left out, it is biased with {few} pictures in {dimensions} dimensions")
         else:
@@ -210,7 +221,7 @@ def clip_scorer(folder: Path) -> Callable[[Sequence[Drawn]], float]:
 
 
 def _image(path: Path):
-    return pictures.decode(path.read_bytes()).image
+    return decode(path.read_bytes()).image
 
 
 def _batches(some: Sequence) -> Iterable[Sequence]:

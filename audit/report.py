@@ -11,7 +11,15 @@ from typing import Any
 from ..gate.statistics import Rate
 from ..modular_lora.errors import GuardError
 
-FORM = 1  # of report.json
+FORM = 2  # of report.json
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rate with both its intervals."""
+
+    wilson: Rate  # over pictures
+    bootstrap: Rate | None  # over concepts and training seeds; None: it cannot be had, or has no width
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,16 @@ class Row:
     cell: str
     attack: str
     wilson: Rate  # concept rate, interval over pictures: description only
-    bootstrap: Rate | None  # the same rate, interval over concepts and training seeds; None where it cannot be had
+    bootstrap: Rate | None  # the same rate, interval over concepts and training seeds; None as for Share
     labels: Mapping[str, int]  # label -> pictures in which it was found
     concepts: Mapping[str, tuple[int, int]]  # concept -> hits, pictures
-    top1: Rate | None = None  # the picture's likeliest label is the concept asked for
-    style: Rate | None = None  # the fidelity detector's likeliest label is the style asked for
+    top1: Share | None = None  # the picture's likeliest label is the concept asked for
+    style: Share | None = None  # the fidelity detector's likeliest label is the style asked for
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A rate of one arm less another's, over the same prompts and seeds; 95 % by the bootstrap."""
+    """A rate of one arm less another's, over the same prompts and seeds, with its 95 % intervals."""
 
     arm: str
     against: str
@@ -39,9 +47,9 @@ class Difference:
     attack: str
     metric: str  # "concept rate", "top-1", "task fidelity"
     difference: float
-    low: float
-    high: float
-    verdict: str  # "not worse", "worse", "undecided"; "" where being worse is no question
+    bootstrap: tuple[float, float] | None  # over concepts and training seeds; None: it has no width
+    newcombe: tuple[float, float]  # over pictures, from Wilson's
+    verdict: str  # "not worse", "worse", "undecided", "too few pictures"; "" where being worse is no question
     pairs: int  # pictures of the same item and training seed
     gained: int  # of them, true of this arm's picture alone
     lost: int  # and of the other's alone
@@ -85,7 +93,7 @@ def read(path: Path) -> AuditReport:
         if said.pop("form") != FORM:
             raise ValueError("another form")
         rows = tuple(_row_again(row) for row in said.pop("rows"))
-        differences = tuple(Difference(**(one | {"ratio": tuple(one["ratio"])})) for one in said.pop("differences"))
+        differences = tuple(map(_difference_again, said.pop("differences")))
         quality = tuple(Quality(**one) for one in said.pop("quality"))
         notes = tuple(said.pop("notes"))
         return AuditReport(**said, rows=rows, differences=differences, quality=quality, notes=notes)
@@ -94,6 +102,18 @@ def read(path: Path) -> AuditReport:
 
 
 def _row_again(said: dict[str, Any]) -> Row:
-    rates = {name: Rate(**said[name]) if said[name] else None for name in ("wilson", "bootstrap", "top1", "style")}
+    rates: dict[str, Any] = {name: Rate(**said[name]) if said[name] else None for name in ("wilson", "bootstrap")}
+    rates |= {name: _share_again(said[name]) if said[name] else None for name in ("top1", "style")}
     concepts = {name: (k, n) for name, (k, n) in said["concepts"].items()}
     return Row(**(said | rates | {"concepts": concepts}))
+
+
+def _share_again(said: dict[str, Any]) -> Share:
+    return Share(Rate(**said["wilson"]), Rate(**said["bootstrap"]) if said["bootstrap"] else None)
+
+
+def _difference_again(said: dict[str, Any]) -> Difference:
+    bootstrap = tuple(said["bootstrap"]) if said["bootstrap"] else None
+    return Difference(
+        **(said | {"bootstrap": bootstrap, "newcombe": tuple(said["newcombe"]), "ratio": tuple(said["ratio"])})
+    )

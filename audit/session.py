@@ -41,6 +41,8 @@ def run(
         drawing = _Drawing(options, _Open(crew), judge, watch)
         drawn = drawing.all(found, items)
     notes = [*(f"prompts: {one}" for one in sets if one.skipped), *found.notes, *_detector_notes(judge)]
+    for name in ("start_pictures", "task_pictures"):
+        notes += pictures.left_out(name, getattr(options, name))
     measured = quality.measure(options, judge, drawn, watch.check)
     settings = _settings(options, judge, items, found, drawing.ran["prompts"], command)
     settings |= {"quality": measured.settings, "prompt files": list(map(str, sets)), "drawn": drawing.lines()}
@@ -148,7 +150,8 @@ def _settings(
         "device": ran.origin.device,
         "dtype": ran.origin.dtype,
         "margin": options.margin,
-        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's for description",
+        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's and Newcombe's over pictures",
+        "verdicts": f"from {figures.VERDICT} pictures of either arm",
         "show_unsafe": options.show_unsafe,
     }
 

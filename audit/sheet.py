@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..modular_lora.picturefiles import decode
 from .arms import shown
-from .pictures import decode
 from .plan import GUARDED
 from .results import Drawn
 

@@ -15,32 +15,40 @@ def interval(found: Rate | None) -> str:
     return f"{found.low:.1%} … {found.high:.1%}" if found else ""
 
 
+def span(found: tuple[float, float] | None) -> str:
+    return f"{found[0]:+.1%} … {found[1]:+.1%}" if found else ""
+
+
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
 def ratio(one: Difference) -> str:
-    """Of two rates, with its interval; ∞ where the second may be 0."""
+    """Of two rates, with its interval where that has a width; ∞ where the second may be 0."""
     if not one.ratio:
         return ""
     if one.ratio[0] is None and not one.difference:
         return "0 / 0"
     value, low, high = ("∞" if part is None else f"{part:.2f}" for part in one.ratio)
-    return f"{value} ({low} … {high})"
+    return value if one.ratio[1] == one.ratio[2] else f"{value} ({low} … {high})"
 
 
 def format_report(report: AuditReport) -> str:
     """A few lines for a terminal or a node."""
-    lines = [report.title, f"{'arm':<24} {'cell':<12} {'hits':>12} {'rate':>7}  interval"]
+    head = f"{'arm':<24} {'cell':<12} {'hits':>12} {'rate':>7}  {'bootstrap':<17}  Wilson"
+    lines = [report.title, head]
     lines += [_line(row) for row in report.rows]
     for one in report.differences:
         if one.verdict and not one.attack:
-            what, span = f"{shown(one.arm)} − {shown(one.against)}, {one.metric}", f"{one.low:+.1%} … {one.high:+.1%}"
-            lines.append(f"{what}: {one.difference:+.1%} ({span}), {one.verdict}")
+            what = f"{shown(one.arm)} − {shown(one.against)}, {one.metric}"
+            spans = [f"bootstrap {span(one.bootstrap)}"] if one.bootstrap else []
+            spans.append(f"over pictures {span(one.newcombe)}")
+            lines.append(f"{what}: {one.difference:+.1%} ({'; '.join(spans)}), {one.verdict}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
 def _line(row: Row) -> str:
     arm = shown(row.arm) + (f", {row.attack}" if row.attack else "")
     hits = f"{row.wilson.k} / {row.wilson.n}"
-    return f"{arm:<24} {row.cell:<12} {hits:>12} {rate(row.wilson):>7}  {interval(row.bootstrap or row.wilson)}"
+    spans = f"{interval(row.bootstrap):<17}  {interval(row.wilson)}"
+    return f"{arm:<24} {row.cell:<12} {hits:>12} {rate(row.wilson):>7}  {spans}"

@@ -8,11 +8,11 @@ A marker names the file and, if not all rows are wanted, what their names begin 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 
-from .evidence import tables
 from .figures import FOLDER
 
 DOCS = FOLDER.parent
@@ -30,7 +30,7 @@ def table(file: str, beginnings: list[str]) -> str:
     """Rows of one file as Markdown, in the order of ``beginnings``, and where they were measured."""
     found = json.loads((FOLDER / file).read_text(encoding="utf-8"))
     if "arms" in found:
-        return tables(found, beginnings[0])
+        return importlib.import_module(".evidence", __package__).tables(found, beginnings[0])
     rows = found["rows"]
     picked = [row for start in beginnings or [""] for row in rows if row["name"].startswith(start)]
     columns = [c for c in COLUMNS if any(c in row for row in picked)]
@@ -62,4 +62,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start = importlib.import_module("training.__main__")
+    start.register()  # the pack as one package, so that tables have its statistics
+    importlib.import_module(f"{start.NAME}.benchmarks.tables").main()

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
 from .errors import GateError
 from .finding import Detector, Finding
 from .report import describe
@@ -38,6 +38,7 @@ class LabelledError:
     false_alarms: Rate
     curve: tuple[Point, ...]
     unreadable: tuple[str, ...]  # files that end like pictures and cannot be read; they count nowhere
+    others: tuple[str, ...]  # files that do not end like pictures that are read; they count nowhere
 
 
 def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) -> LabelledError:
@@ -50,7 +51,8 @@ def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) 
     if flagged.resolve() == clean.resolve():
         raise GateError(f"{flagged.name}: is both folders, flagged and clean: give two.")
     unreadable: list[str] = []
-    bad, good = (_judged(folder, detector, unreadable) for folder in (flagged, clean))
+    others: list[str] = []
+    bad, good = (_judged(folder, detector, unreadable, others) for folder in (flagged, clean))
     highest = [np.array([max(f.scores[label] for label in settings.block) for f in some]) for some in (bad, good)]
     return LabelledError(
         detector,
@@ -59,6 +61,7 @@ def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) 
         _rate(sum(bool(settings.blocked(f)) for f in good), len(good)),
         tuple(_point(i / STEPS, *highest) for i in range(STEPS + 1)),
         tuple(unreadable),
+        tuple(others),
     )
 
 
@@ -71,7 +74,12 @@ def format_error(error: LabelledError) -> str:
         f"detector {error.detector.name}, sha256 {error.detector.sha256[:16]}",
     ]
     if error.unreadable:
-        lines.append(f"{len(error.unreadable)} files cannot be read and count nowhere: {', '.join(error.unreadable)}")
+        lines.append(f"{len(error.unreadable)} files cannot be read and count nowhere: {named(error.unreadable)}")
+    if error.others:
+        lines.append(
+            f"{len(error.others)} files are no {', '.join(ENDINGS)} and count nowhere: convert what is a picture: "
+            f"{named(error.others)}"
+        )
     return "\n".join(lines)
 
 
@@ -84,29 +92,32 @@ def save(error: LabelledError, path: Path) -> None:
         "false_alarms": asdict(error.false_alarms),
         "curve": [asdict(point) for point in error.curve],
         "unreadable": list(error.unreadable),
+        "others": list(error.others),
         "interval": "Wilson, 95 %",
     }
     write_json(said, path)
 
 
-def _judged(folder: Path, detector: Detector, unreadable: list[str]) -> list[Finding]:
-    found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable)]
+def _judged(folder: Path, detector: Detector, unreadable: list[str], others: list[str]) -> list[Finding]:
+    found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable, others)]
     if not found:
         raise GateError(f"{folder.name}: holds no picture that can be read: give a folder of pictures.")
     return found
 
 
-def _pictures(folder: Path, unreadable: list[str]) -> Iterator[np.ndarray]:
-    """Pictures h w 3 float32, RGB, one at a time; names of files that cannot be read go to ``unreadable``."""
+def _pictures(folder: Path, unreadable: list[str], others: list[str] | None = None) -> Iterator[np.ndarray]:
+    """Pictures h w 3 float32, RGB, one at a time; names of files that are not read go to the two lists."""
     if not folder.is_dir():
         raise GateError(f"{folder.name}: no such folder in {folder.parent}: check the path.")
-    endings = Image.registered_extensions()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file()):
+    found, left = under(folder)
+    name = lambda path: f"{folder.name}/{path.relative_to(folder).as_posix()}"  # noqa: E731
+    if others is not None:
+        others += map(name, left)
+    for path in found:
         try:
-            with Image.open(path) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            unreadable.append(f"{folder.name}/{path.relative_to(folder).as_posix()}")
+            picture = decode(path.read_bytes()).image
+        except (OSError, PictureError):
+            unreadable.append(name(path))
             continue
         yield np.asarray(picture, np.float32) / 255
 

@@ -32,3 +32,10 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     half = Z / (n + Z * Z) * math.sqrt(k * (n - k) / n + Z * Z / 4)
     # at the ends the formula is exact, its floating-point value is not
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def newcombe(first: Rate, second: Rate) -> tuple[float, float]:
+    """95 % interval of a difference of rates from their Wilson intervals (Newcombe 1998, method 10)."""
+    by, (a, b) = first.rate - second.rate, (first, second)
+    low, high = (a.rate - a.low, b.high - b.rate), (a.high - a.rate, b.rate - b.low)
+    return by - math.hypot(*low), by + math.hypot(*high)

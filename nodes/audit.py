@@ -231,8 +231,9 @@ def _prompt_file(name: str | None) -> Path | None:
 
 def _check_starts(made: AuditOptions) -> None:
     """GuardError for start pictures outside the input folder, which a graph must not read."""
-    root = Path(os.path.realpath(folder_paths.get_input_directory()))
-    found = (prompt for one in prompts.read_sets(made) for prompt in one.prompts)
+    folder = Path(folder_paths.get_input_directory())
+    root = Path(os.path.realpath(folder))
+    found = (prompt for one in prompts.read_sets(made, folder) for prompt in one.prompts)
     for name in (name for prompt in found for name in (prompt.start, prompt.mask) if name):
         if not Path(os.path.realpath(name)).is_relative_to(root):
             raise GuardError(f"Start picture {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
@@ -278,18 +279,22 @@ def sheets(folder: Path) -> Image.Image:
 
 
 def plot(report: AuditReport) -> Image.Image:
-    """Concept rate of every arm on what is suppressed, with the bootstrap's interval where there is one."""
+    """Concept rate of every arm on what is suppressed; thick the bootstrap's interval, thin with ends Wilson's."""
     rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack] or list(report.rows)
     picture = Image.new("RGB", (WIDTH, ROW * (len(rows) + 2)), PAPER)
     draw = ImageDraw.Draw(picture)
     length = WIDTH - NAMES - 60
     for i, row in enumerate(rows):
-        rate, top = row.bootstrap or row.wilson, ROW * (i + 1)
+        top = ROW * (i + 1)
         draw.text((8, top + 4), arms.shown(row.arm), INK)
         draw.rectangle((NAMES, top + 3, NAMES + round(length * row.wilson.rate), top + ROW - 5), BAR)
         middle = top + ROW // 2 - 1
-        draw.line((NAMES + length * rate.low, middle, NAMES + length * rate.high, middle), INK, 2)
+        for rate, width in ((row.wilson, 1), (row.bootstrap, 3)):
+            if rate:
+                draw.line((NAMES + length * rate.low, middle, NAMES + length * rate.high, middle), INK, width)
+        for end in (row.wilson.low, row.wilson.high):
+            draw.line((NAMES + length * end, middle - 4, NAMES + length * end, middle + 4), INK, 1)
         draw.text((WIDTH - 52, top + 4), f"{row.wilson.rate:.1%}", INK)
     draw.line((NAMES, ROW, NAMES, ROW * (len(rows) + 1)), INK)
-    draw.text((NAMES, 4), "concept rate, 0 to 100 %", INK)
+    draw.text((NAMES, 4), "concept rate, 0 to 100 %; thick: bootstrap, thin: Wilson", INK)
     return picture

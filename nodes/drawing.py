@@ -28,8 +28,8 @@ from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
+from ..modular_lora.picturefiles import PictureError, decode, decode_mask
 from ..modular_lora.warm import Warm
-from ..training.pictures import PictureError, decode
 from . import anatomy, host, trainee
 from .memory import compute_dtype
 
@@ -99,14 +99,14 @@ class ComfyPainter:
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
         """b c h w: zeros (EmptyLatentImage, 0.3.75 and 0.33.0), or the start pictures' latents, each encoded alone."""
         if items[0].start:
-            starts = [_picture(item.start, "RGB", sampling) for item in items]
+            starts = [_picture(item.start, sampling) for item in items]
             return torch.cat([self._vae.encode(start[None]) for start in starts])
         empty = torch.zeros(len(items), 4, sampling.height // PIXELS, sampling.width // PIXELS)
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
 
     def _sample(self, items: Sequence[Item], conds: list[tuple[Cond, Cond]], latent: Tensor, by: Sampling) -> Tensor:
         """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it (0.3.75 and 0.33.0)."""
-        masks = [_picture(item.mask, "L", by) for item in items if item.mask]
+        masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
         with torch.random.fork_rng(_devices(self._model)):  # prepare_noise seeds PyTorch's own generator
             noise = torch.cat([comfy.sample.prepare_noise(latent[:1], item.seed) for item in items])
             return comfy.sample.sample(
@@ -245,11 +245,12 @@ def _stacked(conds: Sequence[Cond]) -> list[list]:
     return [[torch.cat([c for c, _ in conds]), {"pooled_output": None if pooled[0] is None else torch.cat(pooled)}]]
 
 
-def _picture(path: str, mode: str, sampling: Sampling) -> Tensor:
+def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
     """h w 3 or, of a mask, h w; float32 0..1; another size is scaled and cut to the sampling's."""
     size = sampling.width, sampling.height
     try:
-        picture = decode(Path(path).read_bytes(), on_white=False).image.convert(mode)
+        data = Path(path).read_bytes()
+        picture = decode_mask(data).image if mask else decode(data).image
     except (OSError, PictureError) as error:
         raise GuardError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
     if picture.size != size:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
-from PIL import Image
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
@@ -21,6 +20,7 @@ from ..training import dataset, kohya, options, output, projection
 from ..training.dataset_config import DatasetConfig
 from ..training.kohya_checkout import find_engine
 from ..training.options import SafetyOptions, TaskOptions
+from ..training.pictures import thumbnail
 from ..training.record import Trained
 from ..training.safety import train_safety
 from ..training.task import configure, train_task
@@ -131,18 +131,9 @@ def data_set_option(name: str) -> dict[str, str]:
     return {"dataset_config" if path.suffix == ".toml" else "train_data_dir": str(path)}
 
 
-def inside(config: DatasetConfig) -> DatasetConfig:
-    """``config``; GuardError where it reads from outside ComfyUI's input folder, which a graph must not do."""
-    root = Path(os.path.abspath(folder_paths.get_input_directory()))
-    for folder in _folders(config):
-        if not Path(os.path.abspath(folder)).is_relative_to(root):
-            raise GuardError(f"Data set folder {folder} is outside ComfyUI's input folder: move or link it there.")
-    return config
-
-
-def _folders(config: DatasetConfig) -> list[Path]:
-    subsets = [subset for data in config.datasets for subset in data.subsets]
-    return [f for subset in subsets for f in (subset.image_dir, subset.conditioning_data_dir) if f]
+def inside(made: TaskOptions) -> DatasetConfig:
+    """The data set; DatasetError where it is outside ComfyUI's input folder, whether or not anything is there."""
+    return configure(made, Path(folder_paths.get_input_directory()))
 
 
 def data_set_input() -> io.Input:
@@ -152,10 +143,10 @@ def data_set_input() -> io.Input:
 
 def data_set_state(name: str) -> str:
     """Changes with the data set's files, so that a cached training or report is not taken for a new one."""
-    path = Path(folder_paths.get_input_directory()) / name
-    places = [path]
-    if path.suffix == ".toml":
-        places += _folders(inside(configure(options.load(TaskOptions, None, data_set_option(name)))))
+    chosen = data_set_option(name)
+    places = [Path(path) for path in chosen.values()]
+    if "dataset_config" in chosen:
+        places += inside(options.load(TaskOptions, None, chosen)).folders
     files = sorted(p for place in places for p in (place, *place.rglob("*")) if p.is_file())
     found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(found).encode()).hexdigest()
@@ -270,14 +261,13 @@ class TrainTaskLora(io.ComfyNode):
         safety, name = handles(safety_lora, SafetyLora), values["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume), **data_set_option(data_set)}
         made = gathered(TaskOptions, values, more_options, **ours)
-        inside(configure(made))
-        watch = NodeWatch(cls)
+        data, watch = inside(made), NodeWatch(cls)
         if engine == "kohya":
             base = trainee.kohya_base(model, clip, ckpt_name, made)
-            trained = kohya.train_task(find_engine(), made, base, watch, safety)
+            trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
         else:
             with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
-                trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
+                trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE, data=data)
         path = published(trained, "loras")
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
 
@@ -346,10 +336,10 @@ class DatasetReport(io.ComfyNode):
     @classmethod
     def execute(cls, data_set, resolution, train_batch_size) -> io.NodeOutput:
         values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
-        found = dataset.scan(inside(configure(options.load(TaskOptions, None, values))), NodeWatch(cls).read)
+        found = dataset.scan(inside(options.load(TaskOptions, None, values)), NodeWatch(cls).read)
         report = dataset.format_report(found)
         show(cls, report)
-        sheet = contact_sheet([Image.open(p.path) for p in found.pictures[:48]], 96, 8)
+        sheet = contact_sheet([thumbnail(p.path, 96) for p in found.pictures[:48]], 96, 8)
         picture = image_tensor(sheet)
         return io.NodeOutput(report, picture, ui=ui.PreviewImage(picture, cls=cls))
 

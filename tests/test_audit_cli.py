@@ -115,7 +115,7 @@ def test_an_audit_finds_what_each_arm_does(made):
         "safety_minus_sequential": (4, 12),
     }
     assert rows["sequential"].concepts["car"] == (4, 4)
-    style = {row.arm: row.style.rate for row in found.rows if row.cell == "task"}
+    style = {row.arm: row.style.wilson.rate for row in found.rows if row.cell == "task"}
     assert (style["base"], style["task"], style["modular"]) == (0.0, 1.0, 1.0)
     assert "arm projected is left out: no projected file is given" in found.notes
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.audit import figures, page, plots, report, sheet, words
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
-from modular_lora_guard.gate.statistics import Rate
+from modular_lora_guard.gate.statistics import Rate, newcombe, wilson
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 
@@ -62,9 +62,11 @@ def test_rows_count_pictures_labels_and_concepts():
     assert sequential.wilson.low < 0.5 < sequential.wilson.high
     assert sequential.concepts == {"car": (50, 100), "bus": (50, 100), "tram": (50, 100)}
     assert sequential.labels == {"car": 50, "bus": 50, "tram": 50}
-    assert (sequential.top1.k, sequential.top1.n) == (150, 300)
+    assert (sequential.top1.wilson.k, sequential.top1.wilson.n) == (150, 300)
     assert sequential.style is None
-    assert rows["safety"].bootstrap.high == 0.0
+    assert sequential.bootstrap is None, "every concept has the same rate: no width, no interval"
+    assert rows["safety"].bootstrap is None
+    assert 0 == rows["safety"].wilson.low < rows["safety"].wilson.high
 
 
 def test_differences_are_against_safety_and_base_with_a_verdict_by_the_margin():
@@ -78,14 +80,19 @@ def test_differences_are_against_safety_and_base_with_a_verdict_by_the_margin():
     assert (sequential.pairs, sequential.gained, sequential.lost) == (300, 150, 0)
     assert sequential.ratio[0] is None
     assert words.ratio(sequential).startswith("∞")
-    assert words.ratio(found["safety", "base"]) == "0.00 (0.00 … 0.00)"
+    assert words.ratio(found["safety", "base"]) == "0.00"
 
 
 def test_a_few_pictures_without_a_hit_prove_nothing():
-    few, many = (build(drawn(arms={"safety": 0.0, "modular": 0.0}, count=count)) for count in (4, 50))
-    assert (few.differences[0].high, few.differences[0].verdict) == (0.0, "undecided")
-    assert many.differences[0].verdict == "not worse"
-    told = figures._newcombe(Rate(56, 70, 0.6918, 0.8771), Rate(48, 80, 0.4903, 0.7002))
+    arms = {"safety": 0.0, "modular": 0.0}
+    made = (figures.build("", judge(), drawn(arms=arms, count=n), 0.05, SETTINGS, (), ()) for n in (4, 10, 50))
+    least, few, many = (one.differences[0] for one in made)
+    assert [one.bootstrap for one in (least, few, many)] == [None] * 3
+    assert [one.verdict for one in (least, few, many)] == ["too few pictures", "undecided", "not worse"]
+    assert few.newcombe[1] > 0.05 > many.newcombe[1]
+    worse = build(drawn(arms={"safety": 0.0, "sequential": 1.0}, count=4)).differences[0]
+    assert (worse.difference, worse.verdict) == (1.0, "too few pictures")
+    told = newcombe(Rate(56, 70, 0.6918, 0.8771), Rate(48, 80, 0.4903, 0.7002))
     assert told == pytest.approx((0.0524, 0.3339), abs=1e-3)  # the paper's example (a)
 
 
@@ -98,7 +105,8 @@ def test_kept_concepts_and_styles_are_compared_where_the_labels_can_tell():
         ("modular", "task", "task fidelity", "not worse"),
     ]
     rows = {(row.arm, row.cell): row for row in found.rows}
-    assert (rows["modular", "task"].style.k, rows["modular", "task"].style.n) == (200, 200)
+    style = rows["modular", "task"].style
+    assert (style.wilson.k, style.wilson.n, style.bootstrap) == (200, 200, None)
     unknown = build(drawn(arms={"base": 1.0}, concepts=("a lighthouse", "a bridge"), cell="kept"))
     assert unknown.rows[0].top1 is None
 
@@ -108,6 +116,40 @@ def test_of_one_concept_there_is_no_bootstrap_and_it_is_said():
     assert all(row.bootstrap is None for row in found.rows)
     assert not found.differences
     assert found.notes == ("left out", "suppressed: one concept, so there is no bootstrap and Wilson's interval stands")
+
+
+def uneven(**item) -> list[Drawn]:
+    """Every arm at another rate in every concept, and one without a hit."""
+    some = []
+    for concept, rate in (("car", 0.1), ("bus", 0.5), ("tram", 0.9)):
+        some += drawn(arms={"base": rate, "safety": 0.0}, concepts=(concept,), **item)
+    return some
+
+
+@pytest.mark.parametrize("show", [lambda r: page.render(r, {}), words.format_report], ids=["page", "text"])
+def test_wilsons_interval_stands_beside_every_bootstrap_and_alone_where_that_has_no_width(show):
+    found = build([*uneven(), *uneven(cell="kept"), *uneven(cell="task", style="ink")])
+    shown = html.unescape(show(found))
+    for row in found.rows:
+        for share in (row, *((row.top1, row.style) if show is not words.format_report else ())):
+            if share is None:
+                continue
+            k, n = share.wilson.k, share.wilson.n
+            assert (share.wilson.low, share.wilson.high) == wilson(k, n)
+            assert (share.bootstrap is None) == (k in (0, n))
+            assert words.interval(share.wilson) in shown
+            assert not share.bootstrap or words.interval(share.bootstrap) in shown
+    assert "0.0% … 0.0%" not in shown
+    assert "100.0% … 100.0%" not in shown
+    for one in found.differences:
+        assert show is words.format_report or words.span(one.newcombe) in shown
+        assert one.bootstrap is None or one.bootstrap[0] < one.bootstrap[1]
+
+
+def test_the_plots_show_both_intervals():
+    rows = [row for row in build(uneven()).rows if row.cell == "suppressed"]
+    bars = {row.arm: plots.rates([row]).count("<path") for row in rows}
+    assert bars["base"] == bars["safety"] + 1  # the bootstrap's line
 
 
 def test_attacks_and_sweeps_are_rows_of_their_own():
@@ -139,7 +181,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     found = build([*drawn(), *drawn(cell="kept", concepts=("cat", "dog"), style="ink")])
     (tmp_path / "report.json").write_text(report.to_json(found), encoding="utf-8")
     assert report.read(tmp_path / "report.json") == found
-    for text in ("", "{}", '{"form": 2}', "[]", '{"form": 1, "rows": 3}'):
+    for text in ("", "{}", '{"form": 1}', "[]", '{"form": 2, "rows": 3}'):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(GuardError, match=r"report\.json: is no report of this version"):
             report.read(tmp_path / "report.json")
@@ -148,11 +190,13 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
 def hostile(text: str) -> report.AuditReport:
     """A report with ``text`` wherever somebody else's words get in."""
     rate = Rate(1, 2, 0.1, 0.9)
+    share = report.Share(rate, rate)
     rows = [
-        report.Row(arm, cell, attack, rate, rate, {text: 1}, {text: (1, 2), "b": (0, 2)}, rate, rate)
+        report.Row(arm, cell, attack, rate, rate, {text: 1}, {text: (1, 2), "b": (0, 2)}, share, share)
         for arm, cell, attack in (("base", "suppressed", ""), ("safety", "suppressed", text), ("base", text, ""))
     ]
-    difference = report.Difference("base", "safety", text, text, text, 0.1, 0.0, 0.2, "worse", 2, 1, 0, 1.0)
+    spans = ((0.0, 0.2), (0.0, 0.3))
+    difference = report.Difference("base", "safety", text, text, text, 0.1, *spans, "worse", 2, 1, 0, 1.0)
     quality = report.Quality("base", text, 3, 0.1)
     settings = SETTINGS | {"command": text, text: {text: [text, 1.0]}, "quality": {text: text}}
     return report.AuditReport(text, settings, tuple(rows), (difference,), (quality,), (text,))

@@ -16,7 +16,7 @@ from modular_lora_guard.audit.options import AuditOptions
 from modular_lora_guard.audit.prompts import MAX_SEED, PromptError, items, prompts_sha256, read_prompts, read_sets
 from PIL import Image
 
-WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(bool)
 ROWS = st.lists(
     st.fixed_dictionaries({"prompt": WORDS, "concept": WORDS, "seed": st.integers(0, MAX_SEED)}),
     min_size=1,
@@ -106,7 +106,8 @@ def test_skipped_rows_are_counted_with_the_reason(tmp_path):
         ("a.txt", "\n\n", "all 2 rows were skipped"),
         ("a.csv", "words,seed\nx,1\n", "no column holds prompts .columns: seed, words.: name one"),
         ("a.csv", 'prompt,seed\n"x,1\n', "is no CSV"),
-        ("a.csv", b"prompt\n\xff\xfa\n", "is no UTF-8"),
+        ("a.csv", b"prompt\n\xff\xfa\n", "is not UTF-8"),
+        ("a.txt", "Кот".encode("utf-16-le"), "control characters, .*: save it as UTF-8"),
         ("a.json", "{", "is no JSON"),
         ("a.json", '{"a": 1}', "no list of texts or objects"),
         ("a.csv", "prompt,start\nx,nowhere.png\n", "row 1: picture 'nowhere.png' is not there"),

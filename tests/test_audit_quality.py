@@ -60,12 +60,38 @@ def test_the_task_cell_is_compared_with_the_tasks_pictures(tmp_path):
 def test_fid_and_kid_of_few_pictures_are_left_out_and_said_so(tmp_path):
     wide = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
     notes: list[str] = []
-    assert set(quality.distances(wide, wide, "kept", notes)) == {"kid", "kid_std"}
-    assert notes == ["quality, kept: FID left out, it is biased with 12 pictures in 30 dimensions"]
+    assert set(quality.distances(wide, wide, "kept", notes)) == {"kid"}
+    assert notes == [
+        "quality, kept: KID's deviation left out, 12 pictures are not twice a subset of 100",
+        "quality, kept: FID left out, it is biased with 12 pictures in 30 dimensions",
+    ]
     some = [*drawn(tmp_path, "base", "kept", 0, 9), *drawn(tmp_path, "safety", "kept", 10, 9)]
     found = measure(SIZE, some)
     assert not found.quality
     assert "quality, kept: 9 pictures are too few for KID (10 at least)" in found.notes
+
+
+def test_kids_deviation_is_that_over_subsets_which_differ():
+    """Against the mean over hand-made subsets: none where each subset is all pictures, else as the subsets say."""
+    one, other = (torch.randn(260, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for count, given in ((20, False), (100, False), (199, False), (200, True), (260, True)):
+        assert ("kid_std" in quality.distances(one[:count], other[:count], "kept", [])) is given
+    random = np.random.default_rng(0)
+    over = [
+        _mmd(one[random.choice(260, 100, False)].double(), other[random.choice(260, 100, False)].double())
+        for _ in range(200)
+    ]
+    found = quality.distances(one, other, "kept", [])
+    assert found["kid_std"] == pytest.approx(np.std(over), rel=0.3)
+    assert found["kid"] == pytest.approx(np.mean(over), abs=4 * np.std(over) / 10)
+
+
+def _mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The unbiased squared MMD with KID's cubic kernel (Bińkowski et al., 2018, eq. 4)."""
+    n, d = x.shape
+    kernel = lambda a, b: (a @ b.T / d + 1) ** 3  # noqa: E731
+    own = sum(float(k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
+    return own - 2 * float(kernel(x, y).mean())
 
 
 def test_what_is_not_at_hand_is_not_measured_and_said_so(tmp_path, monkeypatch):

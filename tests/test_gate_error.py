@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,10 @@ def test_files_that_cannot_be_read_are_named_and_count_nowhere(folders) -> None:
     error = labelled.measure(bad, good, Brightness(), Settings({"red": 0.5}))
     assert error.unreadable == ("flagged/broken.png", "clean/sub/cut.png")
     assert (error.missed.n, error.false_alarms.n) == (4, 5)
-    assert "2 files cannot be read and count nowhere: flagged/broken.png, clean/sub/cut.png" in labelled.format_error(
-        error
-    )
+    assert error.others == ("flagged/notes.txt",)
+    said = labelled.format_error(error)
+    assert "2 files cannot be read and count nowhere: flagged/broken.png; clean/sub/cut.png" in said
+    assert re.search(r"1 files are no .png, .* count nowhere: .*: flagged/notes.txt", said)
 
 
 def test_pictures_are_seen_the_way_up_that_their_file_says(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from graphs import GraphError, base_graph, bits, guarded_graph
 from kohya_toys import STUB, stub_weights
 from modular_lora_guard.bootstrap.paths import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
@@ -277,7 +278,7 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
         ({"more_options": "sample_size = 'big'"}, "int is needed"),
         ({"resume": True}, "has no saved state"),
         ({"project": True}, "give safety_lora"),
-        ({"data_set": "outside.toml"}, "is outside ComfyUI's input folder"),
+        ({"data_set": "outside.toml"}, "is outside the folder 'input'"),
         ({"data_set": "empty"}, "none of 0 pictures can be trained on"),
     ],
 )
@@ -297,6 +298,19 @@ def test_a_data_set_that_is_not_in_the_input_folder_is_refused(comfy, train):
     assert "Value not in list" in said or "'../pictures' is no data set in the input folder" in said
 
 
+def test_a_data_set_toml_cannot_ask_which_folders_the_server_has(comfy, run_graph, inputs):
+    def answer(folder: str) -> str:
+        (inputs / "ask.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {folder!r}\n")
+        values = {"data_set": "ask.toml", "resolution": 64, "train_batch_size": 1}
+        graph = {"report": {"class_type": "ModularLoraDatasetReport", "inputs": values}}
+        return refused(lambda: run_graph(graph)).replace(folder, "X")
+
+    (inputs.parent / "there").mkdir()
+    for there, not_there in (("/root", "/no-such-folder"), ("../there", "../nowhere")):
+        assert answer(there) == answer(not_there)
+        assert "is outside the folder 'input'" in answer(there)
+
+
 def test_safety_training_needs_a_concept_that_is_not_preserved_too(comfy, run_graph):
     run = lambda **changes: run_graph(training(comfy, "ModularLoraTrainSafety", **changes))  # noqa: E731
     assert "concept: a prompt is missing" in refused(lambda: run(concept=" \n"))
@@ -309,6 +323,9 @@ def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inp
     subset = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(folder)!r}\nnum_repeats = 2\n"
     (inputs / "set.toml").write_text(f"[general]\ncaption_extension = '.txt'\n{subset}")
     (folder / "broken.png").write_bytes(b"no picture")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # upright when turned
+    Image.new("RGB", (96, 48), "red").save(folder / "a_turned.jpg", exif=exif)
     shutil.copy(folder / "crown.png", folder / "again.png")  # without a caption
 
     def run():
@@ -316,13 +333,15 @@ def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inp
         return run_graph({"report": {"class_type": "ModularLoraDatasetReport", "inputs": values}})["report"]
 
     report, sheet = run()
-    assert "4 pictures, 8 draws in 4 batches an epoch" in report
+    assert "5 pictures, 10 draws in 5 batches an epoch" in report
     assert "again.png" in report
     assert "broken.png" in report
     assert comfy.server.texts["report"] == report
     assert sheet.shape == (1, 100, 800, 3)
+    red = sheet[0, :, :96, 0] - sheet[0, :, :96, 1] > 0.9
+    assert (int(red.any(1).sum()), int(red.any(0).sum())) == (96, 48)  # as it is seen and trained
     (folder / "balloon.png").unlink()
-    assert "3 pictures" in run()[0]
+    assert "4 pictures" in run()[0]
 
 
 def test_a_projected_file_is_clear_of_the_safety_lora_and_served(comfy, run_graph):

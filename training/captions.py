@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:[^{}]|\{\{|\}\})+)\}")
@@ -70,13 +71,12 @@ def varies(rules: CaptionRules) -> bool:
 def read(path: Path) -> str:
     """Lines of a caption file that are not blank, stripped, joined by newlines; '' where there is none.
 
-    UTF-8, with or without byte-order mark, or UTF-16 with one (Windows' editors); CaptionError for anything else.
+    In the encodings of `textfiles.decode`; CaptionError for anything else.
     """
-    data = path.read_bytes()
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CaptionError(f"{path.name}: is not UTF-8 ({error.reason}): save it as UTF-8.") from error
+        text = textfiles.decode(path.read_bytes())
+    except textfiles.TextError as error:
+        raise CaptionError(f"{path.name}: {error}: save it as UTF-8.") from error
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -6,31 +6,40 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from ..modular_lora import textfiles
+from ..modular_lora.picturefiles import ENDINGS, SIDE_FILES, Decoded, PictureError, decode, named
 from . import captions, pictures
 from .captions import CaptionError
 from .dataset_config import CAPTION_ENDINGS, Dataset, DatasetConfig, Subset
-from .pictures import ENDINGS, Fit, PictureError, Size
+from .pictures import Fit, MaskShapeError, Size
 
-SIDE_FILES = re.compile(r"\..*|.*\.(npz|safetensors)|metadata_cache\.json|thumbs\.db|desktop\.ini", re.IGNORECASE)
 WORDS = re.compile(r"\w+|[^\w\s]")
 PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
-SHOWN = 10
+KEPT = 0.6  # share of a picture that its bucket should keep: of 16:9 a square keeps 0.56
 KINDS = {  # finding -> what a report says of it
     "broken": "broken pictures, LEFT OUT: mend or delete them",
     "too_small": "pictures smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
     "empty_captions": "EMPTY caption files, trained without text: write captions, or delete them for class tokens",
     "unreadable_captions": "UNREADABLE caption files, class tokens instead: save them as UTF-8",
+    "other_encodings": "captions in UTF-16 or UTF-32, read as such (sd-scripts reads UTF-8 alone)",
     "without_caption": "pictures without caption file, trained with the class tokens",
     "without_text": "pictures WITHOUT caption file and class tokens, trained without text: write captions",
+    "odd_masks": "pictures whose mask has another shape, LEFT OUT: draw masks on the pictures as they are seen",
+    "empty_masks": "pictures with nothing of their mask or alpha in the bucket, LEFT OUT, since they train nothing",
     "missing_masks": "pictures WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
     "unused_masks": "masks without picture",
+    "transparent_masks": "masks with transparent parts, which count as black (sd-scripts does not see transparency)",
+    "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
+    "without_alpha": "pictures without transparent parts under alpha_mask, trained whole",
     "duplicates": "pictures that are there more than once: delete all but one, or use num_repeats",
+    "shared_captions": "pictures of one name, which share one caption file or mask: give each a name of its own",
+    "cut_off": "pictures that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
     "upscaled": "pictures smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
     "turned": "pictures turned by their EXIF orientation (sd-scripts takes them unturned)",
     "transparent": "pictures with transparent parts, put on white",
@@ -59,6 +68,7 @@ class Picture:
     mask_path: Path | None
     dataset: int
     subset: Subset
+    pixels_sha256: str  # of what is seen, whatever the file's encoding
 
     @property
     def is_reg(self) -> bool:
@@ -102,18 +112,17 @@ def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = No
 def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
     """Pixels (h w 3, float32 0..1) in the picture's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
 
-    The mask is the red channel of the subset's mask picture (the field's form), or with ``alpha_mask`` the alpha; None:
-    the whole picture counts. PictureError where the file is another one than the report saw.
+    The mask is the red channel of the subset's mask picture (the field's form), 0 where that is transparent, or with
+    ``alpha_mask`` the picture's alpha; None: the whole picture counts. PictureError where the file is another one than
+    the report saw.
     """
     data = picture.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != picture.sha256:
         raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
-    decoded = pictures.decode(data)
+    decoded = decode(data)
     place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
     if picture.mask_path:
-        image = pictures.decode(picture.mask_path.read_bytes(), on_white=False).image.getchannel("R")
-        if image.size != picture.size:
-            image = image.resize(picture.size)
+        image = pictures.read_mask(picture.mask_path, picture.size).image
     else:
         image = decoded.alpha if picture.subset.alpha_mask else None
     mask = None if image is None else pictures.mask(place(image), flipped, downscale)
@@ -133,8 +142,7 @@ def format_report(report: DatasetReport) -> str:
         lines.append(f"  bucket {width}×{height}: {count} pictures, {draws} draws")
     lines.append(f"  {report.distinct_captions} distinct captions")
     for kind, names in report.findings.items():
-        rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        lines.append(f"  {len(names)} {KINDS[kind]}: {'; '.join(names[:SHOWN])}{rest}")
+        lines.append(f"  {len(names)} {KINDS[kind]}: {named(names)}")
     return "\n".join([*lines, f"  sha256 {report.dataset_sha256}"])
 
 
@@ -155,7 +163,7 @@ class _Folder:
         name = self.name(path)
         try:
             data = path.read_bytes()
-            decoded = pictures.decode(data)
+            decoded = decode(data)
         except (OSError, PictureError) as error:
             self.found["broken"].append(f"{name}: {error}")
             return None
@@ -165,17 +173,31 @@ class _Folder:
         except PictureError:
             self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
             return None
+        mask_path, trained = self._mask(path, name, decoded, fit)
+        if not trained:
+            return None
         self._note(name, decoded, fit)
-        mask_path, (caption, ending) = self._mask(path, name), self._caption(path, name)
-        digest = hashlib.sha256(data).hexdigest()
-        draws = self.subset.num_repeats
-        return Picture(path, name, digest, size, fit, caption, ending, draws, mask_path, self.index, self.subset)
+        return Picture(
+            path,
+            name,
+            hashlib.sha256(data).hexdigest(),
+            size,
+            fit,
+            *self._caption(path, name),
+            self.subset.num_repeats,
+            mask_path,
+            self.index,
+            self.subset,
+            _pixels_sha256(decoded),
+        )
 
     def name(self, path: Path) -> str:
         return f"{path.parent.name}/{path.name}"
 
-    def _note(self, name: str, decoded: pictures.Decoded, fit: Fit) -> None:
+    def _note(self, name: str, decoded: Decoded, fit: Fit) -> None:
         size = decoded.image.size
+        if fit.kept < KEPT:
+            self.found["cut_off"].append(f"{name}: {1 - fit.kept:.0%} of {size[0]}×{size[1]} is cut off")
         if fit.resized[0] > size[0] or fit.resized[1] > size[1]:
             self.found["upscaled"].append(f"{name}: {size[0]}×{size[1]} to {fit.resized[0]}×{fit.resized[1]}")
         for kind, is_so in (("turned", decoded.turned), ("animated", decoded.frames > 1)):
@@ -183,19 +205,33 @@ class _Folder:
                 self.found[kind].append(name)
         if decoded.alpha is not None and not self.subset.alpha_mask:
             self.found["transparent"].append(name)
+        if decoded.alpha is None and self.subset.alpha_mask:
+            self.found["without_alpha"].append(name)
 
-    def _mask(self, path: Path, name: str) -> Path | None:
-        if self.subset.conditioning_data_dir is None:
-            return None
-        mask = self.masks.get(path.stem)
-        try:
-            if mask is not None:
-                pictures.decode(mask.read_bytes())
-                return mask
-            self.found["missing_masks"].append(name)
-        except (OSError, PictureError) as error:
-            self.found["missing_masks"].append(f"{name}: its mask {mask.name} can't be read, {error}")
-        return None
+    def _mask(self, path: Path, name: str, decoded: Decoded, fit: Fit) -> tuple[Path | None, bool]:
+        """The mask file, and whether the picture is trained on."""
+        file, image = None, decoded.alpha if self.subset.alpha_mask else None
+        if self.subset.conditioning_data_dir is not None:
+            file = self.masks.get(path.stem)
+            if file is None:
+                self.found["missing_masks"].append(name)
+                return None, True
+            try:
+                mask = pictures.read_mask(file, decoded.image.size)
+            except MaskShapeError as error:
+                self.found["odd_masks"].append(f"{name}: its mask {file.name}, {error}")
+                return None, False
+            except (OSError, PictureError) as error:
+                self.found["missing_masks"].append(f"{name}: its mask {file.name} can't be read, {error}")
+                return None, True
+            for kind, is_so in (("transparent_masks", mask.has_alpha), ("coloured_masks", mask.coloured)):
+                if is_so:
+                    self.found[kind].append(file.name)
+            image = mask.image
+        if image is not None and not pictures.place(image, fit, self.subset.resize_interpolation).getbbox():
+            self.found["empty_masks"].append(name)
+            return None, False
+        return file, True
 
     def _caption(self, path: Path, name: str) -> tuple[str, str]:
         """What the file says, and its ending; the class tokens where there is none."""
@@ -203,7 +239,10 @@ class _Folder:
         file = next(filter(None, found), None)
         if file is not None:
             try:
-                return self._noted(captions.read(file), name), file.name[len(path.stem) :]
+                text = captions.read(file)
+                if not textfiles.encoding_of(file.read_bytes()).startswith("utf-8"):
+                    self.found["other_encodings"].append(name)
+                return self._noted(text, name), file.name[len(path.stem) :]
             except (OSError, CaptionError) as error:
                 self.found["unreadable_captions"].append(f"{name}: {error}")
         else:
@@ -254,9 +293,18 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
             found["unsupported"].append(name)
         elif texts[entry] not in stems:
             found["captions_alone"].append(name)
-    by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
     masks = _masks(subset, stems, found)
+    by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
+    found["shared_captions"] += _shared(files, {*texts.values(), *masks})
     return _Folder(index, dataset, subset, files, by_name, masks, found)
+
+
+def _shared(files: Sequence[Path], stems: Container[str]) -> list[str]:
+    """Pictures of one stem and different endings, where a caption or mask of that stem is there."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        same[file.stem].append(f"{file.parent.name}/{file.name}")
+    return [" = ".join(names) for stem, names in same.items() if len(names) > 1 and stem in stems]
 
 
 def _captions(entries: list[Path], subset: Subset) -> dict[Path, str]:
@@ -348,8 +396,13 @@ def grouped(config: DatasetConfig, pictures: Sequence[Picture]) -> list[tuple[in
 def _duplicates(out: list[Picture]) -> list[str]:
     same: dict[str, list[str]] = defaultdict(list)
     for picture in out:
-        same[picture.sha256].append(picture.name)
+        same[picture.pixels_sha256].append(picture.name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
+
+
+def _pixels_sha256(decoded: Decoded) -> str:
+    image, alpha = decoded.image, decoded.alpha
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes() + (alpha.tobytes() if alpha else b"")).hexdigest()
 
 
 def _digest(config: DatasetConfig, out: list[Picture]) -> str:

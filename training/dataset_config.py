@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
+from ..modular_lora.picturefiles import ENDINGS
 from .captions import CaptionRules
-from .pictures import ENDINGS, INTERPOLATIONS, Buckets
+from .pictures import INTERPOLATIONS, Buckets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,22 +145,47 @@ class DatasetConfig:
     datasets: tuple[Dataset, ...]
     ignored: tuple[str, ...] = ()  # 'name: why'
 
+    @property
+    def folders(self) -> list[Path]:
+        """Every folder that it reads from."""
+        subsets = [subset for data in self.datasets for subset in data.subsets]
+        return [f for subset in subsets for f in (subset.image_dir, subset.conditioning_data_dir) if f]
 
-def from_toml(path: str | Path, defaults: Mapping[str, Any] | None = None) -> DatasetConfig:
-    """The data set of a TOML (or JSON) file; ``defaults`` are keys of [general] that count where it says nothing."""
+
+def from_toml(path: str | Path, defaults: Mapping[str, Any] | None = None, within: Path | None = None) -> DatasetConfig:
+    """The data set of a TOML (or JSON) file; ``defaults`` are keys of [general] that count where it says nothing.
+
+    Whether a folder that it names is there is not looked at: `check_folders` does. ``within``: the folder that all of
+    them have to be in, known from their paths alone, so that a file of somebody else's cannot ask what else there is;
+    relative ones are then beside the file.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = textfiles.decode(path.read_bytes())
         document = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:  # both parsers' errors are ValueErrors
+    except (OSError, ValueError, RecursionError, textfiles.TextError) as error:  # parsers' errors are ValueErrors
         raise DatasetError(f"{path}: cannot be read as a data-set TOML ({error}): mend the file.") from error
-    return _Reader(path.name, path.parent, dict(defaults or {})).config(str(path), document)
+    return _Reader(path.name, path.parent, dict(defaults or {}), within).config(str(path), document)
+
+
+def check_folders(config: DatasetConfig) -> DatasetConfig:
+    """``config``; DatasetError where a folder that it names is none."""
+    for folder in config.folders:
+        if not os.path.isdir(folder):  # unlike Path.is_dir, False for names that are too long
+            raise DatasetError(f"{Path(config.source).name}: {folder} is no folder: correct the path.")
+    return config
 
 
 def from_folders(
-    train_data_dir: str | Path, reg_data_dir: str | Path | None = None, defaults: Mapping[str, Any] | None = None
+    train_data_dir: str | Path,
+    reg_data_dir: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    within: Path | None = None,
 ) -> DatasetConfig:
-    """The data set of ``N_name`` folders (N repeats, class tokens 'name'), with buckets unless ``defaults`` say no."""
+    """The data set of ``N_name`` folders (N repeats, class tokens 'name'), with buckets unless ``defaults`` say no.
+
+    ``within``: as for `from_toml`.
+    """
     subsets, ignored = [], []
     for folder, is_reg in ((train_data_dir, False), (reg_data_dir, True)):
         if folder:
@@ -170,7 +198,7 @@ def from_folders(
             "put the pictures into one."
         )
     document = {"general": {"enable_bucket": True} | dict(defaults or {}), "datasets": [{"subsets": subsets}]}
-    config = _Reader("data set", Path.cwd(), {}).config(str(train_data_dir), document)
+    config = _Reader("data set", Path.cwd(), {}, within).config(str(train_data_dir), document)
     return DatasetConfig(config.source, config.datasets, tuple(ignored))
 
 
@@ -200,6 +228,7 @@ class _Reader:
     name: str
     folder: Path
     defaults: dict[str, Any]
+    within: Path | None  # the folder that everything has to be in; None: anywhere
 
     def config(self, source: str, document: Any) -> DatasetConfig:
         self._table("top level", document, {"general": Key(dict), "datasets": Key(list)})
@@ -285,10 +314,16 @@ class _Reader:
         return Buckets((width, height), enable, least, most, step, no_upscale)
 
     def _folder(self, place: str, key: str, value: str) -> Path:
-        for path in (Path(value), self.folder / value):
-            if path.is_dir():
-                return path.absolute()
-        raise DatasetError(f"{self.name}: {place}: {key}: {value!r} is no folder: correct the path.")
+        """An absolute path without '..', so that what is looked at later is what was judged here."""
+        beside = Path(os.path.abspath(self.folder / value))
+        if self.within is None:
+            return Path(os.path.abspath(value)) if os.path.isdir(value) else beside
+        if not beside.is_relative_to(os.path.abspath(self.within)):
+            raise DatasetError(
+                f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
+                "pictures have to be: move or link them there."
+            )
+        return beside
 
     def _level(self, place: str, level: str, table: Any) -> None:
         if isinstance(table, dict):

@@ -14,7 +14,10 @@ from .dataset import KINDS, DatasetReport
 from .dataset_config import DATASET, SUBSET, Dataset, DatasetConfig, DatasetError, Subset
 from .output import DatasetRecord
 
-STOPS_SD_SCRIPTS = ("broken", "too_small", "empty_captions", "unreadable_captions", "missing_masks", "unused_masks")
+STOPS_SD_SCRIPTS = (  # what it stops at, and what it would train otherwise
+    "broken", "too_small", "empty_captions", "unreadable_captions", "missing_masks", "unused_masks", "odd_masks",
+    "empty_masks", "transparent_masks", "other_encodings",
+)  # fmt: skip
 
 
 def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
@@ -26,7 +29,7 @@ def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
     for kind in STOPS_SD_SCRIPTS:
         if kind in report.findings:
             names = "; ".join(report.findings[kind][:3])
-            raise DatasetError(f"sd-scripts stops at {KINDS[kind]}: {names}: mend this first.")
+            raise DatasetError(f"sd-scripts cannot take {KINDS[kind]}: {names}: mend this first.")
     lines: list[str] = []
     for index, dataset in enumerate(config.datasets):
         lines += [DATASET, *_assignments(_dataset(dataset)), ""]

@@ -23,6 +23,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, read_lora, sha256_file
 from ..modular_lora.guard import SafetyLora
 from . import dataset, kohya_entry, kohya_process
+from .dataset_config import DatasetConfig
 from .dataset_export import to_toml
 from .kohya_arguments import FAMILIES, Family, Run, leco_prompts, safety_arguments, sample_prompts, task_arguments
 from .kohya_checkout import Engine
@@ -64,15 +65,18 @@ def train_task(
     watch: Watch,
     safety: Sequence[SafetyLora] = (),
     extra: Sequence[str] = (),
+    data: DatasetConfig | None = None,
 ) -> KohyaResult:
     """Train a task LoRA with sd-scripts; ``extra`` are further arguments of its script, passed on as they are.
+
+    ``data``: the data set that `configure` gave, where a host has judged it; else it is made from the options.
 
     ``safety`` is recorded, looked for in the base, shown in previews, and what projection keeps clear of. Raises
     GuardError (its last words where the script fails), OptionError or DatasetError.
     """
     if options.project and not safety:
         raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
-    config = configure(options)
+    config = data or configure(options)
     report = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
     if report.problems:
         raise GuardError(report.problems[0])

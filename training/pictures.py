@@ -1,4 +1,4 @@
-"""Pictures of a data set: buckets, decoding, resizing and cropping, masks. Sizes are (width, height), as in PIL.
+"""Pictures of a data set: buckets, resizing and cropping, masks. Sizes are (width, height), as in PIL.
 
 Bucket rule of sd-scripts, written after its behaviour: with (W, H) the resolution, widths w go from min to max in
 steps; the height of w is the largest multiple of the step with w·h ≤ W·H, at most max; both (w, h) and (h, w) are
@@ -9,26 +9,19 @@ the nearest w/h; it is scaled until it covers the bucket and cropped at the cent
 from __future__ import annotations
 
 import functools
-import io
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modular_lora.errors import GuardError
+from ..modular_lora.picturefiles import Mask, PictureError, decode, decode_mask
 
 Size = tuple[int, int]  # width height
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF")  # of such files, whatever their ending says
-MAX_PIXELS = 178_956_970  # where PIL stops too, unless the host has changed it
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -41,8 +34,8 @@ INTERPOLATIONS = {
 }
 
 
-class PictureError(GuardError):
-    """A file that is no whole picture."""
+class MaskShapeError(PictureError):
+    """A mask that does not lie on its picture."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +58,10 @@ class Fit:
     resized: Size
     crop: tuple[int, int]
 
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """A picture with its EXIF orientation applied."""
-
-    image: Image.Image  # RGB
-    alpha: Image.Image | None  # L; None: opaque
-    turned: bool  # by its EXIF orientation
-    frames: int  # of an animation; the first is taken
+    @property
+    def kept(self) -> float:
+        """Share of the picture that is in its bucket."""
+        return self.bucket[0] * self.bucket[1] / (self.resized[0] * self.resized[1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,73 +133,24 @@ def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
     return torch.tensor([original[1], original[0], top, left, fit.bucket[1], fit.bucket[0]])
 
 
-def decode(data: bytes, on_white: bool = True) -> Decoded:
-    """The whole picture of a file's bytes; PictureError for anything truncated, damaged, too large or no picture.
-
-    Grey, palette, 16-bit and CMYK pictures become RGB; ICC profiles are not applied, as in sd-scripts. Without
-    ``on_white`` transparent parts keep the colour that is hidden in them, as in sd-scripts.
-    """
-    if not data:
-        raise PictureError("empty file (0 bytes)")
-    try:
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]  # a PIL may be built without WebP
-        with _strict(), Image.open(io.BytesIO(data), formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise PictureError(f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down")
-            frames = getattr(image, "n_frames", 1)
-            image.load()
-            upright, turned = _upright(image)
-            rgb, alpha = _split(upright, on_white)
-            return Decoded(rgb, alpha, turned, frames)
-    except PictureError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise PictureError("no PNG, JPEG, WebP, BMP or GIF, whatever its ending says") from error
-    except Image.DecompressionBombError as error:
-        raise PictureError(f"too many pixels, maybe a decompression bomb ({error}): scale it down") from error
-    except Exception as error:  # PIL's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"damaged or truncated ({type(error).__name__}: {error})") from error
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """A picture file as it is trained on, within ``side`` pixels."""
+    image = decode(path.read_bytes()).image
+    image.thumbnail((side, side))
+    return image
 
 
-@contextmanager
-def _strict() -> Iterator[None]:
-    """PIL neither completes truncated files, which hosts switch on for the whole process, nor warns of large ones."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    try:
-        if image.getexif().get(ORIENTATION, 1) in range(2, 9):
-            return ImageOps.exif_transpose(image), True
-    except Exception:  # damaged EXIF data, in whatever way, says nothing against the pixels
-        pass
-    return image, False
-
-
-def _split(image: Image.Image, on_white: bool) -> tuple[Image.Image, Image.Image | None]:
-    """(RGB, alpha or None where all is opaque)."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits; PIL's own conversion cuts off at 255
-        values = np.asarray(image).astype(np.float32)
-        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
-    if not ("A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info):
-        return image.convert("RGB"), None
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    opaque = alpha.getextrema()[0] == 255
-    if opaque or not on_white:
-        return image.convert("RGB"), None if opaque else alpha
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return white.convert("RGB"), alpha
+def read_mask(path: Path, size: Size) -> Mask:
+    """The mask file of a picture of ``size``, scaled to it; MaskShapeError where its shape is another one."""
+    mask = decode_mask(path.read_bytes())
+    (width, height), found = size, mask.image.size
+    if found == size:
+        return mask
+    if abs(found[0] * height - found[1] * width) > max(*found, *size):  # sides may be rounded by a pixel
+        raise MaskShapeError(
+            f"{found[0]}×{found[1]} is another shape than its picture's {width}×{height}: draw it on the picture"
+        )
+    return replace(mask, image=mask.image.resize(size))
 
 
 def place(image: Image.Image, fit: Fit, interpolation: str | None = None) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,21 @@ from .trainee import Trainee
 ROLE = "task"
 
 
-def configure(options: TaskOptions) -> dataset_config.DatasetConfig:
-    """The data set that the options name, its pictures not yet read; DatasetError or OptionError."""
+def configure(options: TaskOptions, within: Path | None = None) -> dataset_config.DatasetConfig:
+    """The data set that the options name, its pictures not yet read; DatasetError or OptionError.
+
+    ``within``: the folder that all of its folders have to be in, judged before any is looked at.
+    """
     if bool(options.train_data_dir) == bool(options.dataset_config):
         raise OptionError("Give train_data_dir or dataset_config, and not both.")
     shared = ("resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate")
     defaults = {name: getattr(options, name) for name in shared} | {"batch_size": options.train_batch_size}
     if options.dataset_config:
-        return dataset_config.from_toml(options.dataset_config, defaults)
-    return dataset_config.from_folders(options.train_data_dir, options.reg_data_dir or None, defaults)
+        config = dataset_config.from_toml(options.dataset_config, defaults, within)
+    else:
+        folders = options.train_data_dir, options.reg_data_dir or None
+        config = dataset_config.from_folders(*folders, defaults, within)
+    return dataset_config.check_folders(config)
 
 
 def train_task(
@@ -43,13 +50,16 @@ def train_task(
     *,
     engine: str,
     base_name: str = "",
+    data: dataset_config.DatasetConfig | None = None,
 ) -> Trained:
     """Train a task LoRA and write it to ``output_dir``; raises GuardError, OptionError or DatasetError.
+
+    ``data``: the data set that `configure` gave, where a host has judged it; else it is made from the options.
 
     ``safety`` is recorded, shown in previews, and what projection keeps clear of; the training forward knows nothing
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
-    config = configure(options)
+    config = data or configure(options)
     found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(trainee, options, loras, base_name)
