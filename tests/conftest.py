@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import gc
 import hashlib
+import html
 import importlib.util
 import inspect
 import json
@@ -104,7 +105,8 @@ class _Server:
         self.messages.append((event, data))
 
     def send_progress_text(self, text, node_id, sid=None):
-        self.texts[node_id] = text
+        """The front end puts the text into the page as HTML; kept is what is read there."""
+        self.texts[node_id] = html.unescape(text)
 
 
 @pytest.fixture(scope="session")
