@@ -19,7 +19,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,16 +27,18 @@ if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older one
     sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
 
 from bootstrap import browser, comfyui, environment, paths
-from bootstrap.console import RunError, say
+from bootstrap.boundary import contained, ensure_writable
+from bootstrap.console import say
 from bootstrap.process import child_environment, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
-    "lora": ("training", "train-task, train-safety, project, ..."),
-    "audit": ("audit", "run, page, gate-error"),
-    "operator": ("operators", "keygen, sign, verify, record, policy"),
-    "evidence": ("world", "the paper's table on the demo world"),
+    "lora": ("training", "train-task, train-safety, project, inspect, dataset (docs/training.md)"),
+    "audit": ("audit", "run, page, gate-error (docs/audit.md)"),
+    "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
+    "evidence": ("world", "the paper's table on the demo world (docs/evidence.md)"),
 }
+HELP = ("-h", "--help")
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 # Two workers of pytest-xdist at most: each takes 2 to 3 GB, and a server that a test starts 1 GB more.
 SPREAD = ("-n", "logical", "--maxprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
@@ -56,19 +58,22 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     demo = commands.add_parser(
         "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
     )
-    demo.add_argument("--steps", type=int, default=20, help="sampling steps of every picture (20)")
-    demo.add_argument("--seed", type=int, default=1, help="seed of the first prompt; the others count on (1)")
+    demo.add_argument("--steps", type=_number(1, 10_000), default=20, help="sampling steps of every picture (20)")
+    demo.add_argument(
+        "--seed", type=_number(0, 2**63), default=1, help="seed of the first prompt, which others follow (1)"
+    )
     demo.add_argument("--output", type=Path, default=paths.DEMO_OUTPUT, help="folder of the report (demo_output)")
-    commands.add_parser(
+    test = commands.add_parser(
         "test",
         allow_abbrev=False,
         parents=[common],
         help="lint and test, on two cores unless files or tests are named; what follows goes to pytest (-n 0: one)",
     )
+    test.add_argument("--all", action="store_true", help="run the long trials whole (90 minutes), not samples of them")
     comfy = commands.add_parser(
         "comfy", allow_abbrev=False, parents=[common], help="open ComfyUI; what follows goes to ComfyUI"
     )
-    comfy.add_argument("--port", type=int, help="port of the server (a free one)")
+    comfy.add_argument("--port", type=_number(1, 65_535), help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
     for name, (_, help) in OWN_LINE.items():
         command = commands.add_parser(name, add_help=False, parents=[common], help=help)
@@ -79,7 +84,23 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     rest = [argument for argument in rest if argument != "--"]
     if rest and options.command == "demo":
         parser.error(f"unknown option for demo: {' '.join(rest)}")
+    if options.command == "comfy" and any(argument.partition("=")[0] == "--port" for argument in rest):
+        parser.error("--port is an option of run.py comfy: give it before --")
+    if options.command == "test" and options.all:
+        rest.append("--all")
     return options, rest
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """A whole number within bounds, as an option's type."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
+        return value
+
+    return number
 
 
 def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> int:
@@ -92,7 +113,7 @@ def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> in
 
 
 def run_demo(host: comfyui.Host, options: argparse.Namespace) -> int:
-    output = options.output.resolve()
+    output = options.output.expanduser().resolve()
     return demo_process(host, "demo", "--steps", str(options.steps), "--seed", str(options.seed), "--output", output)
 
 
@@ -102,23 +123,34 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
     return demo_process(host, "comfy", *port, *quiet, "--", *rest)
 
 
-def run_own_line(host: comfyui.Host, module: str, rest: Sequence[str]) -> int:
-    """A module with its own command line, the demo world's checkpoint in its place."""
-    code = demo_process(host, "world")
-    settings = child_environment({"MODULAR_LORA_COMFYUI": str(host.folder)})
-    return code or run_attached([host.python, "-m", module, *rest], environment=settings, cwd=paths.ROOT)
+def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
+    """A module with its own command line.
 
-
-def run_operator(host: comfyui.Host, rest: Sequence[str]) -> int:
-    """The operators' own command line, with the packages that signatures need where it is to sign or verify."""
-    variables = environment.ensure_signatures(host.python, bundled=host.bundled) if needs_signatures(rest) else {}
-    settings = child_environment({"MODULAR_LORA_COMFYUI": str(host.folder), **variables})
-    return run_attached([host.python, "-m", "operators", *rest], environment=settings, cwd=paths.ROOT)
+    Unless only help is asked for, the demo world's checkpoint is put in its place, and for the operators the packages
+    with which signatures are made and checked.
+    """
+    needs, variables = not any(argument in HELP for argument in rest), {}
+    if needs and command == "operator":
+        code = 0
+        if needs_signatures(rest):
+            variables = environment.ensure_signatures(host.python, bundled=host.bundled)
+    else:
+        code = demo_process(host, "world") if needs else 0
+    settings = {"MODULAR_LORA_COMFYUI": str(host.folder), paths.TYPED: f"run.py {command}", **variables}
+    entry = [host.python, "-m", OWN_LINE[command][0], *rest]
+    return code or run_attached(entry, environment=child_environment(settings), cwd=paths.ROOT)
 
 
 def needs_signatures(rest: Sequence[str]) -> bool:
-    """Help and the record's lines are shown without them."""
-    return bool(rest) and not {"-h", "--help"} & set(rest) and tuple(rest[:2]) != ("record", "show")
+    """The record's lines are shown without them."""
+    return bool(rest) and tuple(rest[:2]) != ("record", "show")
+
+
+def help_before_installation(command: str) -> int:
+    """What can be said of a command whose options stand in modules that need PyTorch; nothing is installed for it."""
+    say(f"usage: run.py {command} COMMAND ...\n\n{command}: {OWN_LINE[command][1]}\n")
+    say("Its options are shown once run.py has made its environment, as every other command of run.py does first.")
+    return 0
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
@@ -155,24 +187,24 @@ def _terminated(signum: int, frame: object) -> NoReturn:
 def main(arguments: Sequence[str]) -> int:
     options, rest = parse(arguments)
     signal.signal(signal.SIGTERM, _terminated)
-    try:
-        host = comfyui.find(bundled=options.bundled)
-        say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
-        if options.command == "demo":
-            return run_demo(host, options)
-        if options.command == "comfy":
-            return run_comfy(host, options, rest)
-        if options.command == "operator":
-            return run_operator(host, rest)
-        if options.command in OWN_LINE:
-            return run_own_line(host, OWN_LINE[options.command][0], rest)
-        return run_test(host, rest)
-    except RunError as error:
-        say(f"run.py: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("\nInterrupted.")
-        return 130
+    return contained(lambda: run(options, rest), lambda text: say(f"run.py: {text}"), interrupted="interrupted.")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.command in OWN_LINE and any(argument in HELP for argument in rest):
+        ready = comfyui.ready(bundled=options.bundled)
+        return run_own_line(ready, options.command, rest) if ready else help_before_installation(options.command)
+    if options.command == "demo":
+        ensure_writable(options.output.expanduser().resolve(), "the report's folder")
+    host = comfyui.find(bundled=options.bundled)
+    say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
+    if options.command == "demo":
+        return run_demo(host, options)
+    if options.command == "comfy":
+        return run_comfy(host, options, rest)
+    if options.command in OWN_LINE:
+        return run_own_line(host, options.command, rest)
+    return run_test(host, rest)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..bootstrap.boundary import ensure_writable
 from ..modular_lora import options as optionfile
-from ..modular_lora.command import Lines, finish
+from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
 from . import engines, gate_error, session
-from .options import AuditOptions
+from .options import LORAS, AuditOptions
 from .words import format_report
 
 ENGINES = ("local", "processes", "ray")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m audit", description=__doc__, allow_abbrev=False)
+    made = argparse.ArgumentParser(prog=typed("audit"), description=__doc__, allow_abbrev=False)
     commands = made.add_subparsers(dest="command", required=True)
     help = "draw every arm with the same prompts and seeds, judge, and write the page"
     command = commands.add_parser("run", help=help, description=help, allow_abbrev=False)
@@ -64,9 +65,19 @@ def run(chosen: dict[str, Any]) -> str:
     """Draw, judge, write; the report as text and where the page is."""
     values = {name: value for name, value in chosen.items() if name not in (*OWN, "said")}
     options = optionfile.load(AuditOptions, chosen["config"], values)
+    _check_paths(options)
     with _engine(chosen) as engine:
-        report = session.run(options, engine, Lines(), f"python -m audit {chosen['said']}")
+        report = session.run(options, engine, Lines(), f"{typed('audit')} {chosen['said']}")
     return f"{format_report(report)}\n{Path(options.output_dir).absolute() / 'index.html'}"
+
+
+def _check_paths(options: AuditOptions) -> None:
+    """What is missing or cannot be written to is found out before a checkpoint is loaded; GuardError or RunError."""
+    for role in LORAS:
+        for name in filter(None, getattr(options, role)):
+            if not Path(name).is_file():
+                raise GuardError(f"--{role} {name}: no such file: check the path.")
+    ensure_writable(Path(options.output_dir), "output_dir")
 
 
 def page(chosen: dict[str, Any]) -> str:

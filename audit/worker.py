@@ -70,7 +70,8 @@ def register() -> None:
 
 def main() -> None:
     """Pickles of plain values from the driver's pipe, answers into another, until the driver closes its end."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)  # not ComfyUI's start-up
+    logging.getLogger("modular_lora").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the driver's, which then closes the pipe
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the answers

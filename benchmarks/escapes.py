@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     os.environ |= {"MODULAR_LORA_COMFYUI": str(chosen.comfyui), "MODULAR_LORA_WORLD": str(chosen.world)}
     outcomes = Outcomes()
-    pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider", "-k", ATTEMPT], plugins=[outcomes])
+    pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider", "-k", ATTEMPT, "--all"], plugins=[outcomes])
     escaped, how = sorted(outcomes.tried - outcomes.passed.keys()), Counter(outcomes.passed.values())
     rows = {
         "escape attempts": len(outcomes.tried),

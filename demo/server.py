@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -10,6 +11,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ..bootstrap.console import RunError
 from ..bootstrap.paths import RUN
@@ -23,6 +25,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def ensure_free(port: int) -> None:
+    """RunError where the port cannot be ours."""
+    with socket.socket() as probe:
+        if os.name != "nt":  # there the option would let us have a port that is in use
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except PermissionError as error:
+            raise RunError(f"port {port} needs an administrator's rights: choose one above 1023.") from error
+        except (OSError, OverflowError) as error:
+            raise RunError(f"port {port} is in use or cannot be had ({error}): choose another with --port.") from error
+
+
+def _connections(process: Any) -> list[Any]:
+    """Of a psutil.Process, whose method had another name before psutil 6."""
+    return (getattr(process, "net_connections", None) or process.connections)(kind="tcp")
 
 
 def has_accelerator() -> bool:
@@ -70,6 +90,7 @@ class Server:
 
     def start(self, timeout: float = 600) -> Server:
         """Start and wait until the server answers."""
+        ensure_free(self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as sink:
             self._child = subprocess.Popen(
@@ -92,7 +113,7 @@ class Server:
         return child_environment({} if ours else {"PYTHONDONTWRITEBYTECODE": "1"})
 
     def _wait(self, deadline: float, timeout: float) -> None:
-        while not self.answers():
+        while not (self.listens() and self.answers()):
             self.check()
             if time.monotonic() > deadline:
                 raise RunError(
@@ -100,6 +121,18 @@ class Server:
                     f"{tail(self.log)}\nEnd other programs that use the processor, then try again."
                 )
             time.sleep(0.2)
+
+    def listens(self) -> bool:
+        """Whether the port is our child's: another server's answer is not ours."""
+        import psutil
+
+        try:
+            child = psutil.Process(self._child.pid if self._child else -1)
+            family = [child, *child.children(recursive=True)]  # on Windows a venv's python starts the real one
+            found = [one for each in family for one in _connections(each)]
+        except (psutil.NoSuchProcess, ValueError):
+            return False
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == self.port for one in found)
 
     def answers(self) -> bool:
         try:

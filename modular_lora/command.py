@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..bootstrap.boundary import contained
+from ..bootstrap.paths import TYPED
 from .errors import GuardError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,17 +17,25 @@ logger = logging.getLogger("modular_lora")
 
 
 def finish(work: Callable[[], str], interrupted: str) -> int:
-    """Say what ``work`` says. Exit code 0; 1 with one line for a GuardError; 130 with ``interrupted`` for Ctrl+C."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    """Say what ``work`` says. Exit code 0; 1 with one line for an error; 130 with ``interrupted`` for Ctrl+C."""
+    # Our own lines and everybody's warnings: ComfyUI's start-up log stays out of the terminal.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+
+    def told() -> int:
         sys.stdout.write(work() + "\n")
-    except GuardError as error:
-        logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; %s", interrupted)
-        return 130
-    return 0
+        sys.stdout.flush()
+        return 0
+
+    def say(text: str) -> None:
+        logger.error("%s", text)
+
+    return contained(told, say, expected=(GuardError,), interrupted=f"interrupted; {interrupted}")
+
+
+def typed(module: str) -> str:
+    """The command as it was typed, for usage lines: run.py's where that started us."""
+    return os.environ.get(TYPED) or f"python -m {module}"
 
 
 def find_comfyui(given: Path | None) -> Path:

@@ -35,7 +35,7 @@ from . import host
 from . import policy as policies
 from .drawing import ComfyPainter
 from .progress import NodeWatch, image_tensor
-from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, show
+from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
 from .training import NAME, option_inputs
 
 NONE = "none"
@@ -137,7 +137,7 @@ def _lora_inputs() -> list[io.Input]:
 
 
 def _prompt_inputs() -> list[io.Input]:
-    files = [NONE, *_prompt_files()]
+    files = [NONE, *offered(_prompt_files())]
     made = []
     for cell, what in CELLS.items():
         text = f"Prompts for {what}, one a line; or a table whose first line is prompt,concept,style,seed,negative."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
@@ -35,10 +37,21 @@ def register_folders() -> None:
         folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
 
 
+def offered(names: Iterable[str]) -> list[str]:
+    """Names for a drop-down. The front end puts them into the page as HTML, so one with ``<`` could be a script.
+
+    Such names are left out; the last entry counts them and says what to do. It is the name of no file.
+    """
+    names = list(names)
+    kept = [name for name in names if "<" not in name]
+    left = len(names) - len(kept)
+    return [*kept, f"({left} left out, with < in the name: rename)"] if left else kept
+
+
 def lora_names(*folders: str) -> list[str]:
-    """Names of the safetensors files in these model folders, each once, the first folder's first."""
+    """What a drop-down offers of the safetensors files in these model folders: each once, the first folder's first."""
     names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return list(dict.fromkeys(name for name in names if name.lower().endswith(ENDINGS)))
+    return offered(dict.fromkeys(name for name in names if name.lower().endswith(ENDINGS)))
 
 
 def lora_path(name: str, *folders: str) -> Path:
@@ -66,8 +79,8 @@ def _in_folder(name: str, folder: str) -> Path | None:
 
 
 def file_names(folder: str, ending: str) -> list[str]:
-    """Names of the files with this ending in a model folder."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(ending)]
+    """What a drop-down offers of the files with this ending in a model folder."""
+    return offered(name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(ending))
 
 
 def file_path(folder: str, name: str) -> Path:
@@ -80,6 +93,15 @@ def file_path(folder: str, name: str) -> Path:
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
-    """Put a report on the node itself, as text that the front end draws under it (0.3.75 and 0.33.0)."""
+    """Put a report on the node itself, where the front end draws it as HTML (0.3.75 and 0.33.0)."""
     if node.hidden and node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
+
+
+def as_html(text: str) -> str:
+    """HTML that shows ``text`` as it is; names, metadata, prompts and captions in a report are anybody's words.
+
+    Beside HTML's own characters, two notations are escaped that the front end makes links of: ``[[label|address]]``,
+    where the label hides the address, and the ``__LNK0__`` that it puts in the place of one.
+    """
+    return html.escape(text).replace("[", "&#91;").replace("__LNK", "_&#95;LNK")

@@ -28,7 +28,7 @@ from . import anatomy, trainee
 from . import policy as policies
 from .load import handles
 from .progress import NodeWatch, contact_sheet, image_tensor
-from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, show
+from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, offered, show
 
 GROUP = f"{CATEGORY}/train"
 NUMBERED = re.compile(r"\d+_.*")
@@ -138,7 +138,7 @@ def inside(made: TaskOptions) -> DatasetConfig:
 
 def data_set_input() -> io.Input:
     tip = "Folder of N_name folders (N repeats) with pictures and captions, or a data-set TOML, in the input folder."
-    return io.Combo.Input("data_set", data_sets(), tooltip=tip)
+    return io.Combo.Input("data_set", offered(data_sets()), tooltip=tip)
 
 
 def data_set_state(name: str) -> str:
@@ -199,7 +199,7 @@ OUTPUTS = [
 
 
 def engine_inputs() -> list[io.Input]:
-    names = folder_paths.get_filename_list("checkpoints")
+    names = offered(folder_paths.get_filename_list("checkpoints"))
     tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
     return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip)]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..modular_lora.command import finish
+from ..modular_lora.command import finish, typed
 from ..modular_lora.errors import GuardError
 from . import keys, record
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="run.py operator", description=__doc__, allow_abbrev=False)
+    made = argparse.ArgumentParser(prog=typed("operators"), description=__doc__, allow_abbrev=False)
     commands = made.add_subparsers(dest="command", required=True)
     one = _command(commands, "keygen", _keygen, "make a key: FILE is the private one, FILE.pub goes to who verifies")
     one.add_argument("file", type=Path, metavar="FILE", help="private key to write, for instance operator.pem")

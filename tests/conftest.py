@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import gc
 import hashlib
+import html
 import importlib.util
 import inspect
 import json
@@ -17,7 +18,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,10 +80,47 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a slow test come first: what takes longest should not begin last."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="long trials whole; without it, samples with fixed seeds")
+
+
+@pytest.fixture(scope="session")
+def extent(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How far a long trial goes: ``extent(sample, whole)``."""
+    return lambda sample, whole: whole if request.config.getoption("--all") else sample
+
+
+def _sampled(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What is left out of tests that are marked ``sampled(n)``: all but n cases, drawn with a fixed seed."""
+    groups: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            groups.setdefault((item.path, item.originalname), []).append(item)
+    left: set[pytest.Item] = set()
+    for cases in groups.values():
+        (count,) = cases[0].get_closest_marker("sampled").args
+        left |= set(cases) - set(random.Random(0).sample(cases, min(count, len(cases))))
+    return left
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long trials as samples unless --all is given; files with a slow test first: the longest must not begin last."""
+    if not config.getoption("--all") and (left := _sampled(items)):
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of a run in which the tests of the front end did not run says so."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    skipped = [one for one in reporter.stats.get("skipped", ()) if "browser" in getattr(one, "keywords", ())]
+    if skipped:
+        why = skipped[0].longrepr[2] if isinstance(skipped[0].longrepr, tuple) else ""
+        reporter.write_line(f"NOT TESTED: {len(skipped)} tests of the front end in a browser. {why}", red=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,7 +142,8 @@ class _Server:
         self.messages.append((event, data))
 
     def send_progress_text(self, text, node_id, sid=None):
-        self.texts[node_id] = text
+        """The front end puts the text into the page as HTML; kept is what is read there."""
+        self.texts[node_id] = html.unescape(text)
 
 
 @pytest.fixture(scope="session")

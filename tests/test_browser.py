@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import browsers
 import pytest
+from browsers import COMFYUI, WORLD, need_browser
 from modular_lora_guard.bootstrap.paths import PACK_NAME, ROOT
 from modular_lora_guard.demo import base
 from modular_lora_guard.demo.server import Server
 from modular_lora_guard.demo.settings import DemoWorld
 
 pytestmark = [pytest.mark.browser, pytest.mark.server, pytest.mark.slow]
-COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
-NODE = os.environ.get("MODULAR_LORA_NODE") or shutil.which("node")
 MAIN = "modular_lora_guard"
 WORKFLOWS = [MAIN, *sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if file.stem != MAIN)]
 RUN_SECONDS = 600  # for one workflow on busy cores
@@ -27,36 +24,16 @@ RUN_SECONDS = 600  # for one workflow on busy cores
 Json = dict[str, Any]
 
 
-def missing() -> str | None:
-    """Why there is no browser to test with, or None."""
-    if not COMFYUI or not WORLD:
-        return "MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`"
-    if reason := os.environ.get("MODULAR_LORA_NO_BROWSER"):
-        return reason
-    if not NODE or not os.environ.get("MODULAR_LORA_PLAYWRIGHT"):
-        return "node or playwright-core is missing: run the tests with `python3 run.py test`"
-    return None
-
-
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory: pytest.TempPathFactory) -> Json:
     """One visit to the front end: every workflow opened and run, as plain data; screenshots go to pytest's folder."""
-    if reason := missing():
-        pytest.skip(reason)
+    need_browser()
     folder = tmp_path_factory.mktemp("browser")
     world = DemoWorld.at(Path(WORLD or ""))
     base.prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
     with Server(Path(COMFYUI or ""), sys.executable, folder / "base", log=folder / "server.log", cpu=True) as server:
-        script = ROOT / "tests" / "browser" / "template.mjs"
-        done = subprocess.run(
-            [str(NODE), script, server.url, PACK_NAME, folder, str(RUN_SECONDS), *WORKFLOWS],
-            capture_output=True,
-            text=True,
-            timeout=RUN_SECONDS * len(WORKFLOWS),
-            check=False,
-        )
-    assert done.returncode == 0, f"{done.stderr[-3000:]}\nscreenshots: {folder}"
-    return json.loads(done.stdout)
+        given = (server.url, PACK_NAME, folder, str(RUN_SECONDS), *WORKFLOWS)
+        return browsers.visit("template.mjs", *given, timeout=RUN_SECONDS * len(WORKFLOWS))
 
 
 @pytest.fixture(params=WORKFLOWS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from modular_lora_guard.benchmarks import faults
 
-RUNS = 20
+RUNS, ALL_RUNS = 20, 1000
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,11 @@ def rig(comfy) -> Iterator[faults.Rig]:
     utils.PROGRESS_BAR_HOOK, utils.PROGRESS_BAR_ENABLED = before
 
 
-def test_faults_change_no_tensor_leave_no_branch_and_the_next_run_is_the_same(rig: faults.Rig) -> None:
+def test_faults_change_no_tensor_leave_no_branch_and_the_next_run_is_the_same(rig: faults.Rig, extent) -> None:
+    runs = extent(RUNS, ALL_RUNS)
     with torch.inference_mode():
-        count = faults.run(rig, RUNS, seed=7)
-    assert count.runs == RUNS
+        count = faults.run(rig, runs, seed=7)
+    assert count.runs == runs
     assert not count.wrong
     assert not count.changed
     assert len(set(count.faults) & {f"inside: {kind}" for kind in faults.INSIDE}) == len(faults.INSIDE)

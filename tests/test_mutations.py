@@ -21,7 +21,7 @@ from mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
 from PIL import Image
 
 pytestmark = pytest.mark.slow
-GROUPS, SIZE = 20, 10
+GROUPS, SIZE, SAMPLE = 20, 10, 8
 STOCK = {
     "ModularLoraGuardedAsModel": ("TestReroute", {"guarded_model": "value"}),
     "ModularLoraKSampler": ("KSampler", {}),
@@ -225,6 +225,7 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).double().square().mean().sqrt())
 
 
+@pytest.mark.sampled(SAMPLE)
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, pictures, tally, group):
     judge = Judge(comfy, run_graph, world, pictures)
@@ -236,12 +237,13 @@ def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, p
             raise AssertionError(f"graph {seed}: {error}\n{mutant}") from error
 
 
-def test_enough_mutations_were_attested_and_enough_refused(tally):
-    if sum(tally.values()) < GROUPS * SIZE:
+def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
+    count = extent(SAMPLE, GROUPS) * SIZE
+    if sum(tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert tally["attested"] >= 40
-    assert tally["refused by the guard"] >= 30
-    assert tally["refused by the guard"] + tally["refused by ComfyUI"] >= 40
+    assert tally["attested"] >= 0.2 * count
+    assert tally["refused by the guard"] >= 0.15 * count
+    assert tally["refused by the guard"] + tally["refused by ComfyUI"] >= 0.2 * count
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:

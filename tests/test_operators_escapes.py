@@ -25,6 +25,7 @@ def ground(comfy, loras) -> Iterator[Ground]:
         made.close()
 
 
+@pytest.mark.sampled(80)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
 def test_no_unguarded_picture_comes_out(ground: Ground, one: Attempt, record_property) -> None:
     ground.write(ground.text(one.policy))

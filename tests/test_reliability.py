@@ -20,8 +20,8 @@ _spec.loader.exec_module(corrupted)
 
 
 @pytest.mark.parametrize("kind", [*corrupted.KINDS, *corrupted.HEAVY], ids=lambda kind: kind.__name__)
-def test_files_that_are_broken_for_any_reader_are_refused(kind, tmp_path):
-    count = 2 if kind in corrupted.HEAVY else 20
+def test_files_that_are_broken_for_any_reader_are_refused(kind, tmp_path, extent):
+    count = extent(2, 34) if kind in corrupted.HEAVY else extent(20, 350)
     path = tmp_path / "a.safetensors"
     for _, sound, raw in corrupted.corpus(Random(7), (kind,), count, ASSETS):
         path.write_bytes(sound.raw)

@@ -15,19 +15,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
-PROMPTS = 10
+PROMPTS, ALL_PROMPTS = 10, 180
 JOB = clients.Job(7, "gloss, cactus", 1.0, 0.4)
 
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_every_picture_is_attested_for_its_own_prompt(tmp_path: Path) -> None:
+def test_every_picture_is_attested_for_its_own_prompt(tmp_path: Path, extent) -> None:
     if not COMFYUI or not WORLD:
         pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
-    drawn = clients.run(Path(COMFYUI), Path(WORLD), tmp_path, PROMPTS, seed=3)
-    assert len(drawn) == 2 * PROMPTS
+    prompts = extent(PROMPTS, ALL_PROMPTS)
+    drawn = clients.run(Path(COMFYUI), Path(WORLD), tmp_path, prompts, seed=3)
+    assert len(drawn) == 2 * prompts
     assert [one for one in drawn if one.wrong] == []
-    assert len({one.pixels for one in drawn}) == PROMPTS
+    assert len({one.pixels for one in drawn}) == prompts
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..modular_lora.command import Lines, finish
+from ..bootstrap.boundary import ensure_writable
+from ..modular_lora.command import Lines, finish, typed
+from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
 from ..nodes.comfyui import start
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    made = argparse.ArgumentParser(prog=typed("training"), description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     for name, cls, help in (
         ("train-task", TaskOptions, "a task LoRA from captioned pictures, on W0, the safety LoRA frozen and detached"),
@@ -92,6 +94,8 @@ def with_options(chosen: dict) -> str:
     cls = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
     values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
     made = options.load(cls, chosen["config"], values)
+    if chosen["command"] != "dataset":
+        _check_paths(chosen, made)
     if chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
     safety = _safety(made)
@@ -107,6 +111,14 @@ def with_options(chosen: dict) -> str:
         if isinstance(made, SafetyOptions):
             return train_safety(trainee, made, TrainingLines(), **common).report
         return train_task(trainee, made, TrainingLines(), safety, **common).report
+
+
+def _check_paths(chosen: dict, made: options.Options) -> None:
+    """What is missing or cannot be written to is found out before a checkpoint is loaded; GuardError or RunError."""
+    for name in ("checkpoint", "vae"):
+        if chosen[name] and not chosen[name].is_file():
+            raise GuardError(f"--{name} {chosen[name]}: no such file: check the path.")
+    ensure_writable(Path(made.output_dir), "output_dir")
 
 
 def _safety(made: options.Options) -> list[SafetyLora]:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from ..audit import cli as audit
 from ..gate.storage import write_json
 from ..modular_lora import options as optionfile
-from ..modular_lora.command import finish
+from ..modular_lora.command import finish, typed
 from ..modular_lora.files import LoraFile, read_lora
 from ..modular_lora.guard import TRAINED_ON_KEY, SafetyLora
 from ..training.cli import TrainingLines, comfy_host
@@ -94,7 +94,7 @@ def _say_so(path: Path, safety: LoraFile) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py evidence", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=typed("world"), description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
     parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
     parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
@@ -105,15 +105,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
     parser.add_argument("--train-only", action="store_true", help="stop before the audit")
     chosen, more = parser.parse_known_args(arguments)
-    protocol = optionfile.parse(chosen.protocol)
-    if chosen.training_seeds:
-        protocol["training_seeds"] = chosen.training_seeds
+    protocol: dict[str, Any] = {}
     code = finish(lambda: _train_all(protocol, chosen), "the same command goes on from here")
     return code if code or chosen.train_only else _audit(protocol, chosen, more)
 
 
 def _train_all(protocol: dict, chosen: argparse.Namespace) -> str:
-    """Train what is missing; what there is to say of it."""
+    """Read the protocol and train what is missing; what there is to say of it."""
+    protocol |= optionfile.parse(chosen.protocol)
+    if chosen.training_seeds:
+        protocol["training_seeds"] = chosen.training_seeds
     todo = missing(protocol, chosen.loras)
     host = comfy_host(vars(chosen)) if todo else None  # brings ComfyUI
 

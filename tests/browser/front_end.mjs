@@ -20,8 +20,8 @@ function playwright() {
   return createRequire(join(folder, "package.json"))("playwright-core");
 }
 
-// Runs `use(page)` on a loaded front end and always closes the browser and removes its profile.
-export async function withFrontEnd(url, use, viewport = { width: 1600, height: 1000 }) {
+// Runs `use(page)` in an empty page and always closes the browser and removes its profile.
+export async function withPage(use, viewport = { width: 1600, height: 1000 }) {
   const profile = mkdtempSync(join(tmpdir(), "modular-lora-chromium-"));
   const context = await playwright().chromium.launchPersistentContext(profile, {
     executablePath: process.env.MODULAR_LORA_CHROMIUM ?? "/usr/bin/chromium",
@@ -33,12 +33,19 @@ export async function withFrontEnd(url, use, viewport = { width: 1600, height: 1
     const page = context.pages()[0] ?? (await context.newPage());
     page.setDefaultTimeout(PATIENCE);
     page.setDefaultNavigationTimeout(PATIENCE);
-    await page.goto(url);
-    await page.waitForFunction(() => window.app?.graph && window.app.extensionManager?.workflow);
-    await page.waitForSelector("#graph-canvas", { state: "visible" });
     return await use(page);
   } finally {
     await context.close();
     rmSync(profile, { recursive: true, force: true });
   }
+}
+
+// The same on a loaded front end.
+export function withFrontEnd(url, use) {
+  return withPage(async (page) => {
+    await page.goto(url);
+    await page.waitForFunction(() => window.app?.graph && window.app.extensionManager?.workflow);
+    await page.waitForSelector("#graph-canvas", { state: "visible" });
+    return await use(page);
+  });
 }

@@ -44,6 +44,7 @@ async function openFromTemplates(page, workflow) {
 // Runs in the page: everything that is drawn, as plain data.
 function drawnGraph() {
   const { app, LiteGraph } = window;
+  const read = (html) => new DOMParser().parseFromString(html, "text/html").body.textContent; // what a report says
   const node = (one) => ({
     id: one.id,
     type: one.type,
@@ -55,7 +56,7 @@ function drawnGraph() {
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
     pictures: (one.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]),
-    report: one.widgets?.find((widget) => widget.name === "$$node-text-preview")?.value ?? null,
+    report: read(one.widgets?.find((widget) => widget.name === "$$node-text-preview")?.value ?? "") || null,
     outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });
   return {

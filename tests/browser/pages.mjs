@@ -1,0 +1,22 @@
+// node pages.mjs ADDRESS...
+// Opens pages and prints as JSON what is read on each, and whether words on it became part of it.
+import { withPage } from "./front_end.mjs";
+
+const result = await withPage(async (page) => {
+  const seen = [];
+  for (const address of process.argv.slice(2)) {
+    const complaints = [];
+    page.removeAllListeners("pageerror");
+    page.on("pageerror", (error) => complaints.push(String(error)));
+    await page.goto(address);
+    await page.waitForTimeout(500);
+    const found = await page.evaluate(() => ({
+      text: document.body.innerText,
+      ran: window.modularLoraRan ?? null,
+      foreign: [...document.querySelectorAll('[src="x"], [onerror], script')].map((one) => one.outerHTML),
+    }));
+    seen.push({ ...found, complaints });
+  }
+  return seen;
+});
+console.log(JSON.stringify(result, null, 1));
