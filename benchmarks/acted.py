@@ -98,8 +98,9 @@ class Bench:
         nets = [result.net_strength for _, result in patcher.guard_state.part.interference]
         concept, kept = (self.sampled(patcher, clip, ids) for ids in (data.SUPPRESSED_IDS, data.KEPT_IDS))
         size = largest(own, others, self.anatomy.model_info(self.model))
-        print(f"  {safety.name} with {', '.join(f'{t.name} at {s:g}' for t, s in tasks)}: files {min(nets):.3f}, acted on "
-              f"concept prompts {concept}, on kept ones {kept}; magnitude {size:.3g}", flush=True)  # fmt: skip
+        names = ", ".join(f"{task.name} at {strength:g}" for task, strength in tasks)
+        figures = f"files {min(nets):.3f}, acted {concept} (concept), {kept} (kept); magnitude {size:.3g}"
+        print(f"  {safety.name} with {names}: {figures}", flush=True)
         return min(nets), concept, kept, size
 
     def sampled(self, patcher, clip, ids) -> float | None:

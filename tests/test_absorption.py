@@ -1,4 +1,4 @@
-"""No task LoRA can make the safety LoRA's share vanish by rounding: terms that are huge and cancel in exact arithmetic."""
+"""Terms that are huge and cancel in exact arithmetic: no LoRA makes the safety LoRA's share vanish by rounding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def pairs(power: int) -> dict[str, list[Term]]:
         "tasks around the safety LoRA": [task(plus), s, task(minus)],
         "tasks first": [task(plus), task(minus), s],
         "dense tasks": [s, task(Dense(ONES * size)), task(Dense(-ONES * size))],
-        "all dense": [Term("safety", Dense(S.up @ S.down), 1.0, "s"), task(Dense(ONES * size)), task(Dense(-ONES * size))],
+        "all dense": [
+            Term("safety", Dense(S.up @ S.down), 1.0, "s"),
+            task(Dense(ONES * size)),
+            task(Dense(-ONES * size)),
+        ],
         "pair and dense": [s, task(plus), task(Dense(minus.up @ minus.down))],
         "Kronecker": [s, *(task(Kron(sign * torch.full((8, 8), size), torch.ones(6, 8))) for sign in (1, -1))],
         "gains": [s, *(task(Gain(sign * torch.full((OUTPUTS,), size), None)) for sign in (1, -1))],
@@ -94,15 +98,12 @@ def test_the_result_is_the_base_and_the_safety_share_and_then_the_task_share(mak
     x = torch.randn(2, 9, INPUTS) if make is nn.Linear else torch.randn(2, INPUTS, 3, 3)
     y0 = module(x).detach()
     spec = layer_spec("layer", module)
-    terms = [
-        Term("safety", S, 1.0, "s"),
-        Term("task", factors(8, 2), 0.7),
-        Term("task", Bias(torch.ones(OUTPUTS)), 1.0),
-    ]
-    fused = Fused(spec, terms, torch.float32, CPU)
-    t = fused.share(("task", ""), y0, x, fused.reduced(x))
-    expected = fused.only("safety")(y0.clone(), x) + t
-    assert torch.equal(fused(y0.clone(), x), expected)
+    tasks = [Term("task", factors(8, 2), 0.7), Term("task", Bias(torch.ones(OUTPUTS)), 1.0)]
+    fused = Fused(spec, [Term("safety", S, 1.0, "s"), *tasks], torch.float32, CPU)
+    h = fused.reduced(x)
+    s, t = (fused.share(owner, y0, x, h) for owner in (("safety", "s"), ("task", "")))
+    assert torch.allclose(fused(y0.clone(), x), (y0 + s) + t, rtol=0, atol=2e-6)
+    assert torch.equal(fused(y0.clone(), x), fused.only("safety")(y0.clone(), x) + t)
 
 
 def spoiled(layers: dict, path, change) -> None:
