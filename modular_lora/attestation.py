@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -69,6 +69,8 @@ class Attestation:
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
     varying_layers: int = 0  # of ``layers``: those in parts that do not run exactly once an evaluation
+    functional_strength: Mapping[str, float] = field(default_factory=dict)  # by SHA-256 of the safety LoRA
+    functional_not_measured: Mapping[str, str] = field(default_factory=dict)  # the same: why there is no figure
     idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
 
     @property

@@ -35,9 +35,13 @@ TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that
 
 @dataclass(frozen=True)
 class Policy:
-    """What the guard insists on. ``net_strength_floor``: least net strength of every safety LoRA."""
+    """What the guard insists on. ``net_strength_floor``: least net strength of every safety LoRA.
+
+    ``functional_strength_floor``: least functional strength (functional.py) of every safety LoRA where it is measured.
+    """
 
     net_strength_floor: float = 0.5
+    functional_strength_floor: float = 0.2
 
 
 @dataclass(frozen=True)
