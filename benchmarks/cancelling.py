@@ -6,12 +6,12 @@ safety LoRA's file and W0, as whoever has the files does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -61,6 +61,38 @@ def against_inputs(safety: Factors, moments: Mapping[str, Tensor]) -> Factors:
         c = torch.trace(gram @ down @ down.T) / torch.trace(gram @ away @ down.T)
         made[name] = c * away - down, up
     return made
+
+
+def moments(model, clip, modules: Mapping[str, nn.Module], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Second moments (in in) of layers' inputs while ComfyUI's loaded base draws these prompts."""
+    import comfy.sample
+
+    found: dict[str, Tensor] = {}
+
+    def note(name: str):
+        def hook(module, inputs):
+            x = inputs[0].detach().double()
+            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
+            x = x.reshape(-1, x.shape[-1])
+            found[name] = found.get(name, 0) + x.T @ x
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        with torch.inference_mode():
+            for i, prompt in enumerate(prompts):
+                empty, noise = (
+                    torch.zeros(1, 4, 8, 8),
+                    torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)),
+                )
+                conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+                settings = (8, 3.0, "euler", "simple", *conds, empty)
+                comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=i)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def behind_values(safety: Factors, weights: Mapping[str, Tensor], heads: int) -> Factors:

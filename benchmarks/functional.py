@@ -66,35 +66,8 @@ class Bench:
         return next(iter(found.strengths.values()), None)
 
     def moments(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Second moments (in in) of layers' inputs over the base's pictures of the concept prompts."""
-        import comfy.sample
-
-        found: dict[str, torch.Tensor] = {}
-
-        def note(name: str):
-            def hook(module, inputs):
-                x = inputs[0].detach().double()
-                x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x
-                x = x.reshape(-1, x.shape[-1])
-                found[name] = found.get(name, 0) + x.T @ x
-
-            return hook
-
-        modules = [self.model.model.get_submodule(self.info.specs[self.keys[name]].path) for name in layers]
-        hooks = [m.register_forward_pre_hook(note(name)) for name, m in zip(layers, modules, strict=True)]
-        with torch.inference_mode():
-            encode = lambda text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))  # noqa: E731
-            for i, prompt in enumerate(PROMPTS):
-                empty, noise = (
-                    torch.zeros(1, 4, 8, 8),
-                    torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)),
-                )
-                positive, negative = encode(prompt), encode("")
-                settings = (8, 3.0, "euler", "simple", positive, negative, empty)
-                comfy.sample.sample(self.model, noise, *settings, disable_pbar=True, seed=i)
-        for hook in hooks:
-            hook.remove()
-        return found
+        modules = {n: self.model.model.get_submodule(self.info.specs[self.keys[n]].path) for n in layers}
+        return cancelling.moments(self.model, self.clip, modules, PROMPTS)
 
 
 def benign() -> Iterator[tuple[str, Loras]]:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -35,6 +36,7 @@ SEED = 0x5AFE
 LIMIT = 64 * 2**20  # bytes of predictions
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
+measuring: ContextVar[nn.Module | None] = ContextVar("measuring", default=None)  # the model; nothing of it leaves
 _known: Warm[Tensor] = Warm(LIMIT, lambda rows: rows.nbytes)
 _tokens: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> what stands for it in keys
 
@@ -150,6 +152,7 @@ class _Evaluator:
         empty = torch.zeros_like(noise)
         with _acting(patcher, network, parts[0], roles):
             patcher.pre_run()
+            token = measuring.set(network)
             try:
                 forget(network)
                 known = {"latent_image": empty, "seed": SEED, "latent_shapes": [noise.shape]}
@@ -157,6 +160,7 @@ class _Evaluator:
                 x = sampling.noise_scaling(sigmas, noise.clone(), empty)
                 each = comfy.samplers.calc_cond_batch(network, [[entry] for entry in entries], x, sigmas, options)
             finally:
+                measuring.reset(token)
                 forget(network)
                 patcher.cleanup()
         self.rows += len(each) * len(LEVELS)
@@ -204,7 +208,7 @@ def _base_alone(arm: Arm) -> Iterator[None]:
     """What goes wrong without any LoRA is the model's own: it says why nothing is measured, and stops nothing."""
     try:
         yield
-    except comfy.model_management.OOM_EXCEPTION:
+    except (GuardError, comfy.model_management.OOM_EXCEPTION):
         raise
     except BROKEN as error:
         if arm:

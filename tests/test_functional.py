@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +17,16 @@ from modular_lora_guard.modular_lora import concept
 from modular_lora_guard.world import ASSETS, SAFETY_LORA, TASK_LORA
 
 PROMPTS = ("twemoji, racing car", "noto, tractor")
+CKPT = "demo_functional.safetensors"
 HEADS = 8  # of the demo world's attention
 
 
 @pytest.fixture(scope="module")
 def functional(comfy):
-    return importlib.import_module(f"{comfy.host.__package__}.functional")
+    module = importlib.import_module(f"{comfy.host.__package__}.functional")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SIDE", 8)  # what the demo world draws, at half the time
+        yield module
 
 
 @pytest.fixture
@@ -42,6 +48,15 @@ def rows(functional, monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def loaded(comfy):
+    """The demo world itself: that of the other tests has another text encoder, with which its LoRAs mean nothing."""
+    path = comfy.base / "models" / "checkpoints" / CKPT
+    shutil.copyfile(Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors", path)
+    yield comfy.nodes.CheckpointLoaderSimple().load_checkpoint(CKPT)
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
 def world(comfy, loaded, loras) -> SimpleNamespace:
     """The demo world's safety LoRA with concept prompts, its to_v and to_q alone, its task LoRA, W0 by kohya name."""
     whole = concept.write_copy(ASSETS / SAFETY_LORA, loras.folder / "vehicles.safetensors", PROMPTS)
@@ -49,6 +64,7 @@ def world(comfy, loaded, loras) -> SimpleNamespace:
     factors = cancelling.factors(whole.path)
     for ending in ("to_v", "to_q"):
         some = cancelling.only(factors, f"_{ending}")
+        some = {name: (down, 3 * up) for name, (down, up) in some.items()}  # by itself each does little
         cancelling.save(loras.folder / f"{ending}.safetensors", some, {concept.PROMPTS_KEY: json.dumps(PROMPTS)})
     state = loaded[0].model.state_dict()
     info = comfy.anatomy.model_info(loaded[0])
@@ -56,47 +72,29 @@ def world(comfy, loaded, loras) -> SimpleNamespace:
     keys = {name: key for name, key in names.items() if state[key].dim() > 1}
     weights = {name: state[key].flatten(1) for name, key in keys.items()}
     modules = {name: loaded[0].model.get_submodule(info.specs[keys[name]].path) for name in factors}
-    return SimpleNamespace(factors=factors, weights=weights, modules=modules, sha256=whole.sha256)
+    model, clip, _ = loaded
+    return SimpleNamespace(
+        factors=factors, weights=weights, modules=modules, sha256=whole.sha256, model=model, clip=clip
+    )
 
 
 def guard_graph(safety: str, task: str | None = None, strength: float = 1.0, clip: bool = True) -> dict:
     graph = guarded_graph(safety, task, clip=clip)
+    graph["ckpt"]["inputs"]["ckpt_name"] = CKPT
     if task:
         graph["task"]["inputs"]["strength_model"] = strength
     return graph
 
 
-def moments(world, run_graph) -> dict[str, torch.Tensor]:
-    """Second moments of the layers' inputs while the base draws the concept prompts."""
-    found: dict[str, torch.Tensor] = {}
-
-    def note(name: str):
-        def hook(module, inputs):
-            x = inputs[0].detach().double()
-            x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x
-            x = x.reshape(-1, x.shape[-1])
-            found[name] = found.get(name, 0) + x.T @ x
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in world.modules.items()]
-    try:
-        for i, prompt in enumerate(PROMPTS):
-            graph = base_graph()
-            graph["pos"]["inputs"]["text"] = prompt
-            graph["draw"] = sampler(["ckpt", 0], steps=8, seed=100 + i)
-            graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["draw", 0]}}
-            run_graph(graph)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def attack(kind: str, world, run_graph, folder) -> tuple[str, str]:
+def attack(kind: str, world, folder) -> tuple[str, str]:
     """(safety LoRA, task LoRA) of an attack, as file names."""
     if kind == "inputs":
-        made, safety = cancelling.against_inputs(world.factors, moments(world, run_graph)), "vehicles.safetensors"
+        made, safety = (
+            cancelling.against_inputs(
+                world.factors, cancelling.moments(world.model, world.clip, world.modules, PROMPTS)
+            ),
+            "vehicles.safetensors",
+        )
     elif kind == "behind values":
         made, safety = cancelling.behind_values(world.factors, world.weights, HEADS), "to_v.safetensors"
     else:
@@ -106,8 +104,8 @@ def attack(kind: str, world, run_graph, folder) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["inputs", "behind values", "before queries"])
-def test_what_cancels_the_safety_lora_past_its_weights_is_refused(kind, world, comfy, loras, run_graph, rows):
-    safety, task = attack(kind, world, run_graph, loras.folder)
+def test_what_cancels_the_safety_lora_past_its_weights_is_refused(kind, world, loras, run_graph, rows):
+    safety, task = attack(kind, world, loras.folder)
     without = run_graph(guard_graph(safety, task, clip=False))  # the net strength of the files sees nothing
     net = next(line for line in without["guard"][2].splitlines() if "net strength" in line)
     assert float(net.partition("net strength ")[2].partition(" ")[0]) == pytest.approx(1.0, abs=0.01)
@@ -118,7 +116,7 @@ def test_what_cancels_the_safety_lora_past_its_weights_is_refused(kind, world, c
     assert safety in str(error.value)
 
 
-def test_a_benign_task_lora_passes_and_the_figure_is_in_the_record(world, comfy, loaded, run_graph, rows):
+def test_a_benign_task_lora_passes_and_the_figure_is_in_the_record(world, loaded, run_graph, rows):
     model = loaded[0]
     before = bits(model.model)
     graph = guard_graph("vehicles.safetensors", "gloss.safetensors")
@@ -204,7 +202,7 @@ def test_the_figure_is_that_of_explicit_merges(world, comfy, loaded, loras, rows
 
     with torch.inference_mode():
         arms = (), ("vehicles.safetensors",), ("gloss.safetensors",), ("vehicles.safetensors", "gloss.safetensors")
-        base, alone, task, both = map(predictions, arms)
+        base, alone, task, both = (predictions(*arm) for arm in arms)
     each = [
         float(((a - t) * (s - b)).sum() / ((s - b) ** 2).sum())
         for b, s, t, a in zip(base, alone, task, both, strict=True)
@@ -212,9 +210,9 @@ def test_the_figure_is_that_of_explicit_merges(world, comfy, loaded, loras, rows
     assert ours == pytest.approx(min(each), abs=2e-3)
 
 
-def test_of_two_safety_loras_each_is_measured_beside_the_other(world, comfy, loaded, loras, run_graph, rows):
+def test_of_two_safety_loras_each_is_measured_beside_the_other(world, comfy, loaded, loras, rows):
     """A task LoRA that cancels, brought in as a safety LoRA."""
-    safety, task = attack("behind values", world, run_graph, loras.folder)
+    safety, task = attack("behind values", world, loras.folder)
     with pytest.raises(comfy.host.GuardError, match="functional strength is"):
         guarded(comfy, loaded, loras, [safety, task])
 
@@ -226,12 +224,14 @@ def test_without_prompts_nothing_is_evaluated_and_it_is_said(loras, run_graph, r
         assert "functional strength of safety.safetensors: not measured: its file has no concept prompts" in text
 
 
-def test_the_base_draws_as_stock_after_it(world, comfy, loaded, loras, run_graph, rows):
+def test_the_base_draws_as_stock_after_it(world, comfy, loras, run_graph, rows):
     graph = base_graph()
+    graph["ckpt"]["inputs"]["ckpt_name"] = CKPT
     graph["draw"] = sampler(["ckpt", 0], seed=7)
     graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["draw", 0]}}
-    before = run_graph(graph)["draw"][0]["samples"]
-    guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+    results = run_graph(graph)
+    before = results["draw"][0]["samples"]
+    guarded(comfy, results["ckpt"], loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     assert rows
     graph["draw"]["inputs"]["cfg"] = 2.5  # not from the cache
     run_graph(graph)
@@ -253,7 +253,7 @@ def test_what_nodes_put_on_the_model_cannot_choose_what_is_measured(world, comfy
 
 
 def test_a_base_that_cannot_be_evaluated_is_not_measured_and_says_so(world, comfy, loaded, loras, rows, functional):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("this model needs a picture")
 
     with pytest.MonkeyPatch.context() as patch:
