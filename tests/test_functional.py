@@ -48,7 +48,7 @@ def rows(functional, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def loaded(comfy):
+def demo(comfy):
     """The demo world itself: that of the other tests has another text encoder, with which its LoRAs mean nothing."""
     path = comfy.base / "models" / "checkpoints" / CKPT
     shutil.copyfile(Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors", path)
@@ -57,7 +57,7 @@ def loaded(comfy):
 
 
 @pytest.fixture(scope="module")
-def world(comfy, loaded, loras) -> SimpleNamespace:
+def world(comfy, demo, loras) -> SimpleNamespace:
     """The demo world's safety LoRA with concept prompts, its to_v and to_q alone, its task LoRA, W0 by kohya name."""
     whole = concept.write_copy(ASSETS / SAFETY_LORA, loras.folder / "vehicles.safetensors", PROMPTS)
     shutil.copyfile(ASSETS / TASK_LORA, loras.folder / "gloss.safetensors")
@@ -66,13 +66,13 @@ def world(comfy, loaded, loras) -> SimpleNamespace:
         some = cancelling.only(factors, f"_{ending}")
         some = {name: (down, 3 * up) for name, (down, up) in some.items()}  # by itself each does little
         cancelling.save(loras.folder / f"{ending}.safetensors", some, {concept.PROMPTS_KEY: json.dumps(PROMPTS)})
-    state = loaded[0].model.state_dict()
-    info = comfy.anatomy.model_info(loaded[0])
+    state = demo[0].model.state_dict()
+    info = comfy.anatomy.model_info(demo[0])
     names = {n: k for n, k in info.key_map.items() if n.startswith("lora_unet_") and isinstance(k, str) and k in state}
     keys = {name: key for name, key in names.items() if state[key].dim() > 1}
     weights = {name: state[key].flatten(1) for name, key in keys.items()}
-    modules = {name: loaded[0].model.get_submodule(info.specs[keys[name]].path) for name in factors}
-    model, clip, _ = loaded
+    modules = {name: demo[0].model.get_submodule(info.specs[keys[name]].path) for name in factors}
+    model, clip, _ = demo
     return SimpleNamespace(
         factors=factors, weights=weights, modules=modules, sha256=whole.sha256, model=model, clip=clip
     )
@@ -116,8 +116,8 @@ def test_what_cancels_the_safety_lora_past_its_weights_is_refused(kind, world, l
     assert safety in str(error.value)
 
 
-def test_a_benign_task_lora_passes_and_the_figure_is_in_the_record(world, loaded, run_graph, rows):
-    model = loaded[0]
+def test_a_benign_task_lora_passes_and_the_figure_is_in_the_record(world, demo, run_graph, rows):
+    model = demo[0]
     before = bits(model.model)
     graph = guard_graph("vehicles.safetensors", "gloss.safetensors")
     graph["asmodel"] = {"class_type": "ModularLoraGuardedAsModel", "inputs": {"guarded_model": ["guard", 0]}}
@@ -130,15 +130,15 @@ def test_a_benign_task_lora_passes_and_the_figure_is_in_the_record(world, loaded
     assert sum(rows) == 4 * len(PROMPTS) * 2
     assert f"took {sum(rows)} small predictions" in report
     assert [k for k, v in bits(model.model).items() if not torch.equal(v, before[k])] == []
-    assert not any("forward" in m.__dict__ for m in loaded[1].cond_stage_model.modules())
+    assert not any("forward" in m.__dict__ for m in demo[1].cond_stage_model.modules())
 
 
-def guarded(comfy, loaded, loras, safety, tasks=(), clip=True):
+def guarded(comfy, demo, loras, safety, tasks=(), clip=True):
     g = comfy.host_guard
     load = lambda name: comfy.host_files.read_lora(loras.folder / name)  # noqa: E731
     return comfy.host.guard(
-        loaded[0],
-        loaded[1] if clip else None,
+        demo[0],
+        demo[1] if clip else None,
         tuple(g.SafetyLora(load(name), 1.0) for name in safety),
         tuple(g.TaskLora(load(name), s, s) for name, s in tasks),
         False,
@@ -150,25 +150,25 @@ def record_of(comfy, handle):
     return comfy.host.unwrap(handle).guard_state.record
 
 
-def test_it_is_measured_once_and_a_swap_measures_what_is_new(world, comfy, loaded, loras, rows, functional):
+def test_it_is_measured_once_and_a_swap_measures_what_is_new(world, comfy, demo, loras, rows, functional):
     warm = importlib.import_module(f"{functional.__package__}.warm")
     random = torch.random.get_rng_state()
-    first = guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+    first = guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     assert len(rows) == 4  # base, safety, task, all
     assert torch.equal(torch.random.get_rng_state(), random)
-    guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+    guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     warm.guards.clear()  # built anew, measured no more
-    second = guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+    second = guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     assert len(rows) == 4
     assert record_of(comfy, first).functional_strength == record_of(comfy, second).functional_strength
     assert record_of(comfy, first).functional_strength.keys() == {world.sha256}
-    guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 0.5)])
+    guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 0.5)])
     assert len(rows) == 6
-    guarded(comfy, loaded, loras, ["vehicles.safetensors"])
+    guarded(comfy, demo, loras, ["vehicles.safetensors"])
     assert len(rows) == 6  # base and safety are known
 
 
-def test_the_figure_is_that_of_explicit_merges(world, comfy, loaded, loras, rows, functional):
+def test_the_figure_is_that_of_explicit_merges(world, comfy, demo, loras, rows, functional):
     """Independently: ComfyUI's own merges, one row at a time, by CFGGuider's own function for a step."""
     import comfy.samplers as samplers
     from comfy.model_management import load_models_gpu
@@ -176,9 +176,9 @@ def test_the_figure_is_that_of_explicit_merges(world, comfy, loaded, loras, rows
     from comfy.sd import load_lora_for_models
     from comfy.utils import load_torch_file
 
-    handle = guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+    handle = guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     (ours,) = record_of(comfy, handle).functional_strength.values()
-    model, clip, _ = loaded
+    model, clip, _ = demo
 
     def predictions(*names):
         patcher = model
@@ -210,11 +210,11 @@ def test_the_figure_is_that_of_explicit_merges(world, comfy, loaded, loras, rows
     assert ours == pytest.approx(min(each), abs=2e-3)
 
 
-def test_of_two_safety_loras_each_is_measured_beside_the_other(world, comfy, loaded, loras, rows):
+def test_of_two_safety_loras_each_is_measured_beside_the_other(world, comfy, demo, loras, rows):
     """A task LoRA that cancels, brought in as a safety LoRA."""
     safety, task = attack("behind values", world, loras.folder)
     with pytest.raises(comfy.host.GuardError, match="functional strength is"):
-        guarded(comfy, loaded, loras, [safety, task])
+        guarded(comfy, demo, loras, [safety, task])
 
 
 def test_without_prompts_nothing_is_evaluated_and_it_is_said(loras, run_graph, rows):
@@ -239,32 +239,32 @@ def test_the_base_draws_as_stock_after_it(world, comfy, loras, run_graph, rows):
     assert torch.equal(run_graph(graph)["draw"][0]["samples"], before)
 
 
-def test_what_nodes_put_on_the_model_cannot_choose_what_is_measured(world, comfy, loaded, loras, rows, functional):
-    handle = guarded(comfy, loaded, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
+def test_what_nodes_put_on_the_model_cannot_choose_what_is_measured(world, comfy, demo, loras, rows, functional):
+    handle = guarded(comfy, demo, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     expected = record_of(comfy, handle).functional_strength
     functional._known.clear()
     importlib.import_module(f"{functional.__package__}.warm").guards.clear()
-    model = loaded[0].clone()
+    model = demo[0].clone()
     model.set_model_unet_function_wrapper(lambda apply, args: torch.zeros_like(args["input"]))
     model.add_object_patch("model_sampling", None)
-    patched = (model, loaded[1])
+    patched = (model, demo[1])
     handle = guarded(comfy, patched, loras, ["vehicles.safetensors"], [("gloss.safetensors", 1.0)])
     assert record_of(comfy, handle).functional_strength == expected
 
 
-def test_a_base_that_cannot_be_evaluated_is_not_measured_and_says_so(world, comfy, loaded, loras, rows, functional):
+def test_a_base_that_cannot_be_evaluated_is_not_measured_and_says_so(world, comfy, demo, loras, rows, functional):
     def fail(*args, **kwargs):
         raise RuntimeError("this model needs a picture")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional.comfy.samplers, "process_conds", fail)
-        record = record_of(comfy, guarded(comfy, loaded, loras, ["vehicles.safetensors"]))
+        record = record_of(comfy, guarded(comfy, demo, loras, ["vehicles.safetensors"]))
     assert record.functional_strength == {}
     assert "this model needs a picture" in record.functional_not_measured[world.sha256]
     importlib.import_module(f"{functional.__package__}.warm").guards.clear()
 
 
-def test_a_policy_can_ask_for_it(world, comfy, loaded, loras, operator, run_graph, rows):
+def test_a_policy_can_ask_for_it(world, comfy, demo, loras, operator, run_graph, rows):
     line = f'{{sha256 = "{world.sha256}", min_net_strength = 0.9, min_functional_strength = 0.5}}'
     operator.write(f"[guard]\nrequired = [{line}]\n")
     graph = guard_graph("vehicles.safetensors", "gloss.safetensors")
