@@ -71,6 +71,8 @@ class Attestation:
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
     varying_layers: int = 0  # of ``layers``: those in parts that do not run exactly once an evaluation
+    functional_strength: Mapping[str, float] = field(default_factory=dict)  # by SHA-256 of the safety LoRA
+    functional_not_measured: Mapping[str, str] = field(default_factory=dict)  # the same: why there is no figure
     idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
     acted_strength: Mapping[str, float | None] = field(default_factory=dict)  # acted.py; None: nothing to judge
     acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0

@@ -42,11 +42,13 @@ TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that
 class Policy:
     """What the guard insists on of every safety LoRA.
 
-    ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py).
+    ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py);
+    ``functional_strength_floor``: least functional strength (functional.py) where it is measured.
     """
 
     net_strength_floor: float = 0.5
     acted_strength_floor: float = 0.5
+    functional_strength_floor: float = 0.2
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .attestation import Attestation, GateRecord, LoraRecord
+from .functional import Functional
 from .guard import GuardedPart, LoraLine
 from .interference import Interference
 
@@ -27,6 +28,26 @@ def format_memory(branches: int, guards: int, nbytes: int) -> str:
     """What this guard's fused weights take in bytes, how many guards are kept ready, and what theirs hold now."""
     kept = f"{guards} guard{'s' * (guards != 1)}, {nbytes / 1e6:.0f} MB"
     return f"branches: {branches / 1e6:.1f} MB beside the weights; warm cache: {kept}"
+
+
+def format_functional(functional: Functional, a: Attestation) -> str:
+    """Functional strength of every safety LoRA on Guard Model, with what measuring it took."""
+    lines = []
+    for lora in (lora for lora in a.loras if lora.role == "safety"):
+        figure = functional.figures.get(lora.sha256)
+        if figure is None:
+            lines.append(_functional(lora, functional.unmeasured[lora.sha256]))
+        else:
+            where = f"on {figure.prompt[:60]!r}, where alone it changes {figure.share:.1%} of the prediction"
+            lines.append(f"{_functional(lora, figure.strength)} {where}")
+    if functional.rows:
+        lines.append(f"functional strength took {functional.rows} small predictions, {functional.seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def _functional(lora: LoraRecord, found: float | str) -> str:
+    said = f"not measured: {found}" if isinstance(found, str) else f"{found:.3f}"
+    return f"functional strength of {lora.name}: {said}"
 
 
 def _lora(line: LoraLine) -> str:
@@ -67,6 +88,7 @@ def format_attestation(a: Attestation) -> str:
             for r in a.loras
         ),
         *(f"net strength of {r.name}: {_strengths(a, r)}" for r in a.loras if r.role == "safety"),
+        *_functional_lines(a),
     ]
     if a.varying_layers:
         lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
@@ -93,6 +115,13 @@ def _strengths(a: Attestation, lora: LoraRecord) -> str:
     if acted is None:
         return f"{said}; the safety LoRA had nothing to do here (its share of what the layers give is {share:.1g})"
     return f"{said}, {acted:.3f} as it acted in {a.measured_evaluations} measured evaluations"
+
+
+def _functional_lines(a: Attestation) -> Iterator[str]:
+    for lora in (lora for lora in a.loras if lora.role == "safety"):
+        found = a.functional_strength.get(lora.sha256, a.functional_not_measured.get(lora.sha256))
+        if found is not None:
+            yield _functional(lora, found)
 
 
 def _gate(record: GateRecord) -> str:

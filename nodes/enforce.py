@@ -48,6 +48,7 @@ from ..operators.policy import Policy, PolicyError
 from ..operators.rules import Refusal, RefusedError
 from . import facts, host, leaving, texts, weights
 from . import policy as policies
+from .functional import measuring
 from .guard import GuardModel
 from .sockets import CATEGORY
 
@@ -402,7 +403,7 @@ def _evaluation(original: Callable) -> Callable:
 
     def apply_model(self, *args, **kwargs):
         running = _evaluating.get()
-        if running is not self and running is not ANY_MODEL:
+        if running is not self and running is not ANY_MODEL and measuring.get() is not self:
             policy = policies.current()
             if policy is not None and policy.guard.required:
                 what = "a diffusion model was evaluated outside of a guarded run"

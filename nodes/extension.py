@@ -9,6 +9,7 @@ except ImportError as error:
 
 from . import carried, enforce
 from .audit import Audit
+from .concept import WriteConceptPrompts
 from .gate import GateSettings
 from .gated import SafetyGate, SampleAndGate
 from .guard import GuardedAsModel, GuardModel
@@ -48,5 +49,6 @@ class ModularLoraExtension(ComfyExtension):
             TrainSafetyLora,
             DatasetReport,
             ProjectTaskLora,
+            WriteConceptPrompts,
             Audit,
         ]

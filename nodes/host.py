@@ -23,6 +23,7 @@ from ..modular_lora import attestation as attest
 from ..modular_lora.attestation import Attestation, Ledger, carrying_digests, row_digests, tensor_sha256
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.functional import check
 from ..modular_lora.guard import (
     GuardedPart,
     Policy,
@@ -33,9 +34,10 @@ from ..modular_lora.guard import (
     notes,
     text_digest,
 )
-from ..modular_lora.report import format_guard, format_memory
+from ..modular_lora.report import format_functional, format_guard, format_memory
 from . import pending, warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
+from .functional import measured
 from .measured import evaluation_rows, measured_eagerly
 from .memory import MemoryMixin, compute_dtype
 from .runs import GenerateMixin, KeptMixin, streams, watch
@@ -366,6 +368,10 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: in
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
     remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
+    functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
+    check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)
+    record = record.of(functional_strength=functional.strengths, functional_not_measured=functional.unmeasured)
+    report += "\n" + format_functional(functional, record)
     return warm.Built(parts[0], text, record, text_digest(safety), report)
 
 

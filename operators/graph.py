@@ -33,6 +33,7 @@ CLOSED = {  # our node type -> key of [open]
     "ModularLoraTrainTask": "training",
     "ModularLoraTrainSafety": "training",
     "ModularLoraProjectTask": "training",
+    "ModularLoraConceptPrompts": "training",
     "ModularLoraDatasetReport": "training",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..gate.finding import Detector
@@ -73,6 +73,22 @@ def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
             what = f"the safety LoRA that is required ({one.name}) has a net strength of {net:.3f}"
             least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
             raise RefusedError("guard.required", what, least)
+        if one.min_functional_strength:
+            _check_functional(run, one, [lora.sha256 for lora in fit])
+
+
+def _check_functional(run: Attestation, one: Required, fit: Sequence[str]) -> None:
+    """RefusedError unless one of these safety LoRAs (by SHA-256) was measured to act as strongly as is asked."""
+    measured = [run.functional_strength[sha256] for sha256 in fit if sha256 in run.functional_strength]
+    if not measured:
+        why = "; ".join(run.functional_not_measured.get(sha256, "no figure was recorded") for sha256 in fit)
+        what = f"the functional strength of the safety LoRA that is required ({one.name}) is not measured: {why}"
+        remedy = "connect the checkpoint's CLIP to Guard Model, and use a safety LoRA with concept prompts in its file"
+        raise RefusedError("guard.required", what, remedy)
+    if not max(measured) >= one.min_functional_strength:
+        what = f"the safety LoRA that is required ({one.name}) has a functional strength of {max(measured):.3f}"
+        least = f"{one.min_functional_strength:g} is the least: take out the task LoRAs that undo it"
+        raise RefusedError("guard.required", what, least)
 
 
 def _asks_for_files(policy: Policy) -> str | None:

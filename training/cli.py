@@ -1,4 +1,4 @@
-"""The command line: train-task, train-safety, project, inspect and dataset, with options as in sd-scripts.
+"""The command line: train-task, train-safety, dataset, project, concept-prompts and inspect, options as in sd-scripts.
 
 Every option can stand in a TOML file as well (--config), under the same name; the command line goes first.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..bootstrap.boundary import ensure_writable
+from ..modular_lora import concept
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     if extra and getattr(parsed, "engine", "") != "kohya":
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
-    command = {"project": project, "inspect": inspect}.get(chosen["command"], with_options)
+    command = {"project": project, "inspect": inspect, "concept-prompts": concept_prompts}.get(
+        chosen["command"], with_options
+    )
     return finish(lambda: command(chosen), "resume from the newest -state folder in output_dir")
 
 
@@ -63,6 +66,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
     command.add_argument("--save_precision", choices=tuple(output.DTYPES), help="type to save in (the file's own)")
     _model_arguments(command, required=False)
+    command = commands.add_parser("concept-prompts", help="write what a safety LoRA is for into a copy of its file")
+    command.add_argument("safety", type=Path)
+    command.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a concept prompt; once for each"
+    )
+    command.add_argument(
+        "--prompts_file", type=Path, metavar="TXT", help="UTF-8 text with a concept prompt on each line"
+    )
+    command.add_argument("--output", type=Path, required=True, help="the new LoRA file; no file is written over")
     command = commands.add_parser("inspect", help="say what a LoRA file is")
     command.add_argument("lora", type=Path)
     return made
@@ -145,6 +157,23 @@ def project(chosen: dict) -> str:
     tensors, report = projection.project_file(task, safety, infos, dtype)
     output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
     return projection.format_projection(report)
+
+
+def concept_prompts(chosen: dict) -> str:
+    """A copy of a safety LoRA's file with its concept prompts, by which its functional strength is measured."""
+    made = concept.write_copy(chosen["safety"], chosen["output"], [*chosen["prompt"], *_lines(chosen["prompts_file"])])
+    return concept.written(made, chosen["output"])
+
+
+def _lines(path: Path | None) -> list[str]:
+    """The lines of a text file that are not blank; GuardError where it cannot be read."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuardError(f"{path}: cannot be read as UTF-8 text ({error}): check the file.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def inspect(chosen: dict) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..modular_lora import concept
 from ..modular_lora.guard import SafetyLora
 from .kohya_checks import NAMES
 from .options import OptionError, Options, SafetyOptions, TaskOptions, tomllib
@@ -112,8 +113,12 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
             raise OptionError(
                 f"{name} {value!r}: sd-scripts' LECO has only {wanted!r}: use the embedded engine for it."
             )
-    concept = ", ".join(options.concept)
-    network = _network(options, run, "safety") | {"init_seed": str(options.seed), "concept": concept}
+    prompts = concept.trained((*options.concept, *options.synonyms))
+    network = _network(options, run, "safety") | {
+        "init_seed": str(options.seed),
+        "concept": ", ".join(options.concept),
+        "concept_prompts": prompts.replace("=", "\\u003d"),  # sd-scripts splits its arguments there
+    }
     flags: dict[str, object] = {
         "prompts_file": run.prompts,
         "max_denoising_steps": options.denoising_steps,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ..modular_lora.concept import PROMPTS_KEY
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
@@ -49,6 +50,7 @@ class Settings:
     allow_contaminated_base: str = "no"
     dataset_sha256: str = ""
     concept: str = ""
+    concept_prompts: str = ""  # the value of concept.PROMPTS_KEY
     engine: str = "sd-scripts"  # name and version, for the metadata
     dataset_metadata: str = "yes"  # no: captions, folder and output names stay out of the file
 
@@ -172,6 +174,7 @@ def metadata_of(settings: Settings, module: str, metadata: Mapping[str, str], ow
             found["modelspec.title"] = "LoRA"
     found |= {ROLE_KEY: settings.role, BASE_KEY: settings.base_sha256, ENGINE_KEY: settings.engine}
     found |= {DATASET_KEY: settings.dataset_sha256, CONCEPT_KEY: settings.concept, **own}
+    found[PROMPTS_KEY] = settings.concept_prompts
     return {key: str(value) for key, value in found.items() if value not in ("", None)}
 
 

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..modular_lora import concept
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
@@ -93,6 +94,7 @@ def metadata(options: Options, made: Provenance) -> dict[str, str]:
     }
     if isinstance(options, SafetyOptions):
         found[CONCEPT_KEY] = ", ".join(options.concept)
+        found[concept.PROMPTS_KEY] = concept.trained((*options.concept, *options.synonyms))
     if made.dataset:
         found |= _dataset(made.dataset)
     if options.no_dataset_metadata:
