@@ -343,17 +343,17 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
             _check_incoming(patcher, accept_merged, what)
     before, text = pending.of(model), pending.of(clip and clip.patcher)
     tasks = (*tasks, *pending.tasks(before, text))
+    model = model.clone()
+    pending.leave(model, before)
+    if clip:
+        clip = clip.clone()
+        pending.leave(clip.patcher, text)
     key = warm.key(model, clip, safety, tasks, policy)
     merged = len(before.rest) + len(text.rest)
     built = warm.guards.get(key) or warm.guards.put(key, _build(model, clip, safety, tasks, policy, merged))
     state = GuardState(built.model, built.record, frozenset(before.rest), built.text_digest)
-    guarded = model.clone()
-    pending.leave(guarded, before)
-    guarded = _wrap(guarded, state)
+    guarded = _wrap(model, state)
     widen(guarded, state.part.branches)
-    if text.found or built.text:
-        clip = clip.clone()
-        pending.leave(clip.patcher, text)
     if built.text:
         clip = _wrap_clip(clip, replace(state, part=built.text, patches=frozenset(text.rest)))
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
