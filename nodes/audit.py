@@ -36,7 +36,7 @@ from . import policy as policies
 from .drawing import ComfyPainter
 from .progress import NodeWatch, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, show
-from .training import NAME, option_inputs
+from .training import check_name, option_inputs
 
 NONE = "none"
 PUBLISHED = "modular_lora_audit"  # in the output folder
@@ -175,8 +175,7 @@ def _judge_inputs() -> list[io.Input]:
 
 
 def _checked_name(name: str) -> str:
-    if not NAME.fullmatch(name) or name.endswith((".", " ")):
-        raise GuardError(f"name {name!r}: letters, digits, - and _ only: it names a folder.")
+    check_name("name", name, "a folder")
     return name
 
 

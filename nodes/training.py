@@ -92,6 +92,13 @@ ENGINE = io.Combo.Input(
     optional=True,
     tooltip="embedded: on the model as loaded. kohya: a checkout of sd-scripts that the host set (SD_SCRIPTS_PATH).",
 )
+FILES = io.String.Input(
+    "kohya_files",
+    default="",
+    multiline=True,
+    optional=True,
+    tooltip="kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl.",
+)
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Go on from the newest saved state of this output_name."
 )
@@ -104,12 +111,28 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
             values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
-    if not NAME.fullmatch(values["output_name"]) or values["output_name"].endswith("."):
-        raise GuardError(f"output_name {values['output_name']!r}: letters, digits, - and _ only: it names the file.")
+    check_name("output_name", values["output_name"], "the file")
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
         raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
     return options.load(cls, None, values | extra | ours)
+
+
+def check_name(option: str, name: str, named: str) -> None:
+    """GuardError for a text that cannot name a file or folder of ours on every system."""
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise GuardError(
+            f"{option} {name!r}: letters, digits, _, spaces and . + - only, no space or mark but _ first, no dot or "
+            f"space last: it names {named}."
+        )
+
+
+def files_of(text: str) -> dict[str, str]:
+    """kohya_files as names by part; GuardError or OptionError for anything else."""
+    found = options.parse(text)
+    if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
+        raise GuardError(f"kohya_files: {wrong[0]} is no text: write {wrong[0]} = 'file name'.")
+    return found
 
 
 def data_sets() -> list[str]:
@@ -170,10 +193,11 @@ def newest_state(name: str, resume: bool) -> str:
     """The newest saved state's folder; "" where none is wanted."""
     if not resume:
         return ""
-    states = sorted(work_folder(name).glob(f"{name}-step*-state"))
+    kinds = f"{name}-step*-state", f"{name}-state"  # sd-scripts' last one has no step
+    states = [folder for kind in kinds for folder in work_folder(name).glob(kind)]
     if not states:
-        raise GuardError(f"resume: {name} has no saved state: set save_every_n_steps, or switch resume off.")
-    return str(states[-1])
+        raise GuardError(f"resume: {name} has no saved state: switch resume off, and it starts anew.")
+    return str(max(states, key=lambda folder: (folder.stat().st_mtime_ns, folder.name)))
 
 
 def published(trained: Trained, folder: str) -> Path:
@@ -208,9 +232,9 @@ OUTPUTS = [
 
 
 def engine_inputs() -> list[io.Input]:
-    names = folder_paths.get_filename_list("checkpoints")
+    names = [name for kind in trainee.BASE_FOLDERS for name in folder_paths.get_filename_list(kind)]
     tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
-    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip)]
+    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 
 def _loaded_inputs() -> list[io.Input]:
@@ -265,6 +289,7 @@ class TrainTaskLora(io.ComfyNode):
         resume=False,
         engine="",
         ckpt_name="",
+        kohya_files="",
         **values,
     ):
         safety, name = handles(safety_lora, SafetyLora), values["output_name"]
@@ -273,7 +298,7 @@ class TrainTaskLora(io.ComfyNode):
         inside(configure(made))
         watch = NodeWatch(cls)
         if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made)
+            base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
             trained = kohya.train_task(find_engine(), made, base, watch, safety)
         else:
             with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
@@ -305,12 +330,14 @@ class TrainSafetyLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", **values):
+    def execute(
+        cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", kohya_files="", **values
+    ):
         name = values["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume)}
         made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
         if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made)
+            base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
             trained = kohya.train_safety(find_engine(), made, base, watch)
         else:
             with trainee.opened(model, clip, vae, made) as opened:

@@ -14,15 +14,19 @@ from pathlib import Path
 import torch
 
 from ..modular_lora.command import Lines, finish
+from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
+from ..modular_lora.places import check_writable
 from ..nodes.comfyui import start
 from . import dataset, inspection, kohya, options, output, projection
 from .kohya_arguments import FAMILIES
 from .kohya_checkout import find_engine
 from .options import SafetyOptions, TaskOptions
+from .safety import prepare as prepare_safety
 from .safety import train_safety
 from .task import configure, train_task
+from .task import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
     command = {"project": project, "inspect": inspect}.get(chosen["command"], with_options)
-    return finish(lambda: command(chosen), "resume from the newest -state folder in output_dir")
+    return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +99,8 @@ def with_options(chosen: dict) -> str:
     if chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
     safety = _safety(made)
+    prepare_safety(made) if isinstance(made, SafetyOptions) else prepare_task(made, safety)
+    check_files(chosen["checkpoint"], chosen["vae"])
     if chosen["engine"] == "kohya":
         return _with_kohya(chosen, made, safety)
     if chosen["threads"]:
@@ -107,6 +113,13 @@ def with_options(chosen: dict) -> str:
         if isinstance(made, SafetyOptions):
             return train_safety(trainee, made, TrainingLines(), **common).report
         return train_task(trainee, made, TrainingLines(), safety, **common).report
+
+
+def check_files(*paths: Path | None) -> None:
+    """GuardError for a file that is not there, before anything that takes long."""
+    for path in filter(None, paths):
+        if not path.is_file():
+            raise GuardError(f"{path}: no such file: check the path.")
 
 
 def _safety(made: options.Options) -> list[SafetyLora]:
@@ -127,6 +140,8 @@ def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -
 
 def project(chosen: dict) -> str:
     """The task LoRA's file with its down matrices projected, written to --output."""
+    check_writable(chosen["output"].absolute().parent, "--output")
+    check_files(chosen["checkpoint"], chosen["vae"])
     task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
     infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
@@ -149,6 +164,9 @@ class TrainingLines(Lines):
 
     def sample(self, step: int, pictures: list[Path]) -> None:
         logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
+
+    def say(self, text: str) -> None:
+        logger.info(text)
 
 
 def comfy_host(chosen: dict):

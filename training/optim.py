@@ -33,8 +33,9 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimi
         return torch.optim.AdamW(groups, **arguments)
     except ImportError as error:
         raise OptionError(f"optimizer_type {kind}: {error}: install that library, or use AdamW.") from error
-    except TypeError as error:
-        raise OptionError(f"optimizer_args {' '.join(options.optimizer_args)}: {error}: correct them.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = " ".join(options.optimizer_args) or "none"
+        raise OptionError(f"optimizer_type {kind} with optimizer_args {given}: {error}: correct them.") from error
 
 
 def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -52,13 +53,24 @@ def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def make_scheduler(optimizer: Optimizer, options: Options):
-    """transformers' schedule of that name over ``max_train_steps``."""
+    """transformers' schedule of that name over ``max_train_steps``; OptionError where it takes no such numbers."""
     from transformers import get_scheduler
 
     steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
     if options.lr_scheduler == "constant":
         steps = {}
-    return get_scheduler(options.lr_scheduler, optimizer, **steps)
+    special = {"scheduler_specific_kwargs": shape} if (shape := lr_shape(options)) else {}
+    try:
+        return get_scheduler(options.lr_scheduler, optimizer, **steps, **special)
+    except ValueError as error:  # polynomial ends at 1e-7
+        raise OptionError(f"lr_scheduler {options.lr_scheduler}: {error}: raise learning_rate.") from error
+
+
+def lr_shape(options: Options) -> dict[str, float]:
+    """What the schedule takes beside its steps, under transformers' names."""
+    if options.lr_scheduler == "cosine_with_restarts":
+        return {"num_cycles": options.lr_scheduler_num_cycles}
+    return {"power": options.lr_scheduler_power} if options.lr_scheduler == "polynomial" else {}
 
 
 class Masters:
