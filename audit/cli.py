@@ -7,10 +7,8 @@ An audit that was stopped goes on where it stopped when the same command is give
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +62,7 @@ def run(chosen: dict[str, Any]) -> str:
     """Draw, judge, write; the report as text and where the page is."""
     values = {name: value for name, value in chosen.items() if name not in (*OWN, "said")}
     options = optionfile.load(AuditOptions, chosen["config"], values)
-    with _engine(chosen) as engine:
-        report = session.run(options, engine, Lines(), f"python -m audit {chosen['said']}")
+    report = session.run(options, _engine(chosen), Lines(), f"python -m audit {chosen['said']}")
     return f"{format_report(report)}\n{Path(options.output_dir).absolute() / 'index.html'}"
 
 
@@ -74,18 +71,14 @@ def page(chosen: dict[str, Any]) -> str:
     return str(chosen["folder"].absolute() / "index.html")
 
 
-@contextmanager
-def _engine(chosen: dict[str, Any]) -> Iterator[engines.Engine]:
+def _engine(chosen: dict[str, Any]) -> engines.Engine:
     if not chosen["checkpoint"].is_file():
         raise GuardError(f"{chosen['checkpoint']}: no such checkpoint: check the path.")
     said = {"checkpoint": str(chosen["checkpoint"].absolute()), "cpu": chosen["cpu"]}
     said["comfyui"] = str(chosen["comfyui"].absolute()) if chosen["comfyui"] else ""
     spec = engines.PainterSpec(*PAINTER, said)
     if chosen["engine"] == "processes":
-        yield engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
-    elif chosen["engine"] == "ray":
-        yield engines.RayCluster(spec, chosen["workers"], chosen["ray_address"], chosen["gpus"])
-    else:
-        painters = importlib.import_module(f"..{spec.module}", __package__)  # here, since it brings ComfyUI
-        with getattr(painters, spec.function)(**said) as painter:
-            yield engines.Local(painter)
+        return engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
+    if chosen["engine"] == "ray":
+        return engines.RayCluster(spec, chosen["workers"], chosen["ray_address"], chosen["gpus"])
+    return engines.Here(spec)

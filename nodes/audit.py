@@ -30,6 +30,7 @@ from ..modular_lora import options
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from ..modular_lora.places import check_writable
 from . import gate as gates
 from . import host
 from . import policy as policies
@@ -96,11 +97,12 @@ class Audit(io.ComfyNode):
         folder = policies.folder() / "audit" / _checked_name(name)
         made = _options(folder, values)
         _check_starts(made)
+        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
+        check_writable(place, "output folder")
         painter = ComfyPainter(model, clip, vae)
         _check_shown(model, clip, made)
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
         report = session.run(made, Local(painter), NodeWatch(cls), "Audit node", _judge(gate, style))
-        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
         publish(folder, place)
         text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
         show(cls, text)

@@ -8,15 +8,19 @@ import os
 import re
 import shutil
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora, TaskLora
+from ..modular_lora.places import check_writable
 from ..training import dataset, kohya, options, output, projection
 from ..training.dataset_config import DatasetConfig
 from ..training.kohya_checkout import find_engine
@@ -111,7 +115,6 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
             values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
-    check_name("output_name", values["output_name"], "the file")
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
         raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
@@ -185,24 +188,33 @@ def data_set_state(name: str) -> str:
 
 
 def work_folder(name: str) -> Path:
-    """Where a training of that name keeps checkpoints, states, previews and logs."""
+    """Where a training of that name keeps checkpoints, states, previews and logs; GuardError for what is no name."""
+    check_name("output_name", name, "the file")
     return Path(folder_paths.get_output_directory()) / "modular_lora" / name
 
 
-def newest_state(name: str, resume: bool) -> str:
-    """The newest saved state's folder; "" where none is wanted."""
-    if not resume:
-        return ""
+def newest_state(name: str) -> Path | None:
+    """The folder of the newest saved state of a training of that name."""
     kinds = f"{name}-step*-state", f"{name}-state"  # sd-scripts' last one has no step
-    states = [folder for kind in kinds for folder in work_folder(name).glob(kind)]
-    if not states:
+    states = (folder for kind in kinds for folder in work_folder(name).glob(kind))
+    return max(states, key=lambda folder: (folder.stat().st_mtime_ns, folder.name), default=None)
+
+
+def state_to_resume(name: str, resume: bool) -> str:
+    """Its path as an option; "" where none is wanted. GuardError where there is none."""
+    found = newest_state(name) if resume else None
+    if resume and found is None:
         raise GuardError(f"resume: {name} has no saved state: switch resume off, and it starts anew.")
-    return str(max(states, key=lambda folder: (folder.stat().st_mtime_ns, folder.name)))
+    return str(found) if found else ""
+
+
+def model_folder(kind: str) -> Path:
+    return Path(folder_paths.get_folder_paths(kind)[0])
 
 
 def published(trained: Trained, folder: str) -> Path:
     """A copy of the LoRA in a model folder under a name of its own, whole or not at all."""
-    target = Path(folder_paths.get_folder_paths(folder)[0])
+    target = model_folder(folder)
     target.mkdir(parents=True, exist_ok=True)
     stem = trained.lora.path.stem
     free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
@@ -214,6 +226,17 @@ def published(trained: Trained, folder: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
+    """ComfyUI's interrupt button ends what is inside; the node then says where the training can be gone on from."""
+    try:
+        yield
+    except InterruptProcessingException:
+        kept = newest_state(name)
+        show(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
+        raise
 
 
 def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
@@ -293,16 +316,22 @@ class TrainTaskLora(io.ComfyNode):
         **values,
     ):
         safety, name = handles(safety_lora, SafetyLora), values["output_name"]
-        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume), **data_set_option(data_set)}
+        ours = {
+            "output_dir": str(work_folder(name)),
+            "resume": state_to_resume(name, resume),
+            **data_set_option(data_set),
+        }
         made = gathered(TaskOptions, values, more_options, **ours)
         inside(configure(made))
+        check_writable(model_folder("loras"), "loras folder")
         watch = NodeWatch(cls)
-        if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
-            trained = kohya.train_task(find_engine(), made, base, watch, safety)
-        else:
-            with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
-                trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_task(find_engine(), made, base, watch, safety)
+            else:
+                with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+                    trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE)
         path = published(trained, "loras")
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
 
@@ -334,14 +363,16 @@ class TrainSafetyLora(io.ComfyNode):
         cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", kohya_files="", **values
     ):
         name = values["output_name"]
-        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume)}
+        ours = {"output_dir": str(work_folder(name)), "resume": state_to_resume(name, resume)}
         made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
-        if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
-            trained = kohya.train_safety(find_engine(), made, base, watch)
-        else:
-            with trainee.opened(model, clip, vae, made) as opened:
-                trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
+        check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_safety(find_engine(), made, base, watch)
+            else:
+                with trainee.opened(model, clip, vae, made) as opened:
+                    trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
         path = published(trained, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
 
@@ -419,7 +450,7 @@ class ProjectTaskLora(io.ComfyNode):
         task, loras = tasks[0], [s.lora for s in safety]
         infos = (anatomy.model_info(model), anatomy.clip_info(clip))
         tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
-        path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{task.lora.path.stem}_projected.safetensors"
+        path = model_folder("loras") / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
         text = projection.format_projection(report)
         show(cls, f"saved as {path.name}\n" + projection.format_projection(report, rows=False))
