@@ -1,4 +1,4 @@
-"""However a training ends, the state of its last step is kept: real signals, errors, the end of the process, its end."""
+"""However a training ends, the state of its last step is kept: signals, errors, the end of the process, its own end."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_finished_training_is_gone_on_with(options):
     assert (longer[:20], len(longer), more.written) == (losses, 30, 30)
     assert more.weight.norm() < first.weight.norm()
     assert "gone on from step 20 of 20, to 30" in job.notes[0]
-    state, steps = load_state(state_folder(options, 30), {})
+    state, steps = load_state(state_folder(options, 30), fingerprint(options))
     assert steps == "30"
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)  # the cosine of 30 steps ends
 
@@ -155,8 +155,7 @@ def test_the_first_further_step_has_the_longer_schedules_rate(options, monkeypat
 
     def recording(groups, made):
         optimizer = make(groups, made)
-        step = optimizer.step
-        optimizer.step = lambda *a, **k: (rates.append(optimizer.param_groups[0]["lr"]), step(*a, **k))[1]
+        optimizer.register_step_pre_hook(lambda it, args, kwargs: rates.append(it.param_groups[0]["lr"]))
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", recording)

@@ -16,6 +16,10 @@ from .options import OptionError, Options
 def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimizer:
     """An optimizer over ``groups`` ({"params", "lr"}); OptionError where its library is not installed."""
     kind, arguments = options.optimizer_type, _arguments(options.optimizer_args)
+    if "lr" in arguments or arguments.get("relative_step"):
+        name = "lr" if "lr" in arguments else "relative_step"
+        raise OptionError(f"optimizer_args {name}: the rate is learning_rate times lr_scheduler's share: set these.")
+    arguments["lr"] = options.learning_rate  # every group has its own, but a schedule asks for the default
     try:
         if kind == "AdamW8bit":
             from bitsandbytes.optim import AdamW8bit

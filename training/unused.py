@@ -33,10 +33,13 @@ def unused_by_kohya(options: Options, family: str) -> list[str]:
         found += [(name, why) for name in ("clip_skip", "min_snr_gamma", "noise_offset", "max_token_length")]
     if family == "SDXL":
         found.append(("clip_skip", "sd-scripts' trainer of SDXL takes its own layer"))
-    if isinstance(options, SafetyOptions):
-        found.append(("relative_error", "sd-scripts' LECO counts plain errors"))
-        found.append(("on_policy", "sd-scripts' LECO always draws so"))
-    return [line for name, why in found if (line := _line(options, name, why))]
+    lines = [line for name, why in found if (line := _line(options, name, why))]
+    if isinstance(options, SafetyOptions):  # what it does is not our default
+        if options.relative_error:
+            lines.append("relative_error has NO effect: sd-scripts' LECO counts plain errors")
+        if not options.on_policy:
+            lines.append("a pool is NOT used: sd-scripts' LECO draws anew in every step")
+    return lines
 
 
 def _line(options: Options, name: str, why: str) -> str:
