@@ -43,6 +43,7 @@ TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_
     "Segmind_Vega": frozenset({"l", "g"}),
     "SD3": frozenset({"l", "g", "t5xxl"}),
     "Flux": frozenset({"l", "t5xxl"}),
+    "FluxSchnell": frozenset({"l", "t5xxl"}),
     "Lumina2": frozenset({"gemma2_2b"}),
 }
 BASE_FOLDERS = ("checkpoints", "diffusion_models")  # model folders that ckpt_name is looked for in

@@ -52,6 +52,7 @@ FAMILIES = {
     "SDXL": Family("sdxl_train_network.py", "sdxl_train_leco.py", "sdxl_base_v1-0", (), (CLIP_L, CLIP_G)),
     "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE)),
     "Flux": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "FluxSchnell": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
     "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
     "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False),
 }
