@@ -85,8 +85,8 @@ def test_a_clip_of_another_family_is_said_at_once(trainee, comfy, flux, run_grap
     model, clip, vae = run_graph(base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["ckpt", 0]}}})[
         "ckpt"
     ]
-    mixed = ((model, flux[1]), (flux[0], clip))
-    for node, options in (("Train Task LoRA", TaskOptions()), ("Train Safety LoRA", SafetyOptions(concept=("a",)))):
+    mixed, safety = ((model, flux[1]), (flux[0], clip)), part(comfy, "training.options").SafetyOptions(concept=("a",))
+    for node, options in (("Train Task LoRA", TaskOptions()), ("Train Safety LoRA", safety)):
         for pair in mixed:
             with pytest.raises(Exception, match=rf"^{node} got a \w+ MODEL, .* CLIP with .*same checkpoint"):
                 trainee.opened(*pair, vae, options).__enter__()
@@ -97,13 +97,13 @@ def test_a_clip_of_another_family_is_said_at_once(trainee, comfy, flux, run_grap
             part(comfy, "nodes.drawing").ComfyPainter(*pair, vae)
 
 
-def test_every_message_names_the_node_that_it_stands_on_and_what_that_node_has(trainee, comfy, run_graph):
+def test_every_message_names_the_node_that_it_stands_on_and_what_that_node_has(trainee, comfy, run_graph, loras):
     graph = base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}}}
     stock = {"lora_name": "other.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
     graph["lora"] = {"class_type": "LoraLoader", "inputs": stock | {"model": ["ckpt", 0], "clip": ["ckpt", 1]}}
     out = run_graph(graph)
     (model, clip, vae), merged = out["ckpt"], out["lora"]
-    painter, safety = part(comfy, "nodes.drawing").ComfyPainter, SafetyOptions(concept=("a",))
+    painter, safety = part(comfy, "nodes.drawing").ComfyPainter, part(comfy, "training.options").SafetyOptions()
     runs = {
         "Train Task LoRA": lambda *pair: trainee.opened(*pair, vae, TaskOptions()).__enter__(),
         "Train Safety LoRA": lambda *pair: trainee.opened(*pair, vae, safety).__enter__(),

@@ -141,9 +141,8 @@ def _said(base: Base, options: Options, remarks: Callable[[TooLong], list[str]])
     too_long = clip_counter(base, options.max_token_length)
     lines = remarks(too_long or (lambda text: False)) + unused_by_kohya(options, base.family)
     if too_long is None:
-        lines.insert(
-            0, f"texts were NOT held against what the text encoders of {base.family} take: no counter for them"
-        )
+        why = "no CLIP tokenizer is at hand" if base.family in CLIP_ALONE else f"{base.family} has others than CLIP"
+        lines.insert(0, f"texts were NOT held against what the text encoders take: {why}")
     return lines
 
 
