@@ -155,6 +155,9 @@ def keep_state(save: Callable[[str], object]) -> None:
         shutil.rmtree(part, ignore_errors=True)
         save(str(part))
         counted = part / STEPS
+        if not counted.is_file():  # an sd-scripts that could not tell either where to go on
+            shutil.rmtree(part, ignore_errors=True)
+            return
         steps = json.loads(counted.read_text(encoding="utf-8"))
         steps["current_step"] -= 1
         counted.write_text(json.dumps(steps), encoding="utf-8")

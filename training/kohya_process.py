@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -25,6 +26,7 @@ from .kohya_entry import MARK
 from .loop import Watch
 from .stopping import Stopping, stopping
 
+logger = logging.getLogger("modular_lora")
 POLL = 0.2  # seconds between looks at interrupt and previews
 GRACE = 10.0  # seconds to end in after SIGTERM
 PATIENCE = 3  # steps to keep a state in, beside GRACE
@@ -129,6 +131,7 @@ def _run(
         _new_previews(samples, known, dict(_sizes(samples)), progress, watch)
     except BaseException:
         if stop and progress.losses:  # before the first step there is nothing to keep
+            logger.warning("stopping: sd-scripts keeps a state before its next step; once more ends it at once")
             stop.touch()
             _wait(child, lines, progress, watch)
         raise
