@@ -8,7 +8,9 @@ import pytest
 from graphs import save_lora
 from modular_lora_guard.audit import cli as audit
 from modular_lora_guard.audit import engines
+from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.layers import LayerSpec
+from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.training import cli as training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +95,12 @@ def test_an_audit(values, fragment, place, caplog):
 def test_gate_error(place, caplog):
     assert audit.main(["gate-error", GLOSS, GLOSS, "--output", str(place / "taken" / "error.json")]) == 1
     assert "--output" in caplog.records[-1].message
+
+
+def test_what_was_tried_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "a" / "b", "output_dir")
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(GuardError, match="output_dir"):
+            check_writable(taken, "output_dir")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() or path.name == "a"] == []

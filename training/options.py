@@ -112,11 +112,6 @@ class Options:
             raise OptionError("lr_warmup_steps: constant has no warm-up: use constant_with_warmup.")
         if kind == "constant_with_warmup" and not warmup:
             raise OptionError("lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.")
-        if warmup >= self.max_train_steps:
-            raise OptionError(
-                f"lr_warmup_steps: {warmup} of {self.max_train_steps} steps, so the learning rate is never reached: "
-                "give fewer."
-            )
         low, high = PRODIGY_RATES
         if self.optimizer_type == "Prodigy" and not low <= self.learning_rate <= high:
             raise OptionError(

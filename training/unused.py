@@ -21,7 +21,10 @@ def unused(options: Options, regularisation: int | None = None) -> list[str]:
         found += _of_task(options, regularisation)
     if isinstance(options, SafetyOptions):
         found += _of_safety(options)
-    return [line for name, why in found if (line := _line(options, name, why))]
+    lines = [line for name, why in found if (line := _line(options, name, why))]
+    if options.lr_warmup_steps >= options.max_train_steps:
+        lines.append(f"learning_rate is NEVER reached: lr_warmup_steps is {options.lr_warmup_steps} of all steps")
+    return lines
 
 
 def unused_by_kohya(options: Options, family: str) -> list[str]:
