@@ -236,3 +236,58 @@ def test_the_command_keeps_a_state_goes_on_and_goes_further(comfy, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"gone on from step {steps} of 3000, to {steps + 2}" in done.stdout
     assert read_lora(tmp_path / "made.safetensors").metadata["ss_steps"] == str(steps + 2)
+
+
+@POSIX
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_stop_button_and_the_end_of_a_real_server_keep_a_state(tmp_path):
+    """Over HTTP: a training is stopped by /interrupt, gone on with, and then the server gets Ctrl+C."""
+    from modular_lora_guard.demo import base
+    from modular_lora_guard.demo.client import Client
+    from modular_lora_guard.demo.server import Server
+    from modular_lora_guard.demo.settings import DemoWorld
+
+    comfyui, world = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
+    if not comfyui or not world:
+        pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
+    demo, folder = DemoWorld.at(Path(world)), tmp_path / "base"
+    base.prepare(folder, checkpoint=demo.checkpoint, loras=demo.loras, safety=demo.safety)
+    place = folder / "output" / "modular_lora" / "long"
+
+    def last() -> int:
+        return max([int(path.name.split("step")[1][:8]) for path in place.glob("long-step*-state")], default=0)
+
+    def wait_for(condition) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            server.check()
+            assert time.monotonic() < deadline, server.log.read_text()[-2000:]
+            time.sleep(0.1)
+
+    with Server(Path(comfyui), sys.executable, folder, log=tmp_path / "log", cpu=True) as server:
+        client = Client(server.url)
+        asked = client.get_json("/object_info/ModularLoraTrainTask")["ModularLoraTrainTask"]["input"]
+        values = {k: v[-1]["default"] for part in asked.values() for k, v in part.items() if "default" in v[-1]}
+        values |= {"data_set": "gloss", "output_name": "long", "max_train_steps": 5000, "resolution": 64}
+        values |= {"sample_every_n_steps": 1, "sample_prompts": "gloss, cat", "network_dim": 4}
+        values |= {"more_options": "sample_size = 64\nsample_steps = 1", "target": "cross-attention"}
+        values |= {"model": ["ckpt", 0], "clip": ["ckpt", 1], "vae": ["ckpt", 2]}
+        graph = {
+            "ckpt": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": demo.checkpoint.name}},
+            "train": {"class_type": "ModularLoraTrainTask", "inputs": values},
+        }
+        client.submit(graph)
+        wait_for(lambda: len(list((place / "sample").glob("*.png"))) >= 3)
+        client.interrupt()
+        wait_for(last)
+        stopped = last()
+        assert stopped >= 3
+        assert list(place.glob("*.safetensors")) == []
+        values["resume"] = True
+        client.submit(graph)
+        wait_for(lambda: (place / "sample" / f"long_{stopped + 2:06d}_00.png").exists())
+        server._child.send_signal(signal.SIGINT)
+        server.wait()
+    assert last() >= stopped + 2
+    assert [path.name for path in place.glob("*.tmp")] == []
