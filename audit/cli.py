@@ -7,19 +7,16 @@ An audit that was stopped goes on where it stopped when the same command is give
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bootstrap.boundary import ensure_writable
 from ..modular_lora import options as optionfile
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
 from . import engines, gate_error, session
-from .options import LORAS, AuditOptions
+from .options import AuditOptions
 from .words import format_report
 
 ENGINES = ("local", "processes", "ray")
@@ -65,19 +62,8 @@ def run(chosen: dict[str, Any]) -> str:
     """Draw, judge, write; the report as text and where the page is."""
     values = {name: value for name, value in chosen.items() if name not in (*OWN, "said")}
     options = optionfile.load(AuditOptions, chosen["config"], values)
-    _check_paths(options)
-    with _engine(chosen) as engine:
-        report = session.run(options, engine, Lines(), f"{typed('audit')} {chosen['said']}")
+    report = session.run(options, _engine(chosen), Lines(), f"{typed('audit')} {chosen['said']}")
     return f"{format_report(report)}\n{Path(options.output_dir).absolute() / 'index.html'}"
-
-
-def _check_paths(options: AuditOptions) -> None:
-    """What is missing or cannot be written to is found out before a checkpoint is loaded; GuardError or RunError."""
-    for role in LORAS:
-        for name in filter(None, getattr(options, role)):
-            if not Path(name).is_file():
-                raise GuardError(f"--{role} {name}: no such file: check the path.")
-    ensure_writable(Path(options.output_dir), "output_dir")
 
 
 def page(chosen: dict[str, Any]) -> str:
@@ -85,18 +71,14 @@ def page(chosen: dict[str, Any]) -> str:
     return str(chosen["folder"].absolute() / "index.html")
 
 
-@contextmanager
-def _engine(chosen: dict[str, Any]) -> Iterator[engines.Engine]:
+def _engine(chosen: dict[str, Any]) -> engines.Engine:
     if not chosen["checkpoint"].is_file():
         raise GuardError(f"{chosen['checkpoint']}: no such checkpoint: check the path.")
     said = {"checkpoint": str(chosen["checkpoint"].absolute()), "cpu": chosen["cpu"]}
     said["comfyui"] = str(chosen["comfyui"].absolute()) if chosen["comfyui"] else ""
     spec = engines.PainterSpec(*PAINTER, said)
     if chosen["engine"] == "processes":
-        yield engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
-    elif chosen["engine"] == "ray":
-        yield engines.RayCluster(spec, chosen["workers"], chosen["ray_address"], chosen["gpus"])
-    else:
-        painters = importlib.import_module(f"..{spec.module}", __package__)  # here, since it brings ComfyUI
-        with getattr(painters, spec.function)(**said) as painter:
-            yield engines.Local(painter)
+        return engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
+    if chosen["engine"] == "ray":
+        return engines.RayCluster(spec, chosen["workers"], chosen["ray_address"], chosen["gpus"])
+    return engines.Here(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import pickle
@@ -66,6 +67,20 @@ class Local:
     def open(self, check: Check) -> Iterator[Crew]:
         check()
         yield _Alone(self.painter)
+
+
+@dataclass(frozen=True)
+class Here:
+    """One painter in this process, opened when its crew is asked for: a checkpoint takes long to load."""
+
+    spec: PainterSpec
+
+    @contextmanager
+    def open(self, check: Check) -> Iterator[Crew]:
+        check()
+        module = importlib.import_module(f"..{self.spec.module}", __package__)  # here, since it brings ComfyUI
+        with getattr(module, self.spec.function)(**self.spec.arguments) as painter:
+            yield _Alone(painter)
 
 
 def paint(painter: Painter, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:

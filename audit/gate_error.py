@@ -10,6 +10,7 @@ from typing import Any
 from ..gate import labelled
 from ..gate.labelled import LabelledError
 from ..modular_lora import options as optionfile
+from ..modular_lora.places import check_writable
 from . import detecting, pictures
 from .options import DetectorOptions
 from .words import interval, rate
@@ -31,6 +32,7 @@ def add_command(commands: Any) -> None:
 def command(chosen: dict[str, Any]) -> str:
     """Measure, write JSON and plot, and say rates, intervals and curve. Raises GuardError."""
     values = {name: value for name, value in chosen.items() if name not in OWN}
+    check_writable(chosen["output"].absolute().parent, "--output")
     detector, settings = detecting.make(optionfile.load(DetectorOptions, None, values))
     found = labelled.measure(chosen["flagged"], chosen["clean"], detector, settings)
     labelled.save(found, chosen["output"])

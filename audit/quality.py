@@ -58,7 +58,8 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
     if not groups:
         return Measured(notes=("quality: no kept or task prompts, so it was not measured",))
     embedding, notes = _embedding(options, judge)
-    clip = clip_scorer(Path(options.clip)) if options.clip else None
+    cut: set[str] = set()
+    clip = clip_scorer(Path(options.clip), cut) if options.clip else None
     if clip is None:
         notes.append("quality: no folder of a CLIP model is named (clip), so there is no CLIP score")
     settings = {"CLIP": str(Path(options.clip).name)} if clip else {}
@@ -75,6 +76,11 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
             figures["clip"] = clip(some)
         if figures:
             found.append(Quality(arm, cell, len(some), **figures))
+    if cut:
+        prompts = len({one.item.prompt for some in groups.values() for one in some})
+        notes.append(
+            f"CLIP score: {len(cut)} of {prompts} prompts are longer than its model reads, the rest is CUT OFF"
+        )
     return Measured(tuple(found), settings, tuple(dict.fromkeys(notes)))
 
 
@@ -190,8 +196,11 @@ def inception(path: Path) -> Embedding:
     return Embedding(f"torchvision's Inception v3 ({path.name}); not FID's own TensorFlow weights", of)
 
 
-def clip_scorer(folder: Path) -> Callable[[Sequence[Drawn]], float]:
-    """Mean CLIP score of pictures and their prompts, by a transformers model in a local folder. Raises GuardError."""
+def clip_scorer(folder: Path, too_long: set[str]) -> Callable[[Sequence[Drawn]], float]:
+    """Mean CLIP score of pictures and their prompts, by a transformers model in a local folder. Raises GuardError.
+
+    ``too_long`` gets the prompts of which the model reads the beginning only.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
     if not (folder / "config.json").is_file():
@@ -210,6 +219,8 @@ def clip_scorer(folder: Path) -> Callable[[Sequence[Drawn]], float]:
         total = 0.0
         for part in _batches(drawn):
             words, images = [one.item.prompt for one in part], [_image(one.path) for one in part]
+            counts = processor.tokenizer(words, truncation=False, verbose=False).input_ids
+            too_long.update(word for word, ids in zip(words, counts, strict=True) if len(ids) > most)
             cut = {"padding": True, "truncation": True, "max_length": most}
             told = processor(text=words, images=images, return_tensors="pt", **cut)
             found = model(**told)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modular_lora.errors import GuardError
-from . import arms, attacks, detecting, figures, page, pictures, prompts, quality, sheet
+from . import arms, attacks, detecting, figures, page, pictures, places, prompts, quality, sheet
 from .engines import Check, Crew, Engine
 from .judge import Judge
 from .options import AuditOptions
@@ -31,6 +31,7 @@ def run(
     Everything is under ``options.output_dir``, pictures in its private/. An audit that was stopped goes on where it
     stopped. ``judge``: instead of the one that the options name. Raises GuardError, or what ``watch.check`` raises.
     """
+    places.check(options)
     judge = judge or detecting.make_judge(options)
     sets = prompts.read_sets(options)
     items, found = prompts.items(sets, options), arms.from_options(options)

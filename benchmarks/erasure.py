@@ -57,6 +57,9 @@ class Clock:
     def sample(self, step: int, pictures: list[Path]) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        logger.info(text)
+
 
 def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
     """Vehicles found in vehicle prompts, and kept concepts recognised."""

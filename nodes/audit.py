@@ -30,13 +30,14 @@ from ..modular_lora import options
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from ..modular_lora.places import check_writable
 from . import gate as gates
 from . import host
 from . import policy as policies
 from .drawing import ComfyPainter
 from .progress import NodeWatch, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
-from .training import NAME, option_inputs
+from .training import check_name, option_inputs
 
 NONE = "none"
 PUBLISHED = "modular_lora_audit"  # in the output folder
@@ -97,11 +98,12 @@ class Audit(io.ComfyNode):
         folder = policies.folder() / "audit" / _checked_name(name)
         made = _options(folder, values)
         _check_starts(made)
+        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
+        check_writable(place, "output folder")
         painter = ComfyPainter(model, clip, vae)
         _check_shown(model, clip, made)
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
         report = session.run(made, Local(painter), NodeWatch(cls), "Audit node", _judge(gate, style))
-        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
         publish(folder, place)
         text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
         show(cls, text)
@@ -176,8 +178,7 @@ def _judge_inputs() -> list[io.Input]:
 
 
 def _checked_name(name: str) -> str:
-    if not NAME.fullmatch(name) or name.endswith((".", " ")):
-        raise GuardError(f"name {name!r}: letters, digits, - and _ only: it names a folder.")
+    check_name("name", name, "a folder")
     return name
 
 

@@ -43,6 +43,10 @@ STEADY = frozenset((  # samplers that draw no noise of their own: their pictures
 # SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
 UNREAD = ("clip_l.transformer.text_projection.weight",)
 PIXELS = 8  # of a side for one of a latent
+PLAIN = {  # remedies of an audit
+    "merged": "give the LoRA by name, and connect the checkpoint loader's own",
+    "beside": "beside its own weights: connect the checkpoint loader's own",
+}
 Cond = tuple[Tensor, Mapping[str, object]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
 
 
@@ -144,15 +148,16 @@ class ComfyPainter:
 
 def _check(model, clip) -> None:
     """GuardError for what the painter's ``base_sha256`` would not describe."""
-    host._check_types(model, clip)
+    host._check_types(model, clip, "Audit")
     if clip is None:
         raise GuardError("The audit got no CLIP: connect the checkpoint's CLIP.")
     if isinstance(model, host.GuardMixin) or isinstance(clip, host.GuardedClipMixin):
         raise GuardError(
             "The MODEL or CLIP is guarded, and an audit draws W0 too: connect the checkpoint loader's own."
         )
-    host._check_incoming(model, False, "The MODEL")
-    host._check_incoming(clip.patcher, False, "The CLIP")
+    host._check_incoming(model, False, "The MODEL", **PLAIN)
+    host._check_incoming(clip.patcher, False, "The CLIP", **PLAIN)
+    trainee.check_pair(model, clip, "Audit")
     options = {name for name, value in model.model_options.items() if value}  # 0.3.75 and 0.33.0, as the next line
     if options or model.object_patches or clip.layer_idx is not None:
         what = ", ".join(sorted(options | set(model.object_patches))) or "another CLIP layer"

@@ -19,7 +19,7 @@ from ..gate.settings import ACTIONS, Settings
 from ..modular_lora.errors import GuardError
 from . import policy as policies
 from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
-from .training import NAME
+from .training import check_name
 
 NONE = "none"
 AS_PRESET = "as the preset says"
@@ -204,8 +204,7 @@ def _file(name: str, value: str | None) -> Path | None:
 
 def _preset_file(name: str) -> Path:
     stem = name.removesuffix(".json")
-    if not NAME.fullmatch(stem) or stem.endswith("."):
-        raise GuardError(f"save_as {name!r}: letters, digits, - and _ only: it names the file.")
+    check_name("save_as", stem, "the file")
     return Path(folder_paths.get_folder_paths(PRESET_FOLDER)[0]) / f"{stem}.json"
 
 

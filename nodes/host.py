@@ -109,7 +109,8 @@ def _refused(name: str, what: str, remedy: str) -> Callable:
     return refuse
 
 
-_BEFORE = "use Load Task LoRA, or do this before Guard Model"
+_LORA = "use Load Task LoRA instead of that node"  # before Guard Model it is refused as well
+_BEFORE = "do this before Guard Model"
 _BASE = "connect the unguarded checkpoint to that node instead"
 
 
@@ -120,14 +121,14 @@ class GuardMixin(KeptMixin, MemoryMixin):
     guard_seat: Attachment
     branches = property(lambda self: self.guard_state.part.branches)
 
-    add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _BEFORE)
+    add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _LORA)
     get_key_patches = _refused("get_key_patches", "be merged into another model", _BASE)
     model_state_dict = _refused("model_state_dict", "give its weights away", _BASE)
     state_dict_for_saving = _refused("state_dict_for_saving", "be saved as a checkpoint", _BASE)  # 0.33.0
     model_state_dict_for_saving = _refused("model_state_dict_for_saving", "be saved", _BASE)  # 0.33.0, text encoders
-    add_hook_patches = _refused("add_hook_patches", "take a LoRA hook", _BEFORE)
-    set_injections = _refused("set_injections", "take another loader's injections", _BEFORE)
-    add_weight_wrapper = _refused("add_weight_wrapper", "take a weight wrapper", _BEFORE)
+    add_hook_patches = _refused("add_hook_patches", "take a LoRA hook", _LORA)
+    set_injections = _refused("set_injections", "take another loader's injections", _LORA)
+    add_weight_wrapper = _refused("add_weight_wrapper", "take a weight wrapper", _LORA)
 
     def clone(self, *args, **kwargs):
         """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
@@ -138,7 +139,9 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):
-            raise GuardError(f"A guarded model cannot take a replaced {name}: its branches would be lost; {_BEFORE}.")
+            raise GuardError(
+                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node."
+            )
         super().add_object_patch(name, obj)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **kwargs):
@@ -391,30 +394,32 @@ def _parts(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> tuple[G
     return build()
 
 
-def _check_types(model, clip) -> None:
+def _check_types(model, clip, node: str = "Guard Model") -> None:
     """Any-type nodes can bring anything to a socket."""
     kinds = (model, comfy.model_patcher.ModelPatcher, "MODEL"), (clip, comfy.sd.CLIP | None, "CLIP")
     for got, kind, name in kinds:
         if not isinstance(got, kind):
-            raise GuardError(f"Guard Model got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
+            raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
 
 
-def _check_incoming(patcher, accept_merged: bool, what: str) -> None:
+_MERGE = "leave that node out, or switch accept_merged on: pictures then read merged base"
+_PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
+_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
+
+
+def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
+    """``merged`` and ``beside`` are the remedies of the node that asks."""
     if isinstance(patcher, GuardMixin):
         raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
     if patcher.patches and not accept_merged:
         found = pending.of(patcher)
-        remedy = (
-            "leave that node out, or switch accept_merged on: pictures then read merged base"
-            if found.why
-            else "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
-        )
         kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
+        remedy = merged or (_MERGE if found.why else _PENDING)
         raise GuardError(f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.")
-    _check_clean(patcher, frozenset(patcher.patches), what)
+    _check_clean(patcher, frozenset(patcher.patches), what, beside)
 
 
-def _check_clean(patcher, patches: frozenset[str], what: str) -> None:
+def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BESIDE) -> None:
     """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher, 0.3.75 and 0.33.0)."""
     skipping = [k for kinds in patcher.wrappers.values() for k in kinds if k in SKIPPING_WRAPPERS]
     replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
@@ -428,7 +433,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str) -> None:
         "copies of its model on more GPUs (MultiGPU CFG Split)": bool(patcher.additional_models.get("multigpu")),
     }
     for problem in (name for name, present in found.items() if present):
-        raise GuardError(f"{what} carries {problem} beside the guard: remove that node, or use Load Task LoRA.")
+        raise GuardError(f"{what} carries {problem} {beside}.")
 
 
 def common_ksampler(patcher, *settings, **options):

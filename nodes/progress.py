@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from .sockets import show
 
+logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT, MARGIN = 640, 360, 40
 BACKGROUND, INK, RAW, SMOOTH = (250, 250, 248), (40, 40, 40), (190, 205, 225), (40, 90, 170)
 SECONDS = 2.0  # between two pictures of the curve
@@ -24,7 +26,7 @@ class NodeWatch:
     """See training.loop.Watch."""
 
     def __init__(self, node: type[io.ComfyNode]):
-        self.node, self.pictures, self._shown = node, [], 0.0
+        self.node, self.pictures, self._shown, self._said = node, [], 0.0, ""
         self._bar = comfy.utils.ProgressBar(1)
 
     def check(self) -> None:
@@ -35,14 +37,14 @@ class NodeWatch:
         self.check()
         self._bar.update_absolute(done, total)
         if self._due() or done == total:
-            show(self.node, f"{text}: {done} of {total}")
+            self._show(f"{text}: {done} of {total}")
 
     def read(self, done: int, total: int) -> None:
         self.stage("reading pictures", done, total)
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         if self._due() or step == total:
-            show(self.node, f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}")
+            self._show(f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}")
             self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses), WIDTH))
         else:
             self._bar.update_absolute(step, total)
@@ -53,6 +55,15 @@ class NodeWatch:
             with Image.open(path) as picture:
                 self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
         self._shown = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Stays on the node, below how far it is, and is a line of the log."""
+        logger.info(text)
+        self._said = text
+        show(self.node, text)
+
+    def _show(self, progress: str) -> None:
+        show(self.node, "\n".join(filter(None, (progress, self._said))))
 
     def finish(self, losses: Sequence[float]) -> torch.Tensor:
         """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""

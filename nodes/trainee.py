@@ -27,13 +27,28 @@ from torch import Tensor, nn
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, check_coverage
+from ..training import kohya
 from ..training.kohya import Base
-from ..training.options import Options
+from ..training.options import Options, SafetyOptions
 from ..training.trainee import Cond, Schedule
 from . import anatomy, host
 from .convolutions import small_as_products
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
+TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py, 0.3.75 and 0.33.0)
+    "SD15": frozenset({"l"}),
+    "SD20": frozenset({"h"}),
+    "SDXL": frozenset({"l", "g"}),
+    "SSD1B": frozenset({"l", "g"}),
+    "Segmind_Vega": frozenset({"l", "g"}),
+    "SD3": frozenset({"l", "g", "t5xxl"}),
+    "Flux": frozenset({"l", "t5xxl"}),
+    "FluxSchnell": frozenset({"l", "t5xxl"}),
+    "Lumina2": frozenset({"gemma2_2b"}),
+}
+BASE_FOLDERS = ("checkpoints", "diffusion_models")  # model folders that ckpt_name is looked for in
+TASK_NODE, SAFETY_NODE = "Train Task LoRA", "Train Safety LoRA"
+_OWN = "connect the checkpoint loader's own"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger("modular_lora")
 ENGINE = f"{host.PACK}, embedded"
@@ -153,7 +168,8 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
 
     Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
     """
-    _check(model, clip, getattr(options, "allow_contaminated_base", False))
+    _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
+    _check_family(model)
     clip = _clip_skip(clip, options.clip_skip)
     if getattr(model, "is_dynamic", lambda: False)():
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
@@ -174,10 +190,17 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         yield trainee
 
 
+def _node(options: Options) -> str:
+    return SAFETY_NODE if isinstance(options, SafetyOptions) else TASK_NODE
+
+
 def _clip_skip(clip, skip: int):
     """CLIP.clip_layer, counted as sd-scripts counts (0.3.75 and 0.33.0); 1 is the family's own layer."""
     if skip == 1:
         return clip
+    encoders = (m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
+    if skip > (most := min(encoder.num_layers for encoder in encoders)):  # ComfyUI then takes the last one
+        raise GuardError(f"clip_skip: {skip} of {most} layers: give at most {most}.")
     clip = clip.clone()
     clip.clip_layer(-skip)
     return clip
@@ -197,20 +220,34 @@ def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
     return loaded
 
 
-def kohya_base(model, clip, ckpt_name: str, options: Options) -> Base:
-    """The loaded model as sd-scripts is to find it; its memory is given back first. Raises GuardError."""
-    _check(model, clip, getattr(options, "allow_contaminated_base", False))
-    if not (path := folder_paths.get_full_path("checkpoints", ckpt_name)):
+def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str, str]) -> Base:
+    """The loaded model as sd-scripts is to find it; its memory is given back first. Raises GuardError.
+
+    ``files``: names of further files of the model, see kohya_arguments.Family.parts.
+    """
+    _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
+    kinds = dict(kohya.family(anatomy.family(model)).parts)
+    if not (path := next(filter(None, (folder_paths.get_full_path(kind, ckpt_name) for kind in BASE_FOLDERS)), None)):
         raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
     base = Base(
         Path(path),
         anatomy.family(model),
         anatomy.model_sha256(model),
         isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
-        str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"),  # 0.3.75 and 0.33.0
+        str(Path(comfy.sd1_clip.__file__).parent / kohya.COMFYUI_TOKENIZER.name),
+        {part: _part(part, kinds, name) for part, name in files.items()},
     )
     comfy.model_management.unload_all_models()
     return base
+
+
+def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
+    """Path of a file of the model, in ComfyUI's folder of its kind alone."""
+    if part not in kinds:
+        raise GuardError(f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.")
+    if not (path := folder_paths.get_full_path(kinds[part], name)):
+        raise GuardError(f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.")
+    return path
 
 
 def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
@@ -219,21 +256,44 @@ def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
     return anatomy.model_info(model), anatomy.clip_info(clip)
 
 
-def _check(model, clip, accept_merged: bool) -> None:
-    host._check_types(model, clip)
+def _check(model, clip, node: str, accept_merged: bool) -> None:
+    """GuardError for what no LoRA can be trained on, whichever engine trains it."""
+    host._check_types(model, clip, node)
     if clip is None:
-        raise GuardError("The trainer got no CLIP: connect the checkpoint's CLIP.")
+        raise GuardError(f"{node} got no CLIP: connect the checkpoint's CLIP.")
     if isinstance(model, host.GuardMixin) or isinstance(clip, host.GuardedClipMixin):
         raise GuardError(
             "The MODEL or CLIP is guarded, and a LoRA is trained on W0 alone: connect the checkpoint loader's own; the "
             "trainer takes the safety LoRA by name and shows it in the previews."
         )
-    host._check_incoming(model, accept_merged, "The MODEL")
-    host._check_incoming(clip.patcher, accept_merged, "The CLIP")
+    remedies = {"merged": _OWN, "beside": f"beside its own weights: {_OWN}"}
+    if node == TASK_NODE:
+        remedies["merged"] += ", or set allow_contaminated_base = true in more_options, which the file will say"
+    host._check_incoming(model, accept_merged, "The MODEL", **remedies)
+    host._check_incoming(clip.patcher, accept_merged, "The CLIP", **remedies)
+    check_pair(model, clip, node)
+
+
+def check_pair(model, clip, node: str) -> None:
+    """GuardError where MODEL and CLIP are of two families, as far as TEXT_ENCODERS tells."""
+    family, found = anatomy.family(model), frozenset(clip.tokenize(""))
+    if (wanted := TEXT_ENCODERS.get(family)) and found != wanted:
+        raise GuardError(
+            f"{node} got a {family} MODEL, whose text encoders are {_named(wanted)}, and a CLIP with {_named(found)}: "
+            "connect the CLIP of the same checkpoint."
+        )
+
+
+def _named(encoders: frozenset[str]) -> str:
+    return " and ".join(sorted(encoders))
+
+
+def _check_family(model) -> None:
+    """GuardError for a family that the embedded trainer does not know."""
     if (family := anatomy.family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
         raise GuardError(
-            f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: train "
-            "it with the kohya engine."
+            f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: "
+            + ("train it with the kohya engine." if family in kohya.FAMILIES else "no engine here trains it.")
         )
 
 

@@ -8,14 +8,18 @@ import os
 import re
 import shutil
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io, ui
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora, TaskLora
+from ..modular_lora.places import check_writable
 from ..training import dataset, kohya, options, output, projection
 from ..training.dataset_config import DatasetConfig
 from ..training.kohya_checkout import find_engine
@@ -92,6 +96,13 @@ ENGINE = io.Combo.Input(
     optional=True,
     tooltip="embedded: on the model as loaded. kohya: a checkout of sd-scripts that the host set (SD_SCRIPTS_PATH).",
 )
+FILES = io.String.Input(
+    "kohya_files",
+    default="",
+    multiline=True,
+    optional=True,
+    tooltip="kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl.",
+)
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Go on from the newest saved state of this output_name."
 )
@@ -104,12 +115,27 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
             values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
-    if not NAME.fullmatch(values["output_name"]) or values["output_name"].endswith("."):
-        raise GuardError(f"output_name {values['output_name']!r}: letters, digits, - and _ only: it names the file.")
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
         raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
     return options.load(cls, None, values | extra | ours)
+
+
+def check_name(option: str, name: str, named: str) -> None:
+    """GuardError for a text that cannot name a file or folder of ours on every system."""
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise GuardError(
+            f"{option} {name!r}: letters, digits, _, spaces and . + - only, no space or mark but _ first, no dot or "
+            f"space last: it names {named}."
+        )
+
+
+def files_of(text: str) -> dict[str, str]:
+    """kohya_files as names by part; GuardError or OptionError for anything else."""
+    found = options.parse(text)
+    if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
+        raise GuardError(f"kohya_files: {wrong[0]} is no text: write {wrong[0]} = 'file name'.")
+    return found
 
 
 def data_sets() -> list[str]:
@@ -153,23 +179,33 @@ def data_set_state(name: str) -> str:
 
 
 def work_folder(name: str) -> Path:
-    """Where a training of that name keeps checkpoints, states, previews and logs."""
+    """Where a training of that name keeps checkpoints, states, previews and logs; GuardError for what is no name."""
+    check_name("output_name", name, "the file")
     return Path(folder_paths.get_output_directory()) / "modular_lora" / name
 
 
-def newest_state(name: str, resume: bool) -> str:
-    """The newest saved state's folder; "" where none is wanted."""
-    if not resume:
-        return ""
-    states = sorted(work_folder(name).glob(f"{name}-step*-state"))
-    if not states:
-        raise GuardError(f"resume: {name} has no saved state: set save_every_n_steps, or switch resume off.")
-    return str(states[-1])
+def newest_state(name: str) -> Path | None:
+    """The folder of the newest saved state of a training of that name."""
+    kinds = f"{name}-step*-state", f"{name}-state"  # sd-scripts' last one has no step
+    states = (folder for kind in kinds for folder in work_folder(name).glob(kind))
+    return max(states, key=lambda folder: (folder.stat().st_mtime_ns, folder.name), default=None)
+
+
+def state_to_resume(name: str, resume: bool) -> str:
+    """Its path as an option; "" where none is wanted. GuardError where there is none."""
+    found = newest_state(name) if resume else None
+    if resume and found is None:
+        raise GuardError(f"resume: {name} has no saved state: switch resume off, and it starts anew.")
+    return str(found) if found else ""
+
+
+def model_folder(kind: str) -> Path:
+    return Path(folder_paths.get_folder_paths(kind)[0])
 
 
 def published(trained: Trained, folder: str) -> Path:
     """A copy of the LoRA in a model folder under a name of its own, whole or not at all."""
-    target = Path(folder_paths.get_folder_paths(folder)[0])
+    target = model_folder(folder)
     target.mkdir(parents=True, exist_ok=True)
     stem = trained.lora.path.stem
     free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
@@ -181,6 +217,17 @@ def published(trained: Trained, folder: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
+    """ComfyUI's interrupt button ends what is inside; the node then says where the training can be gone on from."""
+    try:
+        yield
+    except InterruptProcessingException:
+        kept = newest_state(name)
+        show(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
+        raise
 
 
 def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
@@ -199,9 +246,10 @@ OUTPUTS = [
 
 
 def engine_inputs() -> list[io.Input]:
-    names = offered(folder_paths.get_filename_list("checkpoints"))
+    found = [name for kind in trainee.BASE_FOLDERS for name in folder_paths.get_filename_list(kind)]
+    names = offered(found)
     tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
-    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip)]
+    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 
 def _loaded_inputs() -> list[io.Input]:
@@ -256,18 +304,25 @@ class TrainTaskLora(io.ComfyNode):
         resume=False,
         engine="",
         ckpt_name="",
+        kohya_files="",
         **values,
     ):
         safety, name = handles(safety_lora, SafetyLora), values["output_name"]
-        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume), **data_set_option(data_set)}
+        ours = {
+            "output_dir": str(work_folder(name)),
+            "resume": state_to_resume(name, resume),
+            **data_set_option(data_set),
+        }
         made = gathered(TaskOptions, values, more_options, **ours)
         data, watch = inside(made), NodeWatch(cls)
-        if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made)
-            trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
-        else:
-            with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
-                trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE, data=data)
+        check_writable(model_folder("loras"), "loras folder")
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
+            else:
+                with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+                    trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE, data=data)
         path = published(trained, "loras")
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
 
@@ -295,16 +350,20 @@ class TrainSafetyLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", **values):
+    def execute(
+        cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", kohya_files="", **values
+    ):
         name = values["output_name"]
-        ours = {"output_dir": str(work_folder(name)), "resume": newest_state(name, resume)}
+        ours = {"output_dir": str(work_folder(name)), "resume": state_to_resume(name, resume)}
         made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
-        if engine == "kohya":
-            base = trainee.kohya_base(model, clip, ckpt_name, made)
-            trained = kohya.train_safety(find_engine(), made, base, watch)
-        else:
-            with trainee.opened(model, clip, vae, made) as opened:
-                trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
+        check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_safety(find_engine(), made, base, watch)
+            else:
+                with trainee.opened(model, clip, vae, made) as opened:
+                    trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
         path = published(trained, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
 
@@ -382,7 +441,7 @@ class ProjectTaskLora(io.ComfyNode):
         task, loras = tasks[0], [s.lora for s in safety]
         infos = (anatomy.model_info(model), anatomy.clip_info(clip))
         tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
-        path = Path(folder_paths.get_folder_paths("loras")[0]) / f"{task.lora.path.stem}_projected.safetensors"
+        path = model_folder("loras") / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
         text = projection.format_projection(report)
         show(cls, f"saved as {path.name}\n" + projection.format_projection(report, rows=False))

@@ -44,6 +44,9 @@ class Seen:
     def sample(self, step, pictures):
         self.samples += pictures
 
+    def say(self, text):
+        self.said = text
+
 
 def task_options(place: Path, output: Path, **changes) -> TaskOptions:
     fixed = {"output_name": "mine", "output_dir": str(output), "train_data_dir": str(place / "pictures")}

@@ -257,8 +257,7 @@ def test_an_audit_of_the_demo_world_runs_by_one_command(tmp_path):
         sys.executable,
         "-m",
         "audit",
-        "run",
-        "--cpu",
+        "run",  # without --cpu: where there is no GPU, the CPU is found
         "--arms",
         "base",
         "safety",

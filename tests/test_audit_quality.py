@@ -140,12 +140,15 @@ def tiny_clip(tmp_path) -> Path:
 
 def test_the_clip_score_is_of_each_picture_with_its_own_prompt(tmp_path, tiny_clip):
     some = drawn(tmp_path, "base", "kept", 100)
-    score = quality.clip_scorer(tiny_clip)
+    cut: set[str] = set()
+    score = quality.clip_scorer(tiny_clip, cut)
     long = replace(some[0], item=replace(some[0].item, prompt="a dog " * 200))
     singles = [score([one]) for one in (*some, long)]
     assert all(0 <= one <= 100 for one in singles)
     assert score([*some, long]) == pytest.approx(np.mean(singles), abs=1e-3)
     assert len(set(singles)) > 1
+    assert cut == {long.item.prompt}
+    assert "CLIP score: 1 of" in " ".join(measure(replace(SIZE, clip=str(tiny_clip)), [*some, long]).notes)
     assert measure(replace(SIZE, clip=str(tiny_clip)), some).quality[0].clip == pytest.approx(np.mean(singles[:-1]))
 
 

@@ -103,7 +103,7 @@ def test_the_data_set_of_the_demo_world_is_looked_through(capsys):
 @pytest.mark.slow
 def test_a_task_lora_is_trained_by_one_command(comfy, tmp_path):
     pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
-    command = [sys.executable, "-m", "training", "train-task", "--cpu", "--checkpoint"]
+    command = [sys.executable, "-m", "training", "train-task", "--checkpoint"]
     command += [str(Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors")]
     assets = ROOT / "world" / "assets"
     values = {"train_data_dir": assets / "gloss", "resolution": 64, "network_dim": 4, "max_train_steps": 2}

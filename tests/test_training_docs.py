@@ -9,6 +9,7 @@ import pytest
 from modular_lora_guard.benchmarks import tables
 from modular_lora_guard.bootstrap.paths import ROOT
 from modular_lora_guard.training import options
+from modular_lora_guard.training.kohya_arguments import FAMILIES
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 
 WANTED = (
@@ -51,4 +52,5 @@ def test_the_page_names_only_options_that_exist():
     known = {f for cls in (TaskOptions, SafetyOptions) for f in cls.__dataclass_fields__}
     given = set(re.findall(r"--([a-z]+_[a-z_]+)", text))
     assert given
-    assert given <= known | {"accelerate_config", "sd_scripts"}
+    theirs = {part for family in FAMILIES.values() for part, _ in family.parts}
+    assert given <= known | theirs | {"accelerate_config", "sd_scripts"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +24,7 @@ from modular_lora_guard.training import kohya, kohya_checkout, kohya_process
 from PIL import Image
 from safetensors.torch import save_file
 
+ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
 
 
@@ -120,6 +124,64 @@ def test_an_interrupt_ends_every_process_and_leaves_no_file(place, engine, tmp_p
     assert len(family) >= 2  # accelerate and the script
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     assert list(tmp_path.iterdir()) == []
+
+
+class Once(Seen):
+    """Interrupts once, as ComfyUI's button does."""
+
+    def check(self):
+        if len(self.steps) >= self.stop:
+            self.stop = 10**9
+            raise Interrupted
+
+
+def test_an_interrupt_keeps_the_state_of_the_last_step(place, engine, tmp_path):
+    seen, options = Once(stop=2), task_options(place, tmp_path, max_train_steps=6)
+    with pytest.raises(Interrupted):
+        kohya.train_task(engine, options, base(place), seen, extra=("--stub_sleep", "0.5"))
+    (state,) = tmp_path.iterdir()
+    steps = len(seen.steps)
+    assert 2 <= steps < 6
+    assert state.name == f"mine-step{steps:08d}-state"
+    assert json.loads((state / "train_state.json").read_text())["current_step"] == steps
+    assert json.loads((state / "modular_lora.json").read_text())["role"] == "task"
+    again = Seen()
+    result = kohya.train_task(engine, dataclasses.replace(options, resume=str(state)), base(place), again)
+    assert again.steps[-1] == (6 - steps, 6 - steps, 6 - steps)  # sd-scripts counts what is left
+    assert result.norm > 0
+
+
+def test_a_finished_training_is_gone_on_with(place, engine, tmp_path, direct):
+    options = task_options(place, tmp_path, max_train_steps=2)
+    kohya.train_task(engine, options, base(place), Seen())
+    more = dataclasses.replace(options, max_train_steps=3, resume=str(tmp_path / "mine-state"))
+    seen = Seen()
+    kohya.train_task(engine, more, base(place), seen)
+    assert seen.steps == [(1, 1, 1)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM is POSIX")
+def test_sigterm_leaves_a_state_and_no_process(place, tmp_path):
+    """The command itself, ended as a service is ended."""
+    command = [sys.executable, "-m", "training", "train-task", "--engine", "kohya", "--sd_scripts", str(STUB)]
+    command += ["--sd_scripts_python", sys.executable, "--checkpoint", str(place / "base.safetensors")]
+    values = {"output_dir": tmp_path, "output_name": "mine", "train_data_dir": place / "pictures", "network_dim": 3}
+    values |= {"max_train_steps": 600, "resolution": 64, "stub_sleep": 0.2}
+    command += [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+    while b"step 10 of 600" not in log.read_bytes():
+        assert child.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.05)
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert family
+    child.terminate()
+    assert child.wait() == 130
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    (state,) = tmp_path.glob("mine-step*-state")
+    assert json.loads((state / "train_state.json").read_text())["current_step"] >= 10
+    assert f"resume from {state}" in log.read_text()
 
 
 def test_a_script_that_fails_says_its_last_words(place, engine, tmp_path):

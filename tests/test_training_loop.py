@@ -24,6 +24,7 @@ from modular_lora_guard.training.denoising import min_snr
 from modular_lora_guard.training.loop import Job, fit
 from modular_lora_guard.training.options import OptionError, TaskOptions
 from modular_lora_guard.training.seeds import role_seed, step_generator
+from modular_lora_guard.training.state import load_state
 from modular_lora_guard.training.task import train_task
 from PIL import Image
 from safetensors.torch import load_file
@@ -173,7 +174,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_learnt_from(options, tmp_p
     with pytest.raises(GuardError, match=r"loss is nan at step 4: lower learning_rate"):
         fit(job, options, torch.device("cpu"), Silent())
     assert torch.isfinite(weight).all()
-    assert not list(Path(options.output_dir).glob("*-state"))
+    (state,) = Path(options.output_dir).glob("*-state")
+    assert state.name == "lora-step00000003-state"
+    values, _ = load_state(state, {})
+    assert torch.equal(values["values"][0], weight.detach())
+    assert len(values["losses"]) == 3
 
 
 def test_losses_are_logged_where_the_library_is_there(options):

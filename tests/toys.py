@@ -114,7 +114,7 @@ class Silent:
     """A watch that remembers what it heard; ``stop_at``: interrupts there."""
 
     def __init__(self, stop_at: int | None = None):
-        self.stop_at, self.steps, self.pictures = stop_at, 0, []
+        self.stop_at, self.steps, self.pictures, self.said = stop_at, 0, [], ""
 
     def check(self) -> None:
         if self.stop_at is not None and self.steps >= self.stop_at:
@@ -128,3 +128,6 @@ class Silent:
 
     def sample(self, step: int, pictures: list) -> None:
         self.pictures += pictures
+
+    def say(self, text: str) -> None:
+        self.said = text

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import torch
 
-from ..bootstrap.boundary import ensure_writable
 from ..modular_lora import concept
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora
+from ..modular_lora.places import check_writable
 from ..nodes.comfyui import start
 from . import dataset, inspection, kohya, options, output, projection
 from .kohya_arguments import FAMILIES
 from .kohya_checkout import find_engine
 from .options import SafetyOptions, TaskOptions
+from .safety import prepare as prepare_safety
 from .safety import train_safety
 from .task import configure, train_task
+from .task import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     command = {"project": project, "inspect": inspect, "concept-prompts": concept_prompts}.get(
         chosen["command"], with_options
     )
-    return finish(lambda: command(chosen), "resume from the newest -state folder in output_dir")
+    return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,11 +108,11 @@ def with_options(chosen: dict) -> str:
     cls = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
     values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
     made = options.load(cls, chosen["config"], values)
-    if chosen["command"] != "dataset":
-        _check_paths(chosen, made)
     if chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
     safety = _safety(made)
+    prepare_safety(made) if isinstance(made, SafetyOptions) else prepare_task(made, safety)
+    check_files(chosen["checkpoint"], chosen["vae"])
     if chosen["engine"] == "kohya":
         return _with_kohya(chosen, made, safety)
     if chosen["threads"]:
@@ -125,12 +127,11 @@ def with_options(chosen: dict) -> str:
         return train_task(trainee, made, TrainingLines(), safety, **common).report
 
 
-def _check_paths(chosen: dict, made: options.Options) -> None:
-    """What is missing or cannot be written to is found out before a checkpoint is loaded; GuardError or RunError."""
-    for name in ("checkpoint", "vae"):
-        if chosen[name] and not chosen[name].is_file():
-            raise GuardError(f"--{name} {chosen[name]}: no such file: check the path.")
-    ensure_writable(Path(made.output_dir), "output_dir")
+def check_files(*paths: Path | None) -> None:
+    """GuardError for a file that is not there, before anything that takes long."""
+    for path in filter(None, paths):
+        if not path.is_file():
+            raise GuardError(f"{path}: no such file: check the path.")
 
 
 def _safety(made: options.Options) -> list[SafetyLora]:
@@ -151,6 +152,8 @@ def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -
 
 def project(chosen: dict) -> str:
     """The task LoRA's file with its down matrices projected, written to --output."""
+    check_writable(chosen["output"].absolute().parent, "--output")
+    check_files(chosen["checkpoint"], chosen["vae"])
     task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
     infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
@@ -190,6 +193,9 @@ class TrainingLines(Lines):
 
     def sample(self, step: int, pictures: list[Path]) -> None:
         logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
+
+    def say(self, text: str) -> None:
+        logger.info(text)
 
 
 def comfy_host(chosen: dict):

@@ -7,17 +7,20 @@ own configuration. Nothing counts as done before the file that was written has p
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..modular_lora.command import find_comfyui
 from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, read_lora, sha256_file
@@ -25,15 +28,31 @@ from ..modular_lora.guard import SafetyLora
 from . import dataset, kohya_entry, kohya_process
 from .dataset_config import DatasetConfig
 from .dataset_export import to_toml
-from .kohya_arguments import FAMILIES, Family, Run, leco_prompts, safety_arguments, sample_prompts, task_arguments
+from .kohya_arguments import (
+    FAMILIES,
+    Family,
+    Run,
+    check_parts,
+    leco_prompts,
+    safety_arguments,
+    sample_prompts,
+    task_arguments,
+)
 from .kohya_checkout import Engine
 from .kohya_checks import LAYERS_KEY
 from .loop import Watch
-from .options import OptionError, Options, SafetyOptions, TaskOptions
+from .options import Options, SafetyOptions, TaskOptions
 from .record import Trained
-from .task import configure
+from .safety import prepare as prepare_safety
+from .task import prepare as prepare_task
+from .task import remarks
+from .texts import TooLong, check_prompts
+from .unused import unused, unused_by_kohya
 
 CLIP_TOKENS = 77
+CLIP_ALONE = ("SD15", "SD20", "SDXL")  # families whose texts sd-scripts encodes by CLIP and nothing else
+COMFYUI_TOKENIZER = Path("comfy", "sd1_tokenizer")  # 0.3.75 and 0.33.0
+logger = logging.getLogger("modular_lora")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -56,6 +75,7 @@ class Base:
     sha256: str = ""  # of its contents (attestation.weights_sha256), where it is loaded in ComfyUI as well
     v_prediction: bool = False
     tokenizer: str = ""  # folder with CLIP's vocab.json and merges.txt; "": the hub's cache must have it
+    parts: Mapping[str, str] = field(default_factory=dict)  # further files of the model, see Family.parts
 
 
 def train_task(
@@ -74,10 +94,11 @@ def train_task(
     ``safety`` is recorded, looked for in the base, shown in previews, and what projection keeps clear of. Raises
     GuardError (its last words where the script fails), OptionError or DatasetError.
     """
-    if options.project and not safety:
-        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
-    config = data or configure(options)
+    config = prepare_task(options, safety, data)
+    check_parts(base.family, family(base.family), base.parts, extra)
     report = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    said = _said(base, options, lambda too_long: remarks(options, config, report, too_long))
+    watch.say("\n".join(said))
     if report.problems:
         raise GuardError(report.problems[0])
     masked = any(s.alpha_mask or s.conditioning_data_dir for d in config.datasets for s in d.subsets)
@@ -88,8 +109,8 @@ def train_task(
         run = replace(run, dataset_config=pictures, dataset_sha256=report.dataset_sha256, masked_loss=masked)
         return task_arguments(options, replace(run, prompts=prompts), safety, extra)
 
-    done = _train(engine, options, base, _family(base).script, arguments, watch)
-    return replace(done, report=f"{done.report}\n{dataset.format_report(report)}")
+    done = _train(engine, options, base, family(base.family).script, arguments, watch)
+    return replace(done, report="\n".join([done.report, *said]))
 
 
 def train_safety(
@@ -99,15 +120,51 @@ def train_safety(
 
     Raises GuardError where this checkout has none, OptionError for what it lacks; else as `train_task`.
     """
-    script = _family(base).leco
+    script = family(base.family).leco
     if not script:
         raise GuardError(f"{base.family}: sd-scripts has no erasure trainer for it: use SD15, SD20 or SDXL.")
+    prepare_safety(options)
+
+    def checked(too_long: TooLong) -> list[str]:
+        check_prompts(options, too_long)
+        return unused(options)
+
+    if said := _said(base, options, checked):
+        watch.say("\n".join(said))
 
     def arguments(run: Run, folder: Path) -> list[str]:
         prompts = _write(folder / "prompts.toml", leco_prompts(options))
         return safety_arguments(options, replace(run, prompts=prompts), extra)
 
-    return _train(engine, options, base, script, arguments, watch)
+    done = _train(engine, options, base, script, arguments, watch, stoppable=False)  # LECO has no states
+    return replace(done, report="\n".join([done.report, *said]))
+
+
+def _said(base: Base, options: Options, remarks: Callable[[TooLong], list[str]]) -> list[str]:
+    """What is worth knowing before the first step; ``remarks`` get what says whether sd-scripts cuts a text."""
+    too_long = clip_counter(base, options.max_token_length)
+    lines = remarks(too_long or (lambda text: False)) + unused_by_kohya(options, base.family)
+    if too_long is None:
+        why = "no CLIP tokenizer is at hand" if base.family in CLIP_ALONE else f"{base.family} has others than CLIP"
+        lines.insert(0, f"texts were NOT held against what the text encoders take: {why}")
+    return lines
+
+
+def clip_counter(base: Base, most: int) -> TooLong | None:
+    """Whether a text has more than ``most`` tokens of CLIP's; None where sd-scripts encodes by more than CLIP.
+
+    The tokenizer is the base's, else ComfyUI's; None, too, where neither is at hand.
+    """
+    if base.family not in CLIP_ALONE:
+        return None
+    from transformers import CLIPTokenizer  # here, since it takes seconds
+
+    try:
+        folder = Path(base.tokenizer) if base.tokenizer else find_comfyui(None) / COMFYUI_TOKENIZER
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (GuardError, OSError, ValueError):
+        return None
+    return lambda text: len(tokenizer(text, truncation=False, verbose=False).input_ids) - 2 > most
 
 
 def _train(
@@ -117,6 +174,7 @@ def _train(
     script: str,
     arguments: Callable[[Run, Path], list[str]],
     watch: Watch,
+    stoppable: bool = True,
 ) -> KohyaResult:
     path = engine.script(script)
     checkpoint = base.checkpoint.absolute()
@@ -128,17 +186,23 @@ def _train(
         folder = Path(name)
         run = Run(
             checkpoint=checkpoint,
-            family=_family(base),
+            family=family(base.family),
             engine=str(engine),
             base_file_sha256=sha256_file(checkpoint),
             base_sha256=base.sha256,
             v_prediction=base.v_prediction,
             tokenizer_dir=_tokenizers(base, folder / "tokenizers"),
+            parts={name: str(Path(path).absolute()) for name, path in base.parts.items()},
         )
         argv = (*_launch(engine, options), str(path), *arguments(run, folder))
         output.mkdir(parents=True, exist_ok=True)
         try:
-            progress = kohya_process.run(argv, _environment(engine), engine.checkout, output / "sample", watch)
+            stop = folder / "stop" if stoppable else None
+            environment = _environment(engine) | ({kohya_entry.STOP: str(stop)} if stop else {})
+            progress = kohya_process.run(argv, environment, engine.checkout, output / "sample", watch, stop)
+        except BaseException:
+            _say_state(output, options.output_name, started)
+            raise
         finally:
             for part in output.glob(f".{options.output_name}*.part.safetensors"):
                 part.unlink(missing_ok=True)
@@ -146,6 +210,13 @@ def _train(
     losses = tuple(progress.losses)
     report = _report(lora, losses, size, engine, time.time() - started)
     return KohyaResult(lora, losses, report, tuple(progress.previews), size, engine, argv)
+
+
+def _say_state(output: Path, name: str, started: float) -> None:
+    """The newest training state that this run kept, as a line of the log."""
+    states = [path for path in output.glob(f"{glob.escape(name)}-step*-state") if path.stat().st_mtime >= started]
+    if states:
+        logger.warning("stopped; resume from %s", max(states))
 
 
 def _launch(engine: Engine, options: Options) -> list[str]:
@@ -173,7 +244,7 @@ def _tokenizers(base: Base, folder: Path) -> str:
 
     ComfyUI's own files say model_max_length 8192; sd-scripts pads to it, and CLIP has 77 positions.
     """
-    names = _family(base).tokenizers
+    names = family(base.family).tokenizers
     if not base.tokenizer or not names:
         return ""
     source = Path(base.tokenizer)
@@ -190,10 +261,11 @@ def _tokenizers(base: Base, folder: Path) -> str:
     return str(folder)
 
 
-def _family(base: Base) -> Family:
-    if base.family not in FAMILIES:
-        raise GuardError(f"{base.family}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.")
-    return FAMILIES[base.family]
+def family(name: str) -> Family:
+    """How sd-scripts trains the family that ComfyUI calls so; GuardError where it does not."""
+    if name not in FAMILIES:
+        raise GuardError(f"{name}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.")
+    return FAMILIES[name]
 
 
 def _check(path: Path, before: tuple[int, int] | None) -> tuple[LoraFile, float]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..modular_lora import concept
 from ..modular_lora.guard import SafetyLora
 from .kohya_checks import NAMES
+from .optim import lr_shape
 from .options import OptionError, Options, SafetyOptions, TaskOptions, tomllib
 from .targets import Term, erased, kept
 
@@ -38,18 +39,23 @@ class Family:
     version: str = ""  # ss_base_model_version
     flags: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()  # hub names of CLIP tokenizers
+    parts: tuple[tuple[str, str], ...] = ()  # arguments that name further files, and their kind in ComfyUI
+    whole: bool = True  # one checkpoint file can hold all parts
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_G = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+_CLIPS, _T5 = (("clip_l", "text_encoders"), ("clip_g", "text_encoders")), ("t5xxl", "text_encoders")
+_AE, _VAE = ("ae", "vae"), ("vae", "vae")
 FAMILIES = {
     "SD15": Family("train_network.py", "train_leco.py", "sd_v1", (), (CLIP_L,)),
     "SD20": Family("train_network.py", "train_leco.py", "sd_v2", ("--v2",), ()),
     "SDXL": Family("sdxl_train_network.py", "sdxl_train_leco.py", "sdxl_base_v1-0", (), (CLIP_L, CLIP_G)),
-    "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G)),
-    "Flux": Family("flux_train_network.py", tokenizers=(CLIP_L,)),
-    "Lumina2": Family("lumina_train_network.py"),
-    "Anima": Family("anima_train_network.py"),
+    "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE)),
+    "Flux": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "FluxSchnell": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
+    "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False),
 }
 
 
@@ -68,6 +74,20 @@ class Run:
     dataset_sha256: str = ""
     masked_loss: bool = False
     prompts: str = ""  # file: previews, or LECO's prompts
+    parts: Mapping[str, str] = field(default_factory=dict)  # argument -> file, of Family.parts
+
+
+def check_parts(name: str, family: Family, parts: Mapping[str, str], extra: Sequence[str]) -> None:
+    """OptionError where sd-scripts would miss a file of the model, or one is named that it does not read."""
+    known = [part for part, _ in family.parts]
+    if strange := sorted(set(parts) - set(known)):
+        raise OptionError(f"{strange[0]}: sd-scripts' trainer of {name} reads {', '.join(known) or 'one file alone'}.")
+    given = {argument[2:].partition("=")[0] for argument in extra if argument.startswith("--")} | set(parts)
+    if not family.whole and (missing := [part for part in known if part not in given]):
+        raise OptionError(
+            f"{name}: sd-scripts reads the parts of this model from files of their own: give {', '.join(missing)} as "
+            "well (--NAME FILE on the command line, kohya_files on the node)."
+        )
 
 
 def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora], extra: Sequence[str]) -> list[str]:
@@ -96,6 +116,7 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
         "resume": _absolute(options.resume),
         "skip_until_initial_step": bool(options.resume),
         "save_state": bool(options.save_every_n_steps),
+        "save_state_on_train_end": True,  # a finished training can be gone on with
     }
     if options.sample_every_n_steps and options.sample_prompts:
         flags |= {"sample_every_n_steps": options.sample_every_n_steps, "sample_prompts": run.prompts}
@@ -190,6 +211,8 @@ def _common(options: Options, run: Run) -> dict[str, object]:
             "v_parameterization": run.v_prediction,
             "max_token_length": options.max_token_length if options.max_token_length > 75 else "",
             "clip_skip": options.clip_skip if options.clip_skip > 1 else "",
+            **{f"lr_scheduler_{name}": str(value) for name, value in lr_shape(options).items()},
+            **run.parts,
             "log_with": options.log_with if logs else "",
             "logging_dir": str(Path(options.output_dir).absolute() / "logs") if logs else "",
         }

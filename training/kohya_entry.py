@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import runpy
 import sys
 import types
@@ -19,6 +20,7 @@ from pathlib import Path
 
 PACK = "modular_lora_guard"
 MARK = "modular_lora: "
+STOP = "MODULAR_LORA_STOP"  # environment variable: a file that is looked for before every step
 PREVIEWS = {  # script -> where it draws one preview
     "train_network.py": ("library.train_util", "sample_image_inference"),
     "sdxl_train_network.py": ("library.train_util", "sample_image_inference"),
@@ -95,6 +97,32 @@ def describe_states() -> None:
     accelerate.Accelerator.save_state = described
 
 
+def stop_at_steps() -> None:
+    """Before a step, where the file that `STOP` names has come to be: a state of the last step, and the end.
+
+    A step of several processes is not stopped so: they would have to agree on it.
+    """
+    if not (name := os.environ.get(STOP)):
+        return
+    accelerate = importlib.import_module("accelerate")
+    network = importlib.import_module(f"{PACK}.training.kohya_network")
+    made: list = []
+    prepare = accelerate.Accelerator.prepare
+
+    @functools.wraps(prepare)
+    def remembered(self, *args, **kwargs):
+        made[:] = [self]
+        return prepare(self, *args, **kwargs)
+
+    def before_step() -> None:
+        if made and made[0].num_processes == 1 and os.path.exists(name):
+            network.keep_state(made[0].save_state)
+            sys.exit(0)
+
+    accelerate.Accelerator.prepare = remembered
+    network.before_step = before_step
+
+
 def main() -> None:
     script = Path(sys.argv[1]).resolve()
     sys.argv = [str(script), *sys.argv[2:]]
@@ -103,6 +131,7 @@ def main() -> None:
     guard_error = importlib.import_module(f"{PACK}.modular_lora.errors").GuardError
     try:
         describe_states()
+        stop_at_steps()
         guard_previews(script.name)
         runpy.run_path(str(script), run_name="__main__")
     except guard_error as error:

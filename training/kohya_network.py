@@ -17,8 +17,9 @@ import json
 import math
 import os
 import re
+import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from .projection import bases, project, residual
 from .seeds import role_seed
 
 _TARGETS = {"cross-attention": re.compile(r"_attn2_"), "attention": re.compile(r"_attn[12]_")}
+STEPS = "train_state.json"  # in a state of sd-scripts
 _NETWORKS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of this process; the launcher's previews ask for them
 
 
@@ -72,6 +74,7 @@ class Held:
     bases: dict[str, Tensor] = field(default_factory=dict)  # layer -> Q (in·k·k, q), float32
     initialisation: str = ""  # role:seed
     record: dict[str, str] = field(default_factory=dict)  # what a saved training state must agree with
+    state: Path = Path()  # folder and name that states are called after
 
 
 def create_network(
@@ -137,6 +140,33 @@ def record_state(folder: str | Path) -> None:
         os.replace(part, path)
 
 
+def before_step() -> None:
+    """Called before every forward; the launcher puts its own here."""
+
+
+def keep_state(save: Callable[[str], object]) -> None:
+    """A training state between two steps, named as sd-scripts names one, written beside and renamed.
+
+    sd-scripts writes the number of the step that it is in plus one, as its own states are saved at the end of one;
+    before a step that is one too many.
+    """
+    for network in list(_NETWORKS):
+        target = network.held.state
+        part = target.with_name(f".{target.name}.part-state")
+        shutil.rmtree(part, ignore_errors=True)
+        save(str(part))
+        counted = part / STEPS
+        if not counted.is_file():  # an sd-scripts that could not tell either where to go on
+            shutil.rmtree(part, ignore_errors=True)
+            return
+        steps = json.loads(counted.read_text(encoding="utf-8"))
+        steps["current_step"] -= 1
+        counted.write_text(json.dumps(steps), encoding="utf-8")
+        place = target.with_name(f"{target.name}-step{steps['current_step']:08d}-state")
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(part, place)
+
+
 class _Guarded:
     """Goes before the wrapped network's class."""
 
@@ -148,6 +178,7 @@ class _Guarded:
         self.held.record = checks.state_of(args, self.held.settings, self.held.safety)
         if getattr(args, "resume", None):
             checks.check_state(args.resume, self.held.record)
+        self.held.state = Path(args.output_dir) / args.output_name
         if inherited := getattr(super(), "prepare_network", None):
             inherited(args)
         if not self.held.settings.init_seed:
@@ -184,6 +215,7 @@ class _Guarded:
         if inherited := getattr(super(), "on_step_start", None):
             inherited(*args, **kwargs)
         _project(self)
+        before_step()
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Projected once more in float32, written beside and renamed: a killed process leaves no half file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -23,9 +24,12 @@ import psutil
 from ..modular_lora.errors import GuardError
 from .kohya_entry import MARK
 from .loop import Watch
+from .stopping import Stopping, stopping
 
+logger = logging.getLogger("modular_lora")
 POLL = 0.2  # seconds between looks at interrupt and previews
 GRACE = 10.0  # seconds to end in after SIGTERM
+PATIENCE = 3  # steps to keep a state in, beside GRACE
 TAIL = 25  # lines of stderr in an error
 _BAR = re.compile(r"^(?P<what>[^|\r\n]*?):?\s*\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<total>\d+) \[(?P<rest>[^\]]*)")
 _LOSS = re.compile(r"\b(?:avr_)?loss=(?P<loss>[-+.\d]+(?:e[-+]?\d+)?|nan|inf)", re.IGNORECASE)
@@ -42,6 +46,8 @@ class Progress:
     shown: str = ""  # loss of the last bar
     refusal: str = ""  # the guard's own words, where it stopped the script
     previews: list[Path] = field(default_factory=list)
+    longest: float = 0.0  # seconds between two steps
+    _at: float = 0.0  # when the last step was seen
 
     def read(self, line: str, watch: Watch) -> None:
         """One line of stdout or stderr; tqdm's bars become steps and stages, the rest is kept for an error."""
@@ -61,6 +67,8 @@ class Progress:
     def _step(self, done: int, total: int, loss: str, watch: Watch) -> None:
         """A bar of the training. It is often drawn twice a step, first with the loss of the step before."""
         if done > len(self.losses):
+            now = time.monotonic()
+            self.longest, self._at = max(self.longest, now - self._at if self.losses else 0.0), now
             self.flush(watch)
             before = self.losses[-1:] or [math.nan]
             self.losses += before * (done - len(self.losses))
@@ -80,13 +88,29 @@ class Progress:
             watch.step(len(self.losses), self.total, self.losses)
 
 
-def run(argv: Sequence[str], env: Mapping[str, str], cwd: Path, samples: Path, watch: Watch) -> Progress:
+def run(
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, samples: Path, watch: Watch, stop: Path | None = None
+) -> Progress:
     """Run ``argv`` (no shell) to its end and give what it said; ``samples`` is where its previews appear.
 
-    Whatever ``watch`` raises (its ``check`` is asked a few times a second) ends the child with all its children, and
-    is raised once they are gone. GuardError where the child fails: its own words if the guard stopped it, else the
-    last lines of its output.
+    Whatever ``watch`` raises (its ``check`` is asked a few times a second), Ctrl+C and SIGTERM end the child with all
+    its children, and are raised once they are gone. With ``stop``, a file that the child looks for before every step,
+    it gets to keep a state of its last step first; a second interrupt does not wait for that. GuardError where the
+    child fails: its own words if the guard stopped it, else the last lines of its output.
     """
+    with stopping() as signals:
+        return _run(argv, env, cwd, samples, watch, stop, signals)
+
+
+def _run(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    samples: Path,
+    watch: Watch,
+    stop: Path | None,
+    signals: Stopping,
+) -> Progress:
     progress, known = Progress(), set(_pictures(samples))
     child = _start(argv, env, cwd)
     lines: queue.Queue[str | None] = queue.Queue()
@@ -99,11 +123,18 @@ def run(argv: Sequence[str], env: Mapping[str, str], cwd: Path, samples: Path, w
         while child.poll() is None or (open_pipes and time.monotonic() < until):
             if child.poll() is not None:  # a worker that it left behind may keep the pipes open
                 until = min(until, time.monotonic() + GRACE)
+            signals.check()
             watch.check()
             open_pipes -= _drain(lines, progress, watch)
             _new_previews(samples, known, sizes, progress, watch)
         progress.flush(watch)
         _new_previews(samples, known, dict(_sizes(samples)), progress, watch)
+    except BaseException:
+        if stop and progress.losses:  # before the first step there is nothing to keep
+            logger.warning("stopping: sd-scripts keeps a state before its next step; once more ends it at once")
+            stop.touch()
+            _wait(child, lines, progress, watch)
+        raise
     finally:
         end_tree(child)
         for reader, pipe in zip(readers, (child.stdout, child.stderr), strict=True):
@@ -113,6 +144,14 @@ def run(argv: Sequence[str], env: Mapping[str, str], cwd: Path, samples: Path, w
     if child.returncode:
         raise GuardError(progress.refusal or _failure(child.returncode, progress.tail))
     return progress
+
+
+def _wait(child: subprocess.Popen, lines: queue.Queue[str | None], progress: Progress, watch: Watch) -> None:
+    """Until the child has ended, or for as long as a few of its steps took."""
+    until = time.monotonic() + GRACE + PATIENCE * progress.longest
+    while child.poll() is None and time.monotonic() < until:
+        watch.check()
+        _drain(lines, progress, watch)
 
 
 def end_tree(child: subprocess.Popen) -> None:

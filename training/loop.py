@@ -6,9 +6,11 @@ adapters, optimizer and schedule, and no generator state.
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from .optim import Masters, make_optimizer, make_scheduler
 from .options import Options
 from .seeds import role_seed
 from .state import load_state, save_state
+from .stopping import Stopping, stopping
 
 logger = logging.getLogger("modular_lora")
 
@@ -42,6 +45,9 @@ class Watch(Protocol):
     def sample(self, step: int, pictures: list[Path]) -> None:
         """Previews were drawn."""
 
+    def say(self, text: str) -> None:
+        """What is worth knowing before the first step."""
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -56,6 +62,7 @@ class Job:
     preview: Callable[[int], list[Path]] = lambda step: []
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None
+    notes: list[str] = field(default_factory=list)  # what the loop has to say in the report
 
 
 @dataclass
@@ -66,8 +73,10 @@ class _Fit:
     optimizer: torch.optim.Optimizer
     schedule: Any
     scaler: torch.amp.GradScaler
+    stopping: Stopping
     losses: list[float] = field(default_factory=list)
-    whole: bool = True  # between steps: nothing is half done
+    whole: bool = True  # weights, optimizer and schedule are as of one step
+    saved: int = 0  # step of the newest state on disk
 
     @property
     def step(self) -> int:
@@ -86,43 +95,71 @@ class _Fit:
         self.scaler.load_state_dict(state["scaler"])
         self.job.load_extra(state["extra"])
         self.losses[:] = state["losses"]
+        self.saved = self.step
+        for group, rate, share in zip(  # as of this many steps: the state's may have been of fewer
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * share(self.schedule.last_epoch)
 
 
 def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[float]:
     """Train to ``max_train_steps``; gives the loss of every step. The LoRA file is written at its end and on the way.
 
-    An interrupt or error after the first step leaves a training state to resume from. Raises GuardError where the loss
-    is not finite, before the adapters are touched by it.
+    However it ends, the state of the last step is kept. Ctrl+C and SIGTERM wait for the end of the step in hand and
+    raise Stopped; a second one raises it at once, and the state is of the step before. Raises GuardError where the
+    loss is not finite, before the adapters are touched by it.
     """
-    run = _begin(job, options, device)
-    saved = run.step
     devices = [device] if device.type == "cuda" else []
-    with logs(options) as log, torch.random.fork_rng(devices):
+    with stopping() as stop, torch.random.fork_rng(devices):
+        run = _begin(job, options, device, stop)
         try:
-            while run.step < options.max_train_steps:
-                watch.check()
-                job.prepare(run.step)
-                _step(run)
-                log(run.step, {"loss": run.losses[-1], "lr": run.optimizer.param_groups[0]["lr"]})
-                watch.step(run.step, options.max_train_steps, run.losses)
-                if _due(options.save_every_n_steps, run.step) and run.step < options.max_train_steps:
-                    _save(run)
-                    saved = run.step
-                if _due(options.sample_every_n_steps, run.step):
-                    watch.sample(run.step, job.preview(run.step))
+            with logs(options) as log:
+                _train(run, watch, log)
         except BaseException:
-            if run.step > saved and run.whole:
-                _save_state(run)
+            _keep(run)
             raise
-    job.write(Path(options.output_dir) / f"{options.output_name}.safetensors", run.step, run.masters)
+        with stop.whole(then=False):  # it is done: there is nothing left to stop
+            if run.step > run.saved:
+                _save_state(run)
+            job.write(Path(options.output_dir) / f"{options.output_name}.safetensors", run.step, run.masters)
     return run.losses
+
+
+def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]) -> None:
+    options, job = run.options, run.job
+    while run.step < options.max_train_steps:
+        run.stopping.check()
+        watch.check()
+        job.prepare(run.step)
+        with run.stopping.whole():
+            _step(run)
+            log(run.step, {"loss": run.losses[-1], "lr": run.optimizer.param_groups[0]["lr"]})
+            watch.step(run.step, options.max_train_steps, run.losses)
+            if _due(options.save_every_n_steps, run.step) and run.step < options.max_train_steps:
+                _save(run)
+        if _due(options.sample_every_n_steps, run.step):
+            watch.sample(run.step, job.preview(run.step))
+
+
+def _keep(run: _Fit) -> None:
+    """The state of the last step, when something ends a training before its end; said in the log."""
+    try:
+        with run.stopping.whole(signals=2, then=False):
+            if run.step > run.saved and run.whole:
+                _save_state(run)
+    except Exception as error:
+        logger.error("the state of step %d could not be kept: %s", run.step, error)
+    if run.saved:
+        folder = state_folder(run.options, run.saved)
+        kept = folder if folder.is_dir() else run.options.resume
+        logger.warning("step %d of %d was the last; resume from %s", run.step, run.options.max_train_steps, kept)
 
 
 def state_folder(options: Options, step: int) -> Path:
     return Path(options.output_dir) / f"{options.output_name}-step{step:08d}-state"
 
 
-def _begin(job: Job, options: Options, device: torch.device) -> _Fit:
+def _begin(job: Job, options: Options, device: torch.device, stop: Stopping) -> _Fit:
     masters = Masters([p for parameters, _ in job.groups for p in parameters])
     rest, groups = list(masters.values), []
     for parameters, rate in job.groups:
@@ -130,15 +167,30 @@ def _begin(job: Job, options: Options, device: torch.device) -> _Fit:
         del rest[: len(parameters)]
     optimizer = make_optimizer(groups, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
-    run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler)
+    run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler, stop)
     if options.resume:
-        run.load(load_state(Path(options.resume), job.fingerprint))
-        logger.info("going on at step %d of %d", run.step, options.max_train_steps)
+        _resume(run)
     return run
 
 
+def _resume(run: _Fit) -> None:
+    """Go on from ``options.resume``, for as many steps as are asked for now."""
+    folder, steps = Path(run.options.resume), run.options.max_train_steps
+    state, before = load_state(folder, run.job.fingerprint)
+    if (step := len(state["losses"])) > steps:
+        raise GuardError(f"resume {folder.name}: is of step {step}, max_train_steps is {steps}: set it above {step}.")
+    run.load(state)
+    note = f"gone on from step {step} of {before}"
+    if step == steps:
+        note += f": NO further step was trained, since max_train_steps is {steps}: raise it to go on"
+    elif str(steps) != before:
+        note += f", to {steps}: from there on the learning rate is that of a schedule of {steps} steps"
+    run.job.notes.append(note)
+    logger.info(note)
+
+
 def _step(run: _Fit) -> None:
-    options, total, run.whole = run.options, 0.0, False
+    options, total = run.options, 0.0
     torch.manual_seed(role_seed(options.seed, f"dropout:{run.step}"))
     for micro in range(options.gradient_accumulation_steps):
         loss = run.job.loss(run.step, micro) / options.gradient_accumulation_steps
@@ -146,21 +198,22 @@ def _step(run: _Fit) -> None:
         total += loss.item()
     if not math.isfinite(total):
         raise GuardError(
-            f"The loss is {total} at step {run.step + 1}: lower learning_rate, or use mixed_precision bf16 or no; the "
-            "last saved state is whole."
+            f"The loss is {total} at step {run.step + 1}: lower learning_rate, or use mixed_precision bf16 or no."
         )
     run.masters.take_grads()
     run.scaler.unscale_(run.optimizer)
     if options.max_grad_norm:
         nn.utils.clip_grad_norm_(run.masters.values, options.max_grad_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.schedule.step()
-    run.job.after_step(run.masters)
-    run.masters.give_back()
-    run.losses.append(total)
-    run.whole = True
+    with run.stopping.whole(signals=sys.maxsize, then=False):  # half a step of an optimizer is no state
+        run.whole = False
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.schedule.step()
+        run.job.after_step(run.masters)
+        run.masters.give_back()
+        run.losses.append(total)
+        run.whole = True
 
 
 def _save(run: _Fit) -> None:
@@ -173,7 +226,8 @@ def _save_state(run: _Fit) -> None:
     """The newest state replaces the ones before it; LoRA files of earlier steps stay."""
     newest = state_folder(run.options, run.step)
     save_state(newest, run.job.fingerprint, run.state())
-    for folder in newest.parent.glob(f"{run.options.output_name}-step*-state"):
+    run.saved = run.step
+    for folder in newest.parent.glob(f"{glob.escape(run.options.output_name)}-step*-state"):
         if folder != newest:
             shutil.rmtree(folder, ignore_errors=True)
 

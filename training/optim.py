@@ -16,6 +16,10 @@ from .options import OptionError, Options
 def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimizer:
     """An optimizer over ``groups`` ({"params", "lr"}); OptionError where its library is not installed."""
     kind, arguments = options.optimizer_type, _arguments(options.optimizer_args)
+    if "lr" in arguments or arguments.get("relative_step"):
+        name = "lr" if "lr" in arguments else "relative_step"
+        raise OptionError(f"optimizer_args {name}: the rate is learning_rate times lr_scheduler's share: set these.")
+    arguments["lr"] = options.learning_rate  # every group has its own, but a schedule asks for the default
     try:
         if kind == "AdamW8bit":
             from bitsandbytes.optim import AdamW8bit
@@ -33,8 +37,9 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimi
         return torch.optim.AdamW(groups, **arguments)
     except ImportError as error:
         raise OptionError(f"optimizer_type {kind}: {error}: install that library, or use AdamW.") from error
-    except TypeError as error:
-        raise OptionError(f"optimizer_args {' '.join(options.optimizer_args)}: {error}: correct them.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = " ".join(options.optimizer_args) or "none"
+        raise OptionError(f"optimizer_type {kind} with optimizer_args {given}: {error}: correct them.") from error
 
 
 def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -52,13 +57,24 @@ def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def make_scheduler(optimizer: Optimizer, options: Options):
-    """transformers' schedule of that name over ``max_train_steps``."""
+    """transformers' schedule of that name over ``max_train_steps``; OptionError where it takes no such numbers."""
     from transformers import get_scheduler
 
     steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
     if options.lr_scheduler == "constant":
         steps = {}
-    return get_scheduler(options.lr_scheduler, optimizer, **steps)
+    special = {"scheduler_specific_kwargs": shape} if (shape := lr_shape(options)) else {}
+    try:
+        return get_scheduler(options.lr_scheduler, optimizer, **steps, **special)
+    except ValueError as error:  # polynomial ends at 1e-7
+        raise OptionError(f"lr_scheduler {options.lr_scheduler}: {error}: raise learning_rate.") from error
+
+
+def lr_shape(options: Options) -> dict[str, float]:
+    """What the schedule takes beside its steps, under transformers' names."""
+    if options.lr_scheduler == "cosine_with_restarts":
+        return {"num_cycles": options.lr_scheduler_num_cycles}
+    return {"power": options.lr_scheduler_power} if options.lr_scheduler == "polynomial" else {}
 
 
 class Masters:

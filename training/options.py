@@ -22,7 +22,18 @@ Scheduler = Literal[
 ]
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
-POSITIVE = ("network_dim", "network_alpha", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+POSITIVE = (
+    "network_dim", "network_alpha", "learning_rate", "max_train_steps", "train_batch_size",
+    "gradient_accumulation_steps", "sample_steps", "sample_size", "clip_skip", "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "lr_warmup_steps", "max_grad_norm", "min_snr_gamma", "save_every_n_steps", "sample_every_n_steps",
+    "prior_loss_weight", "text_encoder_lr", "keep_tokens", "noise_offset", "preserve_weight", "negative_guidance",
+    "pool_size", "pool_refresh_every",
+)  # fmt: skip
+PIXELS = 8  # of a side for one of a latent
+PRODIGY_RATES = (0.1, 10.0)  # it multiplies a rate that it finds itself
 SAVING = {
     "output_name",
     "output_dir",
@@ -52,6 +63,8 @@ class Options:
     optimizer_args: tuple[str, ...] = opt((), "name=value arguments of the optimizer, e.g. weight_decay=0.01")
     lr_scheduler: Scheduler = opt("cosine", "schedule of the learning rate")
     lr_warmup_steps: int = opt(0, "steps of linear warm-up")
+    lr_scheduler_num_cycles: int = opt(3, "cycles of cosine_with_restarts, so one restart less; at least 2")
+    lr_scheduler_power: float = opt(2.0, "power of polynomial; 1 is linear")
     max_train_steps: int = opt(1000, "optimizer steps")
     train_batch_size: int = opt(1, "pictures, or noisy latents, a micro-batch")
     gradient_accumulation_steps: int = opt(1, "micro-batches an optimizer step")
@@ -79,6 +92,32 @@ class Options:
         for name in POSITIVE:
             if (value := getattr(self, name)) <= 0:
                 raise OptionError(f"{name}: {value} must be above 0: correct it.")
+        for name in NOT_NEGATIVE:
+            if (value := getattr(self, name, 0)) < 0:
+                raise OptionError(f"{name}: {value} must not be below 0: correct it.")
+        if self.sample_size % PIXELS:
+            raise OptionError(f"sample_size: {self.sample_size} is no multiple of {PIXELS}: choose one.")
+        if self.sample_every_n_steps and not self.sample_prompts:
+            raise OptionError(
+                f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to draw: give sample_prompts, or 0."
+            )
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        """OptionError where schedule and optimizer would not do what their names say."""
+        kind, warmup = self.lr_scheduler, self.lr_warmup_steps
+        if kind == "cosine_with_restarts" and self.lr_scheduler_num_cycles < 2:
+            raise OptionError("lr_scheduler_num_cycles: 1 cycle has no restart: give 2 or more, or use cosine.")
+        if kind == "constant" and warmup:
+            raise OptionError("lr_warmup_steps: constant has no warm-up: use constant_with_warmup.")
+        if kind == "constant_with_warmup" and not warmup:
+            raise OptionError("lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.")
+        low, high = PRODIGY_RATES
+        if self.optimizer_type == "Prodigy" and not low <= self.learning_rate <= high:
+            raise OptionError(
+                f"learning_rate: {self.learning_rate:g} with Prodigy, which multiplies the rate that it finds itself: "
+                "set it to 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +146,26 @@ class TaskOptions(Options):
     noise_offset: float = opt(0.0, "adds this much of one random shift a channel to the noise, usually 0.0357")
     allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.network_dropout < 1:
+            raise OptionError(f"network_dropout: {self.network_dropout} is no share below 1: correct it.")
+        if self.reg_data_dir and self.dataset_config:
+            raise OptionError("reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.")
+        if self.resume and self.network_weights:
+            raise OptionError("network_weights: resume goes on from a state, weights and all: leave out one of them.")
+        if self.network_train_text_encoder:
+            self._check_text_rate()
+
+    def _check_text_rate(self) -> None:
+        if not self.text_encoder_lr:
+            raise OptionError("text_encoder_lr: 0 trains nothing: raise it, or leave out network_train_text_encoder.")
+        if self.optimizer_type == "Prodigy" and self.text_encoder_lr != self.learning_rate:
+            raise OptionError(
+                f"text_encoder_lr: {self.text_encoder_lr:g}, and Prodigy takes one rate: set it to learning_rate, "
+                f"{self.learning_rate:g}."
+            )
+
 
 @dataclass(frozen=True)
 class SafetyOptions(Options):
@@ -134,6 +193,16 @@ class SafetyOptions(Options):
     on_policy: bool = opt(False, "draw x_t anew in every step, as the papers do, instead of from a pool")
     pool_size: int = opt(0, "noisy latents in the pool; 0: chosen from prompts and steps")
     pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("positive", "neutral", "unconditional"):
+            if getattr(self, name) and self.objective != "leco":
+                raise OptionError(f"{name}: {self.objective} takes no such prompt: use leco, or leave it out.")
+        if self.action != "erase" and self.objective != "leco":
+            raise OptionError(f"action: {self.objective} erases only: use objective leco to enhance.")
+        if self.objective == "esd-u" and self.target == "cross-attention":
+            raise OptionError("target: esd-u trains all but cross-attention, so nothing: use another of the two.")
 
 
 def fingerprint(options: Options) -> dict[str, str]:

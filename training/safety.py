@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import contamination
+from ..modular_lora.places import check_writable
+from . import contamination, texts
 from .adapters import Adapters, Spec, adapted, select
 from .checkpointing import checkpointed
 from .erasure import Erasure, Report
@@ -13,8 +14,10 @@ from .optim import Masters
 from .options import SafetyOptions
 from .previews import Previews
 from .record import Record, Trained
-from .targets import layers_of
+from .state import check_state
+from .targets import erased, layers_of
 from .trainee import Trainee
+from .unused import unused
 
 ROLE = "safety"
 
@@ -23,6 +26,11 @@ def train_safety(
     trainee: Trainee, options: SafetyOptions, watch: Watch, *, engine: str, base_name: str = ""
 ) -> Trained:
     """Train a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError. Objectives: erasure.py."""
+    prepare(options)
+    texts.check_prompts(options, trainee.too_long)
+    said = [*texts.cut_previews(options, trainee.too_long), *unused(options)]
+    if said:
+        watch.say("\n".join(said))
     name = base_name or trainee.family
     contaminated = contamination.check_base(
         name, trainee.base_sha256, {}, (), known=contamination.known_bases(*options.known_bases)
@@ -59,7 +67,16 @@ def train_safety(
             load_extra=erasure.load_state_dict,
         )
         losses = fit(job, options, trainee.device, watch)
-    return record.trained(losses, _lines(erasure.report()))
+    return record.trained(losses, [*job.notes, *_lines(erasure.report()), *said])
+
+
+def prepare(options: SafetyOptions) -> None:
+    """What can be found wrong before a model is loaded. GuardError or OptionError."""
+    check_writable(options.output_dir, "output_dir")
+    contamination.known_bases(*options.known_bases)
+    erased(options)
+    if options.resume:
+        check_state(Path(options.resume))
 
 
 def _write(record: Record, erasure: Erasure, adapters: Adapters, masters: Masters, path: Path, step: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from ..modular_lora.errors import GuardError
 
 DESCRIPTION, TENSORS = "state.json", "state.pt"
+MAY_CHANGE = "max_train_steps"  # a finished training can be gone on with
 
 
 def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any]) -> None:
@@ -30,17 +31,26 @@ def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any])
     os.replace(temporary, folder)
 
 
-def load_state(folder: Path, fingerprint: dict[str, str]) -> dict[str, Any]:
-    """What `save_state` wrote; GuardError where it is damaged or of another run, with what differs."""
+def check_state(folder: Path) -> None:
+    """GuardError where no training state can be at ``folder``; `load_state` looks at what is in it."""
+    if not folder.is_dir():
+        raise GuardError(f"resume {folder}: is no folder: name the -state folder of the training to go on with.")
+
+
+def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any], str]:
+    """What `save_state` wrote, and how many steps that run was to have.
+
+    GuardError where it is damaged or of another run, with what differs.
+    """
     try:
         saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise GuardError(f"resume {folder.name}: no whole training state ({error}): choose another one.") from error
-    for name in sorted(set(saved) | set(fingerprint)):
+    for name in sorted((set(saved) | set(fingerprint)) - {MAY_CHANGE}):
         if saved.get(name) != fingerprint.get(name):
             raise GuardError(
                 f"resume {folder.name}: {name} was {saved.get(name)!r} and is {fingerprint.get(name)!r} now: set it "
                 "back, or start anew with network_weights."
             )
-    return state
+    return state, saved.get(MAY_CHANGE, "")

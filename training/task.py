@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import SafetyLora
-from . import contamination, dataset, dataset_config, dataset_export
+from ..modular_lora.places import check_writable
+from . import contamination, dataset, dataset_config, dataset_export, texts
 from .adapters import Adapters, Spec, adapted, select
 from .batches import Plan
 from .checkpointing import checkpointed
@@ -20,7 +21,9 @@ from .options import OptionError, TaskOptions
 from .previews import Previews
 from .projection import bases, project
 from .record import Record, Trained
+from .state import check_state
 from .trainee import Trainee
+from .unused import DATA_SET, unused
 
 ROLE = "task"
 
@@ -32,14 +35,52 @@ def configure(options: TaskOptions, within: Path | None = None) -> dataset_confi
     """
     if bool(options.train_data_dir) == bool(options.dataset_config):
         raise OptionError("Give train_data_dir or dataset_config, and not both.")
-    shared = ("resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate")
-    defaults = {name: getattr(options, name) for name in shared} | {"batch_size": options.train_batch_size}
+    return _configured(options, _shared(options), within)
+
+
+def _shared(options: TaskOptions) -> dict[str, object]:
+    return {name: getattr(options, name) for name in DATA_SET} | {"batch_size": options.train_batch_size}
+
+
+def _configured(
+    options: TaskOptions, defaults: dict[str, object], within: Path | None = None
+) -> dataset_config.DatasetConfig:
     if options.dataset_config:
         config = dataset_config.from_toml(options.dataset_config, defaults, within)
     else:
         folders = options.train_data_dir, options.reg_data_dir or None
         config = dataset_config.from_folders(*folders, defaults, within)
     return dataset_config.check_folders(config)
+
+
+def overridden(options: TaskOptions, config: dataset_config.DatasetConfig) -> list[str]:
+    """A line for each option that was set and that the data set's TOML overrides everywhere."""
+    lines, plain = [], TaskOptions()
+    if options.dataset_config:
+        for name, value in (given := _shared(options)).items():
+            option = "train_batch_size" if name == "batch_size" else name
+            default = getattr(plain, option)
+            if value != default and _configured(options, given | {name: default}) == config:
+                lines.append(f"{option} {value!r} has NO effect: {Path(options.dataset_config).name} says its own")
+    return lines
+
+
+def prepare(
+    options: TaskOptions, safety: Sequence[SafetyLora], data: dataset_config.DatasetConfig | None = None
+) -> dataset_config.DatasetConfig:
+    """What can be found wrong before a model is loaded; the data set, where a host has not judged ``data`` already.
+
+    Raises GuardError, OptionError or DatasetError.
+    """
+    check_writable(options.output_dir, "output_dir")
+    contamination.known_bases(*options.known_bases)
+    if options.project and not safety:
+        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
+    if options.network_weights:
+        read_lora(options.network_weights)
+    if options.resume:
+        check_state(Path(options.resume))
+    return data or configure(options)
 
 
 def train_task(
@@ -59,14 +100,15 @@ def train_task(
     ``safety`` is recorded, shown in previews, and what projection keeps clear of; the training forward knows nothing
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
-    config = data or configure(options)
+    config = prepare(options, safety, data)
     found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    said = remarks(options, config, found, trainee.too_long)
+    watch.say("\n".join(said))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(trainee, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
     loss = Denoising(trainee, options, plan, Latents(trainee, found, watch), Captions(trainee))
-    cut = sum(trainee.too_long(picture.caption) for picture in found.pictures)
     _release(trainee, options, loss, plan.fixed_captions())
     spec = _spec(trainee, options)
     record = Record(trainee, options, spec, engine, base_name, loras, contaminated, dataset_export.record(found))
@@ -84,7 +126,19 @@ def train_task(
             preview=Previews(trainee, adapters, options, watch.check, safety),
         )
         losses = fit(job, options, trainee.device, watch)
-    return record.trained(losses, _lines(options, found, safety, spans, contaminated, cut))
+    return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
+
+
+def remarks(
+    options: TaskOptions,
+    config: dataset_config.DatasetConfig,
+    found: dataset.DatasetReport,
+    too_long: texts.TooLong,
+) -> list[str]:
+    """What is worth knowing before the first step: texts that are cut, options without effect, the data set."""
+    lines = [*texts.cut_captions(options, found.pictures, too_long), *texts.cut_previews(options, too_long)]
+    lines += [*unused(options, found.regularisation), *overridden(options, config)]
+    return [*lines, *dataset.format_report(found).splitlines()]
 
 
 def _check_base(trainee: Trainee, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
@@ -136,8 +190,6 @@ def _prepare(
         adapters.load(start)
     if not options.project:
         return {}
-    if not safety:
-        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
     layers = {name: LoraLayer(name, *factors) for name, factors in adapters.factors().items()}
     spans = {name: Q.to(trainee.device) for name, Q in bases(layers, safety, trainee.infos).items()}
     _project(adapters, spans, lambda weight: weight)
@@ -154,12 +206,7 @@ def _project(adapters: Adapters, spans: Mapping[str, Tensor], value_of: Callable
 
 
 def _lines(
-    options: TaskOptions,
-    report: dataset.DatasetReport,
-    safety: Sequence[SafetyLora],
-    spans: Mapping[str, Tensor],
-    contaminated: str,
-    cut: int,
+    options: TaskOptions, safety: Sequence[SafetyLora], spans: Mapping[str, Tensor], contaminated: str
 ) -> list[str]:
     shown = "previews show it attached" if options.sample_every_n_steps else "no previews were drawn"
     lines = [
@@ -170,8 +217,6 @@ def _lines(
         lines.append("no safety LoRA was given: the previews show the task LoRA alone")
     if spans:
         lines.append(f"projection: {len(spans)} layers kept clear of the safety LoRA's row space after every step")
-    if cut:
-        lines.append(f"{cut} captions are longer than {options.max_token_length} tokens and were cut off")
     if contaminated:
         lines.append(f"WARNING: trained on a base that {contaminated} (allow_contaminated_base); the file says so")
-    return [*lines, *dataset.format_report(report).splitlines()]
+    return lines

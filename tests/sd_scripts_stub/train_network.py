@@ -24,7 +24,8 @@ def setup_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}")
     for name in ("noise_offset", "prior_loss_weight", "max_data_loader_n_workers", "sample_every_n_steps"):
         parser.add_argument(f"--{name}", type=float)
-    switches = "cache_latents no_half_vae network_train_unet_only masked_loss save_state skip_until_initial_step"
+    switches = "cache_latents no_half_vae network_train_unet_only masked_loss save_state save_state_on_train_end "
+    switches += "skip_until_initial_step"
     for name in switches.split():
         parser.add_argument(f"--{name}", action="store_true")
     return parser
@@ -62,14 +63,23 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups)
     network, optimizer = accelerator.prepare(network, optimizer)
     accelerator.unwrap_model(network).prepare_grad_etc(text_encoder, unet)
+    done = {"step": 0}  # sd-scripts' current_step: steps that were done when the one in hand began
+
+    def count(models, weights, folder):  # it is saved at the end of a step, so plus one
+        Path(folder, "train_state.json").write_text(json.dumps({"current_epoch": 1, "current_step": done["step"] + 1}))
+
+    accelerator.register_save_state_pre_hook(count)
+    first = 1
     if args.resume:
         accelerator.load_state(args.resume)
+        first += json.loads(Path(args.resume, "train_state.json").read_text())["current_step"]
     steps = int(args.max_train_steps)
     for i in tqdm(range(3), desc="caching"):
         sys.stdout.write(f"picture {i}\n")
-    bar = tqdm(range(steps), desc="steps")
+    bar = tqdm(range(steps - first + 1), desc="steps")
     accelerator.unwrap_model(network).on_epoch_start(text_encoder, unet)
-    for step in range(1, steps + 1):
+    for step in range(first, steps + 1):
+        done["step"] = step - 1
         accelerator.unwrap_model(network).on_step_start(text_encoder, unet)
         x, eps = torch.randn(2, 1, 4, 8, 8)
         shift = random.random() + np.random.rand()
@@ -86,6 +96,8 @@ def train(args: argparse.Namespace) -> None:
             if args.save_state:
                 accelerator.save_state(os.path.join(args.output_dir, f"{args.output_name}-step{step:08d}-state"))
         train_util.pause(args, step)
+    if args.save_state or args.save_state_on_train_end:
+        accelerator.save_state(os.path.join(args.output_dir, f"{args.output_name}-state"))
     save(args, accelerator, network, steps, train_util.output_file(args))
     if args.stub_truncate:
         path = Path(train_util.output_file(args))

@@ -20,7 +20,7 @@ TEXTS = (
 NUMBERS = (
     "learning_rate max_train_steps max_grad_norm seed network_dim network_alpha network_dropout min_snr_gamma "
     "lr_warmup_steps gradient_accumulation_steps save_every_n_steps clip_skip max_token_length unet_lr text_encoder_lr "
-    "stub_sleep stub_fail_at"
+    "lr_scheduler_num_cycles lr_scheduler_power stub_sleep stub_fail_at"
 )
 SWITCHES = "sdpa gradient_checkpointing v2 v_parameterization stub_truncate"
 

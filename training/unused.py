@@ -1,0 +1,92 @@
+"""Options that were set and change nothing beside the others: they are not refused, but they are said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from .options import Options, SafetyOptions, TaskOptions
+
+PREVIEWS = ("sample_prompts", "sample_steps", "sample_cfg", "sample_size")
+DATA_SET = ("resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate")  # a TOML can say them
+
+
+def unused(options: Options, regularisation: int | None = None) -> list[str]:
+    """A line for each option that is not at its default and has no effect here.
+
+    ``regularisation``: pictures of the data set that are, where it was looked through.
+    """
+    found = list(_of_all(options))
+    if isinstance(options, TaskOptions):
+        found += _of_task(options, regularisation)
+    if isinstance(options, SafetyOptions):
+        found += _of_safety(options)
+    lines = [line for name, why in found if (line := _line(options, name, why))]
+    if options.lr_warmup_steps >= options.max_train_steps:
+        lines.append(f"learning_rate is NEVER reached: lr_warmup_steps is {options.lr_warmup_steps} of all steps")
+    return lines
+
+
+def unused_by_kohya(options: Options, family: str) -> list[str]:
+    """The same of what sd-scripts' script for a family (ComfyUI's name) does not read."""
+    found: list[tuple[str, str]] = []
+    latent_diffusion = family in ("SD15", "SD20", "SDXL")
+    if not latent_diffusion:
+        why = f"sd-scripts' trainer of {family} has none"
+        found += [(name, why) for name in ("clip_skip", "min_snr_gamma", "noise_offset", "max_token_length")]
+    if family == "SDXL":
+        found.append(("clip_skip", "sd-scripts' trainer of SDXL takes its own layer"))
+    lines = [line for name, why in found if (line := _line(options, name, why))]
+    if isinstance(options, SafetyOptions):  # what it does is not our default
+        if options.relative_error:
+            lines.append("relative_error has NO effect: sd-scripts' LECO counts plain errors")
+        if not options.on_policy:
+            lines.append("a pool is NOT used: sd-scripts' LECO draws anew in every step")
+    return lines
+
+
+def _line(options: Options, name: str, why: str) -> str:
+    default = next(f.default for f in dataclasses.fields(options) if f.name == name)
+    value = getattr(options, name)
+    return "" if value == default else f"{name} {_shown(value)} has NO effect: {why}"
+
+
+def _shown(value: object) -> str:
+    return f"({len(value)})" if isinstance(value, tuple) else f"{value!r}"
+
+
+def _of_all(options: Options) -> Iterator[tuple[str, str]]:
+    if not options.sample_every_n_steps:
+        yield from ((name, "sample_every_n_steps is 0") for name in PREVIEWS)
+    if options.sample_every_n_steps > options.max_train_steps:
+        yield "sample_every_n_steps", f"there are {options.max_train_steps} steps"
+    if options.save_every_n_steps >= options.max_train_steps:
+        yield "save_every_n_steps", f"there are {options.max_train_steps} steps, and their end is saved anyway"
+    if options.lr_scheduler != "cosine_with_restarts":
+        yield "lr_scheduler_num_cycles", f"lr_scheduler is {options.lr_scheduler}"
+    if options.lr_scheduler != "polynomial":
+        yield "lr_scheduler_power", f"lr_scheduler is {options.lr_scheduler}"
+
+
+def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple[str, str]]:
+    if not options.network_train_text_encoder:
+        yield "text_encoder_lr", "network_train_text_encoder is off"
+    if regularisation == 0:
+        yield "prior_loss_weight", "the data set has no regularisation pictures"
+    if not options.dataset_config and not options.shuffle_caption:
+        yield "keep_tokens", "shuffle_caption is off"
+    if not (options.safety_lora and options.sample_every_n_steps):
+        yield "safety_strength", "it is the strength in previews, and none show a safety LoRA"
+
+
+def _of_safety(options: SafetyOptions) -> Iterator[tuple[str, str]]:
+    if options.objective == "sdd":
+        yield "negative_guidance", "sdd pulls to the model's own answer, without guidance"
+    if not options.preserve_weight:
+        yield "preserve", "preserve_weight is 0"
+    if options.objective in ("esd-x", "sdd") and options.target != "cross-attention":
+        yield "target", f"{options.objective} trains cross-attention alone"
+    if options.on_policy:
+        yield from ((name, "on_policy draws without a pool") for name in ("pool_size", "pool_refresh_every"))
+    elif options.pool_refresh_every >= options.max_train_steps:
+        yield "pool_refresh_every", f"there are {options.max_train_steps} steps"
