@@ -12,6 +12,7 @@ from small_unet import sampled, small_unet
 
 dynamo = pytest.importorskip("torch._dynamo", reason="this torch has no dynamo")
 
+
 @pytest.fixture(autouse=True)
 def counts(monkeypatch, comfy):
     """Dynamo's counters; attention in one operation, since ComfyUI's for the CPU reads /proc and breaks the graph."""
