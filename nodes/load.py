@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..modular_lora.errors import GuardError, LoraFileError
+from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import SafetyLora, TaskLora
 from ..modular_lora.options import Scale
 from ..modular_lora.stacks import Row, parse_stack
@@ -92,7 +95,8 @@ class LoadSafetyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name, strength, expected_sha256="", safety_lora=(), scale=None) -> io.NodeOutput:
-        lora = kept_lora(lora_path(lora_name, *SAFETY_FOLDERS), expected_sha256=expected_sha256.strip() or None)
+        expected = expected_sha256.strip() or None
+        lora = _read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS, expected)
         lora = lora.with_scale(chosen_scale(scale))
         return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
@@ -155,7 +159,7 @@ class LoadTaskLora(io.ComfyNode):
     def execute(
         cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
     ) -> io.NodeOutput:
-        lora = kept_lora(lora_path(lora_name, *TASK_FOLDERS))
+        lora = _read(lora_path(lora_name, *TASK_FOLDERS), TASK_FOLDERS)
         before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
         tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
         return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
@@ -180,7 +184,7 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 def stack_name(task: TaskLora) -> str:
     """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
-    return _below_loras(task.lora.path) or task.lora.name
+    return _below(task.lora.path, *TASK_FOLDERS) or task.lora.name
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
@@ -189,19 +193,26 @@ def stacked(lora_stack) -> tuple[TaskLora, ...]:
 
 
 def _stacked(row: Row) -> TaskLora:
-    name = (_below_loras(row.name) if os.path.isabs(row.name) else None) or row.name
+    name = (_below(row.name, *TASK_FOLDERS) if os.path.isabs(row.name) else None) or row.name
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
         raise LoraFileError(f"{row.place}: {error}") from error
-    return TaskLora(kept_lora(path), row.model, row.clip, row.blocks)
+    return TaskLora(_read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
 
 
-def _below_loras(path: str | os.PathLike) -> str | None:
-    """A path as a name below a loras folder, links followed if need be; None where it is below none."""
+def _read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
+    """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
+    lora = kept_lora(path, expected_sha256=expected_sha256)
+    name = (_below(path, *folders) or lora.name).replace(os.sep, "/")
+    return lora if name == lora.name else replace(lora, name=name)
+
+
+def _below(path: str | os.PathLike, *folders: str) -> str | None:
+    """A path as a name below one of these model folders, links followed if need be; None where it is below none."""
     for as_it_is in (os.path.abspath, os.path.realpath):
         whole = as_it_is(path)
-        for root in map(as_it_is, folder_paths.get_folder_paths("loras")):
+        for root in (as_it_is(root) for folder in folders for root in folder_paths.get_folder_paths(folder)):
             if os.path.normcase(whole).startswith(os.path.normcase(os.path.join(root, ""))):
                 return os.path.relpath(whole, root)
     return None
