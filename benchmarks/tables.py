@@ -17,7 +17,10 @@ from .figures import FOLDER
 
 DOCS = FOLDER.parent
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
-COLUMNS = ("name", "value", "ratio", "interval", "status", "max_error", "test")
+COLUMNS = (
+    *("name", "combinations", "files_least", "concept_least", "kept_least", "magnitude_most"),
+    *("value", "ratio", "interval", "status", "max_error", "test"),
+)
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -160,6 +160,7 @@ class Required:
     sha256: str = _key(_sha256, "")
     signed_by: str = _key(_text, "")  # a name in [keys]
     min_net_strength: float = _key(_number(0.0, 10.0), 0.5)
+    min_acted_strength: float = _key(_number(0.0, 10.0), 0.5)
     min_functional_strength: float = _key(_number(0.0, 10.0), 0.0)  # 0: it need not be measured
     scale: str = _key(_one_of("", "tensors", "metadata"), "")  # of a file that gives two; "": such a file is none
 

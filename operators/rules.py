@@ -73,8 +73,28 @@ def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
             what = f"the safety LoRA that is required ({one.name}) has a net strength of {net:.3f}"
             least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
             raise RefusedError("guard.required", what, least)
+        if run.evaluations and one.min_acted_strength:
+            _check_acted(run, one, [lora.sha256 for lora in fit if lora.sha256 in run.net_strength])
         if one.min_functional_strength:
             _check_functional(run, one, [lora.sha256 for lora in fit])
+
+
+def _check_acted(run: Attestation, one: Required, fit: Sequence[str]) -> None:
+    """RefusedError unless one of these safety LoRAs (by SHA-256) acted as strongly in the run as is asked.
+
+    Where it had nothing to do there is no figure to ask for.
+    """
+    if not fit:  # on the text encoder alone
+        return
+    subject = f"the safety LoRA that is required ({one.name})"
+    if not run.measured_evaluations:
+        what = f"what was left of {subject} as it acted is not measured"
+        raise RefusedError("guard.required", what, "sample without torch.compile, or with PyTorch 2.6 or newer")
+    acted = [run.acted_strength.get(sha256) for sha256 in fit]
+    if None not in acted and not max(acted) >= one.min_acted_strength:
+        what = f"{subject} had a net strength of {max(acted):.3f} as it acted"
+        least = f"{one.min_acted_strength:g} is the least: lower the task LoRAs' strength or leave them out"
+        raise RefusedError("guard.required", what, least)
 
 
 def _check_functional(run: Attestation, one: Required, fit: Sequence[str]) -> None:

@@ -300,3 +300,24 @@ def test_bases_are_named_by_the_sha256_of_their_files():
     assert parse(b"[guard]\nrequired = []\n", Path(FILE)).base.allow is None
     with pytest.raises(PolicyError, match=r"base\.allow\.0|base\.allow\[0\]|64 hexadecimal"):
         parse(text.replace("A" * 64, "A").encode(), Path(FILE))
+
+
+@pytest.mark.parametrize(
+    ("acted", "measured", "refused"),
+    [({A: 0.8}, 2, False), ({A: 0.4}, 2, True), ({A: None}, 2, False), ({}, 0, True), ({A: float("nan")}, 2, True)],
+)
+def test_what_was_left_as_it_acted_is_asked_for_after_a_run(acted, measured, refused):
+    from modular_lora_guard.modular_lora.attestation import Attestation, LoraRecord
+    from modular_lora_guard.operators.rules import RefusedError, check_run
+
+    lora = LoraRecord("safety", "s.safetensors", A, 1.0, 1.0)
+    run = Attestation("not sampled", "pack", "SD15", "0" * 64, False, (lora,), {A: 1.0})
+    policy = parse(f'[guard]\nrequired = [{{sha256 = "{A}"}}]')
+    check_run(policy, run, lambda *_: "")  # before it: nothing is known yet
+    run = run.of(status="guarded", evaluations=4, acted_strength=acted, measured_evaluations=measured)
+    if refused:
+        with pytest.raises(RefusedError) as error:
+            check_run(policy, run, lambda *_: "")
+        assert error.value.rule == "guard.required"
+    else:
+        check_run(policy, run, lambda *_: "")
