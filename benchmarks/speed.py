@@ -26,7 +26,11 @@ from .figures import FOLDER, machine, record
 ROOT = FOLDER.parent.parent
 COMMAND = "python -m benchmarks.speed"
 STEP = "step guarded/merged"
-SD15 = {f"{STEP} cpu sd15 r4+r16": ("guarded", "merged"), "step guarded/peft": ("guarded", "peft")}
+SD15 = {
+    f"{STEP} cpu sd15 r4+r16": ("guarded", "merged"),
+    "step guarded/peft": ("guarded", "peft"),
+    "step measured and probed/guarded": ("measured", "guarded"),
+}
 CONTROL = "step no LoRA/merged (what the method cannot tell apart)"
 GROWTH = {
     f"{STEP} cpu sd15, 1 LoRA r16": ("guarded 1 LoRA", "merged"),

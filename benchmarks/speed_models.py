@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,13 +186,15 @@ def merged(world: World, loras: Loras, latent: int) -> Contender:
     return Contender(ready, world.evaluation(latent))
 
 
-def guarded(world: World, loras: Loras, latent: int) -> Contender:
-    """Ours: Guard Model's own function, then what happens around a run."""
+def guarded(world: World, loras: Loras, latent: int, measuring: bool = False) -> Contender:
+    """Ours: Guard Model's own function, then what happens around a run; an evaluation like all but two of a run's."""
     patcher = guard(world, loras)
 
     @contextmanager
     def ready() -> Iterator[None]:
         patcher.guard_begin()
+        if not measuring:
+            patcher.branches.meter.stop()
         try:
             yield
             patcher.guard_end()
@@ -266,4 +269,10 @@ def _put(module: nn.Module, adapter: str, layer, strength: float) -> None:
     module.scaling[adapter] = strength * layer.scale
 
 
-MAKERS = {"merged": merged, "guarded": guarded, "bypass": bypass, "peft": peft}
+MAKERS = {
+    "merged": merged,
+    "guarded": guarded,
+    "measured": partial(guarded, measuring=True),  # a run's first evaluation, with the probe
+    "bypass": bypass,
+    "peft": peft,
+}

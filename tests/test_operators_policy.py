@@ -312,7 +312,7 @@ def test_what_was_left_as_it_acted_is_asked_for_after_a_run(acted, measured, ref
 
     lora = LoraRecord("safety", "s.safetensors", A, 1.0, 1.0)
     run = Attestation("not sampled", "pack", "SD15", "0" * 64, False, (lora,), {A: 1.0})
-    policy = parse(f'[guard]\nrequired = [{{sha256 = "{A}"}}]')
+    policy = parse(f'[guard]\nrequired = [{{sha256 = "{A}"}}]'.encode(), Path(FILE))
     check_run(policy, run, lambda *_: "")  # before it: nothing is known yet
     run = run.of(status="guarded", evaluations=4, acted_strength=acted, measured_evaluations=measured)
     if refused:
