@@ -17,7 +17,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     """Which conditioning and image every row of a diffusion model's batch belongs to.
 
     ComfyUI evaluates several conditionings as one batch, each with all images, and says in
-    ``transformer_options["cond_or_uncond"]`` which (samplers._calc_cond_batch, 0.3.75 and 0.33.0). Where that is not
+    ``transformer_options["cond_or_uncond"]`` which (samplers._calc_cond_batch, 0.3.75; 0.38.1 by reading). Where that is not
     ``images`` a conditioning (windows of a video), every row is of every image.
     """
     x = args[0] if args else kwargs.get("x")
@@ -30,7 +30,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
 
 
 def measured_eagerly(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """An evaluation that is to be measured does not go through what torch.compile made (APPLY_MODEL, both versions).
+    """An evaluation that is to be measured does not go through what torch.compile made (APPLY_MODEL, 0.3.75).
 
     Around BaseModel._apply_model; nothing is compiled or dropped for it.
     """
