@@ -142,8 +142,8 @@ def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
 
 
 def needs_signatures(rest: Sequence[str]) -> bool:
-    """The record's lines are shown without them."""
-    return bool(rest) and tuple(rest[:2]) != ("record", "show")
+    """Help and the record's lines are shown without them."""
+    return bool(rest) and not set(HELP) & set(rest) and tuple(rest[:2]) != ("record", "show")
 
 
 def help_before_installation(command: str) -> int:

@@ -16,9 +16,9 @@ from ..modular_lora.branches import attached
 def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     """Which conditioning and image every row of a diffusion model's batch belongs to.
 
-    ComfyUI evaluates several conditionings as one batch, each with all images, and says in
-    ``transformer_options["cond_or_uncond"]`` which (samplers._calc_cond_batch, 0.3.75; 0.38.1 by reading). Where that is not
-    ``images`` a conditioning (windows of a video), every row is of every image.
+    ComfyUI evaluates several conditionings as one batch, each with all images, and says which in
+    ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch, 0.3.75; 0.38.1 by reading). Where that is
+    not ``images`` a conditioning (windows of a video), every row is of every image.
     """
     x = args[0] if args else kwargs.get("x")
     x = x[0] if isinstance(x, list | tuple) else x  # several latents that are sampled as one

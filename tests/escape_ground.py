@@ -135,11 +135,11 @@ class Ground:
         picture = importlib.import_module(f"{self.host.__name__.rpartition('.')[0]}.picture")
         before = picture._bind
 
-        def bind(pictures, runs, vae_sha256):
+        def bind(pictures, runs, *rest):
             for image, run in zip(pictures, runs, strict=True):
                 if run is not None and self.is_guarded(json.loads(run.to_json())):
                     self.attested.add(_digest(image))
-            return before(pictures, runs, vae_sha256)
+            return before(pictures, runs, *rest)
 
         picture._bind = bind
         self._undo.append(lambda: setattr(picture, "_bind", before))

@@ -106,7 +106,10 @@ def attack(kind: str, world, folder) -> tuple[str, str]:
 @pytest.mark.parametrize("kind", ["inputs", "behind values", "before queries"])
 def test_what_cancels_the_safety_lora_past_its_weights_is_refused(kind, world, loras, run_graph, rows):
     safety, task = attack(kind, world, loras.folder)
-    without = run_graph(guard_graph(safety, task, clip=False))  # the net strength of the files sees nothing
+    graph = guard_graph(safety, task, clip=False)  # the net strength of the files sees nothing
+    graph = {name: one for name, one in graph.items() if name not in ("sample", "decode", "save")}
+    graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["guard", 2]}}
+    without = run_graph(graph)
     net = next(line for line in without["guard"][2].splitlines() if "net strength" in line)
     assert float(net.partition("net strength ")[2].partition(" ")[0]) == pytest.approx(1.0, abs=0.01)
     assert "not measured: no CLIP is connected" in without["guard"][2]

@@ -47,7 +47,7 @@ def layers(draw: st.DrawFn) -> list[tuple[LayerSpec, list[Term]]]:
 
 
 def held(fused: Fused) -> list[torch.Tensor | None]:
-    return [fused.down, fused.up, fused.dense, fused.gain, fused.bias]
+    return [fused.down, fused.up, *(t for owner in sorted(fused.others) for t in fused.others[owner].tensors)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,7 +60,7 @@ def test_layers_fused_together_are_bit_for_bit_those_fused_one_by_one(made, dtyp
         found = fuse(made, dtype, CPU)
     for (spec, terms), fused in zip(made, found, strict=True):
         alone = Fused(spec, terms, dtype, CPU)
-        assert (fused.spec, fused.plain, fused.nbytes) == (spec, alone.plain, alone.nbytes)
+        assert (fused.spec, fused.ranks, fused.nbytes) == (spec, alone.ranks, alone.nbytes)
         for mine, other in zip(held(fused), held(alone), strict=True):
             assert (mine is None) == (other is None)
             assert mine is None or (mine.is_contiguous() and torch.equal(mine, other))

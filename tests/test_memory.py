@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term, count
 from modular_lora_guard.modular_lora.layers import LayerSpec
-from precision_toys import sampled
+from small_unet import sampled
 
 CPU, MB = torch.device("cpu"), 2**20
 

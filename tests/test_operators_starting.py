@@ -57,6 +57,7 @@ def test_the_packages_are_installed_once_and_never_into_an_existing_comfyui(
 ) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(environment, "pip", lambda python, title, arguments: asked.append([*map(str, arguments)]))
+    monkeypatch.setattr(paths, "RUN", tmp_path / "run")
     monkeypatch.setattr(paths, "VENV", tmp_path / "venv")
     monkeypatch.setattr(paths, "SIGNATURE_PACKAGES", tmp_path / "beside")
     for _ in range(2):

@@ -227,13 +227,14 @@ def random(generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
 
 
-def linear(name: str, spec, form: str, g) -> dict[str, torch.Tensor]:
-    """One layer of a file in a form, by kohya's and LyCORIS' names."""
+def linear(name: str, spec, form: str, g, W0: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One layer of a file in a form, by kohya's and LyCORIS' names; a DoRA's lengths are near those of W0 (out in)."""
     out, fan = spec.weight_shape
     if form in ("dora", "dora_columns"):
-        size = (out, 1) if form == "dora" else (1, fan)
+        lengths = W0.float().norm(dim=1 if form == "dora" else 0, keepdim=True)
         made = {"lora_up.weight": random(g, out, 2) / 3, "lora_down.weight": random(g, 2, fan)}
-        return {f"{name}.{k}": v for k, v in made.items()} | {f"{name}.dora_scale": 1 + torch.rand(size, generator=g)}
+        scale = lengths * (1 + torch.rand(lengths.shape, generator=g))
+        return {f"{name}.{k}": v for k, v in made.items()} | {f"{name}.dora_scale": scale}
     made = {
         "loha": lambda: {
             f"hada_w{i}_{ab}": random(g, *((out, 2) if ab == "a" else (2, fan))) for i in "12" for ab in "ab"
@@ -259,7 +260,10 @@ FORMS = ("loha", "lokr", "lokr_factors", "oft", "dora", "dora_columns", "diff", 
 def test_every_form_that_a_stock_loader_leaves_is_what_the_merge_is(form, comfy, loaded, loras, tmp_path):
     generator = torch.Generator().manual_seed(3)
     layers = [(name, spec) for name, spec in loras.unet.items() if len(spec.weight_shape) == 2][:8]
-    tensors = {k: v for name, spec in layers for k, v in linear(name, spec, form, generator).items()}
+    tensors = {}
+    for name, spec in layers:
+        W0 = loaded[0].model.get_submodule(spec.path).weight
+        tensors |= linear(name, spec, form, generator, W0)
     save_file(tensors, tmp_path / "form.safetensors")
     family = SimpleNamespace(latent=(4, 8, 8), context=(77, 768), cfg=2.0)
     model = stock(loaded[0], tmp_path / "form.safetensors", 0.7)

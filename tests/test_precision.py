@@ -17,10 +17,10 @@ from precision_toys import (
     gguf_weights,
     int8,
     mixed,
-    sampled,
     scaled,
     swap,
 )
+from small_unet import sampled
 from torch import nn
 
 PREFIX = "model.diffusion_model."

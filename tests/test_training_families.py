@@ -79,7 +79,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
         network_train_text_encoder=True,
         save_precision="float",
     )
-    watch = SimpleNamespace(check=lambda: None, stage=lambda *_: None, step=lambda *_: None)
+    watch = SimpleNamespace(check=lambda: None, stage=lambda *_: None, say=lambda *_: None, step=lambda *_: None)
     model, clip, vae = parts(family)
     infos = comfy.anatomy.model_info(model), comfy.anatomy.clip_info(clip)
     before = [bits(m) for m in (model.model, clip.cond_stage_model)]

@@ -110,9 +110,9 @@ def with_options(chosen: dict) -> str:
     made = options.load(cls, chosen["config"], values)
     if chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
+    check_files(chosen["checkpoint"], chosen["vae"])
     safety = _safety(made)
     prepare_safety(made) if isinstance(made, SafetyOptions) else prepare_task(made, safety)
-    check_files(chosen["checkpoint"], chosen["vae"])
     if chosen["engine"] == "kohya":
         return _with_kohya(chosen, made, safety)
     if chosen["threads"]:
