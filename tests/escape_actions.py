@@ -151,13 +151,76 @@ def _(g):
     g["safety"]["inputs"]["block_weights"] = "0,0,0,0,0,0,0,0,0,0,0,0,0"
 
 
-@attempt("a second file of the same name stands in for the strength of the safety LoRA")
-def _(ground):
-    copied(ground, f"sub/{SAFETY}", "another file")
+def weak_beside_a_namesake(ground) -> dict:
+    """The required safety LoRA at 0.2, and another file of its name at 1."""
     made = guarded(task=None)
     made["number"] = node("PrimitiveFloat", value=0.2)
     made["safety"]["inputs"]["strength"] = ["number", 0]
     made["more"] = node("ModularLoraLoadSafety", lora_name=f"sub/{SAFETY}", strength=1.0, safety_lora=["safety", 0])
+    made["guard"]["inputs"]["safety_lora"] = ["more", 0]
+    return made
+
+
+@attempt("a second file of the same name stands in for the strength of the safety LoRA")
+def _(ground):
+    path = ground.loras / "sub" / SAFETY
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((ground.loras / "other.safetensors").read_bytes())
+    ground.send(weak_beside_a_namesake(ground))
+
+
+@attempt(
+    "a second file of the same name and weights stands in for the strength of the safety LoRA",
+    "permitted",
+    why="both together act at 1.2, and net strengths are kept by SHA-256, so that neither hides the other",
+)
+def _(ground):
+    copied(ground, f"sub/{SAFETY}", "another file")
+    ground.send(weak_beside_a_namesake(ground))
+
+
+def huge_terms(ground, name: str, sign: float, cancelling: bool) -> None:
+    """A task LoRA on the safety LoRA's layers with terms of 2^40, which cancel in the file itself or in another one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(ground.loras / SAFETY)
+    for key, up in tensors.items():
+        if key.endswith("lora_up.weight"):
+            up.zero_()
+            up[:, 0] = sign * 2.0**40
+            down = tensors[key.replace("lora_up", "lora_down")]
+            if cancelling:
+                up[:, 1], down[1] = -up[:, 0].clone(), down[0].clone()
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, ground.loras / name)
+    assert torch.isfinite(next(iter(tensors.values()))).all()
+
+
+@attempt("a task LoRA's huge terms cancel each other and would swallow the safety LoRA's share")
+def _(ground):
+    huge_terms(ground, "huge.safetensors", 1, True)
+    made = guarded()
+    made["task"]["inputs"]["lora_name"] = "huge.safetensors"
+    ground.send(made)
+
+
+@attempt("the huge terms of two task LoRAs cancel each other")
+def _(ground):
+    made = guarded()
+    for node_id, name, sign in (("task", "plus.safetensors", 1), ("more", "minus.safetensors", -1)):
+        huge_terms(ground, name, sign, False)
+        strengths = {"strength_model": 1.0, "strength_clip": 0.0}
+        made[node_id] = node("ModularLoraLoadTask", lora_name=name, **strengths)
+    made["more"]["inputs"]["task_lora"] = ["task", 0]
+    made["guard"]["inputs"]["task_lora"] = ["more", 0]
+    ground.send(made)
+
+
+@attempt("a second safety LoRA's huge terms would swallow the share of the one that is required")
+def _(ground):
+    huge_terms(ground, "huge.safetensors", 1, True)
+    made = guarded(task=None)
+    made["more"] = node("ModularLoraLoadSafety", lora_name="huge.safetensors", strength=1.0, safety_lora=["safety", 0])
     made["guard"]["inputs"]["safety_lora"] = ["more", 0]
     ground.send(made)
 

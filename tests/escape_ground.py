@@ -354,7 +354,7 @@ class Ground:
     def is_guarded(self, record: dict) -> bool:
         """Whether an attestation names the required safety LoRA at the least net strength, or more."""
         strong = (
-            record.get("net_strength", {}).get(lora["name"], 0) >= LEAST
+            record.get("net_strength", {}).get(lora["sha256"], 0) >= LEAST
             for lora in record.get("loras", ())
             if lora["role"] == "safety" and lora["sha256"] == self.safety
         )
