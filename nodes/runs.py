@@ -86,6 +86,7 @@ class GenerateMixin:
             text = super().generate(tokens, *args, **kwargs)
         finally:
             self.patcher.guard_run = None  # each token runs the layers, without an evaluation of what holds them
+            self.patcher.branches.meter.stop()
         self.patcher.guard_seat.verify()
         _check_even(self.patcher.branches, before)
         return text

@@ -321,3 +321,22 @@ def test_what_was_left_as_it_acted_is_asked_for_after_a_run(acted, measured, ref
         assert error.value.rule == "guard.required"
     else:
         check_run(policy, run, lambda *_: "")
+
+
+@pytest.mark.parametrize(
+    ("acts", "named", "refused"),
+    [("", "", False), ("", "metadata", False), ("metadata", "", True), ("metadata", "tensors", True),
+     ("metadata", "metadata", False)],
+)  # fmt: skip
+def test_of_two_scales_the_one_that_the_policy_names_must_act(acts, named, refused):
+    from modular_lora_guard.modular_lora.attestation import Attestation, LoraRecord
+    from modular_lora_guard.operators.rules import RefusedError, check_run
+
+    lora = LoraRecord("safety", "s.safetensors", A, 1.0, 1.0, scale=acts)
+    run = Attestation("not sampled", "pack", "SD15", "0" * 64, False, (lora,), {A: 1.0})
+    policy = parse(f'[guard]\nrequired = [{{sha256 = "{A}", scale = "{named}"}}]'.encode(), Path(FILE))
+    if refused:
+        with pytest.raises(RefusedError):
+            check_run(policy, run, lambda *_: "")
+    else:
+        check_run(policy, run, lambda *_: "")
