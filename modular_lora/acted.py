@@ -40,7 +40,7 @@ SHARE = 1e-6  # least Σ|z|² / Σ|y0|² that is judged
 PROBE_FLOOR = 0.5  # least <with s − without s, s> / <s, s> of a layer in the probe
 PROBE_SHARE = 1e-6  # least |s|² / |y0|² of a layer that the probe judges
 _KEY = secrets.token_bytes(32)
-POSITIONS = 256  # of a linear layer that the probe looks at
+POSITIONS = 32  # of a linear layer that the probe looks at
 
 Row: TypeAlias = "tuple[int, int]"  # which of the guider's conditionings, which image of the batch
 Rows: TypeAlias = "tuple[Row, ...]"  # of the batch dimension of one evaluation

@@ -162,12 +162,19 @@ def build_part(
     for task in (a for a in applied if a.lora.pending):
         for s in (a for a in applied if a.role == "safety"):
             check_not_safety((s.lora, s.match), (task.lora, task.match))
-    if enforce:  # before other figures, which mean nothing where values are that large
-        check_magnitudes(applied, info)
-    reports = tuple(_net_strength(s, applied, policy, enforce) for s in applied if s.role == "safety" and s.parts)
+    acting = [a for a in applied if a.role == "safety" and a.parts]
+    if enforce:
+        check_magnitudes(acting, info)  # among themselves, before they are compared with each other
+    reports = tuple((a.lora, _interference(a, applied, policy)) for a in acting)
+    if enforce:
+        check_magnitudes(applied, info)  # first: where values are that large, net strengths mean nothing
+        for a, (_, result) in zip(acting, reports, strict=True):
+            _check_net_strength(a, result, policy)
     with plain():
         layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-        branches = Branches(layers, info.roots, info.parts, _meter(applied, policy.acted_strength_floor, enforce))
+        branches = Branches(
+            layers, info.roots, info.parts, _meter(acting, policy.acted_strength_floor if enforce else None)
+        )
     return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
 
 
@@ -271,22 +278,20 @@ def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part,
     return applied
 
 
-def _meter(applied: Sequence[Applied], floor: float, enforce: bool) -> Meter:
-    acting = [a for a in applied if a.role == "safety" and a.parts]
-    owners = {("safety", a.lora.sha256): a for a in acting}
-    strengths = {owner: a.strength for owner, a in owners.items()}
-    return Meter(strengths, {owner: a.lora.name for owner, a in owners.items()}, floor if enforce else None)
+def _meter(acting: Sequence[Applied], floor: float | None) -> Meter:
+    strengths = {("safety", a.lora.sha256): a.strength for a in acting}
+    return Meter(strengths, {("safety", a.lora.sha256): a.lora.name for a in acting}, floor)
 
 
-def _net_strength(
-    safety: Applied, applied: list[Applied], policy: Policy, enforce: bool
-) -> tuple[LoraFile, Interference]:
+def _interference(safety: Applied, applied: Sequence[Applied], policy: Policy) -> Interference:
     others = [(a.lora.name, a.changes, a.strength) for a in applied if a is not safety]
-    result = interference(safety.changes, safety.strength, others, policy.net_strength_floor)
-    if enforce and not result.net_strength >= policy.net_strength_floor:  # not a number is too little
-        floor = policy.net_strength_floor
+    return interference(safety.changes, safety.strength, others, policy.net_strength_floor)
+
+
+def _check_net_strength(safety: Applied, result: Interference, policy: Policy) -> None:
+    floor = policy.net_strength_floor
+    if not result.net_strength >= floor:  # not a number is too little
         raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
-    return safety.lora, result
 
 
 def _line(a: Applied, family: str) -> LoraLine:
