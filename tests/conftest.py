@@ -66,6 +66,9 @@ def _register() -> None:
 _register()
 sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
 from graphs import GraphError, save_lora  # noqa: E402
+from modular_lora_guard.demo.client import Client  # noqa: E402
+from modular_lora_guard.demo.server import Server  # noqa: E402
+from modular_lora_guard.demo.settings import DemoWorld  # noqa: E402
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -326,3 +329,18 @@ def enforced(operator, sha256):
 
     operator.write(required(sha256("safety.safetensors")))
     return operator
+
+
+@pytest.fixture(scope="session")
+def world() -> DemoWorld:
+    """The demo world's files, for tests that start a server of their own (fixture ``server``)."""
+    if not COMFYUI or not WORLD:
+        pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
+    return DemoWorld.at(Path(WORLD))
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    """Of the test module's own server, which must still run."""
+    server.check()
+    return Client(server.url)

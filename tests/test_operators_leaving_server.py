@@ -55,13 +55,6 @@ if "SaveAudio" not in nodes.NODE_CLASS_MAPPINGS:  # for want of torchaudio, of w
 
 
 @pytest.fixture(scope="module")
-def world() -> DemoWorld:
-    if not COMFYUI or not WORLD:
-        pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
-    return DemoWorld.at(Path(WORLD))
-
-
-@pytest.fixture(scope="module")
 def server(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("leaving")
     place = folder / "base"
@@ -76,12 +69,6 @@ def server(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     policy.write_text(f'[guard]\nrequired = [{{sha256 = "{sha256}"}}]\n[gate]\nrequired = true\n', encoding="utf-8")
     with Server(Path(COMFYUI or ""), sys.executable, place, log=folder / "server.log", cpu=True) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: Server) -> Client:
-    server.check()
-    return Client(server.url)
 
 
 def flagged(world: DemoWorld) -> Graph:

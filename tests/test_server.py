@@ -43,24 +43,11 @@ GUARDED_TYPE = "MODULAR_LORA_GUARDED_MODEL"
 
 
 @pytest.fixture(scope="module")
-def world() -> DemoWorld:
-    if not COMFYUI or not WORLD:
-        pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
-    return DemoWorld.at(Path(WORLD))
-
-
-@pytest.fixture(scope="module")
 def server(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     base.prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
     with Server(Path(COMFYUI or ""), sys.executable, folder / "base", log=folder / "server.log", cpu=True) as running:
         yield running
-
-
-@pytest.fixture
-def client(server: Server) -> Client:
-    server.check()
-    return Client(server.url)
 
 
 @pytest.fixture(scope="module")
