@@ -126,6 +126,17 @@ class Meter:
         rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
         return self.running and self._next(_kind(root, rows))
 
+    def seen(self, root: str, args: tuple, kwargs: dict) -> int:
+        """How many evaluations of this kind there were in the run."""
+        return self._seen.get(_kind(root, self._rows_of(args, kwargs) if self._rows_of else UNKNOWN), (0, 0))[0]
+
+    def passed(self, root: str, args: tuple, kwargs: dict) -> None:
+        """Count an evaluation that went by unseen, as what torch.compile made of a model does."""
+        self._count(_kind(root, self._rows_of(args, kwargs) if self._rows_of else UNKNOWN))
+
+    def _count(self, kind: tuple) -> None:
+        self._seen.setdefault(kind, [0, self._drawn(kind)])[0] += 1
+
     def _drawn(self, kind: tuple) -> int:
         """The number of an evaluation after the first; without the key of this process nobody can tell it."""
         digest = hmac.digest(_KEY, self._content + repr(kind).encode(), "sha256")
@@ -146,8 +157,7 @@ class Meter:
         self.measuring = self._next(kind)
         self._probing = self.measuring and not self._made
         self._rows, self._layers = rows, []
-        seen = self._seen.setdefault(kind, [0, self._drawn(kind)])
-        seen[0] += 1
+        self._count(kind)
         try:
             yield
         finally:

@@ -291,6 +291,7 @@ class Ground:
 
     def _files(self) -> dict[Path, int]:
         places = (self.base / name for name in ("output", "temp", "user"))
+        self.policies.write_waiting()  # else the record's writer may take a file away meanwhile
         return {file: file.stat().st_mtime_ns for place in places for file in place.rglob("*") if file.is_file()}
 
     def new_files(self) -> list[Path]:

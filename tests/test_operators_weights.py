@@ -92,11 +92,11 @@ def core(comfy, loras) -> Iterator[dict]:
         folder = comfy.output / kind
         held.append(str(folder))
         name = mark(kind, endings)
-        (folder / name).mkdir(parents=True, exist_ok=True) if kind == "diffusers" else folder.mkdir(parents=True)
+        (folder / name if kind == "diffusers" else folder).mkdir(parents=True, exist_ok=True)
         if kind == "diffusers":
             for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
                 file = folder / name / f"{part}.safetensors"
-                file.parent.mkdir()
+                file.parent.mkdir(exist_ok=True)
                 file.write_bytes(b"x")
             (folder / name / "model_index.json").write_text("{}", encoding="utf-8")
         else:
