@@ -123,16 +123,18 @@ class Meter:
 
     def due(self, root: str, args: tuple, kwargs: dict) -> bool:
         """Whether the next evaluation of ``root``, with these arguments of its forward, is to be measured."""
-        rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
-        return self.running and self._next(_kind(root, rows))
+        return self.running and self._next(_kind(root, self._rows_for(args, kwargs)))
 
     def seen(self, root: str, args: tuple, kwargs: dict) -> int:
         """How many evaluations of this kind there were in the run."""
-        return self._seen.get(_kind(root, self._rows_of(args, kwargs) if self._rows_of else UNKNOWN), (0, 0))[0]
+        return self._seen.get(_kind(root, self._rows_for(args, kwargs)), (0, 0))[0]
 
     def passed(self, root: str, args: tuple, kwargs: dict) -> None:
         """Count an evaluation that went by unseen, as what torch.compile made of a model does."""
-        self._count(_kind(root, self._rows_of(args, kwargs) if self._rows_of else UNKNOWN))
+        self._count(_kind(root, self._rows_for(args, kwargs)))
+
+    def _rows_for(self, args: tuple, kwargs: dict) -> Rows:
+        return self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
 
     def _count(self, kind: tuple) -> None:
         self._seen.setdefault(kind, [0, self._drawn(kind)])[0] += 1
@@ -152,7 +154,7 @@ class Meter:
         if not self.running or self.measuring:  # a root inside another is measured with it
             yield
             return
-        rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
+        rows = self._rows_for(args, kwargs)
         kind = _kind(root, rows)
         self.measuring = self._next(kind)
         self._probing = self.measuring and not self._made
@@ -288,15 +290,19 @@ def _judged(sums: Sums, strength: float, images: int) -> Acted:
     return Acted(tuple(least), energy / base if base else 0.0)
 
 
+def _parts(t: Tensor, rows: int) -> int:
+    """Into how many parts a tensor's first dimension is cut: one a row, or one in all where it has none for each."""
+    return rows if t.dim() > 1 and t.shape[0] % rows == 0 else 1
+
+
 def _by_rows(t: Tensor, rows: int) -> Tensor:
     """The length of every row's part of a tensor (rows; fp32); one length where it has no part for each."""
-    parts = rows if t.dim() > 1 and t.shape[0] % rows == 0 else 1
-    return torch.linalg.vector_norm(t.reshape(parts, -1), dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(t.reshape(_parts(t, rows), -1), dim=1, dtype=torch.float32)
 
 
 def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
     """hᵀ·h of every row (rows R R_s, fp32): all ranks against those of the safety LoRAs."""
-    parts = rows if h.dim() > 1 and h.shape[0] % rows == 0 else 1
+    parts = _parts(h, rows)
     if fused.spec.conv is not None:
         h = h.movedim(1 if h.dim() == fused.down.dim() else 0, -1)
     h = h.reshape(parts, -1, h.shape[-1]).float()
@@ -305,7 +311,7 @@ def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
 
 def _inner(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, rows: int) -> dict[Owner, tuple[Tensor, Tensor]]:
     """<z, z_other> and <z, z> of every row, by safety LoRA, from the shares themselves."""
-    parts = rows if y0.dim() > 1 and y0.shape[0] % rows == 0 else 1
+    parts = _parts(y0, rows)
     shares = {owner: fused.share(owner, y0, x, h).reshape(parts, -1).float() for owner in fused.owners}
     total = sum(shares.values())
     found = {}
