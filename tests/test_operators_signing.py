@@ -91,7 +91,7 @@ def test_any_flipped_bit_of_the_file_or_its_signature_is_refused(data, pair, tmp
     trusted = {"host": pair[0].with_suffix(".pub")}
     target = data.draw(st.sampled_from([path, signature_path(path)]))
     raw = bytearray(target.read_bytes())
-    place = data.draw(st.integers(0, len(raw) - 1))
+    place = data.draw(st.integers(0, 2**16)) % len(raw)  # a bundle's length differs from one signing to the next
     raw[place] ^= 1 << data.draw(st.integers(0, 7))
     before = target.read_bytes()
     target.write_bytes(raw)
