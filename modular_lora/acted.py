@@ -284,6 +284,11 @@ def _figures(layer: _Layer, owner: Owner, ups: dict[Fused, Tensor]) -> Tensor | 
     return torch.stack([outside, inside, _double(layer.base)], -1)
 
 
+def _single(t: Tensor) -> torch.dtype:
+    """fp32, or what is wider."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 def _double(t: Tensor) -> Tensor:
     """In fp64; on the CPU where the device may have none."""
     return (t if t.device.type in ("cpu", "cuda") else t.cpu()).double()
@@ -314,8 +319,8 @@ def _parts(t: Tensor, rows: int) -> int:
 
 
 def _by_rows(t: Tensor, rows: int) -> Tensor:
-    """The length of every row's part of a tensor (rows; fp32); one length where it has no part for each."""
-    return torch.linalg.vector_norm(t.reshape(_parts(t, rows), -1), dim=1, dtype=torch.float32)
+    """The length of every row's part of a tensor (rows; fp32 or wider); one length where it has no part for each."""
+    return torch.linalg.vector_norm(t.reshape(_parts(t, rows), -1), dim=1, dtype=_single(t))
 
 
 def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
@@ -359,7 +364,7 @@ def _probe(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, result: Tensor
     """
     wide = torch.float64 if y0.device.type in ("cpu", "cuda") else torch.float32  # others may have no fp64
     without = y0 + fused.share(TASKS, y0, x, h) if TASKS in fused.owners else y0
-    single = torch.promote_types(y0.dtype, torch.float32)
+    single = _single(y0)
     kept = result.to(single) - without.to(single)
     safety, x = fused.only("safety", wide), x.to(wide, memory_format=torch.contiguous_format)
     h = safety.reduced(x)
