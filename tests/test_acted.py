@@ -131,6 +131,16 @@ def test_convolutions_are_measured_alike():
         assert figures[OWNER].images[image] == pytest.approx(wanted, abs=1e-4)
 
 
+def test_a_model_in_fp64_is_measured_and_probed():
+    terms = {p: [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)] for p in ("first", "second")}
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    figures, seen = measured(model := Two().double(), terms, x, ((0, 0), (0, 1)))
+    found = [shares(model.get_submodule(path), terms[path], seen[path]) for path in terms]
+    for image in (0, 1):
+        wanted = reference(found, OWNER, 1.0, lambda z, r=image: z[r])
+        assert figures[OWNER].images[image] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_rows_that_belong_to_no_image_count_for_every_image():
     model = Two()
     terms = {"first": [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)], "second": []}
@@ -182,6 +192,72 @@ def test_the_probe_sees_a_share_that_rounding_took(monkeypatch):
     terms["second"] = terms["first"]
     with pytest.raises(GuardError):
         measured(Two(), terms, torch.randn(2, 5, 8), ((0, 0), (0, 1)))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 8), (4, 50, 8)),
+    "linear, one token": (lambda: nn.Linear(8, 8), (4, 8)),
+    "1x1": (lambda: nn.Conv2d(8, 8, 1), (4, 8, 7, 9)),
+    "1x1, 1d": (lambda: nn.Conv1d(8, 8, 1), (4, 8, 70)),
+    "1x1, no batch": (lambda: nn.Conv2d(8, 8, 1), (8, 7, 9)),
+    "1x1, strided": (lambda: nn.Conv2d(8, 8, 1, stride=2), (4, 8, 8, 8)),
+    "3x3": (lambda: nn.Conv2d(8, 8, 3, padding=1), (4, 8, 7, 9)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["pairs", "dense"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_probe_finds_the_share_of_fp64_in_every_layer(layer, form, dtype):
+    make, shape = LAYERS[layer]
+    module = make().to(dtype)
+    spec, x = layer_spec("layer", module), torch.randn(shape).to(dtype)
+    safety = [
+        Term("safety", low_rank(1, 2, spec.inputs), 1.0, "a"),
+        Term("safety", low_rank(2, 1, spec.inputs), 0.5, "b"),
+    ]
+    pair = low_rank(3, 3, spec.inputs)
+    task = Term("task", pair if form == "pairs" else Dense(pair.up @ pair.down), 0.7)
+    fused = Fused(spec, [*safety, task], dtype, x.device)
+    with torch.no_grad():
+        y0, pick = module(x), acted._positions(fused, x)
+        before, h = y0.clone(), fused.reduced(x)
+        result = fused.apply(y0, x, h)
+        found = acted._probe(fused, pick(before).clone(), pick(x), pick(h), pick(result)).tolist()
+        double = module.double()
+        double.bias.data.zero_()
+        double.weight.data = sum(t.scale * dense(t.part, None).to(dtype).double() for t in safety).reshape(
+            spec.weight_shape
+        )
+        s = pick(double(x.double()))
+    rounding = 0.02 if dtype is torch.bfloat16 else 1e-5
+    assert found[1] == pytest.approx(float(s.square().sum()), rel=rounding)
+    assert found[0] == pytest.approx(found[1], rel=rounding)
+    assert found[2] == pytest.approx(float(pick(before).double().square().sum()), rel=1e-5)
+    assert found[3] == pytest.approx(float(pick(result).double().sum()), rel=1e-3, abs=1e-2)
+    if layer in ("linear", "1x1", "1x1, 1d"):
+        assert acted.POSITIONS <= pick(before).numel() / 8 < 2 * acted.POSITIONS
+
+
+@pytest.mark.parametrize("layer", ["linear", "1x1"])
+@pytest.mark.parametrize("image", [0, 3])
+@pytest.mark.parametrize("lost", ["share", "finite"])
+def test_the_probe_looks_at_every_image(layer, image, lost, monkeypatch):
+    """Of layers that treat each position by itself."""
+    make, shape = LAYERS[layer]
+    terms, apply = [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)], Fused.apply
+    module = Two()
+    module.first, module.second = make(), make()
+
+    def faulty(self, y, x, h):
+        before, made = y.clone(), apply(self, y, x, h)
+        made[image] = torch.nan if lost == "finite" else made[image] - 40 * self.share(OWNER, before, x, h)[image]
+        return made
+
+    monkeypatch.setattr(Fused, "apply", faulty)
+    rows = tuple((0, number) for number in range(4))
+    with pytest.raises(GuardError, match="not finite" if lost == "finite" else "kept"):
+        measured(module, {"first": terms, "second": terms}, torch.randn(shape), rows, images=4)
 
 
 def test_every_kind_of_evaluation_is_measured_first_and_once_more_at_a_place_that_is_not_told():
