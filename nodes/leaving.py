@@ -206,17 +206,25 @@ def origin(leaf: Any) -> Runs | None:
 
 
 def _digest(leaf: Any) -> str:
-    """Of what a sound, a voxel grid or a mesh holds (comfy_api's VOXEL and MESH, 0.3.75); "" of anything else."""
+    """Of what a sound, a voxel grid or a mesh holds (comfy_api's VOXEL and MESH); "" of anything else.
+
+    In 0.3.75 these two hold tensors alone, in 0.33.0 flags, sizes and None as well.
+    """
     if isinstance(leaf, _Sound):
         parts = {"waveform": leaf.waveform}
     elif type(leaf).__name__ in ("VOXEL", "MESH") and type(leaf).__module__.startswith("comfy_api."):
         parts = vars(leaf)
     else:
         return ""
-    if not all(isinstance(part, torch.Tensor) and part.layout == torch.strided for part in parts.values()):
-        return ""
-    named = (f"{name} {tensor_sha256(part)}" for name, part in sorted(parts.items()))
-    return hashlib.sha256("\n".join((type(leaf).__name__, *named)).encode()).hexdigest()
+    named = [type(leaf).__name__]
+    for name, part in sorted(parts.items()):
+        if isinstance(part, torch.Tensor) and part.layout == torch.strided:
+            named.append(f"{name} {tensor_sha256(part)}")
+        elif isinstance(part, PLAIN):
+            named.append(f"{name} {part!r}")
+        else:
+            return ""
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
 def _of_all(leaves: Iterator[Any]) -> Runs | None:

@@ -198,12 +198,9 @@ def test_the_base_hash_is_of_w0_whatever_is_merged_at_the_moment(comfy, loaded, 
     assert run_graph(graph)["guard"][2].splitlines()[0] == first
 
 
-def test_live_previews_are_off_in_guarded_runs(comfy, run_graph, loras, monkeypatch):
+def test_live_previews_are_off_in_guarded_runs(previews, run_graph, loras, monkeypatch):
     import latent_preview
-    from comfy.cli_args import LatentPreviewMethod, args
 
-    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    monkeypatch.setattr(latent_preview, "default_preview_method", LatentPreviewMethod.Latent2RGB, raising=False)  # 0.33
     seen = []
     decode_preview = latent_preview.Latent2RGBPreviewer.decode_latent_to_preview
     monkeypatch.setattr(
