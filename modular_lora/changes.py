@@ -7,6 +7,7 @@ W0·x = y − b, never on another adapter's share, so no task adapter can rescal
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,53 +24,216 @@ _ONCE = Conv((1,), (0,), (1,))  # a kernel of 1
 TOGETHER = 2**20  # numbers of a factor that are made at once
 
 
+Weight: TypeAlias = Callable[[], Tensor]  # gives the weight (out in [k k]) that a change is a function of
+
+
+class Part(ABC):
+    """One change of one weight."""
+
+    @abstractmethod
+    def dense(self, W0: Weight) -> Tensor:
+        """ΔW (out in·k·k, fp32)."""
+
+    @abstractmethod
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        """ΔW·x (x in·k·k n -> out n, fp32) without making ΔW."""
+
+    def energy(self, W0: Weight) -> float:
+        """‖ΔW‖²."""
+        return energy(self.dense(W0))
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        """As up (out r) and down (r in); vectors are columns. None where it is no thin product."""
+        return None
+
+    @property
+    def inputs(self) -> int | None:
+        """Inputs in·k·k that a LoRA gives the layer, which may be more than W0 has; None where they are W0's."""
+        return None
+
+    @property
+    def numbers(self) -> int:
+        """How many it holds beside pairs, dense matrices and vectors, which are summed over the parts of an owner."""
+        return 0
+
+    def compared(self, inputs: int, kept: bool) -> Part:
+        """As two LoRAs are compared: on the inputs that W0 has; ``kept``: in fp32, for many others."""
+        return self
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Part:
+        """As it acts through a convolution that takes changes in the shape of its weight alone."""
+        return self
+
+
+class Additive(Part):
+    """A change that is no function of W0."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """ΔW (out in·k·k, fp32)."""
+
+    @abstractmethod
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> LowRank | Dense:
+        """With its rows (out n) and its columns (n in·k·k) put elsewhere."""
+
+    def dense(self, W0: Weight) -> Tensor:
+        return self.matrix()
+
+
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Additive):
     """ΔW = up·down: LoRA, LoCon, Tucker LoCon, LoHa of small rank."""
 
     down: Tensor  # r in·k·k
     up: Tensor  # out r
 
+    def matrix(self) -> Tensor:
+        return self.up.float() @ self.down.float()
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.up.float() @ (self.down.float() @ x)
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+    @property
+    def inputs(self) -> int:
+        return self.down.shape[1]
+
+    def compared(self, inputs: int, kept: bool) -> LowRank:
+        down = self.down[:, :inputs] if self.inputs > inputs else self.down
+        return LowRank(down.float(), self.up.float()) if kept else LowRank(down, self.up)
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> LowRank:
+        return LowRank(columns(self.down), rows(self.up))
+
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(Additive):
     """ΔW itself: a full difference, or factors that would be larger than it; for a norm the change of its weight."""
 
     weight: Tensor  # out in·k·k; out 1 for a norm
 
+    def matrix(self) -> Tensor:
+        return self.weight.float()
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.weight.float() @ x
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        return (self.weight, torch.ones(1, 1)) if self.weight.shape[1] == 1 else None
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(columns(rows(self.weight)))
+
 
 @dataclass(frozen=True, eq=False)
-class Kron:
+class Kron(Additive):
     """ΔW = w1 ⊗ w2 (LoKr), w2 with the layer's kernel: out = o₁·o₂, in = i₁·i₂."""
 
     w1: Tensor  # o1 i1
     w2: Tensor  # o2 i2 [k k]
 
+    def matrix(self) -> Tensor:
+        w1 = self.w1.float().reshape(*self.w1.shape, *(1 for _ in self.w2.shape[2:]))
+        return torch.kron(w1, self.w2.float()).flatten(1)
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        w1, w2 = self.w1.float(), self.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
+        h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
+        return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
+
+    def energy(self, W0: Weight) -> float:
+        return energy(self.w1.float()) * energy(self.w2.float().flatten(1))
+
+    @property
+    def numbers(self) -> int:
+        return self.w1.numel() + self.w2.numel()
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(self.matrix()).moved(rows, columns)
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Dense:
+        """A matrix: it acts on the layer's inputs in groups."""
+        return Dense(self.matrix())
+
+
+class OnRows(Part):
+    """A change that makes rows over the outputs of W0's rows; ``bias`` is the layer's own, which it leaves alone."""
+
+    bias: Tensor | None  # out
+
+    @abstractmethod
+    def on_rows(self, rows: Tensor) -> Tensor:
+        """What it makes of rows over the outputs (out n): of W0 itself, of W0·x, of the bias."""
+
+    def dense(self, W0: Weight) -> Tensor:
+        return self.on_rows(W0().float().flatten(1))
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.on_rows(W0().float().flatten(1) @ x)
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Part:
+        """A matrix in a transposed convolution: W0's rows are its inputs there."""
+        return Dense(self.dense(W0)) if conv.transposed else self
+
 
 @dataclass(frozen=True, eq=False)
-class Gain:
-    """ΔW = diag(gain)·W0 (the W0 half of DoRA); ``bias`` is the layer's own, which it leaves alone."""
+class Gain(OnRows):
+    """ΔW = diag(gain)·W0 (the W0 half of DoRA)."""
 
     gain: Tensor  # out
     bias: Tensor | None  # out
 
+    def on_rows(self, rows: Tensor) -> Tensor:
+        return self.gain.float()[:, None] * rows
+
+    def energy(self, W0: Weight) -> float:
+        return energy(self.on_rows(W0().float().flatten(1).norm(dim=1, keepdim=True)))
+
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
-    """ΔW = diag(blocks)·W0 with blocks R − I (OFT); ``bias`` is the layer's own, which it leaves alone."""
+class Rotation(OnRows):
+    """ΔW = diag(blocks)·W0 with blocks R − I (OFT)."""
 
     blocks: Tensor  # k n n, k·n = out: new row m of a block is Σ_n blocks[m, n]·row n
     bias: Tensor | None  # out
 
+    def on_rows(self, rows: Tensor) -> Tensor:
+        k, n, _ = self.blocks.shape
+        return (self.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
+
+    @property
+    def numbers(self) -> int:
+        return self.blocks.numel()
+
 
 @dataclass(frozen=True, eq=False)
-class Bias:
-    """A change of the layer's bias."""
+class Bias(Part):
+    """A change of the layer's bias, a column where it is compared."""
 
     bias: Tensor  # out
 
+    def dense(self, W0: Weight) -> Tensor:
+        raise TypeError("Bias is no change of a weight")
 
-Part: TypeAlias = LowRank | Dense | Kron | Gain | Rotation | Bias
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        raise TypeError("Bias is no change of a weight")
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return self.bias[:, None], torch.ones(1, 1)
+
+
+Parts: TypeAlias = "tuple[tuple[Part, float], ...]"  # parts and what each is multiplied by
+
+
+def energy(matrix: Tensor) -> float:
+    """‖matrix‖², rows in their own precision, their sum in fp64."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,9 +510,8 @@ def _count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     total = rows * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (rows + inputs)
     if len(pairs) == len(terms):
         return total
-    total += sum(p.w1.numel() + p.w2.numel() for p, _ in found[Kron])
-    total += sum(p.blocks.numel() for p, _ in found[Rotation])
-    has_bias = any(isinstance(t.part, Bias) or getattr(t.part, "bias", None) is not None for t in terms)
+    total += sum(t.part.numbers for t in terms)
+    has_bias = any(getattr(t.part, "bias", None) is not None for t in terms)
     return total + spec.outputs * (bool(found[Gain]) + has_bias)
 
 
@@ -364,41 +527,6 @@ def _is_pointwise(spec: LayerSpec) -> bool:
 
 def _rank(pairs: list[tuple[LowRank, float]]) -> int:
     return sum(p.down.shape[0] for p, _ in pairs)
-
-
-def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
-    """ΔW of a part (out in·k·k, fp32); ``W0`` gives the weight (out in [k k]) where the part is a function of it."""
-    if isinstance(part, LowRank):
-        return part.up.float() @ part.down.float()
-    if isinstance(part, Dense):
-        return part.weight.float()
-    if isinstance(part, Kron):
-        w1 = part.w1.float().reshape(*part.w1.shape, *(1 for _ in part.w2.shape[2:]))
-        return torch.kron(w1, part.w2.float()).flatten(1)
-    return _on_rows(part, W0().float().flatten(1))
-
-
-def times(part: Part, W0: Callable[[], Tensor], x: Tensor) -> Tensor:
-    """ΔW·x of a part (x in·k·k n -> out n, fp32) without making ΔW; ``W0`` as in ``dense``."""
-    if isinstance(part, LowRank):
-        return part.up.float() @ (part.down.float() @ x)
-    if isinstance(part, Dense):
-        return part.weight.float() @ x
-    if isinstance(part, Kron):
-        w1, w2 = part.w1.float(), part.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
-        h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
-        return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
-    return _on_rows(part, W0().float().flatten(1) @ x)
-
-
-def _on_rows(part: Part, rows: Tensor) -> Tensor:
-    """What a function of W0 makes of rows over the outputs (out n): of W0 itself, of W0·x, of the bias."""
-    if isinstance(part, Gain):
-        return part.gain.float()[:, None] * rows
-    if isinstance(part, Rotation):
-        k, n, _ = part.blocks.shape
-        return (part.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
-    raise TypeError(f"{type(part).__name__} is no change of a weight")
 
 
 def _by_kind(terms: Sequence[Term]) -> Mapping[type, list]:
@@ -435,7 +563,7 @@ def _bias(found: Mapping[type, list]) -> Tensor | None:
     """What is added to every position: changes of the bias, less what gains and rotations of y = W0·x + b make of b."""
     terms = [s * p.bias.float() for p, s in found[Bias]]
     of_weight = (*found[Gain], *found[Rotation])
-    terms += [-s * _on_rows(p, p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
+    terms += [-s * p.on_rows(p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
     return sum(terms) if terms else None
 
 

@@ -17,10 +17,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .adapters import LoraLayer
-from .changes import Bias, Dense, Gain, Kron, LowRank, Part, dense, times
+from .changes import LowRank, Part, energy
 from .errors import GuardError
 from .files import LoraFile
+from .formats import LoraLayer
 from .grams import (
     ZERO_ENERGY,
     Factor,
@@ -35,8 +35,8 @@ from .grams import (
     trace,
 )
 from .layers import LayerSpec
-from .matching import Match, Target
-from .resolve import resolve
+from .matching import Match
+from .target import Place, Target
 
 
 class Whole:
@@ -53,14 +53,14 @@ class Whole:
     def dense(self) -> Tensor:
         """dW (out in, fp32)."""
         (part, scale), *others = self.parts
-        matrix = dense(part, self.W0) if scale == 1 else scale * dense(part, self.W0)
+        matrix = part.dense(self.W0) if scale == 1 else scale * part.dense(self.W0)
         for part, scale in others:
-            matrix = torch.add(matrix, dense(part, self.W0), alpha=scale)
+            matrix = torch.add(matrix, part.dense(self.W0), alpha=scale)
         return matrix
 
     def times(self, x: Tensor) -> Tensor:
         """dW·x (in n -> out n)."""
-        return sum(scale * times(part, self.W0, x.float()) for part, scale in self.parts)
+        return sum(scale * part.times(self.W0, x.float()) for part, scale in self.parts)
 
     @cached_property
     def energy(self) -> float:
@@ -69,29 +69,22 @@ class Whole:
         others = [(part, scale) for part, scale in self.parts if not isinstance(part, LowRank)]
         if len(others) == 1 and len(thin) <= 1:
             ((part, scale),) = others
-            values = [scale**2 * self._energy(part)]
+            values = [scale**2 * part.energy(self.W0)]
             for pair, size in thin:
                 values.append(Factor(pair.up, pair.down, size).energy)
-                values.append(2 * size * scale * _dot(times(part, self.W0, pair.down.float().T), pair.up.float()))
+                values.append(2 * size * scale * _dot(part.times(self.W0, pair.down.float().T), pair.up.float()))
             if math.fsum(values) > 1e-3 * math.fsum(map(abs, values)):
                 return math.fsum(values)
-        return _energy(self.dense())
+        return energy(self.dense())
 
     @cached_property
     def magnitude(self) -> float:
         """Σ over the parts of what each would be if none cancelled another, of pairs Σᵢ |uᵢ||dᵢ| (Factor.magnitude)."""
         sizes = []
         for part, scale in self.parts:
-            thin = _thin(part)
-            sizes.append(Factor(*thin, scale).magnitude if thin else abs(scale) * math.sqrt(self._energy(part)))
+            thin = part.thin
+            sizes.append(Factor(*thin, scale).magnitude if thin else abs(scale) * math.sqrt(part.energy(self.W0)))
         return math.fsum(sizes)
-
-    def _energy(self, part: Part) -> float:
-        if isinstance(part, Kron):
-            return _energy(part.w1.float()) * _energy(part.w2.float().flatten(1))
-        if isinstance(part, Gain):
-            return _energy(part.gain.float()[:, None] * self.W0().float().flatten(1).norm(dim=1, keepdim=True))
-        return _energy(dense(part, self.W0))
 
 
 Change: TypeAlias = "Factor | Whole"
@@ -100,8 +93,9 @@ Changes: TypeAlias = "Mapping[str, Change]"  # weight key -> what one LoRA does 
 
 def factor(layer: LoraLayer, target: Target, shape: tuple[int, ...]) -> Factor:
     """A file's layer as factors of the whole weight of `shape`: kernel flattened, a slice embedded in zeros; fp32."""
-    ((part, scale),) = resolve(layer, target, LayerSpec("", tuple(shape)), _unasked)
-    return Factor(part.up.float(), part.down.float(), scale)
+    place = Place(target, LayerSpec("", tuple(shape)), _unasked)
+    part = place.weight(layer.additive(place.shape))
+    return Factor(part.up.float(), part.down.float(), layer.scale)
 
 
 def factors(lora: LoraFile, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:
@@ -114,22 +108,11 @@ def factors(lora: LoraFile, match: Match, shapes: Mapping[str, tuple[int, ...]])
 
 def change(parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]) -> Change:
     """Σ scale·part of one weight, or of one bias, as a change to compare; ``W0`` as in changes.dense."""
-    pairs = [(_thin(part), scale) for part, scale in parts]
+    pairs = [(part.thin, scale) for part, scale in parts]
     if any(pair is None for pair, _ in pairs):
         return Whole(parts, W0)
     thin = [(Factor(*pair, scale), 1.0) for pair, scale in pairs]
     return thin[0][0] if len(thin) == 1 else join(thin)
-
-
-def _thin(part: Part) -> tuple[Tensor, Tensor] | None:
-    """A part as up (out r) and down (r in); vectors are columns. None where it is no thin product."""
-    if isinstance(part, LowRank):
-        return part.up, part.down
-    if isinstance(part, Bias):
-        return part.bias[:, None], torch.ones(1, 1)
-    if isinstance(part, Dense) and part.weight.shape[1] == 1:
-        return part.weight, torch.ones(1, 1)
-    return None
 
 
 def _unasked(key: str) -> Tensor:
@@ -309,7 +292,3 @@ def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> float:
     """Σ a ⊙ b: rows in their own precision, their sum in fp64."""
     return float((a * b.to(a)).sum(1).sum(dtype=torch.float64))
-
-
-def _energy(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())

@@ -21,14 +21,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, LoraLayer
 from .errors import LoraFileError, plain, shown
-from .formats import DAMAGED, Entry, check_layers, make_layers
+from .formats import DAMAGED, Adapter, LoraLayer, check_layers, make_layers
 from .kinds import refuse_contents, refuse_ending
 from .names import Names, refuse_other_files, sort_names
 from .options import Scale
@@ -58,6 +57,15 @@ _INTEGERS = {
 ALPHA_DTYPES = {name: getattr(torch, kind) for name, kind in _INTEGERS.items()}  # some tools save these as well
 _TYPES = DTYPES | ALPHA_DTYPES | {"BOOL": torch.bool}
 _NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}  # from here on, the sign bit aside
+
+
+class Entry(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the first tensor's
+    end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +143,7 @@ class _Raw:
 
 
 def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = "refuse") -> LoraFile:
-    """Read and check a LoRA file: safetensors, any of the formats in formats.py.
+    """Read and check a LoRA file: safetensors, any of the formats in formats/.
 
     The file is read once and closed; the hash, the header and the tensors all come from those bytes, and a file that
     another program writes meanwhile is read again or refused. Tensors are on the CPU in the file's dtype (fp32, fp16,
@@ -182,7 +190,7 @@ def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
         if expected is not None and sha256.result() != expected:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
-        layers = make_layers(raw.names, *_make_tensors(raw, name), name)
+        layers = make_layers(raw.names.layers, raw.names.wide, *_make_tensors(raw, name), name)
     stated = stated_scales(raw.metadata, layers, raw.names.layers)
     return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, raw.names.left_out, stated)
 
@@ -294,7 +302,7 @@ def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes]
     _check_offsets(entries, size - 8 - length, name)
     names = sort_names(entries, name)
     _check_read(names.layers, entries, name)
-    check_layers(names.layers, entries, name)
+    check_layers(names.layers, {tensor: entry.shape for tensor, entry in entries.items()}, name)
     seen(prefix + header)
     data = _room(size - 8 - length)
     read = 0

@@ -12,9 +12,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ..modular_lora.adapters import Adapter, LoraLayer
 from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.files import LoraFile, describe_base, read_lora
+from ..modular_lora.formats import Adapter, LoraLayer
 from ..modular_lora.guard import BASE_KEY, ROLE_KEY
 from ..modular_lora.names import is_text
 from .output import kohya_hashes

@@ -25,8 +25,9 @@ from ..modular_lora.comparing import Factor, factors, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer
 from ..modular_lora.guard import ModelInfo
-from ..modular_lora.matching import Target, match_layers
+from ..modular_lora.matching import match_layers
 from ..modular_lora.names import sort_names
+from ..modular_lora.target import Target
 
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does
