@@ -213,15 +213,15 @@ class Rotation(OnRows):
 
 @dataclass(frozen=True, eq=False)
 class Bias(Part):
-    """A change of the layer's bias, a column where it is compared."""
+    """A change of the layer's bias, which is compared as a column."""
 
     bias: Tensor  # out
 
     def dense(self, W0: Weight) -> Tensor:
-        raise TypeError("Bias is no change of a weight")
+        return self.bias.float()[:, None]
 
     def times(self, W0: Weight, x: Tensor) -> Tensor:
-        raise TypeError("Bias is no change of a weight")
+        return self.dense(W0) @ x
 
     @property
     def thin(self) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,22 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Stored:
+    """The bytes of a file whose header passed, and what the header says."""
+
+    data: Tensor  # bytes
+    entries: dict[str, Entry]
+    names: Names
+    metadata: dict[str, str]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file, whether it is used or not, as a view of the bytes where it lies on a whole number."""
+        dtype, shape, start, end = self.entries[name]
+        row = self.data[start:end]
+        return (row if start % _TYPES[dtype].itemsize == 0 else row.clone()).view(_TYPES[dtype]).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
 class LoraFile:
     """A LoRA file that passed every check of `read_lora`."""
 
@@ -82,6 +98,7 @@ class LoraFile:
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
     places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+    stored: Stored | None = None  # what was read, None for what comes from no file
 
     @property
     def pending(self) -> bool:
@@ -93,6 +110,25 @@ class LoraFile:
         """What is worth a line on the node: what is left out, a scale that the metadata gives otherwise."""
         said = remark(self.stated, self.layers, self.scale)
         return (*self.remarks, said) if said else self.remarks
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the file under their own names, those that are left out too, in the file's dtypes.
+
+        They share the bytes that were read and hashed. Raises LoraFileError for a dtype that is not known.
+        """
+        if self.stored is None:
+            return {}
+        for name, entry in self.stored.entries.items():
+            if entry.dtype not in _TYPES:
+                what = f"{self.name}: tensor {shown(name)}: dtype {shown(entry.dtype)} is not known"
+                raise LoraFileError(f"{what}: save the file without it")
+        return {name: self.stored.tensor(name) for name in self.stored.entries}
+
+    @property
+    def roles(self) -> Mapping[str, Mapping[str, str]]:
+        """Layer -> role -> name of the tensor."""
+        return {} if self.stored is None else self.stored.names.layers
 
     @property
     def acts_as(self) -> str:
@@ -130,16 +166,6 @@ class LoraFile:
     def zero_layers(self) -> tuple[str, ...]:
         """Names of the layers that change nothing."""
         return tuple(name for name, layer in self.layers.items() if layer.is_zero)
-
-
-@dataclass(frozen=True, eq=False)
-class _Raw:
-    """The bytes of a file whose header passed, and what the header says."""
-
-    data: Tensor  # bytes
-    entries: dict[str, Entry]
-    names: Names
-    metadata: dict[str, str]
 
 
 def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = "refuse") -> LoraFile:
@@ -192,7 +218,8 @@ def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
             raise LoraFileError(f"{name}: {what}: use the file that was released")
         layers = make_layers(raw.names.layers, raw.names.wide, *_make_tensors(raw, name), name)
     stated = stated_scales(raw.metadata, layers, raw.names.layers)
-    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, raw.names.left_out, stated)
+    notes, unread = raw.names.notes, raw.names.left_out
+    return LoraFile(path, name, sha256.result(), raw.metadata, layers, notes, unread, stated, stored=raw)
 
 
 State = tuple[int, int, int, int]  # size, time of the last change of contents and of the entry (ns), inode
@@ -281,7 +308,7 @@ def _check_path(path: Path, name: str) -> None:
         raise LoraFileError(f"{name}: no such file: check the name and the loras folder")
 
 
-def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes], object]) -> _Raw:
+def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes], object]) -> Stored:
     """All bytes of a file and its checked header; nothing beyond the header is read before it passes.
 
     ``seen`` gets the bytes piece by piece, in their order.
@@ -312,7 +339,7 @@ def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes]
         seen(piece)
     if len(header) != length or read != len(data) or file.read(1):
         raise LoraFileError(f"{name}: changed from {size} bytes while it was read: load it again")
-    return _Raw(data, entries, names, metadata)
+    return Stored(data, entries, names, metadata)
 
 
 def _room(size: int) -> Tensor:
@@ -428,7 +455,7 @@ def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
         raise LoraFileError(f"{name}: {size - place} bytes after the last tensor: {DAMAGED}")
 
 
-def _make_tensors(raw: _Raw, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _make_tensors(raw: Stored, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors of layers as views of a file's bytes and alphas as numbers; LoraFileError where a value is not finite.
 
     Tensors of one dtype that lie in a row are looked at together, as one tensor.
