@@ -79,7 +79,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
     """What every layer computes beside its weight; parts of strength 0 are left out."""
-    specs, found = info.places, {}
+    specs, found = info.places, dict[str, tuple[LayerSpec, list[Term]]]()
     for a in applied:
         for key, parts in a.parts.items():
             owner = a.lora.sha256 if a.role == "safety" else ""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Whole:
 
     def times(self, x: Tensor) -> Tensor:
         """dW·x (in n -> out n)."""
-        return sum(scale * part.times(self.W0, x.float()) for part, scale in self.parts)
+        return _total(scale * part.times(self.W0, x.float()) for part, scale in self.parts)
 
     @cached_property
     def energy(self) -> float:
@@ -94,7 +94,7 @@ Changes: TypeAlias = "Mapping[str, Change]"  # weight key -> what one LoRA does 
 def factor(layer: LoraLayer, target: Target, shape: tuple[int, ...]) -> Factor:
     """A file's layer as factors of the whole weight of `shape`: kernel flattened, a slice embedded in zeros; fp32."""
     place = Place(target, LayerSpec("", tuple(shape)), _unasked)
-    part = place.weight(layer.additive(place.shape))
+    part = cast(LowRank, place.weight(layer.additive(place.shape)))
     return Factor(part.up.float(), part.down.float(), layer.scale)
 
 
@@ -102,16 +102,15 @@ def factors(lora: LoraFile, match: Match, shapes: Mapping[str, tuple[int, ...]])
     """All matched layers of a LoRA file by weight key; slices of one weight are joined into one factor."""
     found: dict[str, list[tuple[Factor, float]]] = {}
     for name, target in match.targets.items():
-        found.setdefault(target.key, []).append((factor(lora.layers[name], target, shapes[target.key]), 1.0))
+        found.setdefault(target.key, []).append((factor(lora.plain[name], target, shapes[target.key]), 1.0))
     return {key: terms[0][0] if len(terms) == 1 else join(terms) for key, terms in found.items()}
 
 
 def change(parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]) -> Change:
     """Σ scale·part of one weight, or of one bias, as a change to compare; ``W0`` as in changes.dense."""
-    pairs = [(part.thin, scale) for part, scale in parts]
-    if any(pair is None for pair, _ in pairs):
+    thin = [(Factor(*pair, scale), 1.0) for part, scale in parts if (pair := part.thin)]
+    if len(thin) < len(parts):
         return Whole(parts, W0)
-    thin = [(Factor(*pair, scale), 1.0) for pair, scale in pairs]
     return thin[0][0] if len(thin) == 1 else join(thin)
 
 
@@ -136,28 +135,29 @@ def norm(a: Change) -> float:
     return math.sqrt(a.energy)
 
 
-class Pair(NamedTuple):
-    """Inner products of one weight's safety (s) and task (t) change; t is 0 where no task LoRA changes it."""
+@dataclass(frozen=True)
+class LayerPair:
+    """One weight's change by the safety LoRA (dW_s) and by task LoRAs (dW_t, 0 where none of them changes it)."""
 
     layer: str
-    ss: float
-    tt: float
-    st: float
-    inside: float  # ‖P_U dW_t P_D‖²
+    safety_energy: float  # ‖dW_s‖²
+    task_energy: float  # ‖dW_t‖²
+    inner: float  # <dW_s, dW_t>
+    projected_energy: float  # ‖P_U dW_t P_D‖²: what lies in the column and row spaces of dW_s
     row_overlap: float
-    span: float  # of the safety LoRA's change
+    span: float  # of dW_s
 
     @property
     def cosine(self) -> float:
-        return max(-1.0, min(1.0, self.st / math.sqrt(self.ss * self.tt)))
+        return max(-1.0, min(1.0, self.inner / math.sqrt(self.safety_energy * self.task_energy)))
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """One task LoRA's changes of L weights, at strength 1, as the safety LoRA's changes see them."""
 
-    tt: Tensor  # L
-    st: Tensor  # L
+    energy: Tensor  # ‖dW_t‖², L
+    inner: Tensor  # <dW_s, dW_t>, L
     within: Tensor | None  # L r_s r_s: P_U dW_t P_D in orthonormal bases of the two spaces; None: dW_t is all inside
     rows: tuple[Tensor, Tensor]  # L each: energy of its rows inside the row space of D_s, and in all
 
@@ -171,38 +171,45 @@ class Compared:
     seen: Mapping[int, Seen]  # by the number of the other
     crosses: Mapping[tuple[int, int], Tensor]  # L: <dW_i, dW_j> of every two others
 
-    def pairs(self, strengths: Sequence[float]) -> list[Pair]:
+    def pairs(self, strengths: Sequence[float]) -> list[LayerPair]:
         """Against Σ strength·dW_t, weight by weight."""
         seen = {index: one for index, one in self.seen.items() if strengths[index]}
         if not seen:
-            return self._pairs(*([0.0] * len(self.layers) for _ in range(4)))
-        alone = sum(strengths[index] ** 2 * one.tt for index, one in seen.items())
+            nothing = torch.zeros(len(self.layers))
+            return self._pairs(nothing, nothing, nothing, nothing)
+        alone = _total(strengths[index] ** 2 * one.energy for index, one in seen.items())
         pairs = [(i, j) for i, j in self.crosses if i in seen and j in seen]
-        tt = alone + 2 * sum(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
-        some = (tt > ZERO_ENERGY * alone) & (tt != 0)
-        st = sum(strengths[index] * one.st for index, one in seen.items())
-        inside = tt
-        if next(iter(seen.values())).within is not None:
-            within = sum(strengths[index] * one.within for index, one in seen.items())
-            inside = torch.minimum(tt, within.square().sum((1, 2)))
-        figures = (tt, st, inside, _overlap(seen.values()))
-        return self._pairs(*(torch.where(some, figure, 0.0).tolist() for figure in figures))
+        energy = alone + 2 * _total(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
+        some = (energy > ZERO_ENERGY * alone) & (energy != 0)
+        inner = _total(strengths[index] * one.inner for index, one in seen.items())
+        projected = energy
+        parts = [strengths[index] * one.within for index, one in seen.items() if one.within is not None]
+        if parts:
+            projected = torch.minimum(energy, _total(parts).square().sum((1, 2)))
+        figures = (energy, inner, projected, _overlap(seen.values()))
+        return self._pairs(*(torch.where(some, figure, 0.0) for figure in figures))
 
-    def alone(self, index: int) -> list[Pair]:
+    def alone(self, index: int) -> list[LayerPair]:
         """Against one LoRA at strength 1, the weights that it changes."""
         if (one := self.seen.get(index)) is None:
             return []
-        figures = (one.tt, one.st, torch.zeros_like(one.tt), _overlap([one]))
-        return [pair for pair in self._pairs(*(figure.tolist() for figure in figures)) if pair.tt]
+        pairs = self._pairs(one.energy, one.inner, torch.zeros_like(one.energy), _overlap([one]))
+        return [pair for pair in pairs if pair.task_energy]
 
-    def _pairs(self, *figures: list[float]) -> list[Pair]:
-        spans, energies = [a.span for a in self.changes], [a.energy for a in self.changes]
-        return list(map(Pair, self.layers, energies, *figures, spans))
+    def _pairs(self, energy: Tensor, inner: Tensor, projected: Tensor, overlap: Tensor) -> list[LayerPair]:
+        """By the task LoRAs' figures of every weight (L each)."""
+        figures = zip(
+            self.layers, self.changes, *(t.tolist() for t in (energy, inner, projected, overlap)), strict=True
+        )
+        return [
+            LayerPair(layer, a.energy, task, product, inside, rows, a.span)
+            for layer, a, task, product, inside, rows in figures
+        ]
 
 
 def _overlap(seen: Iterable[Seen]) -> Tensor:
     """Energy of the rows inside over that of all rows (L)."""
-    inside, whole = (sum(energies) for energies in zip(*(one.rows for one in seen), strict=True))
+    inside, whole = (_total(energies) for energies in zip(*(one.rows for one in seen), strict=True))
     return (inside / whole.clamp(min=1e-300)).clamp(max=1.0)
 
 
@@ -287,6 +294,10 @@ def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
 def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
     """dW_b·x (in r -> out r), by its dense matrix where there is one."""
     return b.times(x) if matrix is None else matrix @ x.to(matrix)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return sum(terms, torch.zeros((), dtype=torch.float32))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,11 +157,13 @@ class LoraFile:
     @cached_property
     def plain(self) -> dict[str, LoraLayer]:
         """The layers where all of them are LoRA or LoCon; else LoraFileError with the first that is not."""
+        found: dict[str, LoraLayer] = {}
         for name, layer in self.layers.items():
             if not isinstance(layer, LoraLayer):
                 what = f"{self.name}: layer {shown(name)} is {layer.kind}"
                 raise LoraFileError(f"{what}: this takes LoRA and LoCon files only, use one of these")
-        return dict(self.layers)
+            found[name] = layer
+        return found
 
     @cached_property
     def zero_layers(self) -> tuple[str, ...]:
@@ -197,9 +200,10 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
             except LoraFileError as error:  # of what another program has written in part, it may not be true
                 raised = error
             if _is_still(path, before, lora.sha256 if lora else None):
-                if raised:
+                if lora is not None:
+                    return lora
+                if raised is not None:
                     raise raised
-                return lora
         except OSError as error:
             what = f"cannot be read ({error.strerror})"
             raise LoraFileError(f"{name}: {what}: check the file and its permissions") from error
@@ -308,7 +312,7 @@ def _check_path(path: Path, name: str) -> None:
         raise LoraFileError(f"{name}: no such file: check the name and the loras folder")
 
 
-def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes], object]) -> Stored:
+def _read_checked(file: BufferedReader, name: str, seen: Callable[[memoryview | bytes], object]) -> Stored:
     """All bytes of a file and its checked header; nothing beyond the header is read before it passes.
 
     ``seen`` gets the bytes piece by piece, in their order.
@@ -332,9 +336,10 @@ def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes]
     check_layers(names.layers, {tensor: entry.shape for tensor, entry in entries.items()}, name)
     seen(prefix + header)
     data = _room(size - 8 - length)
+    memory: memoryview = data.numpy().data
     read = 0
     for start in range(0, len(data), PIECE):
-        piece = memoryview(data.numpy())[start : start + PIECE]
+        piece = memory[start : start + PIECE]
         read += file.readinto(piece)
         seen(piece)
     if len(header) != length or read != len(data) or file.read(1):
@@ -373,7 +378,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"names {shown(next(key for key, _ in pairs if key in seen or seen.add(key)))} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"names {shown(key)} twice")
+            seen.add(key)
     return result
 
 
@@ -400,7 +408,7 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
     return dict(sorted(entries, key=lambda item: (item[1].start, item[1].end))), metadata
 
 
-def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
+def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         complete = len(entry) == 3

@@ -207,8 +207,9 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
 
 def _control_place(tensor: str) -> tuple[str, str, None] | None:
     """The same in a Flux control LoRA: names without a prefix, biases beside the factors, norms to be replaced."""
-    found = _CONTROL.fullmatch(tensor)
-    role = _CONTROL_ROLES.get((found["half"], found["what"])) if found else None
+    if (found := _CONTROL.fullmatch(tensor)) is None:
+        return None
+    role = _CONTROL_ROLES.get((found["half"], found["what"]))
     return (f"diffusion_model.{found['layer']}", role, None) if role else None
 
 

@@ -70,16 +70,13 @@ def inspect(path: str | Path) -> Inspection:
     lora = read_lora(Path(path))
     found = lora.metadata
     computed = kohya_hashes(lora.tensors, found)
+    weights = [tensor for name, tensor in lora.tensors.items() if not name.endswith(".alpha")]
     halves = [("U-Net", False), ("text encoder", True)]
     layers = {part: [layer for name, layer in lora.layers.items() if is_text(name) is text] for part, text in halves}
     return Inspection(
         name=lora.name,
         sha256=lora.sha256,
-        dtypes=tuple(
-            sorted(
-                {str(t.dtype).removeprefix("torch.") for name, t in lora.tensors.items() if not name.endswith(".alpha")}
-            )
-        ),
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in weights})),
         role=found.get(ROLE_KEY, ""),
         base=describe_base(found) or "",
         base_sha256=found.get(BASE_KEY, ""),
