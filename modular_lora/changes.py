@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -335,13 +335,15 @@ class Fused:
             if dense is not None or found.keys() - {Dense, LowRank}:
                 self.others[owner] = _Others(spec, own, dense, place)
         if pair is None and pairs:
-            pair = tuple(place(factors[0]) for factors in _stacked(spec, [pairs]))
-        self.down, self.up = pair if pair is not None else (None, None)  # R in [k k], out R [1 1]
+            down, up = _stacked(spec, [pairs])
+            pair = place(down[0]), place(up[0])
+        self.down: Any = None if pair is None else pair[0]  # R in [k k]; both None where there is no pair
+        self.up: Any = None if pair is None else pair[1]  # out R [1 1]
         self._divide()
 
     def _divide(self) -> None:
         """Where the safety LoRAs' ranks end and the task LoRAs' begin, and both halves of the up matrix."""
-        self.pointwise = self.spec.conv is not None and _is_pointwise(self.spec)
+        self.pointwise = _is_pointwise(self.spec)
         self.split = max((ranks.stop for owner, ranks in self.ranks.items() if owner != TASKS), default=0)
         self.has_tasks = TASKS in self.ranks
         self.nbytes = sum(t.nbytes for t in self.tensors)
@@ -365,12 +367,12 @@ class Fused:
         s = t = None
         if self.others:  # before y changes: gains and rotations read W0·x + b
             s, t = self._sum_of_others(y, x, "safety"), self._sum_of_others(y, x, "task")
-        if self.has_tasks:
+        if self.has_tasks and h is not None:
             pair = self._expanded(h, slice(self.split, None), y)
             t = pair if t is None else pair + t
         if s is not None:
             y = y + s
-        if self.split:
+        if self.split and h is not None:
             y = self._add_expanded(y, h, slice(self.split))
         if t is None:
             return y
@@ -407,11 +409,10 @@ class Fused:
 
     def share(self, owner: Owner, y0: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
         """What one owner adds to y0, in a tensor of y0's shape."""
-        total = self._expanded(h, self.ranks[owner], y0) if owner in self.ranks else None
-        if owner in self.others:
-            rest = self.others[owner](y0, x)
-            total = rest if total is None else total + rest
-        return total.expand_as(y0)
+        if owner not in self.ranks or h is None:
+            return self.others[owner](y0, x).expand_as(y0)
+        total = self._expanded(h, self.ranks[owner], y0)
+        return (total + self.others[owner](y0, x) if owner in self.others else total).expand_as(y0)
 
     @property
     def owners(self) -> tuple[Owner, ...]:
@@ -463,9 +464,9 @@ Layers: TypeAlias = "Sequence[tuple[LayerSpec, Sequence[Term]]]"
 def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused]:
     """``Fused`` of many layers; pairs of the same shapes are made together."""
     layers = [(spec, [term for own in by_owner(terms).values() for term in own]) for spec, terms in layers]
-    pairs = {}
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
     for places in _alike(layers):
-        alike = [[(t.part, t.scale) for t in layers[place][1]] for place in places]
+        alike = [_pairs(layers[place][1]) for place in places]
         made = (factors.to(device, dtype).unbind() for factors in _stacked(layers[places[0]][0], alike))
         pairs |= zip(places, zip(*made, strict=True), strict=True)
     return [Fused(spec, terms, dtype, device, pairs.get(place)) for place, (spec, terms) in enumerate(layers)]
@@ -475,15 +476,20 @@ def _alike(layers: Layers) -> Iterator[list[int]]:
     """The numbers of layers that have pairs and nothing else, of the same shapes and dtypes, none of them dense."""
     found = defaultdict(list)
     for place, (spec, terms) in enumerate(layers):
-        if spec.narrow is None and all(isinstance(t.part, LowRank) for t in terms):
-            kinds = tuple((t.role, t.owner, t.part.down.shape[0], t.part.down.dtype, t.part.up.dtype) for t in terms)
+        pairs = _pairs(terms)
+        if spec.narrow is None and len(pairs) == len(terms):
+            factors = [(p.down.shape[0], p.down.dtype, p.up.dtype) for p, _ in pairs]
+            kinds = tuple((t.role, t.owner, *own) for t, own in zip(terms, factors, strict=True))
             found[spec.weight_shape, spec.conv, kinds].append(place)
     for (shape, _, kinds), places in found.items():
         spec, terms = layers[places[0]]
         size = max(1, TOGETHER // (sum(rank for _, _, rank, *_ in kinds) * max(shape[0], spec.inputs)))
-        own = ([(t.part, t.scale) for t in some] for some in by_owner(terms).values())
-        if not any(_is_dense(spec, [], pairs) for pairs in own):
+        if not any(_is_dense(spec, [], _pairs(own)) for own in by_owner(terms).values()):
             yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _pairs(terms: Sequence[Term]) -> list[tuple[LowRank, float]]:
+    return [(t.part, t.scale) for t in terms if isinstance(t.part, LowRank)]
 
 
 def _stacked(spec: LayerSpec, layers: Sequence[Sequence[tuple[LowRank, float]]]) -> tuple[Tensor, Tensor]:
@@ -522,7 +528,8 @@ def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
 
 
 def _is_pointwise(spec: LayerSpec) -> bool:
-    return set(spec.weight_shape[2:]) | set(spec.conv.stride) == {1} and not any(spec.conv.padding)
+    conv = spec.conv
+    return conv is not None and set(spec.weight_shape[2:]) | set(conv.stride) == {1} and not any(conv.padding)
 
 
 def _rank(pairs: list[tuple[LowRank, float]]) -> int:
@@ -538,8 +545,8 @@ def _by_kind(terms: Sequence[Term]) -> Mapping[type, list]:
 
 
 def _sum(spec: LayerSpec, whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
-    total = sum(s * _wide(spec, p.weight) for p, s in whole)
-    return total + sum(s * p.up.float() @ _wide(spec, p.down) for p, s in pairs)  # out in·k·k
+    total = sum((s * _wide(spec, p.weight) for p, s in whole), torch.zeros(()))
+    return total + sum((s * p.up.float() @ _wide(spec, p.down) for p, s in pairs), torch.zeros(()))  # out in·k·k
 
 
 def _wide(spec: LayerSpec, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -219,19 +219,19 @@ def compare(safety: Changes, others: Sequence[Changes]) -> list[Compared]:
     Raises GuardError where a change of the safety LoRA does nothing.
     """
     measure(safety.values())
-    alike: dict[tuple, list[tuple[str, Change, dict[int, Change]]]] = {}
+    alike: dict[str | tuple[int, ...], list[tuple[str, Change, dict[int, Change]]]] = {}
     for layer, a in safety.items():
         if a.energy == 0:
             raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
-        thin = all(isinstance(item, Factor) for item in (a, *changes.values()))
-        ranks = tuple((index, item.down.shape[0]) for index, item in changes.items()) if thin else layer
-        alike.setdefault((a.down.shape[0], ranks) if thin else (layer,), []).append((layer, a, changes))
-    return [_of_factors(group) if len(kind) > 1 else _of_wholes(*group[0]) for kind, group in alike.items()]
+        ranks = [item.down.shape[0] for item in (a, *changes.values()) if isinstance(item, Factor)]
+        kind = (*ranks, *changes) if len(ranks) == 1 + len(changes) else layer
+        alike.setdefault(kind, []).append((layer, a, changes))
+    return [_of_wholes(*group[0]) if isinstance(kind, str) else _of_factors(group) for kind, group in alike.items()]
 
 
-def _of_factors(group: Sequence[tuple[str, Factor, Mapping[int, Factor]]]) -> Compared:
-    """Weights whose changes are all thin, of the same ranks by the same LoRAs."""
+def _of_factors(group: Sequence[tuple[str, Any, Mapping[int, Any]]]) -> Compared:
+    """Weights whose changes are all factors, of the same ranks by the same LoRAs."""
     layers, own, changes = zip(*group, strict=True)
     numbers = tuple(changes[0])
     members = [own, *([found[number] for found in changes] for number in numbers)]
@@ -268,26 +268,26 @@ def _of_wholes(layer: str, a: Change, changes: Mapping[int, Change]) -> Compared
 
 def _seen(a: Change, own: Tensor | None, b: Change, matrix: Tensor | None) -> Seen:
     """One change by another; ``own`` and ``matrix`` where they are dense already."""
-    if isinstance(a, Factor) and isinstance(b, Factor):
-        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
-    tt = column([b.energy])
+    energy = column([b.energy])
     if not isinstance(a, Factor):  # it spans everything: all of dW_b is inside
-        return Seen(tt, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
+        return Seen(energy, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
+    if isinstance(b, Factor):
+        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
     up, down = ready(a)
     change = _times(b, matrix, down.T)  # out r
     M = product(up, change.T).double()  # r r
     rows = (change.double() @ a.roots[1]).square().sum()
-    return Seen(tt, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], tt))
+    return Seen(energy, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], energy))
 
 
 def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
     """<dW_a, dW_b>; ``A`` and ``B`` where they are dense already."""
-    if isinstance(a, Factor) and isinstance(b, Factor):
-        return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
-    if isinstance(b, Factor):
-        a, A, b, B = b, B, a, A
     if isinstance(a, Factor):
+        if isinstance(b, Factor):
+            return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
         return a.scale * _dot(_times(b, B, a.down.T), a.up)
+    if isinstance(b, Factor):
+        return _inner(b, B, a, A)
     return _dot(a.dense() if A is None else A, b.dense() if B is None else B)
 
 
@@ -297,7 +297,7 @@ def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
-    return sum(terms, torch.zeros((), dtype=torch.float32))
+    return sum(terms, torch.zeros(()))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

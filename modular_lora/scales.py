@@ -148,21 +148,21 @@ def _for_layer(components: Mapping[str, _Component], name: str) -> Iterator[tupl
 
 
 def _of_component(fields: _Component, name: str, prefix: str, base: Scaled) -> Stated | None:
-    values = {}
-    for what in ("alpha", "rank"):
-        try:
-            found = _by_pattern(fields.get(f"{what}_pattern"), name.removeprefix(PEFT).removeprefix(f"{prefix}."))
-        except ValueError as error:
-            return Stated(None, str(error))
-        values[what] = found or fields.get(what)
-    alpha, rank = values["alpha"], values["rank"] or _Field("the rank", base.rank)
+    own = name.removeprefix(PEFT).removeprefix(f"{prefix}.")
+    try:
+        alpha = _by_pattern(fields.get("alpha_pattern"), own) or fields["alpha"]
+        rank = _by_pattern(fields.get("rank_pattern"), own) or fields.get("rank") or _Field("the rank", base.rank)
+    except ValueError as error:
+        return Stated(None, str(error))
     root = "use_rslora" in fields and fields["use_rslora"].value in (True, "True", "true", "1")
     return _over(alpha, rank, root)
 
 
 def _by_pattern(patterns: _Field | None, layer: str) -> _Field | None:
     """What PEFT's alpha_pattern or rank_pattern says of a layer; ValueError for one that is no plain name."""
-    table = patterns.value if patterns else None
+    if patterns is None:
+        return None
+    table = patterns.value
     if isinstance(table, str):
         table = _json(table)
     for pattern, value in table.items() if isinstance(table, dict) else ():
@@ -201,21 +201,21 @@ def _of_kohya(kohya: Mapping[str, Any], base: Scaled) -> Stated | None:
 
 def _beside_alpha(kohya: Mapping[str, Any], name: str, base: Scaled) -> Stated | None:
     """Of a layer whose alpha stands in the file: None unless that is one of the two layouts that need the metadata."""
-    args, dim = kohya["args"], _number(kohya["dim"])
-    if not dim or dim <= 0 or not math.isfinite(base.alpha):
+    args, dim, alpha = kohya["args"], _number(kohya["dim"]), base.alpha
+    if not dim or dim <= 0 or alpha is None or not math.isfinite(alpha):
         return None
     if base.rank is None:
         # LyCORIS stores the rank as alpha of whole factors, so the scale is 1; who stores the alpha divides by the rank
         ranks = [n for n in (dim, _number(args.get("conv_dim"))) if n]
-        same = any(math.isclose(base.alpha, n, rel_tol=_CLOSE) for n in ranks)
+        same = any(math.isclose(alpha, n, rel_tol=_CLOSE) for n in ranks)
         said = _number(kohya["alpha"])
-        if same or said is None or not math.isclose(base.alpha, said, rel_tol=_CLOSE):
+        if same or said is None or not math.isclose(alpha, said, rel_tol=_CLOSE):
             return None
-        return Stated(base.alpha / dim, f"the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}")
+        return Stated(alpha / dim, f"the layer's alpha {alpha:g} over ss_network_dim {dim:g}")
     split = str(args.get("split_qkv")).lower() == "true" and _SPLIT.fullmatch(name)
     if isinstance(base, LoraLayer) and split and base.rank in (3 * dim, 4 * dim):
-        what = f"split_qkv: the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
-        return Stated(base.alpha / dim, what)
+        what = f"split_qkv: the layer's alpha {alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
+        return Stated(alpha / dim, what)
     return None
 
 
