@@ -10,7 +10,7 @@ from graphs import GraphError, guarded_graph, save_lora
 from modular_lora_guard.modular_lora import acted
 from modular_lora_guard.modular_lora.acted import EVERY, Meter
 from modular_lora_guard.modular_lora.branches import Attachment, Branches, FusedLayer
-from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term, dense
+from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.layers import layer_spec
 from PIL import Image
@@ -68,7 +68,7 @@ def shares(module, terms: list[Term], x) -> dict[tuple, torch.Tensor]:
         if isinstance(term.part, Bias):
             z = term.part.bias.double().reshape(-1, *(1 for _ in spec.weight_shape[2:])).expand_as(y0)
         else:
-            double.weight.data = dense(term.part, lambda: module.weight.detach()).double().reshape(module.weight.shape)
+            double.weight.data = term.part.dense(lambda: module.weight.detach()).double().reshape(module.weight.shape)
             double.bias.data.zero_()
             z = double(x.double()).detach()
         found[owner] = found.get(owner, 0) + term.scale * z

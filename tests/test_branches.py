@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer
-from modular_lora_guard.modular_lora.changes import Bias, Dense, Gain, Kron, LowRank, Part, Role, Rotation, Term, dense
+from modular_lora_guard.modular_lora.changes import Bias, Dense, Gain, Kron, LowRank, Part, Role, Rotation, Term
 from modular_lora_guard.modular_lora.comparing import factor
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
 from modular_lora_guard.modular_lora.guard import ModelInfo, Policy, SafetyLora, TaskLora, build_part
@@ -171,9 +171,9 @@ def total(found: list[tuple[Part, float]], module: nn.Module, absolute: bool = F
         if isinstance(part, Bias):
             bias += scale * part.bias
         else:
-            weight += (scale * dense(part, lambda: size(module.weight))).reshape(weight.shape)
+            weight += (scale * part.dense(lambda: size(module.weight))).reshape(weight.shape)
         if absolute and isinstance(part, Gain | Rotation) and part.bias is not None:  # what is taken back of W0·x + b
-            bias += 2 * scale * dense(part, lambda p=part: p.bias[:, None]).flatten()
+            bias += 2 * scale * part.dense(lambda p=part: p.bias[:, None]).flatten()
     return weight, bias
 
 

@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.adapters import (
+from modular_lora_guard.modular_lora.changes import Dense, Gain, Kron, LowRank, Rotation
+from modular_lora_guard.modular_lora.comparing import change
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.files import LoraFile
+from modular_lora_guard.modular_lora.formats import (
     DiffLayer,
     DoraLayer,
     LohaLayer,
@@ -19,10 +23,6 @@ from modular_lora_guard.modular_lora.adapters import (
     SetLayer,
     WideLoraLayer,
 )
-from modular_lora_guard.modular_lora.changes import Dense, Gain, Kron, LowRank, Rotation, dense
-from modular_lora_guard.modular_lora.comparing import change
-from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.modular_lora.files import LoraFile
 from modular_lora_guard.modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
 from modular_lora_guard.modular_lora.interference import interference
 from modular_lora_guard.modular_lora.layers import layer_spec
@@ -53,7 +53,7 @@ def changes(draw) -> tuple[list, Tensor]:
     kinds = draw(st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=2))
     scales, seed = st.sampled_from((1.0, 0.5, -2.0)), draw(st.integers(0, 2**20))
     parts = [(PARTS[kind](seed + index), draw(scales)) for index, kind in enumerate(kinds)]
-    return parts, sum(scale * dense(part, weight).double() for part, scale in parts)
+    return parts, sum(scale * part.dense(weight).double() for part, scale in parts)
 
 
 def weight() -> Tensor:
