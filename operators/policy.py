@@ -261,7 +261,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Policy:
+class OperatorPolicy:
     """The whole file."""
 
     guard: Guard = field(
@@ -304,7 +304,7 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def load(path: Path) -> Policy | None:
+def load(path: Path) -> OperatorPolicy | None:
     """The policy in a file; None where there is none and no trusted key asks for one. Raises PolicyError."""
     trusted = path.parent / TRUSTED
     if not _there(path):
@@ -325,11 +325,11 @@ def load(path: Path) -> Policy | None:
     return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
 
 
-def _key_stamps(policy: Policy) -> tuple[tuple[int, ...] | None, ...]:
+def _key_stamps(policy: OperatorPolicy) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(_stamp(path) for path in policy.key_paths().values())
 
 
-def parse(content: bytes, path: Path) -> Policy:
+def parse(content: bytes, path: Path) -> OperatorPolicy:
     """The policy in a file's bytes; ``path`` is for errors, which name line and key. Raises PolicyError."""
     try:
         text = content.decode("utf-8-sig")
@@ -337,7 +337,7 @@ def parse(content: bytes, path: Path) -> Policy:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.") from error
     try:
-        return _table(Policy)(said)
+        return _table(OperatorPolicy)(said)
     except _Wrong as error:
         where = f"line {lines.line_of(text, error.below)}, {lines.dotted(error.below)}" if error.below else "line 1"
         raise PolicyError(f"{path}: {where} {error.what}: correct it.") from None
@@ -377,9 +377,9 @@ class Watched:
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
         self._stamps: tuple | None = None
-        self._found: Policy | PolicyError | None = None
+        self._found: OperatorPolicy | PolicyError | None = None
 
-    def current(self) -> Policy | None:
+    def current(self) -> OperatorPolicy | None:
         """The policy in force; None where there is none. Raises PolicyError, every time that it is asked."""
         with self._lock:
             if self._stamps is None or self._stamp() != self._stamps:
@@ -405,6 +405,6 @@ class Watched:
 
     def _rest(self) -> tuple:
         """Of keys and day, which count only where there is a policy."""
-        if not isinstance(self._found, Policy):
+        if not isinstance(self._found, OperatorPolicy):
             return ()
         return _key_stamps(self._found), datetime.datetime.now(datetime.timezone.utc).date()

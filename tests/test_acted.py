@@ -209,7 +209,7 @@ def guard(comfy, tmp_path):
         g, files = comfy.host_guard, [comfy.host_files.read_lora(path) for path in paths]
         tasks = tuple(g.TaskLora(lora, 1.0, 1.0) for lora in files[1:])
         own = (g.SafetyLora(files[0], 1.0),)
-        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.Policy())[0])
+        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.GuardLimits())[0])
 
     return make
 

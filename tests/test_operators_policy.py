@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.gate.settings import ACTIONS
 from modular_lora_guard.operators import keys, lines, signing
-from modular_lora_guard.operators.policy import FILE, TRUSTED, Policy, PolicyError, Watched, load, parse
+from modular_lora_guard.operators.policy import FILE, TRUSTED, OperatorPolicy, PolicyError, Watched, load, parse
 
 A, B = "a" * 64, "b" * 64
 EMPTY = "[guard]\nrequired = []\n"
@@ -63,7 +63,7 @@ def place(tmp_path: Path) -> Path:
 
 def said_of(content: bytes) -> str:
     try:
-        assert isinstance(parse(content, Path(FILE)), Policy)
+        assert isinstance(parse(content, Path(FILE)), OperatorPolicy)
     except PolicyError as error:
         return str(error)
     return f"{FILE} is one"
