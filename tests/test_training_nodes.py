@@ -275,7 +275,7 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
         ({"more_options": "network_weights = 'x'"}, "network_weights cannot be set from a graph"),
         ({"more_options": "log_with = 'wandb'"}, "log_with cannot be set from a graph"),
         ({"more_options": "sample_size = "}, "cannot be read as TOML"),
-        ({"more_options": "sample_size = 'big'"}, "int is needed"),
+        ({"more_options": "sample_size = 'big'"}, "sample_size must be a whole number, not 'big'"),
         ({"resume": True}, "has no saved state"),
         ({"project": True}, "give safety_lora"),
         ({"data_set": "outside.toml"}, "is outside the folder 'input'"),
