@@ -21,17 +21,24 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def _each_once(words: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(words)) < len(words):
-        raise ValueError("must hold every word once")
+    if not words or len(set(words)) < len(words):
+        raise ValueError("must hold words, at least one, each once")
     return words
 
 
+def _length(n: int) -> AfterValidator:
+    def check(numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if len(numbers) != n:
+            raise ValueError(f"must hold {n} numbers")
+        return numbers
+
+    return AfterValidator(check)
+
+
 # Lists come as JSON gives them; what is in them is strict.
-Words = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1), AfterValidator(_each_once)
-]
-Colour = Annotated[tuple[float, ...], Field(strict=False, min_length=3, max_length=3)]
-Size = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(strict=False, min_length=2, max_length=2)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False), AfterValidator(_each_once)]
+Colour = Annotated[tuple[float, ...], Field(strict=False), _length(3)]
+Size = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(strict=False), _length(2)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ArgsKwargs
 
-from .errors import shown
+from .errors import plain, shown
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # a whole number counts as a number, as in TOML
 WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pydantic's own words for the others
@@ -24,8 +24,6 @@ WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pyda
     "less_than_equal": "must be at most {le:g}",
     "string_too_short": "must not be empty",
     "string_type": "must be a text in quotes",
-    "too_long": "must have {max_length} or fewer entries",
-    "too_short": "must have {min_length} or more entries",
     "tuple_type": "must be a list",
     "value_error": "{error}",
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
@@ -74,7 +72,7 @@ def problem(cls: type, error: ValidationError) -> tuple[Place, str]:
 
 def dotted(place: Place) -> str:
     """``guard.required[1].sha256``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{plain(part)}" for part in place).lstrip(".")
 
 
 def _fields(cls: type, place: Place) -> dict[str, dataclasses.Field]:

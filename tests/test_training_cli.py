@@ -60,6 +60,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
         ("sample_size = 100", "sample_size must be a multiple of 8, not 100: correct it."),
         ("__dataclass_self__ = 1", "__dataclass_self__ does not exist"),
         ("self = 1", "self does not exist"),
+        ('"two\\nlines" = 1', "two?lines does not exist"),
         (f"learning_rate = 1{'0' * 400}", "learning_rate must be a number, not 1000000"),
         (f"learning_rate = 0x{'f' * 9000}", "learning_rate must be a number, not a number too long to print"),
         (f"network_dim = -0x{'f' * 9000}", "network_dim must be "),

@@ -269,7 +269,7 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
     [
         ({"output_name": "../x"}, "output_name '../x'"),
         ({"output_name": ""}, "output_name ''"),
-        ({"more_options": "samplesteps = 3"}, "did you mean 'sample_steps'?"),
+        ({"more_options": "samplesteps = 3"}, "did you mean sample_steps?"),
         ({"more_options": "known_bases = ['/etc/passwd']"}, "known_bases cannot be set from a graph"),
         ({"more_options": "output_dir = '/'"}, "output_dir cannot be set from a graph"),
         ({"more_options": "network_weights = 'x'"}, "network_weights cannot be set from a graph"),
