@@ -90,7 +90,7 @@ class Bench:
 
     def measured(self, safety: Path, tasks: list[tuple[Path, float]]) -> tuple:
         """(net strength of the files, as it acted on concept prompts, on kept ones, largest magnitude)."""
-        policy = guard.Policy(net_strength_floor=-1e9, acted_strength_floor=-1e9)
+        policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
         own = (guard.SafetyLora(files.read_lora(safety), 1.0),)
         others = tuple(guard.TaskLora(files.read_lora(path), strength, strength) for path, strength in tasks)
         guarded, clip = self.host.guard(self.model, self.clip, own, others, False, policy)
@@ -154,7 +154,7 @@ class Bench:
         handles = [self.model.model.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
         safe = next(iter(sorted((ASSETS / "evidence").glob("safety_*"))))
         try:  # under a guard at strength next to nothing: the same as the base
-            policy = guard.Policy(net_strength_floor=-1e9, acted_strength_floor=-1e9)
+            policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
             own = (guard.SafetyLora(files.read_lora(safe), 1e-6),)
             guarded, clip = self.host.guard(self.model, self.clip, own, (), False, policy)
             self.sampled(self.host.unwrap(guarded), clip, data.SUPPRESSED_IDS)

@@ -21,7 +21,10 @@ def shown(value: object) -> str:
     """A value out of a file on one printable line of bounded length; a file may nest it deeper than repr() can go."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring = 3, 120
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # more digits than Python turns into a text
+        return "a number too long to print"
 
 
 def plain(text: str) -> str:

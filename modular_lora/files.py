@@ -31,8 +31,7 @@ from .errors import LoraFileError, plain, shown
 from .formats import DAMAGED, Adapter, LoraLayer, check_layers, make_layers
 from .kinds import refuse_contents, refuse_ending
 from .names import Names, refuse_other_files, sort_names
-from .options import Scale
-from .scales import Stated, remark, rescaled, stated_scales
+from .scales import Scale, Stated, remark, rescaled, stated_scales
 
 HEADER_LIMIT = 16 * 2**20  # bytes; JSON of this size takes half a gigabyte while it is looked at
 TENSOR_LIMIT = 20_000

@@ -17,12 +17,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from .errors import GuardError, shown
 from .formats import Adapter, LoraLayer, Scaled
 from .names import PEFT, is_text
-from .options import Scale
+
+Scale = Literal["refuse", "tensors", "metadata"]  # what counts where a safety LoRA's tensors and metadata give two
 
 _FIELDS = {  # name in the metadata -> what it is
     **dict.fromkeys(("lora_alpha", "network_alpha", "alpha"), "alpha"),

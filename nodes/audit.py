@@ -29,7 +29,7 @@ from ..gate.finding import Detector
 from ..modular_lora import options
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
-from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from . import gate as gates
 from . import host
@@ -249,7 +249,7 @@ def _check_shown(model, clip, made: AuditOptions) -> None:
         loras = list(zip(arm.parts, read, strict=True))
         safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
         tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
-        host.guard(model, clip, safety, tasks, False, Policy())
+        host.guard(model, clip, safety, tasks, False, GuardLimits())
 
 
 def _judge(gate: object, style: object) -> Judge:

@@ -27,7 +27,7 @@ from ..modular_lora.attestation import Run, weights_sha256
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
-from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
+from ..modular_lora.guard import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
 from ..modular_lora.picturefiles import PictureError, decode, decode_mask
 from ..modular_lora.warm import Warm
 from . import anatomy, host, trainee
@@ -196,7 +196,7 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
     ordered = sorted(arm.parts, key=lambda part: part.role != "safety")
     loras = tuple(_lora(part) for part in ordered)
     parts = [
-        build_part(name, info, (), loras, Policy(), enforce=False)
+        build_part(name, info, (), loras, GuardLimits(), enforce=False)
         for name, info in zip(("model", "text"), infos, strict=True)
     ]
     check_coverage(tuple(parts), True)

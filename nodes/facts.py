@@ -8,7 +8,7 @@ from pathlib import Path
 from ..modular_lora.errors import GuardError
 from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
-from ..operators.policy import Policy
+from ..operators.policy import OperatorPolicy
 from . import policy as policies
 from . import weights
 from .load import SAFETY_FOLDERS, TASK_FOLDERS
@@ -22,7 +22,7 @@ _facts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # node class ->
 class Files:
     """See operators.graph.Files."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: OperatorPolicy):
         self.policy, self.uploaded = policy, weights.Choices().uploaded
 
     def sha256(self, node_type: str, name: str) -> str | None:

@@ -24,7 +24,7 @@ from ..modular_lora import functional
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.functional import Arm, Functional, Request
-from ..modular_lora.guard import GuardedPart, Policy, Safety, Tasks, build_part
+from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks, build_part
 from ..modular_lora.warm import Warm
 from .anatomy import clip_info, model_info
 from .memory import compute_dtype
@@ -119,7 +119,7 @@ class _Evaluator:
             return self._parts, roles[arm]
         safety, tasks = (tuple(i for i in items if i.lora.sha256 in arm) for items in (self._safety, self._tasks))
         infos = ("model", model_info(self._model)), ("text", clip_info(self._clip))
-        parts = tuple(build_part(name, info, safety, tasks, Policy(), enforce=False) for name, info in infos)
+        parts = tuple(build_part(name, info, safety, tasks, GuardLimits(), enforce=False) for name, info in infos)
         return parts, ALL_ROLES
 
     def _conds(self, arm: Arm, built: tuple, prompts: tuple[str, ...]) -> list:

@@ -26,7 +26,7 @@ from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.functional import check
 from ..modular_lora.guard import (
     GuardedPart,
-    Policy,
+    GuardLimits,
     Safety,
     Tasks,
     build_parts,
@@ -338,7 +338,7 @@ def _wrap_clip(clip, state: GuardState):
     return clip
 
 
-def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: Policy):
+def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: GuardLimits):
     """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
     _check_types(model, clip)
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
@@ -365,7 +365,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
 
 
-def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: int) -> warm.Built:
+def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> warm.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
@@ -378,7 +378,7 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: in
     return warm.Built(parts[0], text, record, text_digest(safety), report)
 
 
-def _parts(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> tuple[GuardedPart, ...]:
+def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
     """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
     build = lambda **known: build_parts(  # noqa: E731
         model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy

@@ -32,7 +32,7 @@ from ..modular_lora.errors import GuardError
 from ..operators import graph as graphs
 from ..operators import leaving
 from ..operators.graph import NodeFacts
-from ..operators.policy import Policy
+from ..operators.policy import OperatorPolicy
 from ..operators.rules import RefusedError
 from . import facts, host
 from . import policy as policies
@@ -66,15 +66,15 @@ class Node:
     facts: NodeFacts
     names: frozenset[str]
 
-    def leaves(self, policy: Policy) -> bool:
+    def leaves(self, policy: OperatorPolicy) -> bool:
         """Whether it writes, shows or sends."""
         return self.facts.is_output or self.facts.sends or bool(self.names & set(policy.nodes.showing))
 
-    def known(self, policy: Policy) -> bool:
+    def known(self, policy: OperatorPolicy) -> bool:
         """Whether it is known to show what it is given and nothing beside."""
         return self.facts.ours or leaving.may_show(self.names, self.facts.core, policy)
 
-    def trusted(self, policy: Policy) -> bool:
+    def trusted(self, policy: OperatorPolicy) -> bool:
         return leaving.trusted(self.names, policy)
 
 
@@ -95,7 +95,7 @@ class _Latent:
 MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent (0.3.75, 0.33.0)
 
 
-def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
+def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> None:
     """RefusedError where something has come to a node that writes, shows or sends, and may not leave."""
     if not node.leaves(policy):
         return
@@ -118,7 +118,7 @@ def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
             raise RefusedError(leaving.rule(policy), what, "take the node out")
 
 
-def begin(policy: Policy, node: Node) -> contextvars.Token:
+def begin(policy: OperatorPolicy, node: Node) -> contextvars.Token:
     """Before a node runs: pictures that it shows while it does pass where it was checked; see ``end``.
 
     What trainings and audits show on the way is what they sample, which no gate judges.
@@ -132,7 +132,7 @@ def end(token: contextvars.Token) -> None:
     _shows.reset(token)
 
 
-def _check_leaf(policy: Policy, node: Node, name: str, leaf: Any) -> None:
+def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> None:
     gate = policy.gate.required
     if isinstance(leaf, torch.Tensor):
         for picture in _pictures(leaf):
@@ -244,7 +244,7 @@ def _called(leaf: Any) -> str:
     return {_Sound: "sound", _Latent: "a latent"}.get(type(leaf), f"a {type(leaf).__name__}")
 
 
-def given_out(policy: Policy, node: Node, inputs: Mapping[str, list], made: tuple) -> tuple:
+def given_out(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], made: tuple) -> tuple:
     """What a node has made (outputs, shown, whether it expands, whether its end comes later), checked and noted.
 
     RefusedError where it shows what nobody has checked; of a coroutine, when it ends.
@@ -285,7 +285,7 @@ def _returned(result: Any) -> tuple[Any, Mapping]:
     return getattr(result, "result", result), shown if isinstance(shown, Mapping) else shown.as_dict()
 
 
-def check_shown(policy: Policy, node: Node, inputs: Mapping[str, list], shown: Mapping[str, Any]) -> None:
+def check_shown(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], shown: Mapping[str, Any]) -> None:
     """RefusedError where a node that is not known shows a file, or shows anything and was given what may be a picture.
 
     Of nodes that neither write, show nor send by their own account, ComfyUI hands on what they show all the same.
@@ -304,7 +304,7 @@ def _listed(some: Any) -> tuple:
     return tuple(some) if isinstance(some, list | tuple) else (some,)
 
 
-def _note(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
+def _note(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
     """Remember where sound and solids come from that a node has made."""
     if (runs := _sources(policy, node, inputs)) is None:
         return
@@ -315,7 +315,7 @@ def _note(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) 
             _made.put(digest, runs)
 
 
-def _note_texts(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
+def _note_texts(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
     """Remember texts that may be made of a picture, and what is made of them; see operators.graph.Kind.tells."""
     if node.facts.ours or node.trusted(policy):
         return
@@ -344,7 +344,7 @@ def _texts(value: Any) -> Iterator[str]:
             waiting.extend(one.values() if isinstance(one, Mapping) else ())
 
 
-def _sources(policy: Policy, node: Node, inputs: Mapping[str, list]) -> Runs | None:
+def _sources(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Runs | None:
     """The runs behind what a node makes that is no picture; None: it is not known to make it of what is known."""
     if node.trusted(policy) or (node.facts.core and node.names & leaving.SOURCES):
         return ()

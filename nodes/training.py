@@ -63,7 +63,7 @@ def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
 
 
 def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
-    what: dict[str, typing.Any] = {"tooltip": field.metadata["help"], "default": field.default}
+    what: dict[str, typing.Any] = {"tooltip": field.metadata["description"], "default": field.default}
     if typing.get_origin(hint) is typing.Literal:
         return io.Combo.Input(name, list(typing.get_args(hint)), **what)
     if typing.get_origin(hint) is tuple:

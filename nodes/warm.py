@@ -10,7 +10,7 @@ import torch
 
 from ..modular_lora.attestation import Attestation
 from ..modular_lora.branches import tree
-from ..modular_lora.guard import GuardedPart, Policy, Safety, Tasks
+from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks
 from ..modular_lora.warm import Warm
 
 LIMIT = 256 * 2**20  # bytes of fused weights
@@ -35,7 +35,7 @@ guards: Warm[Built] = Warm(LIMIT, Built.nbytes)
 _watched: weakref.WeakSet = weakref.WeakSet()
 
 
-def key(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> Hashable:
+def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
     """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid, 0.3.75 and
     0.33.0), the files by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]

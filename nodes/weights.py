@@ -23,7 +23,7 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ..operators.policy import Policy
+from ..operators.policy import OperatorPolicy
 from ..operators.rules import RefusedError
 from . import policy as policies
 
@@ -115,7 +115,7 @@ def reading() -> Iterator[Read]:
         _reading.reset(token)
 
 
-def end(policy: Policy, read: Read, made: Any) -> None:
+def end(policy: OperatorPolicy, read: Read, made: Any) -> None:
     """Remember of what a node's models were made; RefusedError where the policy does not name one of their files."""
     for value in models(made):
         if isinstance(value, asyncio.Task):
@@ -153,7 +153,7 @@ def _module(value: Any) -> torch.nn.Module | None:
     return getattr(value, "first_stage_model", None) if isinstance(value, comfy.sd.VAE) else None
 
 
-def check_base(policy: Policy, value: Any) -> tuple[str, ...]:
+def check_base(policy: OperatorPolicy, value: Any) -> tuple[str, ...]:
     """SHA-256 of the files of a diffusion model, text encoder or VAE; RefusedError for one that is not named.
 
     Nothing is asked, or hashed, where the policy names none.

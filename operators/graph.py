@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from . import leaving
-from .policy import Policy, Required, named
+from .policy import OperatorPolicy, Required, named
 from .rules import Refusal, Said, task_refused
 
 ANY = "*"
@@ -95,14 +95,14 @@ class Link(NamedTuple):
 FactsOf = Callable[[str], NodeFacts | None]
 
 
-def check(graph: Any, facts_of: FactsOf, policy: Policy, files: Files) -> tuple[Refusal, ...]:
+def check(graph: Any, facts_of: FactsOf, policy: OperatorPolicy, files: Files) -> tuple[Refusal, ...]:
     """Every refusal of a graph's nodes that would run; empty: it may be queued."""
     if (wrong := _malformed(graph, facts_of)) is not None:
         return (wrong,)
     return tuple(_Graph(graph, facts_of, policy, files).refusals())
 
 
-def check_type(node: str, kind: str, facts: NodeFacts | None, policy: Policy) -> Refusal | None:
+def check_type(node: str, kind: str, facts: NodeFacts | None, policy: OperatorPolicy) -> Refusal | None:
     """What the policy says of one node by its type alone."""
     if facts is None:
         return Refusal(node, kind, "nodes", "this node type is not known here", "install its pack, or take it out")
@@ -122,7 +122,7 @@ def check_type(node: str, kind: str, facts: NodeFacts | None, policy: Policy) ->
     return None
 
 
-def may_take_model(kind: str, policy: Policy) -> bool:
+def may_take_model(kind: str, policy: OperatorPolicy) -> bool:
     return kind in policy.nodes.sampling or kind in policy.nodes.patching
 
 
@@ -166,7 +166,7 @@ def _types(declared: str) -> frozenset[str]:
 
 
 class _Graph:
-    def __init__(self, graph: dict, facts_of: FactsOf, policy: Policy, files: Files):
+    def __init__(self, graph: dict, facts_of: FactsOf, policy: OperatorPolicy, files: Files):
         self.graph, self.policy, self.files = graph, policy, files
         self.facts = {kind: facts_of(kind) for kind in {node["class_type"] for node in graph.values()}}
         self.links = {name: tuple(_links(graph, name)) for name in graph}

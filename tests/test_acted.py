@@ -226,7 +226,7 @@ def test_the_probe_finds_the_share_of_fp64_in_every_layer(layer, form, dtype):
         found = acted._probe(fused, pick(before).clone(), pick(x), pick(h), pick(result)).tolist()
         double = module.double()
         double.bias.data.zero_()
-        double.weight.data = sum(t.scale * dense(t.part, None).to(dtype).double() for t in safety).reshape(
+        double.weight.data = sum(t.scale * t.part.dense(None).to(dtype).double() for t in safety).reshape(
             spec.weight_shape
         )
         s = pick(double(x.double()))
@@ -285,7 +285,7 @@ def guard(comfy, tmp_path):
         g, files = comfy.host_guard, [comfy.host_files.read_lora(path) for path in paths]
         tasks = tuple(g.TaskLora(lora, 1.0, 1.0) for lora in files[1:])
         own = (g.SafetyLora(files[0], 1.0),)
-        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.Policy())[0])
+        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.GuardLimits())[0])
 
     return make
 

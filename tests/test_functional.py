@@ -145,7 +145,7 @@ def guarded(comfy, demo, loras, safety, tasks=(), clip=True):
         tuple(g.SafetyLora(load(name), 1.0) for name in safety),
         tuple(g.TaskLora(load(name), s, s) for name, s in tasks),
         False,
-        g.Policy(),
+        g.GuardLimits(),
     )[0]
 
 

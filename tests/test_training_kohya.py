@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,15 +370,17 @@ def test_two_text_encoders_are_named_as_for_sdxl(stub):
         create(stub.safety)
 
 
-def test_python_3_10_without_a_toml_reader(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    monkeypatch.setattr(kohya_entry.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "tomli", raising=False)
-    with kohya_entry.toml_named():
-        import tomli
-
-        assert not hasattr(tomli, "loads")
-    assert "tomli" not in sys.modules
+def test_sd_scripts_environment_needs_neither_pydantic_nor_a_toml_reader():
+    code = f"""
+import importlib.util, sys
+sys.modules |= dict.fromkeys(("pydantic", "pydantic_core", "tomllib", "tomli", "comfy"))  # to import one is an error
+spec = importlib.util.spec_from_file_location("kohya_entry", {kohya_entry.__file__!r})
+entry = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(entry)
+entry.register()
+importlib.import_module(entry.PACK + ".training.kohya_preview")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):

@@ -269,7 +269,7 @@ def test_copies_on_more_gpus_are_refused_before_and_after_the_guard(comfy, loade
     split = loaded[0].clone()
     split.set_additional_models("multigpu", [loaded[0].clone()])
     with pytest.raises(RuntimeError, match="MultiGPU CFG Split"):
-        comfy.host.guard(split, None, *_handles(comfy), False, comfy.host_guard.Policy())
+        comfy.host.guard(split, None, *_handles(comfy), False, comfy.host_guard.GuardLimits())
     split = comfy.host.unwrap(whole.model)
     split.set_additional_models("multigpu", [comfy.host.unwrap(whole.model)])
     with pytest.raises(RuntimeError, match="MultiGPU CFG Split"):

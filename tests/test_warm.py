@@ -73,7 +73,7 @@ def toy(comfy, loras, warm):
     def guard(model, strength: float = 1.0, floor: float = 0.5, name: str = "task.safetensors"):
         safety, task = read(loras.folder / "safety.safetensors"), read(loras.folder / name)
         task = g.TaskLora(task, strength, strength)
-        handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (task,), True, g.Policy(floor))
+        handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (task,), True, g.GuardLimits(floor))
         return comfy.host.unwrap(handle)
 
     return guard

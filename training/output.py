@@ -27,20 +27,13 @@ from ..modular_lora import concept
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
 from .trainee import Prediction
 
-CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
-SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
-PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
-ENGINE_KEY = "modular_lora.engine"
-DATASET_KEY = "modular_lora.dataset_sha256"
-INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
-
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 LEGACY_START, LEGACY_SIZE = 0x100000, 0x10000  # bytes that the legacy hash looks at
-LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out
 
 _log = logging.getLogger("modular_lora")
 _FAMILIES = (  # ComfyUI's family name, sd-scripts' base version and architecture, whose layer names the file has
