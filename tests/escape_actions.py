@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from escape_ground import LEAST, Ground
-from escapes import CKPT, GUARD, Graph, attempt, graph, guarded, node, unguarded
+from escapes import CKPT, GUARD, Graph, attempt, graph, guarded, unguarded
+from graphs import node
 from operator_graphs import required
 
 SAFETY, COPY = "safety.safetensors", "copied.safetensors"

@@ -10,7 +10,8 @@ from pathlib import Path
 import aiohttp
 from escape_actions import copied
 from escape_ground import Ground
-from escapes import CKPT, Graph, attempt, guarded, node
+from escapes import CKPT, Graph, attempt, guarded
+from graphs import node
 
 SAFETY, TASK = "safety.safetensors", "task.safetensors"
 LOADERS = """[nodes]

@@ -6,8 +6,8 @@ import json
 import urllib.parse
 
 from escape_ground import KEY, Ground
-from escapes import CKPT, Graph, attempt, guarded, node, unguarded
-from graphs import decode
+from escapes import CKPT, Graph, attempt, guarded, unguarded
+from graphs import decode, node
 
 FOLDER = "__modular_lora"
 _seeds = iter(range(1000, 10**9))
