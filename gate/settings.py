@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..modular_lora import plain_json
+from ..modular_lora.errors import writing
 from .errors import GateError, one_line
 from .finding import Detector, Finding
-from .storage import write_json
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
 ACTIONS: tuple[str, ...] = get_args(Action)
@@ -88,8 +89,9 @@ def load(path: str | Path, detector: Detector) -> Settings:
 
 
 def save(settings: Settings, path: str | Path) -> None:
-    """Write a preset, whole or not at all."""
-    write_json(asdict(settings), path)
+    """Write a preset, whole or not at all. Raises GateError where that is not possible."""
+    with writing(Path(path).name, GateError):
+        plain_json.write(asdict(settings), path)
 
 
 def _found(thresholds: Mapping[str, float], finding: Finding) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class GuardError(RuntimeError):
@@ -15,6 +17,16 @@ class LoraFileError(GuardError):
 
 class HandleError(GuardError, AttributeError):
     """A guarded model was used as something else; an AttributeError too, so that hasattr() keeps its meaning."""
+
+
+@contextmanager
+def writing(what: object, kind: type[GuardError] = GuardError) -> Iterator[None]:
+    """Around the writing of a file or folder: an OSError becomes a ``kind`` that names ``what`` and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = plain(str(error.strerror or error))
+        raise kind(f"{what}: cannot be written ({reason}): check the folder and the free space on its disk.") from error
 
 
 def shown(value: object) -> str:

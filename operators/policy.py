@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import FileState
 from . import lines
 
 if sys.version_info >= (3, 11):
@@ -325,7 +326,7 @@ def load(path: Path) -> Policy | None:
     return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
 
 
-def _key_stamps(policy: Policy) -> tuple[tuple[int, ...] | None, ...]:
+def _key_stamps(policy: Policy) -> tuple[FileState | None, ...]:
     return tuple(_stamp(path) for path in policy.key_paths().values())
 
 
@@ -358,7 +359,7 @@ def _there(path: Path) -> bool:
     return _stamp(path) is not None
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path) -> FileState | None:
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -368,7 +369,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return FileState.of(found)
 
 
 class Watched:

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ..modular_lora.errors import writing
+from ..modular_lora.util import atomic
 from . import keys, png
 from .keys import Expired, MissingSignature, SignatureError, Tampered
 
@@ -62,14 +63,8 @@ def sign(path: Path, private_key: Path, *, expires: datetime.date | None = None)
         raise SignatureError(f"{path.name}: no such file: check its path")
     config = signing.Config().use_elliptic_key_signer(private_key=private_key)
     config.set_hashing_config(_dated(hashing, manifest, expires))
-    part = target.with_name(target.name + ".part")
-    try:
+    with writing(target.name, SignatureError), atomic.replacing(target) as part:
         config.sign(path.resolve(), part)
-        os.replace(part, target)
-    except OSError as error:
-        raise SignatureError(f"{target.name}: cannot be written ({error.strerror}): check the folder") from error
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
