@@ -9,7 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import GateError, one_line
+from ..modular_lora.errors import one_line
+from .errors import GateError
 
 Layout = Literal["nchw", "nhwc"]
 Channels = Literal["rgb", "bgr"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..modular_lora.errors import one_line
 from ..modular_lora.util.file_state import FileState, file_state
-from .errors import GateError, one_line
+from .errors import GateError
 
 CPU = "CPUExecutionProvider"
 CHUNK = 8  # pictures a forward; more is no faster on a CPU and takes memory

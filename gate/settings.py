@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..modular_lora import plain_json
-from ..modular_lora.errors import writing
-from .errors import GateError, one_line
+from ..modular_lora.errors import one_line, writing
+from .errors import GateError
 from .finding import Detector, Finding
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]

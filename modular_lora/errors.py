@@ -36,6 +36,11 @@ def shown(value: object) -> str:
     return short.repr(value)
 
 
-def plain(text: str) -> str:
+def plain(text: str, limit: int = 120) -> str:
     """Text out of a file on one printable line of bounded length, without quotes."""
-    return "".join(c if c.isprintable() else "?" for c in text[:120])
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def one_line(error: object) -> str:
+    """An error of another library on one printable line of bounded length; its class where it says nothing."""
+    return plain(" ".join(str(error).split()) or type(error).__name__, 300)

@@ -34,6 +34,7 @@ from .names import Names, refuse_other_files, sort_names
 from .options import Scale
 from .scales import Stated, remark, rescaled, stated_scales
 from .util.file_state import FileState, file_state
+from .util.hashing import hash_file
 
 HEADER_LIMIT = 16 * 2**20  # bytes; JSON of this size takes half a gigabyte while it is looked at
 TENSOR_LIMIT = 20_000
@@ -197,19 +198,11 @@ def _is_still(path: Path, before: FileState, sha256: str | None) -> bool:
         return False
     if sha256 is None or not _is_young(before):
         return True
-    return _hashed(path) == sha256 and file_state(path) == before
+    return hash_file(path) == sha256 and file_state(path) == before
 
 
 def _is_young(state: FileState) -> bool:
     return time.time() - max(state.modified, state.changed) / 1e9 <= YOUNG
-
-
-def _hashed(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -230,7 +223,7 @@ def sha256_file(path: Path) -> str:
     try:
         for _ in range(READINGS):
             before = file_state(path)
-            digest = _hashed(path) if _is_young(before) else _digest(path, before)
+            digest = hash_file(path) if _is_young(before) else _digest(path, before)
             if _is_still(path, before, digest):
                 return digest
     except (OSError, ValueError) as error:
@@ -247,9 +240,9 @@ def describe_base(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _digest(path: Path, state: FileState) -> str:
-    return _hashed(path)
+    return hash_file(path)
 
 
 def _parse_sha256(name: str, text: str | None) -> str | None:

@@ -25,7 +25,6 @@ from ..gate.gate import Outcome
 from ..gate.settings import Settings
 from ..modular_lora.attestation import Attestation, LoraRecord
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import sha256_file
 from ..modular_lora.guard import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
 from ..modular_lora.util.cache import Cache
 from ..modular_lora.util.file_state import find_file_state
@@ -48,7 +47,6 @@ log = logging.getLogger("modular_lora")
 _watched: dict[Path, policies.Watched] = {}
 _records: dict[tuple, Record] = {}  # the one in use
 _paths: Cache[str, Path] = Cache(MOST)  # SHA-256 of a LoRA -> its file
-_hashes: Cache[tuple, str] = Cache(MOST)  # file, its state -> SHA-256
 # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
 _signatures: Cache[tuple, str] = Cache(MOST)
 _gates: Cache[tuple, bool] = Cache(MOST)  # detector, settings, state of the policy -> whether it accepts them
@@ -88,12 +86,6 @@ def fingerprint() -> str:
     except PolicyError as error:
         return str(error)
     return found.state if found else ""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a LoRA file, read again when the file changes."""
-    key = (str(path), find_file_state(path))
-    return _hashes.get(key) or _hashes.put(key, sha256_file(path))
 
 
 def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:

@@ -23,6 +23,7 @@ import comfy.sd
 import folder_paths
 import torch
 
+from ..modular_lora.files import sha256_file
 from ..modular_lora.util.file_state import find_file_state
 from ..operators.policy import Policy
 from ..operators.rules import RefusedError
@@ -175,7 +176,7 @@ def check_base(policy: Policy, value: Any) -> tuple[str, ...]:
 def _named(what: str, path: Path, state: Any, allow: tuple[str, ...]) -> str:
     if find_file_state(path) != state:
         raise RefusedError("base.allow", f"the file of the {what}, {path.name}, was changed", "load it again")
-    if (sha256 := policies.file_sha256(path)) not in allow:
+    if (sha256 := sha256_file(path)) not in allow:
         said = f"the {what} was made of {path.name} (sha256 {sha256[:16]}), which the operator has not named"
         raise RefusedError("base.allow", said, "use one that is named under [base]")
     return sha256
