@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 PART = ".part-"  # every temporary name starts with it
@@ -37,8 +37,9 @@ def write(path: str | Path, content: str | bytes, *, sync: bool = False, parents
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-@contextmanager
-def replacing(path: str | Path, *, ending: str = "", sync: bool = False, parents: bool = False) -> Iterator[Path]:
+def replacing(
+    path: str | Path, *, ending: str = "", sync: bool = False, parents: bool = False
+) -> AbstractContextManager[Path]:
     """A temporary file to write, which replaces the file at ``path`` at the end of the block.
 
     Args:
@@ -46,8 +47,8 @@ def replacing(path: str | Path, *, ending: str = "", sync: bool = False, parents
         sync: Wait until the contents are on the disk before the file takes its name.
         parents: Make the folder where it is missing.
 
-    Yields:
-        The temporary path; nothing is there yet.
+    Returns:
+        A context whose value is the temporary path; nothing is there yet.
 
     Raises:
         OSError: The file cannot be written.
@@ -55,18 +56,13 @@ def replacing(path: str | Path, *, ending: str = "", sync: bool = False, parents
     path = Path(path)
     if parents:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _part(path, ending) as part:
-        yield part
-        if sync:
-            _sync_file(part)
-        os.replace(part, path)
+    return _written(path, ending, sync, os.replace)
 
 
-@contextmanager
-def creating(path: str | Path, *, ending: str = "", sync: bool = False) -> Iterator[Path]:
+def creating(path: str | Path, *, ending: str = "", sync: bool = False) -> AbstractContextManager[Path]:
     """A temporary file to write, which takes the name ``path`` at the end of the block unless that is taken.
 
-    Arguments and what it yields are those of `replacing`.
+    Arguments and value are those of `replacing`.
 
     Raises:
         FileExistsError: Something has that name, before the block or after it; it stays as it is.
@@ -75,21 +71,7 @@ def creating(path: str | Path, *, ending: str = "", sync: bool = False) -> Itera
     path = Path(path)
     if os.path.lexists(path):
         raise FileExistsError(path)
-    with _part(path, ending) as part:
-        yield part
-        if sync:
-            _sync_file(part)
-        try:
-            os.link(part, path)  # in one step, and unlike a renaming never over a file that has just come
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            try:
-                os.replace(part, path)
-            except OSError:
-                path.unlink()
-                raise
+    return _written(path, ending, sync, _take_free_name)
 
 
 @contextmanager
@@ -129,15 +111,28 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _part(path: Path, ending: str) -> Iterator[Path]:
+def _written(path: Path, ending: str, sync: bool, name: Callable[[Path, Path], None]) -> Iterator[Path]:
     part = temporary(path.parent, ending)
     try:
         yield part
+        if sync:
+            with part.open("r+b") as file:  # Windows syncs only files that are open for writing
+                os.fsync(file.fileno())
+        name(part, path)
     finally:
         with suppress(OSError):
             part.unlink()
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("r+b") as file:  # Windows syncs only files that are open for writing
-        os.fsync(file.fileno())
+def _take_free_name(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # in one step, and unlike a renaming never over a file that has just come
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
