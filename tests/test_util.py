@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.errors import GuardError, writing
+from modular_lora_guard.modular_lora.errors import GuardError, one_line, writing
 from modular_lora_guard.modular_lora.util import atomic
 from modular_lora_guard.modular_lora.util.cache import Cache
 from modular_lora_guard.modular_lora.util.file_state import file_state, find_file_state
 from modular_lora_guard.modular_lora.util.folders import try_writing
+from modular_lora_guard.modular_lora.util.hashing import hash_file
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["get", "put"]), st.integers(0, 6), st.integers(0, 9)), max_size=60)
@@ -219,7 +221,20 @@ def test_what_cannot_be_written_is_an_error_with_subject_and_remedy() -> None:
             fail()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("a\n  b\x1bc"), "a b?c"), (ValueError(), "ValueError"), (ValueError("x" * 999), "x" * 300)],
+)
+def test_an_error_of_another_library_is_said_on_one_line(error: Exception, said: str) -> None:
+    assert one_line(error) == said
+
+
 # File states and folders
+
+
+def test_a_file_is_hashed_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"x" * (2**20 + 1))
+    assert hash_file(tmp_path / "a.bin") == hashlib.sha256(b"x" * (2**20 + 1)).hexdigest()
 
 
 def rewritten(path: Path) -> None:
