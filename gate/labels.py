@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from ..modular_lora.errors import one_line
 from ..modular_lora.validation import STRICT, raises
-from .errors import GateError, one_line
+from .errors import GateError
 
 Layout = Literal["nchw", "nhwc"]
 Channels = Literal["rgb", "bgr"]

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
+from ..modular_lora import plain_json
+from ..modular_lora.errors import one_line, writing
 from ..modular_lora.validation import STRICT, raises
-from .errors import GateError, one_line
+from .errors import GateError
 from .finding import Detector, Finding
-from .storage import write_json
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
 ACTIONS: tuple[str, ...] = get_args(Action)
@@ -88,8 +89,9 @@ def load(path: str | Path, detector: Detector) -> Settings:
 
 
 def save(settings: Settings, path: str | Path) -> None:
-    """Write a preset, whole or not at all."""
-    write_json(asdict(settings), path)
+    """Write a preset, whole or not at all. Raises GateError where that is not possible."""
+    with writing(Path(path).name, GateError):
+        plain_json.write(asdict(settings), path)
 
 
 def _found(thresholds: Mapping[str, float], finding: Finding) -> tuple[str, ...]:

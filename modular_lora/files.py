@@ -32,6 +32,8 @@ from .formats import DAMAGED, Adapter, LoraLayer, check_layers, make_layers
 from .kinds import refuse_contents, refuse_ending
 from .names import Names, refuse_other_files, sort_names
 from .scales import Scale, Stated, remark, rescaled, stated_scales
+from .util.file_state import FileState, file_state
+from .util.hashing import hash_file
 
 HEADER_LIMIT = 16 * 2**20  # bytes; JSON of this size takes half a gigabyte while it is looked at
 TENSOR_LIMIT = 20_000
@@ -192,7 +194,7 @@ def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = 
 def _read(path: Path, name: str, expected: str | None) -> LoraFile:
     for _ in range(READINGS):
         try:
-            before = _state(path)
+            before = file_state(path)
             raised, lora = None, None
             try:
                 lora = _read_once(path, name, expected)
@@ -225,32 +227,20 @@ def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
     return LoraFile(path, name, sha256.result(), raw.metadata, layers, notes, unread, stated, stored=raw)
 
 
-State = tuple[int, int, int, int]  # size, time of the last change of contents and of the entry (ns), inode
-
-
-def _state(path: Path) -> State:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-def _is_still(path: Path, before: State, sha256: str | None) -> bool:
+def _is_still(path: Path, before: FileState, sha256: str | None) -> bool:
     """Whether a file is what it was before it was read, with contents of this hash (None: they were not read whole).
 
     The times tell, unless the file is so young that a later change may have left them as they were.
     """
-    if _state(path) != before:
+    if file_state(path) != before:
         return False
-    if sha256 is None or time.time() - max(before[1:3]) / 1e9 > YOUNG:
+    if sha256 is None or not _is_young(before):
         return True
-    return _hashed(path) == sha256 and _state(path) == before
+    return hash_file(path) == sha256 and file_state(path) == before
 
 
-def _hashed(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _is_young(state: FileState) -> bool:
+    return time.time() - max(state.modified, state.changed) / 1e9 <= YOUNG
 
 
 @contextmanager
@@ -266,13 +256,12 @@ def no_collection() -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file in hex, remembered by path, size and modification time; raises LoraFileError."""
+    """SHA-256 of a whole file in hex, remembered by path and file state; raises LoraFileError."""
     path = Path(path)
     try:
         for _ in range(READINGS):
-            before = _state(path)
-            young = time.time() - max(before[1:3]) / 1e9 <= YOUNG
-            digest = _hashed(path) if young else _digest(path, before)
+            before = file_state(path)
+            digest = hash_file(path) if _is_young(before) else _digest(path, before)
             if _is_still(path, before, digest):
                 return digest
     except (OSError, ValueError) as error:
@@ -289,9 +278,9 @@ def describe_base(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
-def _digest(path: Path, state: State) -> str:
-    return _hashed(path)
+@lru_cache(maxsize=4096)
+def _digest(path: Path, state: FileState) -> str:
+    return hash_file(path)
 
 
 def _parse_sha256(name: str, text: str | None) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +28,10 @@ from .model import ModelInfo
 from .names import is_text
 from .pending import check_not_safety
 from .scales import check_scale
-from .warm import Warm
+from .util.cache import Cache
 
 Part = Literal["model", "text"]
-known_safety: Warm[tuple[Mapping[str, LayerSpec], Applied]] = Warm(8, lambda _: 1)
+known_safety: Cache[Hashable, tuple[Mapping[str, LayerSpec], Applied]] = Cache(8)
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
 BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
 CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden

@@ -31,6 +31,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
+from ..modular_lora.util.file_state import file_state
 from . import gate as gates
 from . import host
 from . import policy as policies
@@ -90,7 +91,7 @@ class Audit(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **values):
         named = [*_loras(values).values(), *filter(None, (_prompt_file(values.get(f"{c}_file")) for c in CELLS))]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in named]
+        return [(str(path), file_state(path)) for path in named]
 
     @classmethod
     def execute(cls, model, clip, vae, name, gate=None, style=None, **values) -> io.NodeOutput:

@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files import sha256_file
 from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
 from ..operators.policy import OperatorPolicy
@@ -27,13 +28,13 @@ class Files:
 
     def sha256(self, node_type: str, name: str) -> str | None:
         try:
-            return policies.file_sha256(_path(node_type, name))
+            return sha256_file(_path(node_type, name))
         except (GuardError, OSError, ValueError):
             return None
 
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         path = _path(node_type, name)
-        return policies.unsigned(path, policies.file_sha256(path), key, self.policy)
+        return policies.unsigned(path, sha256_file(path), key, self.policy)
 
 
 def _path(node_type: str, name: str) -> Path:

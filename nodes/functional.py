@@ -25,7 +25,7 @@ from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.functional import Arm, Functional, Request
 from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks, build_part
-from ..modular_lora.warm import Warm
+from ..modular_lora.util.cache import Cache
 from .anatomy import clip_info, model_info
 from .memory import compute_dtype
 from .runs import forget
@@ -37,7 +37,7 @@ LIMIT = 64 * 2**20  # bytes of predictions
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 measuring: ContextVar[nn.Module | None] = ContextVar("measuring", default=None)  # the model; nothing of it leaves
-_known: Warm[Tensor] = Warm(LIMIT, lambda rows: rows.nbytes)
+_known: Cache[Hashable, Tensor] = Cache(LIMIT, lambda rows: rows.nbytes)
 _tokens: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> what stands for it in keys
 
 

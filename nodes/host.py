@@ -20,7 +20,7 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..modular_lora import attestation as attest
-from ..modular_lora.attestation import Attestation, Ledger, carrying_digests, row_digests, tensor_sha256
+from ..modular_lora.attestation import Attestation, carrying_digests, row_digests, tensor_sha256
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.functional import check
@@ -35,6 +35,7 @@ from ..modular_lora.guard import (
     text_digest,
 )
 from ..modular_lora.report import format_functional, format_guard, format_memory
+from ..modular_lora.util.cache import Cache
 from . import pending, warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .functional import measured
@@ -57,10 +58,10 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 
-latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
-images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
-unsampled: Ledger[bool] = Ledger(4096)  # content of one latent -> a run without steps gave it back as it came in
-embeddings: Ledger[str] = Ledger(200_000)  # content of one embedding row -> digest of the safety LoRAs that shaped it
+latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
+images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
+unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
+embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
 
 
 @dataclass(frozen=True)
@@ -361,7 +362,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
         clip = _wrap_clip(clip, replace(state, part=built.text, patches=frozenset(text.rest)))
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
-    memory = format_memory(size, len(warm.guards), warm.guards.nbytes)
+    memory = format_memory(size, len(warm.guards), warm.guards.size)
     return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
 
 

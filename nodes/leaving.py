@@ -27,8 +27,9 @@ import torch
 from comfy_execution.graph import DynamicPrompt
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..modular_lora.attestation import Attestation, Ledger, tensor_sha256
+from ..modular_lora.attestation import Attestation, tensor_sha256
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.cache import Cache
 from ..operators import graph as graphs
 from ..operators import leaving
 from ..operators.graph import NodeFacts
@@ -53,8 +54,8 @@ WEIGHTS = (
 SHORT = 32  # characters of a text that is too short to be told from any other of its kind
 
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
-_made: Ledger[Runs] = Ledger(4096)  # content of a waveform, a voxel grid or a mesh
-_told: Ledger[bool] = Ledger(4096)  # content of a text that a node of another pack may have made of a picture
+_made: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh
+_told: Cache[str, bool] = Cache(4096)  # content of a text that a node of another pack may have made of a picture
 _files: weakref.WeakSet = weakref.WeakSet()  # videos that are files of the user's
 _shows: contextvars.ContextVar[bool] = contextvars.ContextVar("modular_lora_shows", default=False)
 

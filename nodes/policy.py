@@ -9,9 +9,8 @@ import atexit
 import contextvars
 import datetime
 import logging
-import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +25,9 @@ from ..gate.gate import Outcome
 from ..gate.settings import Settings
 from ..modular_lora.attestation import Attestation, LoraRecord
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import sha256_file
 from ..modular_lora.guard import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
+from ..modular_lora.util.cache import Cache
+from ..modular_lora.util.file_state import find_file_state
 from ..operators import keys, rules, signing
 from ..operators import policy as policies
 from ..operators.policy import OperatorPolicy, PolicyError
@@ -44,22 +44,12 @@ MOST_WAITING = 1000  # lines that wait for the record; further ones are counted
 log = logging.getLogger("modular_lora")
 
 
-class Recent(OrderedDict):
-    """The last things that were remembered; the oldest goes first."""
-
-    def put(self, key: Any, value: Any) -> Any:
-        self[key] = value
-        while len(self) > MOST:
-            self.popitem(last=False)
-        return value
-
-
 _watched: dict[Path, policies.Watched] = {}
 _records: dict[tuple, Record] = {}  # the one in use
-_paths = Recent()  # SHA-256 of a LoRA -> its file
-_hashes = Recent()  # file, its state -> SHA-256
-_signatures = Recent()  # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
-_gates = Recent()  # detector, settings, state of the policy -> whether it accepts them
+_paths: Cache[str, Path] = Cache(MOST)  # SHA-256 of a LoRA -> its file
+# file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
+_signatures: Cache[tuple, str] = Cache(MOST)
+_gates: Cache[tuple, bool] = Cache(MOST)  # detector, settings, state of the policy -> whether it accepts them
 _waiting: deque[tuple[str, str, dict[str, Any]]] = deque()  # policy's SHA-256, kind and fields of lines to come
 _beyond: Counter[str] = Counter()  # rules of refusals for which there was no room among them
 _wake, _writer = threading.Event(), threading.Lock()
@@ -98,32 +88,18 @@ def fingerprint() -> str:
     return found.state if found else ""
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a LoRA file, read again when the file changes."""
-    key = (str(path), file_state(path))
-    return _hashes.get(key) or _hashes.put(key, sha256_file(path))
-
-
 def unsigned(path: Path, sha256: str, key: str, policy: OperatorPolicy) -> str:
     """Why the signature of a LoRA file by a key of the policy does not hold; "" where it does."""
     public = policy.key_paths()[key]
     day = datetime.datetime.now(datetime.timezone.utc).date()
-    asked = (str(path), sha256, key, *map(file_state, (path, signing.signature_path(path), public)), day)
-    if asked not in _signatures:
-        try:
-            signing.verify(path, {key: public}, sha256=sha256)
-            _signatures.put(asked, "")
-        except GuardError as error:
-            _signatures.put(asked, str(error).rstrip("."))
-    return _signatures[asked]
-
-
-def file_state(path: Path) -> tuple[int, ...] | None:
+    asked = (str(path), sha256, key, *map(find_file_state, (path, signing.signature_path(path), public)), day)
+    if (known := _signatures.get(asked)) is not None:
+        return known
     try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        signing.verify(path, {key: public}, sha256=sha256)
+        return _signatures.put(asked, "")
+    except GuardError as error:
+        return _signatures.put(asked, str(error).rstrip("."))
 
 
 def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
@@ -167,7 +143,7 @@ def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool)
     """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
     found = known(picture)
     gate = found.gate
-    accepted = gate is not None and (gate.detector_sha256, gate.settings_sha256, policy.state) in _gates
+    accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
     rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)
 
 

@@ -11,7 +11,7 @@ import torch
 from ..modular_lora.attestation import Attestation
 from ..modular_lora.branches import tree
 from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks
-from ..modular_lora.warm import Warm
+from ..modular_lora.util.cache import Cache
 
 LIMIT = 256 * 2**20  # bytes of fused weights
 
@@ -31,7 +31,7 @@ class Built:
         return self.model.branches.nbytes() + (self.text.branches.nbytes() if self.text else 0)
 
 
-guards: Warm[Built] = Warm(LIMIT, Built.nbytes)
+guards: Cache[Hashable, Built] = Cache(LIMIT, Built.nbytes)
 _watched: weakref.WeakSet = weakref.WeakSet()
 
 

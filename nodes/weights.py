@@ -23,6 +23,8 @@ import comfy.sd
 import folder_paths
 import torch
 
+from ..modular_lora.files import sha256_file
+from ..modular_lora.util.file_state import find_file_state
 from ..operators.policy import OperatorPolicy
 from ..operators.rules import RefusedError
 from . import policy as policies
@@ -172,9 +174,9 @@ def check_base(policy: OperatorPolicy, value: Any) -> tuple[str, ...]:
 
 
 def _named(what: str, path: Path, state: Any, allow: tuple[str, ...]) -> str:
-    if policies.file_state(path) != state:
+    if find_file_state(path) != state:
         raise RefusedError("base.allow", f"the file of the {what}, {path.name}, was changed", "load it again")
-    if (sha256 := policies.file_sha256(path)) not in allow:
+    if (sha256 := sha256_file(path)) not in allow:
         said = f"the {what} was made of {path.name} (sha256 {sha256[:16]}), which the operator has not named"
         raise RefusedError("base.allow", said, "use one that is named under [base]")
     return sha256
@@ -191,7 +193,7 @@ def loading(original: Callable) -> Callable:
             return original(ckpt, *args, **kwargs)
         check_place(ckpt)
         path = Path(os.path.realpath(ckpt))
-        state = policies.file_state(path)
+        state = find_file_state(path)
         loaded = original(ckpt, *args, **kwargs)
         if (read := _reading.get()) is not None:
             read[path] = state

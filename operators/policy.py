@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from ..gate.settings import ACTIONS, Action
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import FileState
 from ..modular_lora.validation import Place, dotted, problem
 from . import lines
 
@@ -245,7 +246,7 @@ def load(path: Path) -> OperatorPolicy | None:
     return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
 
 
-def _key_stamps(policy: OperatorPolicy) -> tuple[tuple[int, ...] | None, ...]:
+def _key_stamps(policy: OperatorPolicy) -> tuple[FileState | None, ...]:
     return tuple(_stamp(path) for path in policy.key_paths().values())
 
 
@@ -291,7 +292,7 @@ def _there(path: Path) -> bool:
     return _stamp(path) is not None
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path) -> FileState | None:
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -301,7 +302,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return FileState.of(found)
 
 
 class Watched:

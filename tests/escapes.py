@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from escape_ground import Ground
-from graphs import decode, guarded_graph, sampler
+from graphs import decode, guarded_graph, node, sampler
 
 Graph = dict[str, dict]
 CKPT, GUARD, DECODED = ["ckpt", 0], ["guard", 0], ["decode", 0]
@@ -73,10 +73,6 @@ def guarded(**options) -> Graph:
 
 
 _numbers = iter(range(10**9))
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def unguarded(made: Graph, model: list, kind: str = "KSampler", **changes) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gate_graphs import GREEN, RED, Stub, files, gated_colours, gated_run, install_stub, node, part, redness, settings
-from graphs import GraphError, decode, guarded_graph, sampler
+from gate_graphs import GREEN, RED, Stub, files, gated_colours, gated_run, install_stub, part, redness, settings
+from graphs import GraphError, decode, guarded_graph, node, sampler
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.world import ASSETS, CHECKPOINT, DETECTOR_CONCEPTS, DETECTOR_ONNX

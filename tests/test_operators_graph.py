@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from graphs import node
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.operators.graph import NodeFacts, check
@@ -95,10 +96,6 @@ class Files:
 
     def uploaded(self, name: str) -> str | None:
         return "output" if name.startswith("uploaded") else None
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def guarded() -> dict:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from escape_nodes import install
-from gate_graphs import Stub, gated_run, install_stub, node, part, save
-from graphs import decode, guarded_graph, sampler
+from gate_graphs import Stub, gated_run, install_stub, part, save
+from graphs import decode, guarded_graph, node, sampler
 from modular_lora_guard.operators import leaving
 from operator_graphs import Operator, required, stopped
 

@@ -9,17 +9,13 @@ import pytest
 import torch
 from families import evaluate, make, named
 from families_image import IMAGE
-from graphs import GraphError, guarded_graph, sampler, save_lora
+from graphs import GraphError, guarded_graph, node, sampler, save_lora
 from operator_graphs import required, stopped
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 SAFETY, TASK, OTHER = "safety.safetensors", "task.safetensors", "other.safetensors"
 BOTH = {"clip": True, "safety": "safety_te.safetensors"}
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def behind(*loras: tuple[str, float], safety: str = SAFETY, clip: bool = False, kind: str = "LoraLoader") -> dict:

@@ -10,13 +10,9 @@ import pytest
 import torch
 from families import GENERIC, latents, make, named
 from families_newer_video import NEWER
-from graphs import GraphError, decode, guarded_graph, sampler
+from graphs import GraphError, decode, guarded_graph, node, sampler
 from PIL import Image
 from test_families import Pair
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def saved(comfy, prefix: str) -> list[dict]:

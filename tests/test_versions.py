@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graphs import GraphError, decode, guarded_graph, sampler
+from graphs import GraphError, decode, guarded_graph, node, sampler
 
 NODES = {  # node -> module of comfy_extras that has it, where this ComfyUI has it at all
     "LoraLoaderBypass": "nodes_lora_debug",
@@ -46,10 +46,6 @@ TRAINING = {
     "offloading": False,
     "bucket_mode": False,
 }
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.fixture(scope="module", autouse=True)

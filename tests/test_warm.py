@@ -13,7 +13,7 @@ import torch
 from graphs import guarded_graph, save_lora
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.layers import LayerSpec
-from modular_lora_guard.modular_lora.warm import Warm, forget_files, kept_lora, kept_sha256
+from modular_lora_guard.modular_lora.warm import forget_files, kept_lora, kept_sha256
 
 
 @pytest.fixture
@@ -46,14 +46,6 @@ def test_a_file_that_cannot_be_loaded_still_has_a_hash(path):
     assert len(kept_sha256(path)) == 64
     with pytest.raises(LoraFileError):
         kept_lora(path)
-
-
-def test_the_least_recently_used_goes_first_and_the_last_one_stays():
-    warm = Warm(10, len)
-    warm.put("a", "xxxx"), warm.put("b", "xxxx"), warm.get("a"), warm.put("c", "xxxx")
-    assert (warm.get("a"), warm.get("b"), warm.get("c"), warm.nbytes) == ("xxxx", None, "xxxx", 8)
-    warm.put("d", "x" * 20)
-    assert (len(warm), warm.get("d")) == (1, "x" * 20)
 
 
 @pytest.fixture

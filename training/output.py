@@ -11,11 +11,9 @@ import datetime
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..modular_lora import concept
-from ..modular_lora.errors import GuardError
+from ..modular_lora.errors import GuardError, writing
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from ..modular_lora.util import atomic
 from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
@@ -153,23 +152,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, dict(metadata) | kohya_hashes(tensors, metadata))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path):
         with tempfile.TemporaryDirectory() as folder:
             trial = Path(folder) / path.name
             trial.write_bytes(data)
             lora = read_lora(trial)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise GuardError(f"{path}: cannot be written ({error.strerror}): check the folder and the disk.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        atomic.write(path, data, sync=True, parents=True)
     return replace(lora, path=path)
 
 
