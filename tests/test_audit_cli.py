@@ -81,6 +81,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
         ("task_sweep = [1.0, nan]", "is no list of numbers"),
         ("cfg = inf", "cfg: inf is no finite number"),
         ("arms = ['modlar']", "'modlar' is none of base"),
+        ("safety_scale = 'half'", "safety_scale: 'half' is none of 'refuse', 'tensors', 'metadata': choose one"),
         ("saftey = ['x']", "did you mean 'safety'"),
     ],
 )
