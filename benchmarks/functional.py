@@ -67,7 +67,9 @@ class Bench:
 
     def moments(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         modules = {n: self.model.model.get_submodule(self.info.specs[self.keys[n]].path) for n in layers}
-        return cancelling.moments(self.model, self.clip, modules, PROMPTS)
+        with cancelling.moments(modules) as found:
+            cancelling.drawn(self.model, self.clip, PROMPTS)
+        return found
 
 
 def benign() -> Iterator[tuple[str, Loras]]:

@@ -133,7 +133,12 @@ def watch() -> None:
 
 
 def on_prompt(said: Any) -> Any:
-    """The queued prompt, or in its place one that the server's validation refuses; it must not raise."""
+    """The queued prompt, or in its place one that the server's validation refuses; it must not raise.
+
+    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt, 0.3.75 and
+    0.33.0), so that the check cannot be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes
+    or MOST_INPUTS inputs are refused unread, and lines of the record are written by a thread of their own.
+    """
     if not isinstance(said, dict) or "prompt" not in said:
         return said  # the server answers that itself
     policy, refusals = None, ()

@@ -7,7 +7,6 @@ is checked again there; a graph that passes here is not yet allowed anything.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -203,21 +202,40 @@ class _Graph:
         return frozenset(seen)
 
     def _follow(self) -> dict[tuple[str, int], frozenset[Kind]]:
-        """Kinds on every output, followed along the links until nothing changes; loops end, as kinds only add up."""
+        """Kinds on every output, followed along the links until nothing changes; loops end, as kinds only add up.
+
+        Nodes come after their sources, so that each is visited once, unless a loop is in front of it.
+        """
         users: dict[str, list[str]] = {}
         for name in self.graph:
             for link in self.links[name]:
                 users.setdefault(link.source, []).append(name)
-        self.kinds = {}
-        waiting = deque(self.graph)
+        self.kinds, order, waiting = {}, self._sources_first(), set(self.graph)
         while waiting:
-            name = waiting.popleft()
-            changed = False
-            for slot, kinds in enumerate(self._given(name)):
-                if self.kinds.get((name, slot)) != kinds:
-                    self.kinds[name, slot], changed = kinds, True
-            waiting.extend(users.get(name, ()) if changed else ())
+            for name in filter(waiting.__contains__, order):
+                waiting.remove(name)
+                changed = False
+                for slot, kinds in enumerate(self._given(name)):
+                    known = self.kinds.get((name, slot), frozenset())
+                    if not kinds <= known:
+                        self.kinds[name, slot], changed = known | kinds, True
+                waiting.update(users.get(name, ()) if changed else ())
         return self.kinds
+
+    def _sources_first(self) -> list[str]:
+        """All nodes, each after those that its links come from, except for one link of every loop."""
+        order, seen = [], set()
+        for start in self.graph:
+            path = [] if start in seen else [(start, iter(self.links[start]))]
+            seen.add(start)
+            while path:
+                links = path[-1][1]
+                if (source := next((link.source for link in links if link.source not in seen), None)) is None:
+                    order.append(path.pop()[0])
+                else:
+                    seen.add(source)
+                    path.append((source, iter(self.links[source])))
+        return order
 
     def _coming(self, name: str) -> Iterator[tuple[Link, Kind]]:
         for link in self.links[name]:

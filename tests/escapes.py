@@ -1,7 +1,7 @@
 """Attempts to get an unguarded picture out of a ComfyUI under a policy: graphs.
 
-escape_detours.py, escape_actions.py, escape_bases.py, escape_requests.py and escape_leaves.py add those that need
-files, requests and gates.
+escape_detours.py, escape_actions.py, escape_cancelling.py, escape_bases.py, escape_requests.py and escape_leaves.py add
+those that need files, requests and gates.
 
 Each attempt is a sentence and what ComfyUI is asked to do. ``outcome``: "refused" by the policy or the guard, queued or
 running, and in the record; "invalid", which ComfyUI itself refuses; "permitted" on purpose, for the reason given, and

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from graphs import GraphError, guarded_graph, save_lora
+from modular_lora_guard.benchmarks import cancelling
 from modular_lora_guard.modular_lora import acted
 from modular_lora_guard.modular_lora.acted import EVERY, Meter
 from modular_lora_guard.modular_lora.branches import Attachment, Branches, FusedLayer
@@ -300,42 +303,23 @@ def layers(comfy):
     return {name: info.specs[key] for key, name in named.items()}
 
 
-def cancelling(comfy, safety, layers: dict, path, model, run) -> None:
-    """dW_t = −dW_s + c·dW_s·C⁻¹ on every Linear layer, C from the base's own run: the files' net strength stays 1."""
-    from safetensors.torch import save_file
-
-    moments, hooks = {}, []
-    for spec in layers.values():
-        module = model.model.get_submodule(spec.path)
-
-        def note(_, args, path=spec.path):
-            x = args[0].reshape(-1, args[0].shape[-1])
-            moments[path] = moments.get(path, 0) + x.T @ x
-
-        hooks.append(module.register_forward_pre_hook(note))
-    run()
-    for hook in hooks:
-        hook.remove()
-    tensors = {}
-    for name, layer in comfy.host_files.read_lora(safety).layers.items():
-        C = moments[layers[name].path].double()
-        C = C / C.diagonal().mean() + 1e-2 * torch.eye(len(C))
-        down, up = layer.down.double(), layer.up.double()
-        other = torch.linalg.solve(C, down.T).T
-        c = ((up.T @ up) * (down @ down.T)).sum() / ((up.T @ up) * (down @ other.T)).sum()
-        tensors[f"{name}.lora_down.weight"] = (c * other - down).float()
-        tensors[f"{name}.lora_up.weight"] = layer.up.float()
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    save_file(tensors, path)
+@contextmanager
+def attack(safety, layers: dict, path, model) -> Iterator[None]:
+    """Writes a file that cancels the safety LoRA on what these layers of the model read meanwhile."""
+    modules = {name: model.model.get_submodule(spec.path) for name, spec in layers.items()}
+    with cancelling.moments(modules) as moments:
+        yield
+    cancelling.save(path, cancelling.against_inputs(cancelling.factors(safety), moments, ridge=1e-2))
 
 
 def test_a_file_made_against_the_files_net_strength_is_refused_as_it_acts(comfy, guard, layers, tmp_path):
     linear = {name: spec for name, spec in layers.items() if spec.conv is None and "emb" not in spec.path}
-    safety, attack = tmp_path / "safety.safetensors", tmp_path / "attack.safetensors"
+    safety, made = tmp_path / "safety.safetensors", tmp_path / "attack.safetensors"
     save_lora(safety, linear, 2, 0, size=0.2)
     base = small_unet()
-    cancelling(comfy, safety, linear, attack, base, lambda: sampled(base, steps=3))
-    patcher = guard(safety, attack)
+    with attack(safety, linear, made, base):
+        sampled(base, steps=3)
+    patcher = guard(safety, made)
     ((_, result),) = patcher.guard_state.part.interference
     assert result.net_strength == pytest.approx(1.0, abs=1e-3)
     before = len(comfy.host.latents._entries)
@@ -407,10 +391,10 @@ def test_a_graph_with_a_file_that_cancels_on_real_inputs_is_stopped(comfy, run_g
     graph |= {"sample": sampler, "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}}
     graph["sample"]["inputs"]["model"] = ["ckpt", 0]
     graph["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["ckpt", 2]}}
-    attack, base = loras.folder / "attack.safetensors", run_graph(graph)["ckpt"][0]
+    made, base = loras.folder / "attack.safetensors", run_graph(graph)["ckpt"][0]
     graph["sample"]["inputs"]["seed"] = 2  # another run of the same loaded model
-    with torch.inference_mode():
-        cancelling(comfy, loras.folder / "on_values.safetensors", values, attack, base, lambda: run_graph(graph))
+    with attack(loras.folder / "on_values.safetensors", values, made, base):
+        run_graph(graph)
     for name in ("attack", "task"):
         guarded = guarded_graph("on_values.safetensors", f"{name}.safetensors")
         guarded["save"]["inputs"]["filename_prefix"] = f"after_{name}"

@@ -82,6 +82,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
         ("task_sweep = [1.0, nan]", r"task_sweep\[1\] must be a finite number, not nan: correct it\."),
         ("cfg = inf", r"cfg must be a finite number, not inf: correct it\."),
         ("arms = ['modlar']", "'modlar' is none of base"),
+        ("safety_scale = 'half'", "safety_scale must be 'refuse', 'tensors' or 'metadata', not 'half': correct it"),
         ("saftey = ['x']", r"saftey does not exist: did you mean safety\?"),
     ],
 )
