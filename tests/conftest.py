@@ -138,6 +138,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """The thousands of collected tests stay until the end: no collection of garbage need look through them."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last line of a run in which the tests of the front end did not run says so."""
     reporter = config.pluginmanager.getplugin("terminalreporter")
