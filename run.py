@@ -3,7 +3,7 @@
 
     python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
     python3 run.py check     lint, types and the tests that need no ComfyUI, in under a minute, beside your own PyTorch
-    python3 run.py test      install the test tools, run the linter and every test
+    python3 run.py test      install the test tools, check lint and types, run every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
@@ -158,7 +158,7 @@ def help_before_installation(command: str) -> int:
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
-    """Lint, then every test; the last lines are pytest's own summary."""
+    """Lint, format and types, then every test; the last lines are pytest's own summary."""
     tools = environment.ensure_test_tools(host.python, bundled=host.bundled)
     variables = {
         **tools,
@@ -171,7 +171,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     if code:
         return code
     settings = child_environment(variables)
-    code = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
+    code, _ = check.run_steps(host.python, check.STEPS, settings)
     if spread := spread_over_cores(rest):
         settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return code or run_attached([host.python, "-c", PYTEST, *spread, *rest], environment=settings, cwd=paths.ROOT)

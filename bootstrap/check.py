@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import environment, paths
@@ -62,11 +62,25 @@ def run_check(pytest_entry: str, rest: Sequence[str]) -> int:
     for name in ("MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
         settings.pop(name, None)
     tests = ("-c", pytest_entry, "-q", "--hypothesis-profile", "dev", *environment.SPREAD, *UNIT_TESTS, *rest)
-    codes = {}
-    for name, arguments in {**STEPS, "unit tests": tests}.items():
-        say(f"{name}:")
-        codes[name] = run_attached([python, *arguments], environment=settings, cwd=paths.ROOT)
-    failed = [name for name, code in codes.items() if code]
+    code, failed = run_steps(python, {**STEPS, "unit tests": tests}, settings)
     took = f"{time.monotonic() - began:.0f} s"
     say(f"check: failed in {took}: {', '.join(failed)}" if failed else f"check: passed in {took}")
-    return next((code for code in codes.values() if code), 0)
+    return code
+
+
+def run_steps(python: Path, steps: Mapping[str, Sequence[str]], settings: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Run every step, also after one that fails.
+
+    Args:
+        python: The interpreter.
+        steps: What is said of a step, and the interpreter's arguments.
+        settings: The environment variables.
+
+    Returns:
+        0 or the first exit code that is not, and the steps that failed.
+    """
+    codes = {}
+    for name, arguments in steps.items():
+        say(f"{name}:")
+        codes[name] = run_attached([python, *arguments], environment=settings, cwd=paths.ROOT)
+    return next((code for code in codes.values() if code), 0), [name for name, code in codes.items() if code]
