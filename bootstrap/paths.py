@@ -13,9 +13,11 @@ RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
 VENV = RUN / "venv"
 LOGS = RUN / "logs"
 COMFYUI = RUN / "comfyui"
+WORLD_ASSETS = ROOT / "world" / "assets"  # not in the registry's archive (.comfyignore)
 WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
+CHECK = RUN / "check"  # the environment of `run.py check`
 SIGNATURE_PACKAGES = RUN / "signature-packages"  # what signs and verifies, likewise
 DEMO_OUTPUT = ROOT / "demo_output"
 

@@ -36,6 +36,7 @@ from ..modular_lora.guard import (
 )
 from ..modular_lora.report import format_functional, format_guard, format_memory
 from ..modular_lora.util.cache import Cache
+from ..version import VERSION
 from . import pending, warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
 from .functional import measured
@@ -44,7 +45,7 @@ from .memory import MemoryMixin, compute_dtype
 from .runs import GenerateMixin, KeptMixin, streams, watch
 from .widened import widen
 
-PACK = "modular-lora-guard 0.1.0"
+PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
 SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
 ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75 and 0.33.0)

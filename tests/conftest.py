@@ -72,7 +72,11 @@ from modular_lora_guard.demo.settings import DemoWorld  # noqa: E402
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+# `run.py check`: few examples, also where a test asks for more of them (see `_fewer_examples`).
+settings.register_profile("dev", settings.get_profile("suite"), max_examples=20)
 settings.load_profile("suite")
+COMFYUI_FIXTURES = {"comfy", "world"}  # tests that use neither, nor have one of these marks, are marked "unit"
+COMFYUI_MARKS = ("server", "browser", "needs_comfyui")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -106,13 +110,38 @@ def _sampled(items: list[pytest.Item]) -> set[pytest.Item]:
     return left
 
 
+def _is_unit(item: pytest.Item) -> bool:
+    """Whether a test needs no ComfyUI and no demo world."""
+    return not (COMFYUI_FIXTURES & set(item.fixturenames) or any(map(item.get_closest_marker, COMFYUI_MARKS)))
+
+
+def _fewer_examples(items: list[pytest.Item]) -> None:
+    """The profile's number of examples as an upper bound; the attribute is where hypothesis keeps `@settings`."""
+    kept = "_hypothesis_internal_use_settings"
+    for item in items:
+        test = getattr(item.obj, "__func__", item.obj)
+        own = getattr(test, kept, None)
+        if own is not None and own.max_examples > settings.default.max_examples:
+            setattr(test, kept, settings(own, max_examples=settings.default.max_examples))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long trials as samples unless --all is given; files with a slow test first: the longest must not begin last."""
+    for item in filter(_is_unit, items):
+        item.add_marker("unit")
+    if config.getoption("hypothesis_profile") == "dev":
+        _fewer_examples(items)
     if not config.getoption("--all") and (left := _sampled(items)):
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """The thousands of collected tests stay until the end: no collection of garbage need look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from modular_lora_guard.bootstrap import browser, comfyui, environment, paths, process
+from modular_lora_guard import version
+from modular_lora_guard.bootstrap import browser, check, comfyui, environment, paths, process
 from modular_lora_guard.bootstrap.console import RunError
 from modular_lora_guard.demo import base, server
+from modular_lora_guard.modular_lora.options import tomllib
 from modular_lora_guard.world import DETECTOR_ONNX
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
@@ -36,7 +39,8 @@ def test_help_names_the_commands() -> None:
     answer = run("--help")
     assert answer.returncode == 0
     assert all(
-        f"run.py {command}" in answer.stdout for command in ("demo", "test", "comfy", "lora", "audit", "operator")
+        f"run.py {command}" in answer.stdout
+        for command in ("demo", "check", "test", "comfy", "lora", "audit", "operator")
     )
 
 
@@ -262,3 +266,125 @@ def test_every_comfyui_has_a_base_directory_of_its_own(tmp_path: Path) -> None:
     places = [paths.base_of(folder) for folder in (paths.COMFYUI, tmp_path / "one", tmp_path / "two")]
     assert len(set(places)) == 3
     assert all(place.parent == paths.RUN for place in places)
+
+
+def bare_environment(folder: Path) -> Path:
+    """The interpreter of an environment without a package in it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return environment.python_of(folder)
+
+
+def test_check_without_pytorch_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = bare_environment(tmp_path / "bare")
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setattr(paths, "VENV", tmp_path / "none")
+    with pytest.raises(RunError) as found:
+        check.interpreter()
+    assert f"{bare} -m pip install torch" in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_check_takes_this_interpreter_and_else_that_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "VENV", tmp_path / "venv")
+    assert check.interpreter() == Path(sys.executable)
+    own, bare = environment.python_of(paths.VENV), bare_environment(tmp_path / "bare")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setattr(check, "has_torch", lambda python: python == own)
+    assert check.interpreter() == own
+
+
+def test_check_sees_the_packages_of_the_interpreter_and_installs_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(environment, "pip", lambda python, title, arguments: asked.append(list(map(str, arguments))))
+    for name in ("RUN", "LOGS", "CHECK"):
+        monkeypatch.setattr(paths, name, tmp_path / "run" / name.lower())
+    for _ in range(2):
+        python = environment.ensure_check(Path(sys.executable))
+    assert len(asked) == 1, "what is current is not installed again"
+    assert asked[0][1::2][:2] == [str(paths.ROOT / name) for name in ("requirements.txt", "requirements-check.txt")]
+    code = "import pytest, torch, sys; print(sys.prefix, sys.base_prefix, pytest.__file__, sep='\\n')"
+    prefix, base, seen = subprocess.check_output([python, "-c", code], text=True).splitlines()
+    assert Path(prefix) == tmp_path / "run" / "check" != Path(base)
+    assert seen == pytest.__file__
+
+
+def test_check_runs_every_step_and_fails_if_one_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked: list[list[str]] = []
+
+    def attached(command, *, environment, cwd) -> int:
+        asked.append(list(map(str, command[1:])))
+        assert "MODULAR_LORA_COMFYUI" not in environment
+        return 3 if "mypy" in command else 0
+
+    monkeypatch.setenv("MODULAR_LORA_COMFYUI", "somewhere")
+    monkeypatch.setattr(environment, "ensure_check", lambda python: python)
+    monkeypatch.setattr(check, "run_attached", attached)
+    assert check.run_check("entry", ["-k", "some"]) == 3
+    assert [command[1] for command in asked] == ["ruff", "ruff", "mypy", "entry"]
+    assert asked[-1][-len(check.UNIT_TESTS) - 2 :] == [*check.UNIT_TESTS, "-k", "some"]
+    assert "failed" in (last := capsys.readouterr().out.splitlines()[-1])
+    assert "types" in last
+
+
+def test_a_test_without_a_fixture_of_comfyui_is_a_unit_test(request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("unit")
+    assert not [
+        item for item in request.session.items if item.get_closest_marker("unit") and "comfy" in item.fixturenames
+    ]
+
+
+def test_the_version_is_that_of_the_project_file() -> None:
+    stated = re.findall(
+        r'^version = "(.+)"$', (paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert stated == [version.VERSION]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version.VERSION), "what ComfyUI's registry takes"
+
+
+def requirements(file: str) -> list[str]:
+    lines = (paths.ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line.replace('"', "'") for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def test_requirement_files_and_project_file_name_the_same_packages() -> None:
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    parts = [project["dependencies"], *(extras[name] for name in ("training", "gate", "audit"))]
+    assert requirements("requirements.txt") == [line for part in parts for line in part]
+    assert set(extras["dev"]) <= set(requirements("requirements-check.txt"))
+    assert set(extras["operators"]) == set(environment.SIGNATURES)
+
+
+def test_the_project_file_names_every_package_of_the_pack() -> None:
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {
+        ".".join(("modular_lora_guard", *file.relative_to(paths.ROOT).parts[:-1]))
+        for file in paths.ROOT.glob("*/**/__init__.py")
+        if file.relative_to(paths.ROOT).parts[0] not in (".run", "tests", "benchmarks")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == {"modular_lora_guard", *found}
+
+
+def test_the_registrys_archive_leaves_out_what_users_do_not_need_and_nothing_else() -> None:
+    git = ["git", "-C", str(paths.ROOT), "ls-files"]
+    answer = subprocess.run([*git, "-i", "-c", "-X", ".comfyignore"], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        pytest.skip("not a git clone")
+    left = {name.partition("/")[0] for name in answer.stdout.splitlines()}
+    assert {"tests", "benchmarks", ".ci", "world"} <= left
+    assert not left & {
+        "__init__.py",
+        "nodes",
+        "modular_lora",
+        "pyproject.toml",
+        "requirements.txt",
+        "LICENSE",
+        "NOTICE",
+    }
+    assert all(name.startswith("world/assets/") for name in answer.stdout.splitlines() if name.startswith("world/"))
