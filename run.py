@@ -27,10 +27,10 @@ from typing import NoReturn
 if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older ones
     sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
 
-from bootstrap import browser, check, comfyui, environment, paths
-from bootstrap.boundary import contained, ensure_writable
-from bootstrap.console import say
-from bootstrap.process import child_environment, run_attached
+from tools.bootstrap import browser, check, comfyui, environment, paths
+from tools.bootstrap.boundary import contained, ensure_writable
+from tools.bootstrap.console import say
+from tools.bootstrap.process import child_environment, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
@@ -109,7 +109,7 @@ def _number(least: int, most: int) -> Callable[[str], int]:
 
 def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> int:
     """Run a command of the demo package with ComfyUI's interpreter."""
-    entry = paths.ROOT / "demo" / "__main__.py"
+    entry = paths.ROOT / "tools" / "demo" / "__main__.py"
     extra = {} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}
     return run_attached(
         [host.python, entry, command, "--comfyui", host.folder, *arguments], environment=child_environment(extra)

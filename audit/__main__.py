@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-from training.__main__ import NAME, register
+from training.__main__ import register
 
 if __name__ == "__main__":
     register()
-    sys.exit(importlib.import_module(f"{NAME}.audit.cli").main(sys.argv[1:]))
+    sys.exit(importlib.import_module("modular_lora_guard.audit.cli").main(sys.argv[1:]))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import LoraFile, read_lora
-from ..modular_lora.scales import check_scale
+from ..modular_lora.files.reader import LoraFile, read_lora
+from ..modular_lora.files.scales import check_scale
 from ..training import output, projection
 from .options import ARMS, LORAS, AuditOptions, OptionError
 from .plan import Arm, Part

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files import texts
 from . import pictures
 from .options import AuditOptions
 from .plan import Item, Sampling
@@ -44,8 +44,8 @@ def synonym_items(options: AuditOptions, items: Sequence[Item]) -> list[Item]:
 def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
     """``word = other, other`` a line, ``#`` before a remark; or JSON {word: [other, ...]}. Raises GuardError."""
     try:
-        text = textfiles.decode(path.read_bytes())
-    except (OSError, textfiles.TextError) as error:
+        text = texts.decode(path.read_bytes())
+    except (OSError, texts.TextError) as error:
         raise GuardError(f"{path}: cannot be read ({error}): give UTF-8 text.") from error
     said = _json(path, text) if path.suffix.lower() == ".json" else _lines(path, text)
     known = {word.strip().lower(): tuple(dict.fromkeys(o.strip() for o in others)) for word, others in said.items()}

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import Numbers, OptionError, Texts, listed, opt
-from ..modular_lora.scales import Scale
 from ..modular_lora.validation import STRICT, raises
 from .plan import Sampling
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ImageOps
 
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.files.images import ENDINGS, PictureError, decode, named, under
 from ..modular_lora.util import atomic
 
 

@@ -126,7 +126,7 @@ def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, origin: Origin) ->
 
 def _content(path: str) -> str:
     """SHA-256 of a start or mask file, "" for none."""
-    from ..modular_lora.files import sha256_file  # here, since it brings torch, which not every caller needs
+    from ..modular_lora.files.reader import sha256_file  # here, since it brings torch, which not every caller needs
 
     if path and not Path(path).is_file():
         raise GuardError(f"{path}: no such picture to start from: check the file that names it")

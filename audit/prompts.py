@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..modular_lora import textfiles
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files import texts as textfiles
 from .options import AuditOptions
 from .plan import Item
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.picturefiles import decode
+from ..modular_lora.files.images import decode
 from . import pictures
 from .judge import Judge
 from .options import AuditOptions

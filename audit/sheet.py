@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..modular_lora.picturefiles import decode
+from ..modular_lora.files.images import decode
 from .arms import shown
 from .plan import GUARDED
 from .results import Drawn

@@ -35,13 +35,13 @@ class Worker:
         try:
             return self._draw(request)
         except Exception as error:  # the driver ends the audit with it
-            if isinstance(error, importlib.import_module(f"{PACK}.modular_lora.errors").GuardError):
+            if isinstance(error, importlib.import_module("modular_lora_guard.modular_lora.errors").GuardError):
                 return {"error": str(error)}
             logger.error("%s", traceback.format_exc())
             return {"error": f"A worker failed ({type(error).__name__}: {error}): its traceback is in the log."}
 
     def _draw(self, request: dict[str, Any] | None) -> dict[str, Any]:
-        plan = importlib.import_module(f"{PACK}.audit.plan")
+        plan = importlib.import_module("modular_lora_guard.audit.plan")
         if self.painter is None:
             open_painter = getattr(importlib.import_module(f"{PACK}.{self.spec['module']}"), self.spec["function"])
             self.painter = self.stack.enter_context(open_painter(**self.spec["arguments"]))
@@ -49,7 +49,7 @@ class Worker:
         if request is not None:
             arm = plan.Arm(**(request["arm"] | {"parts": tuple(plan.Part(**p) for p in request["arm"]["parts"])}))
             items = [plan.Item(**item) for item in request["items"]]
-            paint = importlib.import_module(f"{PACK}.audit.engines").paint
+            paint = importlib.import_module("modular_lora_guard.audit.engines").paint
             answer["pictures"] = paint(self.painter, arm, items, plan.Sampling(**request["sampling"]))
         return answer
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..modular_lora import plain_json
 from ..modular_lora.errors import writing
-from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.files.images import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.util import plain_json
 from .errors import GateError
 from .finding import Detector, Finding
 from .report import describe

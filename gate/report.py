@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from ..modular_lora import plain_json
+from ..modular_lora.util import plain_json
 from .finding import Detector
 from .gate import Outcome
 from .settings import Settings

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from ..modular_lora import plain_json
 from ..modular_lora.errors import one_line, writing
+from ..modular_lora.util import plain_json
 from ..modular_lora.validation import STRICT, raises
 from .errors import GateError
 from .finding import Detector, Finding

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..bootstrap.boundary import contained
-from ..bootstrap.paths import TYPED
+from ..tools.bootstrap.boundary import contained
+from ..tools.bootstrap.paths import TYPED
 from .errors import GuardError
 
 ROOT = Path(__file__).resolve().parent.parent

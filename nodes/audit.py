@@ -26,19 +26,19 @@ from ..audit.options import AuditOptions
 from ..audit.plan import GUARDED
 from ..audit.report import AuditReport, to_json
 from ..audit.words import format_report
+from ..comfy_host import patcher
+from ..comfy_host.charts import INK, PAPER, chart
+from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.progress import NodeWatch, image_tensor
+from ..comfy_host.sampler import ComfyPainter
 from ..gate.finding import Detector
 from ..modular_lora import options
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import read_lora
-from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
-from . import gate as gates
-from . import host
-from . import policy as policies
-from .charts import INK, PAPER, chart
-from .drawing import ComfyPainter
-from .progress import NodeWatch, image_tensor
+from . import gate_settings as gates
 from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
 from .training import check_name, option_inputs
 
@@ -251,7 +251,7 @@ def _check_shown(model, clip, made: AuditOptions) -> None:
         loras = list(zip(arm.parts, read, strict=True))
         safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
         tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
-        host.guard(model, clip, safety, tasks, False, GuardLimits())
+        patcher.guard(model, clip, safety, tasks, False, GuardLimits())
 
 
 def _judge(gate: object, style: object) -> Judge:

@@ -7,15 +7,16 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
-from . import carried, enforce
+from ..comfy_host import conditioning
+from ..comfy_host.enforcement import hooks
 from .audit import Audit
-from .concept import WriteConceptPrompts
-from .gate import GateSettings
-from .gated import SafetyGate, SampleAndGate
+from .concept_prompts import WriteConceptPrompts
+from .decode import GuardedDecode, GuardedDecodeTiled
+from .gate_settings import GateSettings
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
-from .picture import GuardedDecode, GuardedDecodeTiled
+from .safety_gate import SafetyGate, SampleAndGate
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
 from .sockets import register_folders
@@ -27,8 +28,8 @@ class ModularLoraExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()
-        enforce.register()
-        carried.register()
+        hooks.register()
+        conditioning.register()
         return [
             LoadSafetyLora,
             LoadTaskLora,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
-from . import host
-from . import policy as policies
+from ..comfy_host import patcher
+from ..comfy_host.enforcement import policy as policies
+from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
 from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
 
@@ -64,7 +64,7 @@ class GuardModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
-        guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
+        guarded, guarded_clip = patcher.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
         show(cls, guarded.report)
         if clip is None:
@@ -90,4 +90,4 @@ class GuardedAsModel(io.ComfyNode):
     @classmethod
     def execute(cls, guarded_model) -> io.NodeOutput:
         policies.check_open("guarded_as_model")
-        return io.NodeOutput(host.unwrap(guarded_model))
+        return io.NodeOutput(patcher.unwrap(guarded_model))

@@ -11,11 +11,11 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..modular_lora.errors import GuardError, LoraFileError
-from ..modular_lora.files import LoraFile
-from ..modular_lora.guard import SafetyLora, TaskLora
-from ..modular_lora.scales import Scale
-from ..modular_lora.stacks import Row, parse_stack
-from ..modular_lora.warm import kept_lora, kept_sha256
+from ..modular_lora.files.cache import kept_lora, kept_sha256
+from ..modular_lora.files.reader import LoraFile
+from ..modular_lora.files.scales import Scale
+from ..modular_lora.files.stacks import Row, parse_stack
+from ..modular_lora.guard.build import SafetyLora, TaskLora
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
 
 SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..modular_lora.report import format_attestation
-from . import host
+from ..comfy_host import patcher as host
+from ..modular_lora.guard.report import format_attestation
 from .sockets import CATEGORY, model_input, show
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

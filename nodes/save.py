@@ -18,14 +18,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..modular_lora import plain_json
+from ..comfy_host.enforcement import policy as policies
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import sha256_file
-from ..modular_lora.util import atomic
-from ..operators import keys, signing
-from ..operators.signing import KEY
-from . import policy as policies
-from .picture import EDITED, Known, known
+from ..modular_lora.files.reader import sha256_file
+from ..modular_lora.provenance import keys, signing
+from ..modular_lora.provenance.signing import KEY
+from ..modular_lora.util import atomic, plain_json
+from .decode import EDITED, Known, known
 from .sockets import CATEGORY, show
 
 UNATTESTED, UNGATED = "unattested", "not gated"

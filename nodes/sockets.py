@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.errors import GuardError, LoraFileError
-from ..modular_lora.files import ENDINGS, sha256_file
+from ..modular_lora.files.reader import ENDINGS, sha256_file
 
 CATEGORY = "modular lora"
 SAFETY_FOLDER = "safety_loras"

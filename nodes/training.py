@@ -15,24 +15,26 @@ import folder_paths
 from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io, ui
 
+from ..comfy_host import introspection, trainer_model
+from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.progress import NodeWatch, contact_sheet, image_tensor
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import read_lora
-from ..modular_lora.guard import SafetyLora, TaskLora
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard.build import SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util import atomic
 from ..modular_lora.util.file_state import file_state
-from ..training import dataset, kohya, options, output, projection
-from ..training.dataset_config import DatasetConfig
-from ..training.kohya_checkout import find_engine
+from ..training import options, output, projection
+from ..training.data import dataset
+from ..training.data.config import DatasetConfig
+from ..training.data.images import thumbnail
+from ..training.kohya import engine as kohya
+from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions, TaskOptions
-from ..training.pictures import thumbnail
 from ..training.record import Trained
-from ..training.safety import train_safety
-from ..training.task import configure, train_task
-from . import anatomy, trainee
-from . import policy as policies
+from ..training.safety.train import train_safety
+from ..training.task.train import configure, train_task
 from .load import handles
-from .progress import NodeWatch, contact_sheet, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, offered, show
 
 GROUP = f"{CATEGORY}/train"
@@ -243,7 +245,7 @@ OUTPUTS = [
 
 
 def engine_inputs() -> list[io.Input]:
-    found = [name for kind in trainee.BASE_FOLDERS for name in folder_paths.get_filename_list(kind)]
+    found = [name for kind in trainer_model.BASE_FOLDERS for name in folder_paths.get_filename_list(kind)]
     names = offered(found)
     tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
     return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
@@ -315,11 +317,11 @@ class TrainTaskLora(io.ComfyNode):
         check_writable(model_folder("loras"), "loras folder")
         with going_on(cls, name):
             if engine == "kohya":
-                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
                 trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
             else:
-                with trainee.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
-                    trained = train_task(opened, made, watch, safety, engine=trainee.ENGINE, data=data)
+                with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+                    trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)
         path = published(trained, "loras")
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
 
@@ -356,11 +358,11 @@ class TrainSafetyLora(io.ComfyNode):
         check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
         with going_on(cls, name):
             if engine == "kohya":
-                base = trainee.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
                 trained = kohya.train_safety(find_engine(), made, base, watch)
             else:
-                with trainee.opened(model, clip, vae, made) as opened:
-                    trained = train_safety(opened, made, watch, engine=trainee.ENGINE)
+                with trainer_model.opened(model, clip, vae, made) as opened:
+                    trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)
         path = published(trained, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
 
@@ -436,7 +438,7 @@ class ProjectTaskLora(io.ComfyNode):
                 f"Project Task LoRA got {len(tasks)} task LoRAs: connect one, and project the others apart."
             )
         task, loras = tasks[0], [s.lora for s in safety]
-        infos = (anatomy.model_info(model), anatomy.clip_info(clip))
+        infos = (introspection.model_info(model), introspection.clip_info(clip))
         tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
         path = model_folder("loras") / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..modular_lora.command import finish, typed
 from ..modular_lora.errors import GuardError
-from . import keys, record
+from ..modular_lora.provenance import keys, record
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,13 +101,13 @@ def _keygen(chosen: argparse.Namespace) -> str:
 
 
 def _sign(chosen: argparse.Namespace) -> str:
-    from . import signing
+    from ..modular_lora.provenance import signing
 
     return str(signing.sign(chosen.file, chosen.key, expires=chosen.expires))
 
 
 def _verify(chosen: argparse.Namespace) -> str:
-    from . import signing
+    from ..modular_lora.provenance import signing
 
     if chosen.identity or chosen.issuer:
         if not (chosen.identity and chosen.issuer):

@@ -279,7 +279,7 @@ def _without_key(tables: Tables) -> tuple[Place, str]:
 
 def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
     """PolicyError unless the trusted key signed what was read."""
-    from . import signing  # asks for packages that a policy without signatures does not need
+    from ..modular_lora.provenance import signing  # asks for packages that a policy without signatures does not need
 
     try:
         signing.verify(path, {trusted.stem: trusted}, sha256=sha256)

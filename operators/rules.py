@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ..gate.finding import Detector
 from ..gate.settings import Settings
-from ..modular_lora.attestation import Attestation, GateRecord, LoraRecord
 from ..modular_lora.errors import GuardError
+from ..modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
 from . import bounds
 from .policy import Gate, OperatorPolicy, Required
 

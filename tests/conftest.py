@@ -65,10 +65,10 @@ def _register() -> None:
 
 _register()
 sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
-from graphs import GraphError, save_lora  # noqa: E402
-from modular_lora_guard.demo.client import Client  # noqa: E402
-from modular_lora_guard.demo.server import Server  # noqa: E402
-from modular_lora_guard.demo.settings import DemoWorld  # noqa: E402
+from modular_lora_guard.tools.demo.client import Client  # noqa: E402
+from modular_lora_guard.tools.demo.server import Server  # noqa: E402
+from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
+from support.graphs import GraphError, save_lora  # noqa: E402
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -249,7 +249,7 @@ async def _load_nodes(nodes) -> None:
 def matrix(request):
     """Notes a row of docs/figures/FILE: what was tried, how it came out, in which test, with which largest error.
 
-    ``max_error`` is the largest |guarded - merged| over the largest |merged - base|. `python -m benchmarks.matrix`
+    ``max_error`` is the largest |guarded - merged| over the largest |merged - base|. `python -m tools.benchmarks.matrix`
     runs the tests with MODULAR_LORA_FIGURES set and writes the files.
     """
 
@@ -336,7 +336,7 @@ def _layers(info, prefix: str):
 @pytest.fixture
 def operator(comfy, loras, run_graph):
     """Writes policies where this ComfyUI reads them; the record goes with them."""
-    from operator_graphs import Operator
+    from support.operator_graphs import Operator
 
     one = Operator(comfy, run_graph)
     shutil.rmtree(one.path.parent / "record", ignore_errors=True)
@@ -364,7 +364,7 @@ def previews(comfy, monkeypatch) -> None:
 @pytest.fixture
 def enforced(operator, sha256):
     """A policy that asks for the safety LoRA at 0.9."""
-    from operator_graphs import required
+    from support.operator_graphs import required
 
     operator.write(required(sha256("safety.safetensors")))
     return operator

@@ -20,4 +20,4 @@ def register() -> None:
 
 if __name__ == "__main__":
     register()
-    sys.exit(importlib.import_module(f"{NAME}.training.cli").main(sys.argv[1:]))
+    sys.exit(importlib.import_module("modular_lora_guard.training.cli").main(sys.argv[1:]))

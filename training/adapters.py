@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import LoraFile
+from ..modular_lora.files.reader import LoraFile
 from .options import Target
 from .seeds import role_seed
 

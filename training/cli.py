@@ -13,21 +13,23 @@ from pathlib import Path
 
 import torch
 
-from ..modular_lora import concept
+from ..comfy_host.standalone import start
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import read_lora
-from ..modular_lora.guard import SafetyLora
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard import concept
+from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
-from ..nodes.comfyui import start
-from . import dataset, inspection, kohya, options, output, projection
-from .kohya_arguments import FAMILIES
-from .kohya_checkout import find_engine
+from . import inspection, options, output, projection
+from .data import dataset
+from .kohya import engine as kohya
+from .kohya.arguments import FAMILIES
+from .kohya.checkout import find_engine
 from .options import SafetyOptions, TaskOptions
-from .safety import prepare as prepare_safety
-from .safety import train_safety
-from .task import configure, train_task
-from .task import prepare as prepare_task
+from .safety.train import prepare as prepare_safety
+from .safety.train import train_safety
+from .task.train import configure, train_task
+from .task.train import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")

@@ -26,12 +26,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..modular_lora.comparing import Factor, factors, inner, norm
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import LoraFile
-from ..modular_lora.guard import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
-from ..modular_lora.matching import match_layers
-from ..modular_lora.names import is_text
+from ..modular_lora.files.matching import match_layers
+from ..modular_lora.files.names import is_text
+from ..modular_lora.files.reader import LoraFile
+from ..modular_lora.guard.build import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
+from ..modular_lora.guard.comparing import Factor, factors, inner, norm
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find
 WHOLE = 0.02  # of strength 1: this close, taking the LoRA out again gives W0 up to rounding

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..modular_lora.comparing import Factor, norm
-from ..modular_lora.files import LoraFile, describe_base, read_lora
-from ..modular_lora.formats import Adapter, LoraLayer
-from ..modular_lora.guard import BASE_KEY, ROLE_KEY
-from ..modular_lora.names import is_text
+from ..modular_lora.files.formats import Adapter, LoraLayer
+from ..modular_lora.files.names import is_text
+from ..modular_lora.files.reader import LoraFile, describe_base, read_lora
+from ..modular_lora.guard.build import BASE_KEY, ROLE_KEY
+from ..modular_lora.guard.comparing import Factor, norm
 from .output import kohya_hashes
 
 SHOWN = (  # metadata worth a line, in this order, where a file has it

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse, tomllib
-from ..modular_lora.scales import Scale
 from ..modular_lora.validation import STRICT, raises
 
 __all__ = [

@@ -21,15 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..modular_lora import concept
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.files import LoraFile, LoraLayer, read_lora
-from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from ..modular_lora.files.reader import LoraFile, LoraLayer, read_lora
+from ..modular_lora.guard import concept
+from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
 from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
+from .model import Prediction
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
-from .trainee import Prediction
 
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 LEGACY_START, LEGACY_SIZE = 0x100000, 0x10000  # bytes that the legacy hash looks at

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..modular_lora.guard import SafetyLora
+from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.util import atomic
-from . import sampling
 from .adapters import Adapters
 from .checkpointing import suspended
+from .model import Trainee
 from .options import Options
+from .safety import sampling
 from .seeds import step_generator
-from .trainee import Trainee
 
 
 class Previews:

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..modular_lora.comparing import Factor, factors, norm
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import LoraFile, LoraLayer
-from ..modular_lora.guard import ModelInfo
-from ..modular_lora.matching import match_layers
-from ..modular_lora.target import Target
+from ..modular_lora.files.matching import match_layers
+from ..modular_lora.files.reader import LoraFile, LoraLayer
+from ..modular_lora.files.target import Target
+from ..modular_lora.guard.build import ModelInfo
+from ..modular_lora.guard.comparing import Factor, factors, norm
 
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does

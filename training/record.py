@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..modular_lora.files import LoraFile
+from ..modular_lora.files.reader import LoraFile
 from . import output
 from .adapters import Factors, Spec
+from .model import Trainee
 from .options import Options, fingerprint
-from .trainee import Trainee
 
 
 @dataclass(frozen=True, eq=False)

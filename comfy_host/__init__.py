@@ -1,0 +1,1 @@
+"""The one place that touches ComfyUI, beside the schemas in nodes/."""

@@ -1,0 +1,33 @@
+"""Inputs that a LoRA gives a model (Flux control): ComfyUI draws them from the conditioning if the weight shows room.
+
+Flux.concat_cond asks how many inputs the weight of img_in has (0.3.75 and 0.33.0); a guarded model's weight stays W0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..modular_lora.branches.attachment import Branches
+
+WEIGHT, CONCAT = "weight", "concat_cond"
+
+
+def widen(patcher, branches: Branches) -> None:
+    """Let ``patcher`` (a fresh clone) draw the inputs that its LoRAs read (ModelPatcher.add_object_patch)."""
+    for path in branches.wide:
+        shape = branches.layers[path].spec.weight_shape
+        drawn = _drawn(patcher.get_model_object(CONCAT), patcher.get_model_object(path), shape)
+        patcher.add_object_patch(CONCAT, drawn)
+
+
+def _drawn(concat_cond: Callable, layer: torch.nn.Module, shape: tuple[int, ...]) -> Callable:
+    def drawn(**kwargs):
+        layer.__dict__[WEIGHT] = torch.empty(shape, device="meta")  # found before the module's own, which stays
+        try:
+            return concat_cond(**kwargs)
+        finally:
+            del layer.__dict__[WEIGHT]
+
+    return drawn

@@ -1,0 +1,456 @@
+"""Enforcement of the operator's policy: when a prompt is queued, as each of its nodes runs, and around every sampling.
+
+Without a policy only a handler for queued prompts is there, which looks at one file's state. While one is in force,
+these functions of ComfyUI are wrapped:
+
+* ``execution.get_output_data``, through which every node runs, nodes that others expand to included,
+* ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
+* ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
+* ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
+* those that texts.py names, through which texts become embeddings,
+* and what reads files of weights, and what uses text encoders and VAEs (weights.py)
+
+(0.3.75 and 0.33.0, tested in both), and what shows pictures or values on the way: ``execution.format_value``,
+``comfy.utils.ProgressBar.update_absolute`` and ``comfy_execution.progress.ProgressRegistry.update_progress``
+(0.3.75, newer by reading). Each asks for the policy of that moment, and a sampling run once more at its end: a
+policy that changes in between holds as well, so that a run that ends has satisfied both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_base
+import comfy.model_patcher
+import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import comfy_execution.progress
+import folder_paths
+from comfy_api.latest import io
+from server import PromptServer
+
+from ...modular_lora.errors import GuardError
+from ...nodes.guard import GuardModel
+from ...nodes.sockets import CATEGORY
+from ...operators import bounds
+from ...operators import graph as graphs
+from ...operators.policy import OperatorPolicy, PolicyError
+from ...operators.rules import Refusal, RefusedError
+from .. import patcher as host
+from ..functional import measuring
+from . import leaving, node_info, texts, weights
+from . import policy as policies
+
+LOOK = 1.0  # seconds between looks at the policy
+MOST_TOLD = 50  # refusals of one prompt that are told one by one
+MOST_NODES, MOST_INPUTS = 5000, 30_000  # of a prompt: the server's loop waits while it is checked
+MOST_NAME = 1024  # characters of a node's id, its type and its inputs' names
+ANY_MODEL = object()  # what an open training or audit may evaluate
+
+log = logging.getLogger("modular_lora")
+_lock = threading.Lock()
+_wants_texts: list[bool] = []  # whether the policy that was last looked at asks for texts
+_evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evaluating", default=None)
+
+
+class ModularLoraRefused(io.ComfyNode):
+    """Takes the place of a node that the policy refuses, so that the server itself answers why, on that node.
+
+    A handler of queued prompts cannot refuse one: ComfyUI logs what it raises and goes on (0.3.75 and 0.33.0). The
+    type exists only while a policy is in force.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=graphs.REFUSED,
+            display_name="Refused by the operator's policy",
+            category=CATEGORY,
+            description="Stands where the operator's policy refused a node; not for graphs.",
+            inputs=[io.String.Input("policy", tooltip="Why the node was refused.")],
+            outputs=[],
+            is_output_node=True,
+            is_deprecated=True,  # menus and searches leave it out
+        )
+
+    @classmethod
+    def validate_inputs(cls, policy=None) -> str:
+        return policy or "refused by the operator's policy"
+
+    @classmethod
+    def execute(cls, policy) -> io.NodeOutput:
+        raise GuardError(policy)
+
+
+def register() -> None:
+    """Hear of queued prompts; look at the policy now and once a second, as prompts may be in the queue already."""
+    if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
+        return
+    PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
+    _watching()
+
+
+def _watching() -> None:
+    """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
+    PromptServer.instance.loop.call_later(LOOK, _watching)
+    watch()
+
+
+def watch() -> None:
+    """Enforce a policy that has come into force, or stop where there is none any more."""
+    try:
+        found = policies.current()
+    except PolicyError as error:
+        found = error
+    except Exception:
+        log.exception("The policy cannot be looked at: nothing is sampled.")
+        found = PolicyError("cannot be looked at")
+    if found is None:
+        uninstall()
+        return
+    policies.retry()
+    if install():
+        log.warning("Operator's policy: %s", found if isinstance(found, PolicyError) else f"in force, {found.sha256}")
+    texts_wanted = isinstance(found, OperatorPolicy) and found.record.prompts
+    if texts_wanted and not _wants_texts:
+        _forget_results()  # embeddings that were made before are bound to no text
+    _wants_texts[:] = [True] * texts_wanted
+    try:
+        policies.notice(found if isinstance(found, OperatorPolicy) else None)
+    except Exception:  # where it must not be missing, it is asked for again
+        log.exception("The policy is not in the record.")
+
+
+def on_prompt(said: Any) -> Any:
+    """The queued prompt, or in its place one that the server's validation refuses; it must not raise.
+
+    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt, 0.3.75 and
+    0.33.0), so that the check cannot be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes
+    or MOST_INPUTS inputs are refused unread, and lines of the record are written by a thread of their own.
+    """
+    if not isinstance(said, dict) or "prompt" not in said:
+        return said  # the server answers that itself
+    policy, refusals = None, ()
+    try:
+        if (policy := policies.current()) is None:
+            uninstall()
+            return said
+        install()
+        wrong = _too_much(said["prompt"])
+        refusals = wrong or graphs.check(said["prompt"], node_info.by_name(), policy, node_info.Files(policy))
+        said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4()), "prompt": _plain(said["prompt"])}
+    except Exception as error:  # a prompt that cannot be checked is not run
+        install()
+        why = str(error) if isinstance(error, GuardError) else f"cannot be checked ({type(error).__name__}: {error})"
+        refusals = (Refusal(*_first(said["prompt"]), "policy", why.rstrip("."), "tell the operator"),)
+    return _refused(said, policy, refusals) if refusals else said
+
+
+def _too_much(prompt: Any) -> tuple[Refusal, ...]:
+    """A refusal of a prompt that is too large to be checked while the server waits; none where it is not."""
+    if not isinstance(prompt, dict):
+        return ()
+    inputs = [node.get("inputs") for node in prompt.values() if isinstance(node, dict)]
+    count = sum(len(some) for some in inputs if isinstance(some, dict))
+    names = (str(name) for node in prompt.values() if isinstance(node, dict) for name in (node.get("class_type"),))
+    keys = (str(name) for some in inputs if isinstance(some, dict) for name in some)
+    problem = ""
+    if len(prompt) > MOST_NODES:
+        problem = f"the prompt has {len(prompt)} nodes, at most {MOST_NODES} are checked"
+    elif count > MOST_INPUTS:
+        problem = f"the prompt's nodes have {count} inputs, at most {MOST_INPUTS} are checked"
+    elif long := next((one for some in (prompt, names, keys) for one in some if len(one) > MOST_NAME), ""):
+        problem = f"a name in the prompt is too long: {bounds.cut(long, bounds.NAME)}"
+    return (Refusal(*_first(prompt), "nodes", problem, "send a smaller graph"),) if problem else ()
+
+
+def _plain(prompt: Any) -> Any:
+    """A graph without answers to whether a node has changed, which the executor would believe (0.3.75 and 0.33.0)."""
+    if not isinstance(prompt, dict) or not all(isinstance(node, dict) for node in prompt.values()):
+        return prompt
+    return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
+
+
+def _refused(said: dict, policy: OperatorPolicy | None, refusals: tuple[Refusal, ...]) -> dict:
+    """A prompt of nothing but refusals; targets are left out, as the server would look at those nodes alone.
+
+    Of a graph with more refusals the first are told, each with a line of the record, and the rest counted.
+    """
+    sentences: dict[str, list[str]] = {}
+    where = {"prompt_id": _id(said), "execution": uuid.uuid4().hex}
+    for one in refusals[:MOST_TOLD]:
+        log.warning("refused: %s", one)
+        sentences.setdefault(bounds.cut(one.node, MOST_NAME), []).append(str(one))
+        policies.record_later(policy, one.rule, reason=str(one), node=one.node, type=one.type, **where)
+    if more := Counter(one.rule for one in refusals[MOST_TOLD:]):
+        told = policies.more_refused(more)
+        sentences[next(reversed(sentences))].append(f"{told['reason']}.")
+        policies.record_later(policy, **told, **where)
+    prompt = {
+        node: {"class_type": graphs.REFUSED, "inputs": {"policy": " ".join(some)}} for node, some in sentences.items()
+    }
+    return {key: value for key, value in said.items() if key != "partial_execution_targets"} | {"prompt": prompt}
+
+
+def _id(said: Mapping[str, Any]) -> str:
+    """A prompt's id as its sender has chosen it, which may be any value."""
+    chosen = said.get("prompt_id")
+    try:
+        return str(chosen)
+    except RecursionError:
+        return f"({type(chosen).__name__})"
+
+
+def _record_refusal(policy: OperatorPolicy | None, rule: str, sentence: str, **where: Any) -> None:
+    """Of a node as it runs."""
+    try:
+        policies.record(policy, "refused", rule=rule, reason=sentence, **where)
+    except Exception:  # it stays refused
+        log.exception("A refusal is not in the record.")
+
+
+def _first(prompt: Any) -> tuple[str, str]:
+    """A node to show a refusal on that is about none."""
+    for name, node in prompt.items() if isinstance(prompt, dict) else ():
+        return str(name), str(node.get("class_type")) if isinstance(node, dict) else "?"
+    return "prompt", "?"
+
+
+@dataclass
+class _Wrapped:
+    """A function of ComfyUI, and what stands in its place while a policy is in force."""
+
+    owner: Any
+    name: str
+    wrap: Callable[[Callable], Callable]
+    before: Callable | None = None
+    ours: Callable | None = None
+
+    def put(self) -> None:
+        now = getattr(self.owner(), self.name)
+        if self.ours is None:
+            self.before, self.ours = now, functools.wraps(now)(self.wrap(now))
+            setattr(self.owner(), self.name, self.ours)
+
+    def take(self) -> None:
+        """Where another pack has wrapped it since, ours stays inside and does nothing without a policy."""
+        if self.ours is not None and getattr(self.owner(), self.name) is self.ours:
+            setattr(self.owner(), self.name, self.before)
+            self.ours = None
+
+
+def install() -> bool:
+    """Whether it was not enforced before."""
+    with _lock:
+        if graphs.REFUSED in node_info.classes():
+            return False
+        ModularLoraRefused.RELATIVE_PYTHON_MODULE = getattr(GuardModel, "RELATIVE_PYTHON_MODULE", node_info.PACK)
+        node_info.classes()[graphs.REFUSED] = ModularLoraRefused
+        for one in _WRAPPED:
+            one.put()
+    _forget_results()
+    return True
+
+
+def _forget_results() -> None:
+    """As POST /free: what was made before is not kept (0.3.75 and 0.33.0)."""
+    if (queue := getattr(PromptServer.instance, "prompt_queue", None)) is not None:
+        queue.set_flag("free_memory", True)
+
+
+def uninstall() -> None:
+    with _lock:
+        if graphs.REFUSED not in node_info.classes():
+            return
+        for one in _WRAPPED:
+            one.take()
+        del node_info.classes()[graphs.REFUSED]
+    try:
+        policies.gone()
+    except Exception:
+        log.exception("That the policy is gone is not in the record.")
+
+
+def _execution():
+    import execution  # ComfyUI's top-level module
+
+    return execution
+
+
+def _node(original: Callable) -> Callable:
+    """Around every node as it runs: its type and what has come to it are checked, now that they are known."""
+
+    async def get_output_data(prompt_id, unique_id, obj, input_data_all, *args, **kwargs):
+        policy, token, showing = None, None, None
+        where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(node_info.names(type(obj)))}
+        try:
+            if (policy := policies.current()) is not None:
+                node = leaving.node_of(type(obj))
+                token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
+                showing = leaving.begin(policy, node)
+            if policy is None:
+                return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+            with weights.reading() as read:
+                made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+                weights.end(policy, read, made[0])
+                made = leaving.given_out(policy, node, input_data_all, made)
+                for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
+                    task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
+            return made
+        except GuardError as error:
+            _failed(policy, error, where)
+            raise
+        finally:
+            if showing is not None:
+                leaving.end(showing)
+            if token is not None:
+                _evaluating.reset(token)
+
+    return get_output_data
+
+
+def _failed(policy: OperatorPolicy | None, error: BaseException | None, where: Mapping[str, str]) -> None:
+    """A line for a node that was refused as it ran."""
+    if isinstance(error, PolicyError) or (policy is not None and isinstance(error, GuardError)):
+        rule = getattr(error, "rule", "policy" if isinstance(error, PolicyError) else "guard")
+        _record_refusal(policy, rule, str(error), **where)
+
+
+def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapping[str, list]) -> object | None:
+    """RefusedError for a node that may not run with what has come to it; ANY_MODEL for an open training or audit."""
+    said, names = node_info.facts(kind), node_info.names(kind) or [kind.__name__]
+    refusals = [refusal for name in names if (refusal := graphs.check_type(unique_id, name, said, policy))]
+    denied = next((one for one in refusals if one.rule != "nodes.allow"), None)
+    if denied or len(refusals) == len(names):  # one class under two names: one that is allowed is enough
+        one = denied or refusals[0]
+        raise RefusedError(one.rule, f"{one.type}: {one.reason}", one.remedy)
+    values = [(name, value) for name, some in inputs.items() for value in some]
+    for value in weights.models([value for _, value in values]):
+        weights.check_base(policy, value)
+    if policy.guard.required and not said.ours:
+        _check_models(policy, names, values)
+    leaving.check(policy, leaving.node_of(kind), inputs)
+    if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
+        return None
+    policies.record(policy, "opened", type=names[0], node=unique_id)
+    return ANY_MODEL
+
+
+def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]]) -> None:
+    for name, value in values:
+        guarded = isinstance(value, host.GuardMixin | host.GuardedModel)
+        if not guarded and not _is_model(value):
+            continue
+        if set(names) & set(policy.nodes.patching) or (guarded and set(names) & set(policy.nodes.sampling)):
+            continue
+        what = f"{names[0]} got a MODEL{'' if guarded else ' that is not guarded'} as {name}"
+        raise RefusedError("nodes.sampling", what, "use a Guarded sampler, or Guarded Model as MODEL if it is named")
+
+
+def _is_model(value: Any) -> bool:
+    patcher = isinstance(value, comfy.model_patcher.ModelPatcher)
+    return patcher and isinstance(value.model, comfy.model_base.BaseModel)
+
+
+def _sampling(original: Callable) -> Callable:
+    """Around every run of a guider."""
+
+    def sample(self, *args, **kwargs):
+        policy = policies.current()
+        if policy is None or _evaluating.get() is ANY_MODEL:
+            return original(self, *args, **kwargs)
+        guarded = isinstance(self.model_patcher, host.GuardMixin)
+        weights.check_base(policy, self.model_patcher)
+        if policy.guard.required and not guarded:
+            what = "sampling began on a MODEL that is not guarded"
+            raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
+        if guarded:
+            policies.check_run(policy, self.model_patcher.guard_state.record)
+        token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
+        try:
+            output = original(self, *args, **kwargs)
+        finally:
+            said = texts.stop(collecting)
+            _evaluating.reset(token)
+        _end(self.model_patcher, guarded, said)
+        return output
+
+    return sample
+
+
+def _end(patcher: Any, guarded: bool, said: texts.Texts | None) -> None:
+    """After a run: it must satisfy the policy of now too, and stand in the record before anybody has its latents."""
+    if (policy := policies.current()) is None:
+        return
+    base = weights.check_base(policy, patcher)
+    run = host.attestation(patcher) if guarded else None
+    if run is not None:
+        policies.check_run(policy, run)
+    elif policy.guard.required:
+        what = "the policy asks for a guard since this run began"
+        raise RefusedError("guard.required", what, "queue it again, guarded")
+    policies.record_run(policy, run, base, said if policy.record.prompts else None)
+
+
+def _evaluation(original: Callable) -> Callable:
+    """Around every evaluation of a diffusion model: it must belong to the run that was checked."""
+
+    def apply_model(self, *args, **kwargs):
+        running = _evaluating.get()
+        if running is not self and running is not ANY_MODEL and measuring.get() is not self:
+            policy = policies.current()
+            if policy is not None and policy.guard.required:
+                what = "a diffusion model was evaluated outside of a guarded run"
+                raise RefusedError("guard.required", what, "use a Guarded sampler")
+            if policy is not None:
+                weights.check_base(policy, self)
+        return original(self, *args, **kwargs)
+
+    return apply_model
+
+
+def _executing(original: Callable) -> Callable:
+    """Around every prompt as it runs: its lines carry an id that nobody has chosen."""
+
+    async def execute_async(self, *args, **kwargs):
+        token = policies.execution.set(uuid.uuid4().hex)
+        try:
+            return await original(self, *args, **kwargs)
+        finally:
+            policies.execution.reset(token)
+
+    return execute_async
+
+
+_WRAPPED = (
+    _Wrapped(lambda: _execution().PromptExecutor, "execute_async", _executing),
+    _Wrapped(_execution, "get_output_data", _node),
+    _Wrapped(lambda: comfy.samplers.CFGGuider, "sample", _sampling),
+    _Wrapped(lambda: comfy.model_base.BaseModel, "apply_model", _evaluation),
+    _Wrapped(lambda: comfy.sd.CLIP, "tokenize", texts.tokenizing),
+    _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens", texts.encoding),
+    _Wrapped(lambda: comfy.sd.CLIP, "encode_from_tokens_scheduled", texts.encoding_scheduled),
+    _Wrapped(lambda: comfy.samplers, "encode_model_conds", texts.handing_over),
+    _Wrapped(_execution, "format_value", leaving.no_values),
+    _Wrapped(lambda: comfy.utils.ProgressBar, "update_absolute", leaving.no_previews),
+    _Wrapped(lambda: comfy_execution.progress.ProgressRegistry, "update_progress", leaving.no_previews),
+    _Wrapped(lambda: comfy.utils, "load_torch_file", weights.loading),
+    _Wrapped(lambda: comfy.clip_vision, "load_torch_file", weights.loading),
+    _Wrapped(lambda: folder_paths, "get_full_path", weights.finding),
+    _Wrapped(lambda: comfy.sd1_clip, "load_embed", weights.embedding),
+    _Wrapped(lambda: comfy.sd.CLIP, "load_model", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode", weights.using),
+    _Wrapped(lambda: comfy.sd.VAE, "decode_tiled", weights.using),
+)

@@ -1,0 +1,459 @@
+"""The one module that touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
+
+A guarded model is ComfyUI's own ModelPatcher with a mixin in front of its class. The branches sit on the layers while
+the model is loaded (``inject_model``/``eject_model``, 0.3.75 and 0.33.0) and are checked and counted between
+``pre_run`` and ``cleanup``, which every guider calls around a run (0.3.75 and 0.33.0). What would merge, save or drop
+them raises GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sd
+import torch
+from comfy.model_base import BaseModel
+
+from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
+from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.guard.build import (
+    GuardedPart,
+    GuardLimits,
+    Safety,
+    Tasks,
+    build_parts,
+    make_record,
+    notes,
+    text_digest,
+)
+from ..modular_lora.guard.functional import check
+from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.provenance import attestation as attest
+from ..modular_lora.provenance.attestation import Attestation, carrying_digests, row_digests, tensor_sha256
+from ..modular_lora.util.cache import Cache
+from ..version import VERSION
+from . import guard_cache, pending
+from .control_inputs import widen
+from .functional import measured
+from .introspection import clip_info, family, is_current, model_info, model_sha256
+from .measurement import evaluation_rows, measured_eagerly
+from .memory import MemoryMixin, compute_dtype
+from .run import GenerateMixin, KeptMixin, streams, watch
+
+PACK = f"modular-lora-guard {VERSION}"
+KEY = "modular_lora"
+SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
+ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75 and 0.33.0)
+    "cross_attn",
+    "pooled_output",
+    "conditioning_llama3",
+    "conditioning_mt5xl",
+    "conditioning_byt5small",
+    "conditioning_lyrics",
+)
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+
+latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
+images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
+unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
+embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What a guarded model and all its clones share."""
+
+    part: GuardedPart
+    record: Attestation  # the run's attestation, counts still empty
+    patches: frozenset[str]  # weights that a merged LoRA may change ("accept merged"), else empty
+    text_digest: str  # digest of the safety LoRAs' text-encoder half; "" where they have none
+
+
+class GuardedModel:
+    """What a GUARDED_MODEL socket carries: opaque, so that a detour into a MODEL input fails with a clear error."""
+
+    __slots__ = ("_patcher", "report")
+
+    def __init__(self, patcher, report: str):
+        self._patcher, self.report = patcher, report
+
+    def __deepcopy__(self, memo):
+        return self  # a switch that copies its inputs must not copy the model
+
+    def __getattr__(self, name: str):
+        raise HandleError(
+            f"A guarded model has no {name!r}: it was wired into a node made for MODEL; sample it with a Guarded "
+            "KSampler or Guarded Guider, or make it a MODEL with Guarded Model as MODEL."
+        )
+
+
+def unwrap(value: object):
+    """A fresh clone of the guarded patcher in a GUARDED_MODEL or in a MODEL that is guarded; GuardError otherwise."""
+    patcher = value._patcher if isinstance(value, GuardedModel) else value
+    if not isinstance(patcher, GuardMixin):
+        raise GuardError(
+            f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
+            "output of Guard Model."
+        )
+    return patcher.clone()
+
+
+def _refused(name: str, what: str, remedy: str) -> Callable:
+    def refuse(self, *args, **kwargs):
+        raise GuardError(f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.")
+
+    return refuse
+
+
+_LORA = "use Load Task LoRA instead of that node"  # before Guard Model it is refused as well
+_BEFORE = "do this before Guard Model"
+_BASE = "connect the unguarded checkpoint to that node instead"
+
+
+class GuardMixin(KeptMixin, MemoryMixin):
+    """In front of a ModelPatcher's class: attaches, checks and counts the branches; refuses what would lose them."""
+
+    guard_state: GuardState
+    guard_seat: Attachment
+    branches = property(lambda self: self.guard_state.part.branches)
+
+    add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _LORA)
+    get_key_patches = _refused("get_key_patches", "be merged into another model", _BASE)
+    model_state_dict = _refused("model_state_dict", "give its weights away", _BASE)
+    state_dict_for_saving = _refused("state_dict_for_saving", "be saved as a checkpoint", _BASE)  # 0.33.0
+    model_state_dict_for_saving = _refused("model_state_dict_for_saving", "be saved", _BASE)  # 0.33.0, text encoders
+    add_hook_patches = _refused("add_hook_patches", "take a LoRA hook", _LORA)
+    set_injections = _refused("set_injections", "take another loader's injections", _LORA)
+    add_weight_wrapper = _refused("add_weight_wrapper", "take a weight wrapper", _LORA)
+
+    def clone(self, *args, **kwargs):
+        """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
+        clone = _wrap(super().clone(*args, **kwargs), self.guard_state)
+        clone.size = self.size  # what it was made with has the branches in it
+        clone.parent = self.parent  # the unguarded model: LoadedModel follows one dead clone's parent, not a chain
+        return clone
+
+    def add_object_patch(self, name, obj):
+        if name.startswith("diffusion_model"):
+            raise GuardError(
+                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node."
+            )
+        super().add_object_patch(name, obj)
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **kwargs):
+        if force_patch_weights:  # what 0.3.75 asks for just before it saves a model
+            raise GuardError(f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.")
+        return super().partially_load(device_to, extra_memory, force_patch_weights=False, **kwargs)
+
+    def inject_model(self):
+        if self.is_injected or self.skip_injection:
+            return
+        super().inject_model()
+        self.guard_seat.attach()
+        self.is_injected = True
+
+    def eject_model(self):
+        if self.is_injected:
+            self.guard_seat.detach()
+        super().eject_model()
+
+    def pre_run(self):
+        if not self.guard_checked:
+            raise GuardError("This sampler left out the guard's own check: sample with a node that uses a guider.")
+        self.guard_checked = False
+        self.guard_begin()
+        super().pre_run()
+        if self.guard_state.text_digest:
+            watch(self.model, lambda entry: _check_conditioning({"extra": [entry]}, self.guard_state))
+
+    def cleanup(self):
+        try:
+            self.guard_end()  # first: ModelPatcher.cleanup takes the branches off and puts them back
+        finally:
+            super().cleanup()
+
+    def guard_begin(self) -> None:
+        """Verify that nothing was put beside the guard, take the model's seat, start counting."""
+        _check_clean(self, self.guard_state.patches, "The guarded model")
+        self.guard_seat.attach()
+        self.guard_seat.verify()
+        self.branches.to(self.load_device, compute_dtype(self))
+        self.guard_run, self.guard_counts, self.guard_acted = attest.Run(self.branches), None, {}
+        if self.branches.roles == ALL_ROLES:
+            rows = partial(evaluation_rows, self.guard_images) if isinstance(self.model, BaseModel) else None
+            self.branches.meter.start(rows, self.guard_steps, self.guard_content)
+        self.guard_before = sys.exc_info()[1]
+
+    def guard_end(self, may_be_empty: bool | None = None) -> None:
+        """Check the counts of the run; a run that an interrupt or error ended is simply not attested."""
+        run, self.guard_run = self.guard_run, None
+        try:
+            if run is None or sys.exc_info()[1] is not self.guard_before:
+                return
+            counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
+            self.guard_seat.verify()  # what took branches and evaluation counter off together leaves equal counts
+            self.guard_measured = self.branches.meter.evaluations
+            self.guard_acted = self.branches.meter.finish(self.guard_images)
+            self.guard_counts = counts
+        finally:
+            self.branches.meter.stop()
+
+
+@cache
+def _guarded_class(base: type, mixin: type) -> type:
+    return type(f"Guarded{base.__name__}", (mixin, base), {})
+
+
+def _wrap(patcher, state: GuardState):
+    """Put the guard in front of a patcher that nobody else holds (a fresh clone)."""
+    if not isinstance(patcher, GuardMixin):
+        patcher.__class__ = _guarded_class(type(patcher), GuardMixin)
+    patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
+    patcher.guard_run = patcher.guard_before = patcher.guard_counts = patcher.guard_result = None
+    patcher.guard_checked, patcher.guard_may_be_empty = False, False
+    patcher.guard_acted, patcher.guard_measured, patcher.guard_steps, patcher.guard_images = {}, 0, 1, 1
+    patcher.guard_content = b""
+    patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
+    if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
+        patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
+        patcher.add_wrapper_with_key(APPLY_MODEL, KEY, measured_eagerly)
+    return patcher
+
+
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE, 0.3.75 and 0.33.0)."""
+    patcher = executor.class_obj.model_patcher
+    if not isinstance(patcher, GuardMixin):
+        raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
+    patcher.guard_counts, state = None, patcher.guard_state
+    hashes = _check_conditioning(executor.class_obj.conds, state)
+    _silence_previews(callback)
+    patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
+    patcher.guard_steps, patcher.guard_images = max(1, sigmas.shape[-1] - 1), len(noise)
+    patcher.guard_content = tensor_sha256(noise).encode()
+    outside = _starts_outside(streams(latent_image, **kwargs), state.record)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
+    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
+    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
+    counts = {"evaluations": evaluations, "firings": firings, "idle_layers": idle}
+    acted = patcher.guard_acted
+    result = state.record.of(
+        status=status,
+        embeddings_sha256=hashes,
+        acted_strength={sha256: one.least for (_, sha256), one in acted.items()},
+        acted_share={sha256: one.share for (_, sha256), one in acted.items()},
+        measured_evaluations=patcher.guard_measured,
+        **counts,
+    )
+    patcher.guard_result = result
+    for number, latent in enumerate(streams(output, **kwargs) if complete else ()):
+        own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
+        latents.put(tensor_sha256(latent), result.of(acted_strength=own))
+    return output
+
+
+def _starts_outside(start: Iterator[torch.Tensor], record: Attestation) -> bool:
+    """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
+    known = [latents.get(tensor_sha256(latent)) for latent in start if torch.count_nonzero(latent)]
+    return any(a is None or a.status != "guarded" or a.safety != record.safety for a in known)
+
+
+def _silence_previews(callback: Callable | None) -> None:
+    """No picture before the gate: empties latent_preview.prepare_callback's previewer (0.3.75 and 0.33.0)."""
+    cells = getattr(callback, "__closure__", None) or ()
+    for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
+        if name == "previewer":
+            cell.cell_contents = None
+        elif name == "packed_callback":  # 0.33.0 puts it around the callback where there are several latents
+            _silence_previews(cell.cell_contents)
+
+
+def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tuple[str, ...]:
+    """Hashes of the embeddings; GuardError where the guarded text encoder is needed and did not make one of them."""
+    hashes = []
+    for name, entries in conds.items():
+        for entry in entries:
+            if (cross := entry.get("cross_attn")) is not None:
+                hashes.append(tensor_sha256(cross))
+            for tensor in encoded(entry) if state.text_digest else ():
+                if not _made_by(tensor, state.text_digest):
+                    raise GuardError(
+                        f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
+                        "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
+                        "nodes that change the embeddings (ConditioningAverage and style models may stay)."
+                    )
+    return tuple(hashes)
+
+
+def encoded(entry: dict) -> Iterator[torch.Tensor]:
+    """What text encoders made of a conditioning, GLIGEN's phrases too (0.3.75 and 0.33.0)."""
+    for value in map(entry.get, ENCODED):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():  # ACE-Step's lyrics are token numbers
+            yield value
+    for phrase, *_ in entry["gligen"][2] if "gligen" in entry else ():  # ("position", model, [(embedding, box), ...])
+        yield phrase
+
+
+def _made_by(embedding: torch.Tensor, digest: str) -> bool:
+    return all(embeddings.get(row) == digest for row in carrying_digests(embedding))
+
+
+class GuardedClipMixin(GenerateMixin):
+    """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
+
+    def clone(self, *args, **kwargs):
+        return _wrap_clip(super().clone(*args, **kwargs), self.patcher.guard_state)
+
+    def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        self.load_model(tokens)
+        self.patcher.guard_begin()
+        try:
+            result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
+        finally:
+            self.patcher.guard_end(may_be_empty=False)
+        made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
+        for tensor in made:
+            for row in row_digests(tensor) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else ():
+                embeddings.put(row, self.patcher.guard_state.text_digest)
+        return result
+
+    def encode_from_tokens_scheduled(self, *args, **kwargs):
+        if self.patcher.forced_hooks is not None:
+            raise GuardError("A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.")
+        return super().encode_from_tokens_scheduled(*args, **kwargs)
+
+    get_sd = _refused("get_sd", "be saved", _BASE)
+    load_sd = _refused("load_sd", "take other weights", _BEFORE)
+
+
+def _wrap_clip(clip, state: GuardState):
+    if not isinstance(clip, GuardedClipMixin):
+        clip.__class__ = _guarded_class(type(clip), GuardedClipMixin)
+    clip.patcher = _wrap(clip.patcher, state)
+    return clip
+
+
+def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: GuardLimits):
+    """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
+    _check_types(model, clip)
+    for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
+        if patcher is not None:
+            _check_incoming(patcher, accept_merged, what)
+    before, text = pending.of(model), pending.of(clip and clip.patcher)
+    tasks = (*tasks, *pending.tasks(before, text))
+    model = model.clone()
+    pending.leave(model, before)
+    if clip:
+        clip = clip.clone()
+        pending.leave(clip.patcher, text)
+    key = guard_cache.key(model, clip, safety, tasks, policy)
+    merged = len(before.rest) + len(text.rest)
+    built = guard_cache.guards.get(key) or guard_cache.guards.put(
+        key, _build(model, clip, safety, tasks, policy, merged)
+    )
+    state = GuardState(built.model, built.record, frozenset(before.rest), built.text_digest)
+    guarded = _wrap(model, state)
+    widen(guarded, state.part.branches)
+    if built.text:
+        clip = _wrap_clip(clip, replace(state, part=built.text, patches=frozenset(text.rest)))
+    patchers = (guarded, clip.patcher) if built.text else (guarded,)
+    size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
+    memory = format_memory(size, len(guard_cache.guards), guard_cache.guards.size)
+    return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
+
+
+def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> guard_cache.Built:
+    parts = _parts(model, clip, safety, tasks, policy)
+    text = parts[1] if clip and parts[1].layers else None
+    record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
+    remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
+    report = format_guard(record.base_family, record.base_sha256, parts, remarks)
+    functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
+    check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)
+    record = record.of(functional_strength=functional.strengths, functional_not_measured=functional.unmeasured)
+    report += "\n" + format_functional(functional, record)
+    return guard_cache.Built(parts[0], text, record, text_digest(safety), report)
+
+
+def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
+    """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
+    build = lambda **known: build_parts(  # noqa: E731
+        model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy
+    )
+    try:
+        parts = build(remembered=True)
+        modules = (model.model, clip and clip.cond_stage_model)
+        specs = ([layer.spec for layer in part.branches.layers.values()] for part in parts)
+        if all(is_current(module, found) for module, found in zip(modules, specs, strict=False)):
+            return parts
+    except (GuardError, AttributeError):
+        pass  # what is wrong is said of the model as it is now
+    return build()
+
+
+def _check_types(model, clip, node: str = "Guard Model") -> None:
+    """Any-type nodes can bring anything to a socket."""
+    kinds = (model, comfy.model_patcher.ModelPatcher, "MODEL"), (clip, comfy.sd.CLIP | None, "CLIP")
+    for got, kind, name in kinds:
+        if not isinstance(got, kind):
+            raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
+
+
+_MERGE = "leave that node out, or switch accept_merged on: pictures then read merged base"
+_PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
+_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
+
+
+def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
+    """``merged`` and ``beside`` are the remedies of the node that asks."""
+    if isinstance(patcher, GuardMixin):
+        raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
+    if patcher.patches and not accept_merged:
+        found = pending.of(patcher)
+        kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
+        remedy = merged or (_MERGE if found.why else _PENDING)
+        raise GuardError(f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.")
+    _check_clean(patcher, frozenset(patcher.patches), what, beside)
+
+
+def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BESIDE) -> None:
+    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher, 0.3.75 and 0.33.0)."""
+    skipping = [k for kinds in patcher.wrappers.values() for k in kinds if k in SKIPPING_WRAPPERS]
+    replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
+    found = {
+        "a LoRA or merge in its weights": frozenset(patcher.patches) != patches,
+        "a LoRA hook": bool(patcher.hook_patches),
+        "another loader's injections (bypass LoRA)": any(patcher.injections.values()),
+        "a weight wrapper": bool(patcher.weight_wrapper_patches),
+        "a replaced diffusion_model": bool(replaced),
+        "a node that skips evaluations (EasyCache)": bool(skipping),
+        "copies of its model on more GPUs (MultiGPU CFG Split)": bool(patcher.additional_models.get("multigpu")),
+    }
+    for problem in (name for name, present in found.items() if present):
+        raise GuardError(f"{what} carries {problem} {beside}.")
+
+
+def common_ksampler(patcher, *settings, **options):
+    """The stock KSampler's own function (nodes.common_ksampler, 0.3.75 and 0.33.0), so results are bit-identical."""
+    import nodes  # ComfyUI's top-level module, complete only after start-up
+
+    patcher.guard_result = None  # an earlier run's: without a step (denoise 0) the sampler ends before this is set
+    out = nodes.common_ksampler(patcher, *settings, **options)[0]
+    if patcher.guard_result is None:
+        samples = out["samples"]
+        for batch in samples.unbind() if getattr(samples, "is_nested", False) else (samples,):
+            for latent in batch:
+                unsampled.put(tensor_sha256(latent), True)
+    return out
+
+
+def attestation(patcher) -> Attestation:
+    """The last run of this patcher; "not sampled" where it had none."""
+    return patcher.guard_result or patcher.guard_state.record

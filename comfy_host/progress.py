@@ -1,0 +1,126 @@
+"""What a training shows on its node: progress bar, loss curve, previews; and ComfyUI's interrupt button."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..nodes.sockets import show
+from .charts import chart
+
+logger = logging.getLogger("modular_lora")
+WIDTH, HEIGHT = 640, 360
+RAW, SMOOTH = "#becde1", "#285aaa"
+SECONDS = 2.0  # between two pictures of the curve
+
+
+class NodeWatch:
+    """See training.loop.Watch."""
+
+    def __init__(self, node: type[io.ComfyNode]):
+        self.node, self.pictures, self._shown, self._said = node, [], 0.0, ""
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def check(self) -> None:
+        """Raises ComfyUI's InterruptProcessingException (0.3.75 and 0.33.0)."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        self.check()
+        self._bar.update_absolute(done, total)
+        if self._due() or done == total:
+            self._show(f"{text}: {done} of {total}")
+
+    def read(self, done: int, total: int) -> None:
+        self.stage("reading pictures", done, total)
+
+    def step(self, step: int, total: int, losses: list[float]) -> None:
+        if self._due() or step == total:
+            self._show(f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}")
+            self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses), WIDTH))
+        else:
+            self._bar.update_absolute(step, total)
+
+    def sample(self, step: int, pictures: list[Path]) -> None:
+        self.pictures = pictures
+        for path in pictures[:1]:
+            with Image.open(path) as picture:
+                self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
+        self._shown = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Stays on the node, below how far it is, and is a line of the log."""
+        logger.info(text)
+        self._said = text
+        show(self.node, text)
+
+    def _show(self, progress: str) -> None:
+        show(self.node, "\n".join(filter(None, (progress, self._said))))
+
+    def finish(self, losses: Sequence[float]) -> torch.Tensor:
+        """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""
+        curve = loss_curve(losses)
+        self._bar.update_absolute(len(losses), len(losses), ("JPEG", curve, WIDTH))
+        return image_tensor(curve)
+
+    def _due(self) -> bool:
+        due = time.monotonic() - self._shown >= SECONDS
+        if due:
+            self._shown = time.monotonic()
+        return due
+
+    def samples(self) -> torch.Tensor:
+        """The last previews as one IMAGE batch (b h w 3); one black pixel where none were drawn."""
+        if not self.pictures:
+            return torch.zeros(1, 1, 1, 3)
+        return torch.cat([image_tensor(Image.open(path)) for path in self.pictures])
+
+
+def smoothed(losses: Sequence[float], decay: float = 0.95) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    mean, out = 0.0, []
+    for i, loss in enumerate(losses, 1):
+        mean = decay * mean + (1 - decay) * loss
+        out.append(mean / (1 - decay**i))
+    return out
+
+
+def loss_curve(losses: Sequence[float]) -> Image.Image:
+    """Loss of every step and its smoothed curve, from zero to just above the smoothed curve's peak."""
+    smooth, steps = smoothed(losses), range(1, len(losses) + 1)
+
+    def plot(figure) -> None:
+        axes = figure.add_subplot(xlabel=f"{len(losses)} steps", ylabel="loss")
+        axes.plot(steps, losses, color=RAW, linewidth=0.8)
+        axes.plot(steps, smooth, color=SMOOTH, linewidth=2)
+        axes.set_xlim(1, max(2, len(losses)))
+        axes.set_ylim(0, 1.25 * max(filter(math.isfinite, smooth), default=1.0) or 1.0)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return chart(WIDTH, HEIGHT, plot)
+
+
+def image_tensor(picture: Image.Image) -> torch.Tensor:
+    """IMAGE (1 h w 3, float32 0..1) of a picture."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32)[None] / 255)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], size: int, columns: int) -> Image.Image:
+    """Pictures on a white sheet, each within ``size`` pixels."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (size + 4), max(1, rows) * (size + 4)), (255, 255, 255))
+    for i, picture in enumerate(pictures):
+        small = picture.convert("RGB")
+        small.thumbnail((size, size))
+        sheet.paste(small, (i % columns * (size + 4) + 2, i // columns * (size + 4) + 2))
+    return sheet

@@ -1,0 +1,23 @@
+"""ComfyUI for processes that it did not start: found, put on the path, told nothing of our arguments."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from ..modular_lora.command import find_comfyui
+from ..tools.demo.server import has_accelerator
+
+
+def start(folder: Path | None, cpu: bool) -> None:
+    """Make ``comfy`` importable; call it before anything of ComfyUI is imported. GuardError where it is not found.
+
+    On the CPU where that is asked for, and where there is nothing else.
+    """
+    found = str(find_comfyui(folder))
+    if found not in sys.path:
+        sys.path.insert(0, found)
+    importlib.import_module("comfy.options").enable_args_parsing(False)
+    if cpu or not has_accelerator():  # read when comfy.model_management is first imported (0.3.75 and 0.33.0)
+        importlib.import_module("comfy.cli_args").args.cpu = True

@@ -1,0 +1,385 @@
+"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: one of three modules that touch ComfyUI's internals.
+
+ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
+autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
+over the same storage, which costs no memory; in another precision than the model was loaded in, as a copy, which
+costs the network's size once. On leaving, the parameters themselves are put back, bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor, nn
+
+from ..modular_lora.branches.attachment import Attachment
+from ..modular_lora.errors import GuardError
+from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, build_part, check_coverage
+from ..training.kohya import engine
+from ..training.kohya.engine import Base
+from ..training.model import Cond, Schedule
+from ..training.options import Options, SafetyOptions
+from . import introspection, patcher
+from .convolutions import small_as_products
+
+FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
+TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py, 0.3.75 and 0.33.0)
+    "SD15": frozenset({"l"}),
+    "SD20": frozenset({"h"}),
+    "SDXL": frozenset({"l", "g"}),
+    "SSD1B": frozenset({"l", "g"}),
+    "Segmind_Vega": frozenset({"l", "g"}),
+    "SD3": frozenset({"l", "g", "t5xxl"}),
+    "Flux": frozenset({"l", "t5xxl"}),
+    "FluxSchnell": frozenset({"l", "t5xxl"}),
+    "Lumina2": frozenset({"gemma2_2b"}),
+}
+BASE_FOLDERS = ("checkpoints", "diffusion_models")  # model folders that ckpt_name is looked for in
+TASK_NODE, SAFETY_NODE = "Train Task LoRA", "Train Safety LoRA"
+_OWN = "connect the checkpoint loader's own"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger("modular_lora")
+ENGINE = f"{patcher.PACK}, embedded"
+SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # of BaseModel.encode_adm
+CHUNK = 75  # tokens between start and end token
+
+
+class ComfyTrainee:
+    """See training.trainee.Trainee; made by `opened`."""
+
+    def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
+        self._model, self._clip, self._vae = model.model, clip, vae
+        self.infos = introspection.model_info(model), introspection.clip_info(clip)  # as of now: PEFT changes paths
+        self._chunks = max_token_length // CHUNK
+        self.family, self.dtype, self.device = introspection.family(model), dtype, model.load_device
+        self.base_sha256, self.patches = introspection.model_sha256(model), len(model.patches)
+        self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
+        self.unet_names = unet_names(self.infos[0], self.family)
+        self.text_names = text_names(self.infos[1])
+        self.latent_channels, self.downscale = self._model.latent_format.latent_channels, 8
+        self.notes = tuple(slow_notes(self.device, dtype))
+        self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
+        prediction = (
+            "v_prediction" if isinstance(self._model.model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
+        )
+        self.schedule = Schedule((1 / (1 + self._sigmas**2)).cpu(), prediction)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The base's weights by the guard's keys, for the contamination check; read before adapters go in."""
+        return self._model.state_dict()
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """ε or v, b c h w float32: BaseModel.apply_model with its model_sampling giving the raw output."""
+        sigma = self._sigmas[t]
+        x = x_t * (1 + sigma[:, None, None, None] ** 2).sqrt()  # k-diffusion's scale, which apply_model takes
+        options = {"optimized_attention_override": _sdpa}
+        return self._model.apply_model(x, sigma, transformer_options=options, **self._conditioning(x, cond))
+
+    def _conditioning(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """BaseModel.extra_conds, one row a picture since it takes one size for a whole batch."""
+        if cond.pooled is None or self._model.adm_channels in (None, 0):
+            return {"c_crossattn": cond.cross.to(self.device)}
+        own = [self.downscale * n for n in x.shape[-2:]]
+        sizes = [[*own, 0, 0, *own]] * len(cond) if cond.sizes is None else cond.sizes.tolist()
+        rows = []
+        for pooled, size in zip(cond.pooled.to(self.device).split(1), sizes, strict=True):
+            named = dict(zip(SIZES, size, strict=True))
+            rows.append(self._model.encode_adm(device=self.device, pooled_output=pooled, noise=x, **named))
+        return {"c_crossattn": cond.cross.to(self.device), "y": torch.cat(rows).to(self.device)}
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of prompts taken literally (no weights in brackets), each padded to one number of tokens."""
+        rows = [self._encode(prompt) for prompt in prompts]
+        pooled = [p for _, p in rows if p is not None]
+        return Cond(torch.cat([c for c, _ in rows]), torch.cat(pooled) if pooled else None)
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        tokens, empty = (self._clip.tokenize(words, disable_weights=True) for words in (prompt, ""))
+        for name in tokens:
+            tokens[name] = (tokens[name] + empty[name] * self._chunks)[: self._chunks]
+        return self._clip.encode_from_tokens(tokens, return_pooled=True)
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether a prompt is cut off at max_token_length."""
+        return any(len(chunks) > self._chunks for chunks in self._clip.tokenize(prompt, disable_weights=True).values())
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents of pictures (b h w 3, 0..1), in the model's scale."""
+        return self._model.process_latent_in(self._vae.encode(pictures)).float().to(self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents."""
+        return self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
+
+    def release(self, text: bool) -> None:
+        """Let go of the VAE and, with ``text``, of the text encoder; what nobody else holds is freed."""
+        self._vae = None
+        if text:
+            self._clip, self.text_encoder = None, nn.Identity()
+
+    @contextmanager
+    def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
+        """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
+        pairs = ((self._model, "model", self.infos[0]), (self.text_encoder, "text", self.infos[1]))
+        parts = [build_part(name, info, tuple(safety), (), GuardLimits()) for _, name, info in pairs]
+        check_coverage(tuple(parts), True)
+        with ExitStack() as stack:
+            for (module, _, _), part in zip(pairs, parts, strict=True):
+                if part.branches.layers:
+                    part.branches.to(self.device, self.dtype)
+                    seat = Attachment(module, part.branches)
+                    stack.callback(seat.detach)
+                    seat.attach()
+            yield
+
+
+def slow_notes(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """A line where half precision is asked of a CPU that has no instructions for it."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, names.get(dtype, ""), None) if device.type == "cpu" else None
+    if supported is not None and not supported():
+        text = f"this CPU has no instructions for {dtype}, which makes a step many times slower: use mixed_precision no"
+        logger.warning(text)
+        yield f"WARNING: {text}"
+
+
+def _sdpa(function, *args, **kwargs):
+    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch, 0.3.75 and 0.33.0)."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyTrainee]:
+    """A trainee on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
+
+    Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
+    """
+    _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
+    _check_family(model)
+    clip = _clip_skip(clip, options.clip_skip)
+    if getattr(model, "is_dynamic", lambda: False)():
+        model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
+    comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
+    dtype = DTYPES[options.mixed_precision]
+    trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
+    text_device = clip.patcher.load_device
+    del clip, vae  # held by the trainee alone, which may let go of them
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        stack.callback(comfy.model_management.soft_empty_cache)
+        stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
+        stack.enter_context(small_as_products(trainee.unet, trainee.device.type == "cpu" and dtype == torch.float32))
+        if train_text_encoder:
+            stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
+            stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))
+        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
+        stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
+        yield trainee
+
+
+def _node(options: Options) -> str:
+    return SAFETY_NODE if isinstance(options, SafetyOptions) else TASK_NODE
+
+
+def _clip_skip(clip, skip: int):
+    """CLIP.clip_layer, counted as sd-scripts counts (0.3.75 and 0.33.0); 1 is the family's own layer."""
+    if skip == 1:
+        return clip
+    encoders = (m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
+    if skip > (most := min(encoder.num_layers for encoder in encoders)):  # ComfyUI then takes the last one
+        raise GuardError(f"clip_skip: {skip} of {most} layers: give at most {most}.")
+    clip = clip.clone()
+    clip.clip_layer(-skip)
+    return clip
+
+
+def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
+    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own (0.3.75, 0.33.0)."""
+    if not path.is_file():
+        raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
+    options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
+    loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
+    if vae is not None:
+        loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
+    for part, what in zip(loaded, ("U-Net", "text encoder", "VAE"), strict=True):
+        if part is None:
+            raise GuardError(f"{path.name}: has no {what}: use a whole checkpoint.")
+    return loaded
+
+
+def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str, str]) -> Base:
+    """The loaded model as sd-scripts is to find it; its memory is given back first. Raises GuardError.
+
+    ``files``: names of further files of the model, see kohya_arguments.Family.parts.
+    """
+    _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
+    kinds = dict(engine.family(introspection.family(model)).parts)
+    if not (path := next(filter(None, (folder_paths.get_full_path(kind, ckpt_name) for kind in BASE_FOLDERS)), None)):
+        raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
+    base = Base(
+        Path(path),
+        introspection.family(model),
+        introspection.model_sha256(model),
+        isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
+        str(Path(comfy.sd1_clip.__file__).parent / engine.COMFYUI_TOKENIZER.name),
+        {part: _part(part, kinds, name) for part, name in files.items()},
+    )
+    comfy.model_management.unload_all_models()
+    return base
+
+
+def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
+    """Path of a file of the model, in ComfyUI's folder of its kind alone."""
+    if part not in kinds:
+        raise GuardError(f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.")
+    if not (path := folder_paths.get_full_path(kinds[part], name)):
+        raise GuardError(f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.")
+    return path
+
+
+def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
+    """Key maps and layers of a checkpoint's U-Net and text encoder."""
+    model, clip, _ = load_checkpoint(path, None, "no")
+    return introspection.model_info(model), introspection.clip_info(clip)
+
+
+def _check(model, clip, node: str, accept_merged: bool) -> None:
+    """GuardError for what no LoRA can be trained on, whichever engine trains it."""
+    patcher._check_types(model, clip, node)
+    if clip is None:
+        raise GuardError(f"{node} got no CLIP: connect the checkpoint's CLIP.")
+    if isinstance(model, patcher.GuardMixin) or isinstance(clip, patcher.GuardedClipMixin):
+        raise GuardError(
+            "The MODEL or CLIP is guarded, and a LoRA is trained on W0 alone: connect the checkpoint loader's own; the "
+            "trainer takes the safety LoRA by name and shows it in the previews."
+        )
+    remedies = {"merged": _OWN, "beside": f"beside its own weights: {_OWN}"}
+    if node == TASK_NODE:
+        remedies["merged"] += ", or set allow_contaminated_base = true in more_options, which the file will say"
+    patcher._check_incoming(model, accept_merged, "The MODEL", **remedies)
+    patcher._check_incoming(clip.patcher, accept_merged, "The CLIP", **remedies)
+    check_pair(model, clip, node)
+
+
+def check_pair(model, clip, node: str) -> None:
+    """GuardError where MODEL and CLIP are of two families, as far as TEXT_ENCODERS tells."""
+    family, found = introspection.family(model), frozenset(clip.tokenize(""))
+    if (wanted := TEXT_ENCODERS.get(family)) and found != wanted:
+        raise GuardError(
+            f"{node} got a {family} MODEL, whose text encoders are {_named(wanted)}, and a CLIP with {_named(found)}: "
+            "connect the CLIP of the same checkpoint."
+        )
+
+
+def _named(encoders: frozenset[str]) -> str:
+    return " and ".join(sorted(encoders))
+
+
+def _check_family(model) -> None:
+    """GuardError for a family that the embedded trainer does not know."""
+    if (family := introspection.family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
+        raise GuardError(
+            f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: "
+            + ("train it with the kohya engine." if family in engine.FAMILIES else "no engine here trains it.")
+        )
+
+
+@contextmanager
+def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Parameters and buffers as plain tensors, over the same storage or, in another dtype or place, copied."""
+    kept: list[tuple[dict, str, Tensor]] = []
+    try:
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, value in tensors.items():
+                    if value is not None:
+                        kept.append((tensors, name, value))
+                        tensors[name] = _plain(value, dtype, device)
+        yield
+    finally:
+        for tensors, name, value in reversed(kept):
+            tensors[name] = value
+
+
+@torch.no_grad()
+def _plain(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    wanted = dtype if value.is_floating_point() else value.dtype
+    if value.dtype == wanted and value.device == device:
+        view = (value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
+        plain = torch.empty(0, dtype=wanted, device=device).set_(*view)
+    else:
+        plain = value.detach().to(device, wanted, copy=True)
+    return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
+
+
+@contextmanager
+def _cloned_norm_inputs(text_encoder: nn.Module) -> Iterator[None]:
+    """CLIPLayer adds to its input in place (0.3.75, 0.33.0), and the norm before still needs it going back: a copy."""
+    norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm))
+    hooks = [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in reversed(hooks):
+            hook.remove()
+
+
+@contextmanager
+def _attribute(owner, name: str, value) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _raw(sampling):
+    """A model_sampling whose calculate_denoised gives what the network said (0.3.75 and 0.33.0)."""
+    raw = copy.copy(sampling)
+    raw.calculate_denoised = lambda sigma, model_output, model_input: model_output
+    return raw
+
+
+def unet_names(info: ModelInfo, family: str) -> dict[str, str]:
+    """Path of each Linear and Conv2d in the U-Net -> kohya's name: LDM names for SDXL, diffusers names for the rest."""
+    ldm = family not in ("SD15", "SD20")
+    found = {}
+    for name, key in info.key_map.items():
+        if not name.startswith("lora_unet_") or not isinstance(key, str) or not _trainable(info, key):
+            continue
+        path = info.specs[key].path.removeprefix("diffusion_model.")
+        if (name == f"lora_unet_{path.replace('.', '_')}") == ldm:
+            found[path] = name
+    return found
+
+
+def text_names(info: ModelInfo) -> dict[str, str]:
+    """Path of each Linear of the text encoders -> kohya's name: lora_te_, or lora_te1_ and lora_te2_ for two."""
+    two = any(name.startswith("lora_te2_") for name in info.key_map)
+    prefixes = ("lora_te1_text_model_", "lora_te2_text_model_") if two else ("lora_te_text_model_",)
+    keys = {name: key for name, key in info.key_map.items() if name.startswith(prefixes) and isinstance(key, str)}
+    return {info.specs[key].path: name for name, key in keys.items() if _trainable(info, key)}
+
+
+def _trainable(info: ModelInfo, key: str) -> bool:
+    spec = info.specs.get(key)
+    return (
+        spec is not None
+        and not spec.problem
+        and len(spec.weight_shape) in (2, 4)
+        and not (spec.conv and spec.conv.dense)
+    )

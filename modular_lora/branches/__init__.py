@@ -1,0 +1,1 @@
+"""The unmerged forward: y = W0·x + b and beside it what the LoRAs add."""

@@ -1,0 +1,354 @@
+"""Unmerged branches on the layers of a model: y = W0·x + b + Σᵢ strengthᵢ·ΔWᵢ·x, summed as changes.py fuses them.
+
+A layer has one down product and two up products, the safety LoRAs' and the task LoRAs', however many there are. The
+branches are plain objects in ``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save
+path ever sees them.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GuardError
+from .acted import Meter
+from .fused import OFF, FusedLayer, Held, counter, make, note_traced, plain, traced
+
+ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
+_SEAT = "_modular_lora_attachment"
+
+
+@dataclass(frozen=True)
+class Times:
+    """How often a part of a model runs in one evaluation of it: ``least`` to ``most`` times (None: any number)."""
+
+    least: int
+    most: int | None
+
+    def allow(self, runs: int, evaluations: int) -> bool:
+        """Whether a part may have run ``runs`` times in so many evaluations."""
+        if self.most is None and evaluations:
+            return runs >= self.least * evaluations
+        return self.least * evaluations <= runs <= (self.most or 0) * evaluations
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+class Branches:
+    """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations.
+
+    ``parts``: the sub-modules that do not run exactly once an evaluation; a layer inside runs as often as its part.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, FusedLayer],
+        roots: tuple[str, ...],
+        parts: Mapping[str, Times] | None = None,
+        meter: Meter = OFF,
+    ):
+        self.layers, self.roots, self.meter = dict(layers), roots, meter
+        self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
+        self.counted = (*roots, *self.parts)
+        self.wide = tuple(path for path, layer in self.layers.items() if layer.spec.narrow is not None)
+        self.evaluated = dict.fromkeys(self.counted, 0)
+        self.evaluated_compiled = {module: counter() for module in self.counted}
+        self.roles = ALL_ROLES
+        self._count: int | None = None
+        self._dtype: torch.dtype | None = None
+        self._runs_with: dict[str, str] = {}
+        self._held, self._ready = Held(), ()
+        for layer in self.layers.values():
+            self._held.change(layer.nbytes())
+            layer.held, layer.meter = self._held, meter
+
+    @contextmanager
+    def only(self, *roles: str) -> Iterator[None]:
+        """Per-pass switch for audits: only these roles act (safety, task, none = base). No graph input reaches it."""
+        before, self.roles = self.roles, frozenset(roles)
+        try:
+            yield
+        finally:
+            self.roles = before
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(evaluations by root or part, firings by layer path), read from the counters in one go."""
+        values = [*self.evaluated.values(), *(f.fired for f in self.layers.values())]
+        if traced.is_set():  # else nothing compiled has counted
+            compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
+            ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
+            values = [a + b for a, b in zip(values, ticks, strict=True)]
+        fired = dict(zip(self.layers, values[len(self.counted) :], strict=True))
+        return dict(zip(self.counted, values, strict=False)), fired
+
+    def root_of(self, path: str) -> str:
+        """The root that the layer or part at ``path`` belongs to: the innermost one that holds it."""
+        return max((root for root in self.roots if _inside(path, root)), key=len)
+
+    def runs_with(self, path: str) -> str:
+        """The root or part whose runs the layer at ``path`` must match: the innermost one that holds it."""
+        if path not in self._runs_with:
+            self._runs_with[path] = max((module for module in self.counted if _inside(path, module)), key=len)
+        return self._runs_with[path]
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The layers inside ``parts``."""
+        return tuple(path for path in self.layers if self.runs_with(path) in self.parts)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Counters to ``device`` and fused weights made there ahead of the run.
+
+        In ``dtype``, but for layers whose activations turned out to have another in a run before.
+        """
+        ready = (self.roles, device, dtype)
+        if self._ready == (*ready, self._held.changes):
+            return
+        self._move(device)
+        wanted = None if dtype == self._dtype else dtype
+        missing = [layer for layer in self.layers.values() if not layer.holds(self.roles, device, wanted)]
+        make(missing, self.roles, dtype, device)
+        self._dtype = dtype
+        self._ready = (*ready, self._held.changes)
+
+    def _move(self, device: torch.device) -> None:
+        """The compiled counters to ``device``."""
+        if all(counter.device == device for counter in self.evaluated_compiled.values()):
+            return
+        with plain():
+            self.evaluated_compiled = {root: counter.to(device) for root, counter in self.evaluated_compiled.items()}
+            for layer in self.layers.values():
+                layer.fired_compiled = layer.fired_compiled.to(device)
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of all fused weights in ``dtype``, made or not."""
+        if self._count is None:
+            self._count = sum(layer.count() for layer in self.layers.values())
+        return self._count * dtype.itemsize
+
+    def nbytes(self) -> int:
+        """Bytes of the fused weights that are held now."""
+        return self._held.nbytes
+
+    def free(self) -> None:
+        """Drop all fused weights, as FusedLayer.free."""
+        for layer in self.layers.values():
+            layer.free()
+
+
+class _Branch:
+    """Stands in ``module.forward``: the layer's own forward plus the fused branch."""
+
+    def bind(self, forward: Callable, layer: FusedLayer, branches: Branches) -> None:
+        self.forward, self.layer, self.branches, self.live = forward, layer, branches, True
+
+    def release(self) -> None:
+        self.layer, self.branches, self.live = None, None, False
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self.forward(x, *args, **kwargs)
+        return self.layer.add(y, x, self.branches.roles) if self.live else y
+
+
+class _WideBranch(_Branch):
+    """The same where a LoRA gave the layer more inputs than W0 has."""
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = self.forward(x[..., : self.layer.spec.narrow] if self.live else x, *args, **kwargs)
+        return self.layer.add(y, x, self.branches.roles) if self.live else y
+
+
+class _Evaluations:
+    """Stands in the root's ``forward``: counts the evaluations of the model."""
+
+    def bind(self, forward: Callable, root: str, branches: Branches) -> None:
+        self.forward, self.root, self.branches, self.live = forward, root, branches, True
+
+    def release(self) -> None:
+        self.branches, self.live = None, False
+
+    def __call__(self, *args, **kwargs):
+        if self.live and torch.compiler.is_compiling():
+            note_traced()
+            self.branches.evaluated_compiled[self.root].add_(1)
+        elif self.live:
+            self.branches.evaluated[self.root] += 1
+            if self.branches.meter.running and self.root in self.branches.roots:
+                with self.branches.meter.evaluation(self.root, args, kwargs):
+                    return self.forward(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+
+Seat: TypeAlias = "tuple[str, nn.Module, _Branch | _Evaluations]"  # path, module there, what stands in its forward
+
+
+class _StandIns:
+    """The stand-ins of one model, and the seats of the guard that it had last."""
+
+    def __init__(self):
+        self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, mark of the tree
+        self.seats: list[Seat] = []
+        self._made: dict[tuple[type, str], _Branch | _Evaluations] = {}
+
+    def get(self, kind: type, path: str) -> _Branch | _Evaluations:
+        if not path:  # the model's own would keep it alive
+            return kind()
+        if (kind, path) not in self._made:
+            self._made[kind, path] = kind()
+        return self._made[kind, path]
+
+
+_stand_ins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _StandIns
+
+
+class Attachment:
+    """Branches on the modules of one model, on behalf of one owner; a model has at most one attachment at a time.
+
+    ``attach`` takes the seat from whichever attachment holds it; ``detach`` gives it up in LIFO order and restores
+    every module's ``__dict__`` as it was. A stand-in that somebody kept a reference to is inert after ``detach``. All
+    attachments of a model use the same stand-ins, which torch.compile knows by identity: nothing is compiled again for
+    another run, nor for other LoRAs of the same ranks.
+    """
+
+    def __init__(self, model: nn.Module, branches: Branches):
+        self.model, self.branches = model, branches
+        self._placed: list[tuple[nn.Module, object, object]] = []  # module, stand-in, former __dict__ entry
+
+    @property
+    def attached(self) -> bool:
+        return self.model.__dict__.get(_SEAT) is self
+
+    def attach(self) -> None:
+        if self.attached:
+            return
+        if (other := self.model.__dict__.get(_SEAT)) is not None:
+            other.detach()
+        served = (*self.branches.layers.values(), *self.branches.counted)
+        try:
+            for (path, module, stand_in), what in zip(self._seats(), served, strict=True):
+                former = module.__dict__.get("forward")
+                if former is not None and isinstance(stand_in, _Branch):
+                    _refuse_foreign_forward(path, module, former)
+                stand_in.bind(module.forward, what, self.branches)
+                self._placed.append((module, stand_in, former))
+                module.__dict__["forward"] = stand_in
+        except BaseException:
+            self.detach()
+            raise
+        self.model.__dict__[_SEAT] = self
+
+    def _seats(self) -> list[Seat]:
+        """One for every layer and then for all that is counted; remembered for the next guard of the same layers."""
+        branches = self.branches
+        wanted = [*branches.layers, branches.wide, *branches.counted, tree(self.model)]
+        known = _stand_ins.setdefault(self.model, _StandIns())
+        if known.wanted != wanted:
+            modules = places(self.model, (*branches.layers, *branches.counted))
+            kinds = [(_WideBranch if path in branches.wide else _Branch, path) for path in branches.layers]
+            kinds += [(_Evaluations, path) for path in branches.counted]
+            seats = [(path, modules[path], known.get(kind, path)) for kind, path in kinds]
+            if "" in branches.counted:
+                return seats
+            known.wanted, known.seats = wanted, seats
+        return known.seats
+
+    def _lost(self) -> int:
+        """How many stand-ins are not where ``attach`` put them."""
+        outer = {module: stand_in for module, stand_in, _ in self._placed}  # a layer that is a part has two
+        return sum(module.__dict__.get("forward") is not stand_in for module, stand_in in outer.items())
+
+    def detach(self) -> None:
+        for module, stand_in, former in reversed(self._placed):
+            stand_in.release()
+            if module.__dict__.get("forward") is not stand_in:  # wrapped from outside since: ours stays inert inside it
+                _stand_ins.pop(self.model, None)
+                continue
+            if former is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = former
+        self._placed.clear()
+        if self.attached:
+            del self.model.__dict__[_SEAT]
+
+    def verify(self) -> None:
+        """Raise GuardError unless every stand-in is where ``attach`` put it."""
+        if (lost := self._lost()) or not self.attached:
+            raise GuardError(
+                f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
+                "another node replaced their forward; remove it, or put it before Guard Model."
+            )
+
+
+def attached(model: nn.Module) -> Branches | None:
+    """The branches that sit on a model now."""
+    attachment = model.__dict__.get(_SEAT)
+    return attachment.branches if attachment is not None else None
+
+
+def tree(model: nn.Module) -> object:
+    """Stays the same object as long as no module on the way to a layer that was guarded before is replaced."""
+    return _tree(model).mark
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """Modules of a model by path, and where each stands: among its siblings by its name; the root is in neither."""
+
+    found: dict[str, nn.Module] = field(default_factory=dict)
+    siblings: list[dict[str, nn.Module]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    mark: object = field(default_factory=object)
+
+    def holds(self) -> bool:
+        """Whether every module still stands where it stood; a loop that Python itself runs takes twice as long."""
+        return all(map(operator.is_, map(dict.get, self.siblings, self.names), self.found.values()))
+
+
+_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Tree
+
+
+def _tree(model: nn.Module) -> _Tree:
+    found = _trees.get(model)
+    if found is None or not found.holds():
+        found = _trees[model] = _Tree()
+    return found
+
+
+def places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules at ``paths``; remembered until one on the way to any of them is replaced."""
+    known = _tree(model)
+    for path in paths:
+        if path and path not in known.found:
+            _walk(model, path, known)
+    return {path: known.found[path] if path else model for path in paths}
+
+
+def _walk(model: nn.Module, path: str, known: _Tree) -> None:
+    """Note every module on the way to ``path``, and where it stands."""
+    module, here = model, ""
+    for name in path.split("."):
+        here = f"{here}.{name}" if here else name
+        if here not in known.found:
+            known.found[here] = module.get_submodule(name)
+            known.siblings.append(module._modules)
+            known.names.append(name)
+        module = known.found[here]
+
+
+def _refuse_foreign_forward(path: str, module: nn.Module, former: object) -> None:
+    """A loader that restored the class's bound forward left nothing behind; anything else is another pack's hook."""
+    if getattr(former, "__func__", None) is not type(module).forward:
+        raise GuardError(
+            f"Layer {path} already has a replaced forward ({type(former).__name__}): the guard would stack on another "
+            "pack's hook; remove that node, or load its LoRA with Load Task LoRA."
+        )

@@ -1,0 +1,145 @@
+"""The fused terms of layers: made many at once, held in one dtype and on one device, and the count of their firings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import GuardError
+from .acted import Meter
+from .changes import Fused, Term, count, fuse
+from .layer_spec import LayerSpec
+
+COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+traced = threading.Event()  # whether torch.compile has looked at a branch in this process
+
+
+def note_traced() -> None:
+    """Run by torch.compile while it looks at a branch, never by what it makes of one."""
+    traced.set()
+
+
+note_traced._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports all of dynamo
+
+
+OFF = Meter({}, {}, None)  # of layers that belong to no guard
+
+
+class Held:
+    """Bytes of the fused weights of all layers of one model, and how often they were made or dropped."""
+
+    def __init__(self):
+        self.nbytes = self.changes = 0
+
+    def change(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.changes += 1
+
+
+class FusedLayer:
+    """All terms of one layer, fused over the active roles, and the count of its firings.
+
+    Eager evaluations count in ``fired``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
+    there and keeps its graph, and eager runs launch no kernel for the count.
+    """
+
+    def __init__(self, spec: LayerSpec, terms: Sequence[Term]):
+        self.spec, self.terms = spec, tuple(terms)
+        self.fired = 0
+        self.fired_compiled = counter()
+        self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
+        self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
+        self.held, self.meter = Held(), OFF
+
+    def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
+        """The active terms in compute dtype on the layer's device, or None where no term is active.
+
+        One dtype and device is held at a time, the activation's; GuardError for a dtype that nothing is computed in.
+        """
+        key = (roles, dtype, device)
+        if key not in self._fused:
+            make([self], roles, dtype, device)
+        return self._fused[key]
+
+    def clear(self, roles: frozenset[str], dtype: torch.dtype) -> list[Term]:
+        """Make room for these roles in ``dtype``; their terms. GuardError for a dtype that nothing is computed in."""
+        if dtype not in COMPUTE:
+            raise GuardError(
+                f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
+                "or option that quantises activations outside the layers."
+            )
+        self._drop([k for k in self._fused if k[0] == roles])
+        return [t for t in self.terms if t.role in roles]
+
+    def keep(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device, made: Fused | None) -> None:
+        self._fused[roles, dtype, device] = made
+        self.held.change(made.nbytes if made else 0)
+
+    def _drop(self, keys: list[tuple]) -> None:
+        self._last = (None, None, None, None)
+        for key in keys:
+            fused = self._fused.pop(key)
+            self.held.change(-fused.nbytes if fused else 0)
+
+    def holds(self, roles: frozenset[str], device: torch.device, dtype: torch.dtype | None) -> bool:
+        """Whether the active terms are fused on ``device``; None: in whichever dtype the last activation had."""
+        return any(k[0] == roles and k[2] == device and dtype in (None, k[1]) for k in self._fused)
+
+    def count(self) -> int:
+        """How many numbers all terms fused are."""
+        return count(self.spec, self.terms)
+
+    def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
+        """(y + s) + t (changes.Fused), in the activation's dtype, whatever the weight is stored in."""
+        if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
+            if (fused := self.fused(roles, x.dtype, x.device)) is None:
+                return y
+            note_traced()
+            self.fired_compiled.add_(1)
+            return fused(y, x)
+        before, dtype, device, fused = self._last
+        if before is not roles or dtype is not x.dtype or device != x.device:
+            fused = self.fused(roles, x.dtype, x.device)
+            self._last = roles, x.dtype, x.device, fused
+        if fused is None:
+            return y
+        self.fired += 1
+        return self.meter.layer(self.spec.path, fused, y, x) if self.meter.measuring else fused(y, x)
+
+    def nbytes(self) -> int:
+        """Bytes of the fused weights that are held now, over all dtypes and devices."""
+        return sum(fused.nbytes for fused in self._fused.values() if fused)
+
+    def free(self) -> None:
+        """Drop the fused weights; they are made again from the terms when next needed."""
+        self._drop(list(self._fused))
+
+
+def make(layers: Iterable[FusedLayer], roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Fuse the active terms of all these layers, in the place of what they held for these roles."""
+    found = [(layer, layer.clear(roles, dtype)) for layer in layers]
+    some = [(layer, terms) for layer, terms in found if terms]
+    with plain():
+        made = fuse([(layer.spec, terms) for layer, terms in some], dtype, device)
+    by_layer = {layer: fused for (layer, _), fused in zip(some, made, strict=True)}
+    for layer, _ in found:
+        layer.keep(roles, dtype, device, by_layer.get(layer))
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Tensors made here are none of inference mode: in-place counting and autograd then work anywhere."""
+    if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():  # entering both takes a while
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def counter() -> Tensor:
+    with plain():
+        return torch.zeros((), dtype=torch.int64)

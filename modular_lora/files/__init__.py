@@ -1,0 +1,1 @@
+"""LoRA files: read, named, matched with a model's weights."""

@@ -1,0 +1,315 @@
+"""The guard: safety and task LoRAs matched, checked and fused into branches, whole or stopped.
+
+W* = W0 + Σ_s strength·ΔW_s + Σ_t strength·ΔW_t (arXiv 2412.00357, Modular LoRA), with W0 never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..branches.acted import Meter
+from ..branches.attachment import Branches
+from ..branches.changes import Role
+from ..branches.fused import FusedLayer, plain
+from ..branches.layer_spec import LayerSpec
+from ..errors import GuardError
+from ..files.matching import mismatch
+from ..files.names import is_text
+from ..files.pending import check_not_safety
+from ..files.reader import LoraFile, no_collection
+from ..files.scales import check_scale
+from ..provenance.attestation import Attestation, LoraRecord
+from ..util.cache import Cache
+from .apply import Applied, apply, terms
+from .comparing import Factor
+from .interference import Interference, cancelled, interference
+from .magnitude import check_magnitudes
+from .model_info import ModelInfo
+
+Part = Literal["model", "text"]
+known_safety: Cache[Hashable, tuple[Mapping[str, LayerSpec], Applied]] = Cache(8)
+ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
+BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
+CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden
+TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that were in the forward during training
+
+
+@dataclass(frozen=True)
+class GuardLimits:
+    """What the guard insists on of every safety LoRA.
+
+    ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py);
+    ``functional_strength_floor``: least functional strength (functional.py) where it is measured.
+    """
+
+    net_strength_floor: float = 0.5
+    acted_strength_floor: float = 0.5
+    functional_strength_floor: float = 0.2
+
+
+@dataclass(frozen=True)
+class SafetyLora:
+    """A safety LoRA and its strength (> 0), on U-Net and text encoder alike."""
+
+    lora: LoraFile
+    strength: float
+
+    def __post_init__(self):
+        if not (math.isfinite(self.strength) and self.strength > 0):
+            raise GuardError(
+                f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
+                "give a strength above 0, or take the node out if you do not want it."
+            )
+        check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
+
+
+@dataclass(frozen=True)
+class TaskLora:
+    """A task LoRA, its strengths on model and text encoder, and block weights (see blocks.py)."""
+
+    lora: LoraFile
+    strength_model: float
+    strength_clip: float
+    block_weights: str = ""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.strength_model) and math.isfinite(self.strength_clip)):
+            raise GuardError(f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.")
+
+
+Safety = tuple[SafetyLora, ...]
+Tasks = tuple[TaskLora, ...]
+
+
+@dataclass(frozen=True)
+class LoraLine:
+    """How one LoRA applies to one model: layer counts, rank range and Frobenius norm of strength·ΔW."""
+
+    role: Role
+    name: str
+    sha256: str
+    strength: float
+    matched: int
+    unmatched: tuple[str, ...]
+    elsewhere: int  # layers of the file for the other model (text encoder or U-Net)
+    zero_layers: int
+    ranks: tuple[int, int]  # of the layers that have one; (0, 0) where none has
+    norm: float
+    formats: tuple[str, ...] = ()  # of the layers that matched: "LoRA", "LoKr", ...
+    left: tuple[tuple[str, str], ...] = ()  # layers that the model has and cannot take, and why
+    refusal: str = ""  # what to say if the file applies nowhere else either
+
+
+@dataclass(frozen=True)
+class GuardedPart:
+    """The guard on one model (U-Net or text encoder)."""
+
+    part: Part
+    branches: Branches
+    lines: tuple[LoraLine, ...]
+    interference: tuple[tuple[LoraFile, Interference], ...]  # by safety LoRA
+
+    @property
+    def layers(self) -> int:
+        return len(self.branches.layers)
+
+
+def check_roles(safety: Safety, tasks: Tasks) -> None:
+    """Raise GuardError where no safety LoRA is given, or one file is used twice or in both roles."""
+    if not safety:
+        raise GuardError("Guard Model got no safety LoRA: connect Load Safety LoRA.")
+    shas = [s.lora.sha256 for s in safety]
+    for item in tasks:
+        if item.lora.sha256 in shas:
+            raise GuardError(
+                f"{item.lora.name} is the safety LoRA and a task LoRA at once, so one can cancel the other: "
+                "take it out of the task LoRAs."
+            )
+    shas += [t.lora.sha256 for t in tasks]
+    for item in (*safety, *tasks):
+        if shas.count(item.lora.sha256) > 1:
+            raise GuardError(f"{item.lora.name} is loaded more than once: load it once, with the strength you want.")
+
+
+@no_collection()  # a full one takes 0.3 s in ComfyUI
+def build_parts(
+    model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: GuardLimits
+) -> tuple[GuardedPart, ...]:
+    """The guard on a model and, where one is connected, on its text encoder, with every check; raises GuardError."""
+    check_roles(safety, tasks)
+    infos: list[tuple[Part, ModelInfo]] = [("model", model)] + ([("text", clip)] if clip else [])
+    parts = tuple(build_part(part, info, safety, tasks, policy) for part, info in infos)
+    check_coverage(parts, clip is not None)
+    return parts
+
+
+def build_part(
+    part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: GuardLimits, enforce: bool = True
+) -> GuardedPart:
+    """Match, check and fuse every LoRA on one model.
+
+    Raises GuardError where a safety LoRA does not apply whole, or (``enforce``) its net strength falls below
+    ``policy.net_strength_floor``; what of a task LoRA fits no layer is counted in its line.
+    """
+    applied = [_apply("safety", s.lora, s.strength, "", part, info) for s in safety]
+    for t in tasks:
+        strength = t.strength_model if part == "model" else t.strength_clip
+        applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
+    for task in (a for a in applied if a.lora.pending):
+        for s in (a for a in applied if a.role == "safety"):
+            check_not_safety((s.lora, s.match), (task.lora, task.match))
+    acting = [a for a in applied if a.role == "safety" and a.parts]
+    if enforce:
+        check_magnitudes(acting, info)  # among themselves, before they are compared with each other
+    reports = tuple((a.lora, _interference(a, applied, policy)) for a in acting)
+    if enforce:
+        check_magnitudes(applied, info)  # first: where values are that large, net strengths mean nothing
+        for a, (_, result) in zip(acting, reports, strict=True):
+            _check_net_strength(a, result, policy)
+    with plain():
+        layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
+        branches = Branches(
+            layers, info.roots, info.parts, _meter(acting, policy.acted_strength_floor if enforce else None)
+        )
+    return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
+
+
+def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
+    """Raise GuardError where a task LoRA applies nowhere, or a safety LoRA's text-encoder half has no CLIP."""
+    for lines in zip(*(part.lines for part in parts), strict=True):
+        first = lines[0]
+        if first.role == "safety" and first.elsewhere and not has_clip:
+            raise GuardError(
+                f"Safety LoRA {first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect "
+                "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+            )
+        if not any(line.matched for line in lines):
+            raise GuardError(_applies_nowhere(lines, has_clip))
+
+
+def _applies_nowhere(lines: tuple[LoraLine, ...], has_clip: bool) -> str:
+    """Why a LoRA changes nothing; its lines are those of one file on each model."""
+    first = lines[0]
+    said = [line.refusal for line in lines if line.refusal]
+    if not said and not (first.elsewhere and not has_clip):
+        said = [f"{first.name} applies to no layer at all: use one made for this base."]
+    if first.elsewhere and not has_clip:
+        said.append(
+            f"{first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect the "
+            "checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+        )
+    return " ".join(said)
+
+
+def text_digest(safety: Safety) -> str:
+    """What the guarded text encoder's embeddings are bound to; empty where no safety LoRA has a text-encoder half."""
+    text = sorted(f"{s.lora.acts_as}@{s.strength!r}" for s in safety if any(map(is_text, s.lora.layers)))
+    return hashlib.sha256("\n".join(text).encode()).hexdigest() if text else ""
+
+
+def make_record(
+    pack: str,
+    family: str,
+    base_sha256: str,
+    merged: bool,
+    parts: tuple[GuardedPart, GuardedPart | None],
+    safety: Safety,
+    tasks: Tasks,
+) -> Attestation:
+    """The attestation of a guard that has not run yet."""
+    model, text = parts
+    loras = [
+        LoraRecord("safety", s.lora.name, s.lora.sha256, s.strength, s.strength, scale=s.lora.scale_shown)
+        for s in safety
+    ]
+    for t in tasks:
+        strengths = t.strength_model, t.strength_clip, t.block_weights
+        loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths, pending=t.lora.pending))
+    return Attestation(
+        status="not sampled",
+        pack=pack,
+        base_family=family,
+        base_sha256=base_sha256,
+        base_had_merged_loras=merged,
+        loras=tuple(loras),
+        net_strength={lora.sha256: result.net_strength for lora, result in model.interference},
+        layers=model.layers,
+        varying_layers=len(model.branches.varying),
+        text_encoder=f"guarded, {text.layers} layers" if text else "",
+    )
+
+
+def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool) -> Iterator[str]:
+    """What is worth a line on the node and stops nothing."""
+    if merged:
+        yield f"a LoRA or model was merged into {merged} weights before the guard, so the base is not W0"
+    for t in tasks:
+        if not has_clip and (count := sum(map(is_text, t.lora.layers))) and t.strength_clip:
+            yield f"task {t.lora.name} has {count} text-encoder layers that do not act: no CLIP is connected"
+        if t.lora.metadata.get(ROLE_KEY) == "safety":
+            yield f"{t.lora.name} says that it is a safety LoRA and acts as a task LoRA"
+        for key, what in ((CONTAMINATED_KEY, "a base that is not clean"), (TRAINED_ON_KEY, "more than W0")):
+            if said := t.lora.metadata.get(key):
+                yield f"task {t.lora.name} says that it was trained on {what} ({said[:120]!r}): retrain it on W0"
+    loras = [item.lora for item in (*safety, *tasks)]
+    for lora in loras:
+        yield from (f"{lora.name}: {note}" for note in lora.notes)
+    if other := [lora.name for lora in loras if lora.metadata.get(BASE_KEY, base_sha256) != base_sha256]:
+        yield (
+            f"{len(other)} of {len(loras)} LoRAs were recorded on another base of this family ({', '.join(other)}): "
+            "normal for community checkpoints, but look at what comes out"
+        )
+
+
+def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part, info: ModelInfo) -> Applied:
+    """`apply`; a safety LoRA on the model that it was last on is remembered with all that was worked out about it."""
+    key = (lora.acts_as, lora.name, strength, part)
+    known = known_safety.get(key) if role == "safety" else None
+    if known is not None and known[0] is info.specs:
+        return known[1]
+    names = [name for name in lora.layers if is_text(name) == (part == "text")]
+    applied = apply(role, lora, names, strength, blocks, info)
+    if role == "safety" and all(isinstance(change, Factor) for change in applied.changes.values()):  # not of W0
+        known_safety.put(key, (info.specs, applied))
+    return applied
+
+
+def _meter(acting: Sequence[Applied], floor: float | None) -> Meter:
+    strengths = {("safety", a.lora.sha256): a.strength for a in acting}
+    return Meter(strengths, {("safety", a.lora.sha256): a.lora.name for a in acting}, floor)
+
+
+def _interference(safety: Applied, applied: Sequence[Applied], policy: GuardLimits) -> Interference:
+    others = [(a.lora.name, a.changes, a.strength) for a in applied if a is not safety]
+    return interference(safety.changes, safety.strength, others, policy.net_strength_floor)
+
+
+def _check_net_strength(safety: Applied, result: Interference, policy: GuardLimits) -> None:
+    floor = policy.net_strength_floor
+    if not result.net_strength >= floor:  # not a number is too little
+        raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
+
+
+def _line(a: Applied, family: str) -> LoraLine:
+    targets, unmatched, left = a.match.targets, a.match.unmatched, a.match.left
+    layers = [a.lora.layers[name] for name in targets]
+    ranks = [layer.rank for layer in layers if layer.rank] or [0]
+    return LoraLine(
+        role=a.role,
+        name=a.lora.name,
+        sha256=a.lora.sha256,
+        strength=a.strength,
+        matched=len(targets),
+        unmatched=unmatched,
+        elsewhere=len(a.lora.layers) - len(targets.keys() | left.keys()) - len(unmatched),
+        zero_layers=len(a.zero),
+        formats=tuple(sorted({layer.kind for layer in layers})),
+        ranks=(min(ranks), max(ranks)),
+        norm=a.norm,
+        left=tuple(left.items()),
+        refusal="" if targets or not (unmatched or left) else mismatch(a.lora, a.match, family),
+    )

@@ -1,0 +1,187 @@
+"""What a guarded run says of itself, and the digests that bind it to tensors by content.
+
+Counts come from the counters on the branches (branches.py), never from what a graph claims.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..branches.attachment import ALL_ROLES, Branches
+from ..errors import GuardError
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """One LoRA of a guarded run."""
+
+    role: str
+    name: str
+    sha256: str
+    strength_model: float
+    strength_clip: float
+    block_weights: str = ""
+    scale: str = ""  # "tensors" or "metadata": which was chosen where the file gives two scales; "" where it gives one
+    pending: bool = False  # a loader before the guard left it; ``sha256`` is of its values, its file is not known
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """What a gate decided about one picture. ``changed``: these pixels are the gate's work on ``source_sha256``."""
+
+    detector: str
+    detector_sha256: str
+    settings_sha256: str
+    action: str
+    flagged: bool
+    changed: bool
+    source_sha256: str  # content hash of the picture that was judged
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.
+
+    It is "not sampled" where nothing was evaluated; see ``guarded_status`` for what may follow "guarded".
+    """
+
+    status: str
+    pack: str
+    base_family: str
+    base_sha256: str
+    base_had_merged_loras: bool
+    loras: tuple[LoraRecord, ...]
+    net_strength: Mapping[str, float]  # of the files; here and below by the SHA-256 of the safety LoRA
+    layers: int = 0
+    evaluations: int = 0
+    firings: int = 0
+    text_encoder: str = ""  # "guarded" where the LoRAs have a text-encoder half, else ""
+    embeddings_sha256: tuple[str, ...] = ()
+    vae_sha256: str = ""
+    image_sha256: str = ""
+    gate: GateRecord | None = None  # None: no gate judged these pixels
+    varying_layers: int = 0  # of ``layers``: those in parts that do not run exactly once an evaluation
+    functional_strength: Mapping[str, float] = field(default_factory=dict)  # by SHA-256 of the safety LoRA
+    functional_not_measured: Mapping[str, str] = field(default_factory=dict)  # the same: why there is no figure
+    idle_layers: int = 0  # of ``varying_layers``: those that did not run, for want of the input that they work on
+    acted_strength: Mapping[str, float | None] = field(default_factory=dict)  # acted.py; None: nothing to judge
+    acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0
+    measured_evaluations: int = 0
+
+    @property
+    def safety(self) -> frozenset[LoraRecord]:
+        """The safety LoRAs, in any order."""
+        return frozenset(lora for lora in self.loras if lora.role == "safety")
+
+    def to_json(self) -> str:
+        """Compact JSON with sorted keys, the form that goes into PNG text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def of(self, **changes) -> Attestation:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def guarded_status(merged_base: bool, outside_start: bool) -> str:
+    """What a whole run may say, with what the guard cannot answer for: LoRAs merged before, a start made elsewhere."""
+    return "guarded" + ", merged base" * merged_base + ", outside start" * outside_start
+
+
+class Counts(NamedTuple):
+    """What one run counted. ``idle``: layers that may stay out of a run and did."""
+
+    evaluations: int
+    firings: int
+    idle: int
+
+
+class Run:
+    """One run of a guarded model, from the counters' state at the start to their state at the end."""
+
+    def __init__(self, branches: Branches):
+        self.branches = branches
+        self.roles = branches.roles
+        self._start = branches.counts()
+
+    def finish(self, may_be_empty: bool) -> Counts:
+        """What was counted since the start.
+
+        Raises GuardError unless every guarded layer fired once an evaluation of its root (in a declared part of the
+        root: once a run of the part, and the part as often as declared), or where nothing was evaluated although the
+        run had steps to do (``may_be_empty`` False).
+        """
+        evaluated, fired = self.branches.counts()
+        evaluations = {root: n - self._start[0][root] for root, n in evaluated.items()}
+        firings = {path: n - self._start[1][path] for path, n in fired.items()}
+        total = sum(evaluations[root] for root in self.branches.roots)
+        if self.roles != ALL_ROLES:
+            return Counts(total, 0, 0)
+        self._check(evaluations, firings)
+        if not total and not may_be_empty:
+            raise GuardError(
+                "The guarded model was never evaluated although there were steps to sample: another node put a "
+                "different model in its place; remove it."
+            )
+        idle = sum(not firings[path] for path in self.branches.varying) if total else 0
+        return Counts(total, sum(firings.values()), idle)
+
+    def _check(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> None:
+        branches = self.branches
+        expected = {path: evaluations[branches.runs_with(path)] for path in firings}
+        short = {path: f"{n} of {expected[path]}" for path, n in firings.items() if n != expected[path]}
+        for part, times in branches.parts.items():
+            if not times.allow(evaluations[part], evaluations[branches.root_of(part)]):
+                total = evaluations[branches.root_of(part)]
+                short |= {p: f"{evaluations[part]} of {total}" for p in firings if branches.runs_with(p) == part}
+        if short:
+            path, counts = next(iter(short.items()))
+            raise GuardError(
+                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
+                f"in {counts} evaluations; nodes that skip layers or evaluations (EasyCache, TeaCache, skip-layer "
+                "guidance) cannot be used with a guarded model: remove them."
+            )
+        if any(evaluations.values()) and firings and not any(firings.values()):
+            raise GuardError(
+                "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
+                "LoRA that acts on layers of every run."
+            )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of shape, dtype and contents; the same on every device."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def row_digests(tensor: Tensor) -> tuple[str, ...]:
+    """SHA-256 of every row of an embedding (b n d -> b·n digests), as float32."""
+    rows = tensor.detach().float().cpu().reshape(-1, tensor.shape[-1])
+    return tuple(hashlib.sha256(_bytes(row)).hexdigest() for row in rows)
+
+
+def carrying_digests(tensor: Tensor) -> tuple[str, ...]:
+    """`row_digests` of the rows that are not zero: ConditioningZeroOut's carry nothing."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    return row_digests(rows[rows.abs().amax(1) > 0])
+
+
+def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over named weights in name order, each as float32: independent of device and of storage precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.detach().float() if tensor.is_floating_point() else tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

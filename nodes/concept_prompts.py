@@ -1,0 +1,72 @@
+"""Write Concept Prompts: what a safety LoRA is for, written into a copy of its file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..comfy_host.enforcement import policy as policies
+from ..modular_lora.errors import GuardError
+from ..modular_lora.guard import concept
+from ..modular_lora.guard.build import SafetyLora
+from .load import handles
+from .sockets import SAFETY_FOLDER, SafetySocket, show
+from .training import GROUP, NAME
+
+
+class WriteConceptPrompts(io.ComfyNode):
+    """A copy of a safety LoRA's file by whose prompts its functional strength can be measured."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraConceptPrompts",
+            display_name="Write Concept Prompts",
+            category=GROUP,
+            description="Writes prompts of what a safety LoRA takes away into a copy of its file, so that Guard Model "
+            "can measure on them what other LoRAs leave of it. The tensors stay as they are, and so does the file.",
+            inputs=[
+                SafetySocket.Input("safety_lora", tooltip="One safety LoRA, from Load Safety LoRA."),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip=f"Prompts that ask for what the LoRA takes away, one a line, at most {concept.MOST}.",
+                ),
+                io.String.Input(
+                    "output_name", default="safety_with_prompts", tooltip="Name of the copy, in models/safety_loras."
+                ),
+            ],
+            outputs=[
+                SafetySocket.Output(
+                    "safety_lora_out", display_name="safety_lora", tooltip="The copy, for Guard Model."
+                ),
+                io.String.Output("report", display_name="report", tooltip="The copy's name, prompts and SHA-256."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, safety_lora, prompts, output_name) -> io.NodeOutput:
+        policies.check_open("training")
+        safety = handles(safety_lora, SafetyLora)
+        if len(safety) != 1:
+            raise GuardError(
+                f"Write Concept Prompts got {len(safety)} safety LoRAs: connect one, and write each apart."
+            )
+        if not NAME.fullmatch(output_name) or output_name.endswith("."):
+            raise GuardError(
+                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file."
+            )
+        folder = Path(folder_paths.get_folder_paths(SAFETY_FOLDER)[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        lora, target = safety[0].lora, folder / f"{output_name}.safetensors"
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        made = concept.write_copy(lora.path, target, lines, expected_sha256=lora.sha256)
+        report = concept.written(made, target.name)
+        show(cls, report)
+        return io.NodeOutput((dataclasses.replace(safety[0], lora=made),), report)

@@ -1,0 +1,248 @@
+"""Gate Settings: which detector judges, at which thresholds, and what is done about what it finds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+from comfy_api.latest import io
+
+from ..comfy_host.enforcement import policy as policies
+from ..gate import detectors, nsfw, settings
+from ..gate.errors import GateError
+from ..gate.finding import Detector
+from ..gate.report import format_settings
+from ..gate.settings import ACTIONS, Settings
+from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import file_state
+from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
+from .training import check_name
+
+NONE = "none"
+AS_PRESET = "as the preset says"
+OFF = "off"
+PROVIDERS = {"CPU": (), "CUDA": ("CUDAExecutionProvider",)}
+FILES = {"classifier": DETECTOR_FOLDER, "labels": DETECTOR_FOLDER, "preset": PRESET_FOLDER}  # input -> model folder
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a MODULAR_LORA_GATE carries: a detector that is ready to judge, and what is done about what it finds."""
+
+    detector: Detector
+    settings: Settings
+    replacement: np.ndarray | None = None  # h w 3, for the action "replace"
+
+    @property
+    def settings_sha256(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode()).hexdigest()
+
+
+def checked(gate: object) -> Gate:
+    """The gate of a socket, the default where none is connected; GuardError for what an any-type node brought."""
+    if gate is None:
+        detector = detectors.make(default_detector())
+        return Gate(detector, policies.tightened(settings.defaults(detector), detector))
+    if not isinstance(gate, Gate):
+        raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
+    return gate
+
+
+def default_detector() -> str:
+    """The preferred of those that need no files; where none is installed, the one whose error says how to install."""
+    return next((name for name in detectors.available() if name != detectors.CLASSIFIER), nsfw.NAME)
+
+
+class GateSettings(io.ComfyNode):
+    """Settings of Safety Gate and Guarded Sample and Gate; nothing is judged here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraGateSettings",
+            display_name="Gate Settings",
+            category=f"{CATEGORY}/gate",
+            description="Which detector a gate asks, from which score on a label counts, and what is done about it.",
+            inputs=[*_detector_inputs(), *_action_inputs()],
+            outputs=[
+                GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What the detector covers and what it does not; thresholds.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, detector=None, classifier=None, labels=None, preset=None) -> bool | str:
+        try:
+            if detector is not None and detector not in detectors.available():
+                detectors.make(detector)  # its error says what to install
+            for name, value in (("classifier", classifier), ("labels", labels), ("preset", preset)):
+                _file(name, value)
+        except GuardError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, classifier=None, labels=None, preset=None, **_):
+        paths = [_file(*pair) for pair in (("classifier", classifier), ("labels", labels), ("preset", preset))]
+        return [(str(p), file_state(p)) for p in paths if p]
+
+    @classmethod
+    def execute(
+        cls, detector, classifier, labels, preset, threshold, classes, action, provider, save_as="", replacement=None
+    ) -> io.NodeOutput:
+        made = _detector(detector, classifier, labels, PROVIDERS[provider])
+        path = _file("preset", preset)
+        chosen = settings.load(path, made) if path else settings.defaults(made)
+        chosen = with_classes(with_threshold(chosen, threshold), made, classes)
+        if action != AS_PRESET:
+            chosen = replace(chosen, action=action)
+        chosen.check(made)
+        if chosen.action == "replace" and replacement is None:
+            raise GateError('replacement: the action is "replace" and there is no picture to put in: connect one.')
+        if save_as.strip():
+            settings.save(chosen, _preset_file(save_as.strip()))
+        picture = None if replacement is None else replacement[0].float().cpu().numpy()
+        report = format_settings(made, chosen)
+        show(cls, report)
+        return io.NodeOutput(Gate(made, chosen, picture), report)
+
+
+def _detector_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "detector",
+            list(detectors.available()),
+            default=default_detector(),
+            tooltip="nudenet 320n: body parts with boxes, as the nudenet package (AGPL-3.0) sees a file; rgb: in the "
+            "other channel order. open-nsfw: one score for pornographic photographs. classifier: your own ONNX file.",
+        ),
+        io.Combo.Input(
+            "classifier",
+            [NONE, *file_names(DETECTOR_FOLDER, ".onnx")],
+            default=NONE,
+            tooltip="ONNX file from the modular_lora_detectors folder; for the detector classifier alone.",
+        ),
+        io.Combo.Input(
+            "labels",
+            [NONE, *file_names(DETECTOR_FOLDER, ".json")],
+            default=NONE,
+            tooltip="JSON that says what the classifier's outputs mean, from the same folder; for classifier alone.",
+        ),
+        io.Combo.Input(
+            "preset",
+            [NONE, *file_names(PRESET_FOLDER, ".json")],
+            default=NONE,
+            tooltip="Thresholds, growth and action from the modular_lora_gates folder; none: the detector's defaults.",
+        ),
+    ]
+
+
+def _action_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "threshold",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Score from which every label counts; 0 leaves each label its own.",
+        ),
+        io.String.Input(
+            "classes",
+            default="",
+            multiline=True,
+            tooltip="One label a line, with its threshold and, if wanted, how much its boxes grow: "
+            "FACE_FEMALE 0.6 1.3. A label with off is reported at most.",
+        ),
+        io.Combo.Input(
+            "action",
+            [AS_PRESET, *ACTIONS],
+            default=AS_PRESET,
+            tooltip="What is done to a flagged picture; without a preset, blur. report changes nothing, block stops "
+            "the run, empty makes the picture black. Without boxes it falls on the whole picture.",
+        ),
+        io.Combo.Input(
+            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs; CUDA needs onnxruntime-gpu."
+        ),
+        io.String.Input(
+            "save_as",
+            default="",
+            optional=True,
+            tooltip="Name of a preset in the modular_lora_gates folder to write these settings to; empty: none.",
+        ),
+        io.Image.Input(
+            "replacement",
+            optional=True,
+            tooltip="For the action replace: the first picture of this batch takes the flagged picture's place.",
+        ),
+    ]
+
+
+def _detector(name: str, classifier: str, labels: str, providers: tuple[str, ...]) -> Detector:
+    if name != detectors.CLASSIFIER:
+        return detectors.make(name, providers)
+    files = {"weights": _file("classifier", classifier), "labels": _file("labels", labels)}
+    if missing := [what for what, path in files.items() if path is None]:
+        raise GateError(
+            f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it."
+        )
+    return detectors.make(name, providers, **files)
+
+
+def _file(name: str, value: str | None) -> Path | None:
+    """Path of what a drop-down names; None for none and for what comes over a link. GuardError for a missing file."""
+    return None if value in (None, NONE) else file_path(FILES[name], value)
+
+
+def _preset_file(name: str) -> Path:
+    stem = name.removesuffix(".json")
+    check_name("save_as", stem, "the file")
+    return Path(folder_paths.get_folder_paths(PRESET_FOLDER)[0]) / f"{stem}.json"
+
+
+def with_threshold(chosen: Settings, threshold: float) -> Settings:
+    """One threshold for every label; 0: the settings as they are."""
+    if not threshold:
+        return chosen
+    return replace(chosen, block=dict.fromkeys(chosen.block, threshold), report=dict.fromkeys(chosen.report, threshold))
+
+
+def with_classes(chosen: Settings, detector: Detector, text: str) -> Settings:
+    """Settings with the lines ``LABEL threshold [growth]`` and ``LABEL off`` worked in. GateError names the line."""
+    block, report, growth = dict(chosen.block), dict(chosen.report), dict(chosen.growth)
+    for line in filter(None, map(str.strip, text.splitlines())):
+        label, values = _split(line, detector)
+        if values == [OFF]:
+            if label in block:
+                report.setdefault(label, block.pop(label))
+            continue
+        block[label] = _number(line, values[0])
+        if len(values) > 1:
+            growth[label] = _number(line, values[1])
+    return replace(chosen, block=block, report=report, growth=growth)
+
+
+def _split(line: str, detector: Detector) -> tuple[str, list[str]]:
+    """Label and the one or two words behind it; labels may hold spaces and end in digits."""
+    for words in (1, 2):
+        label, *values = line.rsplit(maxsplit=words)
+        if label in detector.labels and len(values) == words:
+            return label, values
+    known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
+    raise GateError(f"classes: {line!r} is not LABEL threshold [growth], or LABEL off; {detector.name} knows {known}.")
+
+
+def _number(line: str, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise GateError(f"classes: {word!r} in {line!r} is not a number: correct it.") from None

@@ -1,0 +1,289 @@
+"""200 random mutations of guarded graphs: no picture is ever both unguarded and reported guarded.
+
+What the guard says of a picture is never the judge. The judge is the same graph with every LoRA merged in fp32 by
+ComfyUI's own loader, the safety LoRA into every model and CLIP that the graph uses, and that graph without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from support.graphs import GraphError, guarded_graph, sampler, save_lora
+from support.mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
+
+pytestmark = pytest.mark.slow
+GROUPS, SIZE, SAMPLE = 20, 10, 8
+STOCK = {
+    "ModularLoraGuardedAsModel": ("TestReroute", {"guarded_model": "value"}),
+    "ModularLoraKSampler": ("KSampler", {}),
+    "ModularLoraKSamplerAdvanced": ("KSamplerAdvanced", {}),
+    "ModularLoraGuider": ("CFGGuider", {}),
+    "ModularLoraDecode": ("VAEDecode", {}),
+    "TestRebind": ("TestReroute", {}),
+    "TestPop": ("TestReroute", {"model": "value"}),
+}
+
+
+@pytest.fixture(scope="module")
+def world(comfy):
+    """The executor that all graphs share. Its checkpoint has text encoders in fp32, cut to two layers for speed."""
+    from comfy.cli_args import args
+
+    args.fp32_text_enc = True
+    model, clip, vae = comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")
+    args.fp32_text_enc = False
+    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
+    encoder.layers = encoder.layers[:2]
+    write_loras(comfy, model, clip)
+    asyncio.run(comfy.nodes.load_custom_node(str(Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_mask.py")))
+    before = dict(comfy.nodes.NODE_CLASS_MAPPINGS)
+    install(comfy.nodes, (model, clip, vae))
+    execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    yield execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
+    for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - set(before):
+        del comfy.nodes.NODE_CLASS_MAPPINGS[name]
+
+
+def layers(info, prefix: str) -> dict:
+    """Every layer that takes a LoRA once, under its kohya name."""
+    keys = {key: name for name, key in info.key_map.items() if name.startswith(prefix) and key in info.specs}
+    return {name: info.specs[key] for key, name in keys.items() if not info.specs[key].problem}
+
+
+def write_loras(comfy, model, clip) -> None:
+    """LoRAs of large effect on some layers of every kind, and copies of the safety LoRAs with other hashes."""
+    anatomy = comfy.anatomy
+    unet, text = layers(anatomy.model_info(model), "lora_unet_"), layers(anatomy.clip_info(clip), "lora_te_")
+    few = dict(list(unet.items())[::4])
+    for i, (name, rank) in enumerate(zip(LORAS, (4, 8, 3, 4, 4), strict=True)):
+        save_lora(comfy.loras / name, few | text if "_te" in name else few, rank, i, size=0.6)
+    for name in (LORAS[0], LORAS[3]):
+        save_lora(
+            comfy.loras / COPY.format(name), few | text if "_te" in name else few, 4, LORAS.index(name), 0.6, copy=""
+        )
+
+
+@pytest.fixture(scope="module")
+def tally() -> Counter:
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, torch.Tensor]:
+    """Pictures of references by signature."""
+    return {}
+
+
+def source(graph: Graph, link: list) -> dict:
+    """The node that a link comes from, through any-type nodes."""
+    node = graph[link[0]]
+    if node["class_type"] == "TestReroute":
+        return source(graph, node["inputs"]["value"])
+    if node["class_type"] == "TestSwitch":
+        return source(graph, node["inputs"]["a" if node["inputs"]["use_a"] else "b"])
+    return node
+
+
+def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
+    """The inputs of all loaders of one role before a guard."""
+    found, link = [], guard["inputs"].get(key)
+    while link:
+        found.append(source(graph, link)["inputs"])
+        link = found[-1].get(key)
+    return found
+
+
+def reference(graph: Graph, safe: bool) -> Graph:
+    """The graph with stock nodes and merged LoRAs; ``safe`` merges the safety LoRAs into every model and CLIP."""
+    stock, merged, last = copy.deepcopy(graph), {}, {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
+    guards = {name: node for name, node in graph.items() if node["class_type"] == "ModularLoraGuardModel"}
+    loaders = chain(graph, next(iter(guards.values())), "safety_lora") if safe else []
+
+    def merge(name: str, after: dict, lora_name: str, model: float, clip: float) -> dict:
+        kind = "LoraLoader" if after.get("clip") else "LoraLoaderModelOnly"
+        strengths = {"strength_model": model} | ({"strength_clip": clip} if after.get("clip") else {})
+        links = {key: link for key, link in after.items() if link}
+        merged[name] = {"class_type": kind, "inputs": {**links, "lora_name": lora_name, **strengths}}
+        return {key: [name, i] for i, key in enumerate(links)}
+
+    for i, item in enumerate(loaders):
+        last = merge(f"safety{i}", last, item["lora_name"], item["strength"], item["strength"])
+    places = {("ckpt", 0): last["model"], ("ckpt", 1): last["clip"]}
+    for name, key, link in edges(graph):
+        stock[name]["inputs"][key] = places.get(tuple(link), link)
+    for name, guard in guards.items():
+        after = {key: stock[name]["inputs"].get(key) for key in ("model", "clip")}
+        for i, item in enumerate(chain(graph, guard, "task_lora")):
+            after = merge(f"{name}_task{i}", after, item["lora_name"], item["strength_model"], item["strength_clip"])
+        for consumer, key, link in list(edges(stock)):
+            if link[0] == name:
+                stock[consumer]["inputs"][key] = after["model" if link[1] == 0 else "clip"]
+        del stock[name]
+    for node in stock.values():
+        if node["class_type"] in STOCK:
+            node["class_type"], names = STOCK[node["class_type"]]
+            node["inputs"] = {names.get(key, key): value for key, value in node["inputs"].items()}
+    return stock | merged
+
+
+def part(graph: Graph, links: list[list]) -> Graph:
+    """What the links need of a graph."""
+    return {name: graph[name] for name in set().union(*(ancestors(graph, link[0]) for link in links))}
+
+
+def signature(graph: Graph, link: list) -> str:
+    """Everything that the value on a link comes from, whatever the nodes are called."""
+    node, index = graph[link[0]], link[1]
+    inputs = {k: signature(graph, v) if isinstance(v, list) else v for k, v in sorted(node["inputs"].items())}
+    return hashlib.sha256(json.dumps([node["class_type"], index, inputs]).encode()).hexdigest()
+
+
+class Judge:
+    """Runs graphs and references on one executor; pictures of references are remembered."""
+
+    def __init__(self, comfy, run_graph, executor, pictures: dict[str, torch.Tensor]):
+        self.comfy, self.run_graph, self.executor, self.pictures = comfy, run_graph, executor, pictures
+
+    def run(self, mutant: Mutator, seed: int) -> str:
+        """What came of a mutated graph: refused by ComfyUI, refused by the guard, attested or unattested."""
+        # frames of the last error: where they die later, together with a chain of stock patchers that they hold,
+        # ComfyUI keeps a dead entry among its loaded models and collects garbage at every load from then on
+        gc.collect(1)
+        graph = mutant.graph
+        for name, node in graph.items():
+            if node["class_type"] == "ModularLoraSaveImage":
+                node["inputs"]["filename_prefix"] = f"m{seed}/{name}"
+        try:
+            results = self.run_graph(graph, self.executor)
+        except GraphError as error:
+            return self._refusal(error)
+        claimed = {}
+        for name, node in graph.items():
+            if node["class_type"] == "ModularLoraSaveImage":
+                link = node["inputs"]["images"]
+                claims = self._claims(f"m{seed}", name)
+                assert len(claims) == len(results[link[0]][link[1]])
+                if name.startswith("save_"):
+                    assert any(line.startswith("guarded: ") for line in results[link[0]][1].split("\n")) == any(claims)
+                if any(claims):
+                    claimed[name] = (results[link[0]][link[1]], claims)
+        if claimed:
+            self._check(graph, claimed)
+        return "attested" if claimed else "unattested"
+
+    def _refusal(self, error: GraphError) -> str:
+        if error.stage == "validation":
+            assert "exception_during" not in str(error), str(error)
+            return "refused by ComfyUI"
+        kind = next(d["exception_type"] for e, d in self.comfy.server.messages if e == "execution_error")
+        if kind == "ExecutionBlocked":
+            assert "Guard Model gives no CLIP" in str(error), str(error)
+            return "refused by the guard"
+        assert kind.endswith((".errors.GuardError", ".errors.HandleError", ".errors.LoraFileError")), f"{kind}: {error}"
+        return "refused by the guard"
+
+    def _claims(self, folder: str, name: str) -> list[bool]:
+        """Which of the PNG files that a save node wrote say that they are guarded."""
+        files = sorted((self.comfy.output / folder).glob(f"{name}_[0-9]*.png"))
+        texts = [Image.open(file).text["modular_lora_attestation"] for file in files]
+        return [json.loads(text)["status"] == "guarded" for text in texts]
+
+    def _check(self, graph: Graph, claimed: dict[str, tuple[torch.Tensor, list[bool]]]) -> None:
+        """Every picture that is claimed to be guarded is the merged one, and far from the unguarded one."""
+        links = [graph[save]["inputs"]["images"] for save in claimed]
+        safe, unsafe = (self._references(reference(graph, flag), links) for flag in (True, False))
+        for k, (save, (pictures, claims)) in enumerate(claimed.items()):
+            for i in (i for i, claim in enumerate(claims) if claim):
+                near, far = distance(pictures[i], safe[k][i]), distance(pictures[i], unsafe[k][i])
+                effect = distance(safe[k][i], unsafe[k][i])
+                assert near < 0.1 * effect, f"picture {i} of {save}: {near} to merged, effect {effect}"
+                assert far > 5 * near, f"picture {i} of {save}: {far} to unguarded, {near} to merged"
+
+    def _references(self, graph: Graph, links: list[list]) -> list[torch.Tensor]:
+        keys = [signature(graph, link) for link in links]
+        if missing := [(key, link) for key, link in zip(keys, links, strict=True) if key not in self.pictures]:
+            shown = {f"show{i}": preview(link) for i, (_, link) in enumerate(missing)}
+            results = self.run_graph(part(graph, [link for _, link in missing]) | shown, self.executor)
+            self.pictures |= {key: results[link[0]][link[1]] for key, link in missing}
+        return [self.pictures[key] for key in keys]
+
+
+def preview(link: list) -> dict:
+    return {"class_type": "PreviewAny", "inputs": {"source": link}}
+
+
+def distance(one: torch.Tensor, two: torch.Tensor) -> float:
+    return float((one - two).double().square().mean().sqrt())
+
+
+@pytest.mark.sampled(SAMPLE)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, pictures, tally, group):
+    judge = Judge(comfy, run_graph, world, pictures)
+    for seed in range(group * SIZE, (group + 1) * SIZE):
+        mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
+        try:
+            tally[judge.run(mutant, seed)] += 1
+        except (AssertionError, Exception) as error:
+            raise AssertionError(f"graph {seed}: {error}\n{mutant}") from error
+
+
+def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
+    count = extent(SAMPLE, GROUPS) * SIZE
+    if sum(tally.values()) < count:
+        pytest.skip("needs all mutations of this file in one process")
+    assert tally["attested"] >= 0.2 * count
+    assert tally["refused by the guard"] >= 0.15 * count
+    assert tally["refused by the guard"] + tally["refused by ComfyUI"] >= 0.2 * count
+
+
+def stock_graph(safety: str = LORAS[0]) -> Graph:
+    """A guarded model on the stock sampler."""
+    graph = guarded_graph(safety, None) | {"ckpt": {"class_type": "TestCheckpoint", "inputs": {}}}
+    graph["as_model"] = {"class_type": "ModularLoraGuardedAsModel", "inputs": {"guarded_model": ["guard", 0]}}
+    graph["sample"] = sampler(["as_model", 0])
+    return graph
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["at once", "after one evaluation"])
+@pytest.mark.parametrize("what", ["one", "layers", "all"])
+def test_branches_that_a_node_takes_off_during_the_run_stop_it(run_graph, world, what, after):
+    graph = stock_graph()
+    graph["pop"] = {"class_type": "TestPop", "inputs": {"model": ["as_model", 0], "what": what, "after": after}}
+    graph["sample"]["inputs"]["model"] = ["pop", 0]
+    with pytest.raises(GraphError, match=r"did not all run|never evaluated|lost their branches"):
+        run_graph(graph, world)
+    del graph["pop"]
+    graph["sample"]["inputs"]["model"] = ["as_model", 0]
+    assert run_graph(graph, world)["decode"][1].startswith("guarded: ")
+
+
+def test_a_model_that_lost_the_guards_class_after_a_run_is_refused(comfy, run_graph, world):
+    from comfy.model_patcher import ModelPatcher
+
+    results = run_graph(stock_graph(), world)
+    model, conds = results["as_model"][0], [results[name][0] for name in ("pos", "neg")]
+    guarded, model.__class__ = type(model), ModelPatcher
+    try:
+        with pytest.raises(RuntimeError, match="took the guard off this model"):
+            comfy.nodes.KSampler().sample(model, 2, 2, 2.0, "euler", "normal", *conds, results["latent"][0])
+    finally:
+        model.__class__ = guarded
+
+
+@pytest.mark.parametrize("name", ["model", "clip", "safety_lora", "task_lora"])
+def test_guard_model_refuses_what_an_any_type_node_brings_to_the_wrong_input(run_graph, world, name):
+    graph = stock_graph()
+    graph["any"] = {"class_type": "TestReroute", "inputs": {"value": ["ckpt", 2]}}
+    graph["guard"]["inputs"][name] = ["any", 0]
+    with pytest.raises(GraphError, match="got a VAE"):
+        run_graph(graph, world)

@@ -1,0 +1,189 @@
+"""The pack's front-end files against the real node schemas: workflows, help pages, names and tooltips."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.tools.world import (
+    ASSETS,
+    DATA_SET,
+    DETECTOR_CONCEPTS,
+    DETECTOR_ONNX,
+    SAFETY_LORA,
+    SEQUENTIAL_LORA,
+    TASK_LORA,
+)
+from PIL import Image
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+VIRTUAL = {"MarkdownNote", "Note"}  # drawn by the front end alone
+SEEDS = {"seed", "noise_seed"}  # of samplers: the widget "control after generate" follows, with no input of its own
+FEW = {  # in place of a workflow's own
+    "steps": 2,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "sample_every_n_steps": 2,
+    "synonyms": "twemoji, racing car",
+    "preserve": "twemoji, cat face",
+}
+PLACES = (  # model folder, file
+    ("safety_loras", SAFETY_LORA),
+    ("loras", TASK_LORA),
+    ("loras", SEQUENTIAL_LORA),
+    ("modular_lora_detectors", DETECTOR_ONNX),
+    ("modular_lora_detectors", DETECTOR_CONCEPTS),
+)
+WORDS = ("## Input", "## Output", "## Example")
+
+Json = dict[str, Any]
+
+
+@cache
+def load(name: str) -> Json:
+    return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+def workflow_nodes() -> Iterator[tuple[str, Json]]:
+    for file in WORKFLOWS:
+        for node in load(f"workflows/{file.name}")["nodes"]:
+            yield file.stem, node
+
+
+@pytest.fixture(scope="session")
+def schemas(comfy) -> dict[str, Json]:
+    """What /object_info says of the pack's nodes."""
+    found = {}
+    for name, node in comfy.nodes.NODE_CLASS_MAPPINGS.items():
+        if name.startswith("ModularLora"):
+            info = node.GET_NODE_INFO_V1() if hasattr(node, "GET_NODE_INFO_V1") else node.GET_SCHEMA().get_v1_info(node)
+            found[name] = info if isinstance(info, dict) else vars(info)
+    assert found
+    return found
+
+
+def inputs(schema: Json) -> dict[str, Json]:
+    """Input name -> options, required and optional."""
+    return {k: v[1] for s in ("required", "optional") for k, v in schema["input"].get(s, {}).items()}
+
+
+def to_prompt(workflow: Json) -> Json:
+    """A front-end workflow as the API graph that the front end would queue."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    return {str(n["id"]): _node(n, links) for n in workflow["nodes"] if n["type"] not in VIRTUAL}
+
+
+def _node(node: Json, links: dict[int, list]) -> Json:
+    values = iter(node.get("widgets_values", []))
+    given: Json = {}
+    for slot in node.get("inputs", []):
+        if "widget" in slot:
+            given[slot["name"]] = next(values)
+            if slot["name"] in SEEDS and "Train" not in node["type"]:
+                next(values)
+        elif slot["link"] is not None:
+            given[slot["name"]] = links[slot["link"]]
+    return {"class_type": node["type"], "inputs": given}
+
+
+def test_there_are_workflows() -> None:
+    assert ROOT / "workflows" / "modular_lora_guard.json" in WORKFLOWS
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_is_a_whole_front_end_graph(file) -> None:
+    graph = load(f"workflows/{file.name}")
+    assert graph["version"] == 0.4
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert graph["last_node_id"] == max(nodes)
+    assert any(node["type"] in VIRTUAL for node in graph["nodes"]), "no note explains it"
+    for number, source, out, target, slot, kind in graph["links"]:
+        assert number in nodes[source]["outputs"][out]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == number
+        made, taken = nodes[source]["outputs"][out]["type"], nodes[target]["inputs"][slot]["type"]
+        assert made in taken.split(",") or "*" in (made, taken)
+        assert kind in (made, taken)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_has_a_small_picture_of_its_name(file) -> None:
+    picture = file.with_suffix(".jpg")
+    assert picture.stat().st_size < 200_000
+    with Image.open(picture) as image:
+        assert image.format == "JPEG"
+        assert min(image.size) >= 300
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_names_no_machine(file) -> None:
+    assert not re.search(r"/(home|root|tmp|work|Users)/|localhost|127\.0\.0\.1", file.read_text(encoding="utf-8"))
+
+
+def test_every_node_type_of_the_workflows_exists(comfy) -> None:
+    known = set(comfy.nodes.NODE_CLASS_MAPPINGS) | VIRTUAL
+    assert [(w, n["type"]) for w, n in workflow_nodes() if n["type"] not in known] == []
+
+
+def test_every_node_of_the_pack_is_in_a_workflow(schemas) -> None:
+    assert set(schemas) <= {node["type"] for _, node in workflow_nodes()}
+
+
+def test_workflow_nodes_have_the_slots_of_their_schemas(schemas) -> None:
+    for workflow, node in workflow_nodes():
+        if schema := schemas.get(node["type"]):
+            assert {slot["name"] for slot in node["inputs"]} == set(inputs(schema)), f"{workflow}: {node['type']}"
+            assert [slot["type"] for slot in node["outputs"]] == list(schema["output"]), f"{workflow}: {node['type']}"
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_runs(file, comfy, run_graph) -> None:
+    graph = to_prompt(load(f"workflows/{file.name}"))
+    for folder, name in PLACES:
+        (comfy.base / "models" / folder).mkdir(exist_ok=True)
+        shutil.copyfile(ASSETS / name, comfy.base / "models" / folder / name)
+    shutil.copytree(ASSETS / DATA_SET, comfy.base / "input" / DATA_SET, dirs_exist_ok=True)
+    for node in graph.values():
+        if "ckpt_name" in node["inputs"]:
+            node["inputs"]["ckpt_name"] = "world.safetensors"
+        node["inputs"] |= {name: few for name, few in FEW.items() if name in node["inputs"]}
+    run_graph(graph)
+    texts = list(comfy.server.texts.values())
+    assert any(said in text for text in texts for said in ("guarded: ", "net strength", "concept rate"))
+
+
+def test_every_node_has_a_help_page(schemas) -> None:
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "web" / "docs").glob("*.md")}
+    assert set(pages) == set(schemas)
+    for name, schema in schemas.items():
+        assert pages[name].startswith(f"# {schema['display_name']}\n"), name
+        for key in inputs(schema):
+            assert f"`{key}`" in pages[name], f"{name}: input {key} is not explained"
+        wanted = WORDS if schema["output"] else (WORDS[0], WORDS[2])
+        assert all(word in pages[name] for word in wanted), name
+
+
+def test_english_names_and_tooltips_are_those_of_the_schemas(schemas) -> None:
+    names = load("locales/en/nodeDefs.json")
+    assert set(names) == set(schemas)
+    for node, schema in schemas.items():
+        entry = names[node]
+        assert entry["display_name"] == schema["display_name"]
+        assert entry["description"] == schema["description"]
+        assert {k: v["tooltip"] for k, v in entry["inputs"].items()} == {
+            k: options["tooltip"] for k, options in inputs(schema).items()
+        }
+        assert list(entry.get("outputs", {})) == [str(i) for i in range(len(schema["output"]))]
+
+
+def test_english_texts_hold_nothing_that_the_front_end_would_interpret() -> None:
+    def texts(value: Any) -> Iterator[str]:
+        for item in value.values():
+            yield from texts(item) if isinstance(item, dict) else [item]
+
+    assert [text for text in texts(load("locales/en/nodeDefs.json")) if re.search(r"[{}@|]", text)] == []

@@ -1,0 +1,194 @@
+"""Which MODEL and CLIP the trainers and the audit take, what they say of others, and in whose name."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from types import ModuleType
+
+import pytest
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.training.kohya import checkout
+from modular_lora_guard.training.kohya import engine as kohya
+from modular_lora_guard.training.kohya.arguments import FAMILIES
+from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions
+from support.encoder_toys import ENCODERS, toy_clip
+from support.families import make
+from support.families_image import IMAGE as PICTURES
+from support.graphs import GraphError, base_graph
+from support.kohya_toys import STUB, Seen, task_options
+from test_training_kohya_launcher import place  # noqa: F401, a fixture
+
+FLUX = next(family for family in PICTURES if family.config == "Flux")
+
+
+def part(comfy, name: str) -> ModuleType:
+    return importlib.import_module(f"modular_lora_guard.{name}")
+
+
+@pytest.fixture
+def trainee(comfy) -> ModuleType:
+    return part(comfy, "comfy_host.trainer_model")
+
+
+@pytest.fixture
+def flux(comfy):
+    """A Flux MODEL and its CLIP, of ComfyUI's own classes at toy size, with the real tokenizer."""
+    from comfy.text_encoders.flux import FluxTokenizer
+
+    clip = toy_clip(ENCODERS["CLIP-L and T5-XXL (Flux)"])
+    clip.tokenizer = FluxTokenizer()
+    return make(FLUX), clip
+
+
+@pytest.fixture
+def files(comfy, tmp_path, monkeypatch):
+    """Files of a Flux model in ComfyUI's folders of their kinds."""
+    for kind, names in (("diffusion_models", ("flux",)), ("text_encoders", ("l", "t5")), ("vae", ("ae",))):
+        (tmp_path / kind).mkdir()
+        for name in names:
+            shutil.copy(STUB / "README.md", tmp_path / kind / f"{name}.safetensors")
+        folders = comfy.folder_paths.folder_names_and_paths
+        monkeypatch.setitem(folders, kind, ([str(tmp_path / kind)], {".safetensors"}))
+    return tmp_path
+
+
+PARTS = {"ae": "ae.safetensors", "clip_l": "l.safetensors", "t5xxl": "t5.safetensors"}
+
+
+def test_the_kohya_engine_takes_a_flux_model(trainee, flux, files):
+    base = trainee.kohya_base(*flux, "flux.safetensors", TaskOptions(), PARTS)
+    assert (base.family, base.checkpoint) == ("Flux", files / "diffusion_models" / "flux.safetensors")
+    assert base.parts["ae"] == str(files / "vae" / "ae.safetensors")
+    assert base.parts["t5xxl"] == str(files / "text_encoders" / "t5.safetensors")
+    for wrong, words in (({"unet": "x"}, "kohya_files: 'unet'"), ({"ae": "../vae/ae.safetensors"}, "not in ComfyUI's")):
+        with pytest.raises(Exception, match=words):
+            trainee.kohya_base(*flux, "flux.safetensors", TaskOptions(), wrong)
+
+
+def test_the_embedded_engine_names_the_other_one_where_it_helps(trainee, flux):
+    with pytest.raises(Exception, match="this is a Flux: train it with the kohya engine"):
+        trainee.opened(*flux, None, TaskOptions()).__enter__()
+    stranger = make(next(family for family in PICTURES if family.config not in (*FAMILIES, *trainee.FAMILIES)))
+    with pytest.raises(Exception, match="no engine here trains it"):
+        trainee.opened(stranger, flux[1], None, TaskOptions()).__enter__()
+    with pytest.raises(Exception, match="the sd-scripts engine trains"):
+        trainee.kohya_base(stranger, flux[1], "flux.safetensors", TaskOptions(), {})
+
+
+def test_every_family_of_the_kohya_engine_is_one_of_comfyui_or_named_as_newer(comfy):
+    from comfy import supported_models
+
+    assert [name for name in FAMILIES if not hasattr(supported_models, name)] in ([], ["Anima"])  # 0.33.0 has it
+
+
+def test_a_clip_of_another_family_is_said_at_once(trainee, comfy, flux, run_graph):
+    model, clip, vae = run_graph(base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["ckpt", 0]}}})[
+        "ckpt"
+    ]
+    mixed, safety = ((model, flux[1]), (flux[0], clip)), part(comfy, "training.options").SafetyOptions(concept=("a",))
+    for node, options in (("Train Task LoRA", TaskOptions()), ("Train Safety LoRA", safety)):
+        for pair in mixed:
+            with pytest.raises(Exception, match=rf"^{node} got a \w+ MODEL, .* CLIP with .*same checkpoint"):
+                trainee.opened(*pair, vae, options).__enter__()
+            with pytest.raises(Exception, match="same checkpoint"):
+                trainee.kohya_base(*pair, "x", options, {})
+    for pair in mixed:
+        with pytest.raises(Exception, match=r"^Audit got a .*same checkpoint"):
+            part(comfy, "comfy_host.sampler").ComfyPainter(*pair, vae)
+
+
+def test_every_message_names_the_node_that_it_stands_on_and_what_that_node_has(trainee, comfy, run_graph, loras):
+    graph = base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}}}
+    stock = {"lora_name": "other.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
+    graph["lora"] = {"class_type": "LoraLoader", "inputs": stock | {"model": ["ckpt", 0], "clip": ["ckpt", 1]}}
+    out = run_graph(graph)
+    (model, clip, vae), merged = out["ckpt"], out["lora"]
+    painter, safety = part(comfy, "comfy_host.sampler").ComfyPainter, part(comfy, "training.options").SafetyOptions()
+    runs = {
+        "Train Task LoRA": lambda *pair: trainee.opened(*pair, vae, TaskOptions()).__enter__(),
+        "Train Safety LoRA": lambda *pair: trainee.opened(*pair, vae, safety).__enter__(),
+        "Audit": lambda *pair: painter(*pair, vae),
+    }
+    for node, run in runs.items():
+        with pytest.raises(Exception, match=f"^{node} got a str as MODEL"):
+            run("no model", clip)
+        with pytest.raises(Exception, match="merged into") as caught:
+            run(*merged)
+        assert "accept_merged" not in str(caught.value)
+        assert ("allow_contaminated_base" in str(caught.value)) == (node == "Train Task LoRA")
+        hooked = model.clone()
+        hooked.set_injections("bypass", [None])
+        with pytest.raises(Exception, match="bypass LoRA") as caught:
+            run(hooked, clip)
+        assert "guard" not in str(caught.value).lower()
+
+
+def test_before_and_after_the_guard_the_same_is_said_of_a_lora_loader(run_graph, loras):
+    from support.graphs import guarded_graph
+
+    said = []
+    stock = {"lora_name": "other.safetensors", "strength_model": 1.0}
+    before = guarded_graph()
+    before["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": stock | {"model": ["ckpt", 0]}}
+    before["guard"]["inputs"]["model"] = ["lora", 0]
+    after = guarded_graph()
+    after["as"] = {"class_type": "ModularLoraGuardedAsModel", "inputs": {"guarded_model": ["guard", 0]}}
+    after["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": stock | {"model": ["as", 0]}}
+    after["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}}
+    for graph in (before, after):
+        with pytest.raises(GraphError, match="Load Task LoRA") as caught:
+            run_graph(graph)
+        said.append(str(caught.value))
+    assert not any("before Guard Model" in text for text in said)
+
+
+def test_more_layers_than_the_text_encoder_has_are_refused(trainee, run_graph):
+    model, clip, vae = run_graph(base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["ckpt", 0]}}})[
+        "ckpt"
+    ]
+    with pytest.raises(Exception, match="clip_skip: 99 of"):
+        trainee.opened(model, clip, vae, TaskOptions(clip_skip=99)).__enter__()
+
+
+@pytest.fixture
+def flux_checkout(tmp_path):
+    """The stand-in as sd-scripts' Flux trainer: three files more, and previews drawn elsewhere."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(STUB, folder)
+    script = (folder / "train_network.py").read_text(encoding="utf-8")
+    script = script.replace(
+        '("dataset_config", "sample_prompts")', '("dataset_config", "sample_prompts", "ae", "clip_l", "t5xxl")'
+    )
+    (folder / "flux_train_network.py").write_text(script, encoding="utf-8")
+    (folder / "library" / "flux_train_utils.py").write_text("from .train_util import sample_image_inference\n")
+    return checkout.find_engine(str(folder), sys.executable)
+
+
+def test_a_flux_lora_is_trained_with_the_files_that_were_named(place, flux_checkout, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
+    launch = kohya._launch
+    monkeypatch.setattr(kohya, "_launch", lambda *args: [launch(*args)[0], launch(*args)[-1]])
+    options, seen = task_options(place, tmp_path / "out", max_train_steps=2), Seen()
+    base = kohya.Base(place / "base.safetensors", "Flux")
+    with pytest.raises(OptionError, match="give clip_l, t5xxl, ae as well"):
+        kohya.train_task(flux_checkout, options, base, seen)
+    parts = {name: str(place / "base.safetensors") for name in PARTS}
+    result = kohya.train_task(flux_checkout, options, kohya.Base(base.checkpoint, "Flux", parts=parts), seen)
+    assert result.argv[result.argv.index("--ae") + 1] == parts["ae"]
+    assert "NOT held against what the text encoders take" in seen.said
+    with pytest.raises(OptionError, match="reads one file alone"):
+        kohya.train_task(flux_checkout, options, kohya.Base(base.checkpoint, "SD15", parts=parts), seen)
+
+
+def test_sd_scripts_texts_are_held_against_clips_length(place, tmp_path, comfy):  # noqa: F811
+    base = kohya.Base(place / "base.safetensors", "SD15")
+    count = kohya.clip_counter(base, 75)
+    assert not count("a " * 75)
+    assert count("a " * 76)
+    assert not kohya.clip_counter(base, 150)("a " * 150)
+    engine = checkout.find_engine(str(STUB), sys.executable)
+    options = SafetyOptions(output_dir=str(tmp_path), objective="leco", concept=("a car " * 50,))
+    with pytest.raises(GuardError, match="more than 75 tokens"):
+        kohya.train_safety(engine, options, base, Seen())

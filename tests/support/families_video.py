@@ -1,0 +1,315 @@
+"""Models of video at toy size (see families.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from support.families import ONES, Family, Noise
+
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "patch_size": [1, 2, 2],
+    "out_channels": 16,
+    "vec_in_dim": 24,
+    "axes_dim": [4, 6, 6],
+    "meanflow": False,
+    "context_in_dim": 40,
+    "hidden_size": 32,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "theta": 256,
+    "qkv_bias": True,
+    "byt5": False,
+    "guidance_embed": True,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+}
+HUNYUAN_15 = {
+    **HUNYUAN,
+    "in_channels": 65,
+    "out_channels": 32,
+    "patch_size": [1, 1, 1],
+    "vec_in_dim": None,
+    "guidance_embed": False,
+    "byt5": True,
+    "use_cond_type_embedding": True,
+    "vision_in_dim": 48,
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 32,
+    "out_dim": 16,
+    "num_heads": 2,
+    "ffn_dim": 48,
+    "num_layers": 2,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 16,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+    "in_dim": 16,
+    "text_dim": 24,
+}
+COSMOS = {
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "concat_padding_mask": True,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 32,
+    "num_blocks": 1,
+    "num_heads": 2,
+    "crossattn_emb_channels": 24,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_interpolation": "crop",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 8,
+}
+COSMOS_1 = {
+    **COSMOS,
+    "image_model": "cosmos",
+    "block_config": "FA-CA-MLP",
+    "pos_emb_learnable": False,
+    "block_x_format": "THWBD",
+    "affline_emb_norm": True,
+    "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}
+PREDICT2 = {
+    **COSMOS,
+    "image_model": "cosmos_predict2",
+    "pos_emb_learnable": True,
+    "extra_per_block_abs_pos_emb": False,
+    "rope_enable_fps_modulation": False,
+}
+LTXV = {
+    "image_model": "ltxv",
+    "in_channels": 16,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "caption_channels": 24,
+    "num_layers": 2,
+}
+MOCHI = {
+    "image_model": "mochi_preview",
+    "depth": 2,
+    "patch_size": 2,
+    "num_heads": 2,
+    "hidden_size_x": 32,
+    "hidden_size_y": 16,
+    "mlp_ratio_x": 384.0,  # the class asks for 1536·8
+    "mlp_ratio_y": 4.0,
+    "learn_sigma": False,
+    "in_channels": 12,
+    "qk_norm": True,
+    "qkv_bias": False,
+    "out_bias": True,
+    "patch_embed_bias": True,
+    "posenc_preserve_area": True,
+    "timestep_mlp_bias": True,
+    "attend_to_padding": False,
+    "timestep_scale": 1000.0,
+    "use_t5": True,
+    "t5_feat_dim": 32,
+    "t5_token_length": 12,
+}
+VIDEO = (16, 3, 8, 8)
+CLIP_FEATURES = {"clip_vision_output": {"penultimate_hidden_states": Noise((1, 5, 1280))}}
+VIDEO_REFERENCE = {"reference_latents": [Noise((1, 16, 1, 8, 8))]}
+FIRST_FRAME = {"concat_latent_image": Noise((1, 16, 3, 8, 8)), "concat_mask": torch.ones(1, 1, 3, 8, 8)}
+I2V = {**WAN, "model_type": "i2v", "in_dim": 36}
+
+VIDEOS = (
+    Family(
+        "Hunyuan Video",
+        "HunyuanVideo",
+        HUNYUAN,
+        VIDEO,
+        (12, 40),
+        {"pooled_output": Noise((1, 24)), "guidance": 6.0, "attention_mask": ONES},
+        ("transformer.", "lora_unet_"),
+        variants={
+            "Hunyuan Video with a reference": {"ref_latent": Noise((1, 16, 1, 8, 8))},
+            "Hunyuan Video, guidance off": {"guidance": None},
+        },
+        cfg=1.0,
+    ),
+    Family(
+        "Hunyuan Video I2V",
+        "HunyuanVideoI2V",
+        {**HUNYUAN, "in_channels": 33},
+        VIDEO,
+        (12, 40),
+        {"pooled_output": Noise((1, 24)), "guidance": 6.0, **FIRST_FRAME},
+        ("transformer.",),
+        variants={"Hunyuan Video I2V, frames replaced": {"guiding_frame_index": 0}},
+        cfg=1.0,
+    ),
+    Family(
+        "Hunyuan Video 1.5",
+        "HunyuanVideo15",
+        HUNYUAN_15,
+        (32, 3, 4, 4),
+        (12, 40),
+        {"pooled_output": None},
+        ("transformer.",),
+        variants={
+            "Hunyuan Video 1.5, all inputs": {
+                "conditioning_byt5small": Noise((1, 6, 1472)),
+                "clip_vision_output": {"last_hidden_state": Noise((1, 5, 48))},
+            }
+        },
+        bare=("cond_type_embedding",),
+    ),
+    Family(
+        "Hunyuan Video 1.5 super resolution",
+        "HunyuanVideo15_SR_Distilled",
+        {**HUNYUAN_15, "in_channels": 98, "meanflow": True},
+        (32, 3, 4, 4),
+        (12, 40),
+        {"pooled_output": None, "concat_latent_image": Noise((1, 66, 3, 4, 4))},
+        ("transformer.",),
+        bare=("cond_type_embedding",),
+    ),
+    Family(
+        "SkyReels I2V",
+        "HunyuanVideoSkyreelsI2V",
+        {**HUNYUAN, "in_channels": 32},
+        VIDEO,
+        (12, 40),
+        {"pooled_output": Noise((1, 24)), "concat_latent_image": Noise((1, 16, 3, 8, 8))},
+        ("transformer.",),
+    ),
+    Family(
+        "Hunyuan Image 2.1",
+        "HunyuanImage21",
+        {**HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "vec_in_dim": None, "byt5": True}
+        | {"axes_dim": [8, 8], "meanflow": True},
+        (64, 4, 4),
+        (12, 40),
+        {"conditioning_byt5small": Noise((1, 6, 1472))},
+        ("lora_unet_",),
+        variants={"Hunyuan Image 2.1 without glyphs": {"conditioning_byt5small": None}},
+    ),
+    Family(
+        "Hunyuan Image 2.1 refiner",
+        "HunyuanImage21Refiner",
+        {**HUNYUAN, "in_channels": 128, "out_channels": 64, "patch_size": [1, 1, 1], "vec_in_dim": None}
+        | {"meanflow": True},
+        (64, 1, 4, 4),
+        (12, 40),
+        {"concat_latent_image": Noise((1, 32, 1, 4, 4))},
+        ("lora_unet_",),
+    ),
+    Family("LTX Video", "LTXV", LTXV, VIDEO, (12, 24), {"attention_mask": ONES}),
+    Family("Mochi", "GenmoMochi", MOCHI, (12, 2, 4, 4), (12, 32), {"attention_mask": ONES}, ("",)),
+    Family("Wan 2.1 T2V", "WAN21_T2V", WAN, VIDEO, (12, 24)),
+    Family(
+        "Wan 2.1 I2V",
+        "WAN21_I2V",
+        I2V,
+        VIDEO,
+        (12, 24),
+        {**FIRST_FRAME, **CLIP_FEATURES},
+        variants={"Wan 2.1 I2V without CLIP vision": {"clip_vision_output": None}},
+    ),
+    Family("Wan 2.2 I2V A14B", "WAN21_T2V", {**WAN, "in_dim": 36}, VIDEO, (12, 24), FIRST_FRAME),
+    Family(
+        "Wan 2.1 first and last frame",
+        "WAN21_I2V",
+        {**I2V, "flf_pos_embed_token_number": 10},
+        VIDEO,
+        (12, 24),
+        {**FIRST_FRAME, "clip_vision_output": {"penultimate_hidden_states": Noise((1, 10, 1280))}},
+    ),
+    Family(
+        "Wan 2.1 Fun control",
+        "WAN21_FunControl2V",
+        {**I2V, "in_dim": 48, "in_dim_ref_conv": 16},
+        VIDEO,
+        (12, 24),
+        {"concat_latent_image": Noise((1, 32, 3, 8, 8)), **CLIP_FEATURES, **VIDEO_REFERENCE},
+        variants={"Wan 2.1 Fun control without a reference": {"reference_latents": None}},
+    ),
+    Family(
+        "Wan 2.1 VACE",
+        "WAN21_Vace",
+        {**WAN, "model_type": "vace", "vace_layers": 2, "vace_in_dim": 96},
+        VIDEO,
+        (12, 24),
+        variants={"Wan 2.1 VACE, two controls": {"vace_frames": [Noise((1, 32, 3, 8, 8))] * 2}},
+    ),
+    Family(
+        "Wan 2.1 camera",
+        "WAN21_Camera",
+        {**I2V, "model_type": "camera", "in_dim": 32},
+        VIDEO,
+        (12, 24),
+        {
+            "concat_latent_image": Noise((1, 16, 3, 8, 8)),
+            **CLIP_FEATURES,
+            "camera_conditions": Noise((1, 24, 3, 64, 64)),
+        },
+        variants={"Wan 2.1 camera without a path": {"camera_conditions": None}},
+    ),
+    Family(
+        "Wan 2.2 camera",
+        "WAN22_Camera",
+        {**WAN, "model_type": "camera_2.2", "in_dim": 36},
+        VIDEO,
+        (12, 24),
+        {**FIRST_FRAME, "camera_conditions": Noise((1, 24, 3, 64, 64))},
+        variants={"Wan 2.2 camera without a path": {"camera_conditions": None}},
+    ),
+    Family(
+        "Wan 2.1 HuMo",
+        "WAN21_HuMo",
+        {**WAN, "model_type": "humo", "num_layers": 1},
+        VIDEO,
+        (12, 24),
+        {"audio_embed": Noise((1, 3, 8, 5, 1280)), **VIDEO_REFERENCE},
+        variants={"Wan 2.1 HuMo without sound and reference": {"audio_embed": None, "reference_latents": None}},
+    ),
+    Family(
+        "Wan 2.2 S2V",
+        "WAN22_S2V",
+        {**WAN, "model_type": "s2v", "audio_dim": 16, "audio_inject_layers": [0, 1]},
+        VIDEO,
+        (12, 24),
+        {"audio_embed": Noise((1, 25, 16, 12)), "control_video": Noise((1, 16, 3, 8, 8)), **VIDEO_REFERENCE}
+        | {"reference_motion": Noise((1, 16, 19, 8, 8))},
+        variants={
+            "Wan 2.2 S2V without sound": dict.fromkeys(
+                ("audio_embed", "control_video", "reference_motion", "reference_latents")
+            )
+        },
+        bare=("trainable_cond_mask",),
+    ),
+    Family(
+        "Wan 2.2 Animate",
+        "WAN22_Animate",
+        {**I2V, "model_type": "animate", "num_layers": 5, "in_dim": 36},
+        VIDEO,
+        (12, 24),
+        {**FIRST_FRAME, **CLIP_FEATURES, "pose_video_latent": Noise((1, 16, 2, 8, 8))},
+        variants={
+            "Wan 2.2 Animate without a pose": {"pose_video_latent": None},
+            "Wan 2.2 Animate with a face video": {"face_video_pixels": Noise((1, 3, 1, 512, 512))},
+        },
+        bare=(r"motion_encoder\..*",),
+    ),
+    Family("Wan 2.2 TI2V 5B", "WAN22_T2V", {**WAN, "in_dim": 48, "out_dim": 48}, (48, 3, 8, 8), (12, 24)),
+    Family("Cosmos 1", "CosmosT2V", COSMOS_1, VIDEO, (12, 24)),
+    Family("Cosmos 1 I2V", "CosmosI2V", {**COSMOS_1, "in_channels": 17}, VIDEO, (12, 24)),
+    Family("Cosmos Predict2", "CosmosT2IPredict2", PREDICT2, (16, 1, 8, 8), (12, 24)),
+    Family("Cosmos Predict2 I2V", "CosmosI2VPredict2", {**PREDICT2, "in_channels": 17}, VIDEO, (12, 24)),
+)

@@ -1,0 +1,386 @@
+"""What the gate does about what a detector finds; the detector says what a test tells it to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from modular_lora_guard.gate import detectors, nudenet
+from modular_lora_guard.gate.errors import Blocked, GateError
+from modular_lora_guard.gate.finding import Box, Finding
+from modular_lora_guard.gate.gate import run
+from modular_lora_guard.gate.report import format_gate, to_json
+from modular_lora_guard.gate.settings import ACTIONS, GROWTH, Settings, defaults, load, save
+from modular_lora_guard.modular_lora.errors import GuardError
+from support.portraits import floats, portrait
+
+CHANGING = [action for action in ACTIONS if action not in ("report", "block")]
+LOCAL = ["blur", "pixelate", "box", "ellipse"]
+
+
+@dataclass
+class Told:
+    """A detector that says what it is told to, picture by picture."""
+
+    findings: list[Finding]
+    has_boxes: bool = True
+    name: str = "told 1.0"
+    sha256: str = "0" * 64
+    licence: str = "none"
+    labels: tuple[str, ...] = ("a", "b")
+    exclusive: tuple[str, ...] = ()
+    covers: str = "a and b"
+    blind_to: str = "c"
+    block: dict = field(default_factory=lambda: {"a": 0.5})
+    report: dict = field(default_factory=lambda: {"b": 0.3})
+    device: str = "CPUExecutionProvider"
+    notes: tuple[str, ...] = ("XExecutionProvider was asked for and is not there",)
+
+    def detect(self, pictures: np.ndarray) -> list[Finding]:
+        return self.findings
+
+
+def boxed(*boxes: Box) -> Finding:
+    return Finding({label: max((b.score for b in boxes if b.label == label), default=0.0) for label in "ab"}, boxes)
+
+
+NOTHING = boxed()
+FOUND = boxed(Box("a", 0.9, 10, 12, 20, 16), Box("b", 0.8, 50, 50, 8, 8))
+
+
+def pictures(n: int = 3, height: int = 64, width: int = 80) -> np.ndarray:
+    return np.random.default_rng(0).random((n, height, width, 3), np.float32)
+
+
+def gate(action: str, *findings: Finding, growth: float = 1.0, shown: np.ndarray | None = None, **more):
+    shown = pictures(len(findings)) if shown is None else shown
+    replacement = np.full((8, 8, 3), 0.5, np.float32) if action == "replace" else None
+    chosen = Settings({"a": 0.5}, {"b": 0.3}, {"a": growth}, action, **more)
+    return shown, run(shown, Told(list(findings)), chosen, replacement)
+
+
+@pytest.mark.parametrize("action", CHANGING)
+def test_one_flagged_picture_is_acted_on_and_the_others_stay_bit_for_bit(action: str) -> None:
+    shown, outcome = gate(action, NOTHING, FOUND, NOTHING)
+    before = shown.copy()
+    assert outcome.flags == outcome.changed == (False, True, False)
+    assert outcome.blocked == ((), ("a",), ())
+    assert outcome.reported == ((), ("b",), ())
+    assert outcome.pictures.dtype == np.float32
+    assert np.array_equal(outcome.pictures[[0, 2]], shown[[0, 2]])
+    assert not np.array_equal(outcome.pictures[1], shown[1])
+    assert np.array_equal(shown, before), "the pictures that came in are not written to"
+    assert not outcome.masks[[0, 2]].any()
+    assert outcome.masks[1].any()
+
+
+@pytest.mark.parametrize("action", LOCAL)
+def test_local_actions_change_all_of_the_box_and_nothing_outside_the_mask(action: str) -> None:
+    shown, outcome = gate(action, FOUND)
+    differs = (outcome.pictures[0] != shown[0]).any(-1)
+    assert differs[12:28, 10:30].mean() > 0.99
+    assert not differs[outcome.masks[0] == 0].any()
+    assert outcome.masks[0, 12:28, 10:30].all()
+    assert not outcome.masks[0, 50:58, 50:58].any(), "what is reported alone is not masked"
+
+
+@pytest.mark.parametrize("action", ["box", "ellipse"])
+def test_solid_shapes_are_black(action: str) -> None:
+    _, outcome = gate(action, FOUND)
+    assert not outcome.pictures[0][outcome.masks[0] > 0].any()
+
+
+def test_report_changes_nothing_and_still_flags_and_masks() -> None:
+    shown, outcome = gate("report", FOUND, NOTHING)
+    assert outcome.pictures is shown
+    assert outcome.flags == (True, False)
+    assert outcome.changed == (False, False)
+    assert outcome.masks[0].any()
+
+
+def test_block_raises_with_count_label_and_score_and_lets_clean_batches_through() -> None:
+    with pytest.raises(Blocked, match=r"2 of 3 pictures are blocked by told 1\.0, picture 2: a 0\.90 ≥ 0\.5") as caught:
+        gate("block", NOTHING, FOUND, FOUND)
+    assert isinstance(caught.value, GuardError)
+    shown, outcome = gate("block", NOTHING, NOTHING)
+    assert outcome.pictures is shown
+
+
+def test_empty_puts_a_black_picture_in_its_place_so_that_the_order_stays() -> None:
+    shown, outcome = gate("empty", NOTHING, FOUND, NOTHING)
+    assert outcome.pictures.shape == shown.shape
+    assert not outcome.pictures[1].any()
+
+
+def test_replace_puts_the_whole_given_picture_in_without_stretching_it() -> None:
+    shown = pictures(1, 64, 128)
+    given_picture = np.zeros((32, 32, 3), np.float32)
+    given_picture[..., 0] = 1
+    outcome = run(shown, Told([FOUND]), Settings({"a": 0.5}, action="replace"), given_picture)
+    assert np.array_equal(outcome.pictures[0, :, 32:96], np.broadcast_to([1, 0, 0], (64, 64, 3)))
+    assert not outcome.pictures[0, :, :31].any()
+
+
+@pytest.mark.parametrize("bad", [None, np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 4)), np.full((8, 8, 3), np.nan)])
+def test_replace_without_a_usable_picture_is_refused_before_anything_is_judged(bad) -> None:
+    with pytest.raises(GateError, match=r"^replacement: "):
+        run(pictures(1), Told([NOTHING]), Settings({"a": 0.5}, action="replace"), bad)
+
+
+@pytest.mark.parametrize("action", CHANGING)
+def test_a_detector_without_boxes_acts_on_the_whole_picture(action: str) -> None:
+    shown = pictures(2)
+    told = Told([Finding({"a": 0.7, "b": 0}), Finding({"a": 0.4, "b": 0})], has_boxes=False)
+    outcome = run(shown, told, Settings({"a": 0.5}, action=action), np.full((4, 4, 3), 0.25, np.float32))
+    assert outcome.masks[0].all()
+    assert (outcome.pictures[0] != shown[0]).any(-1).mean() > 0.99
+    assert np.array_equal(outcome.pictures[1], shown[1])
+
+
+def test_a_blocked_label_that_no_box_shows_is_taken_to_be_everywhere() -> None:
+    hidden = Finding({"a": 0.6, "b": 0.0}, (Box("a", 0.4, 5, 5, 4, 4),))
+    outside = Finding({"a": 0.6, "b": 0.0}, (Box("a", 0.6, 200, 5, 4, 4),))
+    for finding in (hidden, outside):
+        _, outcome = gate("box", finding)
+        assert outcome.masks[0].all()
+        assert not outcome.pictures[0].any()
+
+
+def test_a_score_that_is_not_a_number_is_no_pass() -> None:
+    _, outcome = gate("box", Finding({"a": float("nan"), "b": 0.0}))
+    assert outcome.flags == (True,)
+    assert not outcome.pictures[0].any()
+
+
+def test_boxes_grow_about_their_centre_and_are_clipped_to_the_picture() -> None:
+    _, outcome = gate("box", boxed(Box("a", 0.9, 30, 20, 20, 10)), growth=2)
+    ys, xs = np.nonzero(outcome.masks[0])
+    assert (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1) == (20, 60, 15, 35)
+    _, outcome = gate("box", boxed(Box("a", 0.9, 70, 0, 10, 10)), growth=3)
+    ys, xs = np.nonzero(outcome.masks[0])
+    assert (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1) == (60, 80, 0, 20)
+
+
+place = st.floats(-30, 110)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    boxes=st.lists(st.tuples(place, place, st.floats(1.5, 60), st.floats(1.5, 60)), min_size=1, max_size=4),
+    growth=st.floats(1, 3),
+    action=st.sampled_from(LOCAL),
+)
+def test_masks_cover_every_box_and_nothing_changes_outside(boxes: list, growth: float, action: str) -> None:
+    shown, outcome = gate(action, boxed(*(Box("a", 0.9, *box) for box in boxes)), growth=growth)
+    for x, y, width, height in boxes:
+        x0, x1 = (max(0, min(80, int(v))) for v in (x, x + width))
+        y0, y1 = (max(0, min(64, int(v))) for v in (y, y + height))
+        assert outcome.masks[0, y0:y1, x0:x1].all()
+    outside = outcome.masks[0] == 0
+    assert np.array_equal(outcome.pictures[0][outside], shown[0][outside])
+
+
+@pytest.mark.parametrize("action", ["blur", "pixelate"])
+def test_what_is_finer_than_the_cells_is_gone_and_not_hidden(action: str) -> None:
+    """Two pictures that differ inside the cells alone come out the same: nothing can tell them apart again."""
+    smooth = np.full((1, 60, 60, 3), 128 / 255, np.float32)
+    board = (np.indices((60, 60)).sum(0) % 2 * 2 - 1).astype(np.float32)
+    checks = smooth + board[None, ..., None] * np.float32(100 / 255)
+    everywhere = boxed(Box("a", 0.9, 0, 0, 60, 60))
+    outputs = [gate(action, everywhere, shown=shown)[1].pictures for shown in (smooth, checks)]
+    assert np.array_equal(*outputs)
+
+
+@pytest.mark.parametrize("action", ["blur", "pixelate"])
+def test_strength_follows_the_size_of_the_box(action: str) -> None:
+    """The larger the box, the coarser what is left: its fine detail has no energy, whatever its size in pixels."""
+    for side in (16, 64, 256):
+        shown = np.random.default_rng(side).random((1, side, side, 3), np.float32)
+        _, outcome = gate(action, boxed(Box("a", 0.9, 0, 0, side, side)), shown=shown)
+        fine = [np.abs(np.fft.fft2(p[0, ..., 0]))[8:-7, 8:-7] for p in (shown, outcome.pictures)]
+        assert (fine[1] ** 2).mean() < 0.02 * (fine[0] ** 2).mean()
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 9])
+@pytest.mark.parametrize("action", ["blur", "pixelate"])
+def test_small_boxes_lose_their_detail_too(action: str, side: int) -> None:
+    shown, outcome = gate(action, boxed(Box("a", 0.9, 4, 4, side, side)))
+    before, after = (p[0, 4 : 4 + side, 4 : 4 + side].std((0, 1)) for p in (shown, outcome.pictures))
+    assert (after < 0.6 * before).all()
+
+
+@pytest.mark.skipif(nudenet.weights() is None, reason="nudenet (AGPL-3.0) is not installed")
+@pytest.mark.parametrize("action", CHANGING)
+def test_after_the_action_the_detector_sees_nothing_there(action: str) -> None:
+    judge = detectors.make("nudenet 320n", threads=1)
+    shown = floats(portrait(3), portrait(8))
+    chosen = Settings({"FACE_FEMALE": 0.45}, growth={"FACE_FEMALE": GROWTH}, action=action)
+    outcome = run(shown, judge, chosen, np.zeros((8, 8, 3), np.float32))
+    assert outcome.flags == (True, True)
+    assert not any(run(outcome.pictures, judge, chosen, np.zeros((8, 8, 3), np.float32)).flags)
+    assert max(f.scores["FACE_FEMALE"] for f in judge.detect(outcome.pictures)) < 0.3
+
+
+def test_an_empty_batch_goes_through() -> None:
+    shown, outcome = gate("blur", shown=pictures(0))
+    assert outcome.pictures is shown
+    assert outcome.masks.shape == (0, 64, 80)
+    assert outcome.flags == ()
+
+
+def test_a_detector_that_judges_too_few_is_refused() -> None:
+    with pytest.raises(GateError, match="1 findings for 3 pictures"):
+        run(pictures(3), Told([NOTHING]), Settings({"a": 0.5}))
+
+
+@pytest.mark.parametrize(("block", "message"), [({}, "nothing is guarded"), ({"z": 0.5}, "knows no label 'z'")])
+def test_settings_that_do_not_fit_the_detector_are_refused(block: dict, message: str) -> None:
+    with pytest.raises(GateError, match=message):
+        run(pictures(1), Told([NOTHING]), Settings(block))
+
+
+def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered() -> None:
+    _, outcome = gate("pixelate", NOTHING, FOUND, FOUND)
+    said = format_gate(outcome, Told([]), Settings({"a": 0.5}, {"b": 0.3}, action="pixelate"))
+    for part in (
+        "2 of 3 pictures flagged, pixelated; 1 passed",
+        "blocked: a ≥ 0.5 in 2 pictures",
+        "reported: b ≥ 0.3 in 2 pictures",
+        "detector told 1.0, sha256 0000000000000000, none, on CPUExecutionProvider",
+        "covers: a and b",
+        "does not cover: c",
+        "note: XExecutionProvider was asked for and is not there",
+    ):
+        assert part in said
+    assert "whole picture" not in said
+    _, clean = gate("blur", NOTHING)
+    assert "0 of 1 pictures flagged; 1 passed" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
+    assert "whole picture" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
+
+
+def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
+    chosen = Settings({"a": 0.5}, {"b": 0.3}, {"a": 1.5}, "box")
+    outcome = run(pictures(2), Told([NOTHING, FOUND]), chosen)
+    said = json.loads(to_json(outcome, Told([]), chosen))
+    assert said["settings"] == {
+        "block": {"a": 0.5},
+        "report": {"b": 0.3},
+        "growth": {"a": 1.5},
+        "action": "box",
+        "cells": 6,
+    }
+    assert said["detector"]["name"] == "told 1.0"
+    assert [p["flagged"] for p in said["pictures"]] == [False, True]
+    assert said["pictures"][1]["scores"] == {"a": 0.9, "b": 0.8}
+    assert said["pictures"][1]["boxes"][0] == {
+        "label": "a", "score": 0.9, "x": 10, "y": 12, "width": 20, "height": 16,
+    }  # fmt: skip
+
+
+def test_a_preset_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    chosen = Settings({"a": 0.45, "b": 0.6}, {"b": 0.2}, {"a": 1.3}, "ellipse", 4)
+    save(chosen, tmp_path / "new" / "strict.json")
+    assert load(tmp_path / "new" / "strict.json", Told([])) == chosen
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["strict.json"]
+
+
+def test_a_preset_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Settings({"a": 0.4})
+    save(old, tmp_path / "p.json")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(GateError, match=r"p\.json: cannot be written \(No space left"):
+        save(Settings({"a": 0.9}), tmp_path / "p.json")
+    monkeypatch.undo()
+    assert load(tmp_path / "p.json", Told([])) == old
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"block": {"c": 0.5}}, r"block: told 1\.0 knows no label 'c': it knows a, b"),
+        ({"block": {"a": 0.5}, "growth": {"c": 2}}, "growth: told 1.0 knows no label 'c'"),
+        ({"block": {"a": 0.5}, "action": "censor"}, "action must be 'report', 'blur', .*, not 'censor': correct it"),
+        ({"block": {"a": 0.5}, "actions": "blur"}, r"actions does not exist: did you mean action\?"),
+        ({"report": {"a": 0.5}}, "block is missing: labels and their thresholds"),
+        ({"block": {}}, "block: no label of told 1.0 is blocked"),
+        ({"block": ["a"]}, r"block must be a table of names and values, not \['a'\]: correct it"),
+        ({"block": {"a": 0}}, "block.a must be above 0, not 0: correct it"),
+        ({"block": {"a": 1.5}}, "block.a must be at most 1, not 1.5: correct it"),
+        ({"block": {"a": "0.5"}}, "block.a must be a number, not '0.5': correct it"),
+        ({"block": {"a": True}}, "block.a must be a number, not True: correct it"),
+        ({"block": {"a": 0.5}, "growth": {"a": 0}}, "growth.a must be above 0, not 0: correct it"),
+        ({"block": {"a": 0.5}, "cells": 0}, "cells must be at least 1, not 0: correct it"),
+        ({"block": {"a": 0.5}, "cells": 2.5}, "cells must be a whole number, not 2.5: correct it"),
+        ({"block": {"a": 0.5}, "cells": True}, "cells must be a whole number, not True: correct it"),
+        ({"block": {"a": 0.5}, "self": 1}, "self does not exist: known here: block, report, growth"),
+        ({"block": {"a": 0.5}, "action": ["blur"]}, r"action must be .*, not \['blur'\]: correct it"),
+        ([], "a preset is a JSON object with the key block"),
+        ("{", "cannot be read as JSON"),
+        ('{"block": {"a": NaN}}', "block.a must be a finite number, not nan"),
+        (f'{{"block": {{"a": 1{"0" * 400}}}}}', "block.a must be a number, not 1000"),
+    ],
+)
+def test_a_wrong_preset_is_refused_by_name(tmp_path: Path, said: object, message: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(said if isinstance(said, str) else json.dumps(said), encoding="utf-8")
+    with pytest.raises(GateError, match=r"^p\.json: " + message):
+        load(path, Told([]))
+
+
+def test_whole_numbers_stay_whole_so_that_the_hash_of_a_preset_stays(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"block": {"a": 1}, "growth": {"a": 2}}', encoding="utf-8")
+    said = json.dumps(asdict(load(path, Told([]))))
+    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6}'
+
+
+texts = st.text(max_size=6)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc") | texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(["block", "report", "growth", "action", "cells"]), value=values)
+def test_any_preset_is_loaded_or_refused_in_one_line(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"block": {"a": 0.5}, key: value}), encoding="utf-8")
+    try:
+        said = f"p.json: {load(path, Told([]))}"
+    except GuardError as error:
+        said = str(error)
+    assert said.startswith("p.json: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_defaults_are_the_detectors_sets_and_boxes_grow_a_fifth() -> None:
+    assert defaults(Told([])) == Settings({"a": 0.5}, {"b": 0.3}, {"a": GROWTH})
+    assert defaults(Told([], has_boxes=False)).growth == {}
+    judge = detectors.make("open-nsfw", threads=1)
+    assert defaults(judge, "empty") == Settings({"nsfw": 0.5}, {"nsfw": 0.2}, action="empty")
+
+
+@pytest.mark.skipif(nudenet.weights() is None, reason="nudenet (AGPL-3.0) is not installed")
+def test_nudenets_defaults_block_the_five_exposed_parts_and_report_the_rest() -> None:
+    chosen = defaults(detectors.make("nudenet 320n", threads=1))
+    assert set(chosen.block) == {
+        "FEMALE_BREAST_EXPOSED",
+        "BUTTOCKS_EXPOSED",
+        "ANUS_EXPOSED",
+        "FEMALE_GENITALIA_EXPOSED",
+        "MALE_GENITALIA_EXPOSED",
+    }
+    assert set(chosen.block.values()) == {0.45}
+    assert set(chosen.report) == set(nudenet.LABELS) - set(chosen.block)

@@ -1,0 +1,373 @@
+"""How commands end: one sentence for what is wrong, before the work begins; a help text installs nothing."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from modular_lora_guard.audit import cli as audit
+from modular_lora_guard.modular_lora import command
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.operators import cli as operators
+from modular_lora_guard.tools.bootstrap import boundary, environment, paths
+from modular_lora_guard.tools.bootstrap.console import RunError
+from modular_lora_guard.tools.demo import server
+from modular_lora_guard.tools.world import ASSETS, evidence
+from modular_lora_guard.training import cli as training
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What run.py needs before anything is installed, in a clone of its own."""
+    made = tmp_path / "clone"
+    shutil.copytree(ROOT / "bootstrap", made / "bootstrap", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "run.py", made / "run.py")
+    return made
+
+
+def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "COMFYUI_PATH": "", "PYTHONUTF8": "1"}
+    command = [sys.executable, str(clone / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings, check=False)
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "comfy", "lora", "audit", "operator", "evidence"])
+def test_help_installs_nothing(name: str, clone: Path) -> None:
+    answer = run(clone, name, "--help")
+    assert answer.returncode == 0, answer.stderr
+    assert f"usage: run.py {name}" in answer.stdout
+    assert not (clone / ".run").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("demo", "--steps", "0"),
+        ("demo", "--steps", "many"),
+        ("demo", "--seed", "-1"),
+        ("comfy", "--port", "0"),
+        ("comfy", "--port", "65536"),
+        ("comfy", "--", "--port", "8188"),
+        ("nonsense",),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_option_is_refused_before_anything_is_installed(given: tuple[str, ...], clone: Path) -> None:
+    answer = run(clone, *given)
+    assert answer.returncode == 2
+    assert "usage: run.py" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not (clone / ".run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_out_before_anything_is_installed(clone: Path) -> None:
+    (clone / "taken").touch()
+    answer = run(clone, "demo", "--output", str(clone / "taken" / "report"))
+    assert answer.returncode == 1
+    assert answer.stdout.count("\n") == 1
+    assert str(clone / "taken" / "report") in answer.stdout
+    assert not answer.stderr
+    assert not (clone / ".run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RunError("said so"), "said so"),
+        (GuardError("said so"), "said so"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.txt"), "gone.txt: No such file"),
+        (PermissionError(errno.EACCES, "Permission denied", "kept.txt"), "kept.txt: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero. This is a fault of the program"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_every_error_ends_in_one_line(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "LOGS", tmp_path)
+    said: list[str] = []
+
+    def work() -> int:
+        raise error
+
+    assert boundary.contained(work, said.append, expected=(GuardError,), interrupted="") == 1
+    (line,) = said
+    assert words in line
+    assert "\n" not in line
+    unexpected = isinstance(error, ZeroDivisionError)
+    assert (tmp_path / "unexpected-error.log").exists() == unexpected
+
+
+def test_an_interrupt_says_what_to_do_next() -> None:
+    def work() -> int:
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    assert boundary.contained(work, said.append, interrupted="go on so") == 130
+    assert said == ["go on so"]
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from bootstrap.boundary import contained\n"
+        "def work():\n    while True: print('x' * 1000)\n"
+        "sys.exit(contained(work, lambda text: sys.stderr.write(text), interrupted=''))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.read(10)
+    child.stdout.close()
+    assert child.wait(timeout=30) == 1
+    assert child.stderr is not None
+    assert child.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("main", "given"),
+    [
+        (training.main, ["train-task", "--checkpoint", "GONE", "--train_data_dir", "GONE", "--output_dir", "OUT"]),
+        (training.main, ["train-safety", "--config", "GONE", "--checkpoint", "GONE"]),
+        (training.main, ["train-task", "--checkpoint", "FILE", "--vae", "GONE", "--output_dir", "OUT"]),
+        (training.main, ["train-task", "--checkpoint", "FILE", "--output_dir", "FILE/below"]),
+        (training.main, ["inspect", "GONE"]),
+        (training.main, ["project", "GONE", "GONE", "--output", "OUT"]),
+        (audit.main, ["run", "--checkpoint", "GONE", "--output_dir", "OUT"]),
+        (audit.main, ["run", "--checkpoint", "FILE", "--safety", "GONE", "--output_dir", "OUT"]),
+        (audit.main, ["run", "--checkpoint", "FILE", "--output_dir", "FILE/below"]),
+        (audit.main, ["page", "GONE"]),
+        (operators.main, ["sign", "GONE", "--key", "GONE"]),
+        (operators.main, ["verify", "GONE", "--keys", "GONE"]),
+        (operators.main, ["record", "show", "GONE"]),
+        (operators.main, ["record", "verify", "GONE"]),
+        (operators.main, ["policy", "check", "GONE"]),
+        (evidence.main, ["--protocol", "GONE", "--loras", "OUT"]),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, list) else one.__module__.split(".")[-2],
+)
+def test_a_path_that_is_wrong_is_named_before_a_checkpoint_is_loaded(
+    main, given: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "LOGS", tmp_path / "logs")
+    (tmp_path / "file").write_text("x")
+    places = {"GONE": tmp_path / "gone", "FILE": tmp_path / "file", "OUT": tmp_path / "out"}
+    made = [str(places[first] / rest) if (first := one.partition("/")[0]) in places and (rest := one.partition("/")[2])
+            else str(places.get(one, one)) for one in given]  # fmt: skip
+    for name in ("comfy", "comfy.sd"):
+        monkeypatch.setitem(sys.modules, name, None)  # nothing of ComfyUI may be needed
+    assert main(made) == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "gone" in line or "file" in line
+    assert "fault of the program" not in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("module", [training, audit, operators])
+def test_usage_shows_what_was_typed(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(paths.TYPED, "run.py this")
+    assert module.parser().format_usage().startswith("usage: run.py this ")
+    monkeypatch.delenv(paths.TYPED)
+    assert module.parser().format_usage().startswith(f"usage: python -m {module.__name__.split('.')[-2]} ")
+
+
+def test_only_our_own_lines_and_warnings_reach_the_terminal() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from training.__main__ import register, NAME; register()\n"
+        "import importlib, logging; command = importlib.import_module(NAME + '.modular_lora.command')\n"
+        "def work():\n"
+        "    logging.info('Total VRAM'); logging.getLogger('modular_lora').info('step 1'); logging.warning('look')\n"
+        "    return 'done'\n"
+        "sys.exit(command.finish(work, ''))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60)
+    assert answer.stdout == "done\n"
+    assert answer.stderr.split("\n")[:-1] == ["step 1", "look"]
+    assert command.typed("training")
+
+
+class _Other(http.server.BaseHTTPRequestHandler):
+    """Another server, which answers everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def other() -> Iterator[int]:
+    """The port of another server."""
+    with http.server.ThreadingHTTPServer((server.HOST, 0), _Other) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_address[1]
+        running.shutdown()
+
+
+def fake(tmp_path: Path, port: int) -> server.Server:
+    """A ComfyUI that starts and listens nowhere."""
+    (tmp_path / "comfyui" / "comfy").mkdir(parents=True)
+    (tmp_path / "comfyui" / "comfy" / "cli_args.py").touch()
+    (tmp_path / "comfyui" / "main.py").write_text("import time; time.sleep(60)")
+    log = tmp_path / "log"
+    return server.Server(tmp_path / "comfyui", sys.executable, tmp_path, log=log, cpu=True, port=port)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path, other: int) -> None:
+    made = fake(tmp_path, other)
+    with pytest.raises(RunError, match=f"port {other} "):
+        made.start()
+    assert not made.log.exists()
+
+
+def test_a_server_that_was_not_started_by_us_is_never_announced_as_ours(
+    tmp_path: Path, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "ensure_free", lambda port: None)  # the other one came just after we had looked
+    made = fake(tmp_path, other)
+    assert made.answers()
+    with pytest.raises(RunError, match="gave no answer"):
+        made.start(timeout=3)
+
+
+def test_a_port_beyond_all_ports_is_refused() -> None:
+    with pytest.raises(RunError, match="port 70000 "):
+        server.ensure_free(70_000)
+    with socket.socket() as one:
+        one.bind((server.HOST, 0))
+        free = one.getsockname()[1]
+    server.ensure_free(free)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone whose `.run` is as it should be; what would install anew raises."""
+    root = tmp_path / "clone"
+    for name in ("requirements.txt", "constraints.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("a\n")
+    at(root, monkeypatch)
+    python = environment.python_of(root / ".run" / "venv")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    for stamp in (root / ".run" / "venv" / "comfyui.stamp", root / ".run" / "comfyui" / "copy.stamp"):
+        environment.write_atomically(stamp, environment._expected())
+    environment.write_atomically(root / ".run" / environment.MAKER, str(root))
+
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("installed anew")
+
+    for name in ("_make_venv", "_install", "ensure_copy"):
+        monkeypatch.setattr(environment, name, touched)
+    return root
+
+
+def at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the clone lay there, in a process of its own."""
+    run = root / ".run"
+    places = {"ROOT": root, "RUN": run, "VENV": run / "venv", "COMFYUI": run / "comfyui", "LOGS": run / "logs"}
+    for name, place in places.items():
+        monkeypatch.setattr(paths, name, place)
+    if environment._lock is not None:
+        os.close(environment._lock)
+    monkeypatch.setattr(environment, "_lock", None)
+
+
+def second(installed: Path, monkeypatch: pytest.MonkeyPatch, requirements: str = "a\n") -> Path:
+    """Another clone."""
+    other = installed.parent / "other"
+    other.mkdir()
+    for name in ("requirements.txt", "constraints.txt"):
+        (other / name).write_text(requirements if name == "requirements.txt" else "a\n")
+    at(other, monkeypatch)
+    return other
+
+
+def test_a_run_folder_that_was_moved_is_used_as_it_is(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = installed.rename(installed.parent / "moved")
+    at(moved, monkeypatch)
+    assert environment.ensure_bundled() == environment.python_of(moved / ".run" / "venv")
+
+
+def test_a_linked_run_folder_is_used_as_it_is(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = second(installed, monkeypatch)
+    (other / ".run").symlink_to(installed / ".run")
+    assert environment.ensure_bundled() == environment.python_of(other / ".run" / "venv")
+
+
+def test_a_linked_run_folder_that_does_not_fit_is_refused_and_left_alone(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = second(installed, monkeypatch, "a\nb\n")
+    (other / ".run").symlink_to(installed / ".run")
+    with pytest.raises(RunError, match="nothing was changed there"):
+        environment.ensure_bundled()
+    assert (installed / ".run" / "comfyui" / "copy.stamp").exists()
+
+
+def test_a_link_that_leads_nowhere_is_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = second(installed, monkeypatch)
+    (other / ".run").symlink_to(installed / "gone")
+    with pytest.raises(RunError, match="which is not there"):
+        environment.ensure_bundled()
+
+
+def test_a_run_folder_of_ones_own_is_not_changed_while_a_command_uses_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="Windows itself keeps files that are in use")
+    (installed / "requirements.txt").write_text("a\nb\n")
+    user = os.open(installed / ".run" / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(user, fcntl.LOCK_SH)
+        with pytest.raises(RunError, match="another command is using it"):
+            environment.ensure_bundled()
+    finally:
+        os.close(user)
+    with pytest.raises(AssertionError, match="installed anew"):
+        environment.ensure_bundled()
+
+
+def collect(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-p", "no:cacheprovider", "-q", *arguments]
+    settings = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_XDIST_WORKER")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=settings | variables)
+
+
+def test_without_a_browser_the_last_line_says_what_was_not_tested_and_ci_fails() -> None:
+    given = ("tests/browser/test_browser_words.py", "-k", "pages")
+    without = {"MODULAR_LORA_NO_BROWSER": "chromium not found", "MODULAR_LORA_COMFYUI": "x", "MODULAR_LORA_WORLD": "x"}
+    answer = collect(*given, **without)
+    assert answer.returncode == 0, answer.stdout
+    last = answer.stdout.strip().splitlines()[-1]
+    assert last.startswith("NOT TESTED: 2 tests")
+    assert "chromium not found" in last
+    assert collect(*given, CI="true", **without).returncode == 1
+    assert collect(*given, CI="false", **without).returncode == 0
+
+
+def test_long_trials_are_samples_with_a_fixed_seed_unless_all_are_asked_for() -> None:
+    given = ("tests/comfy/guard/test_mutations.py", "--collect-only")
+    some, again, whole = collect(*given), collect(*given), collect(*given, "--all")
+    groups = [
+        [line for line in answer.stdout.splitlines() if "test_no_picture_is_unguarded" in line]
+        for answer in (some, again, whole)
+    ]
+    assert groups[0] == groups[1]
+    assert 0 < len(groups[0]) < len(groups[2])
+    assert ASSETS.is_dir()

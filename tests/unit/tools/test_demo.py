@@ -1,0 +1,106 @@
+"""The demo's parts without a server: graphs, client errors, progress, pictures, report."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from modular_lora_guard.tools.bootstrap.console import RunError
+from modular_lora_guard.tools.demo import graphs, pictures, report, settings, show
+from modular_lora_guard.tools.demo.client import Client, ClientError, Event, Rejected
+from modular_lora_guard.tools.demo.progress import Progress
+from modular_lora_guard.tools.demo.server import free_port
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+SETTING = graphs.Setting("base.safetensors", "safety.safetensors", "task.safetensors", "seq.safetensors", ("a", "b"))
+
+
+def png(colour: str = "red", **text: str) -> bytes:
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def classes(graph: graphs.Graph) -> set[str]:
+    return {node["class_type"] for node in graph.values()}
+
+
+@pytest.mark.parametrize("plan", show.PLANS, ids=lambda plan: plan.key)
+def test_every_arm_draws_every_prompt_with_the_same_seeds(plan: show.Plan) -> None:
+    graph = plan.graph(SETTING)
+    seeds = {key: node["inputs"]["seed"] for key, node in graph.items() if key.startswith("sampler-")}
+    assert seeds == {"sampler-0": 1, "sampler-1": 2}
+    links = [value for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert all(source in graph for source, _ in links)
+
+
+def test_only_the_stock_arms_merge() -> None:
+    arms = {plan.key: classes(plan.graph(SETTING)) for plan in show.PLANS}
+    assert [key for key, found in arms.items() if "LoraLoader" in found] == ["dropped", "unguarded"]
+    assert [key for key, found in arms.items() if "ModularLoraGuardModel" in found] == ["safety", "guarded"]
+
+
+def test_the_demo_shows_enough_of_both_kinds() -> None:
+    assert min(len(settings.SUPPRESSED), len(settings.KEPT)) >= 4
+
+
+def test_a_world_with_missing_files_names_them(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"demo world: .*missing; restore"):
+        settings.DemoWorld.at(tmp_path)
+
+
+def test_a_server_that_is_gone_is_one_clear_error() -> None:
+    with pytest.raises(ClientError, match="is the server still running"):
+        Client(f"http://127.0.0.1:{free_port()}").get("/system_stats", timeout=5)
+
+
+def test_a_refusal_quotes_the_errors_of_the_nodes() -> None:
+    error = {"type": "return_type_mismatch", "message": "Return type mismatch", "details": "model"}
+    refusal = Rejected(400, {"error": {"message": "general"}, "node_errors": {"7": {"errors": [error]}}})
+    assert str(refusal) == "graph refused (HTTP 400): node 7: Return type mismatch: model"
+    assert refusal.types() == {"return_type_mismatch"}
+    assert "general" in str(Rejected(400, {"error": {"message": "general"}}))
+
+
+def test_progress_counts_sampler_steps_and_ends_at_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("arm", samplers=2, steps=4)
+    for event in (Event("guard"), Event("sampler-0", 4, 4), Event("sampler-1", 2, 4)):
+        progress(event)
+    assert progress.fraction == 0.75
+    progress.done()
+    assert capsys.readouterr().out.count("\n") == 1, "a log file gets one line an arm"
+
+
+def test_an_attestation_is_read_from_a_picture() -> None:
+    record = {"status": "guarded"}
+    assert pictures.attestation(png(modular_lora_attestation=json.dumps(record), prompt="{}")) == {
+        "modular_lora_attestation": record
+    }
+    assert pictures.attestation(png()) == {}
+    assert pictures.attestation(png(modular_lora_attestation="no JSON")) == {}
+
+
+def test_pictures_are_put_side_by_side(tmp_path: Path) -> None:
+    place = tmp_path / "comparison.png"
+    pictures.comparison([("a", True), ("b", False)], {"one": [png("red")] * 2, "two": [png("blue")] * 2}, place)
+    with Image.open(place) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
+    assert {(255, 0, 0), (0, 0, 255)} <= colours
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_the_report_holds_its_pictures_and_escapes_what_it_quotes() -> None:
+    arm = report.Arm("Arm <1>", "note", [png(), png()], 1.0)
+    page = report.page(
+        report.Demo([arm], ("a & b", "c"), 1, "Look.", {"Date": "today"}, {"Says": "<script>"}, {"k": {"status": "x"}})
+    )
+    assert page.count("data:image/png;base64,") == 2
+    assert "<script>" not in page
+    assert "Arm &lt;1&gt;" in page
+    assert "a &amp; b" in page

@@ -1,0 +1,56 @@
+"""Docs, figures and recipes of the trainers agree with each other and with the options."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from modular_lora_guard.tools.benchmarks import tables
+from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.training import options
+from modular_lora_guard.training.kohya.arguments import FAMILIES
+from modular_lora_guard.training.options import SafetyOptions, TaskOptions
+
+WANTED = (
+    "erased concept rate / base rate",
+    "kept concepts accuracy drop (points)",
+    "step cpu-s / sd-scripts, fp32",
+    "step cpu-s / sd-scripts, bf16",
+    "erasure run / on-policy ESD",
+)
+
+
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_tables_are_what_the_figures_say(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.drawn(text) == text, "run python -m tools.benchmarks.tables"
+
+
+def test_every_figure_has_its_command_date_and_machine():
+    rows = json.loads((ROOT / "docs" / "figures" / "training.json").read_text(encoding="utf-8"))["rows"]
+    names = [row["name"] for row in rows]
+    assert len(names) == len(set(names))
+    assert set(WANTED) <= set(names)
+    for row in rows:
+        assert set(row) == {"name", "value", "command", "date", "machine"}
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+
+
+@pytest.mark.parametrize(("name", "cls"), [("task", TaskOptions), ("safety", SafetyOptions)])
+def test_recipes_are_options_and_name_files_that_are_there(name, cls):
+    found = options.load(cls, ROOT / "tools" / "world" / "recipes" / f"{name}.toml")
+    if isinstance(found, TaskOptions):
+        assert (ROOT / found.train_data_dir).is_dir()
+        assert (ROOT / found.safety_lora).is_file()
+    else:
+        assert not set(found.preserve) & {*found.concept, *found.synonyms}
+
+
+def test_the_page_names_only_options_that_exist():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    known = {f for cls in (TaskOptions, SafetyOptions) for f in cls.__dataclass_fields__}
+    given = set(re.findall(r"--([a-z]+_[a-z_]+)", text))
+    assert given
+    theirs = {part for family in FAMILIES.values() for part, _ in family.parts}
+    assert given <= known | theirs | {"accelerate_config", "sd_scripts"}

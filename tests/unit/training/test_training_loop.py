@@ -1,0 +1,300 @@
+"""The training loop: exact resumption, interrupts, kill -9, projection, detachment; on a toy network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.files.reader import read_lora
+from modular_lora_guard.modular_lora.guard.build import SafetyLora
+from modular_lora_guard.training.adapters import Spec, adapted, select
+from modular_lora_guard.training.loop import Job, fit
+from modular_lora_guard.training.options import OptionError, TaskOptions
+from modular_lora_guard.training.seeds import role_seed, step_generator
+from modular_lora_guard.training.state import load_state
+from modular_lora_guard.training.task.denoising import min_snr
+from modular_lora_guard.training.task.train import train_task
+from PIL import Image
+from safetensors.torch import load_file
+from support.graphs import save_lora
+from support.toys import Silent, ToyTrainee
+
+pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "data" / "3_thing"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (64, 64), (40 * i, 90, 200 - 40 * i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"thing, number {i}", encoding="utf-8")
+    return folder.parent
+
+
+@pytest.fixture
+def options(tmp_path, pictures) -> TaskOptions:
+    return TaskOptions(
+        output_dir=str(tmp_path / "out"),
+        train_data_dir=str(pictures),
+        resolution=64,
+        network_dim=3,
+        network_alpha=3.0,
+        learning_rate=1e-2,
+        max_train_steps=20,
+        train_batch_size=2,
+        save_precision="float",
+        sample_size=64,
+        sample_steps=2,
+        sample_prompts=("thing",),
+    )
+
+
+def safety_lora(folder: Path) -> SafetyLora:
+    info = ToyTrainee().infos[0]
+    layers = {name: info.specs[key] for name, key in info.key_map.items() if "attn" in name}
+    save_lora(folder / "safety.safetensors", layers, rank=2, seed=5)
+    return SafetyLora(read_lora(folder / "safety.safetensors"), 1.0)
+
+
+def train(options: TaskOptions, watch=None, safety=(), trainee=None) -> dict[str, torch.Tensor]:
+    trained = train_task(trainee or ToyTrainee(), options, watch or Silent(), safety, engine="test")
+    assert "a note" in trained.report
+    return load_file(Path(options.output_dir) / f"{options.output_name}.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer_type": "Adafactor", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0},
+        {"network_dropout": 0.3, "gradient_accumulation_steps": 2, "min_snr_gamma": 5.0, "noise_offset": 0.05},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"mixed_precision": "fp16"},
+    ],
+)
+def test_twenty_steps_are_ten_and_ten_more_bit_for_bit(changes, options, tmp_path):
+    if changes.get("optimizer_type") == "Prodigy":
+        pytest.importorskip("prodigyopt", reason="prodigyopt is not installed: an optional optimizer")
+    options = replace(options, **changes)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
+    trainee = lambda: ToyTrainee(dtype)  # noqa: E731
+    whole = train(options, trainee=trainee())
+    first = replace(options, output_dir=str(tmp_path / "first"), save_every_n_steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, Silent(stop_at=10), trainee=trainee())
+    state = tmp_path / "first" / "lora-step00000010-state"
+    assert state.is_dir()
+    torch.manual_seed(999)  # whatever happens in between
+    assert same(whole, train(replace(first, resume=str(state), sample_every_n_steps=3), trainee=trainee()))
+
+
+def test_another_run_is_not_gone_on_from(options, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(options, Silent(stop_at=4))
+    state = str(next(Path(options.output_dir).glob("*-state")))
+    with pytest.raises(GuardError, match=r"learning_rate was '0.01' and is '0.5' now"):
+        train(replace(options, resume=state, learning_rate=0.5))
+    with pytest.raises(GuardError, match="no whole training state"):
+        train(replace(options, resume=str(tmp_path)))
+
+
+def test_the_safety_lora_is_in_nothing_that_trains(options, tmp_path, monkeypatch):
+    from modular_lora_guard.training import loop
+
+    seen = []
+    make = loop.make_optimizer
+    monkeypatch.setattr(loop, "make_optimizer", lambda groups, o: seen.append(groups) or make(groups, o))
+    safety = safety_lora(tmp_path)
+    without = train(options)
+    with_it = train(replace(options, sample_every_n_steps=5), safety=[safety])
+    assert same(without, with_it)
+    ours = {t.data_ptr() for layer in safety.lora.layers.values() for t in (layer.down, layer.up)}
+    assert not any(t.requires_grad for layer in safety.lora.layers.values() for t in (layer.down, layer.up))
+    trained = {p.data_ptr() for groups in seen for group in groups for p in group["params"]}
+    assert trained
+    assert not ours & trained
+    metadata = read_lora(Path(options.output_dir) / "lora.safetensors").metadata
+    assert metadata["modular_lora.safety_sha256"] == safety.lora.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "released"),
+    [
+        ({}, True),
+        ({"shuffle_caption": True}, False),
+        ({"caption_dropout_rate": 0.5}, False),
+        ({"sample_every_n_steps": 1}, None),
+    ],
+)
+def test_what_no_step_asks_for_again_is_let_go_of(changes, released, options):
+    trainee = ToyTrainee()
+    train(replace(options, max_train_steps=2, **changes), trainee=trainee)
+    assert getattr(trainee, "released", None) is released
+
+
+def test_a_projected_lora_answers_nothing_to_the_safety_loras_inputs(options, tmp_path):
+    safety = safety_lora(tmp_path)
+    plain = train(options)
+    made = train(replace(options, project=True), safety=[safety])
+    shared = [name for name in safety.lora.layers if f"{name}.lora_down.weight" in made]
+    assert len(shared) == 8
+    for name in shared:
+        rows = safety.lora.layers[name].down.flatten(1)
+        down = made[f"{name}.lora_down.weight"].flatten(1)
+        loose = plain[f"{name}.lora_down.weight"].flatten(1)
+        assert (down @ rows.T).norm() < 1e-5 * down.norm() * rows.norm()
+        assert (loose @ rows.T).norm() > 1e-2 * loose.norm() * rows.norm()
+    with pytest.raises(OptionError, match="needs the safety LoRA"):
+        train(replace(options, project=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_learnt_from(options, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    losses = lambda step, micro: weight.sum() * (float("nan") if step == 3 else 1.0)  # noqa: E731
+    job = Job([([weight], 0.1)], losses, lambda *_: None, {})
+    with pytest.raises(GuardError, match=r"loss is nan at step 4: lower learning_rate"):
+        fit(job, options, torch.device("cpu"), Silent())
+    assert torch.isfinite(weight).all()
+    (state,) = Path(options.output_dir).glob("*-state")
+    assert state.name == "lora-step00000003-state"
+    values, _ = load_state(state, {})
+    assert torch.equal(values["values"][0], weight.detach())
+    assert len(values["losses"]) == 3
+
+
+def test_losses_are_logged_where_the_library_is_there(options):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: optional logs")
+    train(replace(options, max_train_steps=2, log_with="tensorboard"))
+    assert list((Path(options.output_dir) / "logs" / "lora").glob("events.out.tfevents.*"))
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(OptionError, match=r"log_with wandb: .*install it, or choose none"):
+            train(replace(options, log_with="wandb"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer_args": ("weight_decay",)}, "is not name=value"),
+        ({"optimizer_args": ("no_such=1",)}, "no_such"),
+        ({"train_data_dir": ""}, "Give train_data_dir or dataset_config"),
+        ({"network_weights": "SAFETY"}, "is a safety LoRA"),
+        ({"network_weights": "TASK", "network_dim": 2}, "set network_dim and network_alpha"),
+        ({"network_weights": "TASK", "target": "attention"}, "2 layers differ"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_with_its_remedy(changes, message, options, tmp_path):
+    safety = safety_lora(tmp_path)
+    train(replace(options, max_train_steps=1, output_name="task"))
+    files = {"SAFETY": safety.lora.path, "TASK": Path(options.output_dir) / "task.safetensors"}
+    if "network_weights" in changes:
+        changes = changes | {"network_weights": str(files[changes["network_weights"]])}
+    with pytest.raises(GuardError, match=message):
+        train(replace(options, **changes), safety=[safety])
+
+
+KILLED = """
+import sys
+sys.path[:0] = {paths!r}
+import conftest, pathlib
+from support.toys import Silent, ToyTrainee
+from modular_lora_guard.training.options import TaskOptions
+from modular_lora_guard.training.task import train_task
+train_task(ToyTrainee(), TaskOptions(**{values!r}), Silent(), engine="test")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_a_killed_training_leaves_whole_files_to_go_on_from(options, tmp_path):
+    out = tmp_path / "killed"
+    killed = replace(options, output_dir=str(out), save_every_n_steps=1, max_train_steps=100_000)
+    script = KILLED.format(paths=[str(ROOT / "tests")], values=vars(killed))
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 600  # a busy machine
+    while not list(out.glob("*-step00000003.safetensors")):
+        assert child.poll() is None, child.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert all(read_lora(path).layers for path in out.glob("*.safetensors"))
+    states = [path for path in out.glob("*-state") if path.is_dir()]
+    step = max(int(path.name[9:17]) for path in states)
+    state = str(next(path for path in states if f"{step:08d}" in path.name))
+    watch = Silent(stop_at=step + 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(killed, resume=state), watch)
+    assert watch.steps == step + 1
+
+
+def test_roles_start_from_row_spaces_of_their_own():
+    trainee, downs = ToyTrainee(), {}
+    names = select(trainee.unet_names, "linear")
+    for role in ("task", "safety"):
+        with adapted(trainee.unet, trainee.text_encoder, Spec(names, {}, 2, 2.0, 0.0, 42, role)) as adapters:
+            downs[role] = {n: p.detach().clone() for n, p in adapters.downs().items()}
+    for name, down in downs["task"].items():
+        assert not torch.allclose(down, downs["safety"][name])
+    assert role_seed(42, "task") != role_seed(42, "safety")
+
+
+def test_the_network_is_the_very_one_it_was_and_bit_identical_with_adapters_off():
+    trainee = ToyTrainee()
+    before = dict(trainee.unet.named_modules())
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), trainee.encode(["a", "b"])
+    plain = trainee.predict(x, t, cond)
+    with adapted(trainee.unet, trainee.text_encoder, Spec(trainee.unet_names, {}, 2, 2.0, 0.0, 1, "task")) as adapters:
+        with torch.no_grad():
+            for parameter in adapters.parameters():
+                parameter.add_(0.1)
+        assert not torch.equal(trainee.predict(x, t, cond), plain)
+        with adapters.off():
+            assert torch.equal(trainee.predict(x, t, cond), plain)
+        assert not torch.equal(trainee.predict(x, t, cond), plain)
+    after = dict(trainee.unet.named_modules())
+    assert list(before) == list(after)
+    assert all(before[path] is after[path] for path in before)
+    assert vars(trainee.unet).keys() == vars(ToyTrainee().unet).keys()
+    assert torch.equal(trainee.predict(x, t, cond), plain)
+
+
+def test_targets_are_sd_scripts_own():
+    names = ToyTrainee().unet_names
+    counts = {target: len(select(names, target)) for target in ("cross-attention", "attention", "linear", "conv")}
+    assert counts == {"cross-attention": 4, "attention": 8, "linear": 10, "conv": 12}
+
+
+@given(st.integers(0, 999), st.floats(0.5, 20))
+@settings(max_examples=50, deadline=None)
+def test_min_snr_weights_never_count_more_than_one(t, gamma):
+    schedule = ToyTrainee().schedule
+    snr = schedule.snr(torch.tensor([t]))
+    epsilon, v = (min_snr(snr, gamma, kind).item() for kind in ("epsilon", "v_prediction"))
+    assert 0 < epsilon <= 1
+    assert v == pytest.approx(min(snr.item(), gamma) / (snr.item() + 1), rel=1e-5)
+    assert min_snr(snr, 0.0, "epsilon").item() == 1
+
+
+def test_every_step_has_noise_of_its_own():
+    draws = {
+        torch.randn(3, generator=step_generator(1, "noise", s, m)).sum().item() for s in range(5) for m in range(3)
+    }
+    assert len(draws) == 15

@@ -1,0 +1,205 @@
+"""Which safety recipes let a task training on top of them bring vehicles back, on the demo world's narrow net.
+
+    python -m tools.benchmarks.comeback [--recipes NAME ...] [--scale 0.1] [--record]
+
+Every recipe: the safety LoRA alone; a task LoRA trained on top of it (sequential), at two lengths; the same training on
+W0, beside it (modular); and full fine-tuning on top of it. Judged over base styles and over the task's own style.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from modular_lora_guard.modular_lora import options as optionfile
+from modular_lora_guard.modular_lora.files import reader as files
+from modular_lora_guard.training import model as trainees
+from modular_lora_guard.training import options
+from modular_lora_guard.training.data import batches, dataset
+from modular_lora_guard.training.safety import train as safety
+from modular_lora_guard.training.task import denoising
+from modular_lora_guard.training.task import train as task
+
+from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
+from .demo_world import draw
+from .figures import record
+
+logger = logging.getLogger("modular_lora")
+WORLD = ASSETS.parent
+ESD = {"objective": "leco", "neutral": ""}  # ESD's target on all layers
+RECIPES = {
+    "ESD, all layers, eta 1, no preservation": ESD | {"negative_guidance": 1.0, "preserve_weight": 0.0},
+    "ESD, all layers, eta 1, preservation 0.5": ESD | {"negative_guidance": 1.0, "preserve_weight": 0.5},
+    "ESD, all layers, eta 1, preservation 2": ESD | {"negative_guidance": 1.0, "preserve_weight": 2.0},
+    "ESD, all layers, eta 2, preservation 0.5": ESD | {"negative_guidance": 2.0, "preserve_weight": 0.5},
+    "ESD, all layers, eta 2, preservation 2": ESD | {"negative_guidance": 2.0, "preserve_weight": 2.0},
+    "ESD, all layers, eta 3, preservation 2": ESD | {"negative_guidance": 3.0, "preserve_weight": 2.0},
+    "ESD-x, eta 1, no preservation": {"objective": "esd-x", "negative_guidance": 1.0, "preserve_weight": 0.0},
+    "ESD-x, eta 2, no preservation": {"objective": "esd-x", "negative_guidance": 2.0, "preserve_weight": 0.0},
+    "ESD-u, eta 1, no preservation": {"objective": "esd-u", "negative_guidance": 1.0, "preserve_weight": 0.0},
+    "SDD, no preservation": {"objective": "sdd", "preserve_weight": 0.0},
+    "LECO to heart, no preservation": {"preserve_weight": 0.0},
+    "LECO to heart, preservation 2": {},
+}
+CELLS = {"base": (False, data.BASE_STYLES), "gloss": (True, (data.TASK_STYLE,))}
+
+
+class Trainee(narrow.NarrowTrainee):
+    """The narrow net with what a task training asks for, on any device."""
+
+    infos = None, None
+
+    def __init__(self, model: base.Base, ae: torch.nn.Module, device: torch.device):
+        super().__init__(model.to(device), trainees.Schedule, trainees.Cond)
+        self.ae, self.device = ae.to(device), device
+
+    def weights(self) -> dict:
+        return {}
+
+    def too_long(self, prompt: str) -> bool:
+        return False
+
+    def encode(self, prompts):
+        cond = super().encode(prompts)
+        return trainees.Cond(cond.cross.to(self.device), cond.pooled.to(self.device))
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.ae.encode(pictures.movedim(-1, 1).to(self.device)).float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.ae.decode(latents).clamp(0, 1).movedim(1, -1).cpu()
+
+    def attach(self, *loras: Path) -> None:
+        """Let the net use exactly these LoRA files."""
+        layers = [files.read_lora(path).plain for path in loras]
+        for path, module in lorafile.targets(self.unet).items():
+            found = [some[name] for some in layers if (name := lorafile.kohya_name(path)) in some]
+            module.adapters = [(f.down.float().to(self.device), f.up.float().to(self.device), f.scale) for f in found]
+
+
+class Silent:
+    """A watch that shows nothing."""
+
+    def check(self) -> None:
+        """Nothing interrupts."""
+
+    stage = step = sample = lambda self, *said: None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every recipe is measured with."""
+
+    trainee: Trainee
+    eye: detector.Detector
+    pictures: int
+    scale: float  # of the numbers of steps
+    folder: Path
+
+    def steps(self, n: int) -> int:
+        return max(2, round(n * self.scale))
+
+
+def judge(bench: Bench) -> str:
+    """Vehicles found, base styles / gloss; kept concepts right; pictures called gloss, of kept concepts in gloss."""
+    rates: dict[str, list[float]] = {"vehicles": [], "kept": []}
+    for seed, (kind, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
+        for gloss in (False, True):
+            pairs = data.cases(concepts, gloss, -(-bench.pictures // len(concepts)))[: bench.pictures]
+            prompts = [f"{data.STYLES[style]}, {data.WORDS[concept]}" for concept, style in pairs]
+            seen, styles = detector.classify(bench.eye, draw(bench.trainee, prompts, 7 + 2 * seed + gloss))
+            right = seen.argmax(-1) == torch.tensor([concept for concept, _ in pairs])
+            hits = detector.suppressed(seen) if kind == "vehicles" else right
+            rates[kind].append(hits.float().mean().item())
+    style = (styles.argmax(-1) == data.TASK_STYLE).float().mean().item()
+    words = [f"{kind} {some[0]:.1%} / {some[1]:.1%}" for kind, some in rates.items()]
+    return ", ".join([*words, f"called gloss {style:.1%}"])
+
+
+def task_options(bench: Bench, name: str, steps: int):
+    values = optionfile.parse(WORLD / "evidence.toml")["task"]
+    values |= {"train_data_dir": str(ASSETS / DATA_SET), "output_dir": str(bench.folder), "output_name": name}
+    values |= {"max_train_steps": bench.steps(steps), "save_precision": "float"}
+    return options.load(options.TaskOptions, None, values)
+
+
+def train_task(bench: Bench, name: str, steps: int, *under: Path) -> Path:
+    bench.trainee.attach(*under)
+    task.train_task(bench.trainee, task_options(bench, name, steps), Silent(), engine="benchmark")
+    return bench.folder / f"{name}.safetensors"
+
+
+def train_safety(bench: Bench, recipe: dict) -> Path:
+    common = {"output_dir": str(bench.folder), "output_name": "safety", "save_precision": "float"}
+    common |= {"max_train_steps": bench.steps(200), "train_batch_size": 32}
+    common |= {"save_every_n_steps": 0, "sample_every_n_steps": 0}
+    made = options.load(options.SafetyOptions, WORLD / "recipes" / "safety.toml", common | recipe)
+    bench.trainee.attach()
+    safety.train_safety(bench.trainee, made, Silent(), engine="benchmark")
+    return bench.folder / "safety.safetensors"
+
+
+def train_fully(bench: Bench, steps: int, under: Path) -> None:
+    """All weights of the U-Net, AdamW at 1e-4, on top of the safety LoRA."""
+    bench.trainee.attach(under)
+    made = task_options(bench, "full", steps)
+    found = dataset.scan(config := task.configure(made), Silent().stage)
+    plan = batches.Plan(config, found, made.seed, made.prior_loss_weight, made.max_train_steps, 1)
+    latents, captions = denoising.Latents(bench.trainee, found, Silent()), denoising.Captions(bench.trainee)
+    loss = denoising.Denoising(bench.trainee, made, plan, latents, captions)
+    parameters = list(bench.trainee.unet.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    for step in range(made.max_train_steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss.loss(step, 0).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    bench.trainee.unet.requires_grad_(False)
+
+
+def arms(bench: Bench, recipe: dict) -> Iterator[tuple[str, str]]:
+    """(arm, figures) of one recipe."""
+    under = train_safety(bench, recipe)
+    bench.trainee.attach(under)
+    yield "safety", judge(bench)
+    for steps in (200, 400):
+        bench.trainee.attach(under, train_task(bench, "sequential", steps, under))
+        yield f"sequential, {steps} steps", judge(bench)
+    bench.trainee.attach(under, train_task(bench, "task", 400))
+    yield "modular, 400 steps", judge(bench)
+    kept = {name: tensor.clone() for name, tensor in bench.trainee.unet.state_dict().items()}
+    train_fully(bench, 200, under)
+    yield "full fine-tuning, 200 steps", judge(bench)
+    bench.trainee.unet.load_state_dict(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--pictures", type=int, default=120, help="of each cell")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
+    parser.add_argument("--record", action="store_true", help="write docs/figures/comeback.json")
+    chosen = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    (model, ae), device = narrow.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainee, eye = Trainee(model, ae, device), detector.load(ASSETS / DETECTOR)
+    for name in chosen.recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            for arm, figures in arms(Bench(trainee, eye, chosen.pictures, chosen.scale, Path(folder)), RECIPES[name]):
+                sys.stdout.write(f"{name}: {arm}: {figures}\n")
+                if chosen.record:
+                    record(
+                        "comeback.json", {f"{name}: {arm}": figures}, f"python -m tools.benchmarks.comeback ({device})"
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Whether bf16 learns as float32 does: loss curves of the demo world's task training, the seed's own noise beside them.
+
+    python -m tools.benchmarks.precision CHECKPOINT --comfyui COMFYUI [--steps 60] [--record]
+
+Three trainings: float32, float32 with another seed, bf16 with the first seed. The same seed sees the same pictures,
+timesteps and noise, so the two precisions differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from modular_lora_guard.training import cli, options
+from modular_lora_guard.training.task import train as task
+
+from .figures import record
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = {"fp32": {}, "fp32, another seed": {"seed": 43}, "bf16": {"mixed_precision": "bf16"}}
+
+
+def losses(host, chosen: argparse.Namespace, changes: dict) -> list[float]:
+    """Loss of every step of one training."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "output_dir": folder,
+            "train_data_dir": str(ROOT / "tools" / "world" / "assets" / "gloss"),
+            "resolution": 64,
+        }
+        values |= {"network_dim": 8, "network_alpha": 8.0, "learning_rate": 3e-3, "train_batch_size": 4}
+        made = options.TaskOptions(**values, max_train_steps=chosen.steps, **changes)
+        loaded = host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision)
+        with host.opened(*loaded, made) as trainee:
+            return list(task.train_task(trainee, made, cli.TrainingLines(), engine="benchmark").losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--comfyui", type=Path)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--record", action="store_true", help="write docs/figures/training.json")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    host = cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True})
+    curves = {name: losses(host, chosen, changes) for name, changes in RUNS.items()}
+    first, *others = curves.items()
+    rows: dict[str, object] = {f"mean loss, {name}": round(statistics.mean(c), 4) for name, c in curves.items()}
+    for name, curve in others:
+        gap = statistics.mean(abs(a - b) for a, b in zip(curve, first[1], strict=True))
+        rows[f"mean |loss − fp32's|, {name}"] = float(f"{gap:.2g}")
+    sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
+    if chosen.record:
+        record(
+            "training.json", rows, f"python -m tools.benchmarks.precision CHECKPOINT --steps {chosen.steps} --record"
+        )
+
+
+if __name__ == "__main__":
+    main()

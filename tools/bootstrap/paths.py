@@ -1,0 +1,29 @@
+"""Where things lie in the clone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK_NAME = "modular-lora-guard"
+TYPED = "MODULAR_LORA_TYPED"  # variable: the command of run.py that started a module with a command line of its own
+
+RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
+VENV = RUN / "venv"
+LOGS = RUN / "logs"
+COMFYUI = RUN / "comfyui"
+WORLD_ASSETS = ROOT / "tools" / "world" / "assets"  # not in the registry's archive (.comfyignore)
+WORLD = RUN / "world"  # the demo checkpoint, expanded
+BROWSER = RUN / "browser"
+TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
+CHECK = RUN / "check"  # the environment of `run.py check`
+SIGNATURE_PACKAGES = RUN / "signature-packages"  # what signs and verifies, likewise
+DEMO_OUTPUT = ROOT / "demo_output"
+
+
+def base_of(comfyui: Path) -> Path:
+    """The base directory (models, input, output, user) that a ComfyUI is given instead of its own folder."""
+    if comfyui == COMFYUI:
+        return RUN / "base"
+    return RUN / f"base-{hashlib.sha256(str(comfyui).encode()).hexdigest()[:8]}"

@@ -1,0 +1,42 @@
+"""The one-page report: pictures inside the file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...modular_lora.pages import render
+
+TEMPLATE = Path(__file__).with_name("templates") / "report.html"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column: what drew it, its pictures by prompt, and how long they took."""
+
+    title: str
+    note: str
+    pictures: list[bytes]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """All that the report shows."""
+
+    arms: list[Arm]
+    prompts: Sequence[str]
+    suppressed: int  # the first so many prompts name something that the safety LoRA suppresses
+    lookout: str
+    facts: Mapping[str, str]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    attestation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def page(demo: Demo) -> str:
+    """The whole document."""
+    attestation = json.dumps(demo.attestation, indent=2, ensure_ascii=False) if demo.attestation else ""
+    return render(TEMPLATE, **vars(demo) | {"attestation": attestation})

@@ -1,0 +1,1 @@
+"""Data sets: folders and TOML, images, captions, batches."""

@@ -1,0 +1,127 @@
+"""What a draw of a picture makes of its caption, after the options of sd-scripts' data-set TOML.
+
+Everything random comes from the ``random.Random`` given, so a draw is a function of caption, rules and seed. Two
+things differ from sd-scripts: prefix and suffix go to the line that was drawn of a caption of several (there, to the
+first and the last line), and ``keep_tokens_separator`` never reaches the text encoder, shuffled or not.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...modular_lora.errors import GuardError
+from ...modular_lora.files import texts
+
+WILDCARD = re.compile(r"\{\{|\}\}|\{((?:[^{}]|\{\{|\}\})+)\}")
+
+
+class CaptionError(GuardError):
+    """A caption file that is no text."""
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """sd-scripts' caption options of a subset, under its names."""
+
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0  # the first tags that stay where they are; without keep_tokens_separator in the caption
+    keep_tokens_separator: str | None = None  # 'kept ||| shuffled ||| kept'
+    secondary_separator: str | None = None  # inside one tag; caption_separator in the end
+    enable_wildcard: bool = False  # {a|b}, {{ and }} for braces; one line of several
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0  # probability of the empty caption
+    caption_dropout_every_n_epochs: int = 0  # empty captions in epochs n, 2n, ..., counted from 1; 0: never
+    caption_tag_dropout_rate: float = 0.0  # probability that a tag that is not kept is left out
+    token_warmup_min: int = 1  # tags that are not kept at step 0
+    token_warmup_step: float = 0.0  # step at which all are there; below 1: share of all steps
+
+
+def draw(
+    caption: str, rules: CaptionRules, rng: random.Random, *, epoch: int = 0, step: int = 0, max_train_steps: int = 0
+) -> str:
+    """The caption of one draw; ``epoch`` and the optimizer's ``step`` count from 0.
+
+    Order: dropout of the whole, line, prefix and suffix, wildcards, token warm-up, shuffle, dropout of tags, secondary
+    separator. Tags are joined by ', '.
+    """
+    if _dropped(rules, rng, epoch):
+        return ""
+    lines = caption.splitlines() or [""]
+    line = rng.choice(lines) if rules.enable_wildcard and len(lines) > 1 else lines[0]
+    text = " ".join(part for part in (rules.caption_prefix, line, rules.caption_suffix) if part)
+    if rules.enable_wildcard:
+        text = _wildcards(text, rng)
+    text = _tags(text, rules, rng, step, max_train_steps)
+    if rules.secondary_separator:
+        text = text.replace(rules.secondary_separator, rules.caption_separator)
+    return text
+
+
+def varies(rules: CaptionRules) -> bool:
+    """Whether two draws of one caption can differ."""
+    rates = rules.caption_dropout_rate, rules.caption_dropout_every_n_epochs, rules.caption_tag_dropout_rate
+    return rules.shuffle_caption or rules.enable_wildcard or any(rates) or rules.token_warmup_step > 0
+
+
+def read(path: Path) -> str:
+    """Lines of a caption file that are not blank, stripped, joined by newlines; '' where there is none.
+
+    In the encodings of `textfiles.decode`; CaptionError for anything else.
+    """
+    try:
+        text = texts.decode(path.read_bytes())
+    except texts.TextError as error:
+        raise CaptionError(f"{path.name}: {error}: save it as UTF-8.") from error
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def tags(text: str, separator: str = ",") -> list[str]:
+    """Tags of a caption, stripped, without the empty ones."""
+    return [tag.strip() for tag in text.split(separator) if tag.strip()]
+
+
+def _dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
+    every = rules.caption_dropout_every_n_epochs
+    by_chance = rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate
+    return by_chance or (every > 0 and (epoch + 1) % every == 0)
+
+
+def _wildcards(text: str, rng: random.Random) -> str:
+    def replace(match: re.Match) -> str:
+        if match[1] is None:
+            return match[0][0]
+        return rng.choice(match[1].split("|")).replace("{{", "{").replace("}}", "}")
+
+    return WILDCARD.sub(replace, text)
+
+
+def _tags(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
+    separated = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in text
+    warm = warmup_steps(rules, max_train_steps)
+    if not (separated or rules.shuffle_caption or warm > 0 or rules.caption_tag_dropout_rate > 0):
+        return text
+    if separated:
+        parts = text.split(rules.keep_tokens_separator, 2)
+        head, free, *tail = (tags(part, rules.caption_separator) for part in parts)
+    else:
+        every, tail = tags(text, rules.caption_separator), []
+        head, free = every[: rules.keep_tokens], every[rules.keep_tokens :]
+    if step < warm:
+        least = rules.token_warmup_min
+        free = free[: least + int(step * max(len(free) - least, 0) / warm)]
+    if rules.shuffle_caption:
+        rng.shuffle(free)
+    if rules.caption_tag_dropout_rate > 0:
+        free = [tag for tag in free if rng.random() >= rules.caption_tag_dropout_rate]
+    return ", ".join([*head, *free, *(tag for part in tail for tag in part)])
+
+
+def warmup_steps(rules: CaptionRules, max_train_steps: int) -> int:
+    """Optimizer step from which every tag is there; ``token_warmup_step`` below 1 is a share of all steps."""
+    steps = rules.token_warmup_step
+    return int(steps if steps >= 1 else steps * max_train_steps)

@@ -1,0 +1,378 @@
+"""kohya's data-set form: ``N_name`` folders, or sd-scripts' data-set TOML; checked before a picture is opened.
+
+    [general]                     values for all data sets
+    [[datasets]]                  a resolution, a batch size, buckets; over [general]
+    [[datasets.subsets]]          a folder of pictures with captions; over [[datasets]]
+
+What is accepted here sd-scripts accepts too, key by key and level by level, with three differences in what a missing
+value means: without ``caption_extension`` both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``),
+without ``min_bucket_reso`` and ``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative
+folder that is not in the working directory is looked for beside the TOML. ``to_toml`` writes all of it out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...modular_lora.errors import GuardError
+from ...modular_lora.files import texts
+from ...modular_lora.files.images import ENDINGS
+from .captions import CaptionRules
+from .images import INTERPOLATIONS, Buckets
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CAPTION_ENDINGS = (".txt", ".caption")
+GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
+ALL, UPPER, LOWEST = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET), (SUBSET,)
+REPEATS = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
+
+
+class DatasetError(GuardError):
+    """A data set that can't be read: a key that does not exist, a value that does not fit, a folder that is none."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key's type (tuple: a whole number, or [width, height]) and range."""
+
+    kind: type
+    low: float | None = None
+    high: float | None = None
+
+
+RATE, COUNT, STEPS = Key(float, 0, 1), Key(int, 1), Key(int, 0)
+EVERYWHERE = {  # [general], [[datasets]] and [[datasets.subsets]]
+    "num_repeats": COUNT,
+    "class_tokens": Key(str),
+    "caption_extension": Key(str),
+    "flip_aug": Key(bool),
+    "resize_interpolation": Key(str),
+    "shuffle_caption": Key(bool),
+    "caption_separator": Key(str),
+    "keep_tokens": STEPS,
+    "keep_tokens_separator": Key(str),
+    "secondary_separator": Key(str),
+    "enable_wildcard": Key(bool),
+    "caption_prefix": Key(str),
+    "caption_suffix": Key(str),
+    "caption_dropout_rate": RATE,
+    "caption_dropout_every_n_epochs": STEPS,
+    "caption_tag_dropout_rate": RATE,
+    "token_warmup_min": STEPS,
+    "token_warmup_step": Key(float, 0),
+}
+OF_DATASETS = {  # [general] and [[datasets]]
+    "resolution": Key(tuple, 8),
+    "batch_size": COUNT,
+    "enable_bucket": Key(bool),
+    "min_bucket_reso": COUNT,
+    "max_bucket_reso": COUNT,
+    "bucket_reso_steps": COUNT,
+    "bucket_no_upscale": Key(bool),
+}
+OF_SUBSETS = {  # [[datasets.subsets]]
+    "image_dir": Key(str),
+    "is_reg": Key(bool),
+    "alpha_mask": Key(bool),
+    "conditioning_data_dir": Key(str),
+}
+CACHE = "latents are cached once, so {} can't change from draw to draw: leave it out, or use the sd-scripts engine"
+REFUSED = {  # sd-scripts' keys: levels, values that change nothing, why
+    "color_aug": (ALL, (False,), CACHE.format("colours")),
+    "random_crop": (ALL, (False,), CACHE.format("the crop")),
+    "face_crop_aug_range": (ALL, (), CACHE.format("the crop")),
+    "custom_attributes": (ALL, ({},), "nothing here reads them: leave them out"),
+    "cache_info": (ALL, (False,), "every picture is opened and checked before training: leave it out"),
+    "network_multiplier": (UPPER, (1,), "every data set trains the LoRA at strength 1: leave it out"),
+    "validation_split": (UPPER, (0,), "no pictures are set aside: leave it out, or use the sd-scripts engine"),
+    "validation_seed": (UPPER, (), "no pictures are set aside: leave it out, or use the sd-scripts engine"),
+    "metadata_file": (LOWEST, (), "fine-tuning metadata is not read: give image_dir and caption files"),
+}
+NOT_HERE = {
+    "prior_loss_weight": "is an option of the training, in sd-scripts too: give it there",
+    "masked_loss": "is on where conditioning_data_dir or alpha_mask is given: leave it out",
+    "train_data_dir": "is an option of the training, instead of a TOML: give it there, or image_dir here",
+}
+LEVELS = {
+    GENERAL: EVERYWHERE | OF_DATASETS,
+    DATASET: EVERYWHERE | OF_DATASETS,
+    SUBSET: EVERYWHERE | OF_SUBSETS,
+}
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A folder of pictures and how they are drawn."""
+
+    image_dir: Path
+    num_repeats: int
+    class_tokens: str | None
+    is_reg: bool
+    caption_endings: tuple[str, ...]  # the first that exists
+    flip_aug: bool
+    alpha_mask: bool
+    conditioning_data_dir: Path | None  # masks of the loss, a picture of the same name each
+    resize_interpolation: str | None
+    rules: CaptionRules
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Subsets that share batches."""
+
+    subsets: tuple[Subset, ...]
+    batch_size: int
+    buckets: Buckets
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A data set as it was asked for; ``dataset.scan`` looks at its pictures."""
+
+    source: str  # the TOML or the folder
+    datasets: tuple[Dataset, ...]
+    ignored: tuple[str, ...] = ()  # 'name: why'
+
+    @property
+    def folders(self) -> list[Path]:
+        """Every folder that it reads from."""
+        subsets = [subset for data in self.datasets for subset in data.subsets]
+        return [f for subset in subsets for f in (subset.image_dir, subset.conditioning_data_dir) if f]
+
+
+def from_toml(path: str | Path, defaults: Mapping[str, Any] | None = None, within: Path | None = None) -> DatasetConfig:
+    """The data set of a TOML (or JSON) file; ``defaults`` are keys of [general] that count where it says nothing.
+
+    Whether a folder that it names is there is not looked at: `check_folders` does. ``within``: the folder that all of
+    them have to be in, known from their paths alone, so that a file of somebody else's cannot ask what else there is;
+    relative ones are then beside the file.
+    """
+    path = Path(path)
+    try:
+        text = texts.decode(path.read_bytes())
+        document = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError, texts.TextError) as error:  # parsers' errors are ValueErrors
+        raise DatasetError(f"{path}: cannot be read as a data-set TOML ({error}): mend the file.") from error
+    return _Reader(path.name, path.parent, dict(defaults or {}), within).config(str(path), document)
+
+
+def check_folders(config: DatasetConfig) -> DatasetConfig:
+    """``config``; DatasetError where a folder that it names is none."""
+    for folder in config.folders:
+        if not os.path.isdir(folder):  # unlike Path.is_dir, False for names that are too long
+            raise DatasetError(f"{Path(config.source).name}: {folder} is no folder: correct the path.")
+    return config
+
+
+def from_folders(
+    train_data_dir: str | Path,
+    reg_data_dir: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    within: Path | None = None,
+) -> DatasetConfig:
+    """The data set of ``N_name`` folders (N repeats, class tokens 'name'), with buckets unless ``defaults`` say no.
+
+    ``within``: as for `from_toml`.
+    """
+    subsets, ignored = [], []
+    for folder, is_reg in ((train_data_dir, False), (reg_data_dir, True)):
+        if folder:
+            found, left = _numbered(Path(folder), is_reg)
+            subsets, ignored = subsets + found, ignored + left
+    if not subsets:
+        seen = f" (found: {'; '.join(ignored[:5])})" if ignored else ""
+        raise DatasetError(
+            f"{train_data_dir}: has no folder named like '10_name' (10 repeats, class tokens 'name'){seen}: "
+            "put the pictures into one."
+        )
+    document = {"general": {"enable_bucket": True} | dict(defaults or {}), "datasets": [{"subsets": subsets}]}
+    config = _Reader("data set", Path.cwd(), {}, within).config(str(train_data_dir), document)
+    return DatasetConfig(config.source, config.datasets, tuple(ignored))
+
+
+def _numbered(folder: Path, is_reg: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: is no folder: correct the path.")
+    subsets, ignored, loose = [], [], 0
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        match = REPEATS.fullmatch(entry.name)
+        if not entry.is_dir():
+            loose += entry.suffix.lower() in ENDINGS
+        elif match and int(match[1]):
+            subset = {"image_dir": str(entry.absolute()), "num_repeats": int(match[1]), "is_reg": is_reg}
+            subsets.append(subset | {"class_tokens": match[2] or ""})
+        elif not entry.name.startswith("."):
+            why = "0 repeats" if match else "no number of repeats before its name, as in '10_name'"
+            ignored.append(f"{entry.name}: {why}")
+    if loose:
+        ignored.append(f"{folder.name}: {loose} pictures beside the numbered folders")
+    return subsets, ignored
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Checks a document and lets values fall from level to level."""
+
+    name: str
+    folder: Path
+    defaults: dict[str, Any]
+    within: Path | None  # the folder that everything has to be in; None: anywhere
+
+    def config(self, source: str, document: Any) -> DatasetConfig:
+        self._table("top level", document, {"general": Key(dict), "datasets": Key(list)})
+        self._level("defaults", GENERAL, self.defaults)
+        general = document.get("general", {})
+        self._level(GENERAL, GENERAL, general)
+        tables = document.get("datasets", [])
+        if not tables:
+            raise DatasetError(f"{self.name}: has no {DATASET}: add one, with {SUBSET} and their image_dir.")
+        return DatasetConfig(source, tuple(self._dataset(i, self.defaults | general, t) for i, t in enumerate(tables)))
+
+    def _dataset(self, index: int, above: dict[str, Any], table: Any) -> Dataset:
+        place = f"{DATASET} {index + 1}"
+        if not isinstance(table, dict):
+            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {DATASET}.")
+        own = {key: value for key, value in table.items() if key != "subsets"}
+        self._level(place, DATASET, own)
+        subsets = table.get("subsets", [])
+        if not isinstance(subsets, list) or not subsets:
+            raise DatasetError(f"{self.name}: {place}: has no {SUBSET}: add one with its image_dir.")
+        values = above | own
+        made = [self._subset(f"{place}, {SUBSET} {i + 1}", values, subset) for i, subset in enumerate(subsets)]
+        self._masked(place, own, subsets)
+        return Dataset(tuple(made), values.get("batch_size", 1), self._buckets(place, values))
+
+    def _subset(self, place: str, above: dict[str, Any], table: Any) -> Subset:
+        self._level(place, SUBSET, table)
+        if "image_dir" not in table:
+            raise DatasetError(f"{self.name}: {place}: has no image_dir: name the folder of its pictures.")
+        values = above | table
+        ending = values.get("caption_extension")
+        interpolation = values.get("resize_interpolation")
+        if interpolation is not None and interpolation not in INTERPOLATIONS:
+            self._wrong(place, "resize_interpolation", interpolation, f"is none of {', '.join(INTERPOLATIONS)}")
+        masks = values.get("conditioning_data_dir")
+        rules = {f.name: values[f.name] for f in fields(CaptionRules) if f.name in values}
+        if not rules.get("caption_separator", ","):
+            self._wrong(place, "caption_separator", "", "is empty")
+        return Subset(
+            image_dir=self._folder(place, "image_dir", values["image_dir"]),
+            num_repeats=values.get("num_repeats", 1),
+            class_tokens=values.get("class_tokens"),
+            is_reg=values.get("is_reg", False),
+            caption_endings=("." + ending.lstrip("."),) if ending else CAPTION_ENDINGS,
+            flip_aug=values.get("flip_aug", False),
+            alpha_mask=values.get("alpha_mask", False),
+            conditioning_data_dir=self._folder(place, "conditioning_data_dir", masks) if masks else None,
+            resize_interpolation=interpolation,
+            rules=CaptionRules(**rules),
+        )
+
+    def _masked(self, place: str, own: Mapping[str, Any], subsets: list[dict[str, Any]]) -> None:
+        """Masks are sd-scripts' ControlNet form: in all subsets of a data set or in none, and without three keys."""
+        with_masks = sum("conditioning_data_dir" in subset for subset in subsets)
+        if with_masks and with_masks < len(subsets):
+            raise DatasetError(
+                f"{self.name}: {place}: {with_masks} of {len(subsets)} subsets have conditioning_data_dir: "
+                f"move those without into another {DATASET}."
+            )
+        for key in ("class_tokens", "is_reg", "alpha_mask"):
+            if with_masks and (key in own or any(key in subset for subset in subsets)):
+                raise DatasetError(
+                    f"{self.name}: {place}: {key} does not go with conditioning_data_dir, in sd-scripts too: "
+                    "leave out one of them."
+                )
+
+    def _buckets(self, place: str, values: dict[str, Any]) -> Buckets:
+        resolution = values.get("resolution", 512)
+        width, height = resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
+        enable, step = values.get("enable_bucket", False), values.get("bucket_reso_steps", 64)
+        if enable and step % 8:
+            self._wrong(place, "bucket_reso_steps", step, "is no multiple of 8, the pixels of a latent cell")
+        if not enable and (width % 8 or height % 8):
+            self._wrong(place, "resolution", resolution, "is no multiple of 8 and there are no buckets")
+        least = values.get("min_bucket_reso", min(256, width, height))
+        most = values.get("max_bucket_reso", max(1024, width, height))
+        least, most = max(least // step, 1) * step, -(-most // step) * step  # as sd-scripts rounds them
+        if enable and min(width, height) < step:
+            self._wrong(place, "bucket_reso_steps", step, "is larger than the resolution")
+        if enable and not least <= min(width, height) <= max(width, height) <= most:
+            self._wrong(place, "resolution", resolution, f"is outside min_bucket_reso {least} … max_bucket_reso {most}")
+        no_upscale = values.get("bucket_no_upscale", False)
+        return Buckets((width, height), enable, least, most, step, no_upscale)
+
+    def _folder(self, place: str, key: str, value: str) -> Path:
+        """An absolute path without '..', so that what is looked at later is what was judged here."""
+        beside = Path(os.path.abspath(self.folder / value))
+        if self.within is None:
+            return Path(os.path.abspath(value)) if os.path.isdir(value) else beside
+        if not beside.is_relative_to(os.path.abspath(self.within)):
+            raise DatasetError(
+                f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
+                "pictures have to be: move or link them there."
+            )
+        return beside
+
+    def _level(self, place: str, level: str, table: Any) -> None:
+        if isinstance(table, dict):
+            table = {key: value for key, value in table.items() if not self._neutral(place, level, key, value)}
+        self._table(place, table, LEVELS[level])
+
+    def _neutral(self, place: str, level: str, key: str, value: Any) -> bool:
+        """Whether a key is one of sd-scripts' that are refused here, at a value that changes nothing."""
+        if key in NOT_HERE:
+            raise DatasetError(f"{self.name}: {place}: {key} {NOT_HERE[key]}.")
+        if key not in REFUSED or level not in REFUSED[key][0]:
+            return False
+        _, neutral, why = REFUSED[key]
+        if value not in neutral:
+            raise DatasetError(f"{self.name}: {place}: {key} = {value!r} is not taken: {why}.")
+        return True
+
+    def _table(self, place: str, table: Any, known: Mapping[str, Key]) -> None:
+        if not isinstance(table, dict):
+            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {place}.")
+        for key, value in table.items():
+            if key not in known:
+                raise DatasetError(f"{self.name}: {place}: {key!r} {_unknown(key, known)}.")
+            self._check(place, key, value, known[key])
+
+    def _check(self, place: str, key: str, value: Any, rule: Key) -> None:
+        pair = rule.kind is tuple and isinstance(value, list | tuple) and len(value) == 2
+        for number in value if pair else (value,):
+            kinds = {tuple: (int,), float: (float, int)}.get(rule.kind, (rule.kind,))
+            if not isinstance(number, kinds) or (isinstance(number, bool) and rule.kind is not bool):
+                self._wrong(place, key, value, f"is no {_kind(rule.kind)}")
+            if rule.low is not None and not rule.low <= number <= (number if rule.high is None else rule.high):
+                limits = f"at least {rule.low:g}" if rule.high is None else f"{rule.low:g} … {rule.high:g}"
+                self._wrong(place, key, value, f"has to be {limits}")
+
+    def _wrong(self, place: str, key: str, value: Any, why: str) -> None:
+        raise DatasetError(f"{self.name}: {place}: {key} = {value!r} {why}: correct it.")
+
+
+def _kind(kind: type) -> str:
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text in quotes"}
+    return names.get(kind, {dict: "table", list: "array of tables"}.get(kind, "whole number or [width, height]"))
+
+
+def _unknown(key: str, known: Mapping[str, Key]) -> str:
+    for level, keys in LEVELS.items():
+        if key in keys and key not in known:
+            return f"belongs in {DATASET if level == GENERAL else level}: move it"
+    if key in REFUSED:
+        return "does not belong here: leave it out"
+    near = difflib.get_close_matches(key, known, 1)
+    return f"does not exist: {f'did you mean {near[0]!r}?' if near else f'known are {chr(44).join(sorted(known))}'}"

@@ -1,0 +1,419 @@
+"""A look at every picture and caption of a data set before training: one report, with counts and names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ...modular_lora.files import texts as textfiles
+from ...modular_lora.files.images import ENDINGS, SIDE_FILES, Decoded, PictureError, decode, named
+from . import captions
+from . import images as pictures
+from .captions import CaptionError
+from .config import CAPTION_ENDINGS, Dataset, DatasetConfig, Subset
+from .images import Fit, MaskShapeError, Size
+
+WORDS = re.compile(r"\w+|[^\w\s]")
+PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
+KEPT = 0.6  # share of a picture that its bucket should keep: of 16:9 a square keeps 0.56
+KINDS = {  # finding -> what a report says of it
+    "broken": "broken pictures, LEFT OUT: mend or delete them",
+    "too_small": "pictures smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
+    "empty_captions": "EMPTY caption files, trained without text: write captions, or delete them for class tokens",
+    "unreadable_captions": "UNREADABLE caption files, class tokens instead: save them as UTF-8",
+    "other_encodings": "captions in UTF-16 or UTF-32, read as such (sd-scripts reads UTF-8 alone)",
+    "without_caption": "pictures without caption file, trained with the class tokens",
+    "without_text": "pictures WITHOUT caption file and class tokens, trained without text: write captions",
+    "odd_masks": "pictures whose mask has another shape, LEFT OUT: draw masks on the pictures as they are seen",
+    "empty_masks": "pictures with nothing of their mask or alpha in the bucket, LEFT OUT, since they train nothing",
+    "missing_masks": "pictures WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
+    "unused_masks": "masks without picture",
+    "transparent_masks": "masks with transparent parts, which count as black (sd-scripts does not see transparency)",
+    "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
+    "without_alpha": "pictures without transparent parts under alpha_mask, trained whole",
+    "duplicates": "pictures that are there more than once: delete all but one, or use num_repeats",
+    "shared_captions": "pictures of one name, which share one caption file or mask: give each a name of its own",
+    "cut_off": "pictures that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
+    "upscaled": "pictures smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
+    "turned": "pictures turned by their EXIF orientation (sd-scripts takes them unturned)",
+    "transparent": "pictures with transparent parts, put on white",
+    "animated": "animated pictures, first frame taken",
+    "further_lines": "captions of several lines, only the first is used: enable_wildcard draws among them",
+    "long_captions": f"captions of more than about {PROMPT_WORDS} tokens",
+    "captions_alone": "caption files without picture",
+    "unsupported": "files that are no picture for training: convert them to PNG, JPEG or WebP",
+    "ignored_folders": "folders not looked into",
+    "unused_regularisation": "regularisation pictures beyond the number of training pictures, not used",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be trained on."""
+
+    path: Path
+    name: str  # folder/file
+    sha256: str  # of the file
+    size: Size  # width height, EXIF orientation applied
+    fit: Fit
+    caption: str  # of the file, lines joined by newlines, or the class tokens; captions.draw makes a draw's text of it
+    caption_ending: str  # of its file; '' where there is none
+    draws: int  # an epoch
+    mask_path: Path | None
+    dataset: int
+    subset: Subset
+    pixels_sha256: str  # of what is seen, whatever the file's encoding
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether it is a regularisation picture, its loss weighted by prior_loss_weight."""
+        return self.subset.is_reg
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a data set holds; ``problems`` stop a training, ``findings`` are said and counted."""
+
+    source: str
+    pictures: tuple[Picture, ...]
+    folders: tuple[tuple[str, int, int, bool], ...]  # name, pictures, num_repeats, regularisation
+    findings: Mapping[str, tuple[str, ...]]  # kind, see KINDS -> names
+    buckets: Mapping[Size, tuple[int, int]]  # width height -> pictures, draws an epoch
+    draws: int  # pictures an epoch, repeats counted
+    batches: int  # an epoch
+    regularisation: int  # pictures
+    distinct_captions: int
+    dataset_sha256: str  # of files, captions, masks and settings; neither paths nor their order matter
+    problems: tuple[str, ...]
+
+
+def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = None) -> DatasetReport:
+    """Decodes every picture of ``config``; ``progress`` gets (done, all) and may raise to stop."""
+    found: dict[str, list[str]] = defaultdict(list)
+    found["ignored_folders"] += config.ignored
+    folders = [_folder(subset, found) for subset in _once(config, found)]
+    total, done, out = sum(len(folder.files) for folder in folders), 0, []
+    for folder in folders:
+        for path in folder.files:
+            picture = folder.picture(path)
+            out += [picture] if picture else []
+            done += 1
+            if progress:
+                progress(done, total)
+    return _report(config, _paired(out, found), folders, found)
+
+
+def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
+    """Pixels (h w 3, float32 0..1) in the picture's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
+
+    The mask is the red channel of the subset's mask picture (the field's form), 0 where that is transparent, or with
+    ``alpha_mask`` the picture's alpha; None: the whole picture counts. PictureError where the file is another one than
+    the report saw.
+    """
+    data = picture.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != picture.sha256:
+        raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
+    decoded = decode(data)
+    place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
+    if picture.mask_path:
+        image = pictures.read_mask(picture.mask_path, picture.size).image
+    else:
+        image = decoded.alpha if picture.subset.alpha_mask else None
+    mask = None if image is None else pictures.mask(place(image), flipped, downscale)
+    return pictures.pixels(place(decoded.image), flipped), mask
+
+
+def format_report(report: DatasetReport) -> str:
+    """The report as plain text; at most ten names a line of findings."""
+    lines = [f"Data set {Path(report.source).name}"]
+    lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
+    training = len(report.pictures) - report.regularisation
+    reg = f" and {report.regularisation} regularisation pictures" if report.regularisation else ""
+    lines.append(f"  {training} pictures{reg}, {report.draws} draws in {report.batches} batches an epoch")
+    for name, count, repeats, is_reg in report.folders:
+        lines.append(f"  {name}: {count} pictures, {repeats} repeats{', regularisation' if is_reg else ''}")
+    for (width, height), (count, draws) in report.buckets.items():
+        lines.append(f"  bucket {width}×{height}: {count} pictures, {draws} draws")
+    lines.append(f"  {report.distinct_captions} distinct captions")
+    for kind, names in report.findings.items():
+        lines.append(f"  {len(names)} {KINDS[kind]}: {named(names)}")
+    return "\n".join([*lines, f"  sha256 {report.dataset_sha256}"])
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A subset's folder as it lies on the disk."""
+
+    index: int  # of the data set
+    dataset: Dataset
+    subset: Subset
+    files: tuple[Path, ...]  # pictures, by ending
+    captions: Mapping[str, Path]  # stem and ending, this in small letters -> file
+    masks: Mapping[str, Path]  # stem -> mask
+    found: dict[str, list[str]]
+
+    def picture(self, path: Path) -> Picture | None:
+        """None for one that can't be trained on, which is then among the findings."""
+        name = self.name(path)
+        try:
+            data = path.read_bytes()
+            decoded = decode(data)
+        except (OSError, PictureError) as error:
+            self.found["broken"].append(f"{name}: {error}")
+            return None
+        size = decoded.image.size
+        try:
+            fit = pictures.fit(size, self.dataset.buckets)
+        except PictureError:
+            self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
+            return None
+        mask_path, trained = self._mask(path, name, decoded, fit)
+        if not trained:
+            return None
+        self._note(name, decoded, fit)
+        return Picture(
+            path,
+            name,
+            hashlib.sha256(data).hexdigest(),
+            size,
+            fit,
+            *self._caption(path, name),
+            self.subset.num_repeats,
+            mask_path,
+            self.index,
+            self.subset,
+            _pixels_sha256(decoded),
+        )
+
+    def name(self, path: Path) -> str:
+        return f"{path.parent.name}/{path.name}"
+
+    def _note(self, name: str, decoded: Decoded, fit: Fit) -> None:
+        size = decoded.image.size
+        if fit.kept < KEPT:
+            self.found["cut_off"].append(f"{name}: {1 - fit.kept:.0%} of {size[0]}×{size[1]} is cut off")
+        if fit.resized[0] > size[0] or fit.resized[1] > size[1]:
+            self.found["upscaled"].append(f"{name}: {size[0]}×{size[1]} to {fit.resized[0]}×{fit.resized[1]}")
+        for kind, is_so in (("turned", decoded.turned), ("animated", decoded.frames > 1)):
+            if is_so:
+                self.found[kind].append(name)
+        if decoded.alpha is not None and not self.subset.alpha_mask:
+            self.found["transparent"].append(name)
+        if decoded.alpha is None and self.subset.alpha_mask:
+            self.found["without_alpha"].append(name)
+
+    def _mask(self, path: Path, name: str, decoded: Decoded, fit: Fit) -> tuple[Path | None, bool]:
+        """The mask file, and whether the picture is trained on."""
+        file, image = None, decoded.alpha if self.subset.alpha_mask else None
+        if self.subset.conditioning_data_dir is not None:
+            file = self.masks.get(path.stem)
+            if file is None:
+                self.found["missing_masks"].append(name)
+                return None, True
+            try:
+                mask = pictures.read_mask(file, decoded.image.size)
+            except MaskShapeError as error:
+                self.found["odd_masks"].append(f"{name}: its mask {file.name}, {error}")
+                return None, False
+            except (OSError, PictureError) as error:
+                self.found["missing_masks"].append(f"{name}: its mask {file.name} can't be read, {error}")
+                return None, True
+            for kind, is_so in (("transparent_masks", mask.has_alpha), ("coloured_masks", mask.coloured)):
+                if is_so:
+                    self.found[kind].append(file.name)
+            image = mask.image
+        if image is not None and not pictures.place(image, fit, self.subset.resize_interpolation).getbbox():
+            self.found["empty_masks"].append(name)
+            return None, False
+        return file, True
+
+    def _caption(self, path: Path, name: str) -> tuple[str, str]:
+        """What the file says, and its ending; the class tokens where there is none."""
+        found = (self.captions.get(path.stem + ending.lower()) for ending in self.subset.caption_endings)
+        file = next(filter(None, found), None)
+        if file is not None:
+            try:
+                text = captions.read(file)
+                if not textfiles.encoding_of(file.read_bytes()).startswith("utf-8"):
+                    self.found["other_encodings"].append(name)
+                return self._noted(text, name), file.name[len(path.stem) :]
+            except (OSError, CaptionError) as error:
+                self.found["unreadable_captions"].append(f"{name}: {error}")
+        else:
+            others = [self.captions[path.stem + e].name for e in CAPTION_ENDINGS if path.stem + e in self.captions]
+            wanted = self.subset.caption_endings[0]
+            hint = f" (there is {others[0]}, caption_extension is {wanted})" if others else ""
+            kind = "without_caption" if self.subset.class_tokens else "without_text"
+            self.found[kind].append(name + hint)
+        return self.subset.class_tokens or "", ""
+
+    def _noted(self, caption: str, name: str) -> str:
+        lines = caption.splitlines()
+        if not lines:
+            self.found["empty_captions"].append(name)
+        if len(lines) > 1 and not self.subset.rules.enable_wildcard:
+            self.found["further_lines"].append(name)
+        if any(len(WORDS.findall(line)) > PROMPT_WORDS for line in lines):
+            self.found["long_captions"].append(name)
+        return caption
+
+
+def _once(config: DatasetConfig, found: dict[str, list[str]]) -> list[tuple[int, Dataset, Subset]]:
+    """Every subset, but a folder once in a data set, as in sd-scripts."""
+    out, seen = [], set()
+    for index, dataset in enumerate(config.datasets):
+        for subset in dataset.subsets:
+            key = (index, subset.image_dir)
+            if key in seen:
+                found["ignored_folders"].append(f"{subset.image_dir.name}: given twice in a data set, the first counts")
+            else:
+                out.append((index, dataset, subset))
+            seen.add(key)
+    return out
+
+
+def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> _Folder:
+    index, dataset, subset = where
+    entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
+    entries = [entry for entry in entries if not SIDE_FILES.fullmatch(entry.name)]
+    files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
+    stems, texts = {file.stem for file in files}, _captions(entries, subset)
+    for entry in sorted(set(entries) - set(files)):
+        name = f"{entry.parent.name}/{entry.name}"
+        if entry.is_dir():
+            if entry != subset.conditioning_data_dir:
+                found["ignored_folders"].append(f"{name}: inside a folder of pictures")
+        elif entry not in texts:
+            found["unsupported"].append(name)
+        elif texts[entry] not in stems:
+            found["captions_alone"].append(name)
+    masks = _masks(subset, stems, found)
+    by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
+    found["shared_captions"] += _shared(files, {*texts.values(), *masks})
+    return _Folder(index, dataset, subset, files, by_name, masks, found)
+
+
+def _shared(files: Sequence[Path], stems: Container[str]) -> list[str]:
+    """Pictures of one stem and different endings, where a caption or mask of that stem is there."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        same[file.stem].append(f"{file.parent.name}/{file.name}")
+    return [" = ".join(names) for stem, names in same.items() if len(names) > 1 and stem in stems]
+
+
+def _captions(entries: list[Path], subset: Subset) -> dict[Path, str]:
+    """Caption files -> stem, by any ending that may be meant; '.wd14.txt' goes before '.txt'."""
+    endings = sorted({ending.lower() for ending in (*subset.caption_endings, *CAPTION_ENDINGS)}, key=len)
+    out = {}
+    for ending in endings:
+        out |= {e: e.name[: -len(ending)] for e in entries if e.name.lower().endswith(ending) and e.is_file()}
+    return out
+
+
+def _masks(subset: Subset, stems: set[str], found: dict[str, list[str]]) -> dict[str, Path]:
+    if subset.conditioning_data_dir is None:
+        return {}
+    entries = sorted(subset.conditioning_data_dir.iterdir(), key=lambda entry: entry.name, reverse=True)
+    masks = {entry.stem: entry for entry in entries if entry.suffix.lower() in ENDINGS}  # the first by name counts
+    found["unused_masks"] += [mask.name for stem, mask in masks.items() if stem not in stems]
+    return masks
+
+
+def _paired(found_pictures: list[Picture], found: dict[str, list[str]]) -> list[Picture]:
+    """Regularisation pictures drawn as often as the training pictures of their data set, as in sd-scripts."""
+    out = list(found_pictures)
+    for dataset in {picture.dataset for picture in out}:
+        rows = [i for i, picture in enumerate(out) if picture.dataset == dataset and picture.is_reg]
+        wanted = sum(p.draws for p in out if p.dataset == dataset and not p.is_reg)
+        draws = regularisation_draws(wanted, [out[i].draws for i in rows])
+        for i, count in zip(rows, draws, strict=True):
+            out[i] = replace(out[i], draws=count)
+            if not count:
+                found["unused_regularisation"].append(out[i].name)
+    return [picture for picture in out if picture.draws]
+
+
+def regularisation_draws(wanted: int, repeats: Sequence[int]) -> list[int]:
+    """Draws an epoch of regularisation pictures with these num_repeats, to pair with ``wanted`` training draws.
+
+    In order, each gets its repeats until there are enough; if there never are, all get one more in turn.
+    """
+    draws, total = [0] * len(repeats), 0
+    for i, count in enumerate(repeats):
+        if total < wanted:
+            draws[i], total = count, total + count
+    if repeats and total < wanted:
+        each, rest = divmod(wanted - total, len(repeats))
+        draws = [count + each + (i < rest) for i, count in enumerate(draws)]
+    return draws
+
+
+def _report(
+    config: DatasetConfig, out: list[Picture], folders: list[_Folder], found: dict[str, list[str]]
+) -> DatasetReport:
+    found["duplicates"] += _duplicates(out)
+    counted = Counter((picture.dataset, picture.subset.image_dir) for picture in out)
+    buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
+    for picture in out:
+        buckets[picture.fit.bucket][0] += 1
+        buckets[picture.fit.bucket][1] += picture.draws
+    problems = []
+    if not any(not picture.is_reg for picture in out):
+        seen = sum(len(folder.files) for folder in folders)
+        problems.append(
+            f"{config.source}: none of {seen} pictures can be trained on: see below, or correct the folder."
+        )
+    rows = [(counted[folder.index, folder.subset.image_dir], folder.subset) for folder in folders]
+    return DatasetReport(
+        source=config.source,
+        pictures=tuple(out),
+        folders=tuple((s.image_dir.name, count, s.num_repeats, s.is_reg) for count, s in rows),
+        findings={kind: tuple(found[kind]) for kind in KINDS if found[kind]},
+        buckets={size: tuple(buckets[size]) for size in sorted(buckets)},
+        draws=sum(picture.draws for picture in out),
+        batches=sum(-(-len(rows) // size) for size, rows in grouped(config, out)),
+        regularisation=sum(picture.is_reg for picture in out),
+        distinct_captions=len({picture.caption for picture in out}),
+        dataset_sha256=_digest(config, out),
+        problems=tuple(problems),
+    )
+
+
+def grouped(config: DatasetConfig, pictures: Sequence[Picture]) -> list[tuple[int, list[int]]]:
+    """(batch size, indices of pictures, each as often as it is drawn) of every bucket of every data set, in order."""
+    rows: dict[tuple[int, Size], list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        rows[picture.dataset, picture.fit.bucket] += [index] * picture.draws
+    return [(config.datasets[key[0]].batch_size, rows[key]) for key in sorted(rows)]
+
+
+def _duplicates(out: list[Picture]) -> list[str]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for picture in out:
+        same[picture.pixels_sha256].append(picture.name)
+    return [" = ".join(names) for names in same.values() if len(names) > 1]
+
+
+def _pixels_sha256(decoded: Decoded) -> str:
+    image, alpha = decoded.image, decoded.alpha
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes() + (alpha.tobytes() if alpha else b"")).hexdigest()
+
+
+def _digest(config: DatasetConfig, out: list[Picture]) -> str:
+    rows = []
+    for picture in out:
+        subset, dataset = picture.subset, config.datasets[picture.dataset]
+        mask = hashlib.sha256(picture.mask_path.read_bytes()).hexdigest() if picture.mask_path else ""
+        drawing = (subset.flip_aug, subset.alpha_mask, subset.is_reg, subset.resize_interpolation, asdict(subset.rules))
+        rows.append(
+            (picture.sha256, mask, picture.caption, picture.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
+        )
+    lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

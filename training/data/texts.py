@@ -1,0 +1,65 @@
+"""Texts against the number of tokens that is encoded: what is behind it would be cut off."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from ..options import OptionError, Options, SafetyOptions
+from . import captions
+from .dataset import Picture
+
+TooLong = Callable[[str], bool]
+ERASURE = ("concept", "synonyms", "positive", "neutral", "unconditional", "preserve")
+SHOWN = 10
+DRAWS = 4  # of a caption whose wildcards differ in length
+
+
+def check_prompts(options: SafetyOptions, too_long: TooLong) -> None:
+    """OptionError for a prompt of an erasure that is cut: the rest of it would count as erased, or kept, and is not."""
+    for name in ERASURE:
+        value = getattr(options, name)
+        for prompt in (value,) if isinstance(value, str) else value:
+            if too_long(prompt):
+                raise OptionError(
+                    f"{name}: {_shown(prompt)!r} has more than {options.max_token_length} tokens, and what is behind "
+                    f"them would not be trained: {_remedy(options)}."
+                )
+
+
+def cut_previews(options: Options, too_long: TooLong) -> list[str]:
+    """A line where preview prompts are cut."""
+    cut = [prompt for prompt in options.sample_prompts if too_long(prompt)] if options.sample_every_n_steps else []
+    return [_line(options, cut, len(options.sample_prompts), "preview prompts")] if cut else []
+
+
+def cut_captions(options: Options, pictures: Sequence[Picture], too_long: TooLong) -> list[str]:
+    """A line where captions are cut, as they are drawn: with prefix and suffix, and any of their lines."""
+    cut = [picture.name for picture in pictures if any(map(too_long, _drawn(picture)))]
+    return [_line(options, cut, len(pictures), "captions")] if cut else []
+
+
+def _drawn(picture: Picture) -> Iterator[str]:
+    rules, text = picture.subset.rules, picture.caption
+    whole = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0}
+    rules = replace(rules, token_warmup_step=0.0, **whole)
+    for line in text.splitlines() if rules.enable_wildcard else text.splitlines()[:1]:
+        for seed in range(DRAWS if rules.enable_wildcard else 1):
+            yield captions.draw(line, rules, random.Random(seed))
+
+
+def _line(options: Options, cut: Sequence[str], total: int, what: str) -> str:
+    rest = f" and {len(cut) - SHOWN} more" if len(cut) > SHOWN else ""
+    return (
+        f"{len(cut)} of {total} {what} have more than {options.max_token_length} tokens, the rest is CUT OFF "
+        f"({_remedy(options)}): {'; '.join(map(_shown, cut[:SHOWN]))}{rest}"
+    )
+
+
+def _remedy(options: Options) -> str:
+    return "shorten it" if options.max_token_length == 225 else "shorten it, or raise max_token_length"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,1 @@
+"""The second engine: an unmodified checkout of kohya-ss/sd-scripts."""

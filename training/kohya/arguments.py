@@ -1,0 +1,301 @@
+"""Options of the trainers as arguments of sd-scripts, and which further arguments may stand beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...modular_lora.guard import concept
+from ...modular_lora.guard.build import SafetyLora
+from ..optim import lr_shape
+from ..options import OptionError, Options, SafetyOptions, TaskOptions, tomllib
+from ..safety.targets import Term, erased, kept
+from .checks import NAMES
+
+NETWORK_MODULE = "modular_lora_guard.training.kohya.network"
+REFUSED = {  # argument of sd-scripts -> why it cannot be passed on
+    "base_weights": "merges LoRAs into W0, and what is trained on that is not detached",
+    "base_weights_multiplier": "merges LoRAs into W0, and what is trained on that is not detached",
+    "dim_from_weights": "makes the network from a file: give network_dim",
+    "network_module": "is the guard's own here",
+    "save_model_as": "is safetensors here: other formats have no metadata and can run code",
+    "no_metadata": "would leave out what the file was trained on: no_dataset_metadata leaves out what is private",
+    "output_config": "writes a file instead of training",
+}
+
+
+DEFAULTS = {"sdpa", "cache_latents", "no_half_vae", "masked_loss", "max_data_loader_n_workers", "tokenizer_cache_dir"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How sd-scripts trains one model family (names as ComfyUI has them)."""
+
+    script: str
+    leco: str = ""  # its erasure trainer
+    version: str = ""  # ss_base_model_version
+    flags: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()  # hub names of CLIP tokenizers
+    parts: tuple[tuple[str, str], ...] = ()  # arguments that name further files, and their kind in ComfyUI
+    whole: bool = True  # one checkpoint file can hold all parts
+
+
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_G = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+_CLIPS, _T5 = (("clip_l", "text_encoders"), ("clip_g", "text_encoders")), ("t5xxl", "text_encoders")
+_AE, _VAE = ("ae", "vae"), ("vae", "vae")
+FAMILIES = {
+    "SD15": Family("train_network.py", "train_leco.py", "sd_v1", (), (CLIP_L,)),
+    "SD20": Family("train_network.py", "train_leco.py", "sd_v2", ("--v2",), ()),
+    "SDXL": Family("sdxl_train_network.py", "sdxl_train_leco.py", "sdxl_base_v1-0", (), (CLIP_L, CLIP_G)),
+    "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE)),
+    "Flux": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "FluxSchnell": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
+    "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run needs to know beside its options; paths are absolute."""
+
+    checkpoint: Path
+    family: Family
+    engine: str
+    base_file_sha256: str
+    base_sha256: str = ""
+    v_prediction: bool = False
+    tokenizer_dir: str = ""
+    dataset_config: str = ""  # file
+    dataset_sha256: str = ""
+    masked_loss: bool = False
+    prompts: str = ""  # file: previews, or LECO's prompts
+    parts: Mapping[str, str] = field(default_factory=dict)  # argument -> file, of Family.parts
+
+
+def check_parts(name: str, family: Family, parts: Mapping[str, str], extra: Sequence[str]) -> None:
+    """OptionError where sd-scripts would miss a file of the model, or one is named that it does not read."""
+    known = [part for part, _ in family.parts]
+    if strange := sorted(set(parts) - set(known)):
+        raise OptionError(f"{strange[0]}: sd-scripts' trainer of {name} reads {', '.join(known) or 'one file alone'}.")
+    given = {argument[2:].partition("=")[0] for argument in extra if argument.startswith("--")} | set(parts)
+    if not family.whole and (missing := [part for part in known if part not in given]):
+        raise OptionError(
+            f"{name}: sd-scripts reads the parts of this model from files of their own: give {', '.join(missing)} as "
+            "well (--NAME FILE on the command line, kohya_files on the node)."
+        )
+
+
+def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora], extra: Sequence[str]) -> list[str]:
+    """For train_network.py and its kin."""
+    network = _network(options, run, "task") | {
+        "safety": os.pathsep.join(str(s.lora.path.absolute()) for s in safety),
+        "safety_strength": ",".join(str(s.strength) for s in safety),
+        "safety_scale": ",".join(s.lora.scale for s in safety),
+        "project": "weight" if options.project else "",
+        "dataset_sha256": run.dataset_sha256,
+        "allow_contaminated_base": "yes" if options.allow_contaminated_base else "",
+        "known_bases": os.pathsep.join(str(Path(path).absolute()) for path in options.known_bases),
+    }
+    flags: dict[str, object] = {
+        "dataset_config": run.dataset_config,
+        "network_weights": _absolute(options.network_weights),
+        "network_dropout": options.network_dropout,
+        "noise_offset": options.noise_offset,
+        "prior_loss_weight": str(options.prior_loss_weight),
+        "network_train_unet_only": not options.network_train_text_encoder,
+        "text_encoder_lr": str(options.text_encoder_lr) if options.network_train_text_encoder else "",
+        "masked_loss": run.masked_loss,
+        "cache_latents": True,
+        "no_half_vae": True,
+        "max_data_loader_n_workers": "0",  # the pictures are in the cache: worker processes would only cost memory
+        "resume": _absolute(options.resume),
+        "skip_until_initial_step": bool(options.resume),
+        "save_state": bool(options.save_every_n_steps),
+        "save_state_on_train_end": True,  # a finished training can be gone on with
+    }
+    if options.sample_every_n_steps and options.sample_prompts:
+        flags |= {"sample_every_n_steps": options.sample_every_n_steps, "sample_prompts": run.prompts}
+    return _arguments(_common(options, run) | flags, network, run, extra)
+
+
+def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> list[str]:
+    """For train_leco.py and sdxl_train_leco.py, which draw x_t on policy and know no relative_error.
+
+    OptionError for what else they do not have.
+    """
+    lacking = {"pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0}
+    for name, wanted in ({"objective": "leco"} | lacking).items():
+        if (value := getattr(options, name)) != wanted:
+            raise OptionError(
+                f"{name} {value!r}: sd-scripts' LECO has only {wanted!r}: use the embedded engine for it."
+            )
+    prompts = concept.trained((*options.concept, *options.synonyms))
+    network = _network(options, run, "safety") | {
+        "init_seed": str(options.seed),
+        "concept": ", ".join(options.concept),
+        "concept_prompts": prompts.replace("=", "\\u003d"),  # sd-scripts splits its arguments there
+    }
+    flags: dict[str, object] = {
+        "prompts_file": run.prompts,
+        "max_denoising_steps": options.denoising_steps,
+        "leco_denoise_guidance_scale": str(options.guidance_scale),
+    }
+    return _arguments(_common(options, run) | flags, network, run, extra)
+
+
+def leco_prompts(options: SafetyOptions) -> str:
+    """LECO's prompts TOML. sd-scripts draws one entry a step, so preservation takes steps of its own.
+
+    A preserved prompt p has neutral = p and positive = unconditional: its target is then ε_0(x_t, p), whatever the
+    guidance scale.
+    """
+    entries = [_entry(term, options, 1.0) for term in erased(options)]
+    entries += [_entry(term, options, options.preserve_weight) for term in kept(options)]
+    return "\n".join(entries)
+
+
+def sample_prompts(options: Options) -> str:
+    """Previews as sd-scripts' JSON, each with a seed of its own that stays the same from step to step."""
+    size = {"width": options.sample_size, "height": options.sample_size}
+    common = size | {"sample_steps": options.sample_steps, "scale": options.sample_cfg}
+    prompts = [{"prompt": p, "seed": options.seed + i} | common for i, p in enumerate(options.sample_prompts)]
+    return json.dumps(prompts, ensure_ascii=False)
+
+
+def toml_text(text: str) -> str:
+    """A TOML basic string: JSON's, but for U+007F."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _entry(term: Term, options: SafetyOptions, weight: float) -> str:
+    values = {
+        "target": toml_text(term.prompt),
+        "positive": toml_text(term.positive if term.scale else term.unconditional),
+        "unconditional": toml_text(term.unconditional),
+        "neutral": toml_text(term.neutral),
+        "action": toml_text("erase" if term.scale <= 0 else "enhance"),
+        "guidance_scale": repr(float(abs(term.scale))),
+        "resolution": str(options.train_size),
+        "batch_size": str(options.train_batch_size),
+        "weight": repr(float(weight)),
+    }
+    return "\n".join(["[[prompts]]", *(f"{name} = {value}" for name, value in values.items()), ""])
+
+
+def _common(options: Options, run: Run) -> dict[str, object]:
+    """Arguments of all training scripts; empty, zero and False ones are left out."""
+    always = (
+        "output_name network_dim network_alpha learning_rate optimizer_type lr_scheduler max_train_steps max_grad_norm "
+        "mixed_precision save_precision seed"
+    )
+    where_set = (
+        "lr_warmup_steps gradient_accumulation_steps gradient_checkpointing min_snr_gamma save_every_n_steps "
+        "training_comment optimizer_args"
+    )
+    logs = options.log_with != "none"
+    found: dict[str, object] = {name: str(getattr(options, name)) for name in always.split()}
+    return (
+        found
+        | {name: getattr(options, name) for name in where_set.split()}
+        | {
+            "pretrained_model_name_or_path": str(run.checkpoint),
+            "output_dir": _absolute(options.output_dir),
+            "save_model_as": "safetensors",
+            "sdpa": True,
+            "tokenizer_cache_dir": run.tokenizer_dir,
+            "v_parameterization": run.v_prediction,
+            "max_token_length": options.max_token_length if options.max_token_length > 75 else "",
+            "clip_skip": options.clip_skip if options.clip_skip > 1 else "",
+            **{f"lr_scheduler_{name}": str(value) for name, value in lr_shape(options).items()},
+            **run.parts,
+            "log_with": options.log_with if logs else "",
+            "logging_dir": str(Path(options.output_dir).absolute() / "logs") if logs else "",
+        }
+    )
+
+
+def _network(options: Options, run: Run, role: str) -> dict[str, str]:
+    found = {
+        "role": role,
+        "target": options.target,
+        "base_name": run.checkpoint.name,
+        "base_sha256": run.base_sha256,
+        "base_file_sha256": run.base_file_sha256,
+        "base_version": run.family.version + ("_v" if run.v_prediction and run.family.version == "sd_v2" else ""),
+        "engine": run.engine,
+        "dataset_metadata": "no" if options.no_dataset_metadata else "",
+    }
+    if options.target == "conv":
+        found |= {"conv_dim": str(options.network_dim), "conv_alpha": str(options.network_alpha)}
+    return found
+
+
+def _arguments(flags: Mapping[str, object], network: Mapping[str, str], run: Run, extra: Sequence[str]) -> list[str]:
+    found = list(run.family.flags)
+    others, theirs = _checked(extra, flags)
+    overridden = {argument[2:].partition("=")[0] for argument in others if argument.startswith("--")}
+    for name, value in flags.items():
+        if name in overridden:
+            continue
+        if isinstance(value, tuple):
+            found += [f"--{name}", *map(str, value)] if value else []
+        elif value is True:
+            found.append(f"--{name}")
+        elif value not in (False, "", 0):
+            found += [f"--{name}", str(value)]
+    ours = [f"{name}={value}" for name, value in network.items() if value]
+    return [*found, *others, "--network_module", NETWORK_MODULE, "--network_args", *ours, *theirs]
+
+
+def _checked(extra: Sequence[str], flags: Mapping[str, object]) -> tuple[list[str], list[str]]:
+    """(other arguments, --network_args of the user); OptionError for one that contaminates or says a thing twice."""
+    others: list[str] = []
+    theirs: list[str] = []
+    into = others
+    for argument in extra:
+        if not argument.startswith("--"):
+            into.append(argument)
+            continue
+        name, _, value = argument[2:].partition("=")
+        # argparse takes any unambiguous beginning of a name for the name
+        for refused, why in REFUSED.items():
+            if name and refused.startswith(name):
+                raise OptionError(f"--{name}: {refused} {why}: leave it out.")
+        if name not in DEFAULTS and (own := next((flag for flag in flags if flag.startswith(name)), None)):
+            raise OptionError(f"--{name}: the trainer itself sets {own}: set its own options instead.")
+        into = theirs if name == "network_args" else others
+        if into is others:
+            others.append(argument)
+        elif value:
+            theirs.append(value)
+    for argument in theirs:
+        if argument.partition("=")[0] in NAMES:
+            raise OptionError(f"--network_args {argument}: is set by the trainer's own options: leave it out.")
+    _check_config(others)
+    return others, theirs
+
+
+def _check_config(arguments: Sequence[str]) -> None:
+    """--config_file can set any argument, in a section or outside."""
+    for index, argument in enumerate(arguments):
+        if argument.partition("=")[0] != "--config_file":
+            continue
+        given = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+        path = Path(given if given.endswith(".toml") else f"{given}.toml")
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--config_file {path}: cannot be read as TOML ({error}): mend the file.") from error
+        for name, value in table.items():
+            for key in value if isinstance(value, dict) else (name,):
+                if key in REFUSED:
+                    raise OptionError(f"--config_file {path.name}: {key} {REFUSED[key]}: take it out of the file.")
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else ""

@@ -1,0 +1,122 @@
+"""What accelerate starts in the child process: the pack beside sd-scripts, then one of its scripts, unchanged.
+
+``python kohya_entry.py CHECKOUT/train_network.py --pretrained_model_name_or_path ...``: the checkout's folder comes
+first on the path, previews get the safety LoRA as a forward branch and leave all random numbers alone, and a training
+state that is saved says what it was trained on. An error of the guard is one line on stderr, with `MARK` before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+
+PACK = "modular_lora_guard"
+MARK = "modular_lora: "
+STOP = "MODULAR_LORA_STOP"  # environment variable: a file that is looked for before every step
+PREVIEWS = {  # script -> where it draws one preview
+    "train_network.py": ("library.train_util", "sample_image_inference"),
+    "sdxl_train_network.py": ("library.train_util", "sample_image_inference"),
+    "flux_train_network.py": ("library.flux_train_utils", "sample_image_inference"),
+    "sd3_train_network.py": ("library.sd3_train_utils", "sample_image_inference"),
+    "lumina_train_network.py": ("library.lumina_train_util", "sample_image_inference"),
+    "anima_train_network.py": ("library.anima_train_utils", "_sample_image_inference"),
+}
+
+
+def register() -> None:
+    """The repository as package ``modular_lora_guard``; nothing of it needs ComfyUI, pydantic or a TOML reader."""
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    importlib.import_module("modular_lora_guard.training.kohya.network")
+
+
+def guard_previews(script: str) -> None:
+    """Wrap the function that draws one preview; sd-scripts looks it up by name at every prompt."""
+    if script not in PREVIEWS:  # train_leco.py draws none
+        return
+    network, preview = (importlib.import_module(f"{PACK}.training.{n}") for n in ("kohya_network", "kohya_preview"))
+    module_name, name = PREVIEWS[script]
+    module = importlib.import_module(module_name)
+    draw = getattr(module, name, None)
+    if draw is None:
+        sys.exit(
+            f"{MARK}{module_name} has no {name}: this version of sd-scripts draws previews elsewhere, use another."
+        )
+
+    @functools.wraps(draw)
+    def guarded(*args, **kwargs):
+        with preview.random_state_kept(), network.previewing():
+            return draw(*args, **kwargs)
+
+    setattr(module, name, guarded)
+
+
+def describe_states() -> None:
+    """Every training state that accelerate saves gets a note of what it was trained on, written last."""
+    accelerate, network = (
+        importlib.import_module("accelerate"),
+        importlib.import_module("modular_lora_guard.training.kohya.network"),
+    )
+    save = accelerate.Accelerator.save_state
+
+    @functools.wraps(save)
+    def described(self, output_dir=None, *args, **kwargs):
+        folder = save(self, output_dir, *args, **kwargs)
+        if self.is_main_process:
+            network.record_state(folder or output_dir)
+        return folder
+
+    accelerate.Accelerator.save_state = described
+
+
+def stop_at_steps() -> None:
+    """Before a step, where the file that `STOP` names has come to be: a state of the last step, and the end.
+
+    A step of several processes is not stopped so: they would have to agree on it.
+    """
+    if not (name := os.environ.get(STOP)):
+        return
+    accelerate = importlib.import_module("accelerate")
+    network = importlib.import_module("modular_lora_guard.training.kohya.network")
+    made: list = []
+    prepare = accelerate.Accelerator.prepare
+
+    @functools.wraps(prepare)
+    def remembered(self, *args, **kwargs):
+        made[:] = [self]
+        return prepare(self, *args, **kwargs)
+
+    def before_step() -> None:
+        if made and made[0].num_processes == 1 and os.path.exists(name):
+            network.keep_state(made[0].save_state)
+            sys.exit(0)
+
+    accelerate.Accelerator.prepare = remembered
+    network.before_step = before_step
+
+
+def main() -> None:
+    script = Path(sys.argv[1]).resolve()
+    sys.argv = [str(script), *sys.argv[2:]]
+    sys.path.insert(0, str(script.parent))
+    register()
+    guard_error = importlib.import_module("modular_lora_guard.modular_lora.errors").GuardError
+    try:
+        describe_states()
+        stop_at_steps()
+        guard_previews(script.name)
+        runpy.run_path(str(script), run_name="__main__")
+    except guard_error as error:
+        sys.exit(f"{MARK}{error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Safety LoRAs: concepts erased, everything else held."""

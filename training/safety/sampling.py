@@ -1,0 +1,118 @@
+"""Deterministic DDIM (arXiv 2010.02502, eq. 12, σ = 0) under classifier-free guidance, whole or stopped on the way.
+
+x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s) ε̂ for s < t, ε̂ = ε(x_t, ∅) + g (ε(x_t, c) − ε(x_t, ∅)) (arXiv 2207.12598). With v-prediction
+the same guidance is applied to v, which is affine in ε at a given x_t. The formula holds for any s < t, so a walk may
+end between two of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model import Cond, Schedule, Trainee
+
+Network = Callable[[Tensor, Tensor, Cond], Tensor]  # Trainee.predict, or something that counts its calls
+END = -1  # the "timestep" of x_0, where ᾱ = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where a walk is, and what the network says there."""
+
+    x_t: Tensor  # b c h w
+    t: Tensor  # b
+    cond: Tensor  # b c h w, prediction for the prompt
+    empty: Tensor | None  # b c h w, for the empty prompt; None at guidance 1, where nobody asked
+
+
+def timesteps(total: int, steps: int) -> list[int]:
+    """``steps`` evenly spaced timesteps, descending from total − 1 ("trailing", arXiv 2305.08891, table 2).
+
+    The public codes of ESD and LECO count from the clean end (981, 961, ... of 1000), so that their LoRAs never see
+    t > 981; ComfyUI's samplers begin at 999, where much of the picture is decided.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"{steps} sampling steps: the schedule has {total} timesteps, choose 1 to {total}.")
+    return [total - 1 - i * total // steps for i in range(steps)]
+
+
+def noise(trainee: Trainee, size: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
+    """One x_T (b c h w, float32) a CPU generator, for pictures of ``size`` = (height, width) pixels."""
+    shape = (trainee.latent_channels, size[0] // trainee.downscale, size[1] // trainee.downscale)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(trainee.device)
+
+
+def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """x at timesteps ``to`` (b, int64; ``END``: x_0) of x_t (b c h w) at timesteps t (b) and its prediction."""
+    x0, eps = schedule.to_x0_eps(prediction, x_t, t)
+    abar = schedule.alphas_cumprod.to(to.device)[to.clamp(min=0)]
+    abar = torch.where(to < 0, torch.ones_like(abar), abar)[:, None, None, None]  # b 1 1 1
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+
+
+def predict(
+    network: Network, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond | None, guidance: float
+) -> tuple[Tensor, Tensor | None]:
+    """Predictions (b c h w) for the prompts and, unless ``guidance`` is 1 or ``empty`` None, for the empty prompt."""
+    if guidance == 1 or empty is None:
+        return network(x_t, t, cond), None
+    both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, empty]))  # 2b c h w
+    return both[: len(t)], both[len(t) :]
+
+
+def guided(cond: Tensor, empty: Tensor | None, guidance: float) -> Tensor:
+    """ε(∅) + g (ε(c) − ε(∅)), or the prediction for the prompt where there is no other."""
+    return cond if empty is None else empty + guidance * (cond - empty)
+
+
+def walk(
+    network: Network, schedule: Schedule, x_t: Tensor, cond: Cond, empty: Cond | None, guidance: float, steps: int
+) -> Iterator[Point]:
+    """All ``steps`` points of a sampling walk from noise x_T (b c h w), each before it is left; without gradients."""
+    grid = timesteps(len(schedule.alphas_cumprod), steps)
+    for i, now in enumerate(grid):
+        t = torch.full((len(x_t),), now, device=x_t.device)
+        with torch.no_grad():
+            point = Point(x_t, t, *predict(network, x_t, t, cond, empty, guidance))
+        yield point
+        if i + 1 < steps:
+            x_t = step(schedule, guided(point.cond, point.empty, guidance), x_t, t, torch.full_like(t, grid[i + 1]))
+
+
+@torch.no_grad()
+def partial(
+    network: Network,
+    schedule: Schedule,
+    x_t: Tensor,
+    cond: Cond,
+    empty: Cond | None,
+    guidance: float,
+    steps: int,
+    until: Tensor,
+) -> Tensor:
+    """x (b c h w) at timesteps ``until`` (b, int64), each row walked from noise x_T on the grid of ``steps`` steps.
+
+    A row lands on its own timestep, on the grid or between; rows that have arrived cost nothing more.
+    """
+    grid = timesteps(len(schedule.alphas_cumprod), steps)
+    x_t = x_t.clone()
+    for now, following in zip(grid, [*grid[1:], END], strict=True):
+        rows = (until < now).nonzero()[:, 0]
+        if not len(rows):
+            break
+        x, t, unconditional = x_t[rows], torch.full_like(rows, now), None if empty is None else empty[rows]
+        prediction = guided(*predict(network, x, t, cond[rows], unconditional, guidance), guidance)
+        x_t[rows] = step(schedule, prediction, x, t, until[rows].clamp(min=following))
+    return x_t
+
+
+def sample(
+    network: Network, schedule: Schedule, x_t: Tensor, cond: Cond, empty: Cond | None, guidance: float, steps: int
+) -> Tensor:
+    """x_0 (b c h w) from noise x_T (b c h w), in steps × b network rows at guidance 1, else twice as many."""
+    until = torch.full((len(x_t),), END, device=x_t.device)
+    return partial(network, schedule, x_t, cond, empty, guidance, steps, until)

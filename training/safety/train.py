@@ -1,0 +1,95 @@
+"""A safety LoRA by erasure: prompts of a concept in, no pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...modular_lora.places import check_writable
+from .. import contamination
+from ..adapters import Adapters, Spec, adapted, select
+from ..checkpointing import checkpointed
+from ..data import texts
+from ..loop import Job, Watch, fit
+from ..model import Trainee
+from ..optim import Masters
+from ..options import SafetyOptions
+from ..previews import Previews
+from ..record import Record, Trained
+from ..state import check_state
+from ..unused import unused
+from .erasure import Erasure, Report
+from .targets import erased, layers_of
+
+ROLE = "safety"
+
+
+def train_safety(
+    trainee: Trainee, options: SafetyOptions, watch: Watch, *, engine: str, base_name: str = ""
+) -> Trained:
+    """Train a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError. Objectives: erasure.py."""
+    prepare(options)
+    texts.check_prompts(options, trainee.too_long)
+    said = [*texts.cut_previews(options, trainee.too_long), *unused(options)]
+    if said:
+        watch.say("\n".join(said))
+    name = base_name or trainee.family
+    contaminated = contamination.check_base(
+        name, trainee.base_sha256, {}, (), known=contamination.known_bases(*options.known_bases)
+    )
+    wanted = layers_of(options.objective)
+    unet = {path: name for path, name in select(trainee.unet_names, options.target).items() if wanted(name)}
+    spec = Spec(unet, {}, options.network_dim, options.network_alpha, 0.0, options.seed, ROLE)
+    record = Record(trainee, options, spec, engine, base_name, contaminated=contaminated)
+    with (
+        adapted(trainee.unet, trainee.text_encoder, spec) as adapters,
+        checkpointed(trainee.unet, options.gradient_checkpointing),
+    ):
+        erasure = Erasure(
+            trainee,
+            options,
+            adapters.off,
+            adapters.parameters(),
+            relative=options.relative_error,
+            progress=lambda done, total: watch.stage("building the pool", done, total),
+            pool_file=Path(options.output_dir) / f"{options.output_name}-pool.safetensors",
+        )
+        if not options.sample_every_n_steps:
+            trainee.release(text=True)
+        previews = Previews(trainee, adapters, options, watch.check)
+        job = Job(
+            groups=[(adapters.parameters(), options.learning_rate)],
+            loss=erasure.loss,
+            write=lambda path, step, masters: _write(record, erasure, adapters, masters, path, step),
+            fingerprint=record.fingerprint,
+            after_step=lambda masters: erasure.after_step(masters.values),
+            prepare=erasure.prepare,
+            preview=lambda step: previews(step, erasure.saved_weights()),
+            extra=erasure.state_dict,
+            load_extra=erasure.load_state_dict,
+        )
+        losses = fit(job, options, trainee.device, watch)
+    return record.trained(losses, [*job.notes, *_lines(erasure.report()), *said])
+
+
+def prepare(options: SafetyOptions) -> None:
+    """What can be found wrong before a model is loaded. GuardError or OptionError."""
+    check_writable(options.output_dir, "output_dir")
+    contamination.known_bases(*options.known_bases)
+    erased(options)
+    if options.resume:
+        check_state(Path(options.resume))
+
+
+def _write(record: Record, erasure: Erasure, adapters: Adapters, masters: Masters, path: Path, step: int) -> None:
+    average = erasure.average
+    values = dict(zip(map(id, average.parameters), average.values, strict=True)) if average else {}
+    record.write(path, step, adapters.factors(lambda weight: values.get(id(weight), masters.of(weight))))
+
+
+def _lines(report: Report) -> list[str]:
+    return [
+        f"{report.erased} prompts erased, {report.kept} kept",
+        f"network rows: {report.gradient_rows} with and {report.forward_rows} without gradient, of these "
+        f"{report.pool_rows} for the pool ({report.pool_examples} examples, {report.pool_bytes / 2**20:.1f} MiB)",
+        *report.notes,
+    ]

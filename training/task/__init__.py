@@ -1,0 +1,1 @@
+"""Task LoRAs: the denoising loss on captioned images."""

@@ -1,0 +1,103 @@
+"""The denoising loss of captioned pictures: latents and text-encoder outputs made once, noise drawn by step.
+
+L = E w(t) |ε − ε_θ(x_t, t, c)|² (arXiv 2006.11239, eq. 14; v instead of ε for v-prediction), θ the adapters alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...modular_lora.util.cache import Cache
+from ..data import dataset, images
+from ..data.batches import Draw, Plan
+from ..loop import Watch
+from ..model import Cond, Trainee
+from ..options import TaskOptions
+from ..seeds import step_generator
+
+CACHE_BYTES = 2**30  # of conditioning
+
+
+class Latents:
+    """Latents, masks and sizes of all pictures, made once; float32 on the CPU."""
+
+    def __init__(self, trainee: Trainee, report: dataset.DatasetReport, watch: Watch):
+        wanted = [(i, flip) for i, p in enumerate(report.pictures) for flip in range(1 + p.subset.flip_aug)]
+        self.latents: dict[tuple[int, bool], Tensor] = {}
+        self.masks: dict[tuple[int, bool], Tensor | None] = {}
+        self.sizes: dict[tuple[int, bool], Tensor] = {}
+        for done, (i, flipped) in enumerate(wanted, 1):
+            flip = bool(flipped)
+            picture = report.pictures[i]
+            pixels, self.masks[i, flip] = dataset.load(picture, flip, trainee.downscale)
+            self.latents[i, flip] = trainee.encode_pictures(pixels[None])[0].cpu()
+            self.sizes[i, flip] = images.sizes(picture.size, picture.fit, flip)
+            watch.stage("caching latents", done, len(wanted))
+
+    def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Latents (b c h w), masks (b 1 h w, or None) and sizes (b 6) of a batch."""
+        keys = [(draw.picture, draw.flipped) for draw in draws]
+        z = torch.stack([self.latents[key] for key in keys])
+        masks = [self.masks[key] for key in keys]
+        mask = None
+        if any(m is not None for m in masks):
+            mask = torch.stack([torch.ones(z.shape[-2:]) if m is None else m for m in masks])[:, None]
+        return z, mask, torch.stack([self.sizes[key] for key in keys])
+
+
+class Captions:
+    """Conditioning by caption, so that shuffling and dropout keep the cache, which is bounded by `CACHE_BYTES`."""
+
+    def __init__(self, trainee: Trainee):
+        self.trainee = trainee
+        self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.cross.nbytes)
+
+    @torch.no_grad()
+    def of(self, captions: Sequence[str]) -> Cond:
+        return Cond.cat([self._one(caption) for caption in captions])
+
+    def _one(self, caption: str) -> Cond:
+        return self._kept.get(caption) or self._kept.put(caption, self.trainee.encode([caption]))
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising:
+    """The loss of a step's micro-batch."""
+
+    trainee: Trainee
+    options: TaskOptions
+    plan: Plan
+    latents: Latents
+    captions: Captions
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """Mean over the batch of w · |target − prediction|²; scalar."""
+        trainee, options, schedule = self.trainee, self.options, self.trainee.schedule
+        draws = self.plan.batch(step, micro)
+        z, mask, sizes = (None if part is None else part.to(trainee.device) for part in self.latents.of(draws))
+        cond = self._conditioning([draw.caption for draw in draws])
+        generator = step_generator(options.seed, "noise", step, micro)
+        t = torch.randint(len(schedule.alphas_cumprod), (len(z),), generator=generator).to(z.device)  # b
+        eps = torch.randn(z.shape, generator=generator)
+        if options.noise_offset:
+            eps += options.noise_offset * torch.randn(*z.shape[:2], 1, 1, generator=generator)
+        eps = eps.to(z.device)
+        prediction = trainee.predict(schedule.add_noise(z, t, eps), t, Cond(cond.cross, cond.pooled, sizes))
+        error = (prediction - schedule.target(z, t, eps)).square()  # b c h w
+        error = (error if mask is None else error * mask).mean((1, 2, 3))  # b
+        weight = torch.tensor([draw.weight for draw in draws], device=z.device)
+        return (weight * min_snr(schedule.snr(t), options.min_snr_gamma, schedule.prediction) * error).mean()
+
+    def _conditioning(self, captions: list[str]) -> Cond:
+        return self.trainee.encode(captions) if self.options.network_train_text_encoder else self.captions.of(captions)
+
+
+def min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """min(SNR, γ) / SNR for ε, / (SNR + 1) for v (arXiv 2303.09556, section 3.4); 1 where γ is 0."""
+    if not gamma:
+        return torch.ones_like(snr)
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

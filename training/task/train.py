@@ -1,0 +1,224 @@
+"""A task LoRA from captioned pictures, on W0; the safety LoRA is given, recorded, and out of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...modular_lora.files.reader import LoraFile, LoraLayer, read_lora
+from ...modular_lora.guard.build import SafetyLora
+from ...modular_lora.places import check_writable
+from .. import contamination
+from ..adapters import Adapters, Spec, adapted, select
+from ..checkpointing import checkpointed
+from ..data import config as dataset_config
+from ..data import dataset, export, texts
+from ..data.batches import Plan
+from ..loop import Job, Watch, fit
+from ..model import Trainee
+from ..options import OptionError, TaskOptions
+from ..previews import Previews
+from ..projection import bases, project
+from ..record import Record, Trained
+from ..state import check_state
+from ..unused import DATA_SET, unused
+from .denoising import Captions, Denoising, Latents
+
+ROLE = "task"
+
+
+def configure(options: TaskOptions, within: Path | None = None) -> dataset_config.DatasetConfig:
+    """The data set that the options name, its pictures not yet read; DatasetError or OptionError.
+
+    ``within``: the folder that all of its folders have to be in, judged before any is looked at.
+    """
+    if bool(options.train_data_dir) == bool(options.dataset_config):
+        raise OptionError("Give train_data_dir or dataset_config, and not both.")
+    return _configured(options, _shared(options), within)
+
+
+def _shared(options: TaskOptions) -> dict[str, object]:
+    return {name: getattr(options, name) for name in DATA_SET} | {"batch_size": options.train_batch_size}
+
+
+def _configured(
+    options: TaskOptions, defaults: dict[str, object], within: Path | None = None
+) -> dataset_config.DatasetConfig:
+    if options.dataset_config:
+        config = dataset_config.from_toml(options.dataset_config, defaults, within)
+    else:
+        folders = options.train_data_dir, options.reg_data_dir or None
+        config = dataset_config.from_folders(*folders, defaults, within)
+    return dataset_config.check_folders(config)
+
+
+def overridden(options: TaskOptions, config: dataset_config.DatasetConfig) -> list[str]:
+    """A line for each option that was set and that the data set's TOML overrides everywhere."""
+    lines, plain = [], TaskOptions()
+    if options.dataset_config:
+        for name, value in (given := _shared(options)).items():
+            option = "train_batch_size" if name == "batch_size" else name
+            default = getattr(plain, option)
+            if value != default and _configured(options, given | {name: default}) == config:
+                lines.append(f"{option} {value!r} has NO effect: {Path(options.dataset_config).name} says its own")
+    return lines
+
+
+def prepare(
+    options: TaskOptions, safety: Sequence[SafetyLora], data: dataset_config.DatasetConfig | None = None
+) -> dataset_config.DatasetConfig:
+    """What can be found wrong before a model is loaded; the data set, where a host has not judged ``data`` already.
+
+    Raises GuardError, OptionError or DatasetError.
+    """
+    check_writable(options.output_dir, "output_dir")
+    contamination.known_bases(*options.known_bases)
+    if options.project and not safety:
+        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
+    if options.network_weights:
+        read_lora(options.network_weights)
+    if options.resume:
+        check_state(Path(options.resume))
+    return data or configure(options)
+
+
+def train_task(
+    trainee: Trainee,
+    options: TaskOptions,
+    watch: Watch,
+    safety: Sequence[SafetyLora] = (),
+    *,
+    engine: str,
+    base_name: str = "",
+    data: dataset_config.DatasetConfig | None = None,
+) -> Trained:
+    """Train a task LoRA and write it to ``output_dir``; raises GuardError, OptionError or DatasetError.
+
+    ``data``: the data set that `configure` gave, where a host has judged it; else it is made from the options.
+
+    ``safety`` is recorded, shown in previews, and what projection keeps clear of; the training forward knows nothing
+    of it, so the LoRA is bit for bit the same without it (projection off).
+    """
+    config = prepare(options, safety, data)
+    found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    said = remarks(options, config, found, trainee.too_long)
+    watch.say("\n".join(said))
+    loras = tuple(s.lora for s in safety)
+    contaminated = _check_base(trainee, options, loras, base_name)
+    steps = options.max_train_steps, options.gradient_accumulation_steps
+    plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
+    loss = Denoising(trainee, options, plan, Latents(trainee, found, watch), Captions(trainee))
+    _release(trainee, options, loss, plan.fixed_captions())
+    spec = _spec(trainee, options)
+    record = Record(trainee, options, spec, engine, base_name, loras, contaminated, export.record(found))
+    with (
+        adapted(trainee.unet, trainee.text_encoder, spec) as adapters,
+        checkpointed(trainee.unet, options.gradient_checkpointing),
+    ):
+        spans = _prepare(trainee, options, adapters, loras)
+        job = Job(
+            groups=_groups(adapters, options),
+            loss=loss.loss,
+            write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
+            fingerprint=record.fingerprint,
+            after_step=lambda masters: _project(adapters, spans, masters.of),
+            preview=Previews(trainee, adapters, options, watch.check, safety),
+        )
+        losses = fit(job, options, trainee.device, watch)
+    return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
+
+
+def remarks(
+    options: TaskOptions,
+    config: dataset_config.DatasetConfig,
+    found: dataset.DatasetReport,
+    too_long: texts.TooLong,
+) -> list[str]:
+    """What is worth knowing before the first step: texts that are cut, options without effect, the data set."""
+    lines = [*texts.cut_captions(options, found.pictures, too_long), *texts.cut_previews(options, too_long)]
+    lines += [*unused(options, found.regularisation), *overridden(options, config)]
+    return [*lines, *dataset.format_report(found).splitlines()]
+
+
+def _check_base(trainee: Trainee, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
+    known = contamination.known_bases(*options.known_bases)
+    where = (name or trainee.family, trainee.base_sha256, trainee.weights())
+    found = contamination.check_base(*where, safety, trainee.infos, known=known, allow=options.allow_contaminated_base)
+    if trainee.patches:  # accepted by the host
+        found = "; ".join(filter(None, [found, f"a LoRA or model was merged into {trainee.patches} of its weights"]))
+    return found
+
+
+def _spec(trainee: Trainee, options: TaskOptions) -> Spec:
+    return Spec(
+        unet=select(trainee.unet_names, options.target),
+        text=trainee.text_names if options.network_train_text_encoder else {},
+        rank=options.network_dim,
+        alpha=options.network_alpha,
+        dropout=options.network_dropout,
+        seed=options.seed,
+        role=ROLE,
+    )
+
+
+def _release(trainee: Trainee, options: TaskOptions, loss: Denoising, captions: list[str] | None) -> None:
+    """Keep VAE and text encoder only where previews or captions that vary will ask for them."""
+    if options.sample_every_n_steps:
+        return
+    fixed = captions is not None and not options.network_train_text_encoder
+    if fixed:
+        loss.captions.of(captions)
+    trainee.release(text=fixed)
+
+
+def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:
+    """The adapters' parameters with their learning rates; nothing else is ever in the optimizer."""
+    groups = [(adapters.parameters("lora_unet_"), options.learning_rate)]
+    if options.network_train_text_encoder:
+        groups.append((adapters.parameters("lora_te"), options.text_encoder_lr))
+    return groups
+
+
+def _prepare(
+    trainee: Trainee, options: TaskOptions, adapters: Adapters, safety: Sequence[LoraFile]
+) -> dict[str, Tensor]:
+    """Load what is gone on from; the bases Q that projection keeps clear of, by kohya layer name."""
+    if options.network_weights:
+        start = read_lora(options.network_weights)
+        contamination.check_start(start, safety, trainee.infos)
+        adapters.load(start)
+    if not options.project:
+        return {}
+    layers = {name: LoraLayer(name, *factors) for name, factors in adapters.factors().items()}
+    spans = {name: Q.to(trainee.device) for name, Q in bases(layers, safety, trainee.infos).items()}
+    _project(adapters, spans, lambda weight: weight)
+    return spans
+
+
+@torch.no_grad()
+def _project(adapters: Adapters, spans: Mapping[str, Tensor], value_of: Callable[[nn.Parameter], Tensor]) -> None:
+    """A ← A − (A Q) Qᵀ on every layer that the safety LoRA changes as well."""
+    downs = adapters.downs() if spans else {}
+    for name, Q in spans.items():
+        A = value_of(downs[name])
+        A.copy_(project(A, Q))
+
+
+def _lines(
+    options: TaskOptions, safety: Sequence[SafetyLora], spans: Mapping[str, Tensor], contaminated: str
+) -> list[str]:
+    shown = "previews show it attached" if options.sample_every_n_steps else "no previews were drawn"
+    lines = [
+        f"safety LoRA {s.lora.name} {s.lora.sha256[:12]}: frozen, in no optimizer group, not in the training; {shown}"
+        for s in safety
+    ]
+    if not safety:
+        lines.append("no safety LoRA was given: the previews show the task LoRA alone")
+    if spans:
+        lines.append(f"projection: {len(spans)} layers kept clear of the safety LoRA's row space after every step")
+    if contaminated:
+        lines.append(f"WARNING: trained on a base that {contaminated} (allow_contaminated_base); the file says so")
+    return lines
