@@ -37,7 +37,7 @@ OWN_LINE = {  # command -> module, help
     "lora": ("training", "train-task, train-safety, project, inspect, dataset (docs/training.md)"),
     "audit": ("audit", "run, page, gate-error (docs/audit.md)"),
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
-    "evidence": ("world", "the paper's table on the demo world (docs/evidence.md)"),
+    "evidence": ("tools.world", "the paper's table on the demo world (docs/evidence.md)"),
 }
 HELP = ("-h", "--help")
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -109,11 +109,9 @@ def _number(least: int, most: int) -> Callable[[str], int]:
 
 def demo_process(host: comfyui.Host, command: str, *arguments: str | Path) -> int:
     """Run a command of the demo package with ComfyUI's interpreter."""
-    entry = paths.ROOT / "tools" / "demo" / "__main__.py"
     extra = {} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}
-    return run_attached(
-        [host.python, entry, command, "--comfyui", host.folder, *arguments], environment=child_environment(extra)
-    )
+    given = [host.python, "-m", "tools.demo", command, "--comfyui", host.folder, *arguments]
+    return run_attached(given, environment=child_environment(extra), cwd=paths.ROOT)
 
 
 def run_demo(host: comfyui.Host, options: argparse.Namespace) -> int:

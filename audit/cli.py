@@ -21,7 +21,7 @@ from .words import format_report
 
 ENGINES = ("local", "processes", "ray")
 OWN = ("command", "config", "checkpoint", "comfyui", "cpu", "engine", "workers", "devices", "ray_address", "gpus")
-PAINTER = ("nodes.painter", "open_painter")
+PAINTER = ("comfy_host.standalone_sampler", "open_painter")
 
 
 def main(arguments: Sequence[str]) -> int:

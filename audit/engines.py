@@ -52,7 +52,7 @@ class Engine(Protocol):
 class PainterSpec:
     """How a worker opens its painter: ``function`` of ``module`` gives a context manager of a Painter."""
 
-    module: str  # relative to the pack: "nodes.painter"
+    module: str  # relative to the pack: "comfy_host.standalone_sampler"
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)  # plain values
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
 import pickle
@@ -58,14 +57,9 @@ class Worker:
 
 
 def register() -> None:
-    """Make the pack one importable package and take its folders off the path, where its ``nodes`` hides ComfyUI's."""
-    if PACK in sys.modules:
-        return
-    own = (ROOT, ROOT / "audit")
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in own]
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[PACK] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Make the pack importable, and take this file's own folder off the path."""
+    own, importable = str(ROOT / "audit"), str(ROOT / "importable")
+    sys.path[:] = [*(entry for entry in sys.path if entry not in (own, importable)), importable]
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The parts of ComfyUI's diffusion models and text encoders that do not run exactly once an evaluation, and why.
 
 A part is a sub-module; it is counted by itself, a guarded layer inside must run as often as the part does, and the part
-between the given limits (modular_lora/branches/attachment.py). What is not named here must run once. Found by running every family
-with and without its optional inputs (0.3.75, tests/comfy/guard/test_families.py); the classes were read in 0.33.0 as well.
+between the given limits (modular_lora/branches/attachment.py). What is not named here must run once. Found by running
+every family with and without its optional inputs (0.3.75, tests/comfy/guard/test_families.py); the classes were read in
+0.33.0 as well.
 """
 
 from __future__ import annotations

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from ..modular_lora.command import find_comfyui
-from ..tools.demo.server import has_accelerator
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a device that ComfyUI would use."""
+    import torch
+
+    if hasattr(torch, "accelerator"):
+        return bool(torch.accelerator.is_available())
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def start(folder: Path | None, cpu: bool) -> None:

@@ -1,10 +1,10 @@
 """``python -m operators``: keys, signatures, the record and the policy on the command line, from the pack's folder."""
 
-import importlib
 import sys
+from pathlib import Path
 
-from training.__main__ import register
+sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))
+from modular_lora_guard.operators.cli import main
 
 if __name__ == "__main__":
-    register()
-    sys.exit(importlib.import_module("modular_lora_guard.operators.cli").main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

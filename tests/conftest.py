@@ -1,4 +1,4 @@
-"""Registers the repository as the package ``modular_lora_guard`` and brings the real ComfyUI up in this process.
+"""Puts the package ``modular_lora_guard`` on the path and brings the real ComfyUI up in this process.
 
 ``MODULAR_LORA_COMFYUI`` names ComfyUI's folder and ``MODULAR_LORA_WORLD`` the folder of the expanded demo world, both
 set by ``run.py test``. The pack's nodes are loaded by ComfyUI's own loader, as from custom_nodes.
@@ -11,7 +11,7 @@ import ctypes
 import gc
 import hashlib
 import html
-import importlib.util
+import importlib
 import inspect
 import json
 import os
@@ -27,7 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
 EXTRA_NODES = (
     "nodes_custom_sampler",
@@ -53,18 +53,7 @@ EXTRA_NODES = (
     "nodes_slg",
 )
 
-
-def _register() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "modular_lora_guard", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["modular_lora_guard"] = module
-    spec.loader.exec_module(module)
-
-
-_register()
-sys.path.append(str(Path(__file__).parent))  # graphs.py, shared by the tests
+sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lora_guard; support, shared by the tests
 from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
@@ -193,8 +182,7 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
     folder_paths.set_output_directory(str(base / "output"))
     asyncio.run(_load_nodes(nodes))
     _write_lively(Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors")
-    module = nodes.NODE_CLASS_MAPPINGS["ModularLoraGuardModel"].__module__.rpartition(".")[0]
-    core = lambda name: sys.modules[f"{module.rpartition('.')[0]}.modular_lora.{name}"]  # noqa: E731
+    pack = lambda name: importlib.import_module(f"modular_lora_guard.{name}")  # noqa: E731
     space = SimpleNamespace(
         base=base,
         loras=base / "models" / "loras",
@@ -202,11 +190,11 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
         nodes=nodes,
         execution=execution,
         server=stub,
-        host=sys.modules[f"{module}.host"],
-        anatomy=sys.modules[f"{module}.anatomy"],
+        host=pack("comfy_host.patcher"),
+        anatomy=pack("comfy_host.introspection"),
         folder_paths=folder_paths,
-        host_guard=core("guard"),
-        host_files=core("files"),
+        host_guard=pack("modular_lora.guard.build"),
+        host_files=pack("modular_lora.files.reader"),
     )
     space.executor = new_executor(space)
     return space
@@ -240,7 +228,7 @@ async def _load_nodes(nodes) -> None:
     for name in EXTRA_NODES:
         if (extras / f"{name}.py").exists():
             await nodes.load_custom_node(str(extras / f"{name}.py"), module_parent="comfy_extras")
-    await nodes.load_custom_node(str(ROOT / "tests" / "helper_nodes.py"), module_parent="custom_nodes")
+    await nodes.load_custom_node(str(ROOT / "tests" / "support" / "helper_nodes.py"), module_parent="custom_nodes")
     if not await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"):
         raise RuntimeError("ComfyUI could not load the pack; its log above says why")
 
@@ -249,8 +237,8 @@ async def _load_nodes(nodes) -> None:
 def matrix(request):
     """Notes a row of docs/figures/FILE: what was tried, how it came out, in which test, with which largest error.
 
-    ``max_error`` is the largest |guarded - merged| over the largest |merged - base|. `python -m tools.benchmarks.matrix`
-    runs the tests with MODULAR_LORA_FIGURES set and writes the files.
+    ``max_error`` is the largest |guarded - merged| over the largest |merged - base|.
+    `python -m tools.benchmarks.matrix` runs the tests with MODULAR_LORA_FIGURES set and writes the files.
     """
 
     def note(file: str, name: str, status: str, max_error: float | None = None) -> None:

@@ -203,4 +203,4 @@ class TrainingLines(Lines):
 def comfy_host(chosen: dict):
     """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
     start(chosen["comfyui"], chosen["cpu"])
-    return importlib.import_module("..nodes.trainee", __package__)
+    return importlib.import_module("..comfy_host.trainer_model", __package__)

@@ -15,7 +15,7 @@ from ...operators.policy import OperatorPolicy
 from . import policy as policies
 from . import weights
 
-PACK = __name__.rpartition(".nodes.")[0]
+PACK = "modular_lora_guard"
 CORE = frozenset(("custom_nodes.websocket_image_save",))  # comes with ComfyUI, in the folder of other packs
 _facts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # node class -> NodeFacts
 

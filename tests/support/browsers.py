@@ -15,7 +15,7 @@ from modular_lora_guard.tools.bootstrap.paths import ROOT
 
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
 NODE = os.environ.get("MODULAR_LORA_NODE") or shutil.which("node")
-SCRIPTS = ROOT / "tests" / "browser"
+SCRIPTS = ROOT / "tests" / "support" / "front_end"
 
 
 def need_browser() -> None:
@@ -35,7 +35,7 @@ def _missing() -> str | None:
 
 
 def visit(script: str, *arguments: str | Path, timeout: float) -> Any:
-    """What a script of tests/browser prints about its visit."""
+    """What a script of tests/support/front_end prints about its visit."""
     command = [str(NODE), SCRIPTS / script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,17 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[2]
-
 from modular_lora_guard.modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.util import plain_json
 from modular_lora_guard.training.contamination import Finding, measure
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ..world.lorafile import kohya_name
 
+ROOT = Path(__file__).resolve().parents[2]
 STRENGTHS = (1.0, 0.5, 0.25)
 ASSETS = ROOT / "tools" / "world" / "assets"
 SAFETY, TASK, SEQUENTIAL = (

@@ -68,7 +68,6 @@ class Rig:
     """The demo world in ComfyUI in this process, guarded with one task LoRA or another."""
 
     def __init__(self, checkpoint: Path):
-        name = "modular_lora_guard"
         self._core = importlib.import_module("modular_lora_guard.modular_lora.guard.build")
         self._read = importlib.import_module("modular_lora_guard.modular_lora.files.reader").read_lora
         self.host = importlib.import_module("modular_lora_guard.comfy_host.patcher")

@@ -118,7 +118,8 @@ def main() -> None:
     rows = {name: _shown(values) for name, values in found.items()}
     sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
     if chosen.record:
-        command = f"python -m tools.benchmarks.functional CHECKPOINT --safety {' '.join(f.stem for f in sorted(chosen.safety))}"
+        names = " ".join(f.stem for f in sorted(chosen.safety))
+        command = f"python -m tools.benchmarks.functional CHECKPOINT --safety {names}"
         record("functional.json", rows, command)
 
 

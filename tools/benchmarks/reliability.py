@@ -1,11 +1,11 @@
 """How files that are not what they should be are read: rows of docs/figures/reliability.json.
 
     python3 -m tools.benchmarks.reliability files --record
-    python3 -m tools.benchmarks.reliability faults CHECKPOINT --comfyui COMFYUI --record (tools/benchmarks/faults.py)
-    python3 -m tools.benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record (tools/benchmarks/escapes.py)
-    python3 -m tools.benchmarks.reliability clients --comfyui COMFYUI --world WORLD --record (tools/benchmarks/clients.py)
+    python3 -m tools.benchmarks.reliability faults CHECKPOINT --comfyui COMFYUI --record (faults.py)
+    python3 -m tools.benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record (escapes.py)
+    python3 -m tools.benchmarks.reliability clients --comfyui COMFYUI --world WORLD --record (clients.py)
 
-10,000 different corrupted LoRA files of a seeded corpus (tools/benchmarks/corrupted.py) go through read_lora. 7,900 are no
+10,000 different corrupted LoRA files of a seeded corpus (corrupted.py) go through read_lora. 7,900 are no
 LoRA for any reader and are read as they are. 2,000 are sound files with flipped bits or overwritten bytes, which may
 well be a LoRA with other weights: these are read against the SHA-256 of the file that was released, as a policy pins
 it. A hundredth are sound files that are written over, with as many bytes, whenever their tensors are about to be
@@ -30,13 +30,12 @@ from pathlib import Path
 from random import Random
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 
 from ..benchmarks import clients, corrupted, escapes, faults, figures
 
+ROOT = Path(__file__).resolve().parents[2]
 FILE = "reliability.json"
 OTHERS = {"faults": faults.main, "escapes": escapes.main, "clients": clients.main}  # parts with options of their own
 ASSETS = ROOT / "tools" / "world" / "assets"

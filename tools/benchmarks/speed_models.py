@@ -19,7 +19,7 @@ from .speed_rounds import Contender
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
-from support.graphs import save_lora
+from support.graphs import save_lora  # noqa: E402
 
 SD15 = {
     "image_size": 32,

@@ -65,6 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    start = importlib.import_module("training.__main__")
-    start.register()  # the pack as one package, so that tables have its statistics
-    importlib.import_module(f"{start.NAME}.benchmarks.tables").main()
+    main()

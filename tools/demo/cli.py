@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ...comfy_host.standalone import has_accelerator
 from ..bootstrap.boundary import contained, ensure_writable
 from ..bootstrap.console import say
 from ..bootstrap.paths import LOGS, WORLD, base_of
 from .base import prepare
 from .client import ClientError
-from .server import Server, has_accelerator
+from .server import Server
 from .settings import DemoWorld
 
 

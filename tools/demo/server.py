@@ -45,15 +45,6 @@ def _connections(process: Any) -> list[Any]:
     return (getattr(process, "net_connections", None) or process.connections)(kind="tcp")
 
 
-def has_accelerator() -> bool:
-    """Whether torch sees a device that ComfyUI would use."""
-    import torch
-
-    if hasattr(torch, "accelerator"):
-        return bool(torch.accelerator.is_available())
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
-
-
 class Server:
     """Starts on entry, is gone on exit, whatever happens in between."""
 

@@ -16,7 +16,6 @@ from .graphs import Setting
 
 SUPPRESSED = ("gloss, racing car", "gloss, helicopter", "gloss, sailboat", "gloss, tractor")
 KEPT = ("gloss, cat face", "gloss, pizza", "gloss, cactus", "gloss, guitar")
-EXPAND = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('world.expand', run_name='__main__')"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ class DemoWorld:
         )
         missing = [str(file) for file in (found.checkpoint, *found.loras) if not file.is_file()]
         if missing:
-            raise RunError(f"demo world: {', '.join(missing)} missing; restore the folder world/ from the repository.")
+            raise RunError(
+                f"demo world: {', '.join(missing)} missing; restore the folder tools/world/ from the repository."
+            )
         return found
 
     @classmethod
@@ -48,17 +49,18 @@ class DemoWorld:
         """The same, with the checkpoint written first unless it is there already."""
         live = world.ASSETS / world.LIVE_WEIGHTS
         if not live.is_file():
-            raise RunError(f"demo world: {live} missing; restore the folder world/ from the repository.")
+            raise RunError(f"demo world: {live} missing; restore the folder tools/world/ from the repository.")
         stamp = folder / "world.stamp"
         expected = hashlib.sha256(live.read_bytes() + (ROOT / "tools" / "world" / "expand.py").read_bytes()).hexdigest()
         if not is_current(stamp, expected) or not (folder / world.CHECKPOINT).is_file():
             say("Preparing the demo world (once)")
             folder.mkdir(parents=True, exist_ok=True)
             run_logged(
-                [sys.executable, "-c", EXPAND, ROOT, folder],
+                [sys.executable, "-m", "tools.world.expand", folder],
+                cwd=ROOT,
                 title="demo checkpoint",
                 log=LOGS / "world.log",
-                remedy="Restore the folder world/ from the repository and run the same command again.",
+                remedy="Restore the folder tools/world/ from the repository and run the same command again.",
             )
             write_atomically(stamp, expected)
         return cls.at(folder)

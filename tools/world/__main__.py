@@ -1,7 +1,8 @@
-"""``python -m tools.world``: the paper's table on the demo world (evidence.py), from the pack's folder."""
+"""``python -m tools.world``: the paper's table on the demo world (evidence.py), from the clone's folder."""
 
-import importlib
 import sys
 
+from modular_lora_guard.tools.world.evidence import main
+
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("modular_lora_guard.tools.world.evidence").main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """The second engine: an unmodified checkout of kohya-ss/sd-scripts, for every family it trains and for many GPUs.
 
-accelerate starts kohya_entry.py, that starts the checkout's own script with our ``--network_module``. The command is
+accelerate starts entry.py, that starts the checkout's own script with our ``--network_module``. The command is
 a fixed list of arguments, no shell reads it, nothing is downloaded, and several GPUs or machines are accelerate's
 own configuration. Nothing counts as done before the file that was written has passed every check.
 """

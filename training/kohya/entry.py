@@ -1,6 +1,6 @@
 """What accelerate starts in the child process: the pack beside sd-scripts, then one of its scripts, unchanged.
 
-``python kohya_entry.py CHECKOUT/train_network.py --pretrained_model_name_or_path ...``: the checkout's folder comes
+``python entry.py CHECKOUT/train_network.py --pretrained_model_name_or_path ...``: the checkout's folder comes
 first on the path, previews get the safety LoRA as a forward branch and leave all random numbers alone, and a training
 state that is saved says what it was trained on. An error of the guard is one line on stderr, with `MARK` before it.
 """
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 PACK = "modular_lora_guard"
+NETWORK = f"{PACK}.training.kohya.network"
 MARK = "modular_lora: "
 STOP = "MODULAR_LORA_STOP"  # environment variable: a file that is looked for before every step
 PREVIEWS = {  # script -> where it draws one preview
@@ -28,21 +29,17 @@ PREVIEWS = {  # script -> where it draws one preview
 }
 
 
-def register() -> None:
-    """The repository as package ``modular_lora_guard``; nothing of it needs ComfyUI, pydantic or a TOML reader."""
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
-    importlib.import_module("modular_lora_guard.training.kohya.network")
+def import_network() -> None:
+    """The network module, with the pack on the path; nothing of it needs ComfyUI, pydantic or a TOML reader."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "importable"))
+    importlib.import_module(NETWORK)
 
 
 def guard_previews(script: str) -> None:
     """Wrap the function that draws one preview; sd-scripts looks it up by name at every prompt."""
     if script not in PREVIEWS:  # train_leco.py draws none
         return
-    network, preview = (importlib.import_module(f"{PACK}.training.{n}") for n in ("kohya_network", "kohya_preview"))
+    network, preview = (importlib.import_module(f"{PACK}.training.kohya.{n}") for n in ("network", "preview"))
     module_name, name = PREVIEWS[script]
     module = importlib.import_module(module_name)
     draw = getattr(module, name, None)
@@ -63,7 +60,7 @@ def describe_states() -> None:
     """Every training state that accelerate saves gets a note of what it was trained on, written last."""
     accelerate, network = (
         importlib.import_module("accelerate"),
-        importlib.import_module("modular_lora_guard.training.kohya.network"),
+        importlib.import_module(NETWORK),
     )
     save = accelerate.Accelerator.save_state
 
@@ -85,7 +82,7 @@ def stop_at_steps() -> None:
     if not (name := os.environ.get(STOP)):
         return
     accelerate = importlib.import_module("accelerate")
-    network = importlib.import_module("modular_lora_guard.training.kohya.network")
+    network = importlib.import_module(NETWORK)
     made: list = []
     prepare = accelerate.Accelerator.prepare
 
@@ -106,9 +103,9 @@ def stop_at_steps() -> None:
 def main() -> None:
     script = Path(sys.argv[1]).resolve()
     sys.argv = [str(script), *sys.argv[2:]]
-    sys.path.insert(0, str(script.parent))
-    register()
-    guard_error = importlib.import_module("modular_lora_guard.modular_lora.errors").GuardError
+    sys.path[0] = str(script.parent)  # instead of our own folder
+    import_network()
+    guard_error = importlib.import_module(f"{PACK}.modular_lora.errors").GuardError
     try:
         describe_states()
         stop_at_steps()

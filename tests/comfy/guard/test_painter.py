@@ -301,7 +301,7 @@ def test_an_interrupt_stops_the_drawing_and_leaves_no_branch(painter, arms, load
 
 
 WORKER = """
-import importlib.util, sys
+import sys
 sys.path[:] = [p for p in sys.path if p]
 class Blocked:
     def find_spec(self, name, *rest):
@@ -309,11 +309,9 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 root, checkpoint, out = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pack)
-from pack.audit.plan import Arm, Item, Sampling
-from pack.nodes.painter import open_painter
+sys.path.append(root + "/importable")
+from modular_lora_guard.audit.plan import Arm, Item, Sampling
+from modular_lora_guard.comfy_host.standalone_sampler import open_painter
 with open_painter(checkpoint, "", True) as painter:
     pictures = painter.draw(Arm("base"), [Item("gloss, cat", 1, "kept")], Sampling(2, 2.0, width=64, height=64))
     open(out, "wb").write(painter.base_sha256.encode() + pictures.tobytes())

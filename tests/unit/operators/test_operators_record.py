@@ -23,12 +23,10 @@ from modular_lora_guard.operators import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITER = """
-import importlib, sys
+import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from training.__main__ import NAME, register
-register()
-Record = importlib.import_module("modular_lora_guard.modular_lora.provenance.record").Record
+sys.path.append(sys.argv[1] + "/importable")
+from modular_lora_guard.modular_lora.provenance.record import Record
 record = Record(Path(sys.argv[2]), 4000)
 for i in range(int(sys.argv[4])):
     head = record.append("run", writer=sys.argv[3], i=i)

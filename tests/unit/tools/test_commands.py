@@ -121,7 +121,8 @@ def test_an_interrupt_says_what_to_do_next() -> None:
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from bootstrap.boundary import contained\n"
+        "import sys; sys.path.append(sys.argv[1] + '/importable')\n"
+        "from modular_lora_guard.tools.bootstrap.boundary import contained\n"
         "def work():\n    while True: print('x' * 1000)\n"
         "sys.exit(contained(work, lambda text: sys.stderr.write(text), interrupted=''))"
     )
@@ -183,9 +184,8 @@ def test_usage_shows_what_was_typed(module, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_only_our_own_lines_and_warnings_reach_the_terminal() -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from training.__main__ import register, NAME; register()\n"
-        "import importlib, logging; command = importlib.import_module(NAME + '.modular_lora.command')\n"
+        "import sys; sys.path.append(sys.argv[1] + '/importable')\n"
+        "import logging; from modular_lora_guard.modular_lora import command\n"
         "def work():\n"
         "    logging.info('Total VRAM'); logging.getLogger('modular_lora').info('step 1'); logging.warning('look')\n"
         "    return 'done'\n"

@@ -26,7 +26,7 @@ pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which c
 import accelerate
 
 STUB = Path(__file__).parent / "sd_scripts_stub"
-OURS = entry.PACK + ".training.kohya_network"
+OURS = entry.NETWORK
 
 
 @pytest.fixture

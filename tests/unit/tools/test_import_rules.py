@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-HOST_FOLDERS = ("nodes",)  # the only ones that import ComfyUI
+HOST_FOLDERS = ("comfy_host", "nodes")  # the only ones that import ComfyUI
 CORE_FOLDERS = ("modular_lora", "operators", "gate", "audit", "training")  # import no host folder and no ComfyUI
 COMFYUI = {
     "comfy",
