@@ -66,9 +66,8 @@ Sha256 = Annotated[StrictStr, AfterValidator(_sha256)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=10)]
 Threshold = Annotated[float, Field(strict=True, ge=0.001, le=1)]
 Bytes = Annotated[int, Field(strict=True, ge=LEAST_RECORD)]
-Named = Annotated[
-    Mapping[str, T], AfterValidator(lambda names: MappingProxyType(names))
-]  # names that the operator chooses
+# Names that the operator chooses.
+Named = Annotated[Mapping[str, T], AfterValidator(lambda names: MappingProxyType(names))]
 
 
 def _named() -> Any:

@@ -171,7 +171,7 @@ def keys_of(table: type, place: str = "") -> Iterator[tuple[str, object]]:
             yield place + key, hint
 
 
-@pytest.mark.parametrize(("key", "hint"), keys_of(Tables))
+@pytest.mark.parametrize(("key", "hint"), list(keys_of(Tables)))
 def test_no_value_of_another_type_is_turned_into_one_that_fits(key: str, hint: object) -> None:
     text = "" if key.startswith("guard.required") else "guard.required = []\n"
     wrong = ["1979-05-27", "'true'", "'1'", "1e999"] if hint is not str else ["1979-05-27", "1", "true", "['a']"]
