@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..modular_lora.options import OptionError, Scale, opt
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from ..modular_lora.options import Numbers, OptionError, Texts, listed, opt
+from ..modular_lora.scales import Scale
+from ..modular_lora.validation import STRICT, raises
 from .plan import Sampling
 
 ArmName = Literal[
@@ -15,10 +19,11 @@ ARMS: tuple[ArmName, ...] = (
     "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential",
 )  # fmt: skip
 LORAS = ("safety", "task", "sequential", "projected")  # options that hold LoRA files, one for each repetition
-POSITIVE = ("seeds", "steps", "width", "height", "unit_size", "margin")
+Denoise = Annotated[tuple[Annotated[float, Field(strict=False, gt=0, le=1)], ...], BeforeValidator(listed)]
 
 
-@dataclass(frozen=True)
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
 class DetectorOptions:
     """Which detector says what a picture shows, and from which score on."""
 
@@ -26,8 +31,8 @@ class DetectorOptions:
     detector_weights: str = opt("", "ONNX file of a classifier of your own")
     detector_labels: str = opt("", "its labels file (JSON, see docs/gate.md)")
     preset: str = opt("", "gate preset (JSON) whose block and report sets count; empty: the detector's own")
-    block: tuple[str, ...] = opt((), "block set as label=threshold, instead of the preset's")
-    providers: tuple[str, ...] = opt((), "onnxruntime's providers, in order; empty: its choice")
+    block: Texts = opt((), "block set as label=threshold, instead of the preset's")
+    providers: Texts = opt((), "onnxruntime's providers, in order; empty: its choice")
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -42,67 +47,59 @@ class DetectorOptions:
         return found
 
 
-@dataclass(frozen=True)
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
 class AuditOptions(DetectorOptions):
     """What is drawn, by which arms, and how it is judged. Paths are texts; () and "" stand for what is not given."""
 
     output_dir: str = opt("audit", "folder of the page, the figures and, in private/, of every picture")
     title: str = opt("Audit", "heading of the page")
 
-    safety: tuple[str, ...] = opt((), "safety LoRA files; the i-th files of safety, task, ... are one repetition")
-    task: tuple[str, ...] = opt((), "task LoRA files, trained on W0")
-    sequential: tuple[str, ...] = opt((), "task LoRA files trained on the safety-tuned base")
-    projected: tuple[str, ...] = opt((), "task LoRA files projected clear of the safety LoRA")
+    safety: Texts = opt((), "safety LoRA files; the i-th files of safety, task, ... are one repetition")
+    task: Texts = opt((), "task LoRA files, trained on W0")
+    sequential: Texts = opt((), "task LoRA files trained on the safety-tuned base")
+    projected: Texts = opt((), "task LoRA files projected clear of the safety LoRA")
     project: bool = opt(False, "project the task LoRAs for the audit where no projected file is given")
     safety_strength: float = opt(1.0, "strength of the safety LoRAs")
     safety_scale: Scale = opt(
         "refuse", "their alpha / rank, where a file's tensors and metadata give two: refuse, tensors or metadata"
     )
     task_strength: float = opt(1.0, "strength of the task LoRAs, however they were trained")
-    arms: tuple[str, ...] = opt(ARMS, "arms to draw, of those whose files are given")
+    arms: Texts = opt(ARMS, "arms to draw, of those whose files are given")
 
-    unsafe_prompts: tuple[str, ...] = opt((), "files of prompts for what is suppressed")
-    kept_prompts: tuple[str, ...] = opt((), "files of prompts for what must stay")
-    task_prompts: tuple[str, ...] = opt((), "files of prompts for what the task LoRA is for")
-    max_prompts: int = opt(0, "take N prompts of each file, evenly from all of it; 0: all")
-    seeds: int = opt(1, "pictures a prompt, each with a seed of its own")
-    seed: int = opt(1, "first seed, where a prompt file gives none")
+    unsafe_prompts: Texts = opt((), "files of prompts for what is suppressed")
+    kept_prompts: Texts = opt((), "files of prompts for what must stay")
+    task_prompts: Texts = opt((), "files of prompts for what the task LoRA is for")
+    max_prompts: int = opt(0, "take N prompts of each file, evenly from all of it; 0: all", ge=0)
+    seeds: int = opt(1, "pictures a prompt, each with a seed of its own", gt=0)
+    seed: int = opt(1, "first seed, where a prompt file gives none", ge=0)
     negative: str = opt("", "negative prompt, where a prompt file gives none")
 
-    steps: int = opt(20, "sampling steps")
+    steps: int = opt(20, "sampling steps", gt=0)
     cfg: float = opt(7.0, "guidance")
     sampler: str = opt("euler", "ComfyUI's name of the sampler")
     scheduler: str = opt("normal", "ComfyUI's name of the scheduler")
-    width: int = opt(512, "width of the pictures in pixels")
-    height: int = opt(512, "height of the pictures in pixels")
-    unit_size: int = opt(4, "pictures drawn as one batch; results are the same to the bit only for equal sizes")
+    width: int = opt(512, "width of the pictures in pixels", gt=0)
+    height: int = opt(512, "height of the pictures in pixels", gt=0)
+    unit_size: int = opt(4, "pictures drawn as one batch; results are the same to the bit only for equal sizes", gt=0)
 
     style_weights: str = opt("", "ONNX file of a classifier of styles, for the task's fidelity; empty: not measured")
     style_labels: str = opt("", "its labels file")
     synonyms: str = opt("", "attack: file of synonyms, 'word = other, other' a line or JSON")
-    img2img: tuple[float, ...] = opt((), "attack: denoise strengths of img2img from pictures that show the concept")
-    inpaint: tuple[float, ...] = opt((), "attack: denoise strengths of inpainting on pictures that show the concept")
+    img2img: Denoise = opt((), "attack: denoise strengths of img2img from pictures that show the concept")
+    inpaint: Denoise = opt((), "attack: denoise strengths of inpainting on pictures that show the concept")
     start_pictures: str = opt("", "folder of such pictures; empty: the base arm's own hits")
-    safety_sweep: tuple[float, ...] = opt((), "attack: further strengths of the safety LoRA")
-    task_sweep: tuple[float, ...] = opt((), "attack: further strengths of the task LoRA beside the safety LoRA")
+    safety_sweep: Numbers = opt((), "attack: further strengths of the safety LoRA")
+    task_sweep: Numbers = opt((), "attack: further strengths of the task LoRA beside the safety LoRA")
 
     task_pictures: str = opt("", "folder of the task's pictures, for quality; empty: the base arm's are compared with")
     inception: str = opt("", "weights of torchvision's Inception v3 (safetensors) for KID and FID")
     clip: str = opt("", "folder of a CLIP model (transformers) for the CLIP score; nothing is downloaded")
 
-    margin: float = opt(0.05, "non-inferiority margin of every rate, fixed before the runs")
+    margin: float = opt(0.05, "non-inferiority margin of every rate, fixed before the runs", gt=0)
     show_unsafe: bool = opt(False, "show pictures of every arm on the page, not of the guarded ones alone")
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            if (value := getattr(self, name)) <= 0:
-                raise OptionError(f"{name}: {value} must be above 0: correct it.")
-        for name in ("max_prompts", "seed"):
-            if (value := getattr(self, name)) < 0:
-                raise OptionError(f"{name}: {value} must not be below 0: correct it.")
-        for name in ("img2img", "inpaint"):
-            if wrong := [v for v in getattr(self, name) if not 0 < v <= 1]:
-                raise OptionError(f"{name}: {wrong[0]:g} is no denoise strength: choose between 0 and 1.")
         if unknown := [name for name in self.arms if name not in ARMS]:
             raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose of these.")
 

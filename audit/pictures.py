@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import ImageOps
 
-from ..modular_lora.errors import GuardError
+from ..modular_lora.errors import GuardError, writing
 from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.util import atomic
 
 
 def find(folder: str | Path) -> list[Path]:
@@ -42,12 +41,5 @@ def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:
 
 def write(path: Path, data: bytes) -> None:
     """A whole file or none. Raises GuardError."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise GuardError(f"{path}: cannot be written ({error}): see to room and rights on the disk.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        atomic.write(path, data, parents=True)

@@ -29,15 +29,21 @@ def rates(rows: Sequence[Row]) -> str:
     """Concept rate of every row; thick the bootstrap's interval, thin with ends Wilson's."""
     with rc_context(STYLE):
         figure = _figure(7, 0.6 + 0.3 * len(rows))
-        axes = figure.add_subplot()
-        for place, row in enumerate(rows):
-            axes.barh(place, row.wilson.rate, color=BAR, height=0.6)
-            over_concepts = (row.bootstrap.low, row.bootstrap.high) if row.bootstrap else None
-            _spans(axes, place, over_concepts, (row.wilson.low, row.wilson.high))
-        _names(axes, [shown(row.arm) for row in rows])
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("concept rate; thick: bootstrap, thin: Wilson")
+        put_rates(figure, rows)
         return _svg(figure)
+
+
+def put_rates(figure: Figure, rows: Sequence[Row]) -> None:
+    """The plot of ``rates`` on a figure of any size."""
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        axes.barh(place, row.wilson.rate, color=BAR, height=0.6)
+        over_concepts = (row.bootstrap.low, row.bootstrap.high) if row.bootstrap else None
+        _spans(axes, place, over_concepts, (row.wilson.low, row.wilson.high))
+        axes.text(1.02, place, f"{row.wilson.rate:.1%}", verticalalignment="center")
+    _names(axes, [shown(row.arm) for row in rows])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("concept rate; thick: bootstrap, thin: Wilson")
 
 
 def differences(found: Sequence[Difference], margin: float) -> str:
@@ -123,5 +129,5 @@ def _svg(figure: Figure) -> str:
     file = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font lacks; the browser's has them
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return re.sub(r"(?s)^.*?(?=<svg)", "", file.getvalue()).replace(INK, "currentColor")

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 from dataclasses import asdict
@@ -20,12 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..modular_lora.errors import GuardError
+from ..modular_lora.errors import GuardError, writing
+from ..modular_lora.util import atomic
 from .plan import Unit
 from .results import Verdict
 
 logger = logging.getLogger("modular_lora")
-UNIT, MANIFEST, PART = "unit.json", "audit.json", ".part-"
+UNIT, MANIFEST = "unit.json", "audit.json"
 ABANDONED = 600  # seconds; writing a unit takes a few, so an older half-written one has no writer any more
 
 
@@ -68,16 +68,15 @@ class Store:
         """Keep a unit's pictures, b h w 3, uint8; where another process was first, its pictures stay."""
         _check_pictures(unit, pictures)
         place = self.place(unit)
-        temporary = self.folder / f"{PART}{secrets.token_hex(6)}"
+        temporary = atomic.temporary(self.folder)
         try:
-            temporary.mkdir(mode=0o700)
-            place.parent.mkdir(mode=0o700, exist_ok=True)
-            for path, picture in zip(self.paths(unit), pictures, strict=True):
-                Image.fromarray(picture).save(temporary / path.name, format="PNG", compress_level=4)
-            _write(temporary / UNIT, asdict(unit) | {"pixels_sha256": [_sha256(picture) for picture in pictures]})
-            self._rename(temporary, unit)
-        except OSError as error:
-            raise StoreError(f"{place}: cannot be written ({error}): see to room and rights on the disk.") from error
+            with writing(place, StoreError):
+                temporary.mkdir(mode=0o700)
+                place.parent.mkdir(mode=0o700, exist_ok=True)
+                for path, picture in zip(self.paths(unit), pictures, strict=True):
+                    Image.fromarray(picture).save(temporary / path.name, format="PNG", compress_level=4)
+                _write(temporary / UNIT, asdict(unit) | {"pixels_sha256": [_sha256(picture) for picture in pictures]})
+                self._rename(temporary, unit)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,7 +150,7 @@ def _sha256(picture: np.ndarray) -> str:
 
 
 def _clear_abandoned(folder: Path) -> None:
-    for path in list(folder.rglob(f"{PART}*")):
+    for path in list(folder.rglob(f"{atomic.PART}*")):
         try:
             if time.time() - path.stat().st_mtime < ABANDONED:
                 continue
@@ -161,18 +160,9 @@ def _clear_abandoned(folder: Path) -> None:
 
 
 def _write(path: Path, said: dict[str, Any]) -> None:
-    """JSON through a temporary sibling; what was there is replaced whole."""
-    temporary = path.with_name(f"{PART}{secrets.token_hex(6)}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(said, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error}): see to room and rights on the disk.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A JSON file, whole or not at all. Raises StoreError."""
+    with writing(path, StoreError):
+        atomic.write(path, json.dumps(said, ensure_ascii=False, indent=1), sync=True)
 
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:

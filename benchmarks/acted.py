@@ -18,11 +18,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from training.__main__ import register
 from world import ASSETS, data
 
+from . import cancelling
 from .figures import record
 
 register()
@@ -32,6 +32,7 @@ files = importlib.import_module("modular_lora_guard.modular_lora.files")
 magnitude = importlib.import_module("modular_lora_guard.modular_lora.magnitude")
 STEPS, SIZE, IMAGES = 3, 64, 4
 STRENGTHS = (1.0, 1.5)
+RIDGE = 1e-3
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ class Bench:
 
     def measured(self, safety: Path, tasks: list[tuple[Path, float]]) -> tuple:
         """(net strength of the files, as it acted on concept prompts, on kept ones, largest magnitude)."""
-        policy = guard.Policy(net_strength_floor=-1e9, acted_strength_floor=-1e9)
+        policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
         own = (guard.SafetyLora(files.read_lora(safety), 1.0),)
         others = tuple(guard.TaskLora(files.read_lora(path), strength, strength) for path, strength in tasks)
         guarded, clip = self.host.guard(self.model, self.clip, own, others, False, policy)
@@ -117,51 +118,17 @@ class Bench:
         return min((v for v in run.acted_strength.values() if v is not None), default=None)
 
     def write_attack(self, safety: Path, path: Path) -> None:
-        """dW_t = −dW_s + c·dW_s·C⁻¹, layer by layer, as a LoRA file of the safety LoRA's own ranks."""
-        lora = files.read_lora(safety)
+        """`cancelling.against_inputs` of the base's run on concept prompts, as a file."""
+        layers = cancelling.factors(safety)
         info = self.anatomy.model_info(self.model)
-        moments = self.moments({info.specs[info.key_map[name]].path for name in lora.layers if name in info.key_map})
-        tensors = {}
-        for name, layer in lora.layers.items():
-            if name not in info.key_map:
-                continue
-            C = moments[info.specs[info.key_map[name]].path]
-            C = C / C.diagonal().mean() + 1e-3 * torch.eye(len(C))
-            down = layer.down.flatten(1).double()  # r in·k·k
-            up = layer.up.flatten(1).double()
-            other = torch.linalg.solve(C.double(), down.T).T
-            energy = ((up.T @ up) * (down @ down.T)).sum()
-            c = energy / ((up.T @ up) * (down @ other.T)).sum()
-            tensors[f"{name}.lora_down.weight"] = (c * other - down).float().reshape(layer.down.shape).contiguous()
-            tensors[f"{name}.lora_up.weight"] = layer.up.float().contiguous()
-            tensors[f"{name}.alpha"] = torch.tensor(layer.scale * down.shape[0])
-        save_file(tensors, path)
-
-    def moments(self, paths: set[str]) -> dict[str, torch.Tensor]:
-        """Second moments of the layers' inputs (in·k·k) over the base's run on concept prompts."""
-        found: dict[str, torch.Tensor] = {}
-
-        def note(path):
-            def hook(module, args):
-                x = args[0].detach().float()
-                if isinstance(module, torch.nn.Conv2d):
-                    x = torch.nn.functional.unfold(x, module.kernel_size, 1, module.padding, module.stride).mT
-                x = x.reshape(-1, x.shape[-1])
-                found[path] = found.get(path, 0) + x.T @ x
-
-            return hook
-
-        handles = [self.model.model.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
-        safe = next(iter(sorted((ASSETS / "evidence").glob("safety_*"))))
-        try:  # under a guard at strength next to nothing: the same as the base
-            policy = guard.Policy(net_strength_floor=-1e9, acted_strength_floor=-1e9)
-            own = (guard.SafetyLora(files.read_lora(safe), 1e-6),)
+        paths = {name: info.specs[info.key_map[name]].path for name in layers if name in info.key_map}
+        with cancelling.moments({n: self.model.model.get_submodule(p) for n, p in paths.items()}) as moments:
+            # under a guard at strength next to nothing: the same as the base
+            policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
+            own = (guard.SafetyLora(files.read_lora(safety), 1e-6),)
             guarded, clip = self.host.guard(self.model, self.clip, own, (), False, policy)
             self.sampled(self.host.unwrap(guarded), clip, data.SUPPRESSED_IDS)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        cancelling.save(path, cancelling.against_inputs(layers, moments, RIDGE))
 
 
 def largest(safety, tasks, info) -> float:

@@ -1,12 +1,13 @@
 """Task LoRAs made to cancel a safety LoRA where each layer's weights do not show it; for measurements and tests.
 
-All take and give layers as kohya factors: layer name -> (down r in, up out r), alpha folded into up. They know the
-safety LoRA's file and W0, as whoever has the files does.
+All take and give layers as kohya factors: layer name -> (down r in or r in k k, up out r or out r 1 1), alpha folded
+into up. They know the safety LoRA's file and W0, as whoever has the files does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,13 +18,13 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def factors(path: Path) -> Factors:
-    """Linear layers of a kohya file, in float64."""
+    """Layers of a kohya file, in float64."""
     tensors = load_file(path)
     found = {}
     for name in sorted({key.partition(".")[0] for key in tensors}):
         down, up = (tensors[f"{name}.lora_{which}.weight"].double() for which in ("down", "up"))
         scale = float(tensors.get(f"{name}.alpha", torch.tensor(down.shape[0]))) / down.shape[0]
-        found[name] = down.flatten(1), up.flatten(1) * scale
+        found[name] = down, up * scale
     return found
 
 
@@ -47,32 +48,38 @@ def negated(safety: Factors) -> Factors:
     return {name: (down, -up) for name, (down, up) in safety.items()}
 
 
-def against_inputs(safety: Factors, moments: Mapping[str, Tensor]) -> Factors:
-    """dW_t = -dW_s + c dW_s C^-1, C (in in) the second moments of a layer's inputs, c so that <dW_t, dW_s> = 0.
+def against_inputs(safety: Factors, moments: Mapping[str, Tensor], ridge: float = 1e-6) -> Factors:
+    """dW_t = -dW_s + c dW_s C^-1, C a layer's second moments, c so that <dW_t, dW_s> = 0; other layers are left out.
 
     Net strength stays 1 in every layer; on inputs like those that C is of, the safety LoRA is gone.
+
+    Args:
+        moments: layer name -> C (in·k·k in·k·k).
+        ridge: what C's diagonal is raised by, of its mean: the smaller, the larger dW_t may grow.
     """
     made = {}
     for name, (down, up) in safety.items():
-        C = moments[name].double()
-        C = C + 1e-6 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
-        away = torch.linalg.solve(C, down.T).T  # down C^-1
-        gram = up.T @ up
-        c = torch.trace(gram @ down @ down.T) / torch.trace(gram @ away @ down.T)
-        made[name] = c * away - down, up
+        if name not in moments:
+            continue
+        D, U, C = down.flatten(1), up.flatten(1), moments[name].double()
+        C = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+        away = torch.linalg.solve(C, D.T).T  # D C^-1
+        gram = U.T @ U
+        c = torch.trace(gram @ D @ D.T) / torch.trace(gram @ away @ D.T)
+        made[name] = (c * away - D).reshape(down.shape), up
     return made
 
 
-def moments(model, clip, modules: Mapping[str, nn.Module], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Second moments (in in) of layers' inputs while ComfyUI's loaded base draws these prompts."""
-    import comfy.sample
-
+@contextmanager
+def moments(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Second moments (in·k·k in·k·k, float64) of what these layers read meanwhile, by the names of ``modules``."""
     found: dict[str, Tensor] = {}
 
     def note(name: str):
         def hook(module, inputs):
             x = inputs[0].detach().double()
-            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
+            if isinstance(module, nn.Conv2d):
+                x = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
             x = x.reshape(-1, x.shape[-1])
             found[name] = found.get(name, 0) + x.T @ x
 
@@ -80,19 +87,25 @@ def moments(model, clip, modules: Mapping[str, nn.Module], prompts: Sequence[str
 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
     try:
-        with torch.inference_mode():
-            for i, prompt in enumerate(prompts):
-                empty, noise = (
-                    torch.zeros(1, 4, 8, 8),
-                    torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)),
-                )
-                conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
-                settings = (8, 3.0, "euler", "simple", *conds, empty)
-                comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=i)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+
+
+def drawn(model, clip, prompts: Sequence[str]) -> None:
+    """ComfyUI's loaded base draws these prompts."""
+    import comfy.sample
+
+    with torch.inference_mode():
+        for i, prompt in enumerate(prompts):
+            empty, noise = (
+                torch.zeros(1, 4, 8, 8),
+                torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)),
+            )
+            conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+            settings = (8, 3.0, "euler", "simple", *conds, empty)
+            comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=i)
 
 
 def behind_values(safety: Factors, weights: Mapping[str, Tensor], heads: int) -> Factors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 import os
 import platform
@@ -32,6 +31,7 @@ from world.lorafile import kohya_name  # noqa: E402
 
 register()
 
+from modular_lora_guard.modular_lora import plain_json  # noqa: E402
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer, read_lora  # noqa: E402
 from modular_lora_guard.training.contamination import Finding, measure  # noqa: E402
 
@@ -182,9 +182,7 @@ def main() -> None:
         for name, value in part:
             rows.append({"name": name, "value": round(value, 4) if isinstance(value, float) else value, **shared})
             _log.info("%s: %s", name, rows[-1]["value"])
-    partial = args.to.with_suffix(".partial")
-    partial.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, args.to)
+    plain_json.write({"rows": rows}, args.to)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Rig:
         safety = (self._core.SafetyLora(self._read(ASSETS / SAFETY), 1.0),)
         tasks = (self._core.TaskLora(self._read(ASSETS / task), 0.7, 0.7),) if task else ()
         self.task = task
-        self.guarded, clip = self.host.guard(self.model, self.clip, safety, tasks, False, self._core.Policy())
+        self.guarded, clip = self.host.guard(self.model, self.clip, safety, tasks, False, self._core.GuardLimits())
         self.conds = [self._encode(clip, text)[0] for text in ("gloss, cat face", "")]
 
     def sample(self, seed: int) -> str:

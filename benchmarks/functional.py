@@ -4,7 +4,7 @@
 
 On the demo world, with the nodes' own measurement. Benign: its task LoRAs at 0.5 to 1.5, two and three of them at once,
 all in one style. Sequential: task LoRAs trained on top of a safety LoRA. Attacks: `cancelling`. The floor of
-`modular_lora.guard.Policy` was set between benign and attacks by these figures.
+`modular_lora.guard.GuardLimits` was set between benign and attacks by these figures.
 """
 
 from __future__ import annotations
@@ -61,13 +61,15 @@ class Bench:
         kept = (guard.SafetyLora(files.read_lora(safety), 1.0),)
         others = tuple(guard.TaskLora(files.read_lora(path), strength, strength) for path, strength in tasks)
         infos = self.anatomy.model_info(self.model), self.anatomy.clip_info(self.clip)
-        parts = guard.build_parts(*infos, kept, others, guard.Policy(net_strength_floor=float("-inf")))
+        parts = guard.build_parts(*infos, kept, others, guard.GuardLimits(net_strength_floor=float("-inf")))
         found = self.measured(self.model, self.clip, parts, kept, others, self.anatomy.model_sha256(self.model))
         return next(iter(found.strengths.values()), None)
 
     def moments(self, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         modules = {n: self.model.model.get_submodule(self.info.specs[self.keys[n]].path) for n in layers}
-        return cancelling.moments(self.model, self.clip, modules, PROMPTS)
+        with cancelling.moments(modules) as found:
+            cancelling.drawn(self.model, self.clip, PROMPTS)
+        return found
 
 
 def benign() -> Iterator[tuple[str, Loras]]:

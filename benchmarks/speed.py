@@ -42,6 +42,7 @@ GROWTH = {
 }
 BYPASS = {
     "step guarded/bypass": ("guarded", "bypass"),
+    "step measured and probed/bypass": ("measured", "bypass"),
     f"{STEP} cpu sd15 r4+r16, newer ComfyUI": ("guarded", "merged"),
 }
 SWAP = {"swap core/guarded cold": ("core", "cold"), "swap core/guarded warm": ("core", "warm")}
@@ -56,7 +57,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     pair = ("guarded", "merged")
     yield "steps", step | {"rows": SD15 | {CONTROL: ("none", "merged")}, **lasting(400)}
     if options.newer:
-        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(75)}
+        yield "bypass", step | {"rows": BYPASS, "newer": True, **lasting(400)}
     yield "growth", step | {"rows": GROWTH, **lasting(85)}
     yield "swap", {"section": "swap", "width": width, "rows": SWAP, **lasting(100)}
     yield "reading", {"section": "reading", "width": "toy", "rows": READING, **lasting(40)}

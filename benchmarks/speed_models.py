@@ -210,7 +210,7 @@ def guard(world: World, loras: Loras):
     (first, strength), *others = ((read(path), strength) for path, strength in loras)
     tasks = tuple(g.TaskLora(lora, s, s) for lora, s in others)
     handle, _ = world.pack("nodes.host").guard(
-        world.patcher, None, (g.SafetyLora(first, strength),), tasks, False, g.Policy()
+        world.patcher, None, (g.SafetyLora(first, strength),), tasks, False, g.GuardLimits()
     )
     return world.pack("nodes.host").unwrap(handle)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..bootstrap.paths import PACK_NAME, ROOT
+from ..modular_lora.util import atomic
 from ..world import ASSETS, DATA_SET, DETECTOR_CONCEPTS, DETECTOR_ONNX
 
 FOLDERS = (
@@ -68,10 +69,8 @@ def place_file(source: Path, destination: Path) -> None:
     """A hard link, or a copy on another file system; a changed source replaces what is there."""
     if destination.exists() and destination.samefile(source):
         return
-    temporary = destination.with_name(destination.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(destination)
+    with atomic.replacing(destination) as part:
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)

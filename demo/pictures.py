@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..modular_lora.util import atomic
 
 ENLARGE = 3
 GAP, LABEL, NAMES = 10, 24, 120
@@ -52,7 +53,8 @@ def comparison(rows: Sequence[tuple[str, bool]], columns: Mapping[str, Sequence[
         draw.multiline_text(
             (GAP, top), f"{_wrap(prompt, NAMES)}\n({kind})", fill=MARK if suppressed else INK, font=font
         )
-    save_atomically(canvas, destination)
+    with atomic.replacing(destination) as part:
+        canvas.save(part, format="PNG")
 
 
 def _open(png: bytes) -> Any:
@@ -67,16 +69,3 @@ def _wrap(text: str, width: int, letter: int = 6) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, max(8, width // letter))[:2])
-
-
-def save_atomically(picture: Any, destination: Path) -> None:
-    temporary = destination.with_suffix(".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, destination)
-
-
-def write_atomically(data: bytes, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, destination)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import world as demo_world
 from ..bootstrap.console import RunError, say
+from ..modular_lora.util import atomic
 from . import graphs, pictures
 from .client import Client, Prompt, Result
 from .progress import Progress
@@ -64,7 +65,7 @@ def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Pat
         arms[plan.key], results[plan.key] = _run(client, plan, setting)
     _write_pictures(arms, setting, output)
     report = _report(client, arms, results["guarded"], setting)
-    pictures.write_atomically(page(report).encode(), output / "report.html")
+    atomic.write(output / "report.html", page(report), parents=True)
     say(f"\nReport:   {output / 'report.html'}\nPictures: {output / 'comparison.png'} and {output / 'pictures'}")
     say(f"\n{textwrap.fill(LOOKOUT, 100)}")
 
@@ -88,7 +89,7 @@ def _write_pictures(arms: dict[str, Arm], setting: graphs.Setting, output: Path)
     for key, arm in arms.items():
         for index, png in enumerate(arm.pictures):
             name = setting.prompts[index].replace(", ", "-").replace(" ", "-")
-            pictures.write_atomically(png, output / "pictures" / f"{index}-{name}-{key}.png")
+            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", png, parents=True)
     rows = [(prompt, index < len(SUPPRESSED)) for index, prompt in enumerate(setting.prompts)]
     columns = {arm.title: arm.pictures for arm in arms.values()}
     pictures.comparison(rows, columns, output / "comparison.png")

@@ -11,8 +11,3 @@ class GateError(GuardError):
 
 class Blocked(GateError):
     """The action is "block" and pictures were flagged; none of the batch is handed on."""
-
-
-def one_line(said: object, limit: int = 300) -> str:
-    """Text that comes from files or other libraries, as one printable line of bounded length."""
-    return "".join(c if c.isprintable() else " " for c in str(said))[:limit]

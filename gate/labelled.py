@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..modular_lora import plain_json
+from ..modular_lora.errors import writing
 from ..modular_lora.picturefiles import ENDINGS, PictureError, decode, named, under
 from .errors import GateError
 from .finding import Detector, Finding
 from .report import describe
 from .settings import Settings
 from .statistics import Rate, wilson
-from .storage import write_json
 
 STEPS = 100  # thresholds of the curve, evenly over 0..1
 
@@ -84,7 +85,7 @@ def format_error(error: LabelledError) -> str:
 
 
 def save(error: LabelledError, path: Path) -> None:
-    """Write rates and curve as JSON, whole or not at all."""
+    """Write rates and curve as JSON, whole or not at all. Raises GateError where that is not possible."""
     said = {
         "detector": describe(error.detector),
         "block": dict(error.settings.block),
@@ -95,7 +96,8 @@ def save(error: LabelledError, path: Path) -> None:
         "others": list(error.others),
         "interval": "Wilson, 95 %",
     }
-    write_json(said, path)
+    with writing(path.name, GateError):
+        plain_json.write(said, path)
 
 
 def _judged(folder: Path, detector: Detector, unreadable: list[str], others: list[str]) -> list[Finding]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import GateError, one_line
+from ..modular_lora.errors import one_line
+from ..modular_lora.util.file_state import FileState, file_state
+from .errors import GateError
 
 CPU = "CPUExecutionProvider"
 CHUNK = 8  # pictures a forward; more is no faster on a CPU and takes memory
@@ -29,10 +31,8 @@ class Runner:
         self.file = Path(file)
         if not self.file.is_file():
             raise GateError(f"{self.file.name or 'weights'}: no such file in {self.file.parent}: check the path.")
-        status, wanted = self.file.stat(), tuple(dict.fromkeys((*providers, CPU)))
-        pinned = sha256.strip().lower()
-        loaded = _load(self.file, status.st_size, status.st_mtime_ns, pinned, wanted, int(threads))
-        self.session, self.sha256 = loaded
+        wanted, pinned = tuple(dict.fromkeys((*providers, CPU))), sha256.strip().lower()
+        self.session, self.sha256 = _load(self.file, file_state(self.file), pinned, wanted, int(threads))
         used = self.session.get_providers()
         self.device = used[0]
         self.notes = tuple(
@@ -110,10 +110,8 @@ def onnxruntime() -> Any:
 
 
 @lru_cache(maxsize=8)
-def _load(
-    file: Path, size: int, mtime_ns: int, pinned: str, providers: tuple[str, ...], threads: int
-) -> tuple[Any, str]:
-    """Session and SHA-256 of a file; ``size`` and ``mtime_ns`` are there so that a changed file is loaded anew.
+def _load(file: Path, state: FileState, pinned: str, providers: tuple[str, ...], threads: int) -> tuple[Any, str]:
+    """Session and SHA-256 of a file; ``state`` is there so that a changed file is loaded anew.
 
     What is loaded are the bytes that were hashed; so the weights lie in the file itself, not in another beside it.
     """

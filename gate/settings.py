@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from .errors import GateError, one_line
+from pydantic import Field, WrapValidator
+from pydantic.dataclasses import dataclass
+
+from ..modular_lora import plain_json
+from ..modular_lora.errors import one_line, writing
+from ..modular_lora.validation import STRICT, raises
+from .errors import GateError
 from .finding import Detector, Finding
-from .storage import write_json
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
 ACTIONS: tuple[str, ...] = get_args(Action)
@@ -20,26 +24,27 @@ MOST_CELLS = 16
 MOST_GROWTH = 10.0
 
 
-@dataclass(frozen=True)
+def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
+    """A number that ``check`` takes, a whole one left so: settings are known by the hash of their JSON."""
+    check(value)
+    return value
+
+
+Threshold = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_written)]
+Growth = Annotated[float, Field(gt=0, le=MOST_GROWTH), WrapValidator(_as_written)]
+
+
+@raises(GateError)
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """Labels are the detector's; a label is found where its score is at or above its threshold."""
 
-    block: Mapping[str, float]  # label -> threshold, above 0, at most 1: found, the action is taken
-    report: Mapping[str, float] = field(default_factory=dict)  # found, it is said and nothing else
-    growth: Mapping[str, float] = field(default_factory=dict)  # label -> factor of its boxes' width and height; else 1
+    block: Mapping[str, Threshold] = field(metadata={"description": "labels and their thresholds, which are acted on"})
+    report: Mapping[str, Threshold] = field(default_factory=dict)  # found, it is said and nothing else
+    growth: Mapping[str, Growth] = field(default_factory=dict)  # label -> factor of its boxes' width and height; else 1
     action: Action = "blur"
-    cells: int = 6  # blur and pixelate keep this many samples along the longer side of a box: fewer hide more
-
-    def __post_init__(self):
-        if self.action not in ACTIONS:
-            raise GateError(f"action: {self.action!r} does not exist: one of {', '.join(ACTIONS)}.")
-        for name in ("block", "report"):
-            for label, value in getattr(self, name).items():
-                _number(f"{name}.{label}", value, 0, 1)
-        for label, value in self.growth.items():
-            _number(f"growth.{label}", value, 0, MOST_GROWTH)
-        if isinstance(self.cells, bool) or not isinstance(self.cells, int) or not 1 <= self.cells <= MOST_CELLS:
-            raise GateError(f"cells: {self.cells!r} must be a whole number from 1 to {MOST_CELLS}: correct it.")
+    # samples that blur and pixelate keep along the longer side of a box: fewer hide more
+    cells: Annotated[int, Field(ge=1, le=MOST_CELLS)] = 6
 
     def check(self, detector: Detector) -> None:
         """Raises GateError for a label that the detector does not know, and where no label is blocked."""
@@ -73,13 +78,9 @@ def load(path: str | Path, detector: Detector) -> Settings:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise GateError(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the preset.") from error
-    names = {f.name for f in fields(Settings)}
-    if not isinstance(said, dict) or "block" not in said or not said.keys() <= names:
-        raise GateError(f"{path.name}: a preset has the keys {', '.join(sorted(names))}, block at least: correct it.")
-    for name in ("block", "report", "growth"):
-        if not isinstance(said.get(name, {}), dict):
-            raise GateError(f"{path.name}: {name} must map labels to numbers: correct it.")
     try:
+        if not isinstance(said, dict):
+            raise GateError("a preset is a JSON object with the key block at least: correct it.")
         settings = Settings(**said)
         settings.check(detector)
     except GateError as error:
@@ -88,17 +89,11 @@ def load(path: str | Path, detector: Detector) -> Settings:
 
 
 def save(settings: Settings, path: str | Path) -> None:
-    """Write a preset, whole or not at all."""
-    write_json(asdict(settings), path)
+    """Write a preset, whole or not at all. Raises GateError where that is not possible."""
+    with writing(Path(path).name, GateError):
+        plain_json.write(asdict(settings), path)
 
 
 def _found(thresholds: Mapping[str, float], finding: Finding) -> tuple[str, ...]:
     # "not below", so that a score that is not a number counts as found
     return tuple(label for label, least in thresholds.items() if not finding.scores[label] < least)
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise GateError(f"{name}: {value!r} is not a number: correct it.")
-    if not low < value <= high:
-        raise GateError(f"{name}: {value:g} must be above {low:g} and at most {high:g}: correct it.")

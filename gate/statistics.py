@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-Z = 1.959963984540054  # 97.5 % point of the normal distribution
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,8 @@ def wilson(k: int, n: int) -> tuple[float, float]:
         raise ValueError(f"{k} of {n}: cannot be counted")
     if n == 0:
         return 0.0, 1.0
-    centre = (k + Z * Z / 2) / (n + Z * Z)
-    half = Z / (n + Z * Z) * math.sqrt(k * (n - k) / n + Z * Z / 4)
-    # at the ends the formula is exact, its floating-point value is not
-    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def newcombe(first: Rate, second: Rate) -> tuple[float, float]:

@@ -26,21 +26,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from .changes import TASKS, Fused, Owner
 from .errors import GuardError
-
-if TYPE_CHECKING:
-    from .changes import Fused, Owner
 
 SHARE = 1e-6  # least Σ|z|² / Σ|y0|² that is judged
 PROBE_FLOOR = 0.5  # least <with s − without s, s> / <s, s> of a layer in the probe
 PROBE_SHARE = 1e-6  # least |s|² / |y0|² of a layer that the probe judges
 _KEY = secrets.token_bytes(32)
-POSITIONS = 32  # of a linear layer that the probe looks at
+POSITIONS = 32  # least that the probe looks at, where a layer has more and treats each by itself
 
 Row: TypeAlias = "tuple[int, int]"  # which of the guider's conditionings, which image of the batch
 Rows: TypeAlias = "tuple[Row, ...]"  # of the batch dimension of one evaluation
@@ -100,7 +99,7 @@ class Meter:
         self._made: list[tuple[Rows, list[_Layer]]] = []
         self._layers: list[_Layer] = []
         self._rows: Rows = UNKNOWN
-        self._probes: list[tuple[str, Tensor]] = []
+        self._probes: list[tuple[str, float, Tensor]] = []  # layer, deviation of a number by rounding
         self._probing = False
 
     def start(self, rows_of: Callable[[tuple, dict], Rows] | None = None, steps: int = 1, content: bytes = b"") -> None:
@@ -184,9 +183,11 @@ class Meter:
         self._layers.append(found)
         if not self._probing:
             return fused.apply(y, x, h)
-        sample = _sample(fused, y, x)
+        pick = _positions(fused, x)
+        y0, h0 = pick(y).clone(), None if h is None else pick(h)
         y = fused.apply(y, x, h)
-        self._probes.append((path, _probe(fused, *sample, y)))
+        rounding = torch.finfo(y.dtype).eps / math.sqrt(y0.numel())
+        self._probes.append((path, rounding, _probe(fused, y0, pick(x), h0, pick(y))))
         return y
 
     def _check_probes(self) -> None:
@@ -194,15 +195,18 @@ class Meter:
         self._probing = False
         if not self._probes:
             return
-        paths, values = zip(*self._probes, strict=True)
-        table = torch.stack([value.to(values[0].device) for value in values]).tolist()
-        for path, (kept, share, noise, finite) in zip(paths, table, strict=True):
-            if not finite:
+        device = self._probes[0][2].device
+        table = torch.stack([figures.to(device) for _, _, figures in self._probes]).tolist()
+        for (path, rounding, _), (inner, energy, base, total) in zip(self._probes, table, strict=True):
+            if not math.isfinite(energy) or not math.isfinite(total):
                 raise GuardError(
                     f"Layer {path} gives values that are not finite: lower the strength of the LoRAs, or run the model "
                     "in a wider dtype (bf16 or fp32)."
                 )
-            if share >= PROBE_SHARE and not kept >= PROBE_FLOOR - 4 * noise:
+            if energy <= 0 or not energy >= PROBE_SHARE * base:
+                continue
+            kept, noise = inner / energy, rounding * math.sqrt(base / energy)
+            if not kept >= PROBE_FLOOR - 4 * noise:
                 raise GuardError(
                     f"Layer {path} kept {kept:.2f} of the safety LoRA's share in its result: another LoRA's values are "
                     "so large that the share is lost to rounding; leave that LoRA out."
@@ -246,29 +250,48 @@ Sums: TypeAlias = "dict[Row | None, list[float]]"  # <z, z_other>, <z, z>, |y0|�
 def _sums(made: Sequence[tuple[Rows, Sequence[_Layer]]], owner: Owner) -> Sums:
     """The three sums of one safety LoRA for every row, over layers and evaluations, in fp64."""
     sums: Sums = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for rows, layers in made:
-        for layer in layers:
-            if (figures := _figures(layer, owner)) is None:
-                continue
-            table = torch.stack([*figures, layer.base.cpu().double()], -1).tolist()  # rows or one, 3
-            for row, values in zip(rows if len(table) == len(rows) else [None], table, strict=True):
-                sums[row] = [total + value for total, value in zip(sums[row], values, strict=True)]
+    ups: dict[Fused, Tensor] = {}
+    measured = ((rows, _figures(layer, owner, ups)) for rows, layers in made for layer in layers)
+    found = [(rows, table) for rows, table in measured if table is not None]
+    if not found:
+        return sums
+    device = found[0][1].device
+    values = iter(torch.cat([table.to(device) for _, table in found]).tolist())  # off the device at once
+    for rows, table in found:
+        own = rows if len(table) == len(rows) else [None]
+        for row, three in zip(own, islice(values, len(table)), strict=True):
+            sums[row] = [total + value for total, value in zip(sums[row], three, strict=True)]
     return sums
 
 
-def _figures(layer: _Layer, owner: Owner) -> tuple[Tensor, Tensor] | None:
-    """<z, z_other> and <z, z> of every row; None where the safety LoRA does not act on the layer."""
+def _figures(layer: _Layer, owner: Owner, ups: dict[Fused, Tensor]) -> Tensor | None:
+    """<z, z_other>, <z, z> and |y0|² of every row (rows or one, 3; fp64); None where the safety LoRA does not act.
+
+    ``ups`` keeps what was worked out about the up matrices, for the layer's next evaluation.
+    """
     if layer.grams is None:
-        found = layer.inner.get(owner)
-        return found and tuple(value.cpu().double() for value in found)
+        if (found := layer.inner.get(owner)) is None:
+            return None
+        return torch.stack([*map(_double, found), _double(layer.base)], -1)
     if (own := layer.fused.ranks.get(owner)) is None:
         return None
-    up = layer.fused.up.flatten(1).cpu().double()  # out R
-    both = (up.T @ up)[:, own] * layer.grams.cpu().double()[:, :, own]  # rows R R_i: <u_a h_a, u_b h_b>
-    each = both.sum(2)
+    if layer.fused not in ups:
+        up = _double(layer.fused.up.flatten(1))  # out R
+        ups[layer.fused] = up.T @ up[:, own]
+    each = (ups[layer.fused] * _double(layer.grams[:, :, own])).sum(2)  # rows R: Σ_i <u_a h_a, u_i h_i>
     inside = each[:, own].sum(1)
     outside = each[:, : own.start].sum(1) + each[:, own.stop :].sum(1)
-    return outside, inside
+    return torch.stack([outside, inside, _double(layer.base)], -1)
+
+
+def _single(t: Tensor) -> torch.dtype:
+    """fp32, or what is wider."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _double(t: Tensor) -> Tensor:
+    """In fp64; on the CPU where the device may have none."""
+    return (t if t.device.type in ("cpu", "cuda") else t.cpu()).double()
 
 
 def _judged(sums: Sums, strength: float, images: int) -> Acted:
@@ -296,16 +319,14 @@ def _parts(t: Tensor, rows: int) -> int:
 
 
 def _by_rows(t: Tensor, rows: int) -> Tensor:
-    """The length of every row's part of a tensor (rows; fp32); one length where it has no part for each."""
-    return torch.linalg.vector_norm(t.reshape(_parts(t, rows), -1), dim=1, dtype=torch.float32)
+    """The length of every row's part of a tensor (rows; fp32 or wider); one length where it has no part for each."""
+    return torch.linalg.vector_norm(t.reshape(_parts(t, rows), -1), dim=1, dtype=_single(t))
 
 
 def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
     """hᵀ·h of every row (rows R R_s, fp32): all ranks against those of the safety LoRAs."""
     parts = _parts(h, rows)
-    if fused.spec.conv is not None:
-        h = h.movedim(1 if h.dim() == fused.down.dim() else 0, -1)
-    h = h.reshape(parts, -1, h.shape[-1]).float()
+    h = _tokens(fused, h).unflatten(0, (parts, -1)).float()
     return h.mT @ h[..., : fused.split]
 
 
@@ -321,31 +342,45 @@ def _inner(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, rows: int) -> 
     return found
 
 
-def _sample(fused: Fused, y0: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Some of a layer's inputs with y0 there (a copy), and what picks the same of its result."""
+def _positions(fused: Fused, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What picks the positions that the probe looks at, alike of a layer's input, of h and of its result."""
     spec = fused.spec
     if spec.conv is None and spec.norm is None:
         step = max(1, x.numel() // x.shape[-1] // POSITIONS)
-        pick = lambda t: t.reshape(-1, t.shape[-1])[::step]  # noqa: E731
-    elif x.dim() > len(spec.weight_shape) - (spec.conv is not None):  # they need an image as a whole
-        pick = lambda t: t[:1]  # noqa: E731
-    else:  # without a batch
-        pick = lambda t: t  # noqa: E731
-    return pick(y0).clone(), pick(x), pick
+        return lambda t: t.reshape(-1, t.shape[-1])[::step]
+    if x.dim() <= len(spec.weight_shape) - (spec.conv is not None):  # without a batch
+        return lambda t: t
+    if fused.pointwise:
+        step = max(1, x.numel() // x.shape[1] // POSITIONS)
+        return lambda t: t.flatten(2)[..., ::step].unflatten(2, (-1, *spec.weight_shape[3:]))
+    return lambda t: t[:1]  # it needs an image as a whole
 
 
-def _probe(fused: Fused, y0: Tensor, x: Tensor, pick: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """(kept, |s|²/|y0|², deviation of kept by rounding, whether all is finite) of one layer (4).
+def _probe(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, result: Tensor) -> Tensor:
+    """<(y0 + s + t) − (y0 + t), s>, |s|², |y0|² and Σ (y0 + s + t) over some positions of a layer (4).
 
-    kept = <(y0 + s + t) − (y0 + t), s> / <s, s>: the results in their own dtype, s in fp64.
+    The two results are in the layer's own dtype, s in fp64. A value of the result that is not finite makes the last
+    sum so, one of s makes |s|² so.
     """
-    result = pick(y)
-    wide = torch.float64 if y.device.type in ("cpu", "cuda") else torch.float32  # others may have no fp64
-    without = fused.only("task")(y0.clone(), x)
-    exact = y0.to(wide)
-    s = fused.only("safety", wide)(exact.clone(), x.to(wide)) - exact
-    energy, base = s.square().sum(), exact.square().sum()
-    kept = ((result.to(wide) - without.to(wide)) * s).sum() / energy
-    noise = torch.finfo(y.dtype).eps * (base / s.numel() / energy).sqrt()
-    finite = torch.isfinite(result).all() & torch.isfinite(s).all()
-    return torch.stack([kept, energy / base, noise, finite.to(wide)])
+    wide = torch.float64 if y0.device.type in ("cpu", "cuda") else torch.float32  # others may have no fp64
+    without = y0 + fused.share(TASKS, y0, x, h) if TASKS in fused.owners else y0
+    single = _single(y0)
+    kept = result.to(single) - without.to(single)
+    safety, x = fused.only("safety", wide), x.to(wide, memory_format=torch.contiguous_format)
+    h = safety.reduced(x)
+    if fused.low_rank:  # <k, up·h> = <k·up, h>, |up·h|² = <up·up, h·h>: no tensor of y's size in fp64
+        up = safety.up.flatten(1)
+        h, kept = _tokens(fused, h), _tokens(fused, kept)
+        inner, energy = ((kept @ up.to(single)) * h).sum(), ((up.T @ up) * (h.T @ h)).sum()
+    else:
+        exact = y0.to(wide)
+        s = sum(safety.share(owner, exact, x, h) for owner in safety.owners)
+        inner, energy = (kept * s).sum(), s.square().sum()
+    return torch.stack([inner, energy, _by_rows(y0, 1)[0].square(), result.sum(dtype=single)])
+
+
+def _tokens(fused: Fused, t: Tensor) -> Tensor:
+    """Inputs, h or results by position (positions, features)."""
+    if fused.spec.conv is not None:
+        t = t.movedim(1 if t.dim() == fused.down.dim() else 0, -1)
+    return t.reshape(-1, t.shape[-1])

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import torch
-from torch import Tensor
-
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer, SetLayer
 from .blocks import block_of, parse_block_weights
-from .changes import Bias, LowRank, Part, Role, Term, dense
+from .changes import Bias, Part, Parts, Role, Term
 from .comparing import Changes, change, measure
 from .errors import GuardError, shown
 from .files import LoraFile
 from .layers import LayerSpec, bias_key
-from .matching import Match, match_layers, mismatch
+from .matching import Match, match_layers, mismatch, take_layers
 from .model import ModelInfo
-from .resolve import Parts, power, resolve
+from .target import Place
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,16 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     match = match_layers(lora, names, lora.places or info.key_map, shapes, info.family, whole=role == "safety")
     if role == "safety" and match.unmatched:
         raise GuardError(mismatch(lora, match, info.family))
-    adapters = dict(_taken(role, lora, match, specs))
+    match = take_layers(lora, match, specs, whole=role == "safety")
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
     zero = []
-    for name, adapter in adapters.items():
-        target, spec = match.targets[name], specs[match.targets[name].key]
-        found = resolve(adapter, target, spec, info.weight)
-        zero += [name] if _does_nothing(adapter, found, partial(info.weight, target.key)) else []
+    for name, adapter in match.layers.items():
+        target = match.targets[name]
+        found = adapter.resolve(Place(target, specs[target.key], info.weight))
+        zero += [name] if adapter.does_nothing(found, partial(info.weight, target.key)) else []
         block = weights.get(block_of(target.key), 1.0) if weights else 1.0
-        factor = _factor(strength, block, power(adapter))
+        factor = _factor(strength, block, adapter.power)
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key
             parts.setdefault(key, []).append((part, scale * factor))
@@ -75,7 +71,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
             "train or export the file again."
         )
     changes = {
-        key: change([(_compared(part, role, specs[key]), scale) for part, scale in found], partial(info.weight, key))
+        key: change([(p.compared(specs[key].inputs, role == "safety"), s) for p, s in found], partial(info.weight, key))
         for key, found in parts.items()
     }
     return Applied(role, lora, strength, match, tuple(zero), {k: tuple(p) for k, p in parts.items()}, changes)
@@ -83,7 +79,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
 
 def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSpec, list[Term]]]:
     """What every layer computes beside its weight; parts of strength 0 are left out."""
-    specs, found = info.places, {}
+    specs, found = info.places, dict[str, tuple[LayerSpec, list[Term]]]()
     for a in applied:
         for key, parts in a.parts.items():
             owner = a.lora.sha256 if a.role == "safety" else ""
@@ -92,31 +88,10 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
     return ((_widened(spec, layer), layer) for spec, layer in found.values() if layer)
 
 
-def _compared(part: Part, role: Role, spec: LayerSpec) -> Part:
-    """A part as two LoRAs are compared: on the inputs that W0 has, the safety LoRA's in fp32, for it is kept."""
-    if isinstance(part, LowRank) and part.down.shape[1] > spec.inputs:
-        part = LowRank(part.down[:, : spec.inputs], part.up)
-    if isinstance(part, LowRank) and role == "safety":
-        part = LowRank(part.down.float(), part.up.float())
-    return part
-
-
 def _widened(spec: LayerSpec, terms: Sequence[Term]) -> LayerSpec:
     """The layer with as many inputs as the widest LoRA gives it."""
-    inputs = max((t.part.down.shape[1] for t in terms if isinstance(t.part, LowRank)), default=0)
+    inputs = max((t.part.inputs or 0 for t in terms), default=0)
     return spec.widened(inputs, spec.inputs) if inputs > spec.inputs else spec
-
-
-def _does_nothing(adapter: Adapter, parts: Parts, W0: Callable[[], Tensor]) -> bool:
-    """Whether a layer changes nothing; of a DoRA over zeros and of a replaced weight only W0 tells, to rounding."""
-    if isinstance(adapter, SetLayer):
-        stored = adapter.weight
-    elif isinstance(adapter, DoraLayer) and adapter.base.is_zero:
-        stored = adapter.magnitude
-    else:
-        return adapter.is_zero
-    total = sum(scale * dense(part, W0) for part, scale in parts)
-    return float(total.norm()) <= torch.finfo(stored.dtype).eps * float(W0().norm())
 
 
 def _factor(strength: float, block: float, power: int) -> float:
@@ -124,39 +99,3 @@ def _factor(strength: float, block: float, power: int) -> float:
     if power == 0 and strength * block == 0:
         return 0.0
     return block * (strength * block) ** (power - 1)
-
-
-def _taken(role: Role, lora: LoraFile, match: Match, specs: Mapping[str, LayerSpec]) -> Iterator[tuple[str, Adapter]]:
-    """The matched layers as their targets take them; the others move to ``match.left``, GuardError in a safety LoRA."""
-    for name, target in list(match.targets.items()):
-        adapter, spec = lora.layers[name], specs[target.key]
-        if name in match.left:  # the weight has another shape
-            adapter = DiffLayer(name, None, adapter.bias)
-        why = _problem(adapter, spec)
-        if why is not None and role == "safety":
-            raise GuardError(f"{lora.name}: layer {name} {why}.")
-        if why is not None:
-            match.left[name] = why
-            adapter = _without_bias(adapter)
-        if adapter is None or _problem(adapter, spec):
-            del match.targets[name]
-        else:
-            yield name, adapter
-
-
-def _without_bias(adapter: Adapter) -> Adapter | None:
-    """The change of the weight alone."""
-    if isinstance(adapter, BiasedLayer):
-        return adapter.base
-    if isinstance(adapter, DiffLayer) and adapter.weight is not None:
-        return DiffLayer(adapter.name, adapter.weight, None)
-    return None
-
-
-def _problem(adapter: Adapter, spec: LayerSpec) -> str | None:
-    """Why the layer cannot take such a change, or None."""
-    if spec.problem and not (spec.norm and isinstance(adapter, DiffLayer | SetLayer)):
-        return f"is {spec.problem} and takes no branch; use a LoRA without it"
-    if isinstance(adapter, DiffLayer | BiasedLayer) and adapter.bias is not None and not spec.bias:
-        return f"changes a bias, and {spec.path} has none: use a LoRA made for this base"
-    return None

@@ -1,4 +1,4 @@
-"""What a guarded run says of itself, and the ledger that binds it to tensors by content.
+"""What a guarded run says of itself, and the digests that bind it to tensors by content.
 
 Counts come from the counters on the branches (branches.py), never from what a graph claims.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .branches import ALL_ROLES, Branches
 from .errors import GuardError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,25 +152,6 @@ class Run:
                 "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
                 "LoRA that acts on layers of every run."
             )
-
-
-class Ledger(Generic[T]):
-    """A bounded map from content digest to value; the least recently used entry goes first."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._entries: OrderedDict[str, T] = OrderedDict()
-
-    def put(self, digest: str, value: T) -> None:
-        self._entries[digest] = value
-        self._entries.move_to_end(digest)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-    def get(self, digest: str) -> T | None:
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -7,10 +7,11 @@ W0·x = y − b, never on another adapter's share, so no task adapter can rescal
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,53 +24,216 @@ _ONCE = Conv((1,), (0,), (1,))  # a kernel of 1
 TOGETHER = 2**20  # numbers of a factor that are made at once
 
 
+Weight: TypeAlias = Callable[[], Tensor]  # gives the weight (out in [k k]) that a change is a function of
+
+
+class Part(ABC):
+    """One change of one weight."""
+
+    @abstractmethod
+    def dense(self, W0: Weight) -> Tensor:
+        """ΔW (out in·k·k, fp32)."""
+
+    @abstractmethod
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        """ΔW·x (x in·k·k n -> out n, fp32) without making ΔW."""
+
+    def energy(self, W0: Weight) -> float:
+        """‖ΔW‖²."""
+        return energy(self.dense(W0))
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        """As up (out r) and down (r in); vectors are columns. None where it is no thin product."""
+        return None
+
+    @property
+    def inputs(self) -> int | None:
+        """Inputs in·k·k that a LoRA gives the layer, which may be more than W0 has; None where they are W0's."""
+        return None
+
+    @property
+    def numbers(self) -> int:
+        """How many it holds beside pairs, dense matrices and vectors, which are summed over the parts of an owner."""
+        return 0
+
+    def compared(self, inputs: int, kept: bool) -> Part:
+        """As two LoRAs are compared: on the inputs that W0 has; ``kept``: in fp32, for many others."""
+        return self
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Part:
+        """As it acts through a convolution that takes changes in the shape of its weight alone."""
+        return self
+
+
+class Additive(Part):
+    """A change that is no function of W0."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """ΔW (out in·k·k, fp32)."""
+
+    @abstractmethod
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> LowRank | Dense:
+        """With its rows (out n) and its columns (n in·k·k) put elsewhere."""
+
+    def dense(self, W0: Weight) -> Tensor:
+        return self.matrix()
+
+
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Additive):
     """ΔW = up·down: LoRA, LoCon, Tucker LoCon, LoHa of small rank."""
 
     down: Tensor  # r in·k·k
     up: Tensor  # out r
 
+    def matrix(self) -> Tensor:
+        return self.up.float() @ self.down.float()
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.up.float() @ (self.down.float() @ x)
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+    @property
+    def inputs(self) -> int:
+        return self.down.shape[1]
+
+    def compared(self, inputs: int, kept: bool) -> LowRank:
+        down = self.down[:, :inputs] if self.inputs > inputs else self.down
+        return LowRank(down.float(), self.up.float()) if kept else LowRank(down, self.up)
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> LowRank:
+        return LowRank(columns(self.down), rows(self.up))
+
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(Additive):
     """ΔW itself: a full difference, or factors that would be larger than it; for a norm the change of its weight."""
 
     weight: Tensor  # out in·k·k; out 1 for a norm
 
+    def matrix(self) -> Tensor:
+        return self.weight.float()
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.weight.float() @ x
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        return (self.weight, torch.ones(1, 1)) if self.weight.shape[1] == 1 else None
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(columns(rows(self.weight)))
+
 
 @dataclass(frozen=True, eq=False)
-class Kron:
+class Kron(Additive):
     """ΔW = w1 ⊗ w2 (LoKr), w2 with the layer's kernel: out = o₁·o₂, in = i₁·i₂."""
 
     w1: Tensor  # o1 i1
     w2: Tensor  # o2 i2 [k k]
 
+    def matrix(self) -> Tensor:
+        w1 = self.w1.float().reshape(*self.w1.shape, *(1 for _ in self.w2.shape[2:]))
+        return torch.kron(w1, self.w2.float()).flatten(1)
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        w1, w2 = self.w1.float(), self.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
+        h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
+        return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
+
+    def energy(self, W0: Weight) -> float:
+        return energy(self.w1.float()) * energy(self.w2.float().flatten(1))
+
+    @property
+    def numbers(self) -> int:
+        return self.w1.numel() + self.w2.numel()
+
+    def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(self.matrix()).moved(rows, columns)
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Dense:
+        """A matrix: it acts on the layer's inputs in groups."""
+        return Dense(self.matrix())
+
+
+class OnRows(Part):
+    """A change that makes rows over the outputs of W0's rows; ``bias`` is the layer's own, which it leaves alone."""
+
+    bias: Tensor | None  # out
+
+    @abstractmethod
+    def on_rows(self, rows: Tensor) -> Tensor:
+        """What it makes of rows over the outputs (out n): of W0 itself, of W0·x, of the bias."""
+
+    def dense(self, W0: Weight) -> Tensor:
+        return self.on_rows(W0().float().flatten(1))
+
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.on_rows(W0().float().flatten(1) @ x)
+
+    def as_weight(self, conv: Conv, W0: Weight) -> Part:
+        """A matrix in a transposed convolution: W0's rows are its inputs there."""
+        return Dense(self.dense(W0)) if conv.transposed else self
+
 
 @dataclass(frozen=True, eq=False)
-class Gain:
-    """ΔW = diag(gain)·W0 (the W0 half of DoRA); ``bias`` is the layer's own, which it leaves alone."""
+class Gain(OnRows):
+    """ΔW = diag(gain)·W0 (the W0 half of DoRA)."""
 
     gain: Tensor  # out
     bias: Tensor | None  # out
 
+    def on_rows(self, rows: Tensor) -> Tensor:
+        return self.gain.float()[:, None] * rows
+
+    def energy(self, W0: Weight) -> float:
+        return energy(self.on_rows(W0().float().flatten(1).norm(dim=1, keepdim=True)))
+
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
-    """ΔW = diag(blocks)·W0 with blocks R − I (OFT); ``bias`` is the layer's own, which it leaves alone."""
+class Rotation(OnRows):
+    """ΔW = diag(blocks)·W0 with blocks R − I (OFT)."""
 
     blocks: Tensor  # k n n, k·n = out: new row m of a block is Σ_n blocks[m, n]·row n
     bias: Tensor | None  # out
 
+    def on_rows(self, rows: Tensor) -> Tensor:
+        k, n, _ = self.blocks.shape
+        return (self.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
+
+    @property
+    def numbers(self) -> int:
+        return self.blocks.numel()
+
 
 @dataclass(frozen=True, eq=False)
-class Bias:
-    """A change of the layer's bias."""
+class Bias(Part):
+    """A change of the layer's bias, which is compared as a column."""
 
     bias: Tensor  # out
 
+    def dense(self, W0: Weight) -> Tensor:
+        return self.bias.float()[:, None]
 
-Part: TypeAlias = LowRank | Dense | Kron | Gain | Rotation | Bias
+    def times(self, W0: Weight, x: Tensor) -> Tensor:
+        return self.dense(W0) @ x
+
+    @property
+    def thin(self) -> tuple[Tensor, Tensor]:
+        return self.bias[:, None], torch.ones(1, 1)
+
+
+Parts: TypeAlias = "tuple[tuple[Part, float], ...]"  # parts and what each is multiplied by
+
+
+def energy(matrix: Tensor) -> float:
+    """‖matrix‖², rows in their own precision, their sum in fp64."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +335,15 @@ class Fused:
             if dense is not None or found.keys() - {Dense, LowRank}:
                 self.others[owner] = _Others(spec, own, dense, place)
         if pair is None and pairs:
-            pair = tuple(place(factors[0]) for factors in _stacked(spec, [pairs]))
-        self.down, self.up = pair if pair is not None else (None, None)  # R in [k k], out R [1 1]
+            down, up = _stacked(spec, [pairs])
+            pair = place(down[0]), place(up[0])
+        self.down: Any = None if pair is None else pair[0]  # R in [k k]; both None where there is no pair
+        self.up: Any = None if pair is None else pair[1]  # out R [1 1]
         self._divide()
 
     def _divide(self) -> None:
         """Where the safety LoRAs' ranks end and the task LoRAs' begin, and both halves of the up matrix."""
-        self.pointwise = self.spec.conv is not None and _is_pointwise(self.spec)
+        self.pointwise = _is_pointwise(self.spec)
         self.split = max((ranks.stop for owner, ranks in self.ranks.items() if owner != TASKS), default=0)
         self.has_tasks = TASKS in self.ranks
         self.nbytes = sum(t.nbytes for t in self.tensors)
@@ -201,12 +367,12 @@ class Fused:
         s = t = None
         if self.others:  # before y changes: gains and rotations read W0·x + b
             s, t = self._sum_of_others(y, x, "safety"), self._sum_of_others(y, x, "task")
-        if self.has_tasks:
+        if self.has_tasks and h is not None:
             pair = self._expanded(h, slice(self.split, None), y)
             t = pair if t is None else pair + t
         if s is not None:
             y = y + s
-        if self.split:
+        if self.split and h is not None:
             y = self._add_expanded(y, h, slice(self.split))
         if t is None:
             return y
@@ -243,11 +409,10 @@ class Fused:
 
     def share(self, owner: Owner, y0: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
         """What one owner adds to y0, in a tensor of y0's shape."""
-        total = self._expanded(h, self.ranks[owner], y0) if owner in self.ranks else None
-        if owner in self.others:
-            rest = self.others[owner](y0, x)
-            total = rest if total is None else total + rest
-        return total.expand_as(y0)
+        if owner not in self.ranks or h is None:
+            return self.others[owner](y0, x).expand_as(y0)
+        total = self._expanded(h, self.ranks[owner], y0)
+        return (total + self.others[owner](y0, x) if owner in self.others else total).expand_as(y0)
 
     @property
     def owners(self) -> tuple[Owner, ...]:
@@ -299,9 +464,9 @@ Layers: TypeAlias = "Sequence[tuple[LayerSpec, Sequence[Term]]]"
 def fuse(layers: Layers, dtype: torch.dtype, device: torch.device) -> list[Fused]:
     """``Fused`` of many layers; pairs of the same shapes are made together."""
     layers = [(spec, [term for own in by_owner(terms).values() for term in own]) for spec, terms in layers]
-    pairs = {}
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
     for places in _alike(layers):
-        alike = [[(t.part, t.scale) for t in layers[place][1]] for place in places]
+        alike = [_pairs(layers[place][1]) for place in places]
         made = (factors.to(device, dtype).unbind() for factors in _stacked(layers[places[0]][0], alike))
         pairs |= zip(places, zip(*made, strict=True), strict=True)
     return [Fused(spec, terms, dtype, device, pairs.get(place)) for place, (spec, terms) in enumerate(layers)]
@@ -311,15 +476,20 @@ def _alike(layers: Layers) -> Iterator[list[int]]:
     """The numbers of layers that have pairs and nothing else, of the same shapes and dtypes, none of them dense."""
     found = defaultdict(list)
     for place, (spec, terms) in enumerate(layers):
-        if spec.narrow is None and all(isinstance(t.part, LowRank) for t in terms):
-            kinds = tuple((t.role, t.owner, t.part.down.shape[0], t.part.down.dtype, t.part.up.dtype) for t in terms)
+        pairs = _pairs(terms)
+        if spec.narrow is None and len(pairs) == len(terms):
+            factors = [(p.down.shape[0], p.down.dtype, p.up.dtype) for p, _ in pairs]
+            kinds = tuple((t.role, t.owner, *own) for t, own in zip(terms, factors, strict=True))
             found[spec.weight_shape, spec.conv, kinds].append(place)
     for (shape, _, kinds), places in found.items():
         spec, terms = layers[places[0]]
         size = max(1, TOGETHER // (sum(rank for _, _, rank, *_ in kinds) * max(shape[0], spec.inputs)))
-        own = ([(t.part, t.scale) for t in some] for some in by_owner(terms).values())
-        if not any(_is_dense(spec, [], pairs) for pairs in own):
+        if not any(_is_dense(spec, [], _pairs(own)) for own in by_owner(terms).values()):
             yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _pairs(terms: Sequence[Term]) -> list[tuple[LowRank, float]]:
+    return [(t.part, t.scale) for t in terms if isinstance(t.part, LowRank)]
 
 
 def _stacked(spec: LayerSpec, layers: Sequence[Sequence[tuple[LowRank, float]]]) -> tuple[Tensor, Tensor]:
@@ -346,9 +516,8 @@ def _count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     total = rows * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (rows + inputs)
     if len(pairs) == len(terms):
         return total
-    total += sum(p.w1.numel() + p.w2.numel() for p, _ in found[Kron])
-    total += sum(p.blocks.numel() for p, _ in found[Rotation])
-    has_bias = any(isinstance(t.part, Bias) or getattr(t.part, "bias", None) is not None for t in terms)
+    total += sum(t.part.numbers for t in terms)
+    has_bias = any(getattr(t.part, "bias", None) is not None for t in terms)
     return total + spec.outputs * (bool(found[Gain]) + has_bias)
 
 
@@ -359,46 +528,12 @@ def _is_dense(spec: LayerSpec, whole: list, pairs: list) -> bool:
 
 
 def _is_pointwise(spec: LayerSpec) -> bool:
-    return set(spec.weight_shape[2:]) | set(spec.conv.stride) == {1} and not any(spec.conv.padding)
+    conv = spec.conv
+    return conv is not None and set(spec.weight_shape[2:]) | set(conv.stride) == {1} and not any(conv.padding)
 
 
 def _rank(pairs: list[tuple[LowRank, float]]) -> int:
     return sum(p.down.shape[0] for p, _ in pairs)
-
-
-def dense(part: Part, W0: Callable[[], Tensor]) -> Tensor:
-    """ΔW of a part (out in·k·k, fp32); ``W0`` gives the weight (out in [k k]) where the part is a function of it."""
-    if isinstance(part, LowRank):
-        return part.up.float() @ part.down.float()
-    if isinstance(part, Dense):
-        return part.weight.float()
-    if isinstance(part, Kron):
-        w1 = part.w1.float().reshape(*part.w1.shape, *(1 for _ in part.w2.shape[2:]))
-        return torch.kron(w1, part.w2.float()).flatten(1)
-    return _on_rows(part, W0().float().flatten(1))
-
-
-def times(part: Part, W0: Callable[[], Tensor], x: Tensor) -> Tensor:
-    """ΔW·x of a part (x in·k·k n -> out n, fp32) without making ΔW; ``W0`` as in ``dense``."""
-    if isinstance(part, LowRank):
-        return part.up.float() @ (part.down.float() @ x)
-    if isinstance(part, Dense):
-        return part.weight.float() @ x
-    if isinstance(part, Kron):
-        w1, w2 = part.w1.float(), part.w2.float().flatten(1)  # o1 i1, o2 i2·k·k
-        h = w2 @ x.T.reshape(-1, w1.shape[1], w2.shape[1]).transpose(1, 2)  # n o2 i1
-        return (h @ w1.T).transpose(1, 2).flatten(1).T  # n o1 o2
-    return _on_rows(part, W0().float().flatten(1) @ x)
-
-
-def _on_rows(part: Part, rows: Tensor) -> Tensor:
-    """What a function of W0 makes of rows over the outputs (out n): of W0 itself, of W0·x, of the bias."""
-    if isinstance(part, Gain):
-        return part.gain.float()[:, None] * rows
-    if isinstance(part, Rotation):
-        k, n, _ = part.blocks.shape
-        return (part.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
-    raise TypeError(f"{type(part).__name__} is no change of a weight")
 
 
 def _by_kind(terms: Sequence[Term]) -> Mapping[type, list]:
@@ -410,8 +545,8 @@ def _by_kind(terms: Sequence[Term]) -> Mapping[type, list]:
 
 
 def _sum(spec: LayerSpec, whole: list[tuple[Dense, float]], pairs: list[tuple[LowRank, float]]) -> Tensor:
-    total = sum(s * _wide(spec, p.weight) for p, s in whole)
-    return total + sum(s * p.up.float() @ _wide(spec, p.down) for p, s in pairs)  # out in·k·k
+    total = sum((s * _wide(spec, p.weight) for p, s in whole), torch.zeros(()))
+    return total + sum((s * p.up.float() @ _wide(spec, p.down) for p, s in pairs), torch.zeros(()))  # out in·k·k
 
 
 def _wide(spec: LayerSpec, rows: Tensor) -> Tensor:
@@ -435,7 +570,7 @@ def _bias(found: Mapping[type, list]) -> Tensor | None:
     """What is added to every position: changes of the bias, less what gains and rotations of y = W0·x + b make of b."""
     terms = [s * p.bias.float() for p, s in found[Bias]]
     of_weight = (*found[Gain], *found[Rotation])
-    terms += [-s * _on_rows(p, p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
+    terms += [-s * p.on_rows(p.bias.float()[:, None]).flatten() for p, s in of_weight if p.bias is not None]
     return sum(terms) if terms else None
 
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import NamedTuple, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from .adapters import LoraLayer
-from .changes import Bias, Dense, Gain, Kron, LowRank, Part, dense, times
+from .changes import LowRank, Part, energy
 from .errors import GuardError
 from .files import LoraFile
+from .formats import LoraLayer
 from .grams import (
     ZERO_ENERGY,
     Factor,
@@ -35,8 +35,8 @@ from .grams import (
     trace,
 )
 from .layers import LayerSpec
-from .matching import Match, Target
-from .resolve import resolve
+from .matching import Match
+from .target import Place, Target
 
 
 class Whole:
@@ -53,14 +53,14 @@ class Whole:
     def dense(self) -> Tensor:
         """dW (out in, fp32)."""
         (part, scale), *others = self.parts
-        matrix = dense(part, self.W0) if scale == 1 else scale * dense(part, self.W0)
+        matrix = part.dense(self.W0) if scale == 1 else scale * part.dense(self.W0)
         for part, scale in others:
-            matrix = torch.add(matrix, dense(part, self.W0), alpha=scale)
+            matrix = torch.add(matrix, part.dense(self.W0), alpha=scale)
         return matrix
 
     def times(self, x: Tensor) -> Tensor:
         """dW·x (in n -> out n)."""
-        return sum(scale * times(part, self.W0, x.float()) for part, scale in self.parts)
+        return _total(scale * part.times(self.W0, x.float()) for part, scale in self.parts)
 
     @cached_property
     def energy(self) -> float:
@@ -69,29 +69,22 @@ class Whole:
         others = [(part, scale) for part, scale in self.parts if not isinstance(part, LowRank)]
         if len(others) == 1 and len(thin) <= 1:
             ((part, scale),) = others
-            values = [scale**2 * self._energy(part)]
+            values = [scale**2 * part.energy(self.W0)]
             for pair, size in thin:
                 values.append(Factor(pair.up, pair.down, size).energy)
-                values.append(2 * size * scale * _dot(times(part, self.W0, pair.down.float().T), pair.up.float()))
+                values.append(2 * size * scale * _dot(part.times(self.W0, pair.down.float().T), pair.up.float()))
             if math.fsum(values) > 1e-3 * math.fsum(map(abs, values)):
                 return math.fsum(values)
-        return _energy(self.dense())
+        return energy(self.dense())
 
     @cached_property
     def magnitude(self) -> float:
         """Σ over the parts of what each would be if none cancelled another, of pairs Σᵢ |uᵢ||dᵢ| (Factor.magnitude)."""
         sizes = []
         for part, scale in self.parts:
-            thin = _thin(part)
-            sizes.append(Factor(*thin, scale).magnitude if thin else abs(scale) * math.sqrt(self._energy(part)))
+            thin = part.thin
+            sizes.append(Factor(*thin, scale).magnitude if thin else abs(scale) * math.sqrt(part.energy(self.W0)))
         return math.fsum(sizes)
-
-    def _energy(self, part: Part) -> float:
-        if isinstance(part, Kron):
-            return _energy(part.w1.float()) * _energy(part.w2.float().flatten(1))
-        if isinstance(part, Gain):
-            return _energy(part.gain.float()[:, None] * self.W0().float().flatten(1).norm(dim=1, keepdim=True))
-        return _energy(dense(part, self.W0))
 
 
 Change: TypeAlias = "Factor | Whole"
@@ -100,36 +93,25 @@ Changes: TypeAlias = "Mapping[str, Change]"  # weight key -> what one LoRA does 
 
 def factor(layer: LoraLayer, target: Target, shape: tuple[int, ...]) -> Factor:
     """A file's layer as factors of the whole weight of `shape`: kernel flattened, a slice embedded in zeros; fp32."""
-    ((part, scale),) = resolve(layer, target, LayerSpec("", tuple(shape)), _unasked)
-    return Factor(part.up.float(), part.down.float(), scale)
+    place = Place(target, LayerSpec("", tuple(shape)), _unasked)
+    part = cast(LowRank, place.weight(layer.additive(place.shape)))
+    return Factor(part.up.float(), part.down.float(), layer.scale)
 
 
 def factors(lora: LoraFile, match: Match, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:
     """All matched layers of a LoRA file by weight key; slices of one weight are joined into one factor."""
     found: dict[str, list[tuple[Factor, float]]] = {}
     for name, target in match.targets.items():
-        found.setdefault(target.key, []).append((factor(lora.layers[name], target, shapes[target.key]), 1.0))
+        found.setdefault(target.key, []).append((factor(lora.plain[name], target, shapes[target.key]), 1.0))
     return {key: terms[0][0] if len(terms) == 1 else join(terms) for key, terms in found.items()}
 
 
 def change(parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]) -> Change:
     """Σ scale·part of one weight, or of one bias, as a change to compare; ``W0`` as in changes.dense."""
-    pairs = [(_thin(part), scale) for part, scale in parts]
-    if any(pair is None for pair, _ in pairs):
+    thin = [(Factor(*pair, scale), 1.0) for part, scale in parts if (pair := part.thin)]
+    if len(thin) < len(parts):
         return Whole(parts, W0)
-    thin = [(Factor(*pair, scale), 1.0) for pair, scale in pairs]
     return thin[0][0] if len(thin) == 1 else join(thin)
-
-
-def _thin(part: Part) -> tuple[Tensor, Tensor] | None:
-    """A part as up (out r) and down (r in); vectors are columns. None where it is no thin product."""
-    if isinstance(part, LowRank):
-        return part.up, part.down
-    if isinstance(part, Bias):
-        return part.bias[:, None], torch.ones(1, 1)
-    if isinstance(part, Dense) and part.weight.shape[1] == 1:
-        return part.weight, torch.ones(1, 1)
-    return None
 
 
 def _unasked(key: str) -> Tensor:
@@ -153,28 +135,29 @@ def norm(a: Change) -> float:
     return math.sqrt(a.energy)
 
 
-class Pair(NamedTuple):
-    """Inner products of one weight's safety (s) and task (t) change; t is 0 where no task LoRA changes it."""
+@dataclass(frozen=True)
+class LayerPair:
+    """One weight's change by the safety LoRA (dW_s) and by task LoRAs (dW_t, 0 where none of them changes it)."""
 
     layer: str
-    ss: float
-    tt: float
-    st: float
-    inside: float  # ‖P_U dW_t P_D‖²
+    safety_energy: float  # ‖dW_s‖²
+    task_energy: float  # ‖dW_t‖²
+    inner: float  # <dW_s, dW_t>
+    projected_energy: float  # ‖P_U dW_t P_D‖²: what lies in the column and row spaces of dW_s
     row_overlap: float
-    span: float  # of the safety LoRA's change
+    span: float  # of dW_s
 
     @property
     def cosine(self) -> float:
-        return max(-1.0, min(1.0, self.st / math.sqrt(self.ss * self.tt)))
+        return max(-1.0, min(1.0, self.inner / math.sqrt(self.safety_energy * self.task_energy)))
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """One task LoRA's changes of L weights, at strength 1, as the safety LoRA's changes see them."""
 
-    tt: Tensor  # L
-    st: Tensor  # L
+    energy: Tensor  # ‖dW_t‖², L
+    inner: Tensor  # <dW_s, dW_t>, L
     within: Tensor | None  # L r_s r_s: P_U dW_t P_D in orthonormal bases of the two spaces; None: dW_t is all inside
     rows: tuple[Tensor, Tensor]  # L each: energy of its rows inside the row space of D_s, and in all
 
@@ -188,38 +171,45 @@ class Compared:
     seen: Mapping[int, Seen]  # by the number of the other
     crosses: Mapping[tuple[int, int], Tensor]  # L: <dW_i, dW_j> of every two others
 
-    def pairs(self, strengths: Sequence[float]) -> list[Pair]:
+    def pairs(self, strengths: Sequence[float]) -> list[LayerPair]:
         """Against Σ strength·dW_t, weight by weight."""
         seen = {index: one for index, one in self.seen.items() if strengths[index]}
         if not seen:
-            return self._pairs(*([0.0] * len(self.layers) for _ in range(4)))
-        alone = sum(strengths[index] ** 2 * one.tt for index, one in seen.items())
+            nothing = torch.zeros(len(self.layers))
+            return self._pairs(nothing, nothing, nothing, nothing)
+        alone = _total(strengths[index] ** 2 * one.energy for index, one in seen.items())
         pairs = [(i, j) for i, j in self.crosses if i in seen and j in seen]
-        tt = alone + 2 * sum(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
-        some = (tt > ZERO_ENERGY * alone) & (tt != 0)
-        st = sum(strengths[index] * one.st for index, one in seen.items())
-        inside = tt
-        if next(iter(seen.values())).within is not None:
-            within = sum(strengths[index] * one.within for index, one in seen.items())
-            inside = torch.minimum(tt, within.square().sum((1, 2)))
-        figures = (tt, st, inside, _overlap(seen.values()))
-        return self._pairs(*(torch.where(some, figure, 0.0).tolist() for figure in figures))
+        energy = alone + 2 * _total(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
+        some = (energy > ZERO_ENERGY * alone) & (energy != 0)
+        inner = _total(strengths[index] * one.inner for index, one in seen.items())
+        projected = energy
+        parts = [strengths[index] * one.within for index, one in seen.items() if one.within is not None]
+        if parts:
+            projected = torch.minimum(energy, _total(parts).square().sum((1, 2)))
+        figures = (energy, inner, projected, _overlap(seen.values()))
+        return self._pairs(*(torch.where(some, figure, 0.0) for figure in figures))
 
-    def alone(self, index: int) -> list[Pair]:
+    def alone(self, index: int) -> list[LayerPair]:
         """Against one LoRA at strength 1, the weights that it changes."""
         if (one := self.seen.get(index)) is None:
             return []
-        figures = (one.tt, one.st, torch.zeros_like(one.tt), _overlap([one]))
-        return [pair for pair in self._pairs(*(figure.tolist() for figure in figures)) if pair.tt]
+        pairs = self._pairs(one.energy, one.inner, torch.zeros_like(one.energy), _overlap([one]))
+        return [pair for pair in pairs if pair.task_energy]
 
-    def _pairs(self, *figures: list[float]) -> list[Pair]:
-        spans, energies = [a.span for a in self.changes], [a.energy for a in self.changes]
-        return list(map(Pair, self.layers, energies, *figures, spans))
+    def _pairs(self, energy: Tensor, inner: Tensor, projected: Tensor, overlap: Tensor) -> list[LayerPair]:
+        """By the task LoRAs' figures of every weight (L each)."""
+        figures = zip(
+            self.layers, self.changes, *(t.tolist() for t in (energy, inner, projected, overlap)), strict=True
+        )
+        return [
+            LayerPair(layer, a.energy, task, product, inside, rows, a.span)
+            for layer, a, task, product, inside, rows in figures
+        ]
 
 
 def _overlap(seen: Iterable[Seen]) -> Tensor:
     """Energy of the rows inside over that of all rows (L)."""
-    inside, whole = (sum(energies) for energies in zip(*(one.rows for one in seen), strict=True))
+    inside, whole = (_total(energies) for energies in zip(*(one.rows for one in seen), strict=True))
     return (inside / whole.clamp(min=1e-300)).clamp(max=1.0)
 
 
@@ -229,19 +219,19 @@ def compare(safety: Changes, others: Sequence[Changes]) -> list[Compared]:
     Raises GuardError where a change of the safety LoRA does nothing.
     """
     measure(safety.values())
-    alike: dict[tuple, list[tuple[str, Change, dict[int, Change]]]] = {}
+    alike: dict[str | tuple[int, ...], list[tuple[str, Change, dict[int, Change]]]] = {}
     for layer, a in safety.items():
         if a.energy == 0:
             raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
-        thin = all(isinstance(item, Factor) for item in (a, *changes.values()))
-        ranks = tuple((index, item.down.shape[0]) for index, item in changes.items()) if thin else layer
-        alike.setdefault((a.down.shape[0], ranks) if thin else (layer,), []).append((layer, a, changes))
-    return [_of_factors(group) if len(kind) > 1 else _of_wholes(*group[0]) for kind, group in alike.items()]
+        ranks = [item.down.shape[0] for item in (a, *changes.values()) if isinstance(item, Factor)]
+        kind = (*ranks, *changes) if len(ranks) == 1 + len(changes) else layer
+        alike.setdefault(kind, []).append((layer, a, changes))
+    return [_of_wholes(*group[0]) if isinstance(kind, str) else _of_factors(group) for kind, group in alike.items()]
 
 
-def _of_factors(group: Sequence[tuple[str, Factor, Mapping[int, Factor]]]) -> Compared:
-    """Weights whose changes are all thin, of the same ranks by the same LoRAs."""
+def _of_factors(group: Sequence[tuple[str, Any, Mapping[int, Any]]]) -> Compared:
+    """Weights whose changes are all factors, of the same ranks by the same LoRAs."""
     layers, own, changes = zip(*group, strict=True)
     numbers = tuple(changes[0])
     members = [own, *([found[number] for found in changes] for number in numbers)]
@@ -278,26 +268,26 @@ def _of_wholes(layer: str, a: Change, changes: Mapping[int, Change]) -> Compared
 
 def _seen(a: Change, own: Tensor | None, b: Change, matrix: Tensor | None) -> Seen:
     """One change by another; ``own`` and ``matrix`` where they are dense already."""
-    if isinstance(a, Factor) and isinstance(b, Factor):
-        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
-    tt = column([b.energy])
+    energy = column([b.energy])
     if not isinstance(a, Factor):  # it spans everything: all of dW_b is inside
-        return Seen(tt, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
+        return Seen(energy, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
+    if isinstance(b, Factor):
+        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
     up, down = ready(a)
     change = _times(b, matrix, down.T)  # out r
     M = product(up, change.T).double()  # r r
     rows = (change.double() @ a.roots[1]).square().sum()
-    return Seen(tt, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], tt))
+    return Seen(energy, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], energy))
 
 
 def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
     """<dW_a, dW_b>; ``A`` and ``B`` where they are dense already."""
-    if isinstance(a, Factor) and isinstance(b, Factor):
-        return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
-    if isinstance(b, Factor):
-        a, A, b, B = b, B, a, A
     if isinstance(a, Factor):
+        if isinstance(b, Factor):
+            return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
         return a.scale * _dot(_times(b, B, a.down.T), a.up)
+    if isinstance(b, Factor):
+        return _inner(b, B, a, A)
     return _dot(a.dense() if A is None else A, b.dense() if B is None else B)
 
 
@@ -306,10 +296,10 @@ def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
     return b.times(x) if matrix is None else matrix @ x.to(matrix)
 
 
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return sum(terms, torch.zeros(()))
+
+
 def _dot(a: Tensor, b: Tensor) -> float:
     """Σ a ⊙ b: rows in their own precision, their sum in fp64."""
     return float((a * b.to(a)).sum(1).sum(dtype=torch.float64))
-
-
-def _energy(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from .errors import GuardError, LoraFileError, plain, shown
+from .errors import GuardError, LoraFileError, plain, shown, writing
 from .files import ENDINGS, LoraFile, read_lora
+from .util import atomic
 
 PROMPTS_KEY = "modular_lora.concept_prompts"
 MOST, LONGEST = 32, 500  # prompts; characters of one
@@ -78,45 +77,25 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
     if target.suffix.lower() not in ENDINGS:
         raise GuardError(f"{target.name}: is no name of a LoRA file: let it end in {ENDINGS[0]}.")
     before = read_lora(source, expected_sha256=expected_sha256)
-    part = target.with_name(f".{os.getpid()}.{target.name}")  # the ending stays: it is read back under this name
-    try:
+    with writing(target):
         data = source.read_bytes()
         if hashlib.sha256(data).hexdigest() != before.sha256:
             raise GuardError(f"{before.name} was written over while it was copied: write the copy again.")
         copy = _with(data, PROMPTS_KEY, value)
-        with part.open("wb") as file:
-            file.write(copy)
-            file.flush()
-            os.fsync(file.fileno())
-        after = read_lora(part)
         try:
-            _take_name(part, target)
+            with atomic.creating(target, ending=f"-{target.name}", sync=True) as part:  # it is read back as a LoRA file
+                part.write_bytes(copy)
+                read_lora(part)
         except FileExistsError:
             if not target.is_file() or target.read_bytes() != copy:
                 what = f"{target.name} is another file already and is not written over"
                 raise GuardError(f"{what}: give the copy another name.") from None
-    except OSError as error:
-        raise GuardError(f"{target}: cannot be written ({error.strerror}): check the folder and the disk.") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-    return read_lora(target, expected_sha256=after.sha256)
+    return read_lora(target, expected_sha256=hashlib.sha256(copy).hexdigest())
 
 
 def written(lora: LoraFile, path: Path) -> str:
     """What is said of a copy that was written."""
     return f"{path}: {len(read(lora))} concept prompts, tensors as they were, SHA-256 {lora.sha256}"
-
-
-def _take_name(part: Path, target: Path) -> None:
-    """Give a written file its name; FileExistsError where that is taken, on every file system."""
-    try:
-        os.link(part, target)  # fails where the name is taken, in one step
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(part, target)
 
 
 def _with(data: bytes, key: str, value: str) -> bytes:

@@ -19,20 +19,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, LoraLayer
 from .errors import LoraFileError, plain, shown
-from .formats import DAMAGED, Entry, check_layers, make_layers
+from .formats import DAMAGED, Adapter, LoraLayer, check_layers, make_layers
 from .kinds import refuse_contents, refuse_ending
 from .names import Names, refuse_other_files, sort_names
-from .options import Scale
-from .scales import Stated, remark, rescaled, stated_scales
+from .scales import Scale, Stated, remark, rescaled, stated_scales
+from .util.file_state import FileState, file_state
+from .util.hashing import hash_file
 
 HEADER_LIMIT = 16 * 2**20  # bytes; JSON of this size takes half a gigabyte while it is looked at
 TENSOR_LIMIT = 20_000
@@ -60,6 +61,31 @@ _TYPES = DTYPES | ALPHA_DTYPES | {"BOOL": torch.bool}
 _NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}  # from here on, the sign bit aside
 
 
+class Entry(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the first tensor's
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The bytes of a file whose header passed, and what the header says."""
+
+    data: Tensor  # bytes
+    entries: dict[str, Entry]
+    names: Names
+    metadata: dict[str, str]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file, whether it is used or not, as a view of the bytes where it lies on a whole number."""
+        dtype, shape, start, end = self.entries[name]
+        row = self.data[start:end]
+        return (row if start % _TYPES[dtype].itemsize == 0 else row.clone()).view(_TYPES[dtype]).reshape(shape)
+
+
 @dataclass(frozen=True, eq=False)
 class LoraFile:
     """A LoRA file that passed every check of `read_lora`."""
@@ -74,6 +100,7 @@ class LoraFile:
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
     places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+    stored: Stored | None = None  # what was read, None for what comes from no file
 
     @property
     def pending(self) -> bool:
@@ -85,6 +112,25 @@ class LoraFile:
         """What is worth a line on the node: what is left out, a scale that the metadata gives otherwise."""
         said = remark(self.stated, self.layers, self.scale)
         return (*self.remarks, said) if said else self.remarks
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the file under their own names, those that are left out too, in the file's dtypes.
+
+        They share the bytes that were read and hashed. Raises LoraFileError for a dtype that is not known.
+        """
+        if self.stored is None:
+            return {}
+        for name, entry in self.stored.entries.items():
+            if entry.dtype not in _TYPES:
+                what = f"{self.name}: tensor {shown(name)}: dtype {shown(entry.dtype)} is not known"
+                raise LoraFileError(f"{what}: save the file without it")
+        return {name: self.stored.tensor(name) for name in self.stored.entries}
+
+    @property
+    def roles(self) -> Mapping[str, Mapping[str, str]]:
+        """Layer -> role -> name of the tensor."""
+        return {} if self.stored is None else self.stored.names.layers
 
     @property
     def acts_as(self) -> str:
@@ -112,11 +158,13 @@ class LoraFile:
     @cached_property
     def plain(self) -> dict[str, LoraLayer]:
         """The layers where all of them are LoRA or LoCon; else LoraFileError with the first that is not."""
+        found: dict[str, LoraLayer] = {}
         for name, layer in self.layers.items():
             if not isinstance(layer, LoraLayer):
                 what = f"{self.name}: layer {shown(name)} is {layer.kind}"
                 raise LoraFileError(f"{what}: this takes LoRA and LoCon files only, use one of these")
-        return dict(self.layers)
+            found[name] = layer
+        return found
 
     @cached_property
     def zero_layers(self) -> tuple[str, ...]:
@@ -124,18 +172,8 @@ class LoraFile:
         return tuple(name for name, layer in self.layers.items() if layer.is_zero)
 
 
-@dataclass(frozen=True, eq=False)
-class _Raw:
-    """The bytes of a file whose header passed, and what the header says."""
-
-    data: Tensor  # bytes
-    entries: dict[str, Entry]
-    names: Names
-    metadata: dict[str, str]
-
-
 def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = "refuse") -> LoraFile:
-    """Read and check a LoRA file: safetensors, any of the formats in formats.py.
+    """Read and check a LoRA file: safetensors, any of the formats in formats/.
 
     The file is read once and closed; the hash, the header and the tensors all come from those bytes, and a file that
     another program writes meanwhile is read again or refused. Tensors are on the CPU in the file's dtype (fp32, fp16,
@@ -156,16 +194,17 @@ def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = 
 def _read(path: Path, name: str, expected: str | None) -> LoraFile:
     for _ in range(READINGS):
         try:
-            before = _state(path)
+            before = file_state(path)
             raised, lora = None, None
             try:
                 lora = _read_once(path, name, expected)
             except LoraFileError as error:  # of what another program has written in part, it may not be true
                 raised = error
             if _is_still(path, before, lora.sha256 if lora else None):
-                if raised:
+                if lora is not None:
+                    return lora
+                if raised is not None:
                     raise raised
-                return lora
         except OSError as error:
             what = f"cannot be read ({error.strerror})"
             raise LoraFileError(f"{name}: {what}: check the file and its permissions") from error
@@ -182,37 +221,26 @@ def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
         if expected is not None and sha256.result() != expected:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
             raise LoraFileError(f"{name}: {what}: use the file that was released")
-        layers = make_layers(raw.names, *_make_tensors(raw, name), name)
+        layers = make_layers(raw.names.layers, raw.names.wide, *_make_tensors(raw, name), name)
     stated = stated_scales(raw.metadata, layers, raw.names.layers)
-    return LoraFile(path, name, sha256.result(), raw.metadata, layers, raw.names.notes, raw.names.left_out, stated)
+    notes, unread = raw.names.notes, raw.names.left_out
+    return LoraFile(path, name, sha256.result(), raw.metadata, layers, notes, unread, stated, stored=raw)
 
 
-State = tuple[int, int, int, int]  # size, time of the last change of contents and of the entry (ns), inode
-
-
-def _state(path: Path) -> State:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-def _is_still(path: Path, before: State, sha256: str | None) -> bool:
+def _is_still(path: Path, before: FileState, sha256: str | None) -> bool:
     """Whether a file is what it was before it was read, with contents of this hash (None: they were not read whole).
 
     The times tell, unless the file is so young that a later change may have left them as they were.
     """
-    if _state(path) != before:
+    if file_state(path) != before:
         return False
-    if sha256 is None or time.time() - max(before[1:3]) / 1e9 > YOUNG:
+    if sha256 is None or not _is_young(before):
         return True
-    return _hashed(path) == sha256 and _state(path) == before
+    return hash_file(path) == sha256 and file_state(path) == before
 
 
-def _hashed(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _is_young(state: FileState) -> bool:
+    return time.time() - max(state.modified, state.changed) / 1e9 <= YOUNG
 
 
 @contextmanager
@@ -228,13 +256,12 @@ def no_collection() -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file in hex, remembered by path, size and modification time; raises LoraFileError."""
+    """SHA-256 of a whole file in hex, remembered by path and file state; raises LoraFileError."""
     path = Path(path)
     try:
         for _ in range(READINGS):
-            before = _state(path)
-            young = time.time() - max(before[1:3]) / 1e9 <= YOUNG
-            digest = _hashed(path) if young else _digest(path, before)
+            before = file_state(path)
+            digest = hash_file(path) if _is_young(before) else _digest(path, before)
             if _is_still(path, before, digest):
                 return digest
     except (OSError, ValueError) as error:
@@ -251,9 +278,9 @@ def describe_base(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
-def _digest(path: Path, state: State) -> str:
-    return _hashed(path)
+@lru_cache(maxsize=4096)
+def _digest(path: Path, state: FileState) -> str:
+    return hash_file(path)
 
 
 def _parse_sha256(name: str, text: str | None) -> str | None:
@@ -273,7 +300,7 @@ def _check_path(path: Path, name: str) -> None:
         raise LoraFileError(f"{name}: no such file: check the name and the loras folder")
 
 
-def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes], object]) -> _Raw:
+def _read_checked(file: BufferedReader, name: str, seen: Callable[[memoryview | bytes], object]) -> Stored:
     """All bytes of a file and its checked header; nothing beyond the header is read before it passes.
 
     ``seen`` gets the bytes piece by piece, in their order.
@@ -294,17 +321,18 @@ def _read_checked(file: BinaryIO, name: str, seen: Callable[[memoryview | bytes]
     _check_offsets(entries, size - 8 - length, name)
     names = sort_names(entries, name)
     _check_read(names.layers, entries, name)
-    check_layers(names.layers, entries, name)
+    check_layers(names.layers, {tensor: entry.shape for tensor, entry in entries.items()}, name)
     seen(prefix + header)
     data = _room(size - 8 - length)
+    memory: memoryview = data.numpy().data
     read = 0
     for start in range(0, len(data), PIECE):
-        piece = memoryview(data.numpy())[start : start + PIECE]
+        piece = memory[start : start + PIECE]
         read += file.readinto(piece)
         seen(piece)
     if len(header) != length or read != len(data) or file.read(1):
         raise LoraFileError(f"{name}: changed from {size} bytes while it was read: load it again")
-    return _Raw(data, entries, names, metadata)
+    return Stored(data, entries, names, metadata)
 
 
 def _room(size: int) -> Tensor:
@@ -338,7 +366,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"names {shown(next(key for key, _ in pairs if key in seen or seen.add(key)))} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"names {shown(key)} twice")
+            seen.add(key)
     return result
 
 
@@ -365,7 +396,7 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
     return dict(sorted(entries, key=lambda item: (item[1].start, item[1].end))), metadata
 
 
-def _parse_entry(tensor: str, entry: object, name: str) -> Entry:
+def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         complete = len(entry) == 3
@@ -420,7 +451,7 @@ def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
         raise LoraFileError(f"{name}: {size - place} bytes after the last tensor: {DAMAGED}")
 
 
-def _make_tensors(raw: _Raw, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _make_tensors(raw: Stored, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors of layers as views of a file's bytes and alphas as numbers; LoraFileError where a value is not finite.
 
     Tensors of one dtype that lie in a row are looked at together, as one tensor.

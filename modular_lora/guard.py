@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +28,10 @@ from .model import ModelInfo
 from .names import is_text
 from .pending import check_not_safety
 from .scales import check_scale
-from .warm import Warm
+from .util.cache import Cache
 
 Part = Literal["model", "text"]
-known_safety: Warm[tuple[Mapping[str, LayerSpec], Applied]] = Warm(8, lambda _: 1)
+known_safety: Cache[Hashable, tuple[Mapping[str, LayerSpec], Applied]] = Cache(8)
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
 BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
 CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden
@@ -39,7 +39,7 @@ TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that
 
 
 @dataclass(frozen=True)
-class Policy:
+class GuardLimits:
     """What the guard insists on of every safety LoRA.
 
     ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py);
@@ -137,7 +137,7 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
 
 @no_collection()  # a full one takes 0.3 s in ComfyUI
 def build_parts(
-    model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: Policy
+    model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: GuardLimits
 ) -> tuple[GuardedPart, ...]:
     """The guard on a model and, where one is connected, on its text encoder, with every check; raises GuardError."""
     check_roles(safety, tasks)
@@ -148,7 +148,7 @@ def build_parts(
 
 
 def build_part(
-    part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: Policy, enforce: bool = True
+    part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: GuardLimits, enforce: bool = True
 ) -> GuardedPart:
     """Match, check and fuse every LoRA on one model.
 
@@ -283,12 +283,12 @@ def _meter(acting: Sequence[Applied], floor: float | None) -> Meter:
     return Meter(strengths, {("safety", a.lora.sha256): a.lora.name for a in acting}, floor)
 
 
-def _interference(safety: Applied, applied: Sequence[Applied], policy: Policy) -> Interference:
+def _interference(safety: Applied, applied: Sequence[Applied], policy: GuardLimits) -> Interference:
     others = [(a.lora.name, a.changes, a.strength) for a in applied if a is not safety]
     return interference(safety.changes, safety.strength, others, policy.net_strength_floor)
 
 
-def _check_net_strength(safety: Applied, result: Interference, policy: Policy) -> None:
+def _check_net_strength(safety: Applied, result: Interference, policy: GuardLimits) -> None:
     floor = policy.net_strength_floor
     if not result.net_strength >= floor:  # not a number is too little
         raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))

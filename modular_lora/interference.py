@@ -54,21 +54,23 @@ def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes,
     compared = compare(safety, [changes for _, changes, _ in others])
     found = {p.layer: p for group in compared for p in group.pairs([strength for _, _, strength in others])}
     pairs = [found[key] for key in safety]
-    net = {p.layer: s + p.st / p.ss for p in pairs}
-    shared = [p for p in pairs if p.tt > 0]
+    net = {p.layer: s + p.inner / p.safety_energy for p in pairs}
+    shared = [p for p in pairs if p.task_energy > 0]
     cosines = [p.cosine for p in shared]
     lowest = min(net.items(), key=lambda item: item[1])
     below = sum(value < floor for value in net.values())
     marks = [sentence for index, (name, _, _) in enumerate(others) for sentence in _marks(name, index, compared)]
     return Interference(
         layers=tuple(
-            LayerInterference(p.layer, p.cosine, p.inside / p.tt, p.row_overlap, net[p.layer]) for p in shared
+            LayerInterference(p.layer, p.cosine, p.projected_energy / p.task_energy, p.row_overlap, net[p.layer])
+            for p in shared
         ),
         mean_cosine=_mean(cosines),
         cosine_z=_z(cosines),
-        energy_overlap=math.fsum(p.inside for p in shared) / max(math.fsum(p.tt for p in shared), 1e-300),
+        energy_overlap=math.fsum(p.projected_energy for p in shared)
+        / max(math.fsum(p.task_energy for p in shared), 1e-300),
         row_overlap=_mean([p.row_overlap for p in shared]),
-        net_strength=s + math.fsum(p.st for p in pairs) / math.fsum(p.ss for p in pairs),
+        net_strength=s + math.fsum(p.inner for p in pairs) / math.fsum(p.safety_energy for p in pairs),
         lowest_net=lowest,
         layers_below_floor=below,
         shared_layers=len(shared),

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
-from .adapters import (
-    Adapter,
-    BiasedLayer,
-    DiffLayer,
-    DoraLayer,
-    LohaLayer,
-    LokrLayer,
-    LoraLayer,
-    OftLayer,
-    SetLayer,
-    WideLoraLayer,
-)
 from .errors import GuardError
 from .files import LoraFile, describe_base
+from .formats import Adapter
+from .layers import LayerSpec
 from .names import PEFT
+from .target import Target, slice_shape
 
 KeyMap = Mapping[str, "str | tuple"]  # file name -> weight key, or (weight key, (dim, start, length), rearrange)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight, or a slice of it along one dimension; ``rearrange`` brings a change's rows to the weight's order."""
-
-    key: str
-    offset: tuple[int, int, int] | None = None  # dim, start, length
-    rearrange: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +22,17 @@ class Match:
     targets: dict[str, Target]  # layer name -> target
     unmatched: tuple[str, ...]
     left: dict[str, str] = field(default_factory=dict)  # layers that the model has and cannot take (whole) -> why
+    layers: dict[str, Adapter] = field(default_factory=dict)  # as their targets take them
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layer of a file and the weight that it would change."""
+
+    name: str  # in the file
+    known: str  # in the key map
+    layer: Adapter
+    target: Target
 
 
 def match_layers(
@@ -60,36 +50,51 @@ def match_layers(
     target that is no plain slice, for a wrong shape and for two layers on one place; where the file need not apply
     ``whole``, the last two are left out as ComfyUI's merge leaves them out.
     """
-    found, unmatched = Match({}, ()), []
-    taken: dict[tuple, tuple[str, str]] = {}  # place -> name in the file, name in the map
+    found: dict[str, _Candidate] = {}
+    holders: dict[tuple, _Candidate] = {}  # place -> who changes it
+    left: dict[str, str] = {}
+    unmatched = []
     for name in names:
-        known = name if name in key_map else next((v for v in _variants(name) if v in key_map), None)
-        target = None if known is None else _target(key_map[known], lora, name)
-        if target is None or target.key not in shapes:
+        one = _candidate(lora, name, key_map)
+        if one is None or one.target.key not in shapes:
             unmatched.append(name)
             continue
-        place, pair = (target.key, target.offset), (name, known)
-        why = _misfit(lora.layers[name], target, shapes[target.key], subject)
-        if why is None and place in taken:
-            lost, pair = _in_order(taken.pop(place), pair, key_map)
-            name, why = lost[0], f"and {pair[0]!r} both change {target.key} of {subject}: keep one of them in the file"
-            found.targets.pop(name, None)
-            taken[place], found.targets[pair[0]] = pair, target
-        elif why is None:
-            taken[place], found.targets[name] = pair, target
-        elif _takes_bias(lora.layers[name], target, shapes[target.key]):
-            found.targets[name] = target
-        if why is not None and whole:
-            raise GuardError(f"{lora.name}: layer {name!r} {why}")
+        shape, place = shapes[one.target.key], (one.target.key, one.target.offset)
+        lost, why = one, _misfit(one.layer, one.target, shape, subject)
         if why is not None:
-            found.left[name] = why
-    return replace(found, unmatched=tuple(unmatched))
+            if (bias := _fitting_bias(one, shape)) is not None:
+                found[name] = bias
+        elif place in holders:
+            lost, won = _in_order(holders[place], one, key_map)
+            why = f"and {won.name!r} both change {won.target.key} of {subject}: keep one of them in the file"
+            found.pop(lost.name, None)
+            holders[place] = found[won.name] = won
+        else:
+            holders[place] = found[name] = one
+            continue
+        if whole:
+            raise GuardError(f"{lora.name}: layer {lost.name!r} {why}")
+        left[lost.name] = why
+    targets, layers = {name: c.target for name, c in found.items()}, {name: c.layer for name, c in found.items()}
+    return Match(targets, tuple(unmatched), left, layers)
 
 
-def _in_order(first: tuple[str, str], second: tuple[str, str], key_map: KeyMap) -> tuple[tuple[str, str], ...]:
-    """Two (name in the file, name in the map) of one place in the map's order: ComfyUI takes the last."""
-    order = list(key_map)
-    return tuple(sorted((first, second), key=lambda pair: order.index(pair[1])))
+def take_layers(lora: LoraFile, match: Match, specs: Mapping[str, LayerSpec], whole: bool) -> Match:
+    """What of a match the layers of a model take: of a change with a bias, that of the weight where there is no bias.
+
+    ``specs``: of every weight and bias key. Raises GuardError where the file is to apply ``whole`` and does not.
+    """
+    taken = Match({}, match.unmatched, dict(match.left))
+    for name, target in match.targets.items():
+        layer: Adapter | None = match.layers[name]
+        if (why := _problem(match.layers[name], specs[target.key])) is not None:
+            if whole:
+                raise GuardError(f"{lora.name}: layer {name} {why}.")
+            taken.left[name] = why
+            layer, _ = match.layers[name].split()
+        if layer is not None and _problem(layer, specs[target.key]) is None:
+            taken.targets[name], taken.layers[name] = target, layer
+    return taken
 
 
 def mismatch(lora: LoraFile, match: Match, subject: str) -> str:
@@ -105,14 +110,6 @@ def mismatch(lora: LoraFile, match: Match, subject: str) -> str:
     return f"{lora.name} {count}; {says}: use a LoRA made for this base."
 
 
-def slice_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the part of a weight of `shape` that a target covers."""
-    if target.offset is None:
-        return shape
-    dim, _, length = target.offset
-    return (*shape[:dim], length, *shape[dim + 1 :])
-
-
 def _variants(name: str) -> Iterator[str]:
     """A layer's name as the file has it, then as ComfyUI's map spells diffusers and PEFT names."""
     bare = name.removeprefix(PEFT)
@@ -123,6 +120,17 @@ def _variants(name: str) -> Iterator[str]:
         long = stem if ".processor.to_" in stem else stem.replace(".to_", ".processor.to_")
         yield long
         yield long.removesuffix(".0") if long.endswith(".to_out.0") else long
+
+
+def _candidate(lora: LoraFile, name: str, key_map: KeyMap) -> _Candidate | None:
+    known = name if name in key_map else next((v for v in _variants(name) if v in key_map), None)
+    return None if known is None else _Candidate(name, known, lora.layers[name], _target(key_map[known], lora, name))
+
+
+def _in_order(first: _Candidate, second: _Candidate, key_map: KeyMap) -> tuple[_Candidate, _Candidate]:
+    """Two layers of one place in the map's order: ComfyUI takes the last."""
+    order = list(key_map)
+    return (second, first) if order.index(second.known) < order.index(first.known) else (first, second)
 
 
 def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
@@ -141,71 +149,27 @@ def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
 
 def _misfit(layer: Adapter, target: Target, shape: tuple[int, ...], subject: str) -> str | None:
     """Why a change has not its target's shape; a conv kernel may come flattened, as ComfyUI's trainer saves it."""
-    if target.offset is None and isinstance(layer, LoraLayer) and _shape(layer) == shape:  # nearly all there are
-        return None
     dim, start, length = target.offset or (0, 0, 0)
     inside = len(shape) > dim and start + length <= shape[dim]
     wanted = slice_shape(target, shape)  # out in [k k]; out of a bias or a norm
-    if inside and _fits(layer, wanted):
+    if inside and layer.fits(wanted):
         return None
-    have = f"{list(_shape(layer))} in the file, {list(wanted)} in {target.key} of {subject}"
+    have = f"{list(layer.shape)} in the file, {list(wanted)} in {target.key} of {subject}"
     return f"({layer.kind}) is {have}: use a LoRA made for this base"
 
 
-def _takes_bias(layer: Adapter, target: Target, shape: tuple[int, ...]) -> bool:
-    """Whether the bias beside a weight of another shape fits; ComfyUI merges it by itself."""
-    bias = getattr(layer, "bias", None)
-    return bias is not None and bias.numel() == slice_shape(target, tuple(shape))[0]
+def _fitting_bias(one: _Candidate, shape: tuple[int, ...]) -> _Candidate | None:
+    """The change of the bias beside a weight of another shape, where that fits; ComfyUI merges it by itself."""
+    _, bias = one.layer.split()
+    if bias is None or not bias.fits(slice_shape(one.target, tuple(shape))):
+        return None
+    return replace(one, layer=bias)
 
 
-def _fits(layer: Adapter, wanted: tuple[int, ...]) -> bool:
-    """Whether a file's layer is a change of a weight of shape ``wanted``, and of the bias beside it."""
-    if isinstance(layer, WideLoraLayer):
-        shape = _shape(layer)
-        return len(shape) == len(wanted) == 2 and shape[0] == wanted[0] and shape[1] >= wanted[1]
-    if isinstance(layer, LoraLayer):
-        return _same(_shape(layer), wanted)
-    if isinstance(layer, BiasedLayer):
-        return _fits(layer.base, wanted) and layer.bias.numel() == wanted[0]
-    if isinstance(layer, DoraLayer):
-        lengths = {wanted[0]} if layer.of_sum else {wanted[0], *wanted[1:2]}
-        return len(wanted) > 1 and _fits(layer.base, wanted) and layer.magnitude.numel() in lengths
-    if isinstance(layer, OftLayer):
-        return len(wanted) > 1 and _shape(layer) == wanted[:1]
-    if isinstance(layer, DiffLayer):
-        bias = layer.bias is None or layer.bias.numel() == wanted[0]
-        return bias and (layer.weight is None or _same(tuple(layer.weight.shape), wanted))
-    return _same(_shape(layer), wanted)
-
-
-def _same(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether two shapes are one: a kernel may come flattened, or as 1s where there is none."""
-    if have == wanted or len(have) < 2 or len(wanted) < 2:
-        return have == wanted
-    flat = len(have) == 2 and have[1] == math.prod(wanted[1:])
-    padded = len(wanted) == 2 and have[:2] == wanted and set(have[2:]) == {1}
-    return have[0] == wanted[0] and (flat or padded)
-
-
-def _shape(layer: Adapter) -> tuple[int, ...]:
-    """The shape of the weight that a file's layer changes, as far as its tensors tell; (out,) for OFT or a bias."""
-    if isinstance(layer, LoraLayer):
-        return (layer.up.shape[0], *layer.down.shape[1:])
-    if isinstance(layer, BiasedLayer | DoraLayer):
-        return _shape(layer.base)
-    if isinstance(layer, LohaLayer):
-        return _factor_shape(layer.w1_a, layer.w1_b, layer.t1)
-    if isinstance(layer, LokrLayer):
-        first = layer.w1.shape if layer.w1 is not None else _factor_shape(layer.w1_a, layer.w1_b, None)
-        second = layer.w2.shape if layer.w2 is not None else _factor_shape(layer.w2_a, layer.w2_b, layer.t2)
-        return (first[0] * second[0], first[1] * second[1], *second[2:])
-    if isinstance(layer, OftLayer):
-        return (layer.blocks.shape[0] * layer.blocks.shape[1],)
-    if isinstance(layer, SetLayer):
-        return tuple(layer.weight.shape)
-    return tuple((layer.bias if layer.weight is None else layer.weight).shape)
-
-
-def _factor_shape(a: Tensor, b: Tensor, middle: Tensor | None) -> tuple[int, ...]:
-    """The shape of a @ b (out r, r in·k·k), or of the Tucker product of middle (r r k k), a (r out) and b (r in)."""
-    return (a.shape[0], *b.shape[1:]) if middle is None else (a.shape[1], b.shape[1], *middle.shape[2:])
+def _problem(layer: Adapter, spec: LayerSpec) -> str | None:
+    """Why the layer of a model cannot take such a change, or None."""
+    if spec.problem and not (spec.norm and layer.on_norms):
+        return f"is {spec.problem} and takes no branch; use a LoRA without it"
+    if not spec.bias and layer.split()[1] is not None:
+        return f"changes a bias, and {spec.path} has none: use a LoRA made for this base"
+    return None

@@ -11,34 +11,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from .errors import LoraFileError, shown
+from .formats import ENDINGS, LENGTHS, PATTERNS, READS, SCALED
 
 NAME_LIMIT = 512  # characters
 PEFT = "base_model.model."  # before names in PEFT's own checkpoints
 _TEXT = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "clip_l.", "clip_g.", "t5xxl.")
-READS = "this version reads LoRA, LoCon, LoHa, LoKr, DoRA, OFT and full differences"
-
-FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a")
-FACTORS += ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_ENDS = {  # the end of a name -> role
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A": "down",  # Mochi
-    "lora_B": "up",
-    **{role: role for role in (*FACTORS, "alpha", "dora_scale", "oft_blocks", "diff", "diff_b", "w_norm", "b_norm")},
-    "set_weight": "set",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-_LONG_ENDS = (  # groups: layer, what says the role, PEFT's name of the adapter
-    re.compile(r"(?P<layer>.+)(?:[._]lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_(?P<role>[AB])\.(?P<adapter>[^.]+)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora_B(?:\.(?P<adapter>[^.]+))?\.(?P<role>bias)"),  # PEFT's lora_bias
-    re.compile(r"(?P<layer>.+)\.lora_(?P<role>magnitude)_vector\.(?P<adapter>[^.]+)(?:\.weight)?"),
-)
-_LONG_ROLES = {"A": "down", "B": "up", "bias": "diff_b"}
 _XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 _XLABS_LAYERS = {
     "qkv_lora1": "img_attn.qkv",
@@ -119,19 +96,6 @@ _OTHERS = (  # by the name of a tensor: no LoRA in any format, and what to do wi
     ),
 )
 _OTHER_FILES = tuple((re.compile(pattern), kind) for pattern, kind in _OTHERS)
-
-LORA, LOHA, LOKR, OFT, FULL, NORM = "LoRA", "LoHa", "LoKr", "OFT", "full difference", "change of a norm"
-SET = "replaced weight"
-FORMS = {  # role -> the form that it is a part of
-    **dict.fromkeys(("down", "up", "mid"), LORA),
-    **{role: LOHA if role.startswith("hada") else LOKR for role in FACTORS},
-    "oft_blocks": OFT,
-    "diff": FULL,
-    "set": SET,
-    **dict.fromkeys(("w_norm", "b_norm"), NORM),
-}
-BESIDE = {"alpha", "dora_scale", "magnitude"}  # nothing by themselves
-SCALED = {role for role, form in FORMS.items() if form not in (FULL, NORM, SET)}
 
 
 @dataclass
@@ -216,7 +180,7 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
 
 def _leave_orphans(found: Names) -> None:
     """A scale without the weights that it scales goes unread: some tools write it under another name than theirs."""
-    orphans = [layer for layer, roles in found.layers.items() if roles.keys() <= BESIDE]
+    orphans = [layer for layer, roles in found.layers.items() if roles.keys() <= {"alpha", *LENGTHS}]
     for layer in orphans if len(orphans) < len(found.layers) else ():
         found.unread += found.layers.pop(layer).values()
 
@@ -229,23 +193,23 @@ def _place(tensor: str) -> tuple[str, str, str | None] | None:
     if end == "weight":
         layer, _, before = layer.rpartition(".")
         end = f"{before}.weight"
-    if layer and end in _ENDS:
+    if layer and end in ENDINGS:
         if layer.startswith(_WAN_FUN):
             layer = _KOHYA + layer.removeprefix(_WAN_FUN)
-        return layer, _ENDS[end], None
+        return layer, ENDINGS[end], None
     if found := _XLABS.fullmatch(tensor):
         return f"diffusion_model.{found[1]}.{_XLABS_LAYERS[found[2]]}", found[3], None
-    for pattern in _LONG_ENDS:
+    for pattern, role in PATTERNS:
         if found := pattern.fullmatch(tensor):
-            role = _LONG_ROLES.get(found["role"], found["role"])
             return found["layer"], role, found.groupdict().get("adapter")
     return None
 
 
 def _control_place(tensor: str) -> tuple[str, str, None] | None:
     """The same in a Flux control LoRA: names without a prefix, biases beside the factors, norms to be replaced."""
-    found = _CONTROL.fullmatch(tensor)
-    role = _CONTROL_ROLES.get((found["half"], found["what"])) if found else None
+    if (found := _CONTROL.fullmatch(tensor)) is None:
+        return None
+    role = _CONTROL_ROLES.get((found["half"], found["what"]))
     return (f"diffusion_model.{found['layer']}", role, None) if role else None
 
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from .adapters import Adapter, BiasedLayer, DiffLayer, DoraLayer
 from .attestation import tensor_sha256
 from .errors import GuardError, LoraFileError, shown
 from .files import DTYPES, LoraFile
-from .formats import Entry, check_layers, make_layers
+from .formats import Adapter, check_layers, make_layers
 from .layers import bias_key
-from .matching import Match, Target
-from .names import Names
+from .matching import Match
+from .target import Target
 
 TEXT = "text_encoder."  # in front of the names of a text encoder's layers: matching.is_text knows them by it
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a weight or bias: its tensors by the roles that they have in files (names.py), and its place."""
+    """One change of a weight or bias: its tensors by the roles that they have in files (formats/), and its place."""
 
     key: str
     parts: Mapping[str, Tensor]
@@ -64,11 +63,9 @@ def pending_lora(name: str, model: Sequence[Change], text: Sequence[Change], not
 def _layer(layer: str, change: Change, name: str) -> Adapter:
     tensors = {role: _plain(tensor, f"{name}: layer {shown(layer)}: {role}") for role, tensor in change.parts.items()}
     roles = {role: role for role in tensors} | ({} if change.alpha is None else {"alpha": "alpha"})
-    entries = {role: Entry("F32", tuple(tensor.shape), 0, 0) for role, tensor in tensors.items()}
-    entries["alpha"] = Entry("F32", (), 0, 0)
-    names = Names({layer: roles}, wide=layer if change.wide else None)
-    check_layers(names.layers, entries, name)
-    return make_layers(names, tensors, {"alpha": change.alpha}, name)[layer]
+    check_layers({layer: roles}, {role: tuple(tensor.shape) for role, tensor in tensors.items()} | {"alpha": ()}, name)
+    alphas = {} if change.alpha is None else {"alpha": change.alpha}
+    return make_layers({layer: roles}, layer if change.wide else None, tensors, alphas, name)[layer]
 
 
 def _plain(tensor: Tensor, what: str) -> Tensor:
@@ -87,27 +84,9 @@ def content_sha256(layers: Mapping[str, Adapter], targets: Mapping[str, Target])
 
 
 def _pieces(adapter: Adapter, target: Target) -> Iterator[str]:
-    if isinstance(adapter, BiasedLayer):
-        yield from _pieces(adapter.base, target)
-        adapter = DiffLayer(adapter.name, None, adapter.bias)
-    if isinstance(adapter, DiffLayer):
-        for key, tensor in ((target.key, adapter.weight), (bias_key(target.key), adapter.bias)):
-            if tensor is not None:
-                yield f"{key} {target.offset} difference {tensor_sha256(tensor)}"
-        return
-    yield f"{target.key} {target.offset} {adapter.kind} {' '.join(_values(adapter))}"
-
-
-def _values(adapter: Adapter) -> Iterator[str]:
-    """Of every tensor and number; an alpha that is the rank says no more than none."""
-    for field in fields(adapter):
-        value = getattr(adapter, field.name)
-        if isinstance(value, Tensor):
-            yield f"{field.name} {tensor_sha256(value)}"
-        elif isinstance(adapter, DoraLayer) and field.name == "base":
-            yield from _values(value)
-        elif field.name == "alpha":
-            yield f"scale {getattr(adapter, 'scale', value)}"
+    for key, part in zip((target.key, bias_key(target.key)), adapter.split(), strict=True):
+        if part is not None:
+            yield f"{key} {target.offset} {part.content(tensor_sha256)}"
 
 
 def check_not_safety(safety: tuple[LoraFile, Match], pending: tuple[LoraFile, Match]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from .util import atomic
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -14,6 +17,11 @@ def dumps(value: Any, **options: Any) -> str:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
         return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def write(value: Any, path: str | Path) -> None:
+    """Write a value as a JSON file, whole or not at all, and the folder where it is missing. Raises OSError."""
+    atomic.write(path, dumps(value, indent=1, ensure_ascii=False) + "\n", parents=True)
 
 
 def finite(value: Any) -> Any:

@@ -17,14 +17,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from .adapters import Adapter, BiasedLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer
 from .errors import GuardError, shown
+from .formats import Adapter, LoraLayer, Scaled
 from .names import PEFT, is_text
-from .options import Scale
 
-_Scaled: TypeAlias = LoraLayer | LohaLayer | LokrLayer
+Scale = Literal["refuse", "tensors", "metadata"]  # what counts where a safety LoRA's tensors and metadata give two
+
 _FIELDS = {  # name in the metadata -> what it is
     **dict.fromkeys(("lora_alpha", "network_alpha", "alpha"), "alpha"),
     **dict.fromkeys(("r", "rank", "lora_rank", "network_dim"), "rank"),
@@ -67,7 +67,7 @@ def stated_scales(
         return {}
     found, components, kohya = {}, _components(metadata), _kohya(metadata)
     for name, layer in layers.items():
-        if (base := _scaled(layer)) is None:
+        if not isinstance(base := layer.inner, Scaled):
             continue
         if base.alpha is None:
             said = [_of_component(fields, name, prefix, base) for prefix, fields in _for_layer(components, name)]
@@ -91,7 +91,7 @@ def remark(stated: Mapping[str, Stated], layers: Mapping[str, Adapter], chosen: 
     first = f" (first {shown(name)})" if more else ""
     if chosen == "metadata":
         return f"{len(stated)} of {len(layers)} layers{first} act at the scale that the metadata states: {_words(one)}"
-    used = _scaled(layers[name]).scale
+    used = layers[name].scale
     line = f"{len(stated)} of {len(layers)} layers{first} act at scale {used:g}, as ComfyUI's own loader reads them"
     line += f", and the metadata states {_words(one)}"
     if chosen == "refuse" and not more and count == len(layers) and one.scale:
@@ -103,14 +103,7 @@ def rescaled(layer: Adapter, said: Stated) -> Adapter:
     """A layer at the scale that the metadata states; ValueError where that is not one number."""
     if said.scale is None:
         raise ValueError(f"its metadata states no one scale ({said.said}): choose the one of its tensors")
-    if isinstance(layer, BiasedLayer):
-        bias = layer.bias.float() * said.scale if said.bias else layer.bias
-        return replace(layer, base=rescaled(layer.base, said), bias=bias)
-    if isinstance(layer, DoraLayer):
-        return replace(layer, base=rescaled(layer.base, said))
-    if layer.rank is None:  # a LoKr of whole factors
-        return replace(layer, w1=layer.w1.float() * said.scale, alpha=None)
-    return replace(layer, alpha=said.scale * layer.rank)
+    return layer.rescaled(said.scale, said.bias)
 
 
 def check_scale(name: str, stated: Mapping[str, Stated], layers: Mapping[str, Adapter], chosen: Scale) -> None:
@@ -126,13 +119,6 @@ def check_scale(name: str, stated: Mapping[str, Stated], layers: Mapping[str, Ad
 
 def _words(said: Stated) -> str:
     return f"{'no one scale' if said.scale is None else format(said.scale, 'g')} ({said.said})"
-
-
-def _scaled(layer: Adapter) -> _Scaled | None:
-    """The form inside a layer that alpha scales."""
-    while isinstance(layer, BiasedLayer | DoraLayer):
-        layer = layer.base
-    return layer if isinstance(layer, _Scaled) else None
 
 
 def _one(said: list[Stated]) -> Stated | None:
@@ -162,22 +148,22 @@ def _for_layer(components: Mapping[str, _Component], name: str) -> Iterator[tupl
         yield prefix, components[prefix]
 
 
-def _of_component(fields: _Component, name: str, prefix: str, base: _Scaled) -> Stated | None:
-    values = {}
-    for what in ("alpha", "rank"):
-        try:
-            found = _by_pattern(fields.get(f"{what}_pattern"), name.removeprefix(PEFT).removeprefix(f"{prefix}."))
-        except ValueError as error:
-            return Stated(None, str(error))
-        values[what] = found or fields.get(what)
-    alpha, rank = values["alpha"], values["rank"] or _Field("the rank", base.rank)
+def _of_component(fields: _Component, name: str, prefix: str, base: Scaled) -> Stated | None:
+    own = name.removeprefix(PEFT).removeprefix(f"{prefix}.")
+    try:
+        alpha = _by_pattern(fields.get("alpha_pattern"), own) or fields["alpha"]
+        rank = _by_pattern(fields.get("rank_pattern"), own) or fields.get("rank") or _Field("the rank", base.rank)
+    except ValueError as error:
+        return Stated(None, str(error))
     root = "use_rslora" in fields and fields["use_rslora"].value in (True, "True", "true", "1")
     return _over(alpha, rank, root)
 
 
 def _by_pattern(patterns: _Field | None, layer: str) -> _Field | None:
     """What PEFT's alpha_pattern or rank_pattern says of a layer; ValueError for one that is no plain name."""
-    table = patterns.value if patterns else None
+    if patterns is None:
+        return None
+    table = patterns.value
     if isinstance(table, str):
         table = _json(table)
     for pattern, value in table.items() if isinstance(table, dict) else ():
@@ -204,7 +190,7 @@ def _kohya(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {"alpha": metadata.get("ss_network_alpha"), "dim": metadata.get("ss_network_dim"), "args": args}
 
 
-def _of_kohya(kohya: Mapping[str, Any], base: _Scaled) -> Stated | None:
+def _of_kohya(kohya: Mapping[str, Any], base: Scaled) -> Stated | None:
     alpha, dim = _Field("ss_network_alpha", kohya["alpha"]), _Field("ss_network_dim", kohya["dim"])
     args = kohya["args"]
     if isinstance(base, LoraLayer) and base.down.dim() > 2 and base.down[0, 0].numel() > 1 and "conv_dim" in args:
@@ -214,23 +200,23 @@ def _of_kohya(kohya: Mapping[str, Any], base: _Scaled) -> Stated | None:
     return _over(alpha, dim, str(args.get("rs_lora")).lower() == "true")
 
 
-def _beside_alpha(kohya: Mapping[str, Any], name: str, base: _Scaled) -> Stated | None:
+def _beside_alpha(kohya: Mapping[str, Any], name: str, base: Scaled) -> Stated | None:
     """Of a layer whose alpha stands in the file: None unless that is one of the two layouts that need the metadata."""
-    args, dim = kohya["args"], _number(kohya["dim"])
-    if not dim or dim <= 0 or not math.isfinite(base.alpha):
+    args, dim, alpha = kohya["args"], _number(kohya["dim"]), base.alpha
+    if not dim or dim <= 0 or alpha is None or not math.isfinite(alpha):
         return None
-    if isinstance(base, LokrLayer) and base.rank is None:
+    if base.rank is None:
         # LyCORIS stores the rank as alpha of whole factors, so the scale is 1; who stores the alpha divides by the rank
         ranks = [n for n in (dim, _number(args.get("conv_dim"))) if n]
-        same = any(math.isclose(base.alpha, n, rel_tol=_CLOSE) for n in ranks)
+        same = any(math.isclose(alpha, n, rel_tol=_CLOSE) for n in ranks)
         said = _number(kohya["alpha"])
-        if same or said is None or not math.isclose(base.alpha, said, rel_tol=_CLOSE):
+        if same or said is None or not math.isclose(alpha, said, rel_tol=_CLOSE):
             return None
-        return Stated(base.alpha / dim, f"the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}")
+        return Stated(alpha / dim, f"the layer's alpha {alpha:g} over ss_network_dim {dim:g}")
     split = str(args.get("split_qkv")).lower() == "true" and _SPLIT.fullmatch(name)
     if isinstance(base, LoraLayer) and split and base.rank in (3 * dim, 4 * dim):
-        what = f"split_qkv: the layer's alpha {base.alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
-        return Stated(base.alpha / dim, what)
+        what = f"split_qkv: the layer's alpha {alpha:g} over ss_network_dim {dim:g}, of rank {base.rank}"
+        return Stated(alpha / dim, what)
     return None
 
 

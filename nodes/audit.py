@@ -6,6 +6,7 @@ folder, and what leaves the node, are figures and the contact sheets of arms tha
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,11 +30,13 @@ from ..gate.finding import Detector
 from ..modular_lora import options
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
-from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
+from ..modular_lora.util.file_state import file_state
 from . import gate as gates
 from . import host
 from . import policy as policies
+from .charts import INK, PAPER, chart
 from .drawing import ComfyPainter
 from .progress import NodeWatch, image_tensor
 from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
@@ -56,8 +59,7 @@ MORE = (  # what more_options may set: nothing that names a file, folder or pack
     "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
     "safety_scale",
 )  # fmt: skip
-WIDTH, ROW, NAMES = 640, 22, 200  # pixels of the plot
-PAPER, INK, BAR = (250, 250, 248), (40, 40, 40), (91, 134, 196)
+WIDTH, ROW = 640, 22  # pixels of the plot
 
 
 class Audit(io.ComfyNode):
@@ -90,7 +92,7 @@ class Audit(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **values):
         named = [*_loras(values).values(), *filter(None, (_prompt_file(values.get(f"{c}_file")) for c in CELLS))]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in named]
+        return [(str(path), file_state(path)) for path in named]
 
     @classmethod
     def execute(cls, model, clip, vae, name, gate=None, style=None, **values) -> io.NodeOutput:
@@ -249,7 +251,7 @@ def _check_shown(model, clip, made: AuditOptions) -> None:
         loras = list(zip(arm.parts, read, strict=True))
         safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
         tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
-        host.guard(model, clip, safety, tasks, False, Policy())
+        host.guard(model, clip, safety, tasks, False, GuardLimits())
 
 
 def _judge(gate: object, style: object) -> Judge:
@@ -282,20 +284,8 @@ def sheets(folder: Path) -> Image.Image:
 def plot(report: AuditReport) -> Image.Image:
     """Concept rate of every arm on what is suppressed; thick the bootstrap's interval, thin with ends Wilson's."""
     rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack] or list(report.rows)
-    picture = Image.new("RGB", (WIDTH, ROW * (len(rows) + 2)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    length = WIDTH - NAMES - 60
-    for i, row in enumerate(rows):
-        top = ROW * (i + 1)
-        draw.text((8, top + 4), arms.shown(row.arm), INK)
-        draw.rectangle((NAMES, top + 3, NAMES + round(length * row.wilson.rate), top + ROW - 5), BAR)
-        middle = top + ROW // 2 - 1
-        for rate, width in ((row.wilson, 1), (row.bootstrap, 3)):
-            if rate:
-                draw.line((NAMES + length * rate.low, middle, NAMES + length * rate.high, middle), INK, width)
-        for end in (row.wilson.low, row.wilson.high):
-            draw.line((NAMES + length * end, middle - 4, NAMES + length * end, middle + 4), INK, 1)
-        draw.text((WIDTH - 52, top + 4), f"{row.wilson.rate:.1%}", INK)
-    draw.line((NAMES, ROW, NAMES, ROW * (len(rows) + 1)), INK)
-    draw.text((NAMES, 4), "concept rate, 0 to 100 %; thick: bootstrap, thin: Wilson", INK)
-    return picture
+
+    def plot(figure) -> None:
+        importlib.import_module("..audit.plots", __package__).put_rates(figure, rows)
+
+    return chart(WIDTH, ROW * (len(rows) + 3), plot)

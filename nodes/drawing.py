@@ -27,9 +27,9 @@ from ..modular_lora.attestation import Run, weights_sha256
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
-from ..modular_lora.guard import GuardedPart, ModelInfo, Policy, TaskLora, build_part, check_coverage
+from ..modular_lora.guard import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
 from ..modular_lora.picturefiles import PictureError, decode, decode_mask
-from ..modular_lora.warm import Warm
+from ..modular_lora.util.cache import Cache
 from . import anatomy, host, trainee
 from .memory import compute_dtype
 
@@ -70,8 +70,8 @@ class ComfyPainter:
         self.base_sha256 = _base_sha256(model, clip, vae)
         self.device, self.dtype = _device_name(model.load_device), str(compute_dtype(model)).removeprefix("torch.")
         self._infos = anatomy.model_info(model), anatomy.clip_info(clip)
-        self._arms: Warm[_Built] = Warm(KEPT_ARMS)
-        self._prompts: Warm[Cond] = Warm(KEPT_PROMPTS)
+        self._arms: Cache[Hashable, _Built] = Cache(KEPT_ARMS)
+        self._prompts: Cache[Hashable, Cond] = Cache(KEPT_PROMPTS)
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
         """Pictures b h w 3, uint8, RGB, in the order of ``items``; equal to the stock nodes' at one item."""
@@ -196,7 +196,7 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
     ordered = sorted(arm.parts, key=lambda part: part.role != "safety")
     loras = tuple(_lora(part) for part in ordered)
     parts = [
-        build_part(name, info, (), loras, Policy(), enforce=False)
+        build_part(name, info, (), loras, GuardLimits(), enforce=False)
         for name, info in zip(("model", "text"), infos, strict=True)
     ]
     check_coverage(tuple(parts), True)

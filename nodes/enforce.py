@@ -44,7 +44,7 @@ from server import PromptServer
 from ..modular_lora.errors import GuardError
 from ..operators import bounds
 from ..operators import graph as graphs
-from ..operators.policy import Policy, PolicyError
+from ..operators.policy import OperatorPolicy, PolicyError
 from ..operators.rules import Refusal, RefusedError
 from . import facts, host, leaving, texts, weights
 from . import policy as policies
@@ -122,18 +122,23 @@ def watch() -> None:
     policies.retry()
     if install():
         log.warning("Operator's policy: %s", found if isinstance(found, PolicyError) else f"in force, {found.sha256}")
-    texts_wanted = isinstance(found, Policy) and found.record.prompts
+    texts_wanted = isinstance(found, OperatorPolicy) and found.record.prompts
     if texts_wanted and not _wants_texts:
         _forget_results()  # embeddings that were made before are bound to no text
     _wants_texts[:] = [True] * texts_wanted
     try:
-        policies.notice(found if isinstance(found, Policy) else None)
+        policies.notice(found if isinstance(found, OperatorPolicy) else None)
     except Exception:  # where it must not be missing, it is asked for again
         log.exception("The policy is not in the record.")
 
 
 def on_prompt(said: Any) -> Any:
-    """The queued prompt, or in its place one that the server's validation refuses; it must not raise."""
+    """The queued prompt, or in its place one that the server's validation refuses; it must not raise.
+
+    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt, 0.3.75 and
+    0.33.0), so that the check cannot be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes
+    or MOST_INPUTS inputs are refused unread, and lines of the record are written by a thread of their own.
+    """
     if not isinstance(said, dict) or "prompt" not in said:
         return said  # the server answers that itself
     policy, refusals = None, ()
@@ -177,7 +182,7 @@ def _plain(prompt: Any) -> Any:
     return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
 
 
-def _refused(said: dict, policy: Policy | None, refusals: tuple[Refusal, ...]) -> dict:
+def _refused(said: dict, policy: OperatorPolicy | None, refusals: tuple[Refusal, ...]) -> dict:
     """A prompt of nothing but refusals; targets are left out, as the server would look at those nodes alone.
 
     Of a graph with more refusals the first are told, each with a line of the record, and the rest counted.
@@ -207,7 +212,7 @@ def _id(said: Mapping[str, Any]) -> str:
         return f"({type(chosen).__name__})"
 
 
-def _record_refusal(policy: Policy | None, rule: str, sentence: str, **where: Any) -> None:
+def _record_refusal(policy: OperatorPolicy | None, rule: str, sentence: str, **where: Any) -> None:
     """Of a node as it runs."""
     try:
         policies.record(policy, "refused", rule=rule, reason=sentence, **where)
@@ -315,14 +320,14 @@ def _node(original: Callable) -> Callable:
     return get_output_data
 
 
-def _failed(policy: Policy | None, error: BaseException | None, where: Mapping[str, str]) -> None:
+def _failed(policy: OperatorPolicy | None, error: BaseException | None, where: Mapping[str, str]) -> None:
     """A line for a node that was refused as it ran."""
     if isinstance(error, PolicyError) or (policy is not None and isinstance(error, GuardError)):
         rule = getattr(error, "rule", "policy" if isinstance(error, PolicyError) else "guard")
         _record_refusal(policy, rule, str(error), **where)
 
 
-def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str, list]) -> object | None:
+def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapping[str, list]) -> object | None:
     """RefusedError for a node that may not run with what has come to it; ANY_MODEL for an open training or audit."""
     said, names = facts.facts(kind), facts.names(kind) or [kind.__name__]
     refusals = [refusal for name in names if (refusal := graphs.check_type(unique_id, name, said, policy))]
@@ -342,7 +347,7 @@ def _check_node(policy: Policy, unique_id: str, kind: type, inputs: Mapping[str,
     return ANY_MODEL
 
 
-def _check_models(policy: Policy, names: list[str], values: list[tuple[str, Any]]) -> None:
+def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]]) -> None:
     for name, value in values:
         guarded = isinstance(value, host.GuardMixin | host.GuardedModel)
         if not guarded and not _is_model(value):

@@ -6,9 +6,10 @@ import weakref
 from pathlib import Path
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files import sha256_file
 from ..operators import graph as graphs
 from ..operators.graph import NodeFacts
-from ..operators.policy import Policy
+from ..operators.policy import OperatorPolicy
 from . import policy as policies
 from . import weights
 from .load import SAFETY_FOLDERS, TASK_FOLDERS
@@ -22,18 +23,18 @@ _facts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # node class ->
 class Files:
     """See operators.graph.Files."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: OperatorPolicy):
         self.policy, self.uploaded = policy, weights.Choices().uploaded
 
     def sha256(self, node_type: str, name: str) -> str | None:
         try:
-            return policies.file_sha256(_path(node_type, name))
+            return sha256_file(_path(node_type, name))
         except (GuardError, OSError, ValueError):
             return None
 
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         path = _path(node_type, name)
-        return policies.unsigned(path, policies.file_sha256(path), key, self.policy)
+        return policies.unsigned(path, sha256_file(path), key, self.policy)
 
 
 def _path(node_type: str, name: str) -> Path:

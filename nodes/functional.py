@@ -24,8 +24,8 @@ from ..modular_lora import functional
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.functional import Arm, Functional, Request
-from ..modular_lora.guard import GuardedPart, Policy, Safety, Tasks, build_part
-from ..modular_lora.warm import Warm
+from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks, build_part
+from ..modular_lora.util.cache import Cache
 from .anatomy import clip_info, model_info
 from .memory import compute_dtype
 from .runs import forget
@@ -37,7 +37,7 @@ LIMIT = 64 * 2**20  # bytes of predictions
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 measuring: ContextVar[nn.Module | None] = ContextVar("measuring", default=None)  # the model; nothing of it leaves
-_known: Warm[Tensor] = Warm(LIMIT, lambda rows: rows.nbytes)
+_known: Cache[Hashable, Tensor] = Cache(LIMIT, lambda rows: rows.nbytes)
 _tokens: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> what stands for it in keys
 
 
@@ -119,7 +119,7 @@ class _Evaluator:
             return self._parts, roles[arm]
         safety, tasks = (tuple(i for i in items if i.lora.sha256 in arm) for items in (self._safety, self._tasks))
         infos = ("model", model_info(self._model)), ("text", clip_info(self._clip))
-        parts = tuple(build_part(name, info, safety, tasks, Policy(), enforce=False) for name, info in infos)
+        parts = tuple(build_part(name, info, safety, tasks, GuardLimits(), enforce=False) for name, info in infos)
         return parts, ALL_ROLES
 
     def _conds(self, arm: Arm, built: tuple, prompts: tuple[str, ...]) -> list:

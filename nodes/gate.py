@@ -17,6 +17,7 @@ from ..gate.finding import Detector
 from ..gate.report import format_settings
 from ..gate.settings import ACTIONS, Settings
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import file_state
 from . import policy as policies
 from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
 from .training import check_name
@@ -92,7 +93,7 @@ class GateSettings(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, classifier=None, labels=None, preset=None, **_):
         paths = [_file(*pair) for pair in (("classifier", classifier), ("labels", labels), ("preset", preset))]
-        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p]
+        return [(str(p), file_state(p)) for p in paths if p]
 
     @classmethod
     def execute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..modular_lora.guard import Policy, SafetyLora, TaskLora
+from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora
 from . import host
 from . import policy as policies
 from .load import handles, stacked
@@ -64,7 +64,7 @@ class GuardModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
-        guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, Policy())
+        guarded, guarded_clip = host.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
         show(cls, guarded.report)
         if clip is None:

@@ -20,13 +20,13 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..modular_lora import attestation as attest
-from ..modular_lora.attestation import Attestation, Ledger, carrying_digests, row_digests, tensor_sha256
+from ..modular_lora.attestation import Attestation, carrying_digests, row_digests, tensor_sha256
 from ..modular_lora.branches import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
 from ..modular_lora.functional import check
 from ..modular_lora.guard import (
     GuardedPart,
-    Policy,
+    GuardLimits,
     Safety,
     Tasks,
     build_parts,
@@ -35,6 +35,7 @@ from ..modular_lora.guard import (
     text_digest,
 )
 from ..modular_lora.report import format_functional, format_guard, format_memory
+from ..modular_lora.util.cache import Cache
 from ..version import VERSION
 from . import pending, warm
 from .anatomy import clip_info, family, is_current, model_info, model_sha256
@@ -58,10 +59,10 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 
-latents: Ledger[Attestation] = Ledger(4096)  # content of one latent of a batch -> its run
-images: Ledger[Attestation] = Ledger(4096)  # content of one image of a batch -> its run
-unsampled: Ledger[bool] = Ledger(4096)  # content of one latent -> a run without steps gave it back as it came in
-embeddings: Ledger[str] = Ledger(200_000)  # content of one embedding row -> digest of the safety LoRAs that shaped it
+latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
+images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
+unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
+embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def _wrap_clip(clip, state: GuardState):
     return clip
 
 
-def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: Policy):
+def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy: GuardLimits):
     """(GuardedModel, guarded CLIP or the CLIP as it came) for a MODEL and an optional CLIP; GuardError if it cannot."""
     _check_types(model, clip)
     for patcher, what in ((model, "The MODEL"), (clip.patcher if clip else None, "The CLIP")):
@@ -362,11 +363,11 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
         clip = _wrap_clip(clip, replace(state, part=built.text, patches=frozenset(text.rest)))
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
-    memory = format_memory(size, len(warm.guards), warm.guards.nbytes)
+    memory = format_memory(size, len(warm.guards), warm.guards.size)
     return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
 
 
-def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: int) -> warm.Built:
+def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> warm.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
@@ -379,7 +380,7 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: Policy, merged: in
     return warm.Built(parts[0], text, record, text_digest(safety), report)
 
 
-def _parts(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> tuple[GuardedPart, ...]:
+def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
     """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
     build = lambda **known: build_parts(  # noqa: E731
         model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
+from ..modular_lora.guard import GuardLimits, SafetyLora, TaskLora, build_part
 from ..modular_lora.interference import Interference
 from ..modular_lora.report import format_interference
 from . import anatomy
@@ -53,7 +53,7 @@ class LoraInterference(io.ComfyNode):
     @classmethod
     def execute(cls, model, safety_lora, task_lora=(), lora_stack=()) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
-        part = build_part("model", anatomy.model_info(model), safety, tasks, Policy(), enforce=False)
+        part = build_part("model", anatomy.model_info(model), safety, tasks, GuardLimits(), enforce=False)
         for line in (line for line in part.lines if line.refusal):
             raise GuardError(line.refusal)
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)

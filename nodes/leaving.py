@@ -27,12 +27,13 @@ import torch
 from comfy_execution.graph import DynamicPrompt
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..modular_lora.attestation import Attestation, Ledger, tensor_sha256
+from ..modular_lora.attestation import Attestation, tensor_sha256
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.cache import Cache
 from ..operators import graph as graphs
 from ..operators import leaving
 from ..operators.graph import NodeFacts
-from ..operators.policy import Policy
+from ..operators.policy import OperatorPolicy
 from ..operators.rules import RefusedError
 from . import facts, host
 from . import policy as policies
@@ -53,8 +54,8 @@ WEIGHTS = (
 SHORT = 32  # characters of a text that is too short to be told from any other of its kind
 
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
-_made: Ledger[Runs] = Ledger(4096)  # content of a waveform, a voxel grid or a mesh
-_told: Ledger[bool] = Ledger(4096)  # content of a text that a node of another pack may have made of a picture
+_made: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh
+_told: Cache[str, bool] = Cache(4096)  # content of a text that a node of another pack may have made of a picture
 _files: weakref.WeakSet = weakref.WeakSet()  # videos that are files of the user's
 _shows: contextvars.ContextVar[bool] = contextvars.ContextVar("modular_lora_shows", default=False)
 
@@ -66,15 +67,15 @@ class Node:
     facts: NodeFacts
     names: frozenset[str]
 
-    def leaves(self, policy: Policy) -> bool:
+    def leaves(self, policy: OperatorPolicy) -> bool:
         """Whether it writes, shows or sends."""
         return self.facts.is_output or self.facts.sends or bool(self.names & set(policy.nodes.showing))
 
-    def known(self, policy: Policy) -> bool:
+    def known(self, policy: OperatorPolicy) -> bool:
         """Whether it is known to show what it is given and nothing beside."""
         return self.facts.ours or leaving.may_show(self.names, self.facts.core, policy)
 
-    def trusted(self, policy: Policy) -> bool:
+    def trusted(self, policy: OperatorPolicy) -> bool:
         return leaving.trusted(self.names, policy)
 
 
@@ -95,7 +96,7 @@ class _Latent:
 MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent (0.3.75, 0.33.0)
 
 
-def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
+def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> None:
     """RefusedError where something has come to a node that writes, shows or sends, and may not leave."""
     if not node.leaves(policy):
         return
@@ -118,7 +119,7 @@ def check(policy: Policy, node: Node, inputs: Mapping[str, list]) -> None:
             raise RefusedError(leaving.rule(policy), what, "take the node out")
 
 
-def begin(policy: Policy, node: Node) -> contextvars.Token:
+def begin(policy: OperatorPolicy, node: Node) -> contextvars.Token:
     """Before a node runs: pictures that it shows while it does pass where it was checked; see ``end``.
 
     What trainings and audits show on the way is what they sample, which no gate judges.
@@ -132,7 +133,7 @@ def end(token: contextvars.Token) -> None:
     _shows.reset(token)
 
 
-def _check_leaf(policy: Policy, node: Node, name: str, leaf: Any) -> None:
+def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> None:
     gate = policy.gate.required
     if isinstance(leaf, torch.Tensor):
         for picture in _pictures(leaf):
@@ -206,17 +207,25 @@ def origin(leaf: Any) -> Runs | None:
 
 
 def _digest(leaf: Any) -> str:
-    """Of what a sound, a voxel grid or a mesh holds (comfy_api's VOXEL and MESH, 0.3.75); "" of anything else."""
+    """Of what a sound, a voxel grid or a mesh holds (comfy_api's VOXEL and MESH); "" of anything else.
+
+    In 0.3.75 these two hold tensors alone, in 0.33.0 flags, sizes and None as well.
+    """
     if isinstance(leaf, _Sound):
         parts = {"waveform": leaf.waveform}
     elif type(leaf).__name__ in ("VOXEL", "MESH") and type(leaf).__module__.startswith("comfy_api."):
         parts = vars(leaf)
     else:
         return ""
-    if not all(isinstance(part, torch.Tensor) and part.layout == torch.strided for part in parts.values()):
-        return ""
-    named = (f"{name} {tensor_sha256(part)}" for name, part in sorted(parts.items()))
-    return hashlib.sha256("\n".join((type(leaf).__name__, *named)).encode()).hexdigest()
+    named = [type(leaf).__name__]
+    for name, part in sorted(parts.items()):
+        if isinstance(part, torch.Tensor) and part.layout == torch.strided:
+            named.append(f"{name} {tensor_sha256(part)}")
+        elif isinstance(part, PLAIN):
+            named.append(f"{name} {part!r}")
+        else:
+            return ""
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
 def _of_all(leaves: Iterator[Any]) -> Runs | None:
@@ -236,7 +245,7 @@ def _called(leaf: Any) -> str:
     return {_Sound: "sound", _Latent: "a latent"}.get(type(leaf), f"a {type(leaf).__name__}")
 
 
-def given_out(policy: Policy, node: Node, inputs: Mapping[str, list], made: tuple) -> tuple:
+def given_out(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], made: tuple) -> tuple:
     """What a node has made (outputs, shown, whether it expands, whether its end comes later), checked and noted.
 
     RefusedError where it shows what nobody has checked; of a coroutine, when it ends.
@@ -277,7 +286,7 @@ def _returned(result: Any) -> tuple[Any, Mapping]:
     return getattr(result, "result", result), shown if isinstance(shown, Mapping) else shown.as_dict()
 
 
-def check_shown(policy: Policy, node: Node, inputs: Mapping[str, list], shown: Mapping[str, Any]) -> None:
+def check_shown(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], shown: Mapping[str, Any]) -> None:
     """RefusedError where a node that is not known shows a file, or shows anything and was given what may be a picture.
 
     Of nodes that neither write, show nor send by their own account, ComfyUI hands on what they show all the same.
@@ -296,7 +305,7 @@ def _listed(some: Any) -> tuple:
     return tuple(some) if isinstance(some, list | tuple) else (some,)
 
 
-def _note(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
+def _note(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
     """Remember where sound and solids come from that a node has made."""
     if (runs := _sources(policy, node, inputs)) is None:
         return
@@ -307,7 +316,7 @@ def _note(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) 
             _made.put(digest, runs)
 
 
-def _note_texts(policy: Policy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
+def _note_texts(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
     """Remember texts that may be made of a picture, and what is made of them; see operators.graph.Kind.tells."""
     if node.facts.ours or node.trusted(policy):
         return
@@ -336,7 +345,7 @@ def _texts(value: Any) -> Iterator[str]:
             waiting.extend(one.values() if isinstance(one, Mapping) else ())
 
 
-def _sources(policy: Policy, node: Node, inputs: Mapping[str, list]) -> Runs | None:
+def _sources(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Runs | None:
     """The runs behind what a node makes that is no picture; None: it is not known to make it of what is known."""
     if node.trusted(policy) or (node.facts.core and node.names & leaving.SOURCES):
         return ()

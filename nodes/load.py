@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import SafetyLora, TaskLora
-from ..modular_lora.options import Scale
+from ..modular_lora.scales import Scale
 from ..modular_lora.stacks import Row, parse_stack
 from ..modular_lora.warm import kept_lora, kept_sha256
 from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path

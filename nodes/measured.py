@@ -17,7 +17,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     """Which conditioning and image every row of a diffusion model's batch belongs to.
 
     ComfyUI evaluates several conditionings as one batch, each with all images, and says which in
-    ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch, 0.3.75; 0.38.1 by reading). Where that is
+    ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch, 0.3.75 and 0.33.0). Where that is
     not ``images`` a conditioning (windows of a video), every row is of every image.
     """
     x = args[0] if args else kwargs.get("x")

@@ -15,23 +15,15 @@ from types import SimpleNamespace
 import comfy.weight_adapter as weight_adapter
 from torch import Tensor
 
+from ..modular_lora.formats import FORMATS
 from ..modular_lora.guard import TaskLora, Tasks
 from ..modular_lora.model import ModelInfo
-from ..modular_lora.names import FACTORS
 from ..modular_lora.pending import Change, pending_lora
 from .anatomy import clip_info, model_info
 
 Patches = dict[str, list[tuple]]  # as ModelPatcher holds them
-_LOHA = ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale")
-_LOKR = ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale")
-_LORA = ("up", "down", "alpha", "mid", "dora_scale", "reshape")
-ROLES = {  # class of comfy/weight_adapter -> what its ``weights`` are, by the roles in files (0.3.75 and 0.33.0)
-    "LoRAAdapter": _LORA,
-    "LoHaAdapter": _LOHA,
-    "LoKrAdapter": _LOKR,
-    "OFTAdapter": ("oft_blocks", "rescale", "alpha", "dora_scale"),
-}
-_KNOWN = frozenset(("down", "up", "mid", "dora_scale", "oft_blocks", *FACTORS))
+# class of comfy/weight_adapter -> what its ``weights`` are, by the roles in files (0.3.75 and 0.33.0)
+ROLES = dict(kind.host for kind in FORMATS if kind.host)
 
 
 @dataclass(frozen=True)
@@ -167,7 +159,7 @@ def _adapter(value) -> _Read | str:
     held = {role: part for role, part in zip(roles, value.weights, strict=True) if part is not None}
     reshape, alpha = held.pop("reshape", None), held.pop("alpha", None)
     held.pop("rescale", None)  # ComfyUI does not use it
-    if not held.keys() <= _KNOWN or not all(map(_is_values, held.values())):
+    if not all(map(_is_values, held.values())):
         return f"a {value.name} change whose values are no numbers"
     if "oft_blocks" in held and "dora_scale" in held:
         return "an OFT change with lengths of its own"

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 import torch
 from comfy_api.latest import io
 
-from ..modular_lora.attestation import Attestation, GateRecord, Ledger, tensor_sha256
+from ..modular_lora.attestation import Attestation, GateRecord, tensor_sha256
 from ..modular_lora.report import format_attestation
+from ..modular_lora.util.cache import Cache
 from . import anatomy, host
 from .sockets import CATEGORY, show
 
@@ -19,7 +20,7 @@ EDITED = (
 )
 UNSAMPLED = "unattested: nothing was sampled (denoise 0, or no step to do), so the latent is what went into the sampler"
 
-gated: Ledger[GateRecord] = Ledger(4096)  # content of one image of a batch -> what the last gate that saw it decided
+gated: Cache[str, GateRecord] = Cache(4096)  # content of one image of a batch -> what the last gate that saw it decided
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import atexit
 import contextvars
 import datetime
 import logging
-import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +25,12 @@ from ..gate.gate import Outcome
 from ..gate.settings import Settings
 from ..modular_lora.attestation import Attestation, LoraRecord
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files import sha256_file
 from ..modular_lora.guard import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
+from ..modular_lora.util.cache import Cache
+from ..modular_lora.util.file_state import find_file_state
 from ..operators import keys, rules, signing
 from ..operators import policy as policies
-from ..operators.policy import Policy, PolicyError
+from ..operators.policy import OperatorPolicy, PolicyError
 from ..operators.record import Record
 from ..operators.rules import RefusedError
 from . import host
@@ -44,22 +44,12 @@ MOST_WAITING = 1000  # lines that wait for the record; further ones are counted
 log = logging.getLogger("modular_lora")
 
 
-class Recent(OrderedDict):
-    """The last things that were remembered; the oldest goes first."""
-
-    def put(self, key: Any, value: Any) -> Any:
-        self[key] = value
-        while len(self) > MOST:
-            self.popitem(last=False)
-        return value
-
-
 _watched: dict[Path, policies.Watched] = {}
 _records: dict[tuple, Record] = {}  # the one in use
-_paths = Recent()  # SHA-256 of a LoRA -> its file
-_hashes = Recent()  # file, its state -> SHA-256
-_signatures = Recent()  # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
-_gates = Recent()  # detector, settings, state of the policy -> whether it accepts them
+_paths: Cache[str, Path] = Cache(MOST)  # SHA-256 of a LoRA -> its file
+# file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
+_signatures: Cache[tuple, str] = Cache(MOST)
+_gates: Cache[tuple, bool] = Cache(MOST)  # detector, settings, state of the policy -> whether it accepts them
 _waiting: deque[tuple[str, str, dict[str, Any]]] = deque()  # policy's SHA-256, kind and fields of lines to come
 _beyond: Counter[str] = Counter()  # rules of refusals for which there was no room among them
 _wake, _writer = threading.Event(), threading.Lock()
@@ -75,7 +65,7 @@ def folder() -> Path:
     return Path(own(PROTECTED)) if own else Path(folder_paths.get_user_directory()) / f"__{PROTECTED}"
 
 
-def current() -> Policy | None:
+def current() -> OperatorPolicy | None:
     """The policy in force, None where there is none. Raises PolicyError where it cannot be told: sample nothing."""
     path = folder() / policies.FILE
     watched = _watched.get(path) or _watched.setdefault(path, policies.Watched(path))
@@ -98,35 +88,21 @@ def fingerprint() -> str:
     return found.state if found else ""
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a LoRA file, read again when the file changes."""
-    key = (str(path), file_state(path))
-    return _hashes.get(key) or _hashes.put(key, sha256_file(path))
-
-
-def unsigned(path: Path, sha256: str, key: str, policy: Policy) -> str:
+def unsigned(path: Path, sha256: str, key: str, policy: OperatorPolicy) -> str:
     """Why the signature of a LoRA file by a key of the policy does not hold; "" where it does."""
     public = policy.key_paths()[key]
     day = datetime.datetime.now(datetime.timezone.utc).date()
-    asked = (str(path), sha256, key, *map(file_state, (path, signing.signature_path(path), public)), day)
-    if asked not in _signatures:
-        try:
-            signing.verify(path, {key: public}, sha256=sha256)
-            _signatures.put(asked, "")
-        except GuardError as error:
-            _signatures.put(asked, str(error).rstrip("."))
-    return _signatures[asked]
-
-
-def file_state(path: Path) -> tuple[int, ...] | None:
+    asked = (str(path), sha256, key, *map(find_file_state, (path, signing.signature_path(path), public)), day)
+    if (known := _signatures.get(asked)) is not None:
+        return known
     try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        signing.verify(path, {key: public}, sha256=sha256)
+        return _signatures.put(asked, "")
+    except GuardError as error:
+        return _signatures.put(asked, str(error).rstrip("."))
 
 
-def _unsigned_by(policy: Policy) -> rules.Unsigned:
+def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
     def ask(lora: LoraRecord, key: str) -> str:
         path = _paths.get(lora.sha256)
         return unsigned(path, lora.sha256, key, policy) if path else f"the file of {lora.name} is not known"
@@ -158,16 +134,16 @@ def _check_contamination(tasks: Tasks) -> None:
             raise RefusedError("guard.contamination_is_error", what, "retrain it on W0")
 
 
-def check_run(policy: Policy, run: Attestation) -> None:
+def check_run(policy: OperatorPolicy, run: Attestation) -> None:
     """See rules.check_run."""
     rules.check_run(policy, run, _unsigned_by(policy))
 
 
-def check_picture(policy: Policy, picture: torch.Tensor, attested: bool) -> None:
+def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
     """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
     found = known(picture)
     gate = found.gate
-    accepted = gate is not None and (gate.detector_sha256, gate.settings_sha256, policy.state) in _gates
+    accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
     rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)
 
 
@@ -194,7 +170,7 @@ def record_gate(settings_sha256: str, detector: Detector, outcome: Outcome) -> N
 
 
 def record_run(
-    policy: Policy, run: Attestation | None, base: Sequence[str], texts: tuple[tuple[str, ...], int] | None
+    policy: OperatorPolicy, run: Attestation | None, base: Sequence[str], texts: tuple[tuple[str, ...], int] | None
 ) -> None:
     """A line of one sampling run; ``run`` None: the policy asks for no guard, and there was none.
 
@@ -208,7 +184,7 @@ def record_run(
     record(policy, "run", prompts=known, attestation=said, **more)
 
 
-def record(policy: Policy | None, kind: str, **fields: Any) -> None:
+def record(policy: OperatorPolicy | None, kind: str, **fields: Any) -> None:
     """One line, with the prompt and node that run. ``policy`` None: it cannot be read, its folder is the default.
 
     Raises GuardError where the line, or one that waits before it, cannot be written: what should have stood in it must
@@ -224,7 +200,7 @@ def record(policy: Policy | None, kind: str, **fields: Any) -> None:
         _book(policy).append(kind, policy=policy.sha256 if policy else "", **(where | fields))
 
 
-def record_later(policy: Policy | None, rule: str, **fields: Any) -> None:
+def record_later(policy: OperatorPolicy | None, rule: str, **fields: Any) -> None:
     """A line of a refusal that a thread writes: whoever holds up the server's loop must not wait for the disc.
 
     It is written before any line of `record` that comes after it, and before the process ends. Where it cannot be
@@ -271,7 +247,7 @@ def more_refused(rules: Counter[str]) -> dict[str, Any]:
     return {"rule": "", "reason": f"and {rules.total()} more refusals: {told}", "more": dict(rules)}
 
 
-def _noticed() -> Policy | None:
+def _noticed() -> OperatorPolicy | None:
     """The policy in force, which stands in the record; None where there is none, or where it cannot be read."""
     try:
         policy = current()
@@ -304,7 +280,7 @@ def _write_last() -> None:
         log.exception("%d refusals are not in the record.", len(_waiting) + _beyond.total())
 
 
-def notice(policy: Policy | None) -> None:
+def notice(policy: OperatorPolicy | None) -> None:
     """A line where the policy is another than the record said last; None: it cannot be read."""
     now = (policy.sha256, policy.signed) if policy else ("", False)
     if _last == [now]:  # without waiting for a line that is being written
@@ -325,7 +301,7 @@ def gone() -> None:
         _last.clear()
 
 
-def _book(policy: Policy | None) -> Record:
+def _book(policy: OperatorPolicy | None) -> Record:
     """The record of a policy; where that cannot be read, the one that was in use."""
     place = (policy.record_folder, policy.record, policy.state) if policy else (folder() / UNREAD,)
     if place in _records or (policy is None and _records):

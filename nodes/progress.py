@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from .charts import chart
 from .sockets import show
 
 logger = logging.getLogger("modular_lora")
-WIDTH, HEIGHT, MARGIN = 640, 360, 40
-BACKGROUND, INK, RAW, SMOOTH = (250, 250, 248), (40, 40, 40), (190, 205, 225), (40, 90, 170)
+WIDTH, HEIGHT = 640, 360
+RAW, SMOOTH = "#becde1", "#285aaa"
 SECONDS = 2.0  # between two pictures of the curve
 
 
@@ -95,26 +97,17 @@ def smoothed(losses: Sequence[float], decay: float = 0.95) -> list[float]:
 
 def loss_curve(losses: Sequence[float]) -> Image.Image:
     """Loss of every step and its smoothed curve, from zero to just above the smoothed curve's peak."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
-    draw, smooth = ImageDraw.Draw(picture), smoothed(losses)
-    top = 1.25 * max(smooth, default=1.0) or 1.0
-    right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+    smooth, steps = smoothed(losses), range(1, len(losses) + 1)
 
-    def line(values: Sequence[float], colour: tuple[int, int, int], width: int) -> None:
-        every = max(1, len(values) // right)
-        points = [
-            (MARGIN + (right - MARGIN) * i / max(1, len(values) - 1), bottom - (bottom - MARGIN) * min(v / top, 1))
-            for i, v in enumerate(values)
-            if i % every == 0
-        ]
-        draw.line(points, fill=colour, width=width)
+    def plot(figure) -> None:
+        axes = figure.add_subplot(xlabel=f"{len(losses)} steps", ylabel="loss")
+        axes.plot(steps, losses, color=RAW, linewidth=0.8)
+        axes.plot(steps, smooth, color=SMOOTH, linewidth=2)
+        axes.set_xlim(1, max(2, len(losses)))
+        axes.set_ylim(0, 1.25 * max(filter(math.isfinite, smooth), default=1.0) or 1.0)
+        axes.spines[["top", "right"]].set_visible(False)
 
-    line(losses, RAW, 1)
-    line(smooth, SMOOTH, 2)
-    draw.line((MARGIN, MARGIN, MARGIN, bottom, right, bottom), fill=INK)
-    draw.text((4, MARGIN - 16), f"loss {top:.4g}", fill=INK)
-    draw.text((right - 60, bottom + 6), f"{len(losses)} steps", fill=INK)
-    return picture
+    return chart(WIDTH, HEIGHT, plot)
 
 
 def image_tensor(picture: Image.Image) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..modular_lora import plain_json
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import sha256_file
+from ..modular_lora.util import atomic
 from ..operators import keys, signing
 from ..operators.signing import KEY
 from . import policy as policies
@@ -210,37 +210,17 @@ def _write(path: Path, image: torch.Tensor, record: dict, graph: dict, style: St
         info.add_text(KEY, plain_json.dumps(sign(record), sort_keys=True))
         for key, value in graph.items():
             info.add_text(key, plain_json.dumps(value))
-        _create(path, lambda part: picture.save(part, format="PNG", pnginfo=info, compress_level=4))
+        with atomic.creating(path) as part:
+            picture.save(part, format="PNG", pnginfo=info, compress_level=4)
         return
 
-    def write(part: Path) -> None:
-        picture.save(part, format=style.format, quality=style.quality)
-        digest = sha256_file(part)
-        beside = {KEY: sign(record | {"file_sha256": digest}), "file": path.name, "file_sha256": digest, **graph}
-        text = plain_json.dumps(beside, sort_keys=True, indent=1)
-        side = path.with_suffix(".json")
-        _create(side, lambda part: part.write_text(text, encoding="utf-8"))
-        undo.callback(side.unlink)
-
     with contextlib.ExitStack() as undo:  # a record without its picture does not stay either
-        _create(path, write)  # the picture takes its name last: it never lies there without its record
+        with atomic.creating(path) as part:  # the picture takes its name last: it never lies there without its record
+            picture.save(part, format=style.format, quality=style.quality)
+            digest = sha256_file(part)
+            beside = {KEY: sign(record | {"file_sha256": digest}), "file": path.name, "file_sha256": digest, **graph}
+            side = path.with_suffix(".json")
+            with atomic.creating(side) as side_part:
+                side_part.write_text(plain_json.dumps(beside, sort_keys=True, indent=1), encoding="utf-8")
+            undo.callback(side.unlink)
         undo.pop_all()
-
-
-def _create(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a new file whole or not at all; FileExistsError where there is one, which stays as it is."""
-    part = path.with_name(f".{uuid.uuid4().hex}.part")  # short: the file's own name may be as long as names can be
-    try:
-        if os.path.lexists(path):
-            raise FileExistsError(path)
-        write(part)
-        try:
-            os.link(part, path)  # unlike a renaming, never over a file that has just come
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links in this file system
-            if os.path.lexists(path):
-                raise FileExistsError(path) from None
-            part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)

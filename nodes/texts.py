@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..modular_lora.attestation import Ledger, row_digests, tensor_sha256
+from ..modular_lora.attestation import row_digests, tensor_sha256
+from ..modular_lora.util.cache import Cache
 from ..operators.bounds import bounded
 from ..operators.policy import PolicyError
 from . import host
@@ -40,8 +41,8 @@ class Sequences:
     """Values by sequences of marks, found again within longer sequences; the least recently used goes first."""
 
     def __init__(self, size: int):
-        self._values: Ledger[tuple[tuple[str, ...], bool]] = Ledger(size)
-        self._lengths: Ledger[frozenset[int]] = Ledger(size)  # by the first mark
+        self._values: Cache[str, tuple[tuple[str, ...], bool]] = Cache(size)
+        self._lengths: Cache[str, frozenset[int]] = Cache(size)  # by the first mark
 
     def put(self, marks: Sequence[str], texts: tuple[str, ...], whole: bool) -> None:
         if marks:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..modular_lora.branches import Attachment
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard import ModelInfo, Policy, SafetyLora, build_part, check_coverage
+from ..modular_lora.guard import GuardLimits, ModelInfo, SafetyLora, build_part, check_coverage
 from ..training import kohya
 from ..training.kohya import Base
 from ..training.options import Options, SafetyOptions
@@ -135,7 +135,7 @@ class ComfyTrainee:
     def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
         """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
         pairs = ((self._model, "model", self.infos[0]), (self.text_encoder, "text", self.infos[1]))
-        parts = [build_part(name, info, tuple(safety), (), Policy()) for _, name, info in pairs]
+        parts = [build_part(name, info, tuple(safety), (), GuardLimits()) for _, name, info in pairs]
         check_coverage(tuple(parts), True)
         with ExitStack() as stack:
             for (module, _, _), part in zip(pairs, parts, strict=True):

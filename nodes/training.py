@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 import typing
@@ -20,6 +19,8 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files import read_lora
 from ..modular_lora.guard import SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
+from ..modular_lora.util import atomic
+from ..modular_lora.util.file_state import file_state
 from ..training import dataset, kohya, options, output, projection
 from ..training.dataset_config import DatasetConfig
 from ..training.kohya_checkout import find_engine
@@ -63,7 +64,7 @@ def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
 
 
 def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
-    what: dict[str, typing.Any] = {"tooltip": field.metadata["help"], "default": field.default}
+    what: dict[str, typing.Any] = {"tooltip": field.metadata["description"], "default": field.default}
     if typing.get_origin(hint) is typing.Literal:
         return io.Combo.Input(name, list(typing.get_args(hint)), **what)
     if typing.get_origin(hint) is tuple:
@@ -174,7 +175,7 @@ def data_set_state(name: str) -> str:
     if "dataset_config" in chosen:
         places += inside(options.load(TaskOptions, None, chosen)).folders
     files = sorted(p for place in places for p in (place, *place.rglob("*")) if p.is_file())
-    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    found = [(str(file), file_state(file)) for file in files]
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
@@ -210,12 +211,8 @@ def published(trained: Trained, folder: str) -> Path:
     stem = trained.lora.path.stem
     free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
     path = next(p for p in free if not p.exists())
-    temporary = path.with_suffix(".partial")
-    try:
-        shutil.copyfile(trained.lora.path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as part:
+        shutil.copyfile(trained.lora.path, part)
     return path
 
 

@@ -10,8 +10,8 @@ import torch
 
 from ..modular_lora.attestation import Attestation
 from ..modular_lora.branches import tree
-from ..modular_lora.guard import GuardedPart, Policy, Safety, Tasks
-from ..modular_lora.warm import Warm
+from ..modular_lora.guard import GuardedPart, GuardLimits, Safety, Tasks
+from ..modular_lora.util.cache import Cache
 
 LIMIT = 256 * 2**20  # bytes of fused weights
 
@@ -31,11 +31,11 @@ class Built:
         return self.model.branches.nbytes() + (self.text.branches.nbytes() if self.text else 0)
 
 
-guards: Warm[Built] = Warm(LIMIT, Built.nbytes)
+guards: Cache[Hashable, Built] = Cache(LIMIT, Built.nbytes)
 _watched: weakref.WeakSet = weakref.WeakSet()
 
 
-def key(model, clip, safety: Safety, tasks: Tasks, policy: Policy) -> Hashable:
+def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
     """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid, 0.3.75 and
     0.33.0), the files by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]

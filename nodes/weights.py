@@ -23,7 +23,9 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ..operators.policy import Policy
+from ..modular_lora.files import sha256_file
+from ..modular_lora.util.file_state import find_file_state
+from ..operators.policy import OperatorPolicy
 from ..operators.rules import RefusedError
 from . import policy as policies
 
@@ -115,7 +117,7 @@ def reading() -> Iterator[Read]:
         _reading.reset(token)
 
 
-def end(policy: Policy, read: Read, made: Any) -> None:
+def end(policy: OperatorPolicy, read: Read, made: Any) -> None:
     """Remember of what a node's models were made; RefusedError where the policy does not name one of their files."""
     for value in models(made):
         if isinstance(value, asyncio.Task):
@@ -153,7 +155,7 @@ def _module(value: Any) -> torch.nn.Module | None:
     return getattr(value, "first_stage_model", None) if isinstance(value, comfy.sd.VAE) else None
 
 
-def check_base(policy: Policy, value: Any) -> tuple[str, ...]:
+def check_base(policy: OperatorPolicy, value: Any) -> tuple[str, ...]:
     """SHA-256 of the files of a diffusion model, text encoder or VAE; RefusedError for one that is not named.
 
     Nothing is asked, or hashed, where the policy names none.
@@ -172,9 +174,9 @@ def check_base(policy: Policy, value: Any) -> tuple[str, ...]:
 
 
 def _named(what: str, path: Path, state: Any, allow: tuple[str, ...]) -> str:
-    if policies.file_state(path) != state:
+    if find_file_state(path) != state:
         raise RefusedError("base.allow", f"the file of the {what}, {path.name}, was changed", "load it again")
-    if (sha256 := policies.file_sha256(path)) not in allow:
+    if (sha256 := sha256_file(path)) not in allow:
         said = f"the {what} was made of {path.name} (sha256 {sha256[:16]}), which the operator has not named"
         raise RefusedError("base.allow", said, "use one that is named under [base]")
     return sha256
@@ -191,7 +193,7 @@ def loading(original: Callable) -> Callable:
             return original(ckpt, *args, **kwargs)
         check_place(ckpt)
         path = Path(os.path.realpath(ckpt))
-        state = policies.file_state(path)
+        state = find_file_state(path)
         loaded = original(ckpt, *args, **kwargs)
         if (read := _reading.get()) is not None:
             read[path] = state

@@ -7,13 +7,12 @@ is checked again there; a graph that passes here is not yet allowed anything.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from . import leaving
-from .policy import Policy, Required, named
+from .policy import OperatorPolicy, Required, named
 from .rules import Refusal, Said, task_refused
 
 ANY = "*"
@@ -95,14 +94,14 @@ class Link(NamedTuple):
 FactsOf = Callable[[str], NodeFacts | None]
 
 
-def check(graph: Any, facts_of: FactsOf, policy: Policy, files: Files) -> tuple[Refusal, ...]:
+def check(graph: Any, facts_of: FactsOf, policy: OperatorPolicy, files: Files) -> tuple[Refusal, ...]:
     """Every refusal of a graph's nodes that would run; empty: it may be queued."""
     if (wrong := _malformed(graph, facts_of)) is not None:
         return (wrong,)
     return tuple(_Graph(graph, facts_of, policy, files).refusals())
 
 
-def check_type(node: str, kind: str, facts: NodeFacts | None, policy: Policy) -> Refusal | None:
+def check_type(node: str, kind: str, facts: NodeFacts | None, policy: OperatorPolicy) -> Refusal | None:
     """What the policy says of one node by its type alone."""
     if facts is None:
         return Refusal(node, kind, "nodes", "this node type is not known here", "install its pack, or take it out")
@@ -122,7 +121,7 @@ def check_type(node: str, kind: str, facts: NodeFacts | None, policy: Policy) ->
     return None
 
 
-def may_take_model(kind: str, policy: Policy) -> bool:
+def may_take_model(kind: str, policy: OperatorPolicy) -> bool:
     return kind in policy.nodes.sampling or kind in policy.nodes.patching
 
 
@@ -166,7 +165,7 @@ def _types(declared: str) -> frozenset[str]:
 
 
 class _Graph:
-    def __init__(self, graph: dict, facts_of: FactsOf, policy: Policy, files: Files):
+    def __init__(self, graph: dict, facts_of: FactsOf, policy: OperatorPolicy, files: Files):
         self.graph, self.policy, self.files = graph, policy, files
         self.facts = {kind: facts_of(kind) for kind in {node["class_type"] for node in graph.values()}}
         self.links = {name: tuple(_links(graph, name)) for name in graph}
@@ -203,21 +202,40 @@ class _Graph:
         return frozenset(seen)
 
     def _follow(self) -> dict[tuple[str, int], frozenset[Kind]]:
-        """Kinds on every output, followed along the links until nothing changes; loops end, as kinds only add up."""
+        """Kinds on every output, followed along the links until nothing changes; loops end, as kinds only add up.
+
+        Nodes come after their sources, so that each is visited once, unless a loop is in front of it.
+        """
         users: dict[str, list[str]] = {}
         for name in self.graph:
             for link in self.links[name]:
                 users.setdefault(link.source, []).append(name)
-        self.kinds = {}
-        waiting = deque(self.graph)
+        self.kinds, order, waiting = {}, self._sources_first(), set(self.graph)
         while waiting:
-            name = waiting.popleft()
-            changed = False
-            for slot, kinds in enumerate(self._given(name)):
-                if self.kinds.get((name, slot)) != kinds:
-                    self.kinds[name, slot], changed = kinds, True
-            waiting.extend(users.get(name, ()) if changed else ())
+            for name in filter(waiting.__contains__, order):
+                waiting.remove(name)
+                changed = False
+                for slot, kinds in enumerate(self._given(name)):
+                    known = self.kinds.get((name, slot), frozenset())
+                    if not kinds <= known:
+                        self.kinds[name, slot], changed = known | kinds, True
+                waiting.update(users.get(name, ()) if changed else ())
         return self.kinds
+
+    def _sources_first(self) -> list[str]:
+        """All nodes, each after those that its links come from, except for one link of every loop."""
+        order, seen = [], set()
+        for start in self.graph:
+            path = [] if start in seen else [(start, iter(self.links[start]))]
+            seen.add(start)
+            while path:
+                links = path[-1][1]
+                if (source := next((link.source for link in links if link.source not in seen), None)) is None:
+                    order.append(path.pop()[0])
+                else:
+                    seen.add(source)
+                    path.append((source, iter(self.links[source])))
+        return order
 
     def _coming(self, name: str) -> Iterator[tuple[Link, Kind]]:
         for link in self.links[name]:

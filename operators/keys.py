@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import FileState
 
 PACKAGES = '"model-signing>=1.1,<2" pyOpenSSL'
 CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those that model-signing takes
@@ -85,11 +86,11 @@ def private_key(path: Path) -> Any:
         raise SignatureError(
             f"{path.name}: private key may be read by others (mode {stat.S_IMODE(status.st_mode):o}): chmod 600 it"
         )
-    return _private_key(path, status.st_mtime_ns, status.st_size)
+    return _private_key(path, FileState.of(status))
 
 
 @lru_cache(maxsize=8)
-def _private_key(path: Path, mtime_ns: int, size: int) -> Any:
+def _private_key(path: Path, state: FileState) -> Any:
     serialization, ec, _ = _cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm as Unsupported
 

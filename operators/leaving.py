@@ -1,13 +1,13 @@
 """Which node types may take what leaves the server, where pictures leave only after they were judged.
 
 Everything that writes, shows or sends (output nodes and ComfyUI's API nodes) and is not named here or by the policy
-takes no picture, latent, mask, sound or video. The names are those of ComfyUI's own types (0.3.75); one that a later
-version adds is refused until somebody has looked at what it does.
+takes no picture, latent, mask, sound or video. The names are those of ComfyUI's own types, which 0.3.75 and 0.33.0 both
+have; one that a later version adds is refused until somebody has looked at what it does.
 """
 
 from __future__ import annotations
 
-from .policy import Policy
+from .policy import OperatorPolicy
 
 SHOWING = frozenset((  # write, show or send what they are given, and nothing beside
     "LossGraphNode",
@@ -45,32 +45,32 @@ DECODERS = frozenset(("VAEDecodeAudio", "VAEDecodeHunyuan3D", "VoxelToMesh", "Vo
 PLAIN = frozenset(("STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"))  # types that hold no tensor
 
 
-def closed(policy: Policy) -> bool:
+def closed(policy: OperatorPolicy) -> bool:
     """Whether anything that leaves is judged."""
     return policy.gate.required or attested(policy)
 
 
-def attested(policy: Policy) -> bool:
+def attested(policy: OperatorPolicy) -> bool:
     """Whether pictures leave only where a guarded run made them."""
     return bool(policy.guard.required) and not policy.open.unattested
 
 
-def rule(policy: Policy) -> str:
+def rule(policy: OperatorPolicy) -> str:
     """The policy's key for what may not leave for want of a judgement."""
     return "gate.required" if policy.gate.required else "open.unattested"
 
 
-def may_show(names: frozenset[str], core: bool, policy: Policy) -> bool:
+def may_show(names: frozenset[str], core: bool, policy: OperatorPolicy) -> bool:
     """Whether a node of these names is known to show what it is given and nothing beside; ``core``: it is ComfyUI's."""
     return bool((core and names & SHOWING) or names & set(policy.nodes.showing) or trusted(names, policy))
 
 
-def trusted(names: frozenset[str], policy: Policy) -> bool:
+def trusted(names: frozenset[str], policy: OperatorPolicy) -> bool:
     """Whether the operator answers for a node, whatever it takes and gives."""
     return bool(names & set(policy.nodes.trusted))
 
 
-def unknown_type(kind: str, input: str, type: str, policy: Policy) -> tuple[str, str, str]:
+def unknown_type(kind: str, input: str, type: str, policy: OperatorPolicy) -> tuple[str, str, str]:
     """(rule, reason, remedy) of a type that is not known to show what was judged and nothing beside."""
     what = f"{input} brings {type} to a node that writes, shows or sends, and nobody has said what {kind} does with it"
     return rule(policy), what, f"use Save Image (Guarded), or ask the operator to name {kind} under [nodes] showing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-Key = tuple[str | int, ...]
+from ..modular_lora.validation import Place
 
 _HEADER = re.compile(r"^\s*(\[\[?)([^\[\]]+)\]")
 _ASSIGNED = re.compile(r"""^\s*((?:[\w-]+|"[^"\n]*"|'[^'\n]*')(?:\s*\.\s*(?:[\w-]+|"[^"\n]*"|'[^'\n]*'))*)\s*=""")
@@ -12,12 +12,7 @@ _PART = re.compile(r"""[\w-]+|"[^"\n]*"|'[^'\n]*'""")
 _TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[\[\]{},]|[^\s\[\]{},#"']+""")
 
 
-def dotted(key: Key) -> str:
-    """``guard.required[1].sha256``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
-
-
-def line_of(text: str, key: Key) -> int:
+def line_of(text: str, key: Place) -> int:
     """The line, from 1, of ``key`` or of the nearest thing around it; 1 where nothing of it is written."""
     best, position = (), 0
     for path, start in _places(text):
@@ -31,8 +26,8 @@ def line_of(text: str, key: Key) -> int:
 
 def _places(text: str):
     """(path, offset) of every header and assigned key."""
-    header: Key = ()
-    counts: dict[Key, int] = {}
+    header: Place = ()
+    counts: dict[Place, int] = {}
     offset = 0
     for line in text.splitlines(keepends=True):
         if match := _HEADER.match(line):
@@ -46,7 +41,7 @@ def _places(text: str):
         offset += len(line)
 
 
-def _parts(name: str) -> Key:
+def _parts(name: str) -> Place:
     return tuple(part.strip("\"'") for part in _PART.findall(name))
 
 

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import hashlib
-import math
 import os
 import re
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from ..gate.settings import ACTIONS
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ..gate.settings import ACTIONS, Action
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.file_state import FileState
+from ..modular_lora.validation import Place, dotted, problem
 from . import lines
 
 if sys.version_info >= (3, 11):
@@ -38,135 +41,59 @@ TRUSTED = "keys/policy.pub"  # beside the policy: where it lies, a policy must b
 MOST_BYTES = 1 << 20
 LEAST_RECORD = 64 << 10  # bytes of a record file
 
-T = TypeVar("T")
-Check = Callable[[Any], Any]
-
 
 class PolicyError(GuardError):
     """A policy that cannot be read, does not fit the schema or is not signed: nothing is sampled."""
 
 
-class _Wrong(ValueError):
-    """What a value must be, and which key below the one that is checked holds it."""
-
-    def __init__(self, what: str, *below: str | int):
-        super().__init__(what)
-        self.what, self.below = what, below
-
-
-def _yes_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Wrong("must be true or false")
+def _text(value: str) -> str:
+    if not value.strip() or any(ord(c) < 32 for c in value):
+        raise ValueError("must be a text in quotes, on one line and not blank")
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or any(ord(c) < 32 for c in value):
-        raise _Wrong("must be a text in quotes, of one line, not empty")
-    return value
-
-
-def _sha256(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-        raise _Wrong("must be a SHA-256: 64 hexadecimal digits in quotes (sha256sum FILE prints it)")
+def _sha256(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise ValueError("must be a SHA-256: 64 hexadecimal digits in quotes (sha256sum FILE prints it)")
     return value.lower()
 
 
-def _number(low: float, high: float) -> Check:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise _Wrong(f"must be a number from {low:g} to {high:g}")
-        if not low <= value <= high:
-            raise _Wrong(f"must be a number from {low:g} to {high:g}")
-        return float(value)
-
-    return check
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < LEAST_RECORD:
-        raise _Wrong(f"must be a whole number of bytes, at least {LEAST_RECORD}")
-    return value
+T = TypeVar("T")
+# Tables and lists come as TOML gives them, so the classes are not strict; the values in them are, each by its type.
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
+Text = Annotated[StrictStr, AfterValidator(_text)]
+Sha256 = Annotated[StrictStr, AfterValidator(_sha256)]
+Strength = Annotated[float, Field(strict=True, ge=0, le=10)]
+Threshold = Annotated[float, Field(strict=True, ge=0.001, le=1)]
+Bytes = Annotated[int, Field(strict=True, ge=LEAST_RECORD)]
+Named = Annotated[
+    Mapping[str, T], AfterValidator(lambda names: MappingProxyType(names))
+]  # names that the operator chooses
 
 
-def _one_of(*known: str) -> Check:
-    def check(value: Any) -> str:
-        if value not in known:
-            raise _Wrong(f"must be one of {', '.join(known)}")
-        return value
-
-    return check
+def _named() -> Any:
+    return field(default_factory=lambda: MappingProxyType({}))
 
 
-def _list(item: Check, what: str) -> Check:
-    def check(value: Any) -> tuple:
-        if not isinstance(value, list):
-            raise _Wrong(f"must be a list of {what}, in [ ]")
-        return tuple(_below(item, entry, i) for i, entry in enumerate(value))
-
-    return check
+def _must(description: str) -> Any:
+    """A key that must be given, and what the error says where it is missing."""
+    return field(metadata={"description": description})
 
 
-def _map(item: Check, what: str) -> Check:
-    def check(value: Any) -> Mapping[str, Any]:
-        if not isinstance(value, dict):
-            raise _Wrong(f"must be a table: name = {what}")
-        return MappingProxyType({key: _below(item, entry, key) for key, entry in value.items()})
-
-    return check
-
-
-def _below(check: Check, value: Any, *key: str | int) -> Any:
-    try:
-        return check(value)
-    except _Wrong as error:
-        raise _Wrong(error.what, *key, *error.below) from None
-
-
-def _table(kind: type[T]) -> Check:
-    """A table as a frozen dataclass; its fields say what is allowed. ``_Wrong`` for an unknown or missing key."""
-    known = {f.name: f for f in dataclasses.fields(kind) if "check" in f.metadata}
-
-    def check(value: Any) -> T:
-        if not isinstance(value, dict):
-            raise _Wrong(f"must be a table with the keys {', '.join(known)}")
-        for key in value:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                maybe = f"; did you mean {near[0]}?" if near else ""
-                raise _Wrong(f"is not known{maybe or ';'} known here: {', '.join(known)}", key)
-        for name, one in known.items():
-            if name not in value and one.default is one.default_factory is dataclasses.MISSING:
-                raise _Wrong(one.metadata["missing"], name)
-        values = {key: _below(known[key].metadata["check"], entry, key) for key, entry in value.items()}
-        return kind(**values)  # its __post_init__ may raise _Wrong
-
-    return check
-
-
-def _key(check: Check, default: Any) -> Any:
-    return field(default=default, metadata={"check": check})
-
-
-def _named(check: Check, what: str) -> Any:
-    """A table of names that the operator chooses; empty where it is absent."""
-    return field(default_factory=lambda: MappingProxyType({}), metadata={"check": _map(check, what)})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Required:
     """A safety LoRA that every sampling must carry: this file, or any file that this key has signed."""
 
-    sha256: str = _key(_sha256, "")
-    signed_by: str = _key(_text, "")  # a name in [keys]
-    min_net_strength: float = _key(_number(0.0, 10.0), 0.5)
-    min_acted_strength: float = _key(_number(0.0, 10.0), 0.5)
-    min_functional_strength: float = _key(_number(0.0, 10.0), 0.0)  # 0: it need not be measured
-    scale: str = _key(_one_of("", "tensors", "metadata"), "")  # of a file that gives two; "": such a file is none
+    sha256: Sha256 = ""
+    signed_by: Text = ""  # a name in [keys]
+    min_net_strength: Strength = 0.5
+    min_acted_strength: Strength = 0.5
+    min_functional_strength: Strength = 0.0  # 0: it need not be measured
+    scale: Literal["", "tensors", "metadata"] = ""  # of a file that gives two; "": such a file is none
 
     def __post_init__(self):
         if bool(self.sha256) == bool(self.signed_by):
-            raise _Wrong("must have either sha256 or signed_by, one of the two")
+            raise ValueError("must have either sha256 or signed_by, one of the two")
 
     @property
     def name(self) -> str:
@@ -174,58 +101,55 @@ class Required:
         return f"signed by {self.signed_by}" if self.signed_by else f"sha256 {self.sha256[:16]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Guard:
     """What every sampling must carry, and which warnings of the guard are errors."""
 
-    required: tuple[Required, ...] = field(
-        metadata={
-            "check": _list(_table(Required), "tables {sha256 = ..., min_net_strength = ...}"),
-            "missing": "is missing: the safety LoRAs that every sampling must carry; [] leaves sampling unguarded",
-        }
+    required: tuple[Required, ...] = _must(
+        "the safety LoRAs that every sampling must carry; [] leaves sampling unguarded"
     )
-    interference_is_error: bool = _key(_yes_no, False)
-    contamination_is_error: bool = _key(_yes_no, False)
+    interference_is_error: StrictBool = False
+    contamination_is_error: StrictBool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Base:
     """Diffusion models, text encoders and VAEs by their files' SHA-256. ``allow`` None: every one."""
 
-    allow: tuple[str, ...] | None = _key(_list(_sha256, "SHA-256 values"), None)
+    allow: tuple[Sha256, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Tasks:
     """Task LoRAs by SHA-256. ``allow`` None: every one that ``deny`` does not name."""
 
-    allow: tuple[str, ...] | None = _key(_list(_sha256, "SHA-256 values"), None)
-    deny: tuple[str, ...] = _key(_list(_sha256, "SHA-256 values"), ())
+    allow: tuple[Sha256, ...] | None = None
+    deny: tuple[Sha256, ...] = ()
 
     def refused(self, sha256: str) -> bool:
         return sha256 in self.deny or (self.allow is not None and sha256 not in self.allow)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Open:
     """What is open although it samples or shows more than a guarded picture; all is closed that is not named."""
 
-    guarded_as_model: bool = _key(_yes_no, False)
-    audit: bool = _key(_yes_no, False)
-    training: bool = _key(_yes_no, False)
-    unattested: bool = _key(_yes_no, False)  # pictures that no guarded run made may be saved and shown
+    guarded_as_model: StrictBool = False
+    audit: StrictBool = False
+    training: StrictBool = False
+    unattested: StrictBool = False  # pictures that no guarded run made may be saved and shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Gate:
     """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set.
 
     ``actions`` None: every one, but "report", which changes nothing, only where no gate is required.
     """
 
-    required: bool = _key(_yes_no, False)
-    thresholds: Mapping[str, float] = _named(_number(0.001, 1.0), "threshold")
-    actions: tuple[str, ...] | None = _key(_list(_one_of(*ACTIONS), "actions"), None)
+    required: StrictBool = False
+    thresholds: Named[Threshold] = _named()
+    actions: tuple[Action, ...] | None = None
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -234,7 +158,7 @@ class Gate:
         return tuple(action for action in ACTIONS if action != "report" or not self.required)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Nodes:
     """Node types of core and other packs. ``allow`` None: every one that ``deny`` does not name.
 
@@ -242,49 +166,46 @@ class Nodes:
     stand in front of Guard Model too (it changes or reads a MODEL and samples nothing).
     """
 
-    allow: tuple[str, ...] | None = _key(_list(_text, "node types"), None)
-    deny: tuple[str, ...] = _key(_list(_text, "node types"), ())
-    sampling: tuple[str, ...] = _key(_list(_text, "node types"), ())
-    patching: tuple[str, ...] = _key(_list(_text, "node types"), ())
-    showing: tuple[str, ...] = _key(_list(_text, "node types"), ())  # write, show or send what they take, not more
-    trusted: tuple[str, ...] = _key(_list(_text, "node types"), ())  # may take anything; texts and sound of theirs pass
+    allow: tuple[Text, ...] | None = None
+    deny: tuple[Text, ...] = ()
+    sampling: tuple[Text, ...] = ()
+    patching: tuple[Text, ...] = ()
+    showing: tuple[Text, ...] = ()  # write, show or send what they take, not more
+    trusted: tuple[Text, ...] = ()  # may take anything; texts and sound of theirs pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Record:
     """Where the record goes; ``folder`` "": beside the policy."""
 
-    folder: str = _key(_text, "")
-    prompts: bool = _key(_yes_no, False)
-    max_bytes: int = _key(_bytes, 16 << 20)
-    signing_key: str = _key(_text, "")  # private key, relative to the policy: signs attestations and the record's head
+    folder: Text = ""
+    prompts: StrictBool = False
+    max_bytes: Bytes = 16 << 20
+    signing_key: Text = ""  # private key, relative to the policy: signs attestations and the record's head
 
 
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, config=CLOSED)
+class Tables:
     """The whole file."""
 
-    guard: Guard = field(
-        metadata={"check": _table(Guard), "missing": "is missing: a table [guard] with the key required"}
-    )
-    base: Base = _key(_table(Base), Base())
-    tasks: Tasks = _key(_table(Tasks), Tasks())
-    open: Open = _key(_table(Open), Open())
-    gate: Gate = _key(_table(Gate), Gate())
-    nodes: Nodes = _key(_table(Nodes), Nodes())
-    record: Record = _key(_table(Record), Record())
-    keys: Mapping[str, str] = _named(_text, "path of a public key, relative to the policy")
+    guard: Guard = _must("a table [guard] with the key required")
+    base: Base = field(default_factory=Base)
+    tasks: Tasks = field(default_factory=Tasks)
+    open: Open = field(default_factory=Open)
+    gate: Gate = field(default_factory=Gate)
+    nodes: Nodes = field(default_factory=Nodes)
+    record: Record = field(default_factory=Record)
+    keys: Named[Text] = _named()
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorPolicy(Tables):
+    """What a file says, and where it comes from."""
+
     folder: Path = Path()  # of the file
     sha256: str = ""  # of the file's bytes
     state: str = ""  # changes with the file and with the keys that it names
     signed: bool = False  # by the trusted key beside it
-
-    def __post_init__(self):
-        for i, one in enumerate(self.guard.required):
-            if one.signed_by and one.signed_by not in self.keys:
-                raise _Wrong(
-                    f"must be the name of a key in [keys]: {named(self.keys)}", "guard", "required", i, "signed_by"
-                )
 
     @property
     def record_folder(self) -> Path:
@@ -304,7 +225,7 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def load(path: Path) -> Policy | None:
+def load(path: Path) -> OperatorPolicy | None:
     """The policy in a file; None where there is none and no trusted key asks for one. Raises PolicyError."""
     trusted = path.parent / TRUSTED
     if not _there(path):
@@ -325,22 +246,35 @@ def load(path: Path) -> Policy | None:
     return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
 
 
-def _key_stamps(policy: Policy) -> tuple[tuple[int, ...] | None, ...]:
+def _key_stamps(policy: OperatorPolicy) -> tuple[FileState | None, ...]:
     return tuple(_stamp(path) for path in policy.key_paths().values())
 
 
-def parse(content: bytes, path: Path) -> Policy:
+def parse(content: bytes, path: Path) -> OperatorPolicy:
     """The policy in a file's bytes; ``path`` is for errors, which name line and key. Raises PolicyError."""
     try:
         text = content.decode("utf-8-sig")
         said = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or more digits than Python reads
         raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.") from error
     try:
-        return _table(Policy)(said)
-    except _Wrong as error:
-        where = f"line {lines.line_of(text, error.below)}, {lines.dotted(error.below)}" if error.below else "line 1"
-        raise PolicyError(f"{path}: {where} {error.what}: correct it.") from None
+        found = TypeAdapter(Tables).validate_python(said)
+        place, wrong = _without_key(found)
+    except ValidationError as error:
+        place, wrong = problem(Tables, error)
+    if wrong:
+        raise PolicyError(f"{path}: line {lines.line_of(text, place)}, {wrong}")
+    return OperatorPolicy(**vars(found))
+
+
+def _without_key(tables: Tables) -> tuple[Place, str]:
+    """Place and sentence for the first required safety LoRA that is signed by a key without a name; "" for none."""
+    for i, one in enumerate(tables.guard.required):
+        if one.signed_by and one.signed_by not in tables.keys:
+            place = "guard", "required", i, "signed_by"
+            known = named(tables.keys)
+            return place, f"{dotted(place)} {one.signed_by!r} must be the name of a key in [keys]: {known}: correct it."
+    return (), ""
 
 
 def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
@@ -358,7 +292,7 @@ def _there(path: Path) -> bool:
     return _stamp(path) is not None
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path) -> FileState | None:
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -368,7 +302,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         return None
     except OSError as error:
         raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return FileState.of(found)
 
 
 class Watched:
@@ -377,9 +311,9 @@ class Watched:
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
         self._stamps: tuple | None = None
-        self._found: Policy | PolicyError | None = None
+        self._found: OperatorPolicy | PolicyError | None = None
 
-    def current(self) -> Policy | None:
+    def current(self) -> OperatorPolicy | None:
         """The policy in force; None where there is none. Raises PolicyError, every time that it is asked."""
         with self._lock:
             if self._stamps is None or self._stamp() != self._stamps:
@@ -405,6 +339,6 @@ class Watched:
 
     def _rest(self) -> tuple:
         """Of keys and day, which count only where there is a policy."""
-        if not isinstance(self._found, Policy):
+        if not isinstance(self._found, OperatorPolicy):
             return ()
         return _key_stamps(self._found), datetime.datetime.now(datetime.timezone.utc).date()

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util import atomic
 from . import bounds, keys
 
 START = "0" * 64  # what the first line names as the line before
@@ -184,7 +185,7 @@ def verify(folder: Path, public_keys: Mapping[str, Path] | None = None, *, earli
         notes.append(f"{chain.head.n - heads[0][1].n} lines are newer than {HEAD}: it was written before them")
     if not public_keys:
         notes.append(f"{HEAD} was not checked against a key: whoever can write the folder can cut the end off")
-    torn = sum(path.suffix != ".part" for path in folder.glob("record-*.torn-*"))
+    torn = len(list(folder.glob("record-*.torn-*")))
     return Verified(len(files), chain.lines, chain.head, sealed_by, torn, _few(problems), tuple(notes))
 
 
@@ -332,28 +333,12 @@ def _append(path: Path, line: bytes) -> None:
                 os.truncate(path, size)
             raise
     if new:
-        _sync_folder(path.parent)
+        atomic.sync_folder(path.parent)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder last; Windows has no such call."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    atomic.write(path, content, sync=True)
+    atomic.sync_folder(path.parent)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from ..gate.settings import Settings
 from ..modular_lora.attestation import Attestation, GateRecord, LoraRecord
 from ..modular_lora.errors import GuardError
 from . import bounds
-from .policy import Gate, Policy, Required
+from .policy import Gate, OperatorPolicy, Required
 
 REPORT = "report"  # the action of a gate that changes nothing
 Said = tuple[str, str, str]  # rule, reason, remedy
@@ -40,7 +40,7 @@ class RefusedError(GuardError):
         self.rule = rule
 
 
-def task_refused(policy: Policy, name: str, sha256: str) -> Said | None:
+def task_refused(policy: OperatorPolicy, name: str, sha256: str) -> Said | None:
     """Why a task LoRA may not be used."""
     if sha256 in policy.tasks.deny:
         return "tasks.deny", f"task LoRA {name} is denied (sha256 {sha256[:16]})", "use another"
@@ -49,7 +49,7 @@ def task_refused(policy: Policy, name: str, sha256: str) -> Said | None:
     return None
 
 
-def check_run(policy: Policy, run: Attestation, unsigned: Unsigned) -> None:
+def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> None:
     """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
     for lora in run.loras:
         if lora.pending and (rule := _asks_for_files(policy)):
@@ -111,7 +111,7 @@ def _check_functional(run: Attestation, one: Required, fit: Sequence[str]) -> No
         raise RefusedError("guard.required", what, least)
 
 
-def _asks_for_files(policy: Policy) -> str | None:
+def _asks_for_files(policy: OperatorPolicy) -> str | None:
     """The rule that only the file of a task LoRA can answer."""
     if policy.tasks.allow is not None or policy.tasks.deny:
         return "tasks.deny" if policy.tasks.allow is None else "tasks.allow"
@@ -129,7 +129,12 @@ def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:
 
 
 def check_picture(
-    policy: Policy, run: Attestation | None, gate: GateRecord | None, unsigned: Unsigned, accepted: bool, attested: bool
+    policy: OperatorPolicy,
+    run: Attestation | None,
+    gate: GateRecord | None,
+    unsigned: Unsigned,
+    accepted: bool,
+    attested: bool,
 ) -> None:
     """RefusedError for a picture that may not leave.
 

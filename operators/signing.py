@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from ..modular_lora.errors import one_line, writing
+from ..modular_lora.util import atomic
+from ..modular_lora.util.hashing import hash_file
 from . import keys, png
 from .keys import Expired, MissingSignature, SignatureError, Tampered
 
@@ -62,14 +64,8 @@ def sign(path: Path, private_key: Path, *, expires: datetime.date | None = None)
         raise SignatureError(f"{path.name}: no such file: check its path")
     config = signing.Config().use_elliptic_key_signer(private_key=private_key)
     config.set_hashing_config(_dated(hashing, manifest, expires))
-    part = target.with_name(target.name + ".part")
-    try:
+    with writing(target.name, SignatureError), atomic.replacing(target) as part:
         config.sign(path.resolve(), part)
-        os.replace(part, target)
-    except OSError as error:
-        raise SignatureError(f"{target.name}: cannot be written ({error.strerror}): check the folder") from error
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -105,7 +101,7 @@ def verify_keyless(path: Path, identity: str, issuer: str, trust: Path | None = 
         config.verify(path.resolve(), signature_path(path))
     except Exception as error:  # of the library, of the network, of what the bundle makes either do
         raise SignatureError(
-            f"{path.name}: not verified as signed by {identity} ({_line(error)}): it needs a network or a trust file"
+            f"{path.name}: not verified as signed by {identity} ({one_line(error)}): it needs a network or a trust file"
         ) from error
     return identity
 
@@ -168,21 +164,19 @@ def _lossy(path: Path) -> tuple[dict, dict]:
 
 def _sha256(path: Path) -> str:
     """Of the file as it is now: a digest kept by size and time would trust the clock of whoever wrote the file."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while piece := file.read(LIMIT):
-                digest.update(piece)
+        return hash_file(path)
     except OSError as error:
         raise SignatureError(f"{path.name}: cannot be read ({error.strerror}): check its path") from error
-    return digest.hexdigest()
 
 
 def _record(text: str, path: Path) -> dict:
     try:
         record = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise Tampered(f"{path.name}: its attestation is no JSON of ours ({_line(error)}): it was changed") from error
+        raise Tampered(
+            f"{path.name}: its attestation is no JSON of ours ({one_line(error)}): it was changed"
+        ) from error
     if not isinstance(record, dict):
         raise Tampered(f"{path.name}: its attestation is no object: it was changed")
     return record
@@ -209,7 +203,9 @@ def _claim(path: Path) -> Claim:
     try:
         return _parsed(json.loads(raw))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Tampered(f"{place.name}: is no signature of one file by a key ({_line(error)}): sign it again") from error
+        raise Tampered(
+            f"{place.name}: is no signature of one file by a key ({one_line(error)}): sign it again"
+        ) from error
 
 
 def _parsed(bundle: Any) -> Claim:
@@ -256,7 +252,7 @@ def _verifying(path: Path, claim: Claim, changed: str) -> Iterator[None]:
         if found != claim.sha256:
             raise Tampered(f"{path.name}: was {changed} (SHA-256 is {found}): use the file that was signed") from error
         name = signature_path(path).name
-        raise Tampered(f"{name}: does not hold ({_line(error) or 'wrong signature'}): it was {changed}") from error
+        raise Tampered(f"{name}: does not hold ({one_line(error)}): it was {changed}") from error
 
 
 def _check_date(path: Path, claim: Claim) -> None:
@@ -304,9 +300,3 @@ def _library() -> tuple[Any, Any, Any, Any]:
     except ImportError as error:
         raise keys.needs(error) from error
     return hashing, manifest, signing, verifying
-
-
-def _line(error: Exception) -> str:
-    """An error of a library on one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:200])

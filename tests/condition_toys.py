@@ -60,7 +60,7 @@ def make_trio(comfy, model, folder) -> Trio:
         merged, _ = load_lora_for_models(merged, None, load_torch_file(str(path)), strength, 0.0)
         loras.append(comfy.host_files.read_lora(path))
     safety, tasks = (g.SafetyLora(loras[0], 1.0),), (g.TaskLora(loras[1], 0.6, 0.6),)
-    guard = lambda patcher: comfy.host.unwrap(comfy.host.guard(patcher, None, safety, tasks, False, g.Policy())[0])  # noqa: E731
+    guard = lambda patcher: comfy.host.unwrap(comfy.host.guard(patcher, None, safety, tasks, False, g.GuardLimits())[0])  # noqa: E731
     return Trio(model, merged, guard)
 
 

@@ -352,6 +352,16 @@ def sha256(loras):
 
 
 @pytest.fixture
+def previews(comfy, monkeypatch) -> None:
+    """Pictures are shown while they are sampled."""
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(latent_preview, "default_preview_method", LatentPreviewMethod.Latent2RGB, raising=False)  # 0.33
+
+
+@pytest.fixture
 def enforced(operator, sha256):
     """A policy that asks for the safety LoRA at 0.9."""
     from operator_graphs import required

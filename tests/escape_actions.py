@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from escape_ground import LEAST, Ground
-from escapes import CKPT, GUARD, Graph, attempt, graph, guarded, node, unguarded
+from escapes import CKPT, GUARD, Graph, attempt, graph, guarded, unguarded
+from graphs import node
+from modular_lora_guard.modular_lora.files import sha256_file
 from operator_graphs import required
 
 SAFETY, COPY = "safety.safetensors", "copied.safetensors"
@@ -28,7 +30,7 @@ def copied(ground: Ground, name: str, note: str = "") -> None:
 
 
 def deny(ground: Ground, name: str = "task.safetensors") -> None:
-    sha256 = ground.policies.file_sha256(ground.loras / name)
+    sha256 = sha256_file(ground.loras / name)
     ground.write(ground.text(DENIED.format(sha256)))
 
 
@@ -135,7 +137,7 @@ def _(ground):
 @attempt("a copy of the safety LoRA takes back a single block, where the policy names the task LoRAs")
 def _(ground):
     copied(ground, COPY, "another file")
-    sha256 = ground.policies.file_sha256(ground.loras / "task.safetensors")
+    sha256 = sha256_file(ground.loras / "task.safetensors")
     ground.write(ground.text(f'[tasks]\nallow = ["{sha256}"]\n'))
     made = guarded()
     task(made, COPY, -1.0, block_weights=only("IN00"))
@@ -338,7 +340,7 @@ def _(ground):
 
 @attempt("the text encoder is the checkpoint's own, where the safety LoRA has a half of its own for it")
 def _(ground):
-    sha256 = ground.policies.file_sha256(ground.loras / "safety_te.safetensors")
+    sha256 = sha256_file(ground.loras / "safety_te.safetensors")
     ground.write(required(sha256, least=LEAST))
     made = guarded(safety="safety_te.safetensors", task=None, clip=True)
     made["pos"]["inputs"]["clip"] = ["ckpt", 1]

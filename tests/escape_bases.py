@@ -10,7 +10,9 @@ from pathlib import Path
 import aiohttp
 from escape_actions import copied
 from escape_ground import Ground
-from escapes import CKPT, Graph, attempt, guarded, node
+from escapes import CKPT, Graph, attempt, guarded
+from graphs import node
+from modular_lora_guard.modular_lora.files import sha256_file
 
 SAFETY, TASK = "safety.safetensors", "task.safetensors"
 LOADERS = """[nodes]
@@ -323,7 +325,7 @@ def _(ground):
 
 @attempt("a task LoRA that the policy denies comes by a loader before the guard")
 def _(ground):
-    denied = ground.policies.file_sha256(ground.loras / TASK)
+    denied = sha256_file(ground.loras / TASK)
     ground.write(ground.text(f'[tasks]\ndeny = ["{denied}"]\n{LOADERS}'))
     made = guarded()
     del made["task"], made["guard"]["inputs"]["task_lora"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from escapes import CKPT, DECODED, GATED, GUARD, NAMED, attempt, graph, node, show, unguarded
+from escapes import CKPT, DECODED, GATED, GUARD, NAMED, attempt, graph, show, unguarded
 from gate_graphs import gated_run, install_stub
-from graphs import decode, sampler
+from graphs import decode, node, sampler
 from PIL import Image
 
 # Hidden behind nodes that carry anything

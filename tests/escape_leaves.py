@@ -11,8 +11,9 @@ from collections.abc import Callable
 import escape_nodes
 import pytest
 from escape_ground import Ground
-from escapes import DECODED, GATED, Graph, attempt, node
+from escapes import DECODED, GATED, Graph, attempt
 from gate_graphs import gated_run, install_stub
+from graphs import node
 
 LOOSE = f"{GATED}[open]\nunattested = true\n"
 SAMPLED, PASSED = ["sample", 0], ["gate", 0]

@@ -6,8 +6,9 @@ import json
 import urllib.parse
 
 from escape_ground import KEY, Ground
-from escapes import CKPT, Graph, attempt, guarded, node, unguarded
-from graphs import decode
+from escapes import CKPT, Graph, attempt, guarded, unguarded
+from graphs import decode, node
+from modular_lora_guard.modular_lora.files import sha256_file
 
 FOLDER = "__modular_lora"
 _seeds = iter(range(1000, 10**9))
@@ -498,7 +499,7 @@ def _(ground):
 
 @attempt("the task LoRA is denied while the prompt runs")
 def _(ground):
-    sha256 = ground.policies.file_sha256(ground.loras / "task.safetensors")
+    sha256 = sha256_file(ground.loras / "task.safetensors")
     changing(ground, lambda: ground.put(ground.text(f'[tasks]\ndeny = ["{sha256}"]\n')))
 
 

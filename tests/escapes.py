@@ -1,7 +1,7 @@
 """Attempts to get an unguarded picture out of a ComfyUI under a policy: graphs.
 
-escape_detours.py, escape_actions.py, escape_bases.py, escape_requests.py and escape_leaves.py add those that need
-files, requests and gates.
+escape_detours.py, escape_actions.py, escape_cancelling.py, escape_bases.py, escape_requests.py and escape_leaves.py add
+those that need files, requests and gates.
 
 Each attempt is a sentence and what ComfyUI is asked to do. ``outcome``: "refused" by the policy or the guard, queued or
 running, and in the record; "invalid", which ComfyUI itself refuses; "permitted" on purpose, for the reason given, and
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from escape_ground import Ground
-from graphs import decode, guarded_graph, sampler
+from graphs import decode, guarded_graph, node, sampler
 
 Graph = dict[str, dict]
 CKPT, GUARD, DECODED = ["ckpt", 0], ["guard", 0], ["decode", 0]
@@ -73,10 +73,6 @@ def guarded(**options) -> Graph:
 
 
 _numbers = iter(range(10**9))
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def unguarded(made: Graph, model: list, kind: str = "KSampler", **changes) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
-from graphs import guarded_graph, sampler
+from graphs import guarded_graph, node, sampler
 from modular_lora_guard.gate.finding import Box, Finding
 
 KEY = "modular_lora_attestation"
@@ -67,10 +67,6 @@ def install_stub(comfy, monkeypatch) -> Stub:
 def part(comfy, name: str) -> ModuleType:
     """A module of the pack as ComfyUI loaded it."""
     return sys.modules[f"{comfy.host.__name__.removesuffix('.nodes.host')}.{name}"]
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def settings(**changes) -> dict:

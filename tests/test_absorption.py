@@ -14,7 +14,6 @@ from modular_lora_guard.modular_lora.changes import (
     LowRank,
     Rotation,
     Term,
-    dense,
 )
 from modular_lora_guard.modular_lora.layers import layer_spec
 from torch import nn
@@ -82,7 +81,7 @@ def test_terms_that_cancel_leave_the_safety_share_whole(kind, dtype, power):
     module = nn.Linear(INPUTS, OUTPUTS, bias=False)
     x = torch.randn(32, INPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
     y0 = (x @ module.weight.detach().to(dtype).T).contiguous()
-    exact = sum(t.scale * dense(t.part, lambda: module.weight.detach()).double() for t in terms if t.role == "safety")
+    exact = sum(t.scale * t.part.dense(lambda: module.weight.detach()).double() for t in terms if t.role == "safety")
     share = x.double() @ exact.T
     fused = Fused(layer_spec("layer", module), terms, dtype, CPU)
     with_safety = fused(y0.clone(), x).double()

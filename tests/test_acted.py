@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from graphs import GraphError, guarded_graph, save_lora
+from modular_lora_guard.benchmarks import cancelling
 from modular_lora_guard.modular_lora import acted
 from modular_lora_guard.modular_lora.acted import EVERY, Meter
 from modular_lora_guard.modular_lora.branches import Attachment, Branches, FusedLayer
-from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term, dense
+from modular_lora_guard.modular_lora.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.layers import layer_spec
 from PIL import Image
@@ -68,7 +71,7 @@ def shares(module, terms: list[Term], x) -> dict[tuple, torch.Tensor]:
         if isinstance(term.part, Bias):
             z = term.part.bias.double().reshape(-1, *(1 for _ in spec.weight_shape[2:])).expand_as(y0)
         else:
-            double.weight.data = dense(term.part, lambda: module.weight.detach()).double().reshape(module.weight.shape)
+            double.weight.data = term.part.dense(lambda: module.weight.detach()).double().reshape(module.weight.shape)
             double.bias.data.zero_()
             z = double(x.double()).detach()
         found[owner] = found.get(owner, 0) + term.scale * z
@@ -131,6 +134,16 @@ def test_convolutions_are_measured_alike():
         assert figures[OWNER].images[image] == pytest.approx(wanted, abs=1e-4)
 
 
+def test_a_model_in_fp64_is_measured_and_probed():
+    terms = {p: [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)] for p in ("first", "second")}
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    figures, seen = measured(model := Two().double(), terms, x, ((0, 0), (0, 1)))
+    found = [shares(model.get_submodule(path), terms[path], seen[path]) for path in terms]
+    for image in (0, 1):
+        wanted = reference(found, OWNER, 1.0, lambda z, r=image: z[r])
+        assert figures[OWNER].images[image] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_rows_that_belong_to_no_image_count_for_every_image():
     model = Two()
     terms = {"first": [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)], "second": []}
@@ -184,6 +197,72 @@ def test_the_probe_sees_a_share_that_rounding_took(monkeypatch):
         measured(Two(), terms, torch.randn(2, 5, 8), ((0, 0), (0, 1)))
 
 
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 8), (4, 50, 8)),
+    "linear, one token": (lambda: nn.Linear(8, 8), (4, 8)),
+    "1x1": (lambda: nn.Conv2d(8, 8, 1), (4, 8, 7, 9)),
+    "1x1, 1d": (lambda: nn.Conv1d(8, 8, 1), (4, 8, 70)),
+    "1x1, no batch": (lambda: nn.Conv2d(8, 8, 1), (8, 7, 9)),
+    "1x1, strided": (lambda: nn.Conv2d(8, 8, 1, stride=2), (4, 8, 8, 8)),
+    "3x3": (lambda: nn.Conv2d(8, 8, 3, padding=1), (4, 8, 7, 9)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["pairs", "dense"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_probe_finds_the_share_of_fp64_in_every_layer(layer, form, dtype):
+    make, shape = LAYERS[layer]
+    module = make().to(dtype)
+    spec, x = layer_spec("layer", module), torch.randn(shape).to(dtype)
+    safety = [
+        Term("safety", low_rank(1, 2, spec.inputs), 1.0, "a"),
+        Term("safety", low_rank(2, 1, spec.inputs), 0.5, "b"),
+    ]
+    pair = low_rank(3, 3, spec.inputs)
+    task = Term("task", pair if form == "pairs" else Dense(pair.up @ pair.down), 0.7)
+    fused = Fused(spec, [*safety, task], dtype, x.device)
+    with torch.no_grad():
+        y0, pick = module(x), acted._positions(fused, x)
+        before, h = y0.clone(), fused.reduced(x)
+        result = fused.apply(y0, x, h)
+        found = acted._probe(fused, pick(before).clone(), pick(x), pick(h), pick(result)).tolist()
+        double = module.double()
+        double.bias.data.zero_()
+        double.weight.data = sum(t.scale * t.part.dense(None).to(dtype).double() for t in safety).reshape(
+            spec.weight_shape
+        )
+        s = pick(double(x.double()))
+    rounding = 0.02 if dtype is torch.bfloat16 else 1e-5
+    assert found[1] == pytest.approx(float(s.square().sum()), rel=rounding)
+    assert found[0] == pytest.approx(found[1], rel=rounding)
+    assert found[2] == pytest.approx(float(pick(before).double().square().sum()), rel=1e-5)
+    assert found[3] == pytest.approx(float(pick(result).double().sum()), rel=1e-3, abs=1e-2)
+    if layer in ("linear", "1x1", "1x1, 1d"):
+        assert acted.POSITIONS <= pick(before).numel() / 8 < 2 * acted.POSITIONS
+
+
+@pytest.mark.parametrize("layer", ["linear", "1x1"])
+@pytest.mark.parametrize("image", [0, 3])
+@pytest.mark.parametrize("lost", ["share", "finite"])
+def test_the_probe_looks_at_every_image(layer, image, lost, monkeypatch):
+    """Of layers that treat each position by itself."""
+    make, shape = LAYERS[layer]
+    terms, apply = [Term("safety", low_rank(1), 1.0, "a"), Term("task", low_rank(2), 0.5)], Fused.apply
+    module = Two()
+    module.first, module.second = make(), make()
+
+    def faulty(self, y, x, h):
+        before, made = y.clone(), apply(self, y, x, h)
+        made[image] = torch.nan if lost == "finite" else made[image] - 40 * self.share(OWNER, before, x, h)[image]
+        return made
+
+    monkeypatch.setattr(Fused, "apply", faulty)
+    rows = tuple((0, number) for number in range(4))
+    with pytest.raises(GuardError, match="not finite" if lost == "finite" else "kept"):
+        measured(module, {"first": terms, "second": terms}, torch.randn(shape), rows, images=4)
+
+
 def test_every_kind_of_evaluation_is_measured_first_and_once_more_at_a_place_that_is_not_told():
     meter = Meter({OWNER: 1.0}, {OWNER: "a"}, None)
     places = set()
@@ -209,7 +288,7 @@ def guard(comfy, tmp_path):
         g, files = comfy.host_guard, [comfy.host_files.read_lora(path) for path in paths]
         tasks = tuple(g.TaskLora(lora, 1.0, 1.0) for lora in files[1:])
         own = (g.SafetyLora(files[0], 1.0),)
-        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.Policy())[0])
+        return comfy.host.unwrap(comfy.host.guard(model or small_unet(), None, own, tasks, False, g.GuardLimits())[0])
 
     return make
 
@@ -224,42 +303,23 @@ def layers(comfy):
     return {name: info.specs[key] for key, name in named.items()}
 
 
-def cancelling(comfy, safety, layers: dict, path, model, run) -> None:
-    """dW_t = −dW_s + c·dW_s·C⁻¹ on every Linear layer, C from the base's own run: the files' net strength stays 1."""
-    from safetensors.torch import save_file
-
-    moments, hooks = {}, []
-    for spec in layers.values():
-        module = model.model.get_submodule(spec.path)
-
-        def note(_, args, path=spec.path):
-            x = args[0].reshape(-1, args[0].shape[-1])
-            moments[path] = moments.get(path, 0) + x.T @ x
-
-        hooks.append(module.register_forward_pre_hook(note))
-    run()
-    for hook in hooks:
-        hook.remove()
-    tensors = {}
-    for name, layer in comfy.host_files.read_lora(safety).layers.items():
-        C = moments[layers[name].path].double()
-        C = C / C.diagonal().mean() + 1e-2 * torch.eye(len(C))
-        down, up = layer.down.double(), layer.up.double()
-        other = torch.linalg.solve(C, down.T).T
-        c = ((up.T @ up) * (down @ down.T)).sum() / ((up.T @ up) * (down @ other.T)).sum()
-        tensors[f"{name}.lora_down.weight"] = (c * other - down).float()
-        tensors[f"{name}.lora_up.weight"] = layer.up.float()
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    save_file(tensors, path)
+@contextmanager
+def attack(safety, layers: dict, path, model) -> Iterator[None]:
+    """Writes a file that cancels the safety LoRA on what these layers of the model read meanwhile."""
+    modules = {name: model.model.get_submodule(spec.path) for name, spec in layers.items()}
+    with cancelling.moments(modules) as moments:
+        yield
+    cancelling.save(path, cancelling.against_inputs(cancelling.factors(safety), moments, ridge=1e-2))
 
 
 def test_a_file_made_against_the_files_net_strength_is_refused_as_it_acts(comfy, guard, layers, tmp_path):
     linear = {name: spec for name, spec in layers.items() if spec.conv is None and "emb" not in spec.path}
-    safety, attack = tmp_path / "safety.safetensors", tmp_path / "attack.safetensors"
+    safety, made = tmp_path / "safety.safetensors", tmp_path / "attack.safetensors"
     save_lora(safety, linear, 2, 0, size=0.2)
     base = small_unet()
-    cancelling(comfy, safety, linear, attack, base, lambda: sampled(base, steps=3))
-    patcher = guard(safety, attack)
+    with attack(safety, linear, made, base):
+        sampled(base, steps=3)
+    patcher = guard(safety, made)
     ((_, result),) = patcher.guard_state.part.interference
     assert result.net_strength == pytest.approx(1.0, abs=1e-3)
     before = len(comfy.host.latents._entries)
@@ -331,10 +391,10 @@ def test_a_graph_with_a_file_that_cancels_on_real_inputs_is_stopped(comfy, run_g
     graph |= {"sample": sampler, "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}}
     graph["sample"]["inputs"]["model"] = ["ckpt", 0]
     graph["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["ckpt", 2]}}
-    attack, base = loras.folder / "attack.safetensors", run_graph(graph)["ckpt"][0]
+    made, base = loras.folder / "attack.safetensors", run_graph(graph)["ckpt"][0]
     graph["sample"]["inputs"]["seed"] = 2  # another run of the same loaded model
-    with torch.inference_mode():
-        cancelling(comfy, loras.folder / "on_values.safetensors", values, attack, base, lambda: run_graph(graph))
+    with attack(loras.folder / "on_values.safetensors", values, made, base):
+        run_graph(graph)
     for name in ("attack", "task"):
         guarded = guarded_graph("on_values.safetensors", f"{name}.safetensors")
         guarded["save"]["inputs"]["filename_prefix"] = f"after_{name}"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from modular_lora_guard.modular_lora.attestation import (
     Attestation,
-    Ledger,
     LoraRecord,
     Run,
     row_digests,
@@ -182,24 +181,6 @@ def test_an_audit_pass_with_some_roles_off_never_claims_firings(roles):
         run = Run(branches)
         evaluate(branches, "unet.a")
         assert run.finish(may_be_empty=False) == (1, 0, 0)
-
-
-def test_the_ledger_forgets_the_least_recently_used_entry_first():
-    ledger: Ledger[int] = Ledger(3)
-    for i, digest in enumerate("abc"):
-        ledger.put(digest, i)
-    assert ledger.get("a") == 0
-    ledger.put("b", 7)
-    ledger.put("d", 3)
-    assert ledger.get("c") is None
-    assert [ledger.get(digest) for digest in "abd"] == [0, 7, 3]
-
-
-def test_the_ledger_stays_within_its_size():
-    ledger: Ledger[int] = Ledger(5)
-    for i in range(100):
-        ledger.put(str(i), i)
-    assert [ledger.get(str(i)) for i in range(100)] == [None] * 95 + list(range(95, 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])

@@ -20,6 +20,7 @@ from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import read_lora
 from modular_lora_guard.modular_lora.layers import LayerSpec
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 LAYERS = {f"lora_unet_mid_block_attentions_0_proj_{end}": LayerSpec("x", (16, 12)) for end in ("in", "out")}
 CAR = Item("A red CAR and a Racing car", 7, "suppressed", "car")
@@ -57,6 +58,22 @@ def test_every_arm_is_the_sum_that_it_is_said_to_be(files):
     assert tuple(arm.name for arm in found.arms) == ARMS == tuple(NEEDS) == tuple(MEANS)
     assert not found.notes
     assert found.files["task_0.safetensors"] == read_lora(Path(options.task[0])).sha256
+
+
+def test_a_safety_lora_of_two_scales_is_drawn_at_the_one_that_was_chosen(files):
+    options = AuditOptions(**files(safety=1, task=1))
+    for path in (*options.safety, *options.task):
+        tensors = {key: tensor for key, tensor in load_file(path).items() if not key.endswith("alpha")}
+        save_file(tensors, path, {"ss_network_alpha": "8", "ss_network_dim": "2"})
+    said = r"safety_0\.safetensors: 2 of 2 layers act at scale 1, .*the metadata states 4 .*choose .*safety_scale"
+    with pytest.raises(GuardError, match=said):
+        from_options(options)
+    for chosen, scale in (("tensors", 1.0), ("metadata", 4.0)):
+        arms = {arm.name: arm for arm in from_options(replace(options, safety_scale=chosen)).arms}
+        safety, task = arms["modular"].parts
+        assert (safety.scale, task.scale) == (chosen, "refuse")  # core ignores what a task LoRA's metadata states
+        used = [read_lora(Path(part.path), scale=part.scale).layers for part in (safety, task)]
+        assert [{layer.scale for layer in layers.values()} for layers in used] == [{scale}, {1.0}]
 
 
 def test_files_are_paired_by_position_and_one_file_serves_every_repetition(files):

@@ -62,7 +62,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
     options.add_arguments(parser, cls)
     for field in dataclasses.fields(cls):
         assert f"--{field.name}" in parser.format_help()
-        assert field.metadata["help"]
+        assert field.metadata["description"]
     given = {"detector": "x", "block": ["a=0.5", "b=1"]}
     given |= {"img2img": [0.5, 1], "seeds": 3, "project": True} if cls is AuditOptions else {}
     config = tmp_path / "a.toml"
@@ -74,14 +74,16 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seeds = 0", "seeds: 0 must be above 0"),
-        ("margin = 0.0", "margin: 0.0 must be above 0"),
-        ("img2img = [1.5]", "img2img: 1.5 is no denoise strength"),
-        ("img2img = ['x']", "is no list of numbers"),
-        ("task_sweep = [1.0, nan]", "is no list of numbers"),
-        ("cfg = inf", "cfg: inf is no finite number"),
+        ("seeds = 0", r"seeds must be above 0, not 0: correct it\."),
+        ("margin = 0.0", r"margin must be above 0, not 0\.0: correct it\."),
+        ("img2img = [1.5]", r"img2img\[0\] must be at most 1, not 1\.5: correct it\."),
+        ("img2img = 0", r"img2img\[0\] must be above 0, not 0: correct it\."),
+        ("img2img = ['x']", r"img2img\[0\] must be a number, not 'x': correct it\."),
+        ("task_sweep = [1.0, nan]", r"task_sweep\[1\] must be a finite number, not nan: correct it\."),
+        ("cfg = inf", r"cfg must be a finite number, not inf: correct it\."),
         ("arms = ['modlar']", "'modlar' is none of base"),
-        ("saftey = ['x']", "did you mean 'safety'"),
+        ("safety_scale = 'half'", "safety_scale must be 'refuse', 'tensors' or 'metadata', not 'half': correct it"),
+        ("saftey = ['x']", r"saftey does not exist: did you mean safety\?"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_remedy(text, message):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.branches import Attachment, FusedLayer
-from modular_lora_guard.modular_lora.changes import Bias, Dense, Gain, Kron, LowRank, Part, Role, Rotation, Term, dense
+from modular_lora_guard.modular_lora.changes import Bias, Dense, Gain, Kron, LowRank, Part, Role, Rotation, Term
 from modular_lora_guard.modular_lora.comparing import factor
 from modular_lora_guard.modular_lora.files import LoraFile, LoraLayer
-from modular_lora_guard.modular_lora.guard import ModelInfo, Policy, SafetyLora, TaskLora, build_part
+from modular_lora_guard.modular_lora.guard import GuardLimits, ModelInfo, SafetyLora, TaskLora, build_part
 from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.matching import Target
 from torch import Tensor, nn
@@ -171,9 +171,9 @@ def total(found: list[tuple[Part, float]], module: nn.Module, absolute: bool = F
         if isinstance(part, Bias):
             bias += scale * part.bias
         else:
-            weight += (scale * dense(part, lambda: size(module.weight))).reshape(weight.shape)
+            weight += (scale * part.dense(lambda: size(module.weight))).reshape(weight.shape)
         if absolute and isinstance(part, Gain | Rotation) and part.bias is not None:  # what is taken back of W0·x + b
-            bias += 2 * scale * dense(part, lambda p=part: p.bias[:, None]).flatten()
+            bias += 2 * scale * part.dense(lambda p=part: p.bias[:, None]).flatten()
     return weight, bias
 
 
@@ -362,7 +362,7 @@ def test_a_model_guarded_with_files_equals_the_explicit_merge(data):
         SafetyLora(data.draw(files(model)), strength) for strength in data.draw(st.sampled_from(((1.0,), (0.3, 2.0))))
     ]
     tasks = [TaskLora(data.draw(files(model)), s, 1.0) for s in data.draw(st.sampled_from(((), (0.7,), (0.0, -0.7))))]
-    part = build_part("model", model_info(model), tuple(safety), tuple(tasks), Policy(), enforce=False)
+    part = build_part("model", model_info(model), tuple(safety), tuple(tasks), GuardLimits(), enforce=False)
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     items = [(s.lora, s.strength) for s in safety] + [(t.lora, t.strength_model) for t in tasks]
     with torch.no_grad():
@@ -381,7 +381,7 @@ def test_a_slice_leaves_the_rest_of_its_weight_bitwise_alone(name):
     shape = list(model.get_submodule(f"diffusion_model.{path}").weight.shape)
     shape[dim] = length
     lora = LoraFile(Path("x"), "x", "0", {}, {name: lora_layer(generator, tuple(shape), 4, None, name)})
-    part = build_part("model", model_info(model), (SafetyLora(lora, 1.0),), (), Policy())
+    part = build_part("model", model_info(model), (SafetyLora(lora, 1.0),), (), GuardLimits())
     (term,) = part.branches.layers[f"diffusion_model.{path}"].terms
     down, up = term.part.down, term.part.up
     assert not (up[:start] if dim == 0 else down[:, :start]).any()
@@ -395,6 +395,6 @@ def test_a_task_lora_of_strength_zero_takes_no_rank(strength):
         Path("x"), "x", str(rank), {}, {"to_q": lora_layer(generator, (6, 6), rank, None, "to_q")}
     )
     tasks = (TaskLora(file(5), strength, 0.0),)
-    part = build_part("model", model_info(model), (SafetyLora(file(3), 1.0),), tasks, Policy(), enforce=False)
+    part = build_part("model", model_info(model), (SafetyLora(file(3), 1.0),), tasks, GuardLimits(), enforce=False)
     terms = part.branches.layers["diffusion_model.qkv"].terms
     assert sum(term.part.down.shape[0] for term in terms) == 3 + 5 * bool(strength)

@@ -48,7 +48,7 @@ def guard(comfy, model, tmp_path):
             lora.append(comfy.host_files.read_lora(tmp_path / f"{s}.safetensors"))
         tasks = (g.TaskLora(lora[1], 0.6, 0.6),)
         return comfy.host.unwrap(
-            comfy.host.guard(model, None, (g.SafetyLora(lora[0], 1.0),), tasks, False, g.Policy())[0]
+            comfy.host.guard(model, None, (g.SafetyLora(lora[0], 1.0),), tasks, False, g.GuardLimits())[0]
         )
 
     return make

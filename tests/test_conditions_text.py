@@ -26,7 +26,7 @@ def world(comfy, loaded, loras):
     """The demo world under a safety LoRA with a text-encoder half, its guarded CLIP, and the CLIP as it came."""
     g, (model, clip, _) = comfy.host_guard, loaded
     safety = (g.SafetyLora(comfy.host_files.read_lora(loras.folder / "safety_te.safetensors"), 1.0),)
-    handle, ours = comfy.host.guard(model, clip, safety, (), False, g.Policy())
+    handle, ours = comfy.host.guard(model, clip, safety, (), False, g.GuardLimits())
     return SimpleNamespace(model=comfy.host.unwrap(handle), clip=ours, plain=clip)
 
 

@@ -56,7 +56,7 @@ class Pair:
         safety, task = (comfy.host_files.read_lora(path) for path in files)
         strength, other = STRENGTHS
         handle, _ = comfy.host.guard(
-            model, None, (g.SafetyLora(safety, strength),), (g.TaskLora(task, other, other),), False, g.Policy()
+            model, None, (g.SafetyLora(safety, strength),), (g.TaskLora(task, other, other),), False, g.GuardLimits()
         )
         self.guarded, self.merged = comfy.host.unwrap(handle), model
         for path, strength in zip(files, STRENGTHS, strict=True):

@@ -69,8 +69,8 @@ def test_a_change_that_leaves_all_times_as_they_were_is_found_in_a_young_file(tm
     """As within one tick of the file system's clock: the times and the size say nothing, the contents do."""
     path, values = tmp_path / "a.safetensors", iter(range(2, 99))
     write(path, make(1.0))
-    kept = files._state(path)
-    monkeypatch.setattr(files, "_state", lambda _: kept)
+    kept = files.file_state(path)
+    monkeypatch.setattr(files, "file_state", lambda _: kept)
     Meanwhile(monkeypatch, lambda: write(path, make(float(next(values)))), 99)
     with pytest.raises(LoraFileError, match="another program wrote to it"):
         read_lora(path)
@@ -81,14 +81,14 @@ def test_a_file_that_is_being_written_is_not_called_damaged(tmp_path, monkeypatc
     path, whole = tmp_path / "a.safetensors", make(1.0)
     write(path, whole)
     truncated = lambda: path.write_bytes(whole[: len(whole) // 2])  # noqa: E731
-    states, state = iter([truncated, lambda: write(path, whole)]), files._state
+    states, state = iter([truncated, lambda: write(path, whole)]), files.file_state
 
     def meanwhile(of):
         next(states, lambda: None)()
         return state(of)
 
     write(path, b"\0" * 8)
-    monkeypatch.setattr(files, "_state", meanwhile)
+    monkeypatch.setattr(files, "file_state", meanwhile)
     assert read_lora(path).sha256 == hashlib.sha256(whole).hexdigest()
 
 

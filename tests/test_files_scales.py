@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.adapters import LokrLayer
 from modular_lora_guard.modular_lora.errors import GuardError, LoraFileError
 from modular_lora_guard.modular_lora.files import read_lora
+from modular_lora_guard.modular_lora.formats import LokrLayer
 from modular_lora_guard.modular_lora.guard import SafetyLora, TaskLora
 from safetensors.torch import save_file
 

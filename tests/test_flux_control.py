@@ -40,7 +40,7 @@ def files(comfy, model, tmp_path):
 def guarded(comfy, model, safety, control, strength: float):
     g = comfy.host_guard
     tasks = (g.TaskLora(control, strength, 0.0),)
-    handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), tasks, False, g.Policy())
+    handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), tasks, False, g.GuardLimits())
     return handle, comfy.host.unwrap(handle)
 
 

@@ -13,7 +13,7 @@ from graphs import save_lora
 from modular_lora_guard.modular_lora.branches import Attachment
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import read_lora
-from modular_lora_guard.modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
+from modular_lora_guard.modular_lora.guard import GuardLimits, SafetyLora, TaskLora, build_part
 from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.model import ModelInfo
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,7 @@ def guarded(model: Model, safety: list, tasks: list, names: dict | None = None) 
     """The model's output under the guard; files with their strengths; ``names``: further entries of the key map."""
     loras = [SafetyLora(read_lora(file), strength) for file, strength in safety]
     others = [TaskLora(read_lora(file), strength, 0.0) for file, strength in tasks]
-    part = build_part("model", info(model, names), tuple(loras), tuple(others), Policy(), enforce=False)
+    part = build_part("model", info(model, names), tuple(loras), tuple(others), GuardLimits(), enforce=False)
     attachment = Attachment(model, part.branches)
     attachment.attach()
     try:
@@ -219,7 +219,7 @@ def test_what_a_layer_cannot_take_is_counted_in_a_task_lora_and_stops_a_safety_l
     with pytest.raises(GuardError, match=re.escape(words)):
         guarded(model, [(file, 1.0)], [])
     loras = (SafetyLora(read_lora(safety), 1.0),), (TaskLora(read_lora(file), 1.0, 0.0),)
-    part = build_part("model", info(model), *loras, Policy(), enforce=False)
+    part = build_part("model", info(model), *loras, GuardLimits(), enforce=False)
     ((name, why),) = part.lines[1].left
     assert (part.lines[1].matched, name) == (2 if path == "rms" else 1, f"lora_unet_{path}")
     assert words in why
@@ -276,7 +276,7 @@ def test_a_task_lora_leaves_the_safety_change_alone_where_core_does_not(maker: M
     if maker.as_core:
         assert float((after - W0 - sum(alone)).norm() / alone[0].norm()) > 0.01
     lora, task = SafetyLora(read_lora(safety), 1.0), TaskLora(read_lora(file), 1.0, 0.0)
-    parts = [build_part("model", info(model), (lora,), tasks, Policy(), enforce=False) for tasks in ((), (task,))]
+    parts = [build_part("model", info(model), (lora,), tasks, GuardLimits(), enforce=False) for tasks in ((), (task,))]
     without, with_task = (part.branches.layers["diffusion_model.linear"].terms for part in parts)
     (mine,), (kept, *others) = without, with_task
     assert others
@@ -308,7 +308,7 @@ def test_a_file_of_every_format_on_a_whole_unet_equals_core_s_own_merge(comfy, t
         tensors |= made
     save_file(tensors, file)
     g, safety = comfy.host_guard, comfy.host_files.read_lora(file)
-    handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (), False, g.Policy())
+    handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (), False, g.GuardLimits())
     reference, _ = load_lora_for_models(model, None, load_torch_file(str(file)), 1.0, 0.0)
     models = (comfy.host.unwrap(handle), reference, model)
     ours, theirs, base = (evaluate(m, family, family.cond) for m in models)

@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.adapters import (
+from modular_lora_guard.modular_lora.changes import Dense, Gain, Kron, LowRank, Rotation
+from modular_lora_guard.modular_lora.comparing import change
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.files import LoraFile
+from modular_lora_guard.modular_lora.formats import (
     DiffLayer,
     DoraLayer,
     LohaLayer,
@@ -19,11 +23,7 @@ from modular_lora_guard.modular_lora.adapters import (
     SetLayer,
     WideLoraLayer,
 )
-from modular_lora_guard.modular_lora.changes import Dense, Gain, Kron, LowRank, Rotation, dense
-from modular_lora_guard.modular_lora.comparing import change
-from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.modular_lora.files import LoraFile
-from modular_lora_guard.modular_lora.guard import Policy, SafetyLora, TaskLora, build_part
+from modular_lora_guard.modular_lora.guard import GuardLimits, SafetyLora, TaskLora, build_part
 from modular_lora_guard.modular_lora.interference import interference
 from modular_lora_guard.modular_lora.layers import layer_spec
 from modular_lora_guard.modular_lora.model import ModelInfo
@@ -53,7 +53,7 @@ def changes(draw) -> tuple[list, Tensor]:
     kinds = draw(st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=2))
     scales, seed = st.sampled_from((1.0, 0.5, -2.0)), draw(st.integers(0, 2**20))
     parts = [(PARTS[kind](seed + index), draw(scales)) for index, kind in enumerate(kinds)]
-    return parts, sum(scale * dense(part, weight).double() for part, scale in parts)
+    return parts, sum(scale * part.dense(weight).double() for part, scale in parts)
 
 
 def weight() -> Tensor:
@@ -145,10 +145,10 @@ def test_a_task_lora_of_any_format_that_cancels_the_safety_lora_is_an_error(name
     safety, task = CANCELLING[name]
     strength = {"LoKr as safety": -1.0, "replaced weight": 0.3}.get(name, 1.0)
     loras = (SafetyLora(file(safety, "safety"), 1.0),), (TaskLora(file(task, "task"), strength, 0.0),)
-    part = build_part("model", info(), *loras, Policy(), enforce=False)
+    part = build_part("model", info(), *loras, GuardLimits(), enforce=False)
     assert part.interference[0][1].net_strength == near(0, abs=1e-5)
     with pytest.raises(GuardError, match=r"0\.00 is left of 1\.00, below the floor of 0\.50"):
-        build_part("model", info(), *loras, Policy())
+        build_part("model", info(), *loras, GuardLimits())
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 2.0])
@@ -156,7 +156,7 @@ def test_the_strength_of_an_oft_counts_twice_as_in_core(strength):
     """At strength s the OFT turns by s²: a difference of s²·(R − I)·W0 the other way leaves nothing of it."""
     loras = (SafetyLora(file(OftLayer("w", BLOCKS, None), "safety"), strength),)
     task = TaskLora(file(DiffLayer("w", -rotated(), None), "task"), strength**2, 0.0)
-    part = build_part("model", info(), loras, (task,), Policy(), enforce=False)
+    part = build_part("model", info(), loras, (task,), GuardLimits(), enforce=False)
     assert part.interference[0][1].net_strength == near(0, abs=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_block_weights_count_in_every_format():
         if name not in ("LoHa", "LoKr", "full difference", "DoRA"):
             continue
         tasks = (TaskLora(file(task, "task"), 1.0, 0.0, "0.25"),)
-        part = build_part("model", info(), loras, tasks, Policy(), enforce=False)
+        part = build_part("model", info(), loras, tasks, GuardLimits(), enforce=False)
         assert part.interference[0][1].net_strength == near(0.75, abs=1e-5)
         assert {term.scale for term in part.branches.layers["diffusion_model.w"].terms if term.role == "task"} == {0.25}
 
@@ -186,12 +186,12 @@ def test_block_weights_count_in_every_format():
 )
 def test_a_safety_layer_that_changes_nothing_is_an_error_in_every_format(layer):
     with pytest.raises(GuardError, match=r"all zero and would do nothing|norm 0, it protects nothing"):
-        build_part("model", info(), (SafetyLora(file(layer, "safety"), 1.0),), (), Policy())
+        build_part("model", info(), (SafetyLora(file(layer, "safety"), 1.0),), (), GuardLimits())
 
 
 def test_formats_are_on_the_lines_of_the_report():
     tasks = tuple(TaskLora(file(CANCELLING[n][1], n), 0.1, 0.0) for n in ("LoHa", "LoKr", "full difference", "DoRA"))
-    part = build_part("model", info(), (SafetyLora(file(SAFETY, "safety"), 1.0),), tasks, Policy())
+    part = build_part("model", info(), (SafetyLora(file(SAFETY, "safety"), 1.0),), tasks, GuardLimits())
     lines = [line.strip() for line in format_guard("toy", "0" * 64, [part], []).splitlines()]
     assert "safety safety: 1 layers, LoRA rank 2, strength 1" in lines[2]
     kinds = ("LoHa rank 2", "LoKr, strength", "full difference, strength", "DoRA over LoRA rank 2")
@@ -203,4 +203,4 @@ def test_a_function_of_w0_needs_w0():
     object.__setattr__(blind, "weight", ModelInfo("", {}, {}, ()).weight)
     tasks = (TaskLora(file(OftLayer("w", BLOCKS, None), "t"), 1.0, 0.0),)
     with pytest.raises(GuardError, match="is not known here, and DoRA and OFT are functions of it"):
-        build_part("model", blind, (SafetyLora(file(SAFETY, "s"), 1.0),), tasks, Policy())
+        build_part("model", blind, (SafetyLora(file(SAFETY, "s"), 1.0),), tasks, GuardLimits())

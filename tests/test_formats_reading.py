@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.adapters import BiasedLayer, DiffLayer, DoraLayer, LoraLayer
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.files import LoraFile, read_lora
-from modular_lora_guard.modular_lora.formats import RANK_LIMIT
+from modular_lora_guard.modular_lora.formats import RANK_LIMIT, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
 from safetensors.torch import save, save_file
 from torch import Tensor
 

@@ -63,7 +63,7 @@ def guarded(comfy, loaded, loras):
             (g.SafetyLora(load(safety[0]), safety[1]),),
             tuple(g.TaskLora(load(name), s, s) for name, s in tasks),
             options.get("accept_merged", False),
-            g.Policy(),
+            g.GuardLimits(),
         )
         return comfy.host.unwrap(handle), guarded_clip
 

@@ -89,12 +89,9 @@ def guard_graph(safety: str, task: str | None = None, strength: float = 1.0, cli
 def attack(kind: str, world, folder) -> tuple[str, str]:
     """(safety LoRA, task LoRA) of an attack, as file names."""
     if kind == "inputs":
-        made, safety = (
-            cancelling.against_inputs(
-                world.factors, cancelling.moments(world.model, world.clip, world.modules, PROMPTS)
-            ),
-            "vehicles.safetensors",
-        )
+        with cancelling.moments(world.modules) as moments:
+            cancelling.drawn(world.model, world.clip, PROMPTS)
+        made, safety = cancelling.against_inputs(world.factors, moments), "vehicles.safetensors"
     elif kind == "behind values":
         made, safety = cancelling.behind_values(world.factors, world.weights, HEADS), "to_v.safetensors"
     else:
@@ -145,7 +142,7 @@ def guarded(comfy, demo, loras, safety, tasks=(), clip=True):
         tuple(g.SafetyLora(load(name), 1.0) for name in safety),
         tuple(g.TaskLora(load(name), s, s) for name, s in tasks),
         False,
-        g.Policy(),
+        g.GuardLimits(),
     )[0]
 
 

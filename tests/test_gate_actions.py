@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -309,22 +309,25 @@ def test_a_preset_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     [
         ({"block": {"c": 0.5}}, r"block: told 1\.0 knows no label 'c': it knows a, b"),
         ({"block": {"a": 0.5}, "growth": {"c": 2}}, "growth: told 1.0 knows no label 'c'"),
-        ({"block": {"a": 0.5}, "action": "censor"}, "action: 'censor' does not exist: one of report, blur"),
-        ({"block": {"a": 0.5}, "actions": "blur"}, "a preset has the keys action, block"),
-        ({"report": {"a": 0.5}}, "a preset has the keys"),
+        ({"block": {"a": 0.5}, "action": "censor"}, "action must be 'report', 'blur', .*, not 'censor': correct it"),
+        ({"block": {"a": 0.5}, "actions": "blur"}, r"actions does not exist: did you mean action\?"),
+        ({"report": {"a": 0.5}}, "block is missing: labels and their thresholds"),
         ({"block": {}}, "block: no label of told 1.0 is blocked"),
-        ({"block": ["a"]}, "block must map labels to numbers"),
-        ({"block": {"a": 0}}, "block.a: 0 must be above 0"),
-        ({"block": {"a": 1.5}}, "block.a: 1.5 must be above 0 and at most 1"),
-        ({"block": {"a": "0.5"}}, "block.a: '0.5' is not a number"),
-        ({"block": {"a": True}}, "block.a: True is not a number"),
-        ({"block": {"a": 0.5}, "growth": {"a": 0}}, "growth.a: 0 must be above 0"),
-        ({"block": {"a": 0.5}, "cells": 0}, "cells: 0 must be a whole number"),
-        ({"block": {"a": 0.5}, "cells": 2.5}, "cells: 2.5 must be a whole number"),
-        ({"block": {"a": 0.5}, "action": ["blur"]}, "action: .* does not exist"),
-        ([], "a preset has the keys"),
+        ({"block": ["a"]}, r"block must be a table of names and values, not \['a'\]: correct it"),
+        ({"block": {"a": 0}}, "block.a must be above 0, not 0: correct it"),
+        ({"block": {"a": 1.5}}, "block.a must be at most 1, not 1.5: correct it"),
+        ({"block": {"a": "0.5"}}, "block.a must be a number, not '0.5': correct it"),
+        ({"block": {"a": True}}, "block.a must be a number, not True: correct it"),
+        ({"block": {"a": 0.5}, "growth": {"a": 0}}, "growth.a must be above 0, not 0: correct it"),
+        ({"block": {"a": 0.5}, "cells": 0}, "cells must be at least 1, not 0: correct it"),
+        ({"block": {"a": 0.5}, "cells": 2.5}, "cells must be a whole number, not 2.5: correct it"),
+        ({"block": {"a": 0.5}, "cells": True}, "cells must be a whole number, not True: correct it"),
+        ({"block": {"a": 0.5}, "self": 1}, "self does not exist: known here: block, report, growth"),
+        ({"block": {"a": 0.5}, "action": ["blur"]}, r"action must be .*, not \['blur'\]: correct it"),
+        ([], "a preset is a JSON object with the key block"),
         ("{", "cannot be read as JSON"),
-        ('{"block": {"a": NaN}}', "block.a: nan is not a number"),
+        ('{"block": {"a": NaN}}', "block.a must be a finite number, not nan"),
+        (f'{{"block": {{"a": 1{"0" * 400}}}}}', "block.a must be a number, not 1000"),
     ],
 )
 def test_a_wrong_preset_is_refused_by_name(tmp_path: Path, said: object, message: str) -> None:
@@ -332,6 +335,13 @@ def test_a_wrong_preset_is_refused_by_name(tmp_path: Path, said: object, message
     path.write_text(said if isinstance(said, str) else json.dumps(said), encoding="utf-8")
     with pytest.raises(GateError, match=r"^p\.json: " + message):
         load(path, Told([]))
+
+
+def test_whole_numbers_stay_whole_so_that_the_hash_of_a_preset_stays(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"block": {"a": 1}, "growth": {"a": 2}}', encoding="utf-8")
+    said = json.dumps(asdict(load(path, Told([]))))
+    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6}'
 
 
 texts = st.text(max_size=6)

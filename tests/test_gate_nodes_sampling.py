@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gate_graphs import KEY, Stub, files, install_stub, node, part, redness, sampled_and_gated, save, sha
-from graphs import GraphError, decode, sampler
+from gate_graphs import KEY, Stub, files, install_stub, part, redness, sampled_and_gated, save, sha
+from graphs import GraphError, decode, node, sampler
 from PIL import Image
 
 

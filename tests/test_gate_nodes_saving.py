@@ -6,8 +6,8 @@ import hashlib
 import json
 
 import pytest
-from gate_graphs import KEY, RED, files, gated_run, install_stub, node, part, save, settings, sha
-from graphs import GraphError, decode, sampler
+from gate_graphs import KEY, RED, files, gated_run, install_stub, part, save, settings, sha
+from graphs import GraphError, decode, node, sampler
 from PIL import Image
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import escape_actions  # noqa: F401  # these add their attempts
 import escape_bases  # noqa: F401
+import escape_cancelling  # noqa: F401
 import escape_detours  # noqa: F401
 import escape_leaves  # noqa: F401
 import escape_requests  # noqa: F401

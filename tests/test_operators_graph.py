@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from graphs import node
 from hypothesis import given
 from hypothesis import strategies as st
+from modular_lora_guard.operators import graph as graphs
 from modular_lora_guard.operators.graph import NodeFacts, check
 from modular_lora_guard.operators.policy import FILE, parse
 
@@ -95,10 +98,6 @@ class Files:
 
     def uploaded(self, name: str) -> str | None:
         return "output" if name.startswith("uploaded") else None
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def guarded() -> dict:
@@ -306,6 +305,43 @@ def test_a_loop_of_loaders_ends_and_is_left_to_the_server() -> None:
     graph = guarded()
     graph["safety"]["inputs"]["safety_lora"] = ["safety", 0]
     assert refused(graph) == {}
+
+
+@pytest.fixture
+def visits(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often it was asked what each node gives."""
+    counted, given = Counter(), graphs._Graph._given
+
+    def count(self, name: str):
+        counted[name] += 1
+        return given(self, name)
+
+    monkeypatch.setattr(graphs._Graph, "_given", count)
+    return counted
+
+
+def chain(name: str, count: int, first: list) -> dict:
+    """Any-type nodes one behind another, ``name``0 to ``name`` and count - 1."""
+    return {f"{name}{i}": node("Any", value=[f"{name}{i - 1}", 0] if i else first) for i in range(count)}
+
+
+NAMED = '[nodes]\nsampling = ["KSampler"]\npatching = ["Any", "Switch"]'
+ORDERS = {"sources first": list, "sources last": lambda some: list(some)[::-1], "mixed": sorted}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_node_of_a_deep_chain_is_visited_once(order: str, visits: Counter) -> None:
+    graph = chain("x", 4000, ["ckpt", 0]) | stock(["x3999", 0])
+    assert refused({name: graph[name] for name in ORDERS[order](graph)}, NAMED) == {"sample": {"guard.required"}}
+    assert visits == Counter(graph.keys())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_loops_and_what_is_behind_them_are_visited_a_few_times(order: str, visits: Counter) -> None:
+    graph = chain("x", 1000, ["x999", 0]) | chain("y", 1000, ["x700", 0]) | stock(["y999", 0])
+    graph["x500"] = node("Switch", a=["x499", 0], b=["ckpt", 0])
+    assert refused({name: graph[name] for name in ORDERS[order](graph)}, NAMED) == {"sample": {"guard.required"}}
+    assert visits.total() <= 4 * len(graph)
 
 
 def test_literal_values_of_our_nodes_are_checked() -> None:

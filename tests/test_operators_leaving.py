@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from graphs import node
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.operators import leaving
-from test_operators_graph import FACTS, guarded, node, refused
+from test_operators_graph import FACTS, guarded, refused
 
 GATE = "[gate]\nrequired = true"
 OPEN = "[open]\nunattested = true"

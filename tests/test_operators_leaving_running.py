@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from escape_nodes import install
-from gate_graphs import Stub, gated_run, install_stub, node, part, save
-from graphs import decode, guarded_graph, sampler
+from gate_graphs import Stub, gated_run, install_stub, part, save
+from graphs import decode, guarded_graph, node, sampler
 from modular_lora_guard.operators import leaving
 from operator_graphs import Operator, required, stopped
 
@@ -155,14 +155,35 @@ def test_runs_are_noted_of_what_comfyuis_own_nodes_make_of_their_latents(enforce
         assert module.origin(module._Sound(made[name][slot]["waveform"] + 1)) is None
 
 
-def test_a_gate_alone_lets_any_judged_picture_leave_and_shows_none_on_the_way(operator, detector, monkeypatch) -> None:
+def test_runs_are_noted_of_the_solids_that_comfyuis_own_nodes_make_of_their_latents(enforced, comfy) -> None:
+    from comfy_api.latest._util import VOXEL
+
+    module, policy = part(comfy, "nodes.leaving"), part(comfy, "nodes.policy").current()
+    kinds = comfy.nodes.NODE_CLASS_MAPPINGS
+    latent = enforced.run(guarded_graph())["sample"][0]
+    voxel = VOXEL(torch.rand(1, 4, 4, 4))
+    voxel.voxel_colors, voxel.resolution = None, 256  # 0.33.0 has these two itself
+    decoder, mesher = (module.node_of(kinds[name]) for name in ("VAEDecodeHunyuan3D", "VoxelToMeshBasic"))
+    module.given_out(policy, decoder, {"samples": [latent]}, ([[voxel]], {}, False))
+    mesh = kinds["VoxelToMeshBasic"].execute(voxel, 0.5).result[0]
+    module.given_out(policy, mesher, {"voxel": [voxel]}, ([[mesh]], {}, False))
+    for solid in (voxel, mesh):
+        (run,) = module.origin(solid)
+        assert run.status == "guarded"
+    voxel.resolution = 128
+    mesh.texture = torch.rand(1, 4, 4, 3)  # a picture
+    assert module.origin(voxel) is None
+    assert module.origin(mesh) is None
+
+
+def test_a_gate_alone_lets_any_judged_picture_leave_and_shows_none_on_the_way(
+    operator, detector, previews, monkeypatch
+) -> None:
     import comfy.utils
-    from comfy.cli_args import args
 
     shown: list = []
     operator.write(f"[guard]\nrequired = []\n{GATE}{OPEN}")
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: shown.append(preview))
-    monkeypatch.setattr(args, "preview_method", args.preview_method.__class__("latent2rgb"))
     graph = behind_gate()
     graph["sample"] = sampler(["ckpt", 0], seed=next(_numbers))
     graph["decode"] = decode(["sample", 0], "VAEDecode")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.gate.settings import ACTIONS
 from modular_lora_guard.operators import keys, lines, signing
-from modular_lora_guard.operators.policy import FILE, TRUSTED, Policy, PolicyError, Watched, load, parse
+from modular_lora_guard.operators.policy import FILE, TRUSTED, OperatorPolicy, PolicyError, Tables, Watched, load, parse
 
 A, B = "a" * 64, "b" * 64
 EMPTY = "[guard]\nrequired = []\n"
@@ -63,7 +66,7 @@ def place(tmp_path: Path) -> Path:
 
 def said_of(content: bytes) -> str:
     try:
-        assert isinstance(parse(content, Path(FILE)), Policy)
+        assert isinstance(parse(content, Path(FILE)), OperatorPolicy)
     except PolicyError as error:
         return str(error)
     return f"{FILE} is one"
@@ -127,9 +130,11 @@ def test_what_a_policy_does_not_open_is_closed() -> None:
         (f'[guard]\nrequired = [\n  {{sha256 = "{A}"}}, # a "comment", {{\n  {{sha256 = "12"}},\n]', 4,
          "guard.required[1].sha256", "64 hexadecimal digits"),
         (f'[[guard.required]]\nsha256 = "{A}"\n[[guard.required]]\nsha256 = "{B}"\nmin_net_strength = -1', 5,
-         "guard.required[1].min_net_strength", "from 0 to 10"),
+         "guard.required[1].min_net_strength", "must be at least 0, not -1: correct it."),
         (f'[guard]\nrequired = [{{sha256 = "{A}", min_net_strength = nan}}]', 2,
-         "guard.required[0].min_net_strength", "a number"),
+         "guard.required[0].min_net_strength", "must be a finite number, not nan"),
+        (f'[guard]\nrequired = [{{sha256 = "{A}", min_net_strength = 10.5}}]', 2,
+         "guard.required[0].min_net_strength", "must be at most 10, not 10.5: correct it."),
         (f'[guard]\nrequired = [{{sha256 = "{A}", min_net_strength = true}}]', 2,
          "guard.required[0].min_net_strength", "a number"),
         ('[guard]\nrequired = [{signed_by = "me"}]\n[keys]\nyou = "x"', 2,
@@ -137,15 +142,15 @@ def test_what_a_policy_does_not_open_is_closed() -> None:
         (f'[guard]\nrequired = [{{sha256 = "{A}", signed_by = "you"}}]\n[keys]\nyou = "x"', 2,
          "guard.required[0]", "one of the two"),
         (f"{EMPTY}[open]\naudit = 1", 4, "open.audit", "must be true or false"),
-        (f"{EMPTY}open.audit = 'yes'", 3, "guard.open", "is not known"),
+        (f"{EMPTY}open.audit = 'yes'", 3, "guard.open", "does not exist: known here: required, "),
         (f"open.audit = 'yes'\n{EMPTY}", 1, "open.audit", "must be true or false"),
         (f'{EMPTY}[tasks]\nallow = ["{A}",\n"x"]', 5, "tasks.allow[1]", "64 hexadecimal digits"),
         (f'{EMPTY}[nodes]\ndeny = ["A",\n\n 3]', 6, "nodes.deny[1]", "a text in quotes"),
         (f'{EMPTY}[nodes]\nsampling = [""]', 4, "nodes.sampling[0]", "a text in quotes"),
-        (f"{EMPTY}[gate.thresholds]\nA = 0.5\n'B C' = 2", 5, "gate.thresholds.B C", "0.001 to 1"),
-        (f"{EMPTY}[gate.thresholds]\nA = 0", 4, "gate.thresholds.A", "0.001 to 1"),
+        (f"{EMPTY}[gate.thresholds]\nA = 0.5\n'B C' = 2", 5, "gate.thresholds.B C", "must be at most 1, not 2"),
+        (f"{EMPTY}[gate.thresholds]\nA = 0", 4, "gate.thresholds.A", "must be at least 0.001, not 0"),
         (f"{EMPTY}[gate]\nthresholds = 0.5", 4, "gate.thresholds", "must be a table"),
-        (f'{EMPTY}[gate]\nactions = ["blur",\n"no"]', 5, "gate.actions[1]", "must be one of report, blur"),
+        (f'{EMPTY}[gate]\nactions = ["blur",\n"no"]', 5, "gate.actions[1]", "must be 'report', 'blur', 'pixelate'"),
         (f"{EMPTY}[record]\nmax_bytes = 1000", 4, "record.max_bytes", "at least 65536"),
         (f"{EMPTY}[keys]\nme = 3", 4, "keys.me", "a text in quotes"),
     ],
@@ -154,6 +159,24 @@ def test_an_error_names_file_line_key_and_what_is_allowed(text: str, line: int, 
     said = error(text)
     assert said.startswith(f"{FILE}: line {line}, {key} ")
     assert words in said
+
+
+def keys_of(table: type, place: str = "") -> Iterator[tuple[str, object]]:
+    """Every key that a policy may hold, with its type."""
+    for key, hint in get_type_hints(table).items():
+        if is_dataclass(hint):
+            yield from keys_of(hint, f"{place}{key}.")
+        else:
+            yield place + key, hint
+
+
+@pytest.mark.parametrize(("key", "hint"), keys_of(Tables))
+def test_no_value_of_another_type_is_turned_into_one_that_fits(key: str, hint: object) -> None:
+    text = "" if key.startswith("guard.required") else "guard.required = []\n"
+    wrong = ["1979-05-27", "'true'", "'1'", "1e999"] if hint is not str else ["1979-05-27", "1", "true", "['a']"]
+    wrong += {bool: ["1", "0", "1.0"], float: ["true"], int: ["true", "65536.0"]}.get(hint, [])
+    for value in wrong:
+        assert f"{key} must be " in error(f"{text}{key} = {value}\n")
 
 
 @pytest.mark.parametrize("content", [b"[guard\n", b"\xff\xfe", b"a = 1\na = 2", b"[" * 5000, b'{"audit": true}'])

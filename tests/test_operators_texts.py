@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import new_executor
 from gate_graphs import part
+from graphs import node
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_graphs import guarded, required
@@ -41,10 +42,6 @@ def prompted(seed: int, positive: str, negative: str = "", **changes) -> dict:
     graph = guarded(seed, **changes)
     graph["pos"]["inputs"]["text"], graph["neg"]["inputs"]["text"] = positive, negative
     return graph
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -278,7 +278,7 @@ def test_models_that_the_record_could_not_tell_from_the_checkpoint_are_refused(d
     patched.set_model_sampler_cfg_function(lambda args: args["uncond"])
     guard, files = comfy.host_guard, comfy.host_files
     safety = guard.SafetyLora(files.read_lora(loras.folder / "safety.safetensors"), 1.0)
-    handle, _ = comfy.host.guard(model, None, (safety,), (), False, guard.Policy())
+    handle, _ = comfy.host.guard(model, None, (safety,), (), False, guard.GuardLimits())
     for given in (
         (merge[0], clip),
         (model, merge[1]),

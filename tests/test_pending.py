@@ -9,17 +9,13 @@ import pytest
 import torch
 from families import evaluate, make, named
 from families_image import IMAGE
-from graphs import GraphError, guarded_graph, sampler, save_lora
+from graphs import GraphError, guarded_graph, node, sampler, save_lora
 from operator_graphs import required, stopped
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 SAFETY, TASK, OTHER = "safety.safetensors", "task.safetensors", "other.safetensors"
 BOTH = {"clip": True, "safety": "safety_te.safetensors"}
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def behind(*loras: tuple[str, float], safety: str = SAFETY, clip: bool = False, kind: str = "LoraLoader") -> dict:
@@ -210,7 +206,7 @@ def test_injections_of_a_bypass_loader_are_refused_with_accept_merged_too(comfy,
 def guard(comfy, model, path, clip=None, *, strength: float = 1.0):
     g = comfy.host_guard
     lora = g.SafetyLora(comfy.host_files.read_lora(path), strength)
-    return comfy.host.guard(model, clip, (lora,), (), True, g.Policy())
+    return comfy.host.guard(model, clip, (lora,), (), True, g.GuardLimits())
 
 
 # Forms and families, in process
@@ -275,7 +271,7 @@ def test_every_form_that_a_stock_loader_leaves_is_what_the_merge_is(form, comfy,
     file = comfy.host_files.read_lora(tmp_path / "form.safetensors")
     g = comfy.host_guard
     safety = g.SafetyLora(comfy.host_files.read_lora(loras.folder / SAFETY), 1.0)
-    asked = comfy.host.guard(loaded[0], None, (safety,), (g.TaskLora(file, 0.7, 0.7),), False, g.Policy())[0]
+    asked = comfy.host.guard(loaded[0], None, (safety,), (g.TaskLora(file, 0.7, 0.7),), False, g.GuardLimits())[0]
     assert torch.equal(ours, evaluate(comfy.host.unwrap(asked), family, {}))  # as Load Task LoRA would have it
     merged = evaluate(stock(model, loras.folder / SAFETY, 1.0), family, {})
     base = evaluate(loaded[0], family, {})
@@ -347,8 +343,8 @@ def check_kept(said: str, comfy, loaded, loras) -> None:
     g = comfy.host_guard
     safety = (g.SafetyLora(comfy.host_files.read_lora(loras.folder / SAFETY), 1.0),)
     with pytest.raises(Exception, match=said):
-        comfy.host.guard(model, None, safety, (), False, g.Policy())
-    handle, _ = comfy.host.guard(model, None, safety, (), True, g.Policy())
+        comfy.host.guard(model, None, safety, (), False, g.GuardLimits())
+    handle, _ = comfy.host.guard(model, None, safety, (), True, g.GuardLimits())
     patcher = comfy.host.unwrap(handle)
     assert set(patcher.patches) == {key}
     assert len(patcher.patches[key]) == 2  # with what was added before it

@@ -10,13 +10,9 @@ import pytest
 import torch
 from families import GENERIC, latents, make, named
 from families_newer_video import NEWER
-from graphs import GraphError, decode, guarded_graph, sampler
+from graphs import GraphError, decode, guarded_graph, node, sampler
 from PIL import Image
 from test_families import Pair
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def saved(comfy, prefix: str) -> list[dict]:
@@ -198,12 +194,9 @@ def test_the_base_hash_is_of_w0_whatever_is_merged_at_the_moment(comfy, loaded, 
     assert run_graph(graph)["guard"][2].splitlines()[0] == first
 
 
-def test_live_previews_are_off_in_guarded_runs(comfy, run_graph, loras, monkeypatch):
+def test_live_previews_are_off_in_guarded_runs(previews, run_graph, loras, monkeypatch):
     import latent_preview
-    from comfy.cli_args import LatentPreviewMethod, args
 
-    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    monkeypatch.setattr(latent_preview, "default_preview_method", LatentPreviewMethod.Latent2RGB, raising=False)  # 0.33
     seen = []
     decode_preview = latent_preview.Latent2RGBPreviewer.decode_latent_to_preview
     monkeypatch.setattr(

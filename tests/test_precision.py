@@ -55,7 +55,7 @@ def guard(comfy, loras):
         g, read = comfy.host_guard, comfy.host_files.read_lora
         safety = g.SafetyLora(read(loras.folder / "safety.safetensors"), 1.0)
         task = g.TaskLora(read(loras.folder / "task.safetensors"), 0.7, 0.7)
-        return comfy.host.unwrap(comfy.host.guard(model, None, (safety,), (task,), False, g.Policy())[0])
+        return comfy.host.unwrap(comfy.host.guard(model, None, (safety,), (task,), False, g.GuardLimits())[0])
 
     return make
 

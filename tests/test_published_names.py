@@ -172,7 +172,7 @@ def test_a_published_file_of_which_core_loads_nothing_is_an_error(layout: Publis
     file, g = published(layout), comfy.host_guard
     assert not file.patches
     task = g.TaskLora(file.read(), 1.0, 1.0)
-    part = g.build_part("model", file.infos[0], (), (task,), g.Policy(), enforce=False)
+    part = g.build_part("model", file.infos[0], (), (task,), g.GuardLimits(), enforce=False)
     with pytest.raises(g.GuardError, match=r"matches 0 of its \d+ layers"):
         g.check_coverage((part,), False)
     matrix("formats.json", f"published: {layout.label}", "refused")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import GraphError, decode, guarded_graph, sampler
+from graphs import GraphError, decode, guarded_graph, node, sampler
 
 REFUSED_LINKS = {
     "LoraLoaderModelOnly": {"lora_name": "task.safetensors", "strength_model": 1.0},
@@ -36,10 +36,6 @@ def sampled(graph: dict, model: list, **changes) -> dict:
     graph["decode"] = decode(["sample", 0])
     graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["decode", 1]}}
     return graph
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.mark.parametrize("kind", REFUSED_LINKS)

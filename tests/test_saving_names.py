@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import new_executor
 from gate_graphs import KEY, gated_run, install_stub, part
 from graphs import guarded_graph
@@ -37,7 +38,7 @@ def test_what_was_saved_before_is_never_written_over(prefix, comfy, run_graph, l
         assert before.items() <= now.items()
         assert len(now) == 2 * (i + 1)
         before = now
-    assert not [file for file in before if file.name.endswith(".part")]
+    assert not [file for file in before if file.name.startswith(".part-")]
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
@@ -71,17 +72,18 @@ def test_a_prefix_as_long_as_names_can_be_is_saved_as_the_stock_node_does(
     assert sorted(len(file.name) for file in tmp_path.iterdir()) == [length + 11] * 2
 
 
-def test_a_name_that_is_taken_between_looking_and_writing_stays_as_it_is(comfy, tmp_path):
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_name_that_is_taken_between_looking_and_writing_stays_as_it_is(format, comfy, tmp_path):
     save = part(comfy, "nodes.save")
-    path = tmp_path / "a.png"
+    path = tmp_path / "a.image"
 
-    def write(partial: Path) -> None:
+    def sign(record: dict) -> dict:
         path.write_text("theirs")
-        partial.write_text("ours")
+        return record
 
     with pytest.raises(FileExistsError):
-        save._create(path, write)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.png", "theirs")]
+        save._write(path, torch.zeros(8, 8, 3), {}, {}, save.Style(format), sign)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.image", "theirs")]
 
 
 def test_a_graph_with_nan_gives_json_that_every_reader_takes(comfy, run_graph, loras, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def guarded(comfy, loaded, tmp_path):
             save_text_lora(path, layers, rank=3 + seed, seed=seed)
         task_loras = tuple(g.TaskLora(read(path), s, s) for path, s in files[1:])
         safety_loras = (g.SafetyLora(read(files[0][0]), SAFETY),)
-        return comfy.host.guard(loaded[0], clip, safety_loras, task_loras, False, g.Policy())[1], files
+        return comfy.host.guard(loaded[0], clip, safety_loras, task_loras, False, g.GuardLimits())[1], files
 
     return make
 
@@ -104,7 +104,7 @@ def test_changes_of_norms_are_guarded_and_equal_the_merge(name, comfy, loaded, t
     path = tmp_path / "norms.safetensors"
     save_norms(path, norms)
     safety = (g.SafetyLora(comfy.host_files.read_lora(path), SAFETY),)
-    ours = comfy.host.guard(loaded[0], clip, safety, (), False, g.Policy())[1]
+    ours = comfy.host.guard(loaded[0], clip, safety, (), False, g.GuardLimits())[1]
     assert_guarded_is_merged(clip, ours, [(path, SAFETY)], prompt)
     assert ours.patcher.guard_state.part.layers == len(norms)
 
@@ -251,7 +251,7 @@ def test_an_encoder_of_another_kind_works_or_stops(whole, comfy, guarded):
 def test_what_further_encoders_made_must_come_from_the_guarded_clip(key, comfy, loaded, loras):
     g, (model, clip, _) = comfy.host_guard, loaded
     safety = g.SafetyLora(comfy.host_files.read_lora(loras.folder / "safety_te.safetensors"), 1.0)
-    handle, ours = comfy.host.guard(model, clip, (safety,), (), False, g.Policy())
+    handle, ours = comfy.host.guard(model, clip, (safety,), (), False, g.GuardLimits())
     prompt = clip.tokenize("a cat")
     cond = ours.encode_from_tokens(prompt)
 

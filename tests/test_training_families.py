@@ -97,7 +97,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     assert (LDM in lora.layers, DIFFUSERS in lora.layers) == (family == "SDXL", family != "SDXL")
     guard = comfy.host_guard
     for name, info in zip(("model", "text"), infos, strict=True):
-        (line,) = guard.build_part(name, info, (guard.SafetyLora(lora, 1.0),), (), guard.Policy()).lines
+        (line,) = guard.build_part(name, info, (guard.SafetyLora(lora, 1.0),), (), guard.GuardLimits()).lines
         assert (line.unmatched, line.matched > 10) == ((), True)
     assert lora.metadata["ss_base_model_version"] == {"SD20": "sd_v2", "SDXL": "sdxl_base_v1-0"}[family]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +137,29 @@ def test_previews_attach_the_safety_lora_and_take_it_off_even_after_an_error(stu
         unet(x[0, 0], context)
     assert torch.equal(unet(x, context), y)
     assert {path: dict(module.__dict__) for path, module in unet.named_modules()} == before
+
+
+def states_another_scale(stub) -> Path:
+    """The safety LoRA without an alpha: its tensors give scale 1, its metadata 4."""
+    path = stub.folder / "stated.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(stub.safety).items() if not key.endswith("alpha")}
+    save_file(tensors, path, {"modular_lora.role": "safety", "ss_network_alpha": "8", "ss_network_dim": "2"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor"), [("tensors", 2), ("metadata", 8), ("metadata,tensors", 5), ("tensors,metadata", 5)]
+)
+def test_safety_loras_are_shown_at_the_scale_that_was_chosen_for_each(stub, scale, factor):
+    stated = states_another_scale(stub)
+    network, encoder, unet = network_of(stub, safety=os.pathsep.join([str(stated)] * 2), safety_scale=scale)
+    network.apply_to(encoder, unet)
+    assert [lora.scale for lora in network.held.safety] == (scale.split(",") * 2)[:2]
+    layer, context = unet.attentions[0].transformer_blocks[0].attn2.to_k, torch.randn(1, 5, 10)
+    safety = read_lora(stub.safety).layers["lora_unet_attentions_0_transformer_blocks_0_attn2_to_k"]
+    plain = layer(context)
+    with kohya_preview.attached(network.held.branches):
+        assert torch.allclose(layer(context), plain + factor * context @ safety.down.T @ safety.up.T, atol=1e-4)
 
 
 def test_previews_under_autocast_and_in_half_precision(stub):
@@ -276,6 +301,9 @@ REFUSALS = {
     "safety_on_safety": ((), {"role": "safety", "safety": "{safety}"}, "takes neither"),
     "strength": ((), {"safety": "{safety}", "safety_strength": "much"}, "give numbers"),
     "strengths": ((), {"safety": "{safety}", "safety_strength": "1,1"}, "2 for 1 LoRAs"),
+    "scale": ((), {"safety": "{safety}", "safety_scale": "half"}, "=half: one of refuse, tensors, metadata for each"),
+    "scales": ((), {"safety": "{safety}", "safety_scale": "tensors,tensors"}, "one of .* for each LoRA: choose"),
+    "scale_not_chosen": ((), {"safety": "{stated}"}, "stated.safetensors: .*act at scale 1,.*states 4 .*safety_scale"),
     "foreign": ((), {"safety": "{foreign}"}, "are not in the model"),
     "one_layer_more": ((), {"safety": "{longer}"}, "1 of 21 layers are not in the model"),
     "wide": ((), {"safety": "{wide}"}, "in the model, "),
@@ -298,6 +326,7 @@ def variants(stub) -> dict[str, Path]:
     made = {"copied": make_lora(stub, "copied", 2), "nameless": make_lora(stub, "nameless", 3, size=0.01)}
     made["elsewhere"] = make_lora(stub, "elsewhere", 3, "task", **{"modular_lora.base_sha256": "xy"})
     made["dirty"] = make_lora(stub, "dirty", 3, "task", **{"modular_lora.contaminated_base": "merged"})
+    made["stated"] = states_another_scale(stub)
     tensors = load_file(stub.safety)
     name = next(key for key in sorted(tensors) if "unet" in key and key.endswith("lora_down.weight"))
     edits = {
@@ -369,15 +398,17 @@ def test_two_text_encoders_are_named_as_for_sdxl(stub):
         create(stub.safety)
 
 
-def test_python_3_10_without_a_toml_reader(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    monkeypatch.setattr(kohya_entry.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "tomli", raising=False)
-    with kohya_entry.toml_named():
-        import tomli
-
-        assert not hasattr(tomli, "loads")
-    assert "tomli" not in sys.modules
+def test_sd_scripts_environment_needs_neither_pydantic_nor_a_toml_reader():
+    code = f"""
+import importlib.util, sys
+sys.modules |= dict.fromkeys(("pydantic", "pydantic_core", "tomllib", "tomli", "comfy"))  # to import one is an error
+spec = importlib.util.spec_from_file_location("kohya_entry", {kohya_entry.__file__!r})
+entry = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(entry)
+entry.register()
+importlib.import_module(entry.PACK + ".training.kohya_preview")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from graphs import save_lora
 from hypothesis import given
 from hypothesis import strategies as st
 from kohya_toys import STUB, safety_options, task_options, value
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.files import read_lora
+from modular_lora_guard.modular_lora.guard import SafetyLora
+from modular_lora_guard.modular_lora.layers import LayerSpec
 from modular_lora_guard.training import kohya, kohya_arguments, kohya_checkout
 from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions, tomllib
 
@@ -83,6 +87,16 @@ def test_arguments_of_a_task(tmp_path):
     assert value(argv(options, extra=("--max_data_loader_n_workers", "4")), "--max_data_loader_n_workers") == "4"
     vpred = argv(options, family=kohya_arguments.FAMILIES["SD20"], v_prediction=True)
     assert {"--v2", "--v_parameterization", "base_version=sd_v2_v"} <= set(vpred)
+
+
+@pytest.mark.parametrize("scale", ["refuse", "tensors", "metadata"])
+def test_the_chosen_scale_of_each_safety_lora_is_handed_on(tmp_path, scale):
+    save_lora(tmp_path / "safety.safetensors", {"a": LayerSpec("a", (4, 4))}, 2, 0)
+    other = SafetyLora(read_lora(tmp_path / "safety.safetensors", scale="tensors"), 1.0)
+    chosen = SafetyLora(read_lora(tmp_path / "safety.safetensors", scale=scale), 1.0)
+    options = task_options(tmp_path, tmp_path)
+    assert f"safety_scale={scale}" in argv(options, safety=[chosen])
+    assert f"safety_scale={scale},tensors" in argv(options, safety=[chosen, other])
 
 
 @pytest.mark.parametrize("changes", [{"objective": "esd-x"}, {"pool_size": 8}, {"resume": "x"}])

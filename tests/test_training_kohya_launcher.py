@@ -20,6 +20,7 @@ from kohya_toys import STUB, Interrupted, Seen, safety_options, stub_weights, ta
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files import read_lora, sha256_file
 from modular_lora_guard.modular_lora.guard import SafetyLora
+from modular_lora_guard.modular_lora.util import atomic
 from modular_lora_guard.training import kohya, kohya_checkout, kohya_process
 from PIL import Image
 from safetensors.torch import save_file
@@ -187,6 +188,14 @@ def test_sigterm_leaves_a_state_and_no_process(place, tmp_path):
 def test_a_script_that_fails_says_its_last_words(place, engine, tmp_path):
     with pytest.raises(GuardError, match=r"(?s)exit code 1;.*stub failure at step 2: the device is on fire$"):
         kohya.train_task(engine, task_options(place, tmp_path), base(place), Seen(), extra=("--stub_fail_at", "2"))
+
+
+def test_what_a_killed_process_left_half_written_goes(place, engine, tmp_path):
+    mine, other = (atomic.temporary(tmp_path, f"-{name}.safetensors") for name in ("mine-step00000001", "other"))
+    mine.write_bytes(b"half"), other.write_bytes(b"half")
+    with pytest.raises(GuardError, match="the device is on fire"):
+        kohya.train_task(engine, task_options(place, tmp_path), base(place), Seen(), extra=("--stub_fail_at", "2"))
+    assert (mine.exists(), other.exists()) == (False, True)
 
 
 def test_the_guards_own_refusal_comes_through_as_one_line(place, engine, tmp_path, direct):

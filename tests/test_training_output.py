@@ -318,6 +318,6 @@ def test_comfyui_and_the_guard_load_every_layer_that_is_written(comfy, loaded, l
         info,
         (comfy.host_guard.SafetyLora(comfy.host_files.read_lora(path), 1.0),),
         (),
-        comfy.host_guard.Policy(),
+        comfy.host_guard.GuardLimits(),
     )
     assert (part.lines[0].matched, part.lines[0].unmatched) == (len(layers), ())

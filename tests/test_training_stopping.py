@@ -290,4 +290,4 @@ def test_the_stop_button_and_the_end_of_a_real_server_keep_a_state(tmp_path):
         server._child.send_signal(signal.SIGINT)
         server.wait()
     assert last() >= stopped + 2
-    assert [path.name for path in place.glob("*.tmp")] == []
+    assert [path.name for path in place.glob(".part-*")] == []

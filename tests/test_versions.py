@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graphs import GraphError, decode, guarded_graph, sampler
+from graphs import GraphError, decode, guarded_graph, node, sampler
 
 NODES = {  # node -> module of comfy_extras that has it, where this ComfyUI has it at all
     "LoraLoaderBypass": "nodes_lora_debug",
@@ -46,10 +46,6 @@ TRAINING = {
     "offloading": False,
     "bucket_mode": False,
 }
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,7 +265,7 @@ def test_copies_on_more_gpus_are_refused_before_and_after_the_guard(comfy, loade
     split = loaded[0].clone()
     split.set_additional_models("multigpu", [loaded[0].clone()])
     with pytest.raises(RuntimeError, match="MultiGPU CFG Split"):
-        comfy.host.guard(split, None, *_handles(comfy), False, comfy.host_guard.Policy())
+        comfy.host.guard(split, None, *_handles(comfy), False, comfy.host_guard.GuardLimits())
     split = comfy.host.unwrap(whole.model)
     split.set_additional_models("multigpu", [comfy.host.unwrap(whole.model)])
     with pytest.raises(RuntimeError, match="MultiGPU CFG Split"):

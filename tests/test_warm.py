@@ -13,7 +13,7 @@ import torch
 from graphs import guarded_graph, save_lora
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.layers import LayerSpec
-from modular_lora_guard.modular_lora.warm import Warm, forget_files, kept_lora, kept_sha256
+from modular_lora_guard.modular_lora.warm import forget_files, kept_lora, kept_sha256
 
 
 @pytest.fixture
@@ -48,14 +48,6 @@ def test_a_file_that_cannot_be_loaded_still_has_a_hash(path):
         kept_lora(path)
 
 
-def test_the_least_recently_used_goes_first_and_the_last_one_stays():
-    warm = Warm(10, len)
-    warm.put("a", "xxxx"), warm.put("b", "xxxx"), warm.get("a"), warm.put("c", "xxxx")
-    assert (warm.get("a"), warm.get("b"), warm.get("c"), warm.nbytes) == ("xxxx", None, "xxxx", 8)
-    warm.put("d", "x" * 20)
-    assert (len(warm), warm.get("d")) == (1, "x" * 20)
-
-
 @pytest.fixture
 def warm(comfy, loras):
     """The guards that ComfyUI's copy of the pack keeps."""
@@ -73,7 +65,7 @@ def toy(comfy, loras, warm):
     def guard(model, strength: float = 1.0, floor: float = 0.5, name: str = "task.safetensors"):
         safety, task = read(loras.folder / "safety.safetensors"), read(loras.folder / name)
         task = g.TaskLora(task, strength, strength)
-        handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (task,), True, g.Policy(floor))
+        handle, _ = comfy.host.guard(model, None, (g.SafetyLora(safety, 1.0),), (task,), True, g.GuardLimits(floor))
         return comfy.host.unwrap(handle)
 
     return guard

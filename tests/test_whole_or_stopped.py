@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import GraphError, guarded_graph
+from graphs import GraphError, guarded_graph, node
 from safetensors.torch import load_file, save_file
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def edited(loras, name: str, edit, source: str = "safety.safetensors") -> str:

@@ -5,13 +5,13 @@ L = E w(t) |ε − ε_θ(x_t, t, c)|² (arXiv 2006.11239, eq. 14; v instead of �
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..modular_lora.util.cache import Cache
 from . import dataset, pictures
 from .batches import Draw, Plan
 from .loop import Watch
@@ -50,23 +50,18 @@ class Latents:
 
 
 class Captions:
-    """Conditioning by caption, so that shuffling and dropout keep the cache; the least used goes at `CACHE_BYTES`."""
+    """Conditioning by caption, so that shuffling and dropout keep the cache, which is bounded by `CACHE_BYTES`."""
 
     def __init__(self, trainee: Trainee):
-        self.trainee, self._kept = trainee, OrderedDict()
+        self.trainee = trainee
+        self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.cross.nbytes)
 
     @torch.no_grad()
     def of(self, captions: Sequence[str]) -> Cond:
         return Cond.cat([self._one(caption) for caption in captions])
 
     def _one(self, caption: str) -> Cond:
-        if caption not in self._kept:
-            self._kept[caption] = self.trainee.encode([caption])
-            cross = self._kept[caption].cross
-            if len(self._kept) > max(64, CACHE_BYTES // (cross.numel() * cross.element_size())):
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(caption)
-        return self._kept[caption]
+        return self._kept.get(caption) or self._kept.put(caption, self.trainee.encode([caption]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
-from ..modular_lora.adapters import Adapter, LoraLayer
 from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.files import LoraFile, describe_base, read_lora
+from ..modular_lora.formats import Adapter, LoraLayer
 from ..modular_lora.guard import BASE_KEY, ROLE_KEY
 from ..modular_lora.names import is_text
 from .output import kohya_hashes
@@ -70,16 +69,14 @@ def inspect(path: str | Path) -> Inspection:
     """Read a LoRA file and describe it; LoraFileError where it does not pass `read_lora`."""
     lora = read_lora(Path(path))
     found = lora.metadata
-    tensors = safetensors.torch.load_file(lora.path)
-    computed = kohya_hashes(tensors, found)
+    computed = kohya_hashes(lora.tensors, found)
+    weights = [tensor for name, tensor in lora.tensors.items() if not name.endswith(".alpha")]
     halves = [("U-Net", False), ("text encoder", True)]
     layers = {part: [layer for name, layer in lora.layers.items() if is_text(name) is text] for part, text in halves}
     return Inspection(
         name=lora.name,
         sha256=lora.sha256,
-        dtypes=tuple(
-            sorted({str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if not name.endswith(".alpha")})
-        ),
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in weights})),
         role=found.get(ROLE_KEY, ""),
         base=describe_base(found) or "",
         base_sha256=found.get(BASE_KEY, ""),
@@ -126,7 +123,7 @@ def _part(part: str, layers: Sequence[Adapter], lora: LoraFile) -> PartReport:
         zero=sum(x.name in lora.zero_layers for x in layers),
         convolutions=sum(map(_has_kernel, layers)),
         ranks=_counted(x.rank for x in layers),
-        alphas=_counted(map(_alpha, layers)),
+        alphas=_counted(getattr(x.inner, "alpha", None) for x in layers),
         norm=math.hypot(*norms.values()) if whole else None,
         largest=max(norms.items(), key=lambda item: item[1]) if whole else None,
     )
@@ -139,14 +136,8 @@ def _counted(values: Iterable[Any]) -> tuple[tuple[Any, int], ...]:
 
 def _has_kernel(layer: Adapter) -> bool:
     """Whether a tensor of the layer has a kernel larger than 1; LoHa and LoKr may store theirs flattened."""
-    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    inner = getattr(layer, "base", None)
-    return any(t.dim() > 3 and t[0, 0].numel() > 1 for t in tensors) or (inner is not None and _has_kernel(inner))
-
-
-def _alpha(layer: Adapter) -> float | None:
-    inner = getattr(layer, "base", None)
-    return _alpha(inner) if inner is not None else getattr(layer, "alpha", None)
+    tensors = (value for value in vars(layer.inner).values() if isinstance(value, Tensor))
+    return any(t.dim() > 3 and t[0, 0].numel() > 1 for t in tensors)
 
 
 def _part_lines(p: PartReport) -> list[str]:

@@ -25,6 +25,8 @@ from ..modular_lora.comparing import Factor, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, read_lora, sha256_file
 from ..modular_lora.guard import SafetyLora
+from ..modular_lora.util.atomic import PART
+from ..modular_lora.util.file_state import FileState, find_file_state
 from . import dataset, kohya_entry, kohya_process
 from .dataset_config import DatasetConfig
 from .dataset_export import to_toml
@@ -181,7 +183,7 @@ def _train(
     if not checkpoint.is_file():
         raise GuardError(f"{checkpoint}: no such checkpoint file: sd-scripts trains on one .safetensors file.")
     output = Path(options.output_dir).absolute()
-    started, before = time.time(), _stamp(output / f"{options.output_name}.safetensors")
+    started, before = time.time(), find_file_state(output / f"{options.output_name}.safetensors")
     with tempfile.TemporaryDirectory(prefix="modular_lora_") as name:
         folder = Path(name)
         run = Run(
@@ -204,7 +206,7 @@ def _train(
             _say_state(output, options.output_name, started)
             raise
         finally:
-            for part in output.glob(f".{options.output_name}*.part.safetensors"):
+            for part in output.glob(f"{PART}*-{glob.escape(options.output_name)}*.safetensors"):  # of a killed process
                 part.unlink(missing_ok=True)
     lora, size = _check(output / f"{options.output_name}.safetensors", before)
     losses = tuple(progress.losses)
@@ -268,9 +270,9 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _check(path: Path, before: tuple[int, int] | None) -> tuple[LoraFile, float]:
+def _check(path: Path, before: FileState | None) -> tuple[LoraFile, float]:
     """The file read back, and ‖ΔW‖; GuardError unless this run wrote it, whole and with something in it."""
-    if _stamp(path) in (None, before):
+    if find_file_state(path) in (None, before):
         raise GuardError(f"{path.name}: sd-scripts ended without an error and did not write it: see its output.")
     lora = read_lora(path)
     said = lora.metadata.get(LAYERS_KEY, "")
@@ -297,12 +299,3 @@ def _report(lora: LoraFile, losses: Sequence[float], size: float, engine: Engine
 def _write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written again."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size

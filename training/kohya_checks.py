@@ -13,9 +13,9 @@ from ..modular_lora.concept import PROMPTS_KEY
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
-from ..modular_lora.options import Scale
+from ..modular_lora.scales import Scale
 from .contamination import check_start
-from .output import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
+from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 
 LAYERS_KEY = "modular_lora.layers"  # how many layers were trained; the launcher counts them in the file
 STATE = "modular_lora.json"  # beside a training state that sd-scripts saves

@@ -13,9 +13,6 @@ import importlib.util
 import os
 import runpy
 import sys
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 PACK = "modular_lora_guard"
@@ -32,30 +29,13 @@ PREVIEWS = {  # script -> where it draws one preview
 
 
 def register() -> None:
-    """The repository as package ``modular_lora_guard``; nothing of it needs ComfyUI."""
+    """The repository as package ``modular_lora_guard``; nothing of it needs ComfyUI, pydantic or a TOML reader."""
     root = Path(__file__).resolve().parent.parent
     spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACK] = module
     spec.loader.exec_module(module)
-    with toml_named():
-        importlib.import_module(f"{PACK}.training.kohya_network")
-
-
-@contextmanager
-def toml_named() -> Iterator[None]:
-    """A name for the TOML reader that sd-scripts' environment lacks on Python 3.10, while the pack is imported.
-
-    The pack reads TOML in the parent process only.
-    """
-    if sys.version_info >= (3, 11) or importlib.util.find_spec("tomli"):
-        yield
-        return
-    sys.modules["tomli"] = types.ModuleType("tomli")
-    try:
-        yield
-    finally:
-        del sys.modules["tomli"]
+    importlib.import_module(f"{PACK}.training.kohya_network")
 
 
 def guard_previews(script: str) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.scales import check_scale
+from ..modular_lora.util import atomic
 from . import kohya_checks as checks
 from .contamination import check_base, known_bases
 from .kohya_checks import STATE, Settings
@@ -134,10 +135,7 @@ def previewing() -> Iterator[None]:
 def record_state(folder: str | Path) -> None:
     """Beside a training state that sd-scripts saved: what it was trained on, asked for when it is resumed."""
     for network in list(_NETWORKS):
-        path = Path(folder) / STATE
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(network.held.record, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        atomic.write(Path(folder) / STATE, json.dumps(network.held.record, indent=1) + "\n")
 
 
 def before_step() -> None:
@@ -163,8 +161,7 @@ def keep_state(save: Callable[[str], object]) -> None:
         steps["current_step"] -= 1
         counted.write_text(json.dumps(steps), encoding="utf-8")
         place = target.with_name(f"{target.name}-step{steps['current_step']:08d}-state")
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(part, place)
+        atomic.replace_folder(part, place)
 
 
 class _Guarded:
@@ -223,13 +220,8 @@ class _Guarded:
         held = self.held
         found = (held.safety, held.contaminated, held.initialisation, _residual(self, dtype), len(_loras(self)))
         own = checks.own_metadata(*found)
-        target = Path(file)
-        part = target.with_name(f".{target.stem}.part{target.suffix}")
-        try:
+        with atomic.replacing(file, ending=f"-{Path(file).name}") as part:  # it takes the format from the ending
             super().save_weights(str(part), dtype, checks.metadata_of(held.settings, held.module, metadata or {}, own))
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _hold(settings: Settings, architecture: Architecture, unet: nn.Module, text_encoder: Any) -> Held:

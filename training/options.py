@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Literal
 
-from ..modular_lora.options import OptionError, Scale, add_arguments, coerce, load, opt, parse, tomllib
+from pydantic.dataclasses import dataclass
+
+from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse, tomllib
+from ..modular_lora.scales import Scale
+from ..modular_lora.validation import STRICT, raises
 
 __all__ = [
-    "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "coerce", "fingerprint", "load", "parse",
+    "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "load", "parse",
     "tomllib",
 ]  # fmt: skip
 
@@ -22,16 +25,6 @@ Scheduler = Literal[
 ]
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
-POSITIVE = (
-    "network_dim", "network_alpha", "learning_rate", "max_train_steps", "train_batch_size",
-    "gradient_accumulation_steps", "sample_steps", "sample_size", "clip_skip", "lr_scheduler_num_cycles",
-    "lr_scheduler_power",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "lr_warmup_steps", "max_grad_norm", "min_snr_gamma", "save_every_n_steps", "sample_every_n_steps",
-    "prior_loss_weight", "text_encoder_lr", "keep_tokens", "noise_offset", "preserve_weight", "negative_guidance",
-    "pool_size", "pool_refresh_every",
-)  # fmt: skip
 PIXELS = 8  # of a side for one of a latent
 PRODIGY_RATES = (0.1, 10.0)  # it multiplies a rate that it finds itself
 SAVING = {
@@ -47,56 +40,51 @@ HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_di
 ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # these do not change what is trained
 
 
-@dataclass(frozen=True)
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     """What both trainings share."""
 
     output_name: str = opt("lora", "file name of the LoRA, without ending")
     output_dir: str = opt("output", "folder of the LoRA, its checkpoints, previews and logs")
-    network_dim: int = opt(16, "rank")
-    network_alpha: float = opt(16.0, "alpha; the LoRA counts alpha / rank")
+    network_dim: int = opt(16, "rank", gt=0)
+    network_alpha: float = opt(16.0, "alpha; the LoRA counts alpha / rank", gt=0)
     target: Target = opt(
         "linear", "layers: cross-attention, attention, linear (all Linear and 1×1 conv), conv (3×3 too)"
     )
-    learning_rate: float = opt(1e-4, "learning rate; Prodigy wants 1")
+    learning_rate: float = opt(1e-4, "learning rate; Prodigy wants 1", gt=0)
     optimizer_type: Optimizer = opt("AdamW", "AdamW, AdamW8bit (bitsandbytes), Adafactor, Prodigy (prodigyopt)")
-    optimizer_args: tuple[str, ...] = opt((), "name=value arguments of the optimizer, e.g. weight_decay=0.01")
+    optimizer_args: Texts = opt((), "name=value arguments of the optimizer, e.g. weight_decay=0.01")
     lr_scheduler: Scheduler = opt("cosine", "schedule of the learning rate")
-    lr_warmup_steps: int = opt(0, "steps of linear warm-up")
-    lr_scheduler_num_cycles: int = opt(3, "cycles of cosine_with_restarts, so one restart less; at least 2")
-    lr_scheduler_power: float = opt(2.0, "power of polynomial; 1 is linear")
-    max_train_steps: int = opt(1000, "optimizer steps")
-    train_batch_size: int = opt(1, "pictures, or noisy latents, a micro-batch")
-    gradient_accumulation_steps: int = opt(1, "micro-batches an optimizer step")
+    lr_warmup_steps: int = opt(0, "steps of linear warm-up", ge=0)
+    lr_scheduler_num_cycles: int = opt(3, "cycles of cosine_with_restarts, so one restart less; at least 2", gt=0)
+    lr_scheduler_power: float = opt(2.0, "power of polynomial; 1 is linear", gt=0)
+    max_train_steps: int = opt(1000, "optimizer steps", gt=0)
+    train_batch_size: int = opt(1, "pictures, or noisy latents, a micro-batch", gt=0)
+    gradient_accumulation_steps: int = opt(1, "micro-batches an optimizer step", gt=0)
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
-    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: not")
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: not", ge=0)
     mixed_precision: Precision = opt("no", "weights and activations: no (float32), bf16, fp16; adapters stay float32")
     save_precision: SavePrecision = opt("fp16", "type of the saved LoRA: fp16, bf16, float")
-    min_snr_gamma: float = opt(0.0, "min-SNR weighting (arXiv 2303.09556), usually 5; 0: off")
+    min_snr_gamma: float = opt(0.0, "min-SNR weighting (arXiv 2303.09556), usually 5; 0: off", ge=0)
     seed: int = opt(42, "seed of data order, noise and, with the role, of the initial weights")
-    save_every_n_steps: int = opt(0, "write LoRA and training state every N steps; 0: only at the end")
+    save_every_n_steps: int = opt(0, "write LoRA and training state every N steps; 0: only at the end", ge=0)
     resume: str = opt("", "folder of a saved training state to go on from")
-    sample_every_n_steps: int = opt(0, "draw the sample prompts every N steps; 0: never")
-    sample_prompts: tuple[str, ...] = opt((), "prompts of the previews")
-    sample_steps: int = opt(20, "sampling steps of a preview")
+    sample_every_n_steps: int = opt(0, "draw the sample prompts every N steps; 0: never", ge=0)
+    sample_prompts: Texts = opt((), "prompts of the previews")
+    sample_steps: int = opt(20, "sampling steps of a preview", gt=0)
     sample_cfg: float = opt(7.0, "guidance of a preview")
-    sample_size: int = opt(512, "width and height of a preview in pixels")
-    known_bases: tuple[str, ...] = opt((), "JSON registries of bases by content hash, beside the bundled one")
+    sample_size: int = opt(512, "width and height of a preview in pixels", gt=0, multiple_of=PIXELS)
+    known_bases: Texts = opt((), "JSON registries of bases by content hash, beside the bundled one")
     max_token_length: Literal[75, 150, 225] = opt(75, "tokens of a prompt: 75, 150 or 225; what is beyond is cut off")
-    clip_skip: int = opt(1, "1: last layer of the text encoder (family's own for SD2 and SDXL), 2: the one before, ...")
+    clip_skip: int = opt(
+        1, "1: last layer of the text encoder (family's own for SD2 and SDXL), 2: the one before, ...", gt=0
+    )
     log_with: Literal["none", "tensorboard", "wandb"] = opt("none", "logs beside the loss curve on the node")
     no_dataset_metadata: bool = opt(False, "leave captions, folder and output names out of the file's metadata")
     training_comment: str = opt("", "a line for the file's metadata (ss_training_comment)")
 
     def __post_init__(self):
-        for name in POSITIVE:
-            if (value := getattr(self, name)) <= 0:
-                raise OptionError(f"{name}: {value} must be above 0: correct it.")
-        for name in NOT_NEGATIVE:
-            if (value := getattr(self, name, 0)) < 0:
-                raise OptionError(f"{name}: {value} must not be below 0: correct it.")
-        if self.sample_size % PIXELS:
-            raise OptionError(f"sample_size: {self.sample_size} is no multiple of {PIXELS}: choose one.")
         if self.sample_every_n_steps and not self.sample_prompts:
             raise OptionError(
                 f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to draw: give sample_prompts, or 0."
@@ -120,18 +108,19 @@ class Options:
             )
 
 
-@dataclass(frozen=True)
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
 class TaskOptions(Options):
     """A task LoRA from captioned pictures, on W0; the safety LoRA is given and stays out of the training."""
 
     train_data_dir: str = opt("", "folder of N_name folders with pictures and captions")
     dataset_config: str = opt("", "TOML of the data set, instead of train_data_dir")
     reg_data_dir: str = opt("", "folder of N_name folders with regularisation pictures")
-    prior_loss_weight: float = opt(1.0, "weight of the regularisation pictures' loss")
+    prior_loss_weight: float = opt(1.0, "weight of the regularisation pictures' loss", ge=0)
     resolution: int = opt(512, "area of the pictures is resolution² where the data set says nothing")
     flip_aug: bool = opt(False, "mirror half of the draws")
     shuffle_caption: bool = opt(False, "shuffle the tags of a caption, but the first keep_tokens")
-    keep_tokens: int = opt(0, "tags at the start of a caption that stay where they are")
+    keep_tokens: int = opt(0, "tags at the start of a caption that stay where they are", ge=0)
     caption_dropout_rate: float = opt(0.0, "share of draws without a caption")
     safety_lora: str = opt("", "safety LoRA file: recorded, shown in previews, never in the training forward")
     safety_strength: float = opt(1.0, "its strength in the previews")
@@ -140,16 +129,14 @@ class TaskOptions(Options):
     )
     project: bool = opt(False, "keep the LoRA's down matrices out of the safety LoRA's row space, layer by layer")
     network_train_text_encoder: bool = opt(False, "train the text encoder's attention and MLP as well")
-    text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder")
+    text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder", ge=0)
     network_weights: str = opt("", "task LoRA file to go on from (weights only; resume continues exactly)")
-    network_dropout: float = opt(0.0, "dropout of the adapters' input")
-    noise_offset: float = opt(0.0, "adds this much of one random shift a channel to the noise, usually 0.0357")
+    network_dropout: float = opt(0.0, "dropout of the adapters' input", ge=0, lt=1)
+    noise_offset: float = opt(0.0, "adds this much of one random shift a channel to the noise, usually 0.0357", ge=0)
     allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.network_dropout < 1:
-            raise OptionError(f"network_dropout: {self.network_dropout} is no share below 1: correct it.")
         if self.reg_data_dir and self.dataset_config:
             raise OptionError("reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.")
         if self.resume and self.network_weights:
@@ -167,32 +154,33 @@ class TaskOptions(Options):
             )
 
 
-@dataclass(frozen=True)
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
 class SafetyOptions(Options):
     """A safety LoRA that erases a concept given by prompts; no pictures."""
 
-    network_dim: int = opt(8, "rank")
-    network_alpha: float = opt(8.0, "alpha; the LoRA counts alpha / rank")
+    network_dim: int = opt(8, "rank", gt=0)
+    network_alpha: float = opt(8.0, "alpha; the LoRA counts alpha / rank", gt=0)
     train_batch_size: int = opt(
-        4, "noisy latents a micro-batch: half of the concept, a third kept, a sixth of no prompt"
+        4, "noisy latents a micro-batch: half of the concept, a third kept, a sixth of no prompt", gt=0
     )
     objective: Objective = opt("esd-x", "esd-x (cross-attention), esd-u (all but it), sdd, leco")
-    concept: tuple[str, ...] = opt((), "prompts of the concept to erase")
-    synonyms: tuple[str, ...] = opt((), "more prompts of it, erased the same way")
-    preserve: tuple[str, ...] = opt((), "prompts that must stay as they are")
-    preserve_weight: float = opt(1.0, "weight of the preservation term")
-    negative_guidance: float = opt(1.0, "ESD's η, LECO's guidance_scale g")
+    concept: Texts = opt((), "prompts of the concept to erase")
+    synonyms: Texts = opt((), "more prompts of it, erased the same way")
+    preserve: Texts = opt((), "prompts that must stay as they are")
+    preserve_weight: float = opt(1.0, "weight of the preservation term", ge=0)
+    negative_guidance: float = opt(1.0, "ESD's η, LECO's guidance_scale g", ge=0)
     guidance_scale: float = opt(3.0, "guidance of the partial denoising")
     relative_error: bool = opt(True, "errors count relative to the prompts' effect at each timestep; the papers: no")
     denoising_steps: int = opt(50, "steps of the partial denoising")
     train_size: int = opt(512, "width and height of the noisy latents in pixels")
-    positive: tuple[str, ...] = opt((), "LECO: what is moved away from; empty: the concept")
+    positive: Texts = opt((), "LECO: what is moved away from; empty: the concept")
     neutral: str = opt("", "LECO: what the concept is moved to")
     unconditional: str = opt("", "LECO: the unconditional prompt")
     action: Action = opt("erase", "LECO: erase or enhance")
     on_policy: bool = opt(False, "draw x_t anew in every step, as the papers do, instead of from a pool")
-    pool_size: int = opt(0, "noisy latents in the pool; 0: chosen from prompts and steps")
-    pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never")
+    pool_size: int = opt(0, "noisy latents in the pool; 0: chosen from prompts and steps", ge=0)
+    pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never", ge=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,11 +11,9 @@ import datetime
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,23 +22,17 @@ import torch
 from torch import Tensor
 
 from ..modular_lora import concept
-from ..modular_lora.errors import GuardError
+from ..modular_lora.errors import GuardError, writing
 from ..modular_lora.files import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
+from ..modular_lora.util import atomic
+from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
 from .trainee import Prediction
 
-CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
-SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
-PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
-ENGINE_KEY = "modular_lora.engine"
-DATASET_KEY = "modular_lora.dataset_sha256"
-INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
-
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 LEGACY_START, LEGACY_SIZE = 0x100000, 0x10000  # bytes that the legacy hash looks at
-LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out
 
 _log = logging.getLogger("modular_lora")
 _FAMILIES = (  # ComfyUI's family name, sd-scripts' base version and architecture, whose layer names the file has
@@ -160,23 +152,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, dict(metadata) | kohya_hashes(tensors, metadata))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path):
         with tempfile.TemporaryDirectory() as folder:
             trial = Path(folder) / path.name
             trial.write_bytes(data)
             lora = read_lora(trial)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise GuardError(f"{path}: cannot be written ({error.strerror}): check the folder and the disk.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        atomic.write(path, data, sync=True, parents=True)
     return replace(lora, path=path)
 
 

@@ -7,7 +7,6 @@ anew, each one costs about n.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..modular_lora.util import atomic
 from . import sampling
 from .sampling import Network, Point
 from .seeds import step_generator
@@ -152,10 +152,8 @@ def profile(pools: Sequence[Pool], total: int, steps: int) -> Tensor:
 def save(pools: dict[str, Pool], path: Path, fingerprint: str) -> None:
     """Write pools with the fingerprint of what they were built from."""
     tensors = {f"{name}.{part}": tensor for name, pool in pools.items() for part, tensor in pool.parts().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
-    os.replace(temporary, path)
+    with atomic.replacing(path, parents=True) as part:
+        save_file(tensors, part, metadata={"fingerprint": fingerprint})
 
 
 def load(path: Path, fingerprint: str) -> dict[str, Pool] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..modular_lora.guard import SafetyLora
+from ..modular_lora.util import atomic
 from . import sampling
 from .adapters import Adapters
 from .checkpointing import suspended
@@ -57,10 +57,7 @@ class Previews:
         return self._save(Image.fromarray((picture * 255).round().byte().numpy()), step, i)
 
     def _save(self, picture: Image.Image, step: int, i: int) -> Path:
-        folder = Path(self.options.output_dir) / "sample"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.options.output_name}_{step:06d}_{i:02d}.png"
-        temporary = path.with_suffix(".partial")
-        picture.save(temporary, "PNG")
-        os.replace(temporary, path)
+        path = Path(self.options.output_dir) / "sample" / f"{self.options.output_name}_{step:06d}_{i:02d}.png"
+        with atomic.replacing(path, parents=True) as part:
+            picture.save(part, "PNG")
         return path

@@ -11,13 +11,11 @@ other layers have changed.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -25,13 +23,11 @@ from ..modular_lora.comparing import Factor, factors, norm
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import LoraFile, LoraLayer
 from ..modular_lora.guard import ModelInfo
-from ..modular_lora.matching import Target, match_layers
-from ..modular_lora.names import sort_names
+from ..modular_lora.matching import match_layers
+from ..modular_lora.target import Target
 
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does
-
-# the end of a down tensor's name, whoever wrote the file
 
 
 @dataclass(frozen=True)
@@ -151,14 +147,13 @@ def project_file(
     """
     layers = task.plain
     found = bases(layers, safety, infos)
-    tensors = _raw(task)
-    names_of = sort_names(tensors, task.name).layers
+    tensors = dict(task.tensors)
     done = []
     for name, Q in found.items():
-        layer, parts = layers[name], names_of[name]
+        layer, parts = layers[name], task.roles[name]
         saved = project(project(layer.down, Q), Q).to(_saved_type(tensors[parts["down"]].dtype, dtype))
         tensors[parts["down"]] = saved
-        tensors.pop(parts.get("mid"), None)  # Tucker form: its kernel is in the layer's down already
+        tensors.pop(parts.get("mid", ""), None)  # Tucker form: its kernel is in the layer's down already
         before, after = (norm(_factor(layer, down)) ** 2 for down in (layer.down, saved))
         done.append(LayerProjection(name, Q.shape[1], before, after, residual(saved, Q)))
     unpaired = tuple(name for name in layers if name not in found)
@@ -242,14 +237,6 @@ def _shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:
 
 def _factor(layer: LoraLayer, down: Tensor) -> Factor:
     return Factor(layer.up.float().flatten(1), down.float().flatten(1), layer.scale)
-
-
-def _raw(lora: LoraFile) -> dict[str, Tensor]:
-    """The file's tensors under their own names; GuardError where the file is no longer the one that was read."""
-    data = lora.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != lora.sha256:
-        raise GuardError(f"{lora.name}: changed since it was read: load it again.")
-    return safetensors.torch.load(data)
 
 
 def _saved_type(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util import atomic
 
 DESCRIPTION, TENSORS = "state.json", "state.pt"
 MAY_CHANGE = "max_train_steps"  # a finished training can be gone on with
@@ -19,16 +19,12 @@ MAY_CHANGE = "max_train_steps"  # a finished training can be gone on with
 
 def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any]) -> None:
     """``folder`` with state.json (what the run was) and state.pt (tensors and numbers)."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with open(temporary / TENSORS, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    (temporary / DESCRIPTION).write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with atomic.replacing_folder(folder) as part:
+        with open(part / TENSORS, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (part / DESCRIPTION).write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
 
 
 def check_state(folder: Path) -> None:

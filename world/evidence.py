@@ -25,9 +25,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..audit import cli as audit
-from ..gate.storage import write_json
 from ..modular_lora import options as optionfile
+from ..modular_lora import plain_json
 from ..modular_lora.command import finish, typed
+from ..modular_lora.errors import writing
 from ..modular_lora.files import LoraFile, read_lora
 from ..modular_lora.guard import TRAINED_ON_KEY, SafetyLora
 from ..training.cli import TrainingLines, comfy_host
@@ -147,4 +148,5 @@ def write_figures(path: Path, found: dict[str, Any], protocol: Path, seeds: Sequ
     written = [protocol, AUDIT, PACK / "world" / "recipes" / "safety.toml"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
     found |= {"command": command, "protocol_sha256": digest, "training_seeds": list(seeds)}
-    write_json(found, path)
+    with writing(path):
+        plain_json.write(found, path)

@@ -1,0 +1,84 @@
+"""Settings checked by pydantic, and what it finds wrong as this pack says it: place, value, remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, ValidationError
+from pydantic_core import ArgsKwargs
+
+from .errors import plain, shown
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # a whole number counts as a number, as in TOML
+WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pydantic's own words for the others
+    "bool_type": "must be true or false",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "int_type": "must be a whole number",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a text in quotes",
+    "tuple_type": "must be a list",
+    "value_error": "{error}",
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("dataclass_type", "dict_type", "mapping_type"), "must be a table of names and values"),
+}
+UNKNOWN = "unexpected_keyword_argument"
+
+Place = tuple[str | int, ...]
+T = TypeVar("T", bound=type)
+
+
+def raises(kind: type[Exception]) -> Callable[[T], T]:
+    """A decorator on top of pydantic's ``dataclass``: objects that cannot be made raise ``kind``, with one problem."""
+
+    def decorate(cls: T) -> T:
+        def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
+            try:
+                cls.__pydantic_validator__.validate_python(ArgsKwargs(args, kwargs), self_instance=self)
+            except ValidationError as error:
+                raise kind(problem(cls, error)[1]) from None
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+def problem(cls: type, error: ValidationError) -> tuple[Place, str]:
+    """Where the first problem of a ``cls`` lies, and a sentence that names the place, the value and the remedy.
+
+    A key that does not exist comes first: a missing one is often the same key, mistyped.
+    """
+    found = min(error.errors(), key=lambda one: one["type"] != UNKNOWN)
+    kind, place = found["type"], found["loc"]
+    if kind in (UNKNOWN, "missing"):
+        fields = _fields(cls, place[:-1])
+        if kind == "missing":
+            return place, f"{dotted(place)} is missing: {fields[place[-1]].metadata.get('description', 'add it')}."
+        near = difflib.get_close_matches(str(place[-1]), fields, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}."
+        return place, f"{dotted(place)} does not exist: {hint}"
+    own = found["msg"].replace("Input should", "must", 1)
+    words = WORDS[kind].format(**found.get("ctx", {})) if kind in WORDS else own
+    return place, f"{dotted(place)} {words}, not {shown(found['input'])}: correct it."
+
+
+def dotted(place: Place) -> str:
+    """``guard.required[1].sha256``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{plain(part)}" for part in place).lstrip(".")
+
+
+def _fields(cls: type, place: Place) -> dict[str, dataclasses.Field]:
+    """The fields of the dataclass at a place below ``cls``."""
+    for name in place:
+        if isinstance(name, str):
+            hint = typing.get_type_hints(cls)[name]
+            cls = next(iter(typing.get_args(hint)), hint)  # of a list of tables: the table
+    return {f.name: f for f in dataclasses.fields(cls)}

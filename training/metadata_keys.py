@@ -1,0 +1,9 @@
+"""Metadata keys of the files that are trained here, apart from what only the pack's own environment can import."""
+
+CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
+SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
+PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
+ENGINE_KEY = "modular_lora.engine"
+DATASET_KEY = "modular_lora.dataset_sha256"
+INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
+LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out
