@@ -30,9 +30,9 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
 
 
 def measured_eagerly(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """An evaluation that is to be measured does not go through what torch.compile made (APPLY_MODEL, 0.3.75).
+    """An evaluation that is to be measured does not go through what torch.compile made.
 
-    Around BaseModel._apply_model; nothing is compiled or dropped for it.
+    Around BaseModel._apply_model (APPLY_MODEL, 0.3.75 and 0.33.0); nothing is compiled or dropped for it.
     """
     options = transformer_options or {}
     call = lambda: executor(x, t, c_concat, c_crossattn, control, options, **kwargs)  # noqa: E731

@@ -8,12 +8,13 @@ these functions of ComfyUI are wrapped:
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
 * those that texts.py names, through which texts become embeddings,
-* and what reads files of weights, and what uses text encoders and VAEs (weights.py)
+* what reads files of weights, and what uses text encoders and VAEs (weights.py),
+* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way (0.3.75 and 0.33.0, all tested in both),
+* ``comfy_execution.progress.ProgressRegistry.update_progress``, which does too, and ``execution.format_value``, which
+  tells of values (0.3.75, newer by reading).
 
-(0.3.75 and 0.33.0, tested in both), and what shows pictures or values on the way: ``execution.format_value``,
-``comfy.utils.ProgressBar.update_absolute`` and ``comfy_execution.progress.ProgressRegistry.update_progress``
-(0.3.75, newer by reading). Each asks for the policy of that moment, and a sampling run once more at its end: a
-policy that changes in between holds as well, so that a run that ends has satisfied both.
+Each asks for the policy of that moment, and a sampling run once more at its end: a policy that changes in between holds
+as well, so that a run that ends has satisfied both.
 """
 
 from __future__ import annotations
