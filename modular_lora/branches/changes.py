@@ -47,16 +47,6 @@ class Part(ABC):
         """As up (out r) and down (r in); vectors are columns. None where it is no thin product."""
         return None
 
-    @property
-    def inputs(self) -> int | None:
-        """Inputs in·k·k that a LoRA gives the layer, which may be more than W0 has; None where they are W0's."""
-        return None
-
-    @property
-    def numbers(self) -> int:
-        """How many it holds beside pairs, dense matrices and vectors, which are summed over the parts of an owner."""
-        return 0
-
     def compared(self, inputs: int, kept: bool) -> Part:
         """As two LoRAs are compared: on the inputs that W0 has; ``kept``: in fp32, for many others."""
         return self
@@ -98,12 +88,8 @@ class LowRank(Additive):
     def thin(self) -> tuple[Tensor, Tensor]:
         return self.up, self.down
 
-    @property
-    def inputs(self) -> int:
-        return self.down.shape[1]
-
     def compared(self, inputs: int, kept: bool) -> LowRank:
-        down = self.down[:, :inputs] if self.inputs > inputs else self.down
+        down = self.down[:, :inputs]  # the same where it has no more
         return LowRank(down.float(), self.up.float()) if kept else LowRank(down, self.up)
 
     def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> LowRank:
@@ -148,10 +134,6 @@ class Kron(Additive):
 
     def energy(self, W0: Weight) -> float:
         return energy(self.w1.float()) * energy(self.w2.float().flatten(1))
-
-    @property
-    def numbers(self) -> int:
-        return self.w1.numel() + self.w2.numel()
 
     def moved(self, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(self.matrix()).moved(rows, columns)
@@ -205,10 +187,6 @@ class Rotation(OnRows):
     def on_rows(self, rows: Tensor) -> Tensor:
         k, n, _ = self.blocks.shape
         return (self.blocks.float() @ rows.reshape(k, n, -1)).flatten(0, 1)
-
-    @property
-    def numbers(self) -> int:
-        return self.blocks.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -516,7 +494,9 @@ def _count(spec: LayerSpec, terms: Sequence[Term]) -> int:
     total = rows * inputs if _is_dense(spec, whole, pairs) else _rank(pairs) * (rows + inputs)
     if len(pairs) == len(terms):
         return total
-    total += sum(t.part.numbers for t in terms)
+    total += sum(p.w1.numel() + p.w2.numel() for p, _ in found[Kron]) + sum(
+        p.blocks.numel() for p, _ in found[Rotation]
+    )
     has_bias = any(getattr(t.part, "bias", None) is not None for t in terms)
     return total + spec.outputs * (bool(found[Gain]) + has_bias)
 

@@ -121,10 +121,10 @@ class LoraFile:
         """
         if self.stored is None:
             return {}
-        for name, entry in self.stored.entries.items():
-            if entry.dtype not in _TYPES:
-                what = f"{self.name}: tensor {shown(name)}: dtype {shown(entry.dtype)} is not known"
-                raise LoraFileError(f"{what}: save the file without it")
+        unknown = [name for name, entry in self.stored.entries.items() if entry.dtype not in _TYPES]
+        if unknown:
+            what = f"{self.name}: tensor {shown(unknown[0])}"
+            raise LoraFileError(f"{what}: its dtype is not known: save the file without it")
         return {name: self.stored.tensor(name) for name in self.stored.entries}
 
     @property

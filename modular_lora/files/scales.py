@@ -91,7 +91,7 @@ def remark(stated: Mapping[str, Stated], layers: Mapping[str, Adapter], chosen: 
     first = f" (first {shown(name)})" if more else ""
     if chosen == "metadata":
         return f"{len(stated)} of {len(layers)} layers{first} act at the scale that the metadata states: {_words(one)}"
-    used = layers[name].scale
+    used = layers[name].inner.scale
     line = f"{len(stated)} of {len(layers)} layers{first} act at scale {used:g}, as ComfyUI's own loader reads them"
     line += f", and the metadata states {_words(one)}"
     if chosen == "refuse" and not more and count == len(layers) and one.scale:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from ..branches.changes import Bias, Part, Parts, Role, Term
+from ..branches.changes import Bias, LowRank, Part, Parts, Role, Term
 from ..branches.layer_spec import LayerSpec, bias_key
 from ..errors import GuardError, shown
 from ..files.block_weights import block_of, parse_block_weights
@@ -61,7 +61,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         found = adapter.resolve(Place(target, specs[target.key], info.weight))
         zero += [name] if adapter.does_nothing(found, partial(info.weight, target.key)) else []
         block = weights.get(block_of(target.key), 1.0) if weights else 1.0
-        factor = _factor(strength, block, adapter.power)
+        factor = _factor(strength, block, adapter.inner.power)
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key
             parts.setdefault(key, []).append((part, scale * factor))
@@ -90,7 +90,7 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
 
 def _widened(spec: LayerSpec, terms: Sequence[Term]) -> LayerSpec:
     """The layer with as many inputs as the widest LoRA gives it."""
-    inputs = max((t.part.inputs or 0 for t in terms), default=0)
+    inputs = max((t.part.down.shape[1] for t in terms if isinstance(t.part, LowRank)), default=0)
     return spec.widened(inputs, spec.inputs) if inputs > spec.inputs else spec
 
 

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ...errors import LoraFileError, shown
-from .base import DAMAGED, RANK_LIMIT, Adapter, Beside, Scaled, Shapes, Unread, check_row
+from .base import DAMAGED, Adapter, Beside, Shapes, Unread, check_row
+from .base import RANK_LIMIT as RANK_LIMIT
+from .base import Scaled as Scaled
 from .biased import BiasedLayer
 from .diff import DiffLayer
 from .dora import DoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
-from .lora import LoraLayer, WideLoraLayer
+from .lora import LoraLayer
+from .lora import WideLoraLayer as WideLoraLayer
 from .norm import NormLayer
 from .oft import OftLayer
 from .replaced import SetLayer
@@ -40,31 +43,6 @@ LENGTHS = {role for kind in _BESIDE for role in kind.endings.values()}
 SCALED = {role for role, kind in _BY_ROLE.items() if kind.alpha_counts}
 *_first, _last = [name for kind in FORMATS for name in kind.reads]
 READS = f"this version reads {', '.join(_first)} and {_last}"
-
-__all__ = [
-    "DAMAGED",
-    "ENDINGS",
-    "FORMATS",
-    "LENGTHS",
-    "PATTERNS",
-    "RANK_LIMIT",
-    "READS",
-    "SCALED",
-    "Adapter",
-    "BiasedLayer",
-    "DiffLayer",
-    "DoraLayer",
-    "LohaLayer",
-    "LokrLayer",
-    "LoraLayer",
-    "NormLayer",
-    "OftLayer",
-    "Scaled",
-    "SetLayer",
-    "WideLoraLayer",
-    "check_layers",
-    "make_layers",
-]
 
 
 def check_layers(layers: Mapping[str, Mapping[str, str]], shapes: Shapes, name: str) -> None:
@@ -113,7 +91,7 @@ def make_layers(
         expanded += kind.expanded(parts)
         try:
             if alpha is not None and not 0 <= alpha < math.inf:
-                _check_alpha(alpha, kind.ignores_alpha(parts.keys()))
+                kind.refuse_alpha(alpha, parts.keys())
             if expanded > TUCKER_LIMIT:
                 what = f"its Tucker layers hold more than {TUCKER_LIMIT} numbers"
                 raise ValueError(f"{what}: convert it to LoCon without Tucker form")
@@ -129,14 +107,6 @@ def make_layers(
 def _kind(roles: Mapping[str, object]) -> type[Adapter]:
     """The format of a layer by the first of its roles that tells it; a bias by itself is a full difference."""
     return next((_BY_ROLE[role] for role in roles if role in _BY_ROLE), DiffLayer)
-
-
-def _check_alpha(alpha: float, ignored: bool) -> None:
-    """ValueError for an alpha below 0, or not finite unless nothing is scaled by it."""
-    if alpha < 0:
-        raise ValueError(f"alpha is {alpha}, below 0: set a negative strength")
-    if not ignored:
-        raise ValueError(f"alpha is {alpha}: train or convert the LoRA again")
 
 
 def _whole(roles: Mapping[str, object]) -> type[Adapter]:

@@ -90,7 +90,9 @@ class Adapter(ABC):
         patterns: patterns of whole names with the groups ``layer`` and, for PEFT's name of the adapter, ``adapter``.
         whole: sets of roles, of which a layer has exactly one; none for what stands beside another format.
         beside: roles of other formats that may stand beside it.
-        alpha_counts: whether an alpha scales it.
+        roles: those that the fields after ``name`` hold, in their order, without that of the alpha.
+        alpha_counts: whether an alpha is held, in the last field.
+        power: how often ComfyUI multiplies by the strength.
         on_norms: whether a norm takes it.
         host: the class of comfy/weight_adapter that holds it once ComfyUI has loaded it, and the roles of its
             ``weights`` in their order.
@@ -104,6 +106,8 @@ class Adapter(ABC):
     patterns: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()
     whole: ClassVar[tuple[Set[str], ...]] = ()
     beside: ClassVar[Set[str]] = frozenset()
+    roles: ClassVar[tuple[str, ...]] = ()
+    power: ClassVar[int] = 1
     alpha_counts: ClassVar[bool] = True
     on_norms: ClassVar[bool] = False
     host: ClassVar[tuple[str, tuple[str, ...]] | None] = None
@@ -113,14 +117,15 @@ class Adapter(ABC):
         """ValueError for roles of a whole layer that do not go together."""
 
     @classmethod
-    @abstractmethod
     def check(cls, shapes: Shapes) -> int | None:
         """How many outputs a layer of these shapes has, if they tell; ValueError where they do not fit together."""
+        return None
 
     @classmethod
-    def ignores_alpha(cls, roles: Set[str]) -> bool:
-        """Whether nothing is scaled by an alpha, so that it may be any number from 0 on."""
-        return False
+    def refuse_alpha(cls, alpha: float, roles: Set[str]) -> None:
+        """ValueError for an alpha that is below 0 or not finite."""
+        what = ", below 0: set a negative strength" if alpha < 0 else ": train or convert the LoRA again"
+        raise ValueError(f"alpha is {alpha}{what}")
 
     @classmethod
     def expanded(cls, parts: Mapping[str, Tensor]) -> int:
@@ -128,7 +133,6 @@ class Adapter(ABC):
         return 0
 
     @classmethod
-    @abstractmethod
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> Adapter:
         """A layer of a file; ValueError for values that are none.
 
@@ -138,6 +142,9 @@ class Adapter(ABC):
             alpha: None where the file has none.
             wide: whether the file gives the layer more inputs than the weight has.
         """
+        held = [parts.pop(role, None) for role in cls.roles]
+        make: Callable[..., Adapter] = cls
+        return make(name, *held, alpha) if cls.alpha_counts else make(name, *held)
 
     @property
     def kind(self) -> str:
@@ -153,11 +160,6 @@ class Adapter(ABC):
     def scale(self) -> float:
         """What its change is multiplied by beside the strength."""
         return 1.0
-
-    @property
-    def power(self) -> int:
-        """How often ComfyUI multiplies by the strength."""
-        return 1
 
     @property
     def inner(self) -> Adapter:
@@ -257,25 +259,9 @@ class Beside(Adapter):
     def check_beside(cls, shapes: Shapes, out: int | None) -> None:
         """ValueError where its tensors do not fit a layer of ``out`` outputs."""
 
-    @classmethod
-    def check(cls, shapes: Shapes) -> int | None:
-        raise TypeError(f"{cls.__name__} is nothing by itself")
-
-    @classmethod
-    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> Adapter:
-        raise TypeError(f"{cls.__name__} is nothing by itself")
-
     @property
     def rank(self) -> int | None:
         return self.base.rank
-
-    @property
-    def scale(self) -> float:
-        return self.base.scale
-
-    @property
-    def power(self) -> int:
-        return self.base.power
 
     @property
     def inner(self) -> Adapter:

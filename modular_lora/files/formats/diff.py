@@ -23,6 +23,7 @@ class DiffLayer(Adapter):
 
     form = "full difference"
     reads: ClassVar[tuple[str, ...]] = ("full differences",)
+    roles: ClassVar[tuple[str, ...]] = ("diff", "diff_b")
     endings = {"diff": "diff", "diff_b": "diff_b"}
     patterns: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = (  # PEFT's lora_bias
         (re.compile(r"(?P<layer>.+)\.lora_B(?:\.(?P<adapter>[^.]+))?\.bias"), "diff_b"),
@@ -36,10 +37,6 @@ class DiffLayer(Adapter):
         diff = shapes.get("diff")
         demand(diff is None or len(diff) > 0, f"diff has shape {list(diff or ())}, a weight's is needed")
         return None
-
-    @classmethod
-    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> DiffLayer:
-        return cls(name, parts.pop("diff", None), parts.pop("diff_b", None))
 
     @property
     def _held(self) -> tuple[Tensor, ...]:

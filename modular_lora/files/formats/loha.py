@@ -27,6 +27,7 @@ class LohaLayer(Scaled):
 
     form = "LoHa"
     reads = ("LoHa",)
+    roles = _ROLES
     endings = {role: role for role in _ROLES}
     whole = (set(_ROLES[:4]), set(_ROLES))
     beside = frozenset(("dora_scale",))
@@ -41,11 +42,6 @@ class LohaLayer(Scaled):
         second = check_product(shapes, "hada_w2_a", "hada_w2_b", "hada_t2")
         demand(first == second, f"its two products are {list(first)} and {list(second)}")
         return first[0]
-
-    @classmethod
-    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> LohaLayer:
-        w1_a, w1_b, w2_a, w2_b = (parts.pop(role) for role in _ROLES[:4])
-        return cls(name, w1_a, w1_b, w2_a, w2_b, parts.pop("hada_t1", None), parts.pop("hada_t2", None), alpha)
 
     @property
     def rank(self) -> int:

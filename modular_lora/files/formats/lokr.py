@@ -30,6 +30,7 @@ class LokrLayer(Scaled):
 
     form = "LoKr"
     reads = ("LoKr",)
+    roles = _ROLES
     endings = {role: role for role in _ROLES}
     whole = tuple(
         first | second
@@ -52,13 +53,10 @@ class LokrLayer(Scaled):
         return first[0] * second[0]
 
     @classmethod
-    def ignores_alpha(cls, roles: Set[str]) -> bool:
-        return {"lokr_w1", "lokr_w2"} <= roles
-
-    @classmethod
-    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> LokrLayer:
-        w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (parts.pop(role, None) for role in _ROLES)
-        return cls(name, w1, w1_a, w1_b, w2, w2_a, w2_b, t2, alpha)
+    def refuse_alpha(cls, alpha: float, roles: Set[str]) -> None:
+        """Of whole factors it may be any number from 0 on: nothing is scaled by it."""
+        if alpha < 0 or not {"lokr_w1", "lokr_w2"} <= roles:
+            super().refuse_alpha(alpha, roles)
 
     @property
     def rank(self) -> int | None:

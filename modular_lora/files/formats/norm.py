@@ -36,6 +36,4 @@ class NormLayer(DiffLayer):
 
     @classmethod
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> NormLayer:
-        return cls(
-            name, parts.pop("w_norm"), parts.pop("b_norm", None) if "b_norm" in parts else parts.pop("diff_b", None)
-        )
+        return cls(name, parts.pop("w_norm"), parts.pop("b_norm" if "b_norm" in parts else "diff_b", None))

@@ -24,6 +24,7 @@ class OftLayer(Adapter):
 
     form = "OFT"
     reads = ("OFT",)
+    roles = ("oft_blocks",)
     endings = {"oft_blocks": "oft_blocks"}
     whole = ({"oft_blocks"},)
     host = ("OFTAdapter", ("oft_blocks", "rescale", "alpha", "dora_scale"))
@@ -36,10 +37,6 @@ class OftLayer(Adapter):
             raise Unread("is BOFT")
         demand(len(blocks) == 3 and blocks[1] == blocks[2], f"oft_blocks {list(blocks)} are no square blocks")
         return blocks[0] * blocks[1]
-
-    @classmethod
-    def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> OftLayer:
-        return cls(name, parts.pop("oft_blocks"), alpha)
 
     @property
     def is_zero(self) -> bool:

@@ -222,3 +222,30 @@ def test_a_file_of_another_ending_is_named_by_it(tmp_path, name, words, not_word
         read_lora(tmp_path / name)
     assert words in str(error.value)
     assert not_words not in str(error.value)
+
+
+def test_all_tensors_of_a_file_are_given_under_their_own_names_as_they_are_stored(tmp_path):
+    """Those that are left out too, of any dtype, wherever they lie in the file, and also once the file is gone."""
+    stored = {
+        **pair(),
+        "lora_unet_a.alpha": torch.tensor(2.0, dtype=torch.float64),
+        "b.diff_m": torch.ones(3, dtype=torch.bool),  # what comes after it does not lie on a whole number
+        "c.diff_m": torch.arange(5, dtype=torch.int64),
+        "d.diff_m": torch.ones(3, dtype=torch.uint8),
+    }
+    path = tmp_path / "a.safetensors"
+    save_file(stored, path)
+    lora = read_lora(path)
+    path.unlink()
+    assert lora.tensors.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert lora.tensors[name].dtype == tensor.dtype
+        assert torch.equal(lora.tensors[name], tensor)
+    assert lora.roles["lora_unet_a"]["down"] == "lora_unet_a.lora_down.weight"
+
+
+def test_a_tensor_of_a_dtype_that_nobody_knows_is_named(tmp_path):
+    data = save({**pair(), "b.diff_m": torch.ones(2, dtype=torch.uint8)}).replace(b'"U8"', b'"Q8"')
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(LoraFileError, match=r"a\.safetensors: tensor 'b\.diff_m': its dtype is not known"):
+        _ = read_lora(tmp_path / "a.safetensors").tensors

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import LoraFileError
-from modular_lora_guard.modular_lora.files.formats import RANK_LIMIT, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
+from modular_lora_guard.modular_lora.files.formats import FORMATS, RANK_LIMIT, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
 from modular_lora_guard.modular_lora.files.reader import LoraFile, read_lora
 from safetensors.torch import save, save_file
 from torch import Tensor
@@ -371,3 +371,15 @@ def test_a_file_of_another_format_says_so_where_only_lora_is_taken(tmp_path):
     lora = read(tmp_path, whole("LoHa"))
     with pytest.raises(LoraFileError, match=r"a\.safetensors: layer 'a' is LoHa: .* LoRA and LoCon files only"):
         _ = lora.plain
+
+
+def test_every_name_and_role_belongs_to_one_format():
+    """A new format that took another's names would be read as it, or the other way round."""
+    ends = [end for kind in FORMATS for end in kind.endings]
+    roles = [role for kind in FORMATS for role in set().union(*kind.whole)]
+    assert len(ends) == len(set(ends))
+    assert len(roles) == len(set(roles))
+    assert len({kind.form for kind in FORMATS if kind.whole}) == sum(bool(kind.whole) for kind in FORMATS)
+    for kind in FORMATS:
+        made = {*kind.endings.values(), *(role for _, role in kind.patterns)}
+        assert set().union(*kind.whole) <= made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,17 @@ def test_block_weights_count_in_every_format():
 def test_a_safety_layer_that_changes_nothing_is_an_error_in_every_format(layer):
     with pytest.raises(GuardError, match=r"all zero and would do nothing|norm 0, it protects nothing"):
         build_part("model", info(), (SafetyLora(file(layer, "safety"), 1.0),), (), GuardLimits())
+
+
+def test_a_replaced_bias_acts_as_the_difference_to_the_own_one():
+    model, stored = Model(), random(OUT, seed=11)
+    key, bias = "diffusion_model.w.bias", model.diffusion_model.w.bias.detach()
+    toy = replace(info(), key_map={"w": key}, weight=dict(model.named_parameters()).get)
+    part = build_part("model", toy, (SafetyLora(file(SetLayer("w", stored), "safety"), 1.0),), (), Policy())
+    [term] = part.branches.layers["diffusion_model.w"].terms
+    torch.testing.assert_close(term.scale * term.part.bias, stored - bias)
+    with pytest.raises(GuardError, match="all zero and would do nothing"):
+        build_part("model", toy, (SafetyLora(file(SetLayer("w", bias), "same"), 1.0),), (), Policy())
 
 
 def test_formats_are_on_the_lines_of_the_report():
