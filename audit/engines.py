@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import multiprocessing
 import os
-import pickle
-import queue
-import subprocess
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -26,7 +25,8 @@ from .plan import Arm, Item, Origin, Painter, Sampling, Unit
 
 logger = logging.getLogger("modular_lora")
 Check = Callable[[], None]  # raises to interrupt
-WORKER = Path(__file__).resolve().with_name("worker.py")
+IMPORTABLE = str(Path(__file__).resolve().parents[1] / "importable")  # brings WORKER into any process
+WORKER = "modular_lora_guard.audit.worker"
 DEATHS = 3  # of one worker slot; one more ends the audit
 WAIT = 0.2  # seconds between two looks at the check
 
@@ -217,57 +217,54 @@ class _Team:
 
 
 class _ProcessFleet:
-    """Processes that run worker.py, each with a thread that waits for its answers."""
+    """Processes of this machine, each at the other end of a pipe of its own.
+
+    Not a ProcessPoolExecutor: it ends every worker when one dies, so that what the others were drawing is drawn again,
+    and waits without end where one dies in the middle of an answer (seen in Python 3.11).
+    """
 
     def __init__(self, specs: Sequence[dict[str, Any]]) -> None:
         self.specs, self.slots = specs, len(specs)
-        self.inbox: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-        self.processes: dict[int, subprocess.Popen] = {}
+        self.workers: dict[int, tuple[BaseProcess, Connection]] = {}
 
     def ask(self, slot: int, request: dict[str, Any] | None) -> None:
-        if slot not in self.processes:
-            self._start(slot)
-        self._send(slot, request)
-
-    def _start(self, slot: int) -> None:
-        command = [sys.executable, str(WORKER)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.processes[slot] = process
-        threading.Thread(target=_listen, args=(process, slot, self.inbox), daemon=True).start()
-        self._send(slot, self.specs[slot])
-
-    def _send(self, slot: int, said: dict[str, Any] | None) -> None:
-        with contextlib.suppress(OSError):  # of a worker that has just died: its listener says so
-            pickle.dump(said, self.processes[slot].stdin)
-            self.processes[slot].stdin.flush()
+        if slot not in self.workers:
+            self.workers[slot] = _start(self.specs[slot])
+        with contextlib.suppress(OSError):  # of a worker that has just died: its pipe's end says so
+            self.workers[slot][1].send(request)
 
     def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
+        slots = {connection: slot for slot, (_, connection) in self.workers.items()}
+        return [(slots[ready], self._take(slots[ready])) for ready in wait(list(slots), timeout)]
+
+    def _take(self, slot: int) -> dict[str, Any] | None:
         try:
-            slot, answer = self.inbox.get(timeout=timeout)
-        except queue.Empty:
-            return []
-        if answer is None:
-            _end(self.processes.pop(slot))
-        return [(slot, answer)]
+            return self.workers[slot][1].recv()
+        except (EOFError, OSError):  # nothing comes any more, or half an answer came
+            _end(*self.workers.pop(slot))
+            return None
 
     def close(self) -> None:
-        for process in self.processes.values():
-            _end(process)
+        for worker in self.workers.values():
+            _end(*worker)
 
 
-def _listen(process: subprocess.Popen, slot: int, inbox: queue.Queue) -> None:
-    """Every answer of one process, then None: nothing comes after its end, or after half an answer."""
-    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-        while True:
-            inbox.put((slot, pickle.load(process.stdout)))
-    inbox.put((slot, None))
+def _start(spec: dict[str, Any]) -> tuple[BaseProcess, Connection]:
+    """A worker's process and our end of its pipe; a spawned process has this one's path, and so finds WORKER."""
+    if IMPORTABLE not in sys.path:
+        sys.path.append(IMPORTABLE)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with theirs:
+        process = context.Process(target=importlib.import_module(WORKER).serve, args=(spec, theirs), daemon=True)
+        process.start()
+    return process, ours
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: BaseProcess, connection: Connection) -> None:
     process.kill()
-    process.wait()
-    with contextlib.suppress(OSError):  # what was not sent yet
-        process.stdin.close()
+    process.join()
+    connection.close()
 
 
 class _RayFleet:
@@ -281,7 +278,7 @@ class _RayFleet:
 
     def ask(self, slot: int, request: dict[str, Any] | None) -> None:
         if slot not in self.actors:
-            self.actors[slot] = self.actor.remote(str(WORKER), self.spec)
+            self.actors[slot] = self.actor.remote(self.spec)
         self.asked[self.actors[slot].answer.remote(request)] = slot
 
     def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
@@ -304,20 +301,17 @@ class _RayFleet:
 
 
 def _actor_class() -> type:
-    """Made inside a function, so that Ray sends it by value: workers cannot import the pack before it is registered."""
+    """Made inside a function, so that Ray sends it by value: its workers cannot import the pack before IMPORTABLE."""
+    importable, name = IMPORTABLE, WORKER
 
     class Drawer:
-        def __init__(self, path, spec):
-            self.path, self.spec, self.worker = path, spec, None
+        def __init__(self, spec):
+            self.spec, self.worker = spec, None
 
         def answer(self, request):
-            import importlib.util
-
             if self.worker is None:
-                spec = importlib.util.spec_from_file_location("modular_lora_audit_worker", self.path)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                self.worker = module.Worker(self.spec)
+                sys.path.append(importable)
+                self.worker = importlib.import_module(name).Worker(self.spec)
             return self.worker.answer(request)
 
     return Drawer

@@ -11,7 +11,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import LoraFileError
-from modular_lora_guard.modular_lora.files.formats import FORMATS, RANK_LIMIT, BiasedLayer, DiffLayer, DoraLayer, LoraLayer
+from modular_lora_guard.modular_lora.files.formats import (
+    FORMATS,
+    RANK_LIMIT,
+    BiasedLayer,
+    DiffLayer,
+    DoraLayer,
+    LoraLayer,
+)
 from modular_lora_guard.modular_lora.files.reader import LoraFile, read_lora
 from safetensors.torch import save, save_file
 from torch import Tensor
