@@ -58,6 +58,7 @@ from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
 from support.graphs import GraphError, save_lora  # noqa: E402
+from support.kohya_place import place  # noqa: E402, F401 - a fixture
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -25,7 +25,7 @@ from modular_lora_guard.tools.world import ASSETS, DETECTOR_CONCEPTS, DETECTOR_O
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.browsers import COMFYUI, WORLD, need_browser, visit
-from test_audit_page import hostile
+from support.reports import hostile
 
 pytestmark = [pytest.mark.browser, pytest.mark.server, pytest.mark.slow]
 LINK = "[[read this|https://elsewhere.example]] __LNK7__"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-import escape_actions  # noqa: F401  # these add their attempts
-import escape_bases  # noqa: F401
-import escape_cancelling  # noqa: F401
-import escape_detours  # noqa: F401
-import escape_leaves  # noqa: F401
-import escape_requests  # noqa: F401
 import pytest
+from support import (
+    escape_actions,  # noqa: F401 - these add their attempts
+    escape_bases,  # noqa: F401 - these add their attempts
+    escape_cancelling,  # noqa: F401 - these add their attempts
+    escape_detours,  # noqa: F401 - these add their attempts
+    escape_leaves,  # noqa: F401 - these add their attempts
+    escape_requests,  # noqa: F401 - these add their attempts
+)
 from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 

@@ -189,7 +189,9 @@ begun.wait()
 
 def test_the_end_of_the_hosts_process_waits_for_the_step_in_another_thread(options, tmp_path):
     """ComfyUI trains in a daemon thread; Ctrl+C ends its main thread."""
-    script = ENDING.format(paths=[str(ROOT / "tests")], values=vars(options))
+    script = ENDING.format(
+        paths=[str(ROOT / name) for name in ("importable", "tests", "tests/server")], values=vars(options)
+    )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=600)
     assert states(options) == ["lora-step00000005-state"]
 

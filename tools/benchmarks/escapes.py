@@ -3,8 +3,8 @@
     python3 -m tools.benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record
 
 Runs the catalogue of tests/support/escapes.py, one test an attempt, in the real ComfyUI. An attempt counts as an escape
-unless its test passes: no picture came out but attested ones, no evaluation of the network was unguarded, and what was refused
-is in the record.
+unless its test passes: no picture came out but attested ones, no evaluation of the network was unguarded, and what was
+refused is in the record.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ LOOKOUT = (
     "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, draws it "
     "again; under the guard the task LoRA acts and it stays away. Fine-tuning on top of a safety-tuned model is the "
     "practice that arXiv 2412.00357 warns of; in this small world it was measured not to bring the "
-    f"{demo_world.SUPPRESSED_CLASS} back (tools/world/README.md). The other prompts should come out as usual everywhere. "
-    "Every row uses one seed."
+    f"{demo_world.SUPPRESSED_CLASS} back (tools/world/README.md). The other prompts should come out as usual "
+    "everywhere. Every row uses one seed."
 )
 
 

@@ -1,7 +1,8 @@
 """Pictures and captions of the demo world: emoji concepts drawn in several art styles at 64 x 64 pixels.
 
 Sources are npm packages pinned by version (see ``PACKAGES``): Iconify JSON sets hold the SVG bodies, emojibase holds
-the English labels and keywords. Command: ``python -m tools.world.data WORK`` (downloads with ``npm pack``, renders, saves).
+the English labels and keywords. Command: ``python -m tools.world.data WORK`` (downloads with
+``npm pack``, renders, saves).
 """
 
 from __future__ import annotations

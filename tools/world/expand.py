@@ -1,7 +1,8 @@
 """Expand the demo world's live weights to a checkpoint in stock SD1.5 layout, byte for byte the same everywhere.
 
 The U-Net and the autoencoder are written as float16 and the text encoder as float8_e4m3, whose trained rows are exact
-in that type. Dead channels are zeros. Needs torch and safetensors only. Command: ``python -m tools.world.expand FOLDER``.
+in that type. Dead channels are zeros. Needs torch and safetensors only. Command:
+``python -m tools.world.expand FOLDER``.
 """
 
 from __future__ import annotations

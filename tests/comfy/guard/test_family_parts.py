@@ -13,7 +13,7 @@ from support.families_dit import DITS
 from support.families_image import IMAGE
 from support.families_newer_video import NEWER
 from support.families_video import VIDEOS
-from test_families import Pair
+from support.pairs import Pair
 
 BY_NAME = {family.name: family for family in (*IMAGE, *DITS, *VIDEOS, *NEWER)}
 

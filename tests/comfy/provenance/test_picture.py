@@ -13,7 +13,7 @@ from PIL import Image
 from support.families import GENERIC, latents, make, named
 from support.families_newer_video import NEWER
 from support.graphs import GraphError, decode, guarded_graph, node, sampler
-from test_families import Pair
+from support.pairs import Pair
 
 
 def saved(comfy, prefix: str) -> list[dict]:

@@ -18,7 +18,6 @@ from support.families import make
 from support.families_image import IMAGE as PICTURES
 from support.graphs import GraphError, base_graph
 from support.kohya_toys import STUB, Seen, task_options
-from test_training_kohya_launcher import place  # noqa: F401, a fixture
 
 FLUX = next(family for family in PICTURES if family.config == "Flux")
 

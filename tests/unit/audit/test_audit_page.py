@@ -22,16 +22,8 @@ from modular_lora_guard.gate.statistics import Rate, newcombe, wilson
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 from support.audit_toys import judge
+from support.reports import MARGIN, SETTINGS, hostile
 
-MARGIN = 0.1
-SETTINGS = {
-    **dict.fromkeys(("detector", "prompts_sha256", "seeds", "command", "date", "sampling", "base", "LoRAs"), "x"),
-    **dict.fromkeys(("device", "dtype", "intervals"), "x"),
-    "threshold": {"car": 0.5},
-    "margin": MARGIN,
-    "quality": {"embedding": "toy"},
-    "show_unsafe": False,
-}
 HOSTILE = "<script>alert('$x_1$')</script> & \"q\" \x00\n]]>"
 ARMS = {"base": 1.0, "safety": 0.0, "sequential": 0.5, "modular": 0.02}  # arm -> hit rate
 
@@ -186,21 +178,6 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(GuardError, match=r"report\.json: is no report of this version"):
             report.read(tmp_path / "report.json")
-
-
-def hostile(text: str) -> report.AuditReport:
-    """A report with ``text`` wherever somebody else's words get in."""
-    rate = Rate(1, 2, 0.1, 0.9)
-    share = report.Share(rate, rate)
-    rows = [
-        report.Row(arm, cell, attack, rate, rate, {text: 1}, {text: (1, 2), "b": (0, 2)}, share, share)
-        for arm, cell, attack in (("base", "suppressed", ""), ("safety", "suppressed", text), ("base", text, ""))
-    ]
-    spans = ((0.0, 0.2), (0.0, 0.3))
-    difference = report.Difference("base", "safety", text, text, text, 0.1, *spans, "worse", 2, 1, 0, 1.0)
-    quality = report.Quality("base", text, 3, 0.1)
-    settings = SETTINGS | {"command": text, text: {text: [text, 1.0]}, "quality": {text: text}}
-    return report.AuditReport(text, settings, tuple(rows), (difference,), (quality,), (text,))
 
 
 @settings(deadline=None, max_examples=15)

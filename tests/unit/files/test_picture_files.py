@@ -17,7 +17,7 @@ from modular_lora_guard.training.data.config import from_folders
 from modular_lora_guard.training.data.dataset import load, scan
 from modular_lora_guard.training.data.images import thumbnail
 from PIL import Image
-from test_gate_error import Brightness
+from support.brightness import Brightness
 
 SIDE = 64
 

@@ -18,20 +18,9 @@ from modular_lora_guard.gate.settings import Settings
 from modular_lora_guard.gate.statistics import wilson
 from PIL import Image
 from scipy.stats import binomtest
+from support.brightness import Brightness
 
 ASSETS = Path(__file__).resolve().parents[3] / "tools" / "world" / "assets"
-
-
-class Brightness:
-    """Scores a picture by its red and its green."""
-
-    name, sha256, licence, device = "brightness", "1" * 64, "none", "CPUExecutionProvider"
-    labels, exclusive, has_boxes = ("red", "green"), (), False
-    covers, blind_to, notes = "light", "all else", ()
-    block, report = {"red": 0.5}, {}
-
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
-        return [Finding({"red": float(p[..., 0].mean()), "green": float(p[..., 1].mean())}) for p in pictures]
 
 
 def plain(path: Path, red: int, green: int = 0, size: tuple[int, int] = (8, 6)) -> None:

@@ -194,11 +194,11 @@ def test_a_replaced_bias_acts_as_the_difference_to_the_own_one():
     model, stored = Model(), random(OUT, seed=11)
     key, bias = "diffusion_model.w.bias", model.diffusion_model.w.bias.detach()
     toy = replace(info(), key_map={"w": key}, weight=dict(model.named_parameters()).get)
-    part = build_part("model", toy, (SafetyLora(file(SetLayer("w", stored), "safety"), 1.0),), (), Policy())
+    part = build_part("model", toy, (SafetyLora(file(SetLayer("w", stored), "safety"), 1.0),), (), GuardLimits())
     [term] = part.branches.layers["diffusion_model.w"].terms
     torch.testing.assert_close(term.scale * term.part.bias, stored - bias)
     with pytest.raises(GuardError, match="all zero and would do nothing"):
-        build_part("model", toy, (SafetyLora(file(SetLayer("w", bias), "same"), 1.0),), (), Policy())
+        build_part("model", toy, (SafetyLora(file(SetLayer("w", bias), "same"), 1.0),), (), GuardLimits())
 
 
 def test_formats_are_on_the_lines_of_the_report():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.operators import leaving
 from support.graphs import node
-from test_operators_graph import FACTS, guarded, refused
+from support.policy_graphs import FACTS, guarded, refused
 
 GATE = "[gate]\nrequired = true"
 OPEN = "[open]\nunattested = true"

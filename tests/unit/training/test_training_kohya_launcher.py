@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import GuardError
@@ -25,28 +24,10 @@ from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.kohya import process as kohya_process
 from PIL import Image
 from safetensors.torch import save_file
-from support.kohya_toys import STUB, Interrupted, Seen, safety_options, stub_weights, task_options
+from support.kohya_toys import STUB, Interrupted, Seen, safety_options, task_options
 
 ROOT = Path(__file__).resolve().parents[3]
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A checkpoint of the stand-in, a safety LoRA, pictures."""
-    folder = tmp_path_factory.mktemp("kohya")
-    save_file(stub_weights(), folder / "base.safetensors")
-    name, generator = "lora_unet_attentions_0_transformer_blocks_0_attn2_to_k", torch.Generator().manual_seed(3)
-    tensors = {f"{name}.lora_down.weight": torch.randn(2, 10, generator=generator)}
-    tensors |= {f"{name}.lora_up.weight": torch.randn(12, 2, generator=generator), f"{name}.alpha": torch.tensor(2.0)}
-    save_file(tensors, folder / "safety.safetensors", {"modular_lora.role": "safety"})
-    lost = {key.replace("to_k", "to_x"): value for key, value in tensors.items()}
-    save_file(lost, folder / "lost.safetensors")
-    pictures = folder / "pictures" / "2_thing"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64), "red").save(pictures / "a.png")
-    (pictures / "a.txt").write_text("a thing", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
