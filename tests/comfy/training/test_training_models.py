@@ -165,7 +165,7 @@ def flux_checkout(tmp_path):
     return checkout.find_engine(str(folder), sys.executable)
 
 
-def test_a_flux_lora_is_trained_with_the_files_that_were_named(place, flux_checkout, tmp_path, monkeypatch):  # noqa: F811
+def test_a_flux_lora_is_trained_with_the_files_that_were_named(place, flux_checkout, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
     launch = kohya._launch
     monkeypatch.setattr(kohya, "_launch", lambda *args: [launch(*args)[0], launch(*args)[-1]])
@@ -181,7 +181,7 @@ def test_a_flux_lora_is_trained_with_the_files_that_were_named(place, flux_check
         kohya.train_task(flux_checkout, options, kohya.Base(base.checkpoint, "SD15", parts=parts), seen)
 
 
-def test_sd_scripts_texts_are_held_against_clips_length(place, tmp_path, comfy):  # noqa: F811
+def test_sd_scripts_texts_are_held_against_clips_length(place, tmp_path, comfy):
     base = kohya.Base(place / "base.safetensors", "SD15")
     count = kohya.clip_counter(base, 75)
     assert not count("a " * 75)
