@@ -25,7 +25,7 @@ class Part:
     path: str
     sha256: str
     strength: float = 1.0
-    scale: str = "refuse"  # see modular_lora.options.Scale
+    scale: str = "refuse"  # see modular_lora.files.scales.Scale
 
 
 @dataclass(frozen=True)

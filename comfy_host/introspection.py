@@ -1,7 +1,4 @@
-"""What a loaded model consists of: its layers and their names, W0, and their hashes; ComfyUI's objects are only read.
-
-Like host.py, which changes them, it touches ComfyUI's internals; each touch says the versions it was seen in.
-"""
+"""What a loaded model consists of: its layers and their names, W0, and their hashes; nothing is changed."""
 
 from __future__ import annotations
 

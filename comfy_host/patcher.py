@@ -1,4 +1,4 @@
-"""The one module that touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
+"""The guarded model: a ModelPatcher and a CLIP of ComfyUI with the guard in front of their classes.
 
 A guarded model is ComfyUI's own ModelPatcher with a mixin in front of its class. The branches sit on the layers while
 the model is loaded (``inject_model``/``eject_model``, 0.3.75 and 0.33.0) and are checked and counted between
@@ -383,7 +383,7 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merge
 
 
 def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
-    """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
+    """Reuse the cached layer layout while every layer of it is still valid, otherwise read it from the model."""
     build = lambda **known: build_parts(  # noqa: E731
         model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy
     )
@@ -394,7 +394,7 @@ def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tu
         if all(is_current(module, found) for module, found in zip(modules, specs, strict=False)):
             return parts
     except (GuardError, AttributeError):
-        pass  # what is wrong is said of the model as it is now
+        pass  # the error is raised again below, of the model as it is now
     return build()
 
 

@@ -1,7 +1,4 @@
-"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes.
-
-Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
-"""
+"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Draws the arms of an audit with ComfyUI's own parts: the third module that touches its internals.
+"""Samples the arms of an audit with ComfyUI's own parts.
 
 An arm's LoRAs act as the guard's unmerged branches on U-Net and text encoder, at any strength, for the time of one
 call; W0 is never touched. A LoRA acts whole or the call stops: nobody should measure half of one. Nothing of a model
-that another node guards is on while a picture is drawn, and pictures never reach a preview.
+that another node guards is on while an image is sampled, and no image reaches a preview.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A painter for processes that ComfyUI did not start: the audit's workers open one each."""
+"""A sampler for standalone processes: each worker of an audit opens one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: one of three modules that touch ComfyUI's internals.
+"""ComfyUI's loaded MODEL, CLIP and VAE as the model that a training loop works on (training/model.py).
 
 ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
-autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
+autograd cannot save (0.33.0: plain ones). While it is open, every weight stands in its module as a plain tensor
 over the same storage, which costs no memory; in another precision than the model was loaded in, as a copy, which
 costs the network's size once. On leaving, the parameters themselves are put back, bit for bit what they were.
 """
@@ -57,7 +57,7 @@ CHUNK = 75  # tokens between start and end token
 
 
 class ComfyTrainee:
-    """See training.trainee.Trainee; made by `opened`."""
+    """See training.model.Trainee; made by `opened`."""
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae

@@ -36,7 +36,7 @@ class Runner:
         used = self.session.get_providers()
         self.device = used[0]
         self.notes = tuple(
-            f"{name} was asked for and is not there: run on {self.device}" for name in wanted if name not in used
+            f"execution provider {name} is unavailable; using {self.device}" for name in wanted if name not in used
         )
         inputs = self.session.get_inputs()
         if len(inputs) != 1:

@@ -20,7 +20,7 @@ from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSoc
 
 SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
 TASK_FOLDERS = ("loras",)
-SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
+SCALES: dict[str, Scale] = {  # the choice on the node -> see modular_lora.files.scales.Scale
     "refuse if they differ": "refuse",
     "as in the file's tensors": "tensors",
     "as stated in its metadata": "metadata",
@@ -86,7 +86,7 @@ class LoadSafetyLora(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
         if strength is not None and not (math.isfinite(strength) and strength > 0):
-            return f"strength {strength:g} would switch the safety LoRA off or turn it round: give a strength above 0"
+            return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
         return _missing(lora_name, SAFETY_FOLDERS) or True
 
     @classmethod
@@ -166,7 +166,7 @@ class LoadTaskLora(io.ComfyNode):
 
 
 def chosen_scale(value: object) -> Scale:
-    """See modular_lora.options.Scale; GuardError for a value that no drop-down has."""
+    """See modular_lora.files.scales.Scale; GuardError for a value that no drop-down has."""
     if value is None:
         return "refuse"
     if value not in SCALES:
@@ -188,7 +188,7 @@ def stack_name(task: TaskLora) -> str:
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
-    """Task LoRAs of a LORA_STACK (see modular_lora.stacks); a full path below a loras folder is that file."""
+    """Task LoRAs of a LORA_STACK (see modular_lora.files.stacks); a full path below a loras folder is that file."""
     return tuple(_stacked(row) for row in parse_stack(lora_stack))
 
 

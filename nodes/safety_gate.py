@@ -220,7 +220,7 @@ class _Job:
         )
 
     def check_hints(self) -> None:
-        """GuardError where a ControlNet has a hint a picture: a retry could not tell which is its own."""
+        """Raise GuardError if a ControlNet has one hint per image: a single-image retry cannot select its own."""
         most = max(
             (len(hint) for _, options in (*self.positive, *self.negative) for hint in _hints(options)), default=0
         )

@@ -96,7 +96,7 @@ class ModularLoraRefused(io.ComfyNode):
 
 
 def register() -> None:
-    """Hear of queued prompts; look at the policy now and once a second, as prompts may be in the queue already."""
+    """Register the prompt handler and poll the policy file once a second: prompts may be in the queue already."""
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
         return
     PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
@@ -104,7 +104,7 @@ def register() -> None:
 
 
 def _watching() -> None:
-    """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
+    """Runs on the event loop (PromptServer.loop, 0.3.75 and 0.33.0), so nothing iterates its nodes meanwhile."""
     PromptServer.instance.loop.call_later(LOOK, _watching)
     watch()
 
@@ -116,8 +116,8 @@ def watch() -> None:
     except PolicyError as error:
         found = error
     except Exception:
-        log.exception("The policy cannot be looked at: nothing is sampled.")
-        found = PolicyError("cannot be looked at")
+        log.exception("The policy cannot be read: nothing is sampled.")
+        found = PolicyError("cannot be read")
     if found is None:
         uninstall()
         return

@@ -1,6 +1,6 @@
 """What a guarded run says of itself, and the digests that bind it to tensors by content.
 
-Counts come from the counters on the branches (branches.py), never from what a graph claims.
+The counts are those of the branches (branches/attachment.py), never what a graph claims.
 """
 
 from __future__ import annotations

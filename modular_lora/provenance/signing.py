@@ -99,7 +99,7 @@ def verify_keyless(path: Path, identity: str, issuer: str, trust: Path | None = 
     try:
         config = verifying.Config().use_sigstore_verifier(identity=identity, oidc_issuer=issuer, trust_config=trust)
         config.verify(path.resolve(), signature_path(path))
-    except Exception as error:  # of the library, of the network, of what the bundle makes either do
+    except Exception as error:  # library, network or malformed-bundle errors
         raise SignatureError(
             f"{path.name}: not verified as signed by {identity} ({one_line(error)}): it needs a network or a trust file"
         ) from error

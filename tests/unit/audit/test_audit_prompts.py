@@ -90,7 +90,7 @@ def test_skipped_rows_are_counted_with_the_reason(tmp_path):
     assert found.skipped == {
         "duplicate": 1,
         "without a prompt": 1,
-        "with a seed that is none": 3,
+        "with an invalid seed": 3,
         "with more cells than columns": 1,
         "above max_prompts": 1,
     }
@@ -156,7 +156,7 @@ def test_starts_and_masks_are_found_beside_the_file(tmp_path):
         ("img2img", 0.5, False),
         ("inpaint", 0.7, True),
     ]
-    assert found.skipped == {"with a mask and no start": 1, "with a denoise that is none": 1}
+    assert found.skipped == {"with a mask and no start": 1, "with an invalid denoise": 1}
 
 
 def test_a_row_names_its_cell_and_no_path(tmp_path):

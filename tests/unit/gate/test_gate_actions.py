@@ -39,7 +39,7 @@ class Told:
     block: dict = field(default_factory=lambda: {"a": 0.5})
     report: dict = field(default_factory=lambda: {"b": 0.3})
     device: str = "CPUExecutionProvider"
-    notes: tuple[str, ...] = ("XExecutionProvider was asked for and is not there",)
+    notes: tuple[str, ...] = ("execution provider XExecutionProvider is unavailable",)
 
     def detect(self, pictures: np.ndarray) -> list[Finding]:
         return self.findings
@@ -254,7 +254,7 @@ def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered
         "detector told 1.0, sha256 0000000000000000, none, on CPUExecutionProvider",
         "covers: a and b",
         "does not cover: c",
-        "note: XExecutionProvider was asked for and is not there",
+        "note: execution provider XExecutionProvider is unavailable",
     ):
         assert part in said
     assert "whole picture" not in said

@@ -228,7 +228,7 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(tmp_path: Path, monkey
 def test_a_provider_that_is_not_there_is_said_and_not_passed_over() -> None:
     judge = detectors.make("open-nsfw", providers=("NoSuchExecutionProvider",), threads=1)
     assert judge.device == "CPUExecutionProvider"
-    assert judge.notes == ("NoSuchExecutionProvider was asked for and is not there: run on CPUExecutionProvider",)
+    assert judge.notes == ("execution provider NoSuchExecutionProvider is unavailable; using CPUExecutionProvider",)
 
 
 @pytest.mark.parametrize(
