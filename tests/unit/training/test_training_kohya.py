@@ -1,4 +1,4 @@
-"""The sd-scripts engine's network module, against the stand-in checkout in sd_scripts_stub, in this process."""
+"""The sd-scripts engine's network module, against the imitated checkout in support/sd_scripts_stub, in this process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
 import accelerate
 
-STUB = Path(__file__).parent / "sd_scripts_stub"
+STUB = Path(__file__).parents[2] / "support/sd_scripts_stub"
 OURS = entry.NETWORK
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """The stand-in's modules, a checkpoint, a safety LoRA, and its task training in this process."""
+    """The modules of that checkout, a checkpoint, a safety LoRA, and its task training in this process."""
     monkeypatch.syspath_prepend(str(STUB))
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
