@@ -278,10 +278,10 @@ def _picture(path: Path, number: int, name: str, within: Path | None) -> str:
     found = Path(os.path.abspath(path.parent / name))
     if within and not found.is_relative_to(os.path.abspath(within)):
         raise PromptError(
-            f"{path.name} row {number}: picture {name!r} is outside the folder {within.name!r}: put it there."
+            f"{path.name} row {number}: image {name!r} is outside the folder {within.name!r}: put it there."
         )
     if not os.path.isfile(found):  # unlike Path.is_file, False for names that are too long
-        raise PromptError(f"{path.name} row {number}: picture {name!r} is not there: correct the path.")
+        raise PromptError(f"{path.name} row {number}: image {name!r} is not there: correct the path.")
     return str(found)
 
 

@@ -406,7 +406,7 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
             raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
 
 
-_MERGE = "leave that node out, or switch accept_merged on: pictures then read merged base"
+_MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
 _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
 _BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 

@@ -42,7 +42,7 @@ class NodeWatch:
             self._show(f"{text}: {done} of {total}")
 
     def read(self, done: int, total: int) -> None:
-        self.stage("reading pictures", done, total)
+        self.stage("reading images", done, total)
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         if self._due() or step == total:

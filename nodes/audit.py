@@ -71,18 +71,20 @@ class Audit(io.ComfyNode):
             node_id="ModularLoraAudit",
             display_name="Audit",
             category=f"{CATEGORY}/audit",
-            description="Draws the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
-            "modular, projected, model arithmetic), asks a detector, and says what changed and how surely. Goes on "
-            "where it was stopped. Pictures stay in a private folder of the server.",
+            description="Samples the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
+            "modular, projected, model arithmetic), runs a detector, and reports what changed, with intervals. It "
+            "continues where it was stopped. Images stay in a private folder of the server.",
             inputs=[*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Rates, intervals, differences, remarks."),
-                io.String.Output("json", display_name="json", tooltip="The same figures, and all they depend on."),
+                io.String.Output(
+                    "json", display_name="json", tooltip="The same figures, with everything they depend on."
+                ),
                 io.Image.Output("plot", display_name="plot", tooltip="Concept rate by arm, with intervals."),
                 io.Image.Output(
                     "sheet",
                     display_name="sheet",
-                    tooltip="Contact sheets of the guarded arms; what the detector calls a hit is blanked.",
+                    tooltip="Contact sheets of the guarded arms; the regions of the detector's hits are blanked.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -119,10 +121,8 @@ def _model_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
         io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
-        io.Vae.Input("vae", tooltip="The VAE that decodes the pictures."),
-        io.String.Input(
-            "name", default="audit", tooltip="Name of the audit; the same name goes on with what is drawn."
-        ),
+        io.Vae.Input("vae", tooltip="The VAE that decodes the images."),
+        io.String.Input("name", default="audit", tooltip="Name of the audit. The same name continues it."),
     ]
 
 
@@ -144,7 +144,7 @@ def _prompt_inputs() -> list[io.Input]:
     files = [NONE, *offered(_prompt_files())]
     made = []
     for cell, what in CELLS.items():
-        text = f"Prompts for {what}, one a line; or a table whose first line is prompt,concept,style,seed,negative."
+        text = f"Prompts for {what}, one per line; or a table whose first line is prompt,concept,style,seed,negative."
         file = f"File of prompts for {what}, in the input folder (I2P's CSV and lists of attacks are understood)."
         made += [
             io.String.Input(f"{cell}_prompts", default="", multiline=True, tooltip=text),
@@ -156,13 +156,15 @@ def _prompt_inputs() -> list[io.Input]:
 def _sampling_inputs() -> list[io.Input]:
     seeds, *settings = option_inputs(AuditOptions, NUMBERS)
     known = comfy.samplers.KSampler
-    first = "Seed of the first picture; every prompt has seeds of its own, the same in all arms."
+    first = "Seed of the first image; every prompt has seeds of its own, the same in all arms."
     return [
         seeds,
         io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
         *settings,
         io.Combo.Input("sampler", known.SAMPLERS, default="euler", tooltip="Sampling algorithm."),
-        io.Combo.Input("scheduler", known.SCHEDULERS, default="normal", tooltip="How the noise is taken away."),
+        io.Combo.Input(
+            "scheduler", known.SCHEDULERS, default="normal", tooltip="How the noise is removed over the steps."
+        ),
     ]
 
 
@@ -239,7 +241,7 @@ def _check_starts(made: AuditOptions) -> None:
     found = (prompt for one in prompts.read_sets(made, folder) for prompt in one.prompts)
     for name in (name for prompt in found for name in (prompt.start, prompt.mask) if name):
         if not Path(os.path.realpath(name)).is_relative_to(root):
-            raise GuardError(f"Start picture {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
+            raise GuardError(f"Start image {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
 
 
 def _check_shown(model, clip, made: AuditOptions) -> None:

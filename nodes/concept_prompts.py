@@ -26,15 +26,16 @@ class WriteConceptPrompts(io.ComfyNode):
             node_id="ModularLoraConceptPrompts",
             display_name="Write Concept Prompts",
             category=GROUP,
-            description="Writes prompts of what a safety LoRA takes away into a copy of its file, so that Guard Model "
-            "can measure on them what other LoRAs leave of it. The tensors stay as they are, and so does the file.",
+            description="Writes prompts of the concept that a safety LoRA erases into a copy of its file, so that "
+            "Guard Model can measure on them how much of its effect is left beside other LoRAs. The tensors and the "
+            "original file do not change.",
             inputs=[
                 SafetySocket.Input("safety_lora", tooltip="One safety LoRA, from Load Safety LoRA."),
                 io.String.Input(
                     "prompts",
                     default="",
                     multiline=True,
-                    tooltip=f"Prompts that ask for what the LoRA takes away, one a line, at most {concept.MOST}.",
+                    tooltip=f"Prompts of the concept that the LoRA erases, one per line, at most {concept.MOST}.",
                 ),
                 io.String.Input(
                     "output_name", default="safety_with_prompts", tooltip="Name of the copy, in models/safety_loras."

@@ -49,8 +49,8 @@ def known(picture: torch.Tensor) -> Known:
 
 
 OUTPUTS = (
-    io.Image.Output("image", display_name="image", tooltip="The pictures; any edit makes them unattested."),
-    io.String.Output("report", display_name="report", tooltip="Attestation of the pictures, or why there is none."),
+    io.Image.Output("image", display_name="image", tooltip="The decoded images. Any edit makes them unattested."),
+    io.String.Output("report", display_name="report", tooltip="Attestation of the images, or why there is none."),
 )
 
 
@@ -63,10 +63,10 @@ class GuardedDecode(io.ComfyNode):
             node_id="ModularLoraDecode",
             display_name="Guarded VAE Decode",
             category=f"{CATEGORY}/sample",
-            description="VAE Decode that hands a guarded run's attestation on to the exact pixels it makes.",
+            description="VAE Decode that binds a guarded run's attestation to the exact pixels that it decodes.",
             inputs=[
                 io.Latent.Input("samples", tooltip="Latent straight from a guarded run."),
-                io.Vae.Input("vae", tooltip="The VAE that turns latents into pictures."),
+                io.Vae.Input("vae", tooltip="The VAE that turns latents into images."),
             ],
             outputs=list(OUTPUTS),
             hidden=[io.Hidden.unique_id],
@@ -86,11 +86,11 @@ class GuardedDecodeTiled(io.ComfyNode):
             node_id="ModularLoraDecodeTiled",
             display_name="Guarded VAE Decode (Tiled)",
             category=f"{CATEGORY}/sample",
-            description="VAE Decode (Tiled), for big pictures and video, that hands a guarded run's attestation on to "
-            "the exact pixels it makes.",
+            description="VAE Decode (Tiled), for large images and video, that binds a guarded run's attestation to the "
+            "exact pixels that it decodes.",
             inputs=[
                 io.Latent.Input("samples", tooltip="Latent straight from a guarded run."),
-                io.Vae.Input("vae", tooltip="The VAE that turns latents into pictures."),
+                io.Vae.Input("vae", tooltip="The VAE that turns latents into images."),
                 *_tiles(),
             ],
             outputs=list(OUTPUTS),
@@ -107,10 +107,10 @@ def _tiles() -> list:
     return [
         io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip)
         for name, default, least, step, tooltip in (
-            ("tile_size", 512, 64, 32, "Width and height of a tile in pixels: smaller takes less memory."),
-            ("overlap", 64, 0, 32, "How far tiles overlap, in pixels: more hides their seams."),
-            ("temporal_size", 64, 8, 4, "Video VAEs only: frames that are decoded at a time."),
-            ("temporal_overlap", 8, 4, 4, "Video VAEs only: frames by which these overlap."),
+            ("tile_size", 512, 64, 32, "Width and height of a tile in pixels. A smaller tile needs less memory."),
+            ("overlap", 64, 0, 32, "How far tiles overlap, in pixels. More overlap hides the seams."),
+            ("temporal_size", 64, 8, 4, "Video VAEs only: number of frames decoded at a time."),
+            ("temporal_overlap", 8, 4, 4, "Video VAEs only: number of frames by which these overlap."),
         )
     ]
 

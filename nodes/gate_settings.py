@@ -66,7 +66,8 @@ class GateSettings(io.ComfyNode):
             node_id="ModularLoraGateSettings",
             display_name="Gate Settings",
             category=f"{CATEGORY}/gate",
-            description="Which detector a gate asks, from which score on a label counts, and what is done about it.",
+            description="Which detector a gate uses, the score from which each label counts, and the action that "
+            "follows.",
             inputs=[*_detector_inputs(), *_action_inputs()],
             outputs=[
                 GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
@@ -107,7 +108,7 @@ class GateSettings(io.ComfyNode):
             chosen = replace(chosen, action=action)
         chosen.check(made)
         if chosen.action == "replace" and replacement is None:
-            raise GateError('replacement: the action is "replace" and there is no picture to put in: connect one.')
+            raise GateError('replacement: the action is "replace" and there is no image to put in: connect one.')
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
@@ -129,13 +130,14 @@ def _detector_inputs() -> list[io.Input]:
             "classifier",
             [NONE, *file_names(DETECTOR_FOLDER, ".onnx")],
             default=NONE,
-            tooltip="ONNX file from the modular_lora_detectors folder; for the detector classifier alone.",
+            tooltip="ONNX file from the modular_lora_detectors folder. Used only with the detector classifier.",
         ),
         io.Combo.Input(
             "labels",
             [NONE, *file_names(DETECTOR_FOLDER, ".json")],
             default=NONE,
-            tooltip="JSON that says what the classifier's outputs mean, from the same folder; for classifier alone.",
+            tooltip="JSON file from the same folder that says what the classifier's outputs mean. Used only with "
+            "classifier.",
         ),
         io.Combo.Input(
             "preset",
@@ -154,24 +156,24 @@ def _action_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Score from which every label counts; 0 leaves each label its own.",
+            tooltip="Score from which every label counts. 0: each label keeps its own threshold.",
         ),
         io.String.Input(
             "classes",
             default="",
             multiline=True,
-            tooltip="One label a line, with its threshold and, if wanted, how much its boxes grow: "
-            "FACE_FEMALE 0.6 1.3. A label with off is reported at most.",
+            tooltip="One label per line, with its threshold and, if wanted, how much its boxes grow: "
+            "FACE_FEMALE 0.6 1.3. A label with off is only reported.",
         ),
         io.Combo.Input(
             "action",
             [AS_PRESET, *ACTIONS],
             default=AS_PRESET,
-            tooltip="What is done to a flagged picture; without a preset, blur. report changes nothing, block stops "
-            "the run, empty makes the picture black. Without boxes it falls on the whole picture.",
+            tooltip="What is done to a flagged image; without a preset, blur. report changes nothing, block stops "
+            "the run, empty makes the image black. Without boxes the action covers the whole image.",
         ),
         io.Combo.Input(
-            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs; CUDA needs onnxruntime-gpu."
+            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs. CUDA needs onnxruntime-gpu."
         ),
         io.String.Input(
             "save_as",
@@ -182,7 +184,7 @@ def _action_inputs() -> list[io.Input]:
         io.Image.Input(
             "replacement",
             optional=True,
-            tooltip="For the action replace: the first picture of this batch takes the flagged picture's place.",
+            tooltip="For the action replace: the first image of this batch takes the flagged image's place.",
         ),
     ]
 

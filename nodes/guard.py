@@ -24,7 +24,7 @@ class GuardModel(io.ComfyNode):
             display_name="Guard Model",
             category=CATEGORY,
             description="Puts the safety LoRA and task LoRAs beside the model's weights, never into them, and checks "
-            "that each applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
+            "that each of them applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
             inputs=[
                 io.Model.Input("model", tooltip="The pretrained model (W0), from the checkpoint loader."),
                 SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
@@ -37,8 +37,8 @@ class GuardModel(io.ComfyNode):
                     "accept_merged",
                     default=False,
                     optional=True,
-                    tooltip="Take a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task LoRAs, a "
-                    "merge part of the base, which every report of the picture then says.",
+                    tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
+                    "LoRAs, a merge becomes part of the base, and every report of the image says so.",
                 ),
             ],
             outputs=[
@@ -51,7 +51,7 @@ class GuardModel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What was matched, at which strength, with which hashes and warnings.",
+                    tooltip="Which layers matched, at which strength, with hashes and warnings.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -39,11 +39,11 @@ class LoraInterference(io.ComfyNode):
                 StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
             ],
             outputs=[
-                io.String.Output("table", display_name="table", tooltip="One line a layer."),
+                io.String.Output("table", display_name="table", tooltip="One line per layer."),
                 io.Image.Output(
                     "picture",
                     display_name="picture",
-                    tooltip="Cosine of safety and task on every layer; one picture a safety LoRA.",
+                    tooltip="Cosine of safety and task on every layer; one image per safety LoRA.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -62,7 +62,7 @@ class LoraInterference(io.ComfyNode):
 
 
 def _draw(name: str, result: Interference) -> Image.Image:
-    """A bar a layer: cosine from -1 (left, red) to +1 (right, blue)."""
+    """A bar per layer: cosine from -1 (left, red) to +1 (right, blue)."""
     picture = Image.new("RGB", (WIDTH, ROW * (len(result.layers) + 3)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     title = f"{name}: mean cosine {result.mean_cosine:+.4f}, net strength {result.net_strength:.3f}"

@@ -47,7 +47,8 @@ class LoadSafetyLora(io.ComfyNode):
             node_id="ModularLoraLoadSafety",
             display_name="Load Safety LoRA",
             category=f"{CATEGORY}/load",
-            description="Loads a safety LoRA for Guard Model; it stays out of the weights, whole or not at all.",
+            description="Loads a safety LoRA for Guard Model. It is kept outside the weights, and must apply to every "
+            "layer that it names.",
             inputs=[
                 io.Combo.Input(
                     "lora_name",
@@ -66,7 +67,7 @@ class LoadSafetyLora(io.ComfyNode):
                     "expected_sha256",
                     default="",
                     optional=True,
-                    tooltip="SHA-256 of the file; if given, another file of the same name is refused.",
+                    tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
                 ),
                 SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
                 io.Combo.Input(
@@ -74,8 +75,8 @@ class LoadSafetyLora(io.ComfyNode):
                     list(SCALES),
                     default=next(iter(SCALES)),
                     optional=True,
-                    tooltip="Which scale (alpha / rank) acts where the file's tensors and its metadata give two: the "
-                    "one that it was trained with. ComfyUI's own loader reads the tensors alone.",
+                    tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
+                    "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
                 ),
             ],
             outputs=[
@@ -110,7 +111,7 @@ class LoadTaskLora(io.ComfyNode):
             node_id="ModularLoraLoadTask",
             display_name="Load Task LoRA",
             category=f"{CATEGORY}/load",
-            description="Loads a task LoRA (style, character, ...) for Guard Model, kept out of the weights.",
+            description="Loads a task LoRA (style, character, ...) for Guard Model. It is kept outside the weights.",
             inputs=[
                 io.Combo.Input(
                     "lora_name", lora_names(*TASK_FOLDERS), tooltip="Task LoRA (.safetensors) from the loras folder."
@@ -142,7 +143,7 @@ class LoadTaskLora(io.ComfyNode):
                 StackSocket.Output(
                     "lora_stack_out",
                     display_name="lora_stack",
-                    tooltip="The same task LoRAs as a LORA_STACK; never the safety LoRA, no block weights.",
+                    tooltip="The same task LoRAs as a LORA_STACK; without the safety LoRA and without block weights.",
                 ),
             ],
         )

@@ -33,20 +33,28 @@ def _gate_input() -> io.Input:
 
 def _outputs() -> list[io.Output]:
     return [
-        io.Image.Output("images_out", display_name="images", tooltip="The pictures; those not acted on as they came."),
-        io.Boolean.Output("flagged", display_name="flagged", tooltip="Whether any picture of the batch was flagged."),
-        io.Mask.Output("masks", display_name="masks", tooltip="One a picture: 1 where something was found, grown."),
+        io.Image.Output(
+            "images_out",
+            display_name="images",
+            tooltip="The images. Those that the gate did not change are bit for bit the same.",
+        ),
+        io.Boolean.Output("flagged", display_name="flagged", tooltip="Whether any image of the batch was flagged."),
+        io.Mask.Output(
+            "masks",
+            display_name="masks",
+            tooltip="One mask per image: 1 where something was found, enlarged as the settings say.",
+        ),
         io.String.Output(
             "findings",
             display_name="findings",
-            tooltip="JSON: detector, settings, and each picture's flag, labels, scores and boxes (pixels).",
+            tooltip="JSON: detector, settings, and each image's flag, labels, scores and boxes (pixels).",
         ),
-        io.String.Output("report", display_name="report", tooltip="What was found and done, counted."),
+        io.String.Output("report", display_name="report", tooltip="Counts of what was found and what was done."),
         io.Boolean.Output(
             "flags",
             display_name="flags",
             is_output_list=True,
-            tooltip="One flag a picture, as a list: what is connected runs once for each.",
+            tooltip="One flag per image, as a list: a connected node runs once for each.",
         ),
     ]
 
@@ -82,7 +90,7 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
     """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
     if any(outcome_of(picture[None], _reporting(gate)).flags):
-        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another picture.")
+        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another image.")
 
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:
@@ -115,9 +123,9 @@ class SafetyGate(io.ComfyNode):
             node_id="ModularLoraGate",
             display_name="Safety Gate",
             category=f"{CATEGORY}/gate",
-            description="Asks a detector about every picture of a batch and acts on those that it flags; the report "
+            description="Asks a detector about every image of a batch and acts on those that it flags; the report "
             "says what the detector covers and what it does not.",
-            inputs=[io.Image.Input("images", tooltip="Pictures to judge, all of the batch."), _gate_input()],
+            inputs=[io.Image.Input("images", tooltip="Images to judge, all of the batch."), _gate_input()],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
@@ -138,17 +146,23 @@ class SampleAndGate(io.ComfyNode):
             node_id="ModularLoraSampleAndGate",
             display_name="Guarded Sample and Gate",
             category=f"{CATEGORY}/gate",
-            description="Guarded KSampler, Guarded VAE Decode and Safety Gate in one. Flagged pictures are drawn "
-            "again, each by itself with a new seed; what is flagged at the last try too is acted on. No latent and no "
-            "preview leaves the node.",
+            description="Guarded KSampler, Guarded VAE Decode and Safety Gate in one. Flagged images are sampled "
+            "again, one by one, with a new seed; the action is applied to those that are still flagged at the last "
+            "try. No latent and no preview leaves the node.",
             inputs=[
                 model_input(),
-                io.Vae.Input("vae", tooltip="The VAE that turns latents into pictures."),
-                seed_input("Seed of the noise; of a retry it is seed + retry × batch size + index in the batch."),
+                io.Vae.Input("vae", tooltip="The VAE that turns latents into images."),
+                seed_input("Seed of the noise. A retry uses seed + retry × batch size + index in the batch."),
                 *sampler_inputs(),
                 *conditioning_inputs(),
                 *latent_inputs(),
-                io.Int.Input("max_tries", default=3, min=1, max=100, tooltip="Times that a picture is drawn at most."),
+                io.Int.Input(
+                    "max_tries",
+                    default=3,
+                    min=1,
+                    max=100,
+                    tooltip="How often an image is sampled at most, the first time included.",
+                ),
                 _gate_input(),
             ],
             outputs=_outputs(),
@@ -226,7 +240,7 @@ class _Job:
         )
         if most > 1 and len(self.latent["samples"]) > 1:
             raise GuardError(
-                f"A ControlNet has {most} hint pictures for one batch, and retries draw single pictures: give it one "
+                f"A ControlNet has {most} hint images for one batch, and retries draw single images: give it one "
                 "hint, or set max_tries to 1."
             )
 
@@ -241,7 +255,7 @@ def _hints(options: dict) -> Iterable[torch.Tensor]:
 
 
 def _single(conditioning: list, i: int, n: int) -> list:
-    """Conditioning of picture i of n: ComfyUI repeats a shorter batch, and takes one of n as a prompt a picture."""
+    """Conditioning of picture i of n: ComfyUI repeats a shorter batch, and takes one of n as a prompt per picture."""
     own = lambda v: _row(v, i) if isinstance(v, torch.Tensor) and v.ndim > 1 and len(v) == n else v  # noqa: E731
     return [[_row(made, i), {key: own(value) for key, value in options.items()}] for made, options in conditioning]
 
@@ -270,10 +284,10 @@ def _sparing(gate: Gate, all_flagged: bool) -> Gate:
 
 def _tried(tries: list[int], pending: list[int], spared: bool) -> str:
     """Tries of every picture that took more than one, counted from 1; what becomes of those still flagged."""
-    lines = [f"{sum(tries)} tries for {len(tries)} pictures"]
+    lines = [f"{sum(tries)} tries for {len(tries)} images"]
     for i, n in enumerate(tries):
         if n > 1:
-            lines.append(f"  picture {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
+            lines.append(f"  image {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
     if spared:
         lines.append("  block: what is still flagged is left empty, so that the others pass")
     return "\n".join(lines)

@@ -50,16 +50,16 @@ class SaveAttestedImage(io.ComfyNode):
             node_id="ModularLoraSaveImage",
             display_name="Save Attested Image",
             category=f"{CATEGORY}/sample",
-            description="Saves PNG files with the attestation in their text; a picture that was edited is saved as "
-            "unattested, or refused. PNG text can be forged by whoever holds the file.",
+            description="Saves PNG files with the attestation in their text; an image that was edited is saved as "
+            "unattested, or refused. PNG text can be forged by anyone who has the file.",
             inputs=[
-                io.Image.Input("images", tooltip="Pictures straight from Guarded VAE Decode."),
+                io.Image.Input("images", tooltip="Images straight from Guarded VAE Decode."),
                 io.String.Input("filename_prefix", default="guarded", tooltip="File name prefix, as in Save Image."),
                 io.Combo.Input(
                     "unattested",
                     ["save and say so", "refuse"],
                     default="save and say so",
-                    tooltip="What to do with a picture that no guarded run made.",
+                    tooltip="What to do with an image that no guarded run made.",
                 ),
             ],
             outputs=[],
@@ -72,9 +72,9 @@ class SaveAttestedImage(io.ComfyNode):
         found = [known(image) for image in images]
         missing = sum(not k.guarded for k in found)
         if missing and unattested == "refuse":
-            raise GuardError(f"{missing} of {len(found)} pictures are {EDITED}; connect Guarded VAE Decode directly.")
+            raise GuardError(f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.")
         results = save(cls, images, found, filename_prefix, Style())
-        said = f"{len(found) - missing} of {len(found)} pictures attested{on_merged(found)}"
+        said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
         show(cls, said + f"; {missing} {EDITED}" * bool(missing))
         return io.NodeOutput(ui=ui.SavedImages(results))
 
@@ -88,10 +88,10 @@ class SaveGatedImage(io.ComfyNode):
             node_id="ModularLoraSaveGated",
             display_name="Save Image (Guarded)",
             category=f"{CATEGORY}/gate",
-            description="Saves only pictures that a guarded run made and a gate judged, with the record of both: in "
-            "the text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by whoever holds the file.",
+            description="Saves only images that a guarded run made and a gate judged, with the record of both: in "
+            "the text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by anyone who has the file.",
             inputs=[
-                io.Image.Input("images", tooltip="Pictures straight from Safety Gate or Guarded Sample and Gate."),
+                io.Image.Input("images", tooltip="Images straight from Safety Gate or Guarded Sample and Gate."),
                 io.String.Input("filename_prefix", default="gated", tooltip="File name prefix, as in Save Image."),
                 io.Combo.Input(
                     "format",
@@ -104,13 +104,13 @@ class SaveGatedImage(io.ComfyNode):
                     "unfit",
                     ["refuse", "skip and say so"],
                     default="refuse",
-                    tooltip="What to do where a picture is unattested, not gated, or flagged and left as it is: refuse "
+                    tooltip="What to do where an image is unattested, not gated, or flagged and left as it is: refuse "
                     "saves nothing of the batch; skip saves the others.",
                 ),
                 io.Boolean.Input(
                     "save_flagged",
                     default=False,
-                    tooltip="Also save pictures that the gate flagged and only reported.",
+                    tooltip="Also save images that the gate flagged and only reported.",
                 ),
             ],
             outputs=[],
@@ -125,14 +125,14 @@ class SaveGatedImage(io.ComfyNode):
         counts = ", ".join(f"{n} {problem}" for problem, n in Counter(filter(None, problems)).items())
         if counts and unfit == "refuse":
             raise GuardError(
-                f"{counts} of {len(found)} pictures: nothing is saved; connect Safety Gate behind Guarded VAE Decode "
+                f"{counts} of {len(found)} images: nothing is saved; connect Safety Gate behind Guarded VAE Decode "
                 "and this node behind the gate, with nothing between, and let the gate act on what it flags."
             )
         fit = [i for i, problem in enumerate(problems) if problem is None]
         results = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
         skipped = f"; left out: {counts}" if counts else ""
         merged = on_merged(found[i] for i in fit)
-        show(cls, f"{len(fit)} of {len(found)} pictures saved, attested and gated{merged}{skipped}")
+        show(cls, f"{len(fit)} of {len(found)} images saved, attested and gated{merged}{skipped}")
         return io.NodeOutput(ui=ui.SavedImages(results))
 
 

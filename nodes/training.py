@@ -71,7 +71,7 @@ def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
         return io.Combo.Input(name, list(typing.get_args(hint)), **what)
     if typing.get_origin(hint) is tuple:
         return io.String.Input(
-            name, multiline=True, **what | {"default": "", "tooltip": f"{what['tooltip']}; one a line"}
+            name, multiline=True, **what | {"default": "", "tooltip": f"{what['tooltip']}; one per line"}
         )
     if hint is bool:
         return io.Boolean.Input(name, **what)
@@ -107,7 +107,7 @@ FILES = io.String.Input(
     tooltip="kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl.",
 )
 RESUME = io.Boolean.Input(
-    "resume", default=False, optional=True, tooltip="Go on from the newest saved state of this output_name."
+    "resume", default=False, optional=True, tooltip="Resume from the newest saved state of this output_name."
 )
 
 
@@ -166,7 +166,7 @@ def inside(made: TaskOptions) -> DatasetConfig:
 
 
 def data_set_input() -> io.Input:
-    tip = "Folder of N_name folders (N repeats) with pictures and captions, or a data-set TOML, in the input folder."
+    tip = "Folder of N_name folders (N repeats) with images and captions, or a data-set TOML, in the input folder."
     return io.Combo.Input("data_set", offered(data_sets()), tooltip=tip)
 
 
@@ -238,16 +238,18 @@ def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: obje
 
 
 OUTPUTS = [
-    io.String.Output("report", display_name="report", tooltip="What was trained, on what, and what was noticed."),
+    io.String.Output(
+        "report", display_name="report", tooltip="What was trained, on which data, and with which warnings."
+    ),
     io.Image.Output("loss", display_name="loss", tooltip="Loss of every step, and its smoothed curve."),
-    io.Image.Output("samples", display_name="samples", tooltip="The last previews, safety LoRA attached."),
+    io.Image.Output("samples", display_name="samples", tooltip="The last previews, with the safety LoRA attached."),
 ]
 
 
 def engine_inputs() -> list[io.Input]:
     found = [name for kind in trainer_model.BASE_FOLDERS for name in folder_paths.get_filename_list(kind)]
     names = offered(found)
-    tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
+    tip = "kohya engine: the file of the loaded checkpoint, which sd-scripts reads itself."
     return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 
@@ -268,7 +270,7 @@ class TrainTaskLora(io.ComfyNode):
             node_id="ModularLoraTrainTask",
             display_name="Train Task LoRA",
             category=GROUP,
-            description="Trains a LoRA on captioned pictures, on the pretrained weights alone. The safety LoRA is "
+            description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
             "frozen and detached: it is attached for previews only, so that they show what will be served.",
             inputs=[
                 *_loaded_inputs(),
@@ -335,8 +337,8 @@ class TrainSafetyLora(io.ComfyNode):
             node_id="ModularLoraTrainSafety",
             display_name="Train Safety LoRA",
             category=GROUP,
-            description="Trains a LoRA that takes a concept away, from prompts alone (ESD, SDD or LECO), and holds "
-            "what is listed under preserve to what the base does.",
+            description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
+            "is listed under preserve as the base has it.",
             inputs=[*_loaded_inputs(), *option_inputs(SafetyOptions, SAFETY), MORE, RESUME, *engine_inputs()],
             outputs=[
                 SafetySocket.Output(
@@ -376,12 +378,12 @@ class DatasetReport(io.ComfyNode):
             node_id="ModularLoraDatasetReport",
             display_name="Dataset Report",
             category=GROUP,
-            description="Counts and names what a data set holds: pictures, captions, buckets; broken pictures, empty "
+            description="Counts and names what a data set holds: images, captions, buckets; broken images, empty "
             "or missing captions, duplicates.",
             inputs=[data_set_input(), *option_inputs(TaskOptions, ("resolution", "train_batch_size"))],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Counts and names."),
-                io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 pictures."),
+                io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 images."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -411,8 +413,8 @@ class ProjectTaskLora(io.ComfyNode):
             node_id="ModularLoraProjectTask",
             display_name="Project Task LoRA",
             category=GROUP,
-            description="Takes out of a task LoRA what answers to the safety LoRA's inputs: on each layer, and for "
-            "inputs in the safety LoRA's row space, the two together then answer as the safety LoRA alone.",
+            description="Removes from a task LoRA what acts on the safety LoRA's inputs. On each layer, and for "
+            "inputs in the safety LoRA's row space, both together then give the output of the safety LoRA alone.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that gives the layers their names; it is not changed."),
                 io.Clip.Input("clip", tooltip="Its CLIP, for layers of the text encoder."),

@@ -116,7 +116,7 @@ def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Non
                 _check_leaf(policy, node, name, leaf)
         own = name in node.facts.inputs  # and no hidden one, in which the user's whole graph stands
         if judged and own and any(_told.get(text) for text in _texts(value)):
-            what = f"{name} lets out text that a node of another pack may have made of a picture"
+            what = f"{name} lets out text that a node of another pack may have made of an image"
             raise RefusedError(leaving.rule(policy), what, "take the node out")
 
 
@@ -146,7 +146,7 @@ def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> Non
         return
     runs = origin(leaf)
     if runs is None or (runs and gate):
-        what = f"{name} lets out {_called(leaf)}, of which nobody knows what picture it holds"
+        what = f"{name} lets out {_called(leaf)}, of which nobody knows what image it holds"
         raise RefusedError(leaving.rule(policy), what, "take the node out")
     for run in runs if leaving.attested(policy) else ():
         policies.check_run(policy, run)

@@ -130,7 +130,7 @@ def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
     name = keys.verify_statement(record, ATTESTATION, public_keys, path.name)
     for field, value in found.items():
         if record.get(field) != value:
-            raise Tampered(f"{path.name}: the picture is not the one that {name} signed: its {field} differs")
+            raise Tampered(f"{path.name}: the image is not the one that {name} signed: its {field} differs")
     return Attested(name, record)
 
 

@@ -23,7 +23,7 @@ def test_a_batch_without_flags_is_the_guarded_ksamplers_bit_for_bit(comfy, stub,
     results = run_graph(graph)
     assert torch.equal(results["gate"][0], results["decode"][0])
     assert results["gate"][1] is False
-    assert results["gate"][4].startswith("3 tries for 3 pictures\n0 of 3 pictures flagged; 3 passed")
+    assert results["gate"][4].startswith("3 tries for 3 images\n0 of 3 images flagged; 3 passed")
     assert "\nguarded: " in results["gate"][4]
     records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, "clean")]
     assert [r["status"] for r in records] == ["guarded"] * 3
@@ -48,7 +48,7 @@ def test_flagged_pictures_alone_are_drawn_again(comfy, stub, run_graph, loras):
     assert torch.equal(pictures[1], results["alonepic"][0][0]), "seed + retry × batch size + index"
     assert flagged is False
     assert stub.seen == [3, 1, 3]
-    assert "4 tries for 3 pictures\n  picture 2 passed at try 2" in report
+    assert "4 tries for 3 images\n  image 2 passed at try 2" in report
     records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, "again")]
     assert [r["status"] for r in records] == ["guarded"] * 3
 
@@ -68,13 +68,13 @@ def test_what_is_flagged_at_the_last_try_is_acted_on_and_spares_the_others(max_t
     assert torch.equal(pictures[2], first[2])
     assert torch.count_nonzero(pictures[1]) == 0, "blocked: nothing of it is seen"
     assert [p["flagged"] for p in json.loads(findings)["pictures"]] == [False, True, False]
-    assert f"{2 + max_tries} tries for 3 pictures" in report
-    assert ("picture 2 still flagged at try 3" in report) == (max_tries == 3)
+    assert f"{2 + max_tries} tries for 3 images" in report
+    assert ("image 2 still flagged at try 3" in report) == (max_tries == 3)
 
 
 def test_a_batch_of_which_nothing_is_left_is_blocked(stub, run_graph, loras):
     stub.score = lambda picture: 1.0
-    with pytest.raises(GraphError, match="3 of 3 pictures are blocked"):
+    with pytest.raises(GraphError, match="3 of 3 images are blocked"):
         run_graph(sampled_and_gated(2, action="block"))
 
 
@@ -137,7 +137,7 @@ def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_draw
     control.previous_controlnet.cond_hint_original = torch.zeros(3, 3, 64, 64)
     cond = [[torch.zeros(1, 77, 8), {"control": control}]]
     job = gated._Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
-    with pytest.raises(RuntimeError, match="3 hint pictures"):
+    with pytest.raises(RuntimeError, match="3 hint images"):
         job.check_hints()
     control.previous_controlnet.cond_hint_original = torch.zeros(1, 3, 64, 64)
     job.check_hints()

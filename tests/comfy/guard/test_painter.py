@@ -252,12 +252,12 @@ def test_settings_that_comfyui_would_quietly_replace_are_refused(change, said, p
 
 def test_items_that_cannot_be_drawn_are_refused(painter, arms, pictures, comfy):
     text = pictures / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     start = str(pictures / "start.png")
     for wrong, said in (
         ({"start": str(text)}, "cannot be read"),
         ({"start": str(pictures / "none.png")}, "cannot be read"),
-        ({"mask": start}, "no start picture"),
+        ({"mask": start}, "no start image"),
         ({"start": start, "denoise": 0.0}, "denoise 0"),
     ):
         with pytest.raises(comfy.host.GuardError, match=said):

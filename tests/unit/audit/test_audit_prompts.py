@@ -110,7 +110,7 @@ def test_skipped_rows_are_counted_with_the_reason(tmp_path):
         ("a.txt", "Кот".encode("utf-16-le"), "control characters, .*: save it as UTF-8"),
         ("a.json", "{", "is no JSON"),
         ("a.json", '{"a": 1}', "no list of texts or objects"),
-        ("a.csv", "prompt,start\nx,nowhere.png\n", "row 1: picture 'nowhere.png' is not there"),
+        ("a.csv", "prompt,start\nx,nowhere.png\n", "row 1: image 'nowhere.png' is not there"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_with_the_remedy(name, text, message, tmp_path):
