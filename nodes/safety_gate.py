@@ -17,8 +17,9 @@ from ..gate.gate import Outcome, run
 from ..gate.report import format_gate, to_json
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import GateRecord, tensor_sha256
-from .decode import decode, gated
+from .decode import decode
 from .gate_settings import Gate, checked
 from .sample import MAX_SEED, conditioning_inputs, latent_inputs, sampler_inputs, seed_input
 from .sockets import CATEGORY, GateSocket, model_input, show
@@ -87,13 +88,8 @@ def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:
     source, detector, action = tensor_sha256(before), gate.detector, gate.settings.action
-    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, action, flagged, False, source)
-    gated.put(source, record)  # of a changed picture too: a gentler gate's record of it is out of date
-    if changed:
-        digest = tensor_sha256(after)
-        gated.put(digest, replace(record, changed=True))
-        if made := host.images.get(source):
-            host.images.put(digest, made.of(image_sha256=digest, status=SUBSTITUTED.get(action, made.status)))
+    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, action, flagged, changed, source)
+    ledger.record_gate(record, after, SUBSTITUTED.get(action, ""))
 
 
 def _result(

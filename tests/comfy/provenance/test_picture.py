@@ -86,7 +86,7 @@ def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, l
     assert asked == {"tile_x": 8, "tile_y": 8, "overlap": 2, "tile_t": 16, "overlap_t": 2}
     assert torch.equal(made, frames[0])
     assert len(reports) == 5  # each names its own pixels
-    assert all(picture.known(frame).guarded for frame in made)
+    assert all(comfy.ledger.known(frame).guarded for frame in made)
 
 
 def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_path):
@@ -110,11 +110,11 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
         pictures, reports = picture.decode(vae, latent)
         assert pictures.shape == (3, 8, 8, 3)
         assert all(report.startswith("guarded: ") for report in reports)
-    assert comfy.host.latents.get(digest(made.unbind()[1][0])).status == "guarded"
+    assert comfy.ledger.latents.get(digest(made.unbind()[1][0])).status == "guarded"
     comfy.host.common_ksampler(guarded, *settings, {"samples": made}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded"
     edited = type(made)([made.unbind()[0] * 2, made.unbind()[1]])
-    assert picture.decode(vae, edited)[1] == [picture.EDITED]
+    assert picture.decode(vae, edited)[1] == [comfy.ledger.EDITED]
     comfy.host.common_ksampler(guarded, *settings, {"samples": edited}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded, outside start"
 
