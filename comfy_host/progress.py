@@ -15,8 +15,8 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..nodes.sockets import show
 from .charts import chart
+from .node_report import show
 
 logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT = 640, 360

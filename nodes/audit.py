@@ -29,6 +29,8 @@ from ..audit.words import format_report
 from ..comfy_host import patcher
 from ..comfy_host.charts import INK, PAPER, chart
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import SAFETY_FOLDER, lora_names, lora_path, offered
+from ..comfy_host.node_report import CATEGORY, show
 from ..comfy_host.progress import NodeWatch, image_tensor
 from ..comfy_host.sampler import ComfyPainter
 from ..gate.finding import Detector
@@ -39,7 +41,7 @@ from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
 from . import gate_settings as gates
-from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
+from .sockets import GateSocket
 from .training import check_name, option_inputs
 
 NONE = "none"

@@ -9,11 +9,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import SAFETY_FOLDER
+from ..comfy_host.node_report import show
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
-from .sockets import SAFETY_FOLDER, SafetySocket, show
+from .sockets import SafetySocket
 from .training import GROUP, NAME
 
 

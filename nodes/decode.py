@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io
 
 from ..comfy_host import introspection
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.provenance import ledger
-from .sockets import CATEGORY, show
 
 OUTPUTS = (
     io.Image.Output("image", display_name="image", tooltip="The pictures; any edit makes them unattested."),

@@ -9,6 +9,7 @@ except ImportError as error:
 
 from ..comfy_host import conditioning
 from ..comfy_host.enforcement import hooks
+from ..comfy_host.model_folders import register_folders
 from .audit import Audit
 from .concept_prompts import WriteConceptPrompts
 from .decode import GuardedDecode, GuardedDecodeTiled
@@ -19,7 +20,6 @@ from .load import LoadSafetyLora, LoadTaskLora
 from .safety_gate import SafetyGate, SampleAndGate
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
-from .sockets import register_folders
 from .training import DatasetReport, ProjectTaskLora, TrainSafetyLora, TrainTaskLora
 
 

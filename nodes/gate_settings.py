@@ -12,6 +12,8 @@ import numpy as np
 from comfy_api.latest import io
 
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import DETECTOR_FOLDER, PRESET_FOLDER, file_names, file_path
+from ..comfy_host.node_report import CATEGORY, show
 from ..gate import detectors, nsfw, settings
 from ..gate.errors import GateError
 from ..gate.finding import Detector
@@ -19,7 +21,7 @@ from ..gate.report import format_settings
 from ..gate.settings import ACTIONS, Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
-from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
+from .sockets import GateSocket
 from .training import check_name
 
 NONE = "none"

@@ -7,9 +7,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..comfy_host import patcher
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
-from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..comfy_host import patcher as host
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.node_report import CATEGORY, show
 from ..gate.errors import GateError
 from ..gate.gate import Outcome, run
 from ..gate.report import format_gate, to_json
@@ -22,7 +23,7 @@ from ..modular_lora.provenance.attestation import GateRecord, tensor_sha256
 from .decode import decode
 from .gate_settings import Gate, checked
 from .sample import MAX_SEED, conditioning_inputs, latent_inputs, sampler_inputs, seed_input
-from .sockets import CATEGORY, GateSocket, model_input, show
+from .sockets import GateSocket, model_input
 
 SUBSTITUTED = {"replace": "replaced by the gate", "empty": "emptied by the gate"}  # action -> status: no run made it
 

@@ -6,8 +6,9 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..comfy_host import patcher as host
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.guard.report import format_attestation
-from .sockets import CATEGORY, model_input, show
+from .sockets import model_input
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_STEP = 10_000

@@ -19,13 +19,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import sha256_file
 from ..modular_lora.provenance import keys, signing
 from ..modular_lora.provenance.ledger import EDITED, Known, known
 from ..modular_lora.provenance.signing import KEY
 from ..modular_lora.util import atomic, plain_json
-from .sockets import CATEGORY, show
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"

@@ -17,6 +17,8 @@ from comfy_api.latest import io, ui
 
 from ..comfy_host import introspection, trainer_model
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import SAFETY_FOLDER, offered
+from ..comfy_host.node_report import CATEGORY, show
 from ..comfy_host.progress import NodeWatch, contact_sheet, image_tensor
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import read_lora
@@ -35,7 +37,7 @@ from ..training.record import Trained
 from ..training.safety.train import train_safety
 from ..training.task.train import configure, train_task
 from .load import handles
-from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, TaskSocket, offered, show
+from .sockets import SafetySocket, TaskSocket
 
 GROUP = f"{CATEGORY}/train"
 NUMBERED = re.compile(r"\d+_.*")
