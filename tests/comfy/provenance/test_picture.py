@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -105,7 +104,7 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
     vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
     picture = importlib.import_module("modular_lora_guard.nodes.decode")
-    digest = sys.modules[comfy.host_guard.__name__.replace(".guard", ".attestation")].tensor_sha256
+    digest = comfy.ledger.tensor_sha256
     for latent in (made, made.unbind()[0]):
         pictures, reports = picture.decode(vae, latent)
         assert pictures.shape == (3, 8, 8, 3)
