@@ -61,9 +61,10 @@ def offered(names: Iterable[str]) -> list[str]:
     return [*kept, f"({left} left out, with < in the name: rename)"] if left else kept
 
 
-def file_names(folder: str, ending: str = "") -> list[str]:
-    """What a drop-down offers of the files with this ending in a model folder."""
-    return offered(name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(ending))
+def file_names(*folders: str, ending: str = "") -> list[str]:
+    """What a drop-down offers of the files with this ending in model folders."""
+    names = (name for folder in folders for name in folder_paths.get_filename_list(folder))
+    return offered(name for name in names if name.lower().endswith(ending))
 
 
 def file_path(folder: str, name: str) -> Path:

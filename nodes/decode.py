@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from comfy_api.latest import io
 
-from ..comfy_host import introspection
 from ..comfy_host.node_report import CATEGORY, show
-from ..modular_lora.guard.report import format_attestation
-from ..modular_lora.provenance import ledger
+from ..comfy_host.stock import decode
 
 OUTPUTS = (
     io.Image.Output("image", display_name="image", tooltip="The pictures; any edit makes them unattested."),
@@ -83,18 +79,3 @@ def _decoded(node, pictures: torch.Tensor, reports: list[str]) -> io.NodeOutput:
     report = "\n".join(reports)
     show(node, report)
     return io.NodeOutput(pictures, report)
-
-
-def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -> tuple[torch.Tensor, list[str]]:
-    """Pictures (b h w c) of latents, attested where their latents are, and what is to be said of them, each once.
-
-    ``tiles``: what the stock VAE Decode (Tiled) is given, the stock VAE Decode otherwise (nodes, 0.3.75 and 0.33.0);
-    a video's frames come as a batch. Of latents of several kinds (sound beside video) the first is decoded.
-    """
-    import nodes  # ComfyUI's top-level module, complete only after start-up
-
-    node = nodes.VAEDecode() if tiles is None else nodes.VAEDecodeTiled()
-    (images,) = node.decode(vae=vae, samples={"samples": latents}, **(tiles or {}))
-    found = ledger.attest_images(images, latents, introspection.vae_sha256(vae))
-    reports = (one if isinstance(one, str) else format_attestation(one) for one in found)
-    return images, list(dict.fromkeys(reports))

@@ -147,7 +147,7 @@ class Ground:
 
     def _spy_gates(self) -> None:
         """Pixels of the pictures that a gate let pass as they were, or changed."""
-        gated = importlib.import_module("modular_lora_guard.nodes.safety_gate")
+        gated = importlib.import_module("modular_lora_guard.comfy_host.gating")
         before = gated.judge
 
         def judge(pictures, gate):

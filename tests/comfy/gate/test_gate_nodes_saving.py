@@ -140,7 +140,7 @@ def test_a_picture_is_not_left_without_its_record(comfy, stub, run_graph, loras,
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(part(comfy, "nodes.save").plain_json, "dumps", full)
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").plain_json, "dumps", full)
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": "half", "format": "jpeg"}
     with pytest.raises(GraphError, match="no space left"):

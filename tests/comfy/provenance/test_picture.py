@@ -80,7 +80,7 @@ def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, l
         decode_tiled=lambda latent, **tiles: asked.update(tiles) or frames,
     )
     latent = run_graph(guarded_graph())["sample"][0]["samples"]
-    picture = importlib.import_module("modular_lora_guard.nodes.decode")
+    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
     made, reports = picture.decode(vae, latent, TILES)
     assert asked == {"tile_x": 8, "tile_y": 8, "overlap": 2, "tile_t": 16, "overlap_t": 2}
     assert torch.equal(made, frames[0])
@@ -103,7 +103,7 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     made = comfy.host.common_ksampler(guarded, *settings, {"samples": start})["samples"]
     frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
     vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
-    picture = importlib.import_module("modular_lora_guard.nodes.decode")
+    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
     digest = comfy.ledger.tensor_sha256
     for latent in (made, made.unbind()[0]):
         pictures, reports = picture.decode(vae, latent)
