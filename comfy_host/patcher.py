@@ -34,8 +34,8 @@ from ..modular_lora.guard.build import (
 from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
 from ..modular_lora.provenance import attestation as attest
-from ..modular_lora.provenance.attestation import Attestation, carrying_digests, row_digests, tensor_sha256
-from ..modular_lora.util.cache import Cache
+from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance.attestation import Attestation, tensor_sha256
 from ..version import VERSION
 from . import guard_cache, pending
 from .control_inputs import widen
@@ -58,11 +58,6 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75
 )
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-
-latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
-images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
-unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
-embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
 
 
 @dataclass(frozen=True)
@@ -237,7 +232,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
     patcher.guard_steps, patcher.guard_images = max(1, sigmas.shape[-1] - 1), len(noise)
     patcher.guard_content = tensor_sha256(noise).encode()
-    outside = _starts_outside(streams(latent_image, **kwargs), state.record)
+    outside = ledger.starts_outside(streams(latent_image, **kwargs), state.record)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
@@ -253,16 +248,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         **counts,
     )
     patcher.guard_result = result
-    for number, latent in enumerate(streams(output, **kwargs) if complete else ()):
-        own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
-        latents.put(tensor_sha256(latent), result.of(acted_strength=own))
+    if complete:
+        ledger.attest_latents(streams(output, **kwargs), result, acted)
     return output
-
-
-def _starts_outside(start: Iterator[torch.Tensor], record: Attestation) -> bool:
-    """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
-    known = [latents.get(tensor_sha256(latent)) for latent in start if torch.count_nonzero(latent)]
-    return any(a is None or a.status != "guarded" or a.safety != record.safety for a in known)
 
 
 def _silence_previews(callback: Callable | None) -> None:
@@ -283,7 +271,7 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
             if (cross := entry.get("cross_attn")) is not None:
                 hashes.append(tensor_sha256(cross))
             for tensor in encoded(entry) if state.text_digest else ():
-                if not _made_by(tensor, state.text_digest):
+                if not ledger.was_made_under(tensor, state.text_digest):
                     raise GuardError(
                         f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
                         "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
@@ -301,10 +289,6 @@ def encoded(entry: dict) -> Iterator[torch.Tensor]:
         yield phrase
 
 
-def _made_by(embedding: torch.Tensor, digest: str) -> bool:
-    return all(embeddings.get(row) == digest for row in carrying_digests(embedding))
-
-
 class GuardedClipMixin(GenerateMixin):
     """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
 
@@ -320,8 +304,8 @@ class GuardedClipMixin(GenerateMixin):
             self.patcher.guard_end(may_be_empty=False)
         made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
         for tensor in made:
-            for row in row_digests(tensor) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else ():
-                embeddings.put(row, self.patcher.guard_state.text_digest)
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                ledger.remember_embedding(tensor, self.patcher.guard_state.text_digest)
         return result
 
     def encode_from_tokens_scheduled(self, *args, **kwargs):
@@ -447,10 +431,7 @@ def common_ksampler(patcher, *settings, **options):
     patcher.guard_result = None  # an earlier run's: without a step (denoise 0) the sampler ends before this is set
     out = nodes.common_ksampler(patcher, *settings, **options)[0]
     if patcher.guard_result is None:
-        samples = out["samples"]
-        for batch in samples.unbind() if getattr(samples, "is_nested", False) else (samples,):
-            for latent in batch:
-                unsampled.put(tensor_sha256(latent), True)
+        ledger.note_unsampled(out["samples"])
     return out
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..comfy_host import patcher
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.node_report import CATEGORY, blocked, show
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
-from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -68,7 +68,7 @@ class GuardModel(io.ComfyNode):
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
         show(cls, guarded.report)
         if clip is None:
-            guarded_clip = ExecutionBlocker(NO_CLIP)
+            guarded_clip = blocked(NO_CLIP)
         return io.NodeOutput(guarded, guarded_clip, guarded.report)
 
 

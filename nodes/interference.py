@@ -8,12 +8,13 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
 from ..comfy_host import introspection
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
 from ..modular_lora.guard.interference import Interference
 from ..modular_lora.guard.report import format_interference
 from .load import handles, stacked
-from .sockets import CATEGORY, SafetySocket, StackSocket, TaskSocket, show
+from .sockets import SafetySocket, StackSocket, TaskSocket
 
 WIDTH, ROW, LABEL, MIDDLE = 900, 12, 480, 690
 BACKGROUND, INK, GRID = (250, 250, 248), (40, 40, 40), (210, 210, 205)

@@ -7,20 +7,19 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
+from ..comfy_host.model_folders import SAFETY_FOLDERS, TASK_FOLDERS, lora_names, lora_path, name_below
+from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files.cache import kept_lora, kept_sha256
 from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
+from .sockets import SafetySocket, StackSocket, TaskSocket
 
-SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
-TASK_FOLDERS = ("loras",)
-SCALES: dict[str, Scale] = {  # the choice on the node -> see modular_lora.files.scales.Scale
+SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
     "refuse if they differ": "refuse",
     "as in the file's tensors": "tensors",
     "as stated in its metadata": "metadata",
@@ -185,7 +184,7 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 def stack_name(task: TaskLora) -> str:
     """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
-    return _below(task.lora.path, *TASK_FOLDERS) or task.lora.name
+    return name_below(task.lora.path, *TASK_FOLDERS) or task.lora.name
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
@@ -194,7 +193,7 @@ def stacked(lora_stack) -> tuple[TaskLora, ...]:
 
 
 def _stacked(row: Row) -> TaskLora:
-    name = (_below(row.name, *TASK_FOLDERS) if os.path.isabs(row.name) else None) or row.name
+    name = (name_below(row.name, *TASK_FOLDERS) if os.path.isabs(row.name) else None) or row.name
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
@@ -205,15 +204,5 @@ def _stacked(row: Row) -> TaskLora:
 def _read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
     """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
     lora = kept_lora(path, expected_sha256=expected_sha256)
-    name = (_below(path, *folders) or lora.name).replace(os.sep, "/")
+    name = (name_below(path, *folders) or lora.name).replace(os.sep, "/")
     return lora if name == lora.name else replace(lora, name=name)
-
-
-def _below(path: str | os.PathLike, *folders: str) -> str | None:
-    """A path as a name below one of these model folders, links followed if need be; None where it is below none."""
-    for as_it_is in (os.path.abspath, os.path.realpath):
-        whole = as_it_is(path)
-        for root in (as_it_is(root) for folder in folders for root in folder_paths.get_folder_paths(folder)):
-            if os.path.normcase(whole).startswith(os.path.normcase(os.path.join(root, ""))):
-                return os.path.relpath(whole, root)
-    return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..comfy_host import patcher as host
+from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.stock import MAX_SEED, cfg_guider, sampler_names, scheduler_names
 from ..modular_lora.guard.report import format_attestation
-from .sockets import CATEGORY, model_input, show
+from .sockets import model_input
 
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_STEP = 10_000
 
 
@@ -26,10 +26,8 @@ def sampler_inputs() -> list[io.Input]:
     return [
         io.Int.Input("steps", default=20, min=1, max=MAX_STEP, tooltip="Number of denoising steps."),
         io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=cfg),
-        io.Combo.Input("sampler_name", comfy.samplers.KSampler.SAMPLERS, tooltip="Sampling algorithm."),
-        io.Combo.Input(
-            "scheduler", comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise is removed over the steps."
-        ),
+        io.Combo.Input("sampler_name", sampler_names(), tooltip="Sampling algorithm."),
+        io.Combo.Input("scheduler", scheduler_names(), tooltip="How the noise is taken away over the steps."),
     ]
 
 
@@ -188,7 +186,4 @@ class GuardedGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg) -> io.NodeOutput:
-        guider = comfy.samplers.CFGGuider(host.unwrap(model))
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        return io.NodeOutput(guider)
+        return io.NodeOutput(cfg_guider(host.unwrap(model), positive, negative, cfg))

@@ -43,14 +43,13 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...modular_lora.errors import GuardError
-from ...nodes.guard import GuardModel
-from ...nodes.sockets import CATEGORY
 from ...operators import bounds
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import Refusal, RefusedError
 from .. import patcher as host
 from ..functional import measuring
+from ..node_report import CATEGORY
 from . import leaving, node_info, texts, weights
 from . import policy as policies
 
@@ -257,7 +256,7 @@ def install() -> bool:
     with _lock:
         if graphs.REFUSED in node_info.classes():
             return False
-        ModularLoraRefused.RELATIVE_PYTHON_MODULE = getattr(GuardModel, "RELATIVE_PYTHON_MODULE", node_info.PACK)
+        ModularLoraRefused.RELATIVE_PYTHON_MODULE = node_info.origin()
         node_info.classes()[graphs.REFUSED] = ModularLoraRefused
         for one in _WRAPPED:
             one.put()

@@ -151,7 +151,7 @@ def test_wrong_settings_are_refused_by_name(changes, message, comfy, stub, folde
     spaces=st.text(" \t", max_size=3),
 )
 def test_a_line_of_classes_means_what_it_says(comfy, label, threshold, growth, spaces):
-    gate, core = part(comfy, "nodes.gate_settings"), part(comfy, "gate.settings")
+    gate, core = part(comfy, "gate.class_lines"), part(comfy, "gate.settings")
     line = f"{spaces}{label} {threshold!r} {spaces}{'' if growth is None else repr(growth)}"
     made = gate.with_classes(core.Settings({"thing": 0.5}), Stub(redness), f"\n{line}\n")
     assert made.block == {"thing": 0.5} | {label: threshold}

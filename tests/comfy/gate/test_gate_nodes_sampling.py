@@ -80,7 +80,7 @@ def test_a_batch_of_which_nothing_is_left_is_blocked(stub, run_graph, loras):
 
 def test_a_decode_that_fails_while_drawing_again_is_an_error(comfy, stub, loaded, run_graph, loras, monkeypatch):
     stub.score = lambda picture: 1.0
-    gated, calls = part(comfy, "nodes.safety_gate"), []
+    gated, calls = part(comfy, "comfy_host.retries"), []
     whole = gated.decode
 
     def fail_later(vae, samples):
@@ -103,12 +103,12 @@ def test_an_unguarded_model_is_refused(stub, run_graph, loras):
 
 
 def test_a_retry_takes_its_own_row_of_latent_mask_and_prompt(comfy):
-    gated = part(comfy, "nodes.safety_gate")
+    gated = part(comfy, "comfy_host.retries")
     rows = lambda *shape: torch.arange(3.0).reshape(3, *(1,) * len(shape)).expand(3, *shape)  # noqa: E731
     prompt = [[rows(77, 8), {"pooled_output": rows(8), "strength": 1.0, "area": (1, 2, 3, 4)}]]
     shared = [[torch.ones(1, 77, 8), {"pooled_output": torch.ones(1, 8)}]]
     latent = {"samples": rows(4, 8, 8), "noise_mask": rows(1, 8, 8)[:1], "batch_index": [5, 6, 7]}
-    job = gated._Job(None, None, (), prompt, shared, latent, 1.0).of(2)
+    job = gated.Job(None, None, (), prompt, shared, latent, 1.0).of(2)
     assert job.latent["samples"].unique().tolist() == job.positive[0][0].unique().tolist() == [2.0]
     assert job.positive[0][1]["pooled_output"].shape == (1, 8)
     assert job.positive[0][1]["area"] == (1, 2, 3, 4)
@@ -118,7 +118,7 @@ def test_a_retry_takes_its_own_row_of_latent_mask_and_prompt(comfy):
 
 
 def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
-    gated, gate = part(comfy, "nodes.safety_gate"), part(comfy, "nodes.gate_settings")
+    gated, gate = part(comfy, "comfy_host.retries"), part(comfy, "comfy_host.gating")
     stub = Stub(redness)
     shots = list(torch.zeros(3, 2, 8, 8, 3))
     shots[1][1, ..., 0] = 1.0
@@ -131,13 +131,13 @@ def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
 def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_drawn_again(comfy):
     from comfy.controlnet import ControlBase
 
-    gated = part(comfy, "nodes.safety_gate")
+    gated = part(comfy, "comfy_host.retries")
     control = ControlBase()
     control.previous_controlnet = ControlBase()
     control.previous_controlnet.cond_hint_original = torch.zeros(3, 3, 64, 64)
     cond = [[torch.zeros(1, 77, 8), {"control": control}]]
-    job = gated._Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
-    with pytest.raises(RuntimeError, match="3 hint images"):
+    job = gated.Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
+    with pytest.raises(RuntimeError, match="3 hint pictures"):
         job.check_hints()
     control.previous_controlnet.cond_hint_original = torch.zeros(1, 3, 64, 64)
     job.check_hints()

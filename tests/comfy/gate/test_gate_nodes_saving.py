@@ -30,7 +30,7 @@ def test_unchanged_pictures_keep_their_attestation_and_changed_ones_carry_it(com
     assert {r["gate"]["detector_sha256"] for r in records} == {"5" * 64}
     assert {r["gate"]["action"] for r in records} == {"blur"}
     assert all(len(r["gate"]["settings_sha256"]) == 64 for r in records)
-    source = comfy.host.images.get(records[1]["gate"]["source_sha256"])
+    source = comfy.ledger.images.get(records[1]["gate"]["source_sha256"])
     assert source.base_sha256 == records[1]["base_sha256"]
 
 
@@ -140,7 +140,7 @@ def test_a_picture_is_not_left_without_its_record(comfy, stub, run_graph, loras,
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(part(comfy, "nodes.save").plain_json, "dumps", full)
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").plain_json, "dumps", full)
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": "half", "format": "jpeg"}
     with pytest.raises(GraphError, match="no space left"):

@@ -362,7 +362,7 @@ def signing_policy(comfy, pair, tmp_path, monkeypatch):
     (tmp_path / "host.pem").write_bytes(pair[0].read_bytes())
     (tmp_path / "host.pem").chmod(0o600)
     found = part(comfy, "operators.policy").load(path)
-    monkeypatch.setattr(part(comfy, "nodes.save").policies, "current", lambda: found)
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").policies, "current", lambda: found)
 
 
 def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, run_graph, loras, trusted):
