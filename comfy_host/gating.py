@@ -81,7 +81,7 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
     """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
     if any(outcome_of(picture[None], reporting(gate)).flags):
-        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another picture.")
+        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another image.")
 
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:

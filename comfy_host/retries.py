@@ -85,7 +85,7 @@ class Job:
         )
         if most > 1 and len(self.latent["samples"]) > 1:
             raise GuardError(
-                f"A ControlNet has {most} hint pictures for one batch, and retries draw single pictures: give it one "
+                f"A ControlNet has {most} hint images for one batch, and retries draw single images: give it one "
                 "hint, or set max_tries to 1."
             )
 
@@ -129,10 +129,10 @@ def _sparing(gate: Gate, all_flagged: bool) -> Gate:
 
 def _tried(tries: list[int], pending: list[int], spared: bool) -> str:
     """Tries of every picture that took more than one, counted from 1; what becomes of those still flagged."""
-    lines = [f"{sum(tries)} tries for {len(tries)} pictures"]
+    lines = [f"{sum(tries)} tries for {len(tries)} images"]
     for i, n in enumerate(tries):
         if n > 1:
-            lines.append(f"  picture {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
+            lines.append(f"  image {i + 1} {'still flagged' if i in pending else 'passed'} at try {n}")
     if spared:
         lines.append("  block: what is still flagged is left empty, so that the others pass")
     return "\n".join(lines)

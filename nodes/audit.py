@@ -165,13 +165,15 @@ def _prompt_inputs() -> list[io.Input]:
 
 def _sampling_inputs() -> list[io.Input]:
     seeds, *settings = option_inputs(AuditOptions, NUMBERS)
-    first = "Seed of the first picture; every prompt has seeds of its own, the same in all arms."
+    first = "Seed of the first image; every prompt has seeds of its own, the same in all arms."
     return [
         seeds,
         io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
         *settings,
         io.Combo.Input("sampler", sampler_names(), default="euler", tooltip="Sampling algorithm."),
-        io.Combo.Input("scheduler", scheduler_names(), default="normal", tooltip="How the noise is taken away."),
+        io.Combo.Input(
+            "scheduler", scheduler_names(), default="normal", tooltip="How the noise is removed over the steps."
+        ),
     ]
 
 

@@ -23,12 +23,12 @@ class DatasetReport(io.ComfyNode):
             node_id="ModularLoraDatasetReport",
             display_name="Dataset Report",
             category=GROUP,
-            description="Counts and names what a data set holds: pictures, captions, buckets; broken pictures, empty "
+            description="Counts and names what a data set holds: images, captions, buckets; broken images, empty "
             "or missing captions, duplicates.",
             inputs=[data_set_input(), *option_inputs(TaskOptions, ("resolution", "train_batch_size"))],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Counts and names."),
-                io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 pictures."),
+                io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 images."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

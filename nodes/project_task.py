@@ -26,8 +26,8 @@ class ProjectTaskLora(io.ComfyNode):
             node_id="ModularLoraProjectTask",
             display_name="Project Task LoRA",
             category=GROUP,
-            description="Takes out of a task LoRA what answers to the safety LoRA's inputs: on each layer, and for "
-            "inputs in the safety LoRA's row space, the two together then answer as the safety LoRA alone.",
+            description="Removes from a task LoRA what acts on the safety LoRA's inputs. On each layer, and for "
+            "inputs in the safety LoRA's row space, both together then give the output of the safety LoRA alone.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that gives the layers their names; it is not changed."),
                 io.Clip.Input("clip", tooltip="Its CLIP, for layers of the text encoder."),

@@ -27,7 +27,7 @@ def sampler_inputs() -> list[io.Input]:
         io.Int.Input("steps", default=20, min=1, max=MAX_STEP, tooltip="Number of denoising steps."),
         io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=cfg),
         io.Combo.Input("sampler_name", sampler_names(), tooltip="Sampling algorithm."),
-        io.Combo.Input("scheduler", scheduler_names(), tooltip="How the noise is taken away over the steps."),
+        io.Combo.Input("scheduler", scheduler_names(), tooltip="How the noise is removed over the steps."),
     ]
 
 

@@ -46,8 +46,8 @@ class TrainSafetyLora(io.ComfyNode):
             node_id="ModularLoraTrainSafety",
             display_name="Train Safety LoRA",
             category=GROUP,
-            description="Trains a LoRA that takes a concept away, from prompts alone (ESD, SDD or LECO), and holds "
-            "what is listed under preserve to what the base does.",
+            description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
+            "is listed under preserve as the base has it.",
             inputs=[*loaded_inputs(), *option_inputs(SafetyOptions, OPTIONS), MORE, RESUME, *engine_inputs()],
             outputs=[
                 SafetySocket.Output(

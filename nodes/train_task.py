@@ -48,7 +48,7 @@ class TrainTaskLora(io.ComfyNode):
             node_id="ModularLoraTrainTask",
             display_name="Train Task LoRA",
             category=GROUP,
-            description="Trains a LoRA on captioned pictures, on the pretrained weights alone. The safety LoRA is "
+            description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
             "frozen and detached: it is attached for previews only, so that they show what will be served.",
             inputs=[
                 *loaded_inputs(),

@@ -108,7 +108,7 @@ def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: obje
 
 
 def data_set_input() -> io.Input:
-    tip = "Folder of N_name folders (N repeats) with pictures and captions, or a data-set TOML, in the input folder."
+    tip = "Folder of N_name folders (N repeats) with images and captions, or a data-set TOML, in the input folder."
     return io.Combo.Input("data_set", offered(data_sets()), tooltip=tip)
 
 
@@ -123,7 +123,7 @@ OUTPUTS = [
 
 def engine_inputs() -> list[io.Input]:
     names = file_names(*trainer_model.BASE_FOLDERS)
-    tip = "kohya engine: the file of the checkpoint that is loaded, which sd-scripts reads by itself."
+    tip = "kohya engine: the file of the loaded checkpoint, which sd-scripts reads itself."
     return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 

@@ -137,7 +137,7 @@ def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_draw
     control.previous_controlnet.cond_hint_original = torch.zeros(3, 3, 64, 64)
     cond = [[torch.zeros(1, 77, 8), {"control": control}]]
     job = gated.Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
-    with pytest.raises(RuntimeError, match="3 hint pictures"):
+    with pytest.raises(RuntimeError, match="3 hint images"):
         job.check_hints()
     control.previous_controlnet.cond_hint_original = torch.zeros(1, 3, 64, 64)
     job.check_hints()
