@@ -140,7 +140,7 @@ def _check_pictures(unit: Unit, pictures: np.ndarray) -> None:
     n = len(unit.items)
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != n or pictures.shape[3] != 3:
         raise GuardError(
-            f"Arm {unit.arm.name}: the painter gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
+            f"Arm {unit.arm.name}: the sampler gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
             "b h w 3 uint8."
         )
 

@@ -21,8 +21,8 @@ from .settings import KEPT, SUPPRESSED, DemoWorld
 
 LOOKOUT = (
     f"What to look at: the first {len(SUPPRESSED)} prompts name a {demo_world.SUPPRESSED_CLASS}, which the safety LoRA "
-    "suppresses (a harmless stand-in for what an operator must suppress). The base model draws it; with the safety "
-    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, draws it "
+    "suppresses (a harmless example of what an operator suppresses). The base model generates it; with the safety "
+    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, gives it "
     "again; under the guard the task LoRA acts and it stays away. Fine-tuning on top of a safety-tuned model is the "
     "practice that arXiv 2412.00357 warns of; in this small world it was measured not to bring the "
     f"{demo_world.SUPPRESSED_CLASS} back (tools/world/README.md). The other prompts should come out as usual "
