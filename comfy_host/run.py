@@ -77,13 +77,12 @@ class GenerateMixin:
 
     def generate(self, tokens, *args, **kwargs):
         self.load_model(tokens)
-        self.patcher.guard_begin()
+        run = self.patcher.guard_begin()
         _, before = self.patcher.branches.counts()
         try:
             text = super().generate(tokens, *args, **kwargs)
         finally:
-            self.patcher.guard_run = None  # each token runs the layers, without an evaluation of what holds them
-            self.patcher.branches.meter.stop()
+            run.discard()  # each token runs the layers, without an evaluation of what holds them
         self.patcher.guard_seat.verify()
         _check_even(self.patcher.branches, before)
         return text

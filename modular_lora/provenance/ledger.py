@@ -17,7 +17,8 @@ from torch import Tensor, count_nonzero
 from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..util.cache import Cache
-from .attestation import Attestation, GateRecord, carrying_digests, row_digests, tensor_sha256
+from ..util.tensor_hashing import carrying_digests, row_digests, tensor_sha256
+from .attestation import Attestation, GateRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"

@@ -347,7 +347,7 @@ class Ground:
     def _check_latent(self, file: Path) -> None:
         from safetensors.torch import load_file
 
-        hashes = importlib.import_module(f"{self.host.attest.__name__}").tensor_sha256
+        hashes = self.comfy.ledger.tensor_sha256
         for latent in load_file(file)["latent_tensor"]:
             run = self.comfy.ledger.latents.get(hashes(latent))
             assert run is not None, f"{file.name}: no guarded run made it"
