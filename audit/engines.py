@@ -184,7 +184,7 @@ class _Team:
         for unit, answer in self._work(units, check):
             if (origin := Origin(**answer["origin"])) != self.origin:
                 raise GuardError(
-                    f"Workers differ ({self.origin} and {origin}): their pictures would too; use workers of one kind."
+                    f"Workers differ ({self.origin} and {origin}): their images would too; use workers of one kind."
                 )
             yield unit, answer["pictures"]
 

@@ -357,10 +357,10 @@ class _Graph:
             return
         pictures = [(link, k) for link, k in coming if k.type in PICTURES]
         if leaving.attested(policy) and (bad := next((link for link, k in pictures if not k.guarded), None)):
-            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is a picture "
+            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is an image "
             yield "open.unattested", f"{what}that no guarded run made", "connect Guarded VAE Decode"
         elif policy.gate.required and (bad := next((link for link, k in pictures if not k.gated), None)):
-            yield "gate.required", f"{bad.input} shows a picture that no gate judged", "put Safety Gate in front"
+            yield "gate.required", f"{bad.input} shows an image that no gate judged", "put Safety Gate in front"
         for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
             if what:
                 yield leaving.rule(policy), f"{link.input} lets out {what}", "take the node out"
@@ -370,13 +370,13 @@ class _Graph:
         """What comes over a link, where it is no picture and may not leave; "" where it may, or the run tells."""
         gate = self.policy.gate.required
         if kind.tells and _types(facts.inputs.get(link.input, ANY)) & (leaving.PLAIN | {ANY}):
-            return "text or numbers that a node of another pack may have made of a picture"
+            return "text or numbers that a node of another pack may have made of an image"
         if kind.type == LATENT and gate:
             return "a latent that no gate can judge"
         if facts.ours:
             return ""
         if kind.type == SOUND and gate and not kind.free:
-            return "sound that no gate can judge and that may hold a picture"
+            return "sound that no gate can judge and that may hold an image"
         return f"a {kind.type} that nobody can judge" if kind.type in _unjudgeable(gate) else ""
 
     def _literals(self, name: str) -> Iterator[Said]:

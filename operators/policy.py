@@ -300,7 +300,9 @@ def _stamp(path: Path) -> FileState | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
+        raise PolicyError(
+            f"{path}: cannot stat it ({error.strerror or error}): check the folder's permissions."
+        ) from error
     return FileState.of(found)
 
 

@@ -61,8 +61,8 @@ class SafetyLora:
     def __post_init__(self):
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise GuardError(
-                f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
-                "give a strength above 0, or take the node out if you do not want it."
+                f"Safety LoRA {self.lora.name}: strength {self.strength} must be above 0: 0 disables it and a "
+                "negative value inverts it; take the node out if you do not want it."
             )
         check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 
