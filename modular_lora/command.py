@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..tools.bootstrap.boundary import contained
-from ..tools.bootstrap.paths import TYPED
 from .errors import GuardError
+from .util.boundary import TYPED, contained
 
 ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / ".run" / "logs"  # where run.py keeps what its commands log
 logger = logging.getLogger("modular_lora")
 
 
@@ -30,7 +30,8 @@ def finish(work: Callable[[], str], interrupted: str) -> int:
     def say(text: str) -> None:
         logger.error("%s", text)
 
-    return contained(told, say, expected=(GuardError,), interrupted=f"interrupted; {interrupted}")
+    interrupted = f"interrupted; {interrupted}"
+    return contained(told, say, expected=(GuardError,), interrupted=interrupted, logs=LOGS)
 
 
 def typed(module: str) -> str:

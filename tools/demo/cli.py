@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...comfy_host.standalone import has_accelerator
-from ..bootstrap.boundary import contained, ensure_writable
-from ..bootstrap.console import say
+from ...modular_lora.errors import GuardError
+from ...modular_lora.places import check_writable
+from ...modular_lora.util.boundary import contained
+from ..bootstrap.console import RunError, say
 from ..bootstrap.paths import LOGS, WORLD, base_of
 from .base import prepare
 from .client import ClientError
@@ -50,8 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     return contained(
         work,
         lambda text: say(f"\n{options.command}: {text}"),
-        expected=(ClientError,),
+        expected=(RunError, GuardError, ClientError),
         interrupted="interrupted; the server is shut down.",
+        logs=LOGS,
     )
 
 
@@ -71,7 +74,7 @@ def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any
 def _demo(options: argparse.Namespace, world: DemoWorld) -> int:
     from .show import show
 
-    ensure_writable(options.output, "the report's folder")
+    check_writable(options.output, "--output")
     say("Starting ComfyUI …")
     with server(options, world, "demo-server") as running:
         show(running, world, steps=options.steps, seed=options.seed, output=options.output)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import time
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -107,9 +107,8 @@ def loss_terms(output: Tensor, target: Tensor) -> Tensor:
 
 
 def save(model: Autoencoder, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
 
 
 def load(work: Path) -> Autoencoder:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,9 +43,8 @@ class Base(nn.Module):
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().contiguous() for k, v in state.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, part)
 
 
 def load(work: Path, name: str = "base.safetensors", half: bool = True) -> Base:

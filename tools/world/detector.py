@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -116,10 +116,9 @@ def train(work: Path, steps: int, batch: int) -> None:
 
 
 def save(model: Detector, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in state.items()}, part)
 
 
 def report(model: Detector, pictures: data.Pictures, images: Tensor) -> None:

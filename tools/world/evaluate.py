@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from modular_lora_guard.gate.statistics import wilson
+from modular_lora_guard.modular_lora.util import plain_json
 from torch import Tensor
-
-from gate.statistics import wilson
 
 from ..world import (
     ASSETS,
@@ -120,9 +118,7 @@ def main() -> None:
     if options.to is not None:
         head = {"date": datetime.date.today().isoformat(), "device": "CPU", "sampler": "euler, 20 steps, guidance 3"}
         head["command"] = f"python -m tools.world.evaluate WORK --arms {options.arms} --rounds {options.rounds}"
-        temporary = options.to.with_suffix(".tmp")
-        temporary.write_text(json.dumps(head | {"arms": arms}, indent=1) + "\n", "utf-8")
-        os.replace(temporary, options.to)
+        plain_json.write(head | {"arms": arms}, options.to)
 
 
 if __name__ == "__main__":

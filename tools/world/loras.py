@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,9 +79,8 @@ def build_pool(model: Base, pictures: data.Pictures, path: Path) -> None:
             rows = torch.arange(start, min(start + 40, group.stop))
             collect(model, [prompts[i] for i in rows], rows, erase[start], parts, generator)
             logger.info("pool: %d of %d prompts", int(rows[-1]) + 1, len(prompts))
-    temporary = path.with_suffix(".tmp")
-    save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, temporary)
-    temporary.replace(path)
+    with atomic.replacing(path) as part:
+        save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, part)
 
 
 def collect(
