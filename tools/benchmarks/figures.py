@@ -10,7 +10,8 @@ from pathlib import Path
 
 from modular_lora_guard.modular_lora.util import plain_json
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "figures"
 
 
 def machine() -> str:

@@ -113,6 +113,12 @@ def cases(concepts: tuple[int, ...], gloss: bool, rounds: int) -> list[tuple[int
     return [(c, styles[(r + c) % len(styles)]) for r in range(rounds) for c in concepts]
 
 
+def asked(concepts: tuple[int, ...], gloss: bool, count: int) -> tuple[list[str], Tensor]:
+    """So many prompts of `cases`, each concept in turn, and the concepts that they ask for [count]."""
+    pairs = cases(concepts, gloss, -(-count // len(concepts)))[:count]
+    return [f"{STYLES[style]}, {WORDS[concept]}" for concept, style in pairs], torch.tensor([c for c, _ in pairs])
+
+
 def fetch(package: str, work: Path) -> Path:
     """Folder of one npm package, downloaded and unpacked under ``work / 'npm'`` when absent."""
     name = package.lstrip("@").replace("/", "-")
