@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from .errors import GuardError
 from .util.boundary import TYPED, contained
@@ -54,8 +55,18 @@ def _places(given: Path | None) -> list[Path]:
     return [*(Path(name) for name in named if name), ROOT.parent.parent, ROOT / ".run" / "comfyui"]
 
 
+class Watch(Protocol):
+    """What a host shows of work that takes long."""
+
+    def check(self) -> None:
+        """Raise to interrupt; what is finished is kept."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """``done`` of ``total`` are done of what ``text`` names."""
+
+
 class Lines:
-    """Progress as lines of the log, ten a stage."""
+    """A Watch: progress as lines of the log, ten a stage."""
 
     def __init__(self) -> None:
         self._said = ("", -1)  # stage, and tenths of it
