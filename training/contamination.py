@@ -209,7 +209,7 @@ def _halves(
 def _factors(lora: LoraFile, infos: Sequence[ModelInfo]) -> dict[str, Factor]:
     """All layers by weight key, or by their own names where no model is given."""
     if not infos:
-        return {n: Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale) for n, x in lora.plain.items()}
+        return {n: Factor.of(x) for n, x in lora.plain.items()}
     found: dict[str, Factor] = {}
     for info in infos:
         shapes = {key: spec.weight_shape for key, spec in info.specs.items()}

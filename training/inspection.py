@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..modular_lora.errors import plain
 from ..modular_lora.files.formats import Adapter, LoraLayer
 from ..modular_lora.files.names import is_text
 from ..modular_lora.files.reader import LoraFile, describe_base, read_lora
@@ -18,6 +19,7 @@ from ..modular_lora.guard.build import BASE_KEY, ROLE_KEY
 from ..modular_lora.guard.comparing import Factor, norm
 from .output import kohya_hashes
 
+SHORT = 200  # letters of a text out of the file
 SHOWN = (  # metadata worth a line, in this order, where a file has it
     "modelspec.title",
     "modelspec.date",
@@ -93,28 +95,32 @@ def format_inspection(report: Inspection) -> str:
         f"{report.name}: {report.role or 'no'} role recorded, {'/'.join(report.dtypes)}",
         f"  sha256 {report.sha256}",
         f"  base {report.base or 'not recorded'}"
-        + (f", sha256 {_text(report.base_sha256)}" * bool(report.base_sha256)),
+        + (f", sha256 {plain(report.base_sha256, SHORT)}" * bool(report.base_sha256)),
         *(line for part in report.parts for line in _part_lines(part)),
         *(f"  note: {note}" for note in report.notes),
     ]
     for key, said, computed in report.hashes:
         verdict = (
-            "not in the file" if not said else "as in the file" if said == computed else f"the file says {_text(said)}"
+            "not in the file"
+            if not said
+            else "as in the file"
+            if said == computed
+            else f"the file says {plain(said, SHORT)}"
         )
         lines.append(f"  {key} {computed} ({verdict})")
     own = sorted(key for key in report.metadata if key.startswith("modular_lora.") and key not in (ROLE_KEY, BASE_KEY))
-    lines += [f"  {_text(key)}: {_text(report.metadata[key])}" for key in (*SHOWN, *own) if key in report.metadata]
+    lines += [
+        f"  {plain(key, SHORT)}: {plain(report.metadata[key], SHORT)}"
+        for key in (*SHOWN, *own)
+        if key in report.metadata
+    ]
     if leaks := [key for key in ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs") if key in report.metadata]:
         lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training pictures")
     return "\n".join(lines)
 
 
 def _part(part: str, layers: Sequence[Adapter], lora: LoraFile) -> PartReport:
-    norms = {
-        x.name: norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale))
-        for x in layers
-        if isinstance(x, LoraLayer)
-    }
+    norms = {x.name: norm(Factor.of(x)) for x in layers if isinstance(x, LoraLayer)}
     whole = len(norms) == len(layers)
     return PartReport(
         part=part,
@@ -153,8 +159,3 @@ def _part_lines(p: PartReport) -> list[str]:
         f"    rank (layers) {ranks}; alpha (layers) {alphas}",
         f"    {size}",
     ]
-
-
-def _text(value: str) -> str:
-    """Text out of a file on one printable line of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in value[:200])

@@ -13,6 +13,15 @@ from modular_lora_guard.modular_lora.guard.build import SafetyLora, TaskLora
 from .figures import record
 
 
+class Silent:
+    """A watch of a training that shows nothing."""
+
+    def check(self) -> None:
+        """Nothing interrupts."""
+
+    stage = step = sample = say = lambda self, *said: None
+
+
 def parser(
     doc: str, file: str = "", *, checkpoint: bool = False, part: str | None = None, threads: bool = False
 ) -> argparse.ArgumentParser:

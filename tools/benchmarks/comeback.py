@@ -25,7 +25,7 @@ from modular_lora_guard.training.task import denoising
 from modular_lora_guard.training.task import train as task
 
 from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
-from .bench import finish, parser
+from .bench import Silent, finish, parser
 from .demo_world import draw
 
 logger = logging.getLogger("modular_lora")
@@ -81,15 +81,6 @@ class Trainee(narrow.NarrowTrainee):
         for path, module in lorafile.targets(self.unet).items():
             found = [some[name] for some in layers if (name := lorafile.kohya_name(path)) in some]
             module.adapters = [(f.down.float().to(self.device), f.up.float().to(self.device), f.scale) for f in found]
-
-
-class Silent:
-    """A watch that shows nothing."""
-
-    def check(self) -> None:
-        """Nothing interrupts."""
-
-    stage = step = sample = lambda self, *said: None
 
 
 @dataclass(frozen=True)

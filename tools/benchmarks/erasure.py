@@ -24,7 +24,7 @@ from modular_lora_guard.training import options
 from modular_lora_guard.training.safety import train as safety
 
 from ..world import ASSETS, DETECTOR, base, data, detector, lorafile, narrow
-from .bench import parser
+from .bench import Silent, parser
 from .figures import ROOT, record
 
 logger = logging.getLogger("modular_lora")
@@ -33,25 +33,16 @@ ARMS = {"pooled": {"on_policy": False}, "on-policy": {"on_policy": True, "denois
 
 
 @dataclass
-class Clock:
+class Clock(Silent):
     """A watch that keeps the CPU-seconds of every step."""
 
     begun: float = field(default_factory=time.process_time)
     at: list[float] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Nothing interrupts."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        pass
-
     def step(self, step: int, total: int, losses: list[float]) -> None:
         self.at.append(time.process_time() - self.begun)
         if step % 10 == 0:
             logger.info("step %d of %d loss %.3f, %.1f CPU-s", step, total, losses[-1], self.at[-1])
-
-    def sample(self, step: int, pictures: list[Path]) -> None:
-        pass
 
     def say(self, text: str) -> None:
         logger.info(text)
