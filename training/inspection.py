@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..modular_lora.guard.build import BASE_KEY, ROLE_KEY
 from ..modular_lora.guard.comparing import Factor, norm
 from .output import kohya_hashes
 
-SHORT = 200  # letters of a text out of the file
+_text = partial(plain, limit=200)  # out of a file, on one line
 SHOWN = (  # metadata worth a line, in this order, where a file has it
     "modelspec.title",
     "modelspec.date",
@@ -95,25 +96,17 @@ def format_inspection(report: Inspection) -> str:
         f"{report.name}: {report.role or 'no'} role recorded, {'/'.join(report.dtypes)}",
         f"  sha256 {report.sha256}",
         f"  base {report.base or 'not recorded'}"
-        + (f", sha256 {plain(report.base_sha256, SHORT)}" * bool(report.base_sha256)),
+        + (f", sha256 {_text(report.base_sha256)}" * bool(report.base_sha256)),
         *(line for part in report.parts for line in _part_lines(part)),
         *(f"  note: {note}" for note in report.notes),
     ]
     for key, said, computed in report.hashes:
         verdict = (
-            "not in the file"
-            if not said
-            else "as in the file"
-            if said == computed
-            else f"the file says {plain(said, SHORT)}"
+            "not in the file" if not said else "as in the file" if said == computed else f"the file says {_text(said)}"
         )
         lines.append(f"  {key} {computed} ({verdict})")
     own = sorted(key for key in report.metadata if key.startswith("modular_lora.") and key not in (ROLE_KEY, BASE_KEY))
-    lines += [
-        f"  {plain(key, SHORT)}: {plain(report.metadata[key], SHORT)}"
-        for key in (*SHOWN, *own)
-        if key in report.metadata
-    ]
+    lines += [f"  {_text(key)}: {_text(report.metadata[key])}" for key in (*SHOWN, *own) if key in report.metadata]
     if leaks := [key for key in ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs") if key in report.metadata]:
         lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training pictures")
     return "\n".join(lines)
