@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older ones
     sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
@@ -33,7 +31,7 @@ from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.modular_lora.util.boundary import TYPED, contained
 from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths
 from modular_lora_guard.tools.bootstrap.console import RunError, say
-from modular_lora_guard.tools.bootstrap.process import child_environment, run_attached
+from modular_lora_guard.tools.bootstrap.process import child_environment, exit_when_terminated, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
@@ -184,14 +182,9 @@ def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
     return () if named else environment.SPREAD
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    del frame
-    raise SystemExit(128 + signum)
-
-
 def main(arguments: Sequence[str]) -> int:
     options, rest = parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    exit_when_terminated()
     return contained(
         lambda: run(options, rest),
         lambda text: say(f"run.py: {text}"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ...comfy_host.standalone import has_accelerator
 from ...modular_lora.errors import GuardError
@@ -15,6 +14,7 @@ from ...modular_lora.places import check_writable
 from ...modular_lora.util.boundary import contained
 from ..bootstrap.console import RunError, say
 from ..bootstrap.paths import LOGS, WORLD, base_of
+from ..bootstrap.process import exit_when_terminated
 from .base import prepare
 from .client import ClientError
 from .server import Server
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    exit_when_terminated()
 
     def work() -> int:
         world = DemoWorld.expanded(WORLD)
@@ -56,11 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         interrupted="interrupted; the server is shut down.",
         logs=LOGS,
     )
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    del frame
-    raise SystemExit(128 + signum)
 
 
 def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any) -> Server:

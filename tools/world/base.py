@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..world import autoencoder, data, diffusion, text
+from ..world import autoencoder, data, diffusion, learning, text
 from ..world.unet import LIVE, NarrowUNet
 
 logger = logging.getLogger("modular_lora")
@@ -156,15 +155,10 @@ def train(work: Path, minutes: float, batch: int, rate: float, seed: int = 31) -
         fraction = (time.monotonic() - begin) / (60 * minutes)
         if fraction >= 1:
             break
-        decay = 1.0 if fraction < 0.5 else 0.02 + 0.49 * (1 + math.cos(math.pi * (2 * fraction - 1)))
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 100) * decay
         z, captions = next(stream)
         t, eps = draw_timesteps(batch), torch.randn_like(z)
         loss = (model(diffusion.add_noise(z, t, eps), t, captions) - eps).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        learning.update(optimizer, loss, rate * learning.rate(step, max(0.0, 2 * fraction - 1), 100))
         average.update(model, step)
         losses.append(loss.item())
         if step % 50 == 49:
@@ -190,8 +184,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     text.tokenize(data.load(options.work), options.tokenizer, options.work)
     train(options.work, options.minutes, options.batch, options.rate)
 

@@ -29,6 +29,7 @@ from ..world import (
     base,
     data,
     detector,
+    learning,
     lorafile,
 )
 
@@ -112,8 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     arms = evaluate(options.work, options.arms.split(","), options.rounds, options.base)
     if options.to is not None:
         head = {"date": datetime.date.today().isoformat(), "device": "CPU", "sampler": "euler, 20 steps, guidance 3"}

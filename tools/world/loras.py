@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import random
 import time
 from collections.abc import Callable
@@ -23,7 +22,18 @@ from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, SUPPRESSED_CLASS, TASK_LORA, base, data, diffusion, lorafile
+from ..world import (
+    ASSETS,
+    SAFETY_LORA,
+    SEQUENTIAL_LORA,
+    SUPPRESSED_CLASS,
+    TASK_LORA,
+    base,
+    data,
+    diffusion,
+    learning,
+    lorafile,
+)
 from ..world.base import Base
 from ..world.lorafile import Factors
 
@@ -175,13 +185,8 @@ def optimize(factors: Factors, settings: Settings, loss_of: Callable[[], Tensor]
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0, foreach=True)
     begin, losses = time.monotonic(), []
     for step in range(settings.steps):
-        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / settings.steps))
-        optimizer.param_groups[0]["lr"] = settings.rate * min(1.0, (step + 1) / 20) * decay
         loss = loss_of()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        learning.update(optimizer, loss, settings.rate * learning.rate(step, step / settings.steps, 20))
         losses.append(loss.item())
         if step % 25 == 24:
             mean = sum(losses[-25:]) / 25
@@ -218,8 +223,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the role's file in tools/world/assets")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     model = base.load(options.work)
     factors = lorafile.initial(model.unet, SEEDS[options.role])
     if options.resume:
