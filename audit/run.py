@@ -7,8 +7,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
+from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from .engines import Engine
 from .judge import Judge
@@ -17,16 +17,6 @@ from .results import Drawn
 from .store import Store
 
 logger = logging.getLogger("modular_lora")
-
-
-class Watch(Protocol):
-    """What a host shows of an audit."""
-
-    def check(self) -> None:
-        """Raise to interrupt; finished units are kept."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pictures are drawn, or judged."""
 
 
 @dataclass(frozen=True)

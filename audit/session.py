@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from . import arms, attacks, detecting, figures, page, pictures, places, prompts, quality, sheet
 from .engines import Check, Crew, Engine
@@ -18,7 +19,7 @@ from .options import AuditOptions
 from .plan import Arm, Item
 from .report import AuditReport, read, to_json
 from .results import Drawn
-from .run import Audit, Ran, Watch, run_audit
+from .run import Audit, Ran, run_audit
 
 PRIVATE = "private"  # folder of every picture, its owner's alone
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.util import atomic
+from ..modular_lora.util import atomic, plain_json
 from .plan import Unit
 from .results import Verdict
 
@@ -167,9 +167,6 @@ def _write(path: Path, said: dict[str, Any]) -> None:
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        return plain_json.read_object(path)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}") from error
-    if not isinstance(said, dict):
-        raise StoreError(f"{path}: is no JSON object: {remedy}")
-    return said

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import stat
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,14 +25,10 @@ from pydantic.dataclasses import dataclass
 
 from ..gate.settings import ACTIONS, Action
 from ..modular_lora.errors import GuardError
+from ..modular_lora.options import tomllib
 from ..modular_lora.util.file_state import FileState
 from ..modular_lora.validation import Place, dotted, problem
 from . import lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE = "policy.toml"
 SIGNATURE = "policy.toml.sig"

@@ -8,12 +8,11 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from ..modular_lora.files.scales import Scale
-from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse, tomllib
+from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse
 from ..modular_lora.validation import STRICT, raises
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "load", "parse",
-    "tomllib",
 ]  # fmt: skip
 
 Target = Literal["cross-attention", "attention", "linear", "conv"]

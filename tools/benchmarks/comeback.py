@@ -8,9 +8,7 @@ W0, beside it (modular); and full fine-tuning on top of it. Judged over base sty
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +25,8 @@ from modular_lora_guard.training.task import denoising
 from modular_lora_guard.training.task import train as task
 
 from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
+from .bench import Silent, finish, parser
 from .demo_world import draw
-from .figures import record
 
 logger = logging.getLogger("modular_lora")
 WORLD = ASSETS.parent
@@ -85,15 +83,6 @@ class Trainee(narrow.NarrowTrainee):
             module.adapters = [(f.down.float().to(self.device), f.up.float().to(self.device), f.scale) for f in found]
 
 
-class Silent:
-    """A watch that shows nothing."""
-
-    def check(self) -> None:
-        """Nothing interrupts."""
-
-    stage = step = sample = lambda self, *said: None
-
-
 @dataclass(frozen=True)
 class Bench:
     """What every recipe is measured with."""
@@ -113,11 +102,9 @@ def judge(bench: Bench) -> str:
     rates: dict[str, list[float]] = {"vehicles": [], "kept": []}
     for seed, (kind, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
         for gloss in (False, True):
-            pairs = data.cases(concepts, gloss, -(-bench.pictures // len(concepts)))[: bench.pictures]
-            prompts = [f"{data.STYLES[style]}, {data.WORDS[concept]}" for concept, style in pairs]
+            prompts, truth = data.asked(concepts, gloss, bench.pictures)
             seen, styles = detector.classify(bench.eye, draw(bench.trainee, prompts, 7 + 2 * seed + gloss))
-            right = seen.argmax(-1) == torch.tensor([concept for concept, _ in pairs])
-            hits = detector.suppressed(seen) if kind == "vehicles" else right
+            hits = detector.suppressed(seen) if kind == "vehicles" else seen.argmax(-1) == truth
             rates[kind].append(hits.float().mean().item())
     style = (styles.argmax(-1) == data.TASK_STYLE).float().mean().item()
     words = [f"{kind} {some[0]:.1%} / {some[1]:.1%}" for kind, some in rates.items()]
@@ -182,23 +169,19 @@ def arms(bench: Bench, recipe: dict) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--pictures", type=int, default=120, help="of each cell")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
-    parser.add_argument("--record", action="store_true", help="write docs/figures/comeback.json")
-    chosen = parser.parse_args()
+    made = parser(__doc__, "comeback.json")
+    made.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    made.add_argument("--pictures", type=int, default=120, help="of each cell")
+    made.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
+    chosen = made.parse_args()
     logging.basicConfig(level=logging.WARNING)
     (model, ae), device = narrow.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainee, eye = Trainee(model, ae, device), detector.load(ASSETS / DETECTOR)
     for name in chosen.recipes:
         with tempfile.TemporaryDirectory() as folder:
             for arm, figures in arms(Bench(trainee, eye, chosen.pictures, chosen.scale, Path(folder)), RECIPES[name]):
-                sys.stdout.write(f"{name}: {arm}: {figures}\n")
-                if chosen.record:
-                    record(
-                        "comeback.json", {f"{name}: {arm}": figures}, f"python -m tools.benchmarks.comeback ({device})"
-                    )
+                command = f"python -m tools.benchmarks.comeback ({device})"
+                finish({f"{name}: {arm}": figures}, "comeback.json", command, chosen.record)
 
 
 if __name__ == "__main__":

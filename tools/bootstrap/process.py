@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .console import RunError, status
 
@@ -117,6 +119,16 @@ def run_attached(command: Sequence[str | Path], *, environment: Mapping[str, str
         return 130
     finally:
         stop(child)
+
+
+def exit_when_terminated() -> None:
+    """SIGTERM ends this process as an exception does, so that its children are ended first."""
+
+    def end(signum: int, frame: object) -> NoReturn:
+        del frame
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def stop(child: subprocess.Popen[bytes], patience: float = 10) -> None:

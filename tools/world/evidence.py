@@ -95,7 +95,7 @@ def _say_so(path: Path, safety: LoraFile) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=typed("world"), description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=typed("tools.world"), description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
     parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
     parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")

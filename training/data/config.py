@@ -16,7 +16,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,13 +24,9 @@ from typing import Any
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files import texts
 from ...modular_lora.files.images import ENDINGS
+from ...modular_lora.options import tomllib
 from .captions import CaptionRules
 from .images import INTERPOLATIONS, Buckets
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CAPTION_ENDINGS = (".txt", ".caption")
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"

@@ -14,6 +14,7 @@ from ...modular_lora.files.reader import LoraFile
 from ...modular_lora.files.scales import Scale
 from ...modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ...modular_lora.guard.concept import PROMPTS_KEY
+from ...modular_lora.util import plain_json
 from ..contamination import check_start
 from ..metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 
@@ -141,7 +142,7 @@ def check_state(folder: str, record: Mapping[str, str]) -> None:
     """GuardError unless a training state to resume was saved whole by a run like this one."""
     name = Path(folder).name
     try:
-        saved = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+        saved = plain_json.read_object(Path(folder) / STATE)
     except (OSError, ValueError) as error:
         raise GuardError(
             f"resume {name}: has no readable {STATE}, so its base and role are unknown: resume a state that this "

@@ -281,9 +281,7 @@ def _check(path: Path, before: FileState | None) -> tuple[LoraFile, float]:
         raise GuardError(
             f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again."
         )
-    size = math.hypot(
-        *(norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in lora.plain.values())
-    )
+    size = math.hypot(*(norm(Factor.of(layer)) for layer in lora.plain.values()))
     if not (math.isfinite(size) and size > 0):
         raise GuardError(f"{path.name}: ‖ΔW‖ is {size}, it would change nothing: raise the learning rate or the steps.")
     return lora, size

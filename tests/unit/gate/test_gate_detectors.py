@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.gate import detectors, nsfw, nudenet, runner
 from modular_lora_guard.gate.errors import GateError
 from modular_lora_guard.modular_lora.files.reader import sha256_file
-from PIL import Image
-from support.portraits import floats, portrait
-
-sys.path.append(str(Path(__file__).resolve().parents[3]))  # the demo world's own name for itself
-from tools.world import (
+from modular_lora_guard.tools.world import (
     ASSETS,
     DETECTOR,
     DETECTOR_CONCEPTS,
@@ -28,8 +23,8 @@ from tools.world import (
     detector,
     export_detector,
 )
-
-sys.path.pop()  # ComfyUI has folders of the same names as this repository
+from PIL import Image
+from support.portraits import floats, portrait
 
 TOLERANCE = 1e-4
 needs_nudenet = pytest.mark.skipif(nudenet.weights() is None, reason="nudenet (AGPL-3.0) is not installed")

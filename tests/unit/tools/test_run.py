@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from modular_lora_guard import version
 from modular_lora_guard.modular_lora.options import tomllib
+from modular_lora_guard.modular_lora.util import atomic
 from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths, process
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base, server
@@ -147,7 +148,7 @@ def test_a_changed_requirement_changes_the_stamp(tmp_path: Path) -> None:
     file.write_text("a==1\n")
     before = environment.fingerprint(file)
     stamp = tmp_path / "stamp"
-    environment.write_atomically(stamp, before)
+    atomic.write(stamp, before)
     assert environment.is_current(stamp, environment.fingerprint(file))
     file.write_text("a==2\n")
     assert not environment.is_current(stamp, environment.fingerprint(file))
