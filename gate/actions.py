@@ -63,6 +63,7 @@ def apply(
 ) -> np.ndarray:
     """The picture h w 3 with the action done; outside its mask ``where`` (h w) local actions change nothing."""
     if settings.action == "replace":
+        assert replacement is not None, "gate.run checked that there is one"
         return _fitted(replacement, picture.shape[:2]).astype(picture.dtype)
     if settings.action not in LOCAL:
         return np.zeros_like(picture)

@@ -146,7 +146,7 @@ class Gate:
     actions: tuple[Action, ...] | None = None
 
     @property
-    def allowed(self) -> tuple[str, ...]:
+    def allowed(self) -> tuple[Action, ...]:
         if self.actions is not None:
             return self.actions
         return tuple(action for action in ACTIONS if action != "report" or not self.required)

@@ -188,7 +188,8 @@ def trusted_key(claimed: str, trusted: Mapping[str, Path], subject: str) -> tupl
 def _hash(curve: Any) -> Any:
     from cryptography.hazmat.primitives import hashes
 
-    return {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}[curve.key_size]()
+    kinds: dict[int, type] = {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}
+    return kinds[curve.key_size]()
 
 
 def _bytes(said: Mapping[str, Any], purpose: str) -> bytes:

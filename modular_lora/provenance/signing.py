@@ -277,11 +277,12 @@ def _dated(hashing: Any, manifest: Any, expires: datetime.date | None) -> Any:
     config = hashing.Config().set_ignored_paths(paths=(), ignore_git_paths=False)
     if expires is None:
         return config
+    last_day = expires.isoformat()
 
     class Dated(manifest.Manifest):
         @property
         def serialization_type(self):
-            return {**super().serialization_type, "expires": expires.isoformat()}
+            return {**super().serialization_type, "expires": last_day}
 
     class DatedConfig(hashing.Config):
         def hash(self, model_path, **options):
