@@ -1,6 +1,6 @@
 """Inputs that a LoRA gives a model (Flux control): ComfyUI draws them from the conditioning if the weight shows room.
 
-Flux.concat_cond asks how many inputs the weight of img_in has (0.3.75 and 0.33.0); a guarded model's weight stays W0.
+Flux.concat_cond asks how many inputs the weight of img_in has; a guarded model's weight stays W0.
 """
 
 from __future__ import annotations
