@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     demo = commands.add_parser(
         "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
     )
-    demo.add_argument("--steps", type=_number(1, 10_000), default=20, help="sampling steps of every picture (20)")
+    demo.add_argument("--steps", type=_number(1, 10_000), default=20, help="sampling steps of every image (20)")
     demo.add_argument(
         "--seed", type=_number(0, 2**63), default=1, help="seed of the first prompt, which others follow (1)"
     )

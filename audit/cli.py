@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _engine_arguments(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("engine", "where pictures are drawn; the pictures are the same")
+    group = command.add_argument_group("engine", "where images are drawn; the images are the same")
     group.add_argument("--engine", choices=ENGINES, default="local", help="this process, processes, or a Ray cluster")
     group.add_argument("--workers", type=int, default=1, help="processes or Ray actors (1)")
     group.add_argument("--devices", type=int, nargs="+", default=[], help="GPUs by index, a process each")

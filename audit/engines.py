@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -168,11 +168,14 @@ class _Fleet(Protocol):
         """End all workers at once."""
 
 
+_Work = TypeVar("_Work", Unit, None)  # None: a worker is to say what it is
+
+
 class _Team:
     """Hands units to a fleet; a unit is in the queue, with one worker, or drawn, and never in two of these."""
 
     def __init__(self, fleet: _Fleet, check: Check) -> None:
-        self.fleet, self.deaths, self.told = fleet, Counter(), 0
+        self.fleet, self.deaths, self.told = fleet, Counter[int](), 0
         (_, answer), *_ = self._work([None], check)
         self.origin = Origin(**answer["origin"])
 
@@ -184,18 +187,19 @@ class _Team:
         for unit, answer in self._work(units, check):
             if (origin := Origin(**answer["origin"])) != self.origin:
                 raise GuardError(
-                    f"Workers differ ({self.origin} and {origin}): their pictures would too; use workers of one kind."
+                    f"Workers differ ({self.origin} and {origin}): their images would too; use workers of one kind."
                 )
             yield unit, answer["pictures"]
 
-    def _work(self, units: Sequence[Unit | None], check: Check) -> Iterator[tuple[Unit | None, dict[str, Any]]]:
-        waiting, busy = deque(units), {}
+    def _work(self, units: Sequence[_Work], check: Check) -> Iterator[tuple[_Work, dict[str, Any]]]:
+        waiting = deque(units)
+        busy: dict[int, _Work] = {}
         while waiting or busy:
             check()
             for slot in range(self.fleet.slots):
                 if waiting and slot not in busy:
                     busy[slot] = unit = waiting.popleft()
-                    self.fleet.ask(slot, unit and asdict(unit))
+                    self.fleet.ask(slot, None if unit is None else asdict(unit))
             for slot, answer in self.fleet.answers(WAIT):
                 if answer is None:
                     self._count_death(slot, busy.get(slot))
@@ -234,8 +238,9 @@ class _ProcessFleet:
             self.workers[slot][1].send(request)
 
     def answers(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
-        slots = {connection: slot for slot, (_, connection) in self.workers.items()}
-        return [(slots[ready], self._take(slots[ready])) for ready in wait(list(slots), timeout)]
+        slots: dict[object, int] = {connection: slot for slot, (_, connection) in self.workers.items()}
+        ready = wait([connection for _, connection in self.workers.values()], timeout)
+        return [(slots[connection], self._take(slots[connection])) for connection in ready]
 
     def _take(self, slot: int) -> dict[str, Any] | None:
         try:

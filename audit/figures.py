@@ -43,7 +43,9 @@ def build(
     quality: Sequence[Quality], notes: Iterable[str],
 ) -> AuditReport:  # fmt: skip
     """Every figure of the pictures; ``notes`` go on with what cannot be counted."""
-    rows, differences, more = [], [], list(notes)
+    rows: list[Row] = []
+    differences: list[Difference] = []
+    more = list(notes)
     for (cell, attack), some in _groups(drawn).items():
         rows += _rows(judge, cell, attack, some, more)
         if attack != "sweep":
@@ -118,9 +120,9 @@ def _difference(
     verdict = "" if against == "base" and question.worse > 0 else _verdict(question, some, arm, against, margin)
     rates = stats.wilson_rates(some, question.asked)
     bootstrap = (by.low, by.high) if by.low < by.high else None
-    told = (question.name, by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
+    figures = (by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
     counts = (pairs.n, pairs.only_first, pairs.only_second, pairs.p)
-    return Difference(arm, against, question.cell, attack, *told, *counts, ratio)
+    return Difference(arm, against, question.cell, attack, question.name, *figures, *counts, ratio)
 
 
 def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, margin: float) -> str:
@@ -132,7 +134,7 @@ def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, 
     pair = (arm, against) if question.worse > 0 else (against, arm)
     worse_by, rates = stats.difference(some, *pair, question.asked), stats.wilson_rates(some, question.asked)
     if min(rates[name].n for name in pair) < VERDICT:
-        return "too few pictures"
+        return "too few images"
     low, high = newcombe(rates[pair[0]], rates[pair[1]])
     if stats.non_inferior(replace(worse_by, high=max(worse_by.high, high)), margin):
         return "not worse"

@@ -25,7 +25,7 @@ class Part:
     path: str
     sha256: str
     strength: float = 1.0
-    scale: str = "refuse"  # see modular_lora.options.Scale
+    scale: str = "refuse"  # see modular_lora.files.scales.Scale
 
 
 @dataclass(frozen=True)
@@ -129,5 +129,5 @@ def _content(path: str) -> str:
     from ..modular_lora.files.reader import sha256_file  # here, since it brings torch, which not every caller needs
 
     if path and not Path(path).is_file():
-        raise GuardError(f"{path}: no such picture to start from: check the file that names it")
+        raise GuardError(f"{path}: no such image to start from: check the file that names it")
     return sha256_file(Path(path)) if path else ""

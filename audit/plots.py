@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from .arms import shown
 from .report import Difference, Row
 
 INK, BAR, MARK = "#010203", "#5b86c4", "#c44e52"  # INK is exchanged for the page's own text colour
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's own settings, of whose names its newest types keep a list
     "svg.fonttype": "none",
     "svg.hashsalt": "modular lora guard",  # else ids are random
     "text.parse_math": False,  # labels are anybody's words; a dollar sign must stay one

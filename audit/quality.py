@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from .judge import Judge
 from .options import AuditOptions
 from .report import Quality
 from .results import Drawn
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 CELLS = ("kept", "task")  # a suppressed prompt is meant to give something else
 LEAST, MOST, SUBSETS = 10, 100, 100  # pictures of a KID subset; subsets
@@ -66,8 +70,8 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
     compare = _Comparison(options, groups, embedding, notes) if embedding else None
     if embedding:
         settings["embedding"] = embedding.name
-        settings["KID"] = f"mean over {SUBSETS} subsets of at most {MOST} pictures"
-        settings["reference"] = "task pictures, else the base arm's" if options.task_pictures else "the base arm's"
+        settings["KID"] = f"mean over {SUBSETS} subsets of at most {MOST} images"
+        settings["reference"] = "task images, else the base arm's" if options.task_pictures else "the base arm's"
     found = []
     for (arm, cell), some in groups.items():
         check()
@@ -127,23 +131,26 @@ def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> 
 
     few, dimensions = min(len(reference), len(found)), reference.shape[1]
     if few < LEAST:
-        notes.append(f"quality, {cell}: {few} pictures are too few for KID ({LEAST} at least)")
+        notes.append(f"quality, {cell}: {few} images are too few for KID ({LEAST} at least)")
         return {}
     given = _Given(dimensions)
     with warnings.catch_warnings(), torch.random.fork_rng([]):
         warnings.simplefilter("ignore", UserWarning)  # that features are kept in memory
         torch.manual_seed(0)  # of the subsets
         kid = KernelInceptionDistance(given, SUBSETS, min(MOST, few))
-        mean, deviation = _of(kid, reference, found)
+        _show(kid, reference, found)
+        mean, deviation = kid.compute()
         figures = {"kid": float(mean)}
         if few < 2 * MOST:
-            notes.append(f"quality, {cell}: KID's deviation left out, {few} pictures are not twice a subset of {MOST}")
+            notes.append(f"quality, {cell}: KID's deviation left out, {few} images are not twice a subset of {MOST}")
         else:
             figures["kid_std"] = float(deviation)
         if few < 2 * dimensions:
-            notes.append(f"quality, {cell}: FID left out, it is biased with {few} pictures in {dimensions} dimensions")
+            notes.append(f"quality, {cell}: FID left out, it is biased with {few} images in {dimensions} dimensions")
         else:
-            figures["fid"] = float(_of(FrechetInceptionDistance(given), reference, found))
+            fid = FrechetInceptionDistance(given)
+            _show(fid, reference, found)
+            figures["fid"] = float(fid.compute())
     return figures
 
 
@@ -155,10 +162,9 @@ class _Given(nn.Identity):
         self.num_features = dimensions
 
 
-def _of(metric: nn.Module, reference: Tensor, found: Tensor):
+def _show(metric: Metric, reference: Tensor, found: Tensor) -> None:
     metric.update(reference, real=True)
     metric.update(found, real=False)
-    return metric.compute()
 
 
 def _embedding(options: AuditOptions, judge: Judge) -> tuple[Embedding | None, list[str]]:
@@ -168,9 +174,24 @@ def _embedding(options: AuditOptions, judge: Judge) -> tuple[Embedding | None, l
     if options.inception:
         return inception(Path(options.inception)), []
     for detector in filter(None, (judge.concept, judge.fidelity)):
-        if getattr(detector, "embeds", False):
-            return Embedding(f"{detector.name}'s own", lambda p, d=detector: d.embed(p.astype(np.float32) / 255)), []
+        if isinstance(detector, Embeds) and detector.embeds:
+            return _own(detector), []
     return None, ["quality: no embedding is at hand (inception, or a classifier that names one), so there is no KID"]
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A detector that has features of its own, where its labels file names an output for them."""
+
+    name: str
+    embeds: bool
+
+    def embed(self, pictures: np.ndarray) -> np.ndarray:
+        """Features (b n, float32) of pictures b h w 3, float32, RGB, 0..1."""
+
+
+def _own(detector: Embeds) -> Embedding:
+    return Embedding(f"{detector.name}'s own", lambda pictures: detector.embed(pictures.astype(np.float32) / 255))
 
 
 def inception(path: Path) -> Embedding:

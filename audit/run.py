@@ -57,10 +57,10 @@ class Ran(Sequence[Drawn]):
 
     def lines(self) -> list[str]:
         """For the report, one line a fact."""
-        lines = [f"pictures: {len(self)} in {self.units} units, on {self.origin.device} in {self.origin.dtype}"]
+        lines = [f"images: {len(self)} in {self.units} units, on {self.origin.device} in {self.origin.dtype}"]
         lines.append(f"units finished before this run: {self.reused} of {self.units}")
         if self.twice:
-            lines.append(f"units that another process finished first, so that its pictures count: {self.twice}")
+            lines.append(f"units that another process finished first, so that its images count: {self.twice}")
         if self.replaced:
             lines.append(f"workers that died and were replaced, whose units were drawn again: {self.replaced}")
         return lines

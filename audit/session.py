@@ -152,8 +152,8 @@ def _settings(
         "device": ran.origin.device,
         "dtype": ran.origin.dtype,
         "margin": options.margin,
-        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's and Newcombe's over pictures",
-        "verdicts": f"from {figures.VERDICT} pictures of either arm",
+        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's and Newcombe's over images",
+        "verdicts": f"from {figures.VERDICT} images of either arm",
         "show_unsafe": options.show_unsafe,
     }
 

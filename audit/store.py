@@ -105,7 +105,7 @@ class Store:
             if _sha256(pictures[-1]) != sha256:
                 raise StoreError(f"{path}: has other pixels than were written: {remedy}")
         if len(pictures) != len(unit.items):
-            raise StoreError(f"{place / UNIT}: names {len(pictures)} pictures of {len(unit.items)}: {remedy}")
+            raise StoreError(f"{place / UNIT}: names {len(pictures)} images of {len(unit.items)}: {remedy}")
         return np.stack(pictures)
 
     def verdicts(self, unit: Unit, judge: str) -> list[Verdict] | None:
@@ -140,7 +140,7 @@ def _check_pictures(unit: Unit, pictures: np.ndarray) -> None:
     n = len(unit.items)
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != n or pictures.shape[3] != 3:
         raise GuardError(
-            f"Arm {unit.arm.name}: the painter gave {pictures.shape} {pictures.dtype} for {n} pictures: it must give "
+            f"Arm {unit.arm.name}: the sampler gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
             "b h w 3 uint8."
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..modular_lora.errors import GuardError
 from .engines import paint
-from .plan import Arm, Item, Origin, Part, Sampling
+from .plan import Arm, Item, Origin, Painter, Part, Sampling
 
 logger = logging.getLogger("modular_lora")
 
@@ -28,7 +28,8 @@ class Worker:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         """``spec`` is a PainterSpec as a dict."""
-        self.spec, self.stack, self.painter = spec, contextlib.ExitStack(), None
+        self.spec, self.stack = spec, contextlib.ExitStack()
+        self.painter: Painter | None = None  # from the first request on
 
     def answer(self, request: dict[str, Any] | None) -> dict[str, Any]:
         """Pictures and the painter's origin for a Unit as a dict, the origin for None; else "error" with a text."""

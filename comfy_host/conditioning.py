@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import comfy.sd
 
-from ..modular_lora.provenance.attestation import carrying_digests
+from ..modular_lora.provenance import ledger
+from ..modular_lora.util.tensor_hashing import carrying_digests
 from . import patcher
 
 CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids, 0.3.75 and 0.33.0
@@ -53,13 +54,13 @@ def _text_of(inputs: Iterable) -> str | None:
         if isinstance(value, comfy.sd.CLIP):
             guarded = isinstance(value, patcher.GuardedClipMixin)
             found.add(value.patcher.guard_state.text_digest if guarded else None)
-        found |= {patcher.embeddings.get(row) for row in _rows(value)}
+        found |= {ledger.embeddings.get(row) for row in _rows(value)}
     return found.pop() if len(found) == 1 else None
 
 
 def _remember(value: object, digest: str) -> None:
     for row in _rows(value):
-        patcher.embeddings.put(row, digest)
+        ledger.embeddings.put(row, digest)
 
 
 def _rows(value: object) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """Functional strength (modular_lora/guard/functional.py) of a MODEL and CLIP with LoRAs, on small latents.
 
-Like patcher.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold. It evaluates
-a bare clone of the MODEL: nothing that a node put on the model or its options acts or can choose what is measured.
-Noise and noise levels are fixed. Predictions are kept by the hash of the base and of the LoRAs that acted, so a swap of
-the task LoRA costs two arms of four, and a combination that was measured before costs nothing.
+A bare clone of the MODEL is evaluated: nothing that a node put on the model or its options acts or can choose what is
+measured. Noise and noise levels are fixed. Predictions are cached by the hash of the base and of the LoRAs that acted,
+so a swap of the task LoRA costs two arms of four, and a combination that was measured before costs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a loaded model consists of: its layers and their names, W0, and their hashes; ComfyUI's objects are only read.
-
-Like host.py, which changes them, it touches ComfyUI's internals; each touch says the versions it was seen in.
-"""
+"""What a loaded model consists of: its layers and their names, W0, and their hashes; nothing is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ..modular_lora.branches.attachment import places, tree
 from ..modular_lora.branches.layer_spec import LayerSpec, layer_spec, layer_specs
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import ModelInfo
-from ..modular_lora.provenance import attestation as attest
+from ..modular_lora.util.tensor_hashing import weights_sha256
 from .call_counts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
@@ -125,7 +122,7 @@ def model_sha256(patcher) -> str:
     if module not in _weights:
         backup = {key: entry[0] for key, entry in patcher.hook_backup.items()}
         backup |= {key: entry.weight for key, entry in patcher.backup.items()}  # a hook's is of the merged weight
-        _weights[module] = attest.weights_sha256(_stored(module, backup))
+        _weights[module] = weights_sha256(_stored(module, backup))
     return _weights[module]
 
 
@@ -152,5 +149,5 @@ def vae_sha256(vae) -> str:
     """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
     module = vae.first_stage_model
     if module not in _weights:
-        _weights[module] = attest.weights_sha256(module.state_dict().items())
+        _weights[module] = weights_sha256(module.state_dict().items())
     return _weights[module]

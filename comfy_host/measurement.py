@@ -1,7 +1,4 @@
-"""What the guard's measurement of a run (modular_lora/branches/acted.py) asks of ComfyUI.
-
-Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
-"""
+"""What the guard's measurement of a run (modular_lora/branches/acted.py) asks of ComfyUI."""
 
 from __future__ import annotations
 

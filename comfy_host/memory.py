@@ -1,7 +1,4 @@
-"""The branches in ComfyUI's memory management: counted, made with the model, given back with it.
-
-Like host.py it touches ComfyUI's internals (ModelPatcher); each touch says the versions in which it was seen to hold.
-"""
+"""The branches in ComfyUI's memory management: counted, made on loading and freed on unloading the model."""
 
 from __future__ import annotations
 

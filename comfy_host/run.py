@@ -1,7 +1,4 @@
-"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes.
-
-Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
-"""
+"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes."""
 
 from __future__ import annotations
 
@@ -80,13 +77,12 @@ class GenerateMixin:
 
     def generate(self, tokens, *args, **kwargs):
         self.load_model(tokens)
-        self.patcher.guard_begin()
+        run = self.patcher.guard_begin()
         _, before = self.patcher.branches.counts()
         try:
             text = super().generate(tokens, *args, **kwargs)
         finally:
-            self.patcher.guard_run = None  # each token runs the layers, without an evaluation of what holds them
-            self.patcher.branches.meter.stop()
+            run.discard()  # each token runs the layers, without an evaluation of what holds them
         self.patcher.guard_seat.verify()
         _check_even(self.patcher.branches, before)
         return text

@@ -1,8 +1,8 @@
-"""Draws the arms of an audit with ComfyUI's own parts: the third module that touches its internals.
+"""Samples the arms of an audit with ComfyUI's own parts.
 
 An arm's LoRAs act as the guard's unmerged branches on U-Net and text encoder, at any strength, for the time of one
 call; W0 is never touched. A LoRA acts whole or the call stops: nobody should measure half of one. Nothing of a model
-that another node guards is on while a picture is drawn, and pictures never reach a preview.
+that another node guards is on while an image is sampled, and no image reaches a preview.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files.images import PictureError, decode, decode_mask
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
-from ..modular_lora.provenance.attestation import Run, weights_sha256
+from ..modular_lora.provenance.attestation import Run
 from ..modular_lora.util.cache import Cache
+from ..modular_lora.util.tensor_hashing import weights_sha256
 from . import introspection, trainer_model
 from . import patcher as host
 from .memory import compute_dtype
@@ -187,7 +188,7 @@ def _check_sampling(sampling: Sampling) -> None:
             raise GuardError(f"{what} {name!r} is not one of this ComfyUI: choose of {', '.join(names)}.")
     for side in (sampling.width, sampling.height):
         if side <= 0 or side % PIXELS:
-            raise GuardError(f"Pictures of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.")
+            raise GuardError(f"Images of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.")
     if sampling.steps < 1:
         raise GuardError(f"{sampling.steps} steps: give 1 or more.")
 
@@ -227,7 +228,7 @@ def _groups(items: Sequence[Item], conds: Sequence[tuple[Cond, Cond]], sampler: 
     groups: dict[Hashable, list[int]] = {}
     for i, (item, pair) in enumerate(zip(items, conds, strict=True)):
         if item.mask and not item.start:
-            raise GuardError(f"Item {item.prompt[:60]!r} has a mask and no start picture: inpainting needs both.")
+            raise GuardError(f"Item {item.prompt[:60]!r} has a mask and no start image: inpainting needs both.")
         if not 0 < item.denoise <= 1:
             raise GuardError(f"Item {item.prompt[:60]!r} has denoise {item.denoise}: give more than 0, at most 1.")
         plain = all(_plain(extra) for _, extra in pair)
@@ -258,7 +259,7 @@ def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
         data = Path(path).read_bytes()
         picture = decode_mask(data).image if mask else decode(data).image
     except (OSError, PictureError) as error:
-        raise GuardError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
+        raise GuardError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
     if picture.size != size:
         picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
@@ -268,8 +269,8 @@ def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
     """b h w 3 of 0..1 as uint8, rounded as Save Image rounds."""
     if pictures.shape[1:] != (sampling.height, sampling.width, 3):
         raise GuardError(
-            f"The VAE gives {tuple(pictures.shape[1:])} for pictures of {sampling.width}×{sampling.height}: an audit "
-            f"draws with models of still pictures whose latents stand for {PIXELS} pixels each."
+            f"The VAE gives {tuple(pictures.shape[1:])} for images of {sampling.width}×{sampling.height}: an audit "
+            f"draws with models of still images whose latents stand for {PIXELS} pixels each."
         )
     return np.clip(255.0 * pictures.cpu().numpy(), 0, 255).astype(np.uint8)
 

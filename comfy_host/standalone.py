@@ -1,4 +1,4 @@
-"""ComfyUI for processes that it did not start: found, put on the path, told nothing of our arguments."""
+"""Make ComfyUI importable in a standalone process, with its argument parsing off."""
 
 from __future__ import annotations
 

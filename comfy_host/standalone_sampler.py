@@ -1,4 +1,4 @@
-"""A painter for processes that ComfyUI did not start: the audit's workers open one each."""
+"""A sampler for standalone processes: each worker of an audit opens one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def open_painter(checkpoint: str, comfyui: str = "", cpu: bool = False, device_i
         torch.cuda.set_device(device_index)  # which comfy.model_management.get_torch_device asks for (0.3.75, 0.33.0)
     sampler = importlib.import_module(".sampler", __package__)
     if cpu and (device := sampler.device()).type != "cpu":
-        raise GuardError(f"ComfyUI runs on {device} in this process already: open a painter for the CPU in its own.")
+        raise GuardError(
+            f"ComfyUI runs on {device} in this process already: open a sampler for the CPU in a process of its own."
+        )
     try:
         with torch.inference_mode():  # as ComfyUI's executor loads
             loaded = sampler.load(Path(checkpoint))

@@ -1,7 +1,7 @@
-"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: one of three modules that touch ComfyUI's internals.
+"""ComfyUI's loaded MODEL, CLIP and VAE as the model that a training loop works on (training/model.py).
 
 ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
-autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
+autograd cannot save (0.33.0: plain ones). While it is open, every weight stands in its module as a plain tensor
 over the same storage, which costs no memory; in another precision than the model was loaded in, as a copy, which
 costs the network's size once. On leaving, the parameters themselves are put back, bit for bit what they were.
 """
@@ -20,7 +20,6 @@ import comfy.model_sampling
 import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from ..training.model import Cond, Schedule
 from ..training.options import Options, SafetyOptions
 from . import introspection, patcher
 from .convolutions import small_as_products
+from .model_folders import find_model
 
 FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
 TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py, 0.3.75 and 0.33.0)
@@ -57,7 +57,7 @@ CHUNK = 75  # tokens between start and end token
 
 
 class ComfyTrainee:
-    """See training.trainee.Trainee; made by `opened`."""
+    """See training.model.Trainee; made by `opened`."""
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
@@ -227,10 +227,10 @@ def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str
     """
     _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
     kinds = dict(engine.family(introspection.family(model)).parts)
-    if not (path := next(filter(None, (folder_paths.get_full_path(kind, ckpt_name) for kind in BASE_FOLDERS)), None)):
+    if not (path := find_model(ckpt_name, *BASE_FOLDERS)):
         raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
     base = Base(
-        Path(path),
+        path,
         introspection.family(model),
         introspection.model_sha256(model),
         isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
@@ -245,9 +245,9 @@ def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
     """Path of a file of the model, in ComfyUI's folder of its kind alone."""
     if part not in kinds:
         raise GuardError(f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.")
-    if not (path := folder_paths.get_full_path(kinds[part], name)):
+    if not (path := find_model(name, kinds[part])):
         raise GuardError(f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.")
-    return path
+    return str(path)
 
 
 def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:

@@ -84,7 +84,8 @@ class Classifier:
         """Pictures b h w 3, RGB, 0..1, in the form that the labels file names."""
         said = self._said
         if part.shape[1:3] != said.size:
-            part = np.stack([_resized(picture, said.size, said.resize) for picture in part])
+            height, width = said.size
+            part = np.stack([_resized(picture, (height, width), said.resize) for picture in part])
         if said.channels == "bgr":
             part = part[..., ::-1]
         part = (part - np.array(said.mean, np.float32)) / np.array(said.std, np.float32)

@@ -7,7 +7,7 @@ was fitted to pictures with its artefacts.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,14 @@ class OpenNsfw:
     """The detector; `make` in detectors.py serves it. Raises GateError without the package or with other weights."""
 
     licence = "BSD-2-Clause (weights), MIT (package)"
-    labels = (LABEL,)
+    labels: tuple[str, ...] = (LABEL,)
     exclusive: tuple[str, ...] = ()
+    block: Mapping[str, float]
+    report: Mapping[str, float]
     has_boxes = False
     covers = "pornographic photographs as a whole: one score"
     blind_to = (
-        "where in the picture; violence, gore, weapons, hate, likeness, age; drawings, paintings and other art; "
+        "where in the image; violence, gore, weapons, hate, likeness, age; drawings, paintings and other art; "
         "nudity that is not pornography"
     )
 

@@ -13,7 +13,7 @@ boxes equal those of nudenet 3.4.2's ``NudeDetector.detect`` on the file of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ class NudeNet:
     """The detector; `make` in detectors.py serves it. Raises GateError without the package or with other weights."""
 
     licence = "AGPL-3.0 (weights and package)"
-    labels = LABELS
+    labels: tuple[str, ...] = LABELS
     exclusive: tuple[str, ...] = ()
+    block: Mapping[str, float]
+    report: Mapping[str, float]
     has_boxes = True
     covers = "18 body parts, exposed or covered, and faces, in photographs above all"
     blind_to = (

@@ -17,7 +17,7 @@ from .errors import GateError
 from .finding import Detector, Finding
 
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
-ACTIONS: tuple[str, ...] = get_args(Action)
+ACTIONS: tuple[Action, ...] = get_args(Action)
 GROWTH = 1.2  # default of labels that are masked: detectors' boxes sit tight
 MOST_CELLS = 16
 MOST_GROWTH = 10.0

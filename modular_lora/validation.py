@@ -44,11 +44,11 @@ def raises(kind: type[Exception]) -> Callable[[T], T]:
     def decorate(cls: T) -> T:
         def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
             try:
-                cls.__pydantic_validator__.validate_python(ArgsKwargs(args, kwargs), self_instance=self)
+                vars(cls)["__pydantic_validator__"].validate_python(ArgsKwargs(args, kwargs), self_instance=self)
             except ValidationError as error:
                 raise kind(problem(cls, error)[1]) from None
 
-        cls.__init__ = __init__
+        cls.__init__ = __init__  # type: ignore[misc]  # pydantic's own, with the same arguments, raises ValidationError
         return cls
 
     return decorate
@@ -87,7 +87,7 @@ def problem(cls: type, error: ValidationError) -> tuple[Place, str]:
     if kind in (UNKNOWN, "missing"):
         fields = _fields(cls, place[:-1])
         if kind == "missing":
-            return place, f"{dotted(place)} is missing: {fields[place[-1]].metadata.get('description', 'add it')}."
+            return place, f"{dotted(place)} is missing: {fields[str(place[-1])].metadata.get('description', 'add it')}."
         near = difflib.get_close_matches(str(place[-1]), fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}."
         return place, f"{dotted(place)} does not exist: {hint}"

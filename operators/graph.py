@@ -167,7 +167,8 @@ def _types(declared: str) -> frozenset[str]:
 class _Graph:
     def __init__(self, graph: dict, facts_of: FactsOf, policy: OperatorPolicy, files: Files):
         self.graph, self.policy, self.files = graph, policy, files
-        self.facts = {kind: facts_of(kind) for kind in {node["class_type"] for node in graph.values()}}
+        types = {node["class_type"] for node in graph.values()}
+        self.facts = {kind: facts for kind in types if (facts := facts_of(kind)) is not None}
         self.links = {name: tuple(_links(graph, name)) for name in graph}
         self.running = self._running()
         self.kinds = self._follow()
@@ -175,7 +176,7 @@ class _Graph:
     def refusals(self) -> Iterator[Refusal]:
         for name in filter(self.running.__contains__, self.graph):
             kind = self._type(name)
-            if refusal := check_type(name, kind, self.facts[kind], self.policy):
+            if refusal := check_type(name, kind, self.facts.get(kind), self.policy):
                 yield refusal
                 continue
             yield from (Refusal(name, kind, *said) for said in self._of(name))
@@ -184,6 +185,10 @@ class _Graph:
         return self.graph[name]["class_type"]
 
     def _of_node(self, name: str) -> NodeFacts | None:
+        return self.facts.get(self._type(name))
+
+    def _known(self, name: str) -> NodeFacts:
+        """Of a node whose type is known: no other passes `check_type`, and no other has outputs to follow."""
         return self.facts[self._type(name)]
 
     def _ours(self, name: str) -> bool:
@@ -278,12 +283,12 @@ class _Graph:
 
     def _track(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
         """The sound of a video, which goes where the video goes."""
-        if self._of_node(name).core and self._type(name) in leaving.SOURCES:
+        if self._known(name).core and self._type(name) in leaving.SOURCES:
             return {Kind(SOUND, free=True)}
         return {k for k in coming if k.type == SOUND}
 
     def _sound(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
-        kind, core = self._type(name), self._of_node(name).core
+        kind, core = self._type(name), self._known(name).core
         if (core and kind in leaving.SOURCES) or leaving.trusted(frozenset((kind,)), self.policy):
             return {Kind(SOUND, free=True)}
         sounds = {k for k in coming if k.type == SOUND}
@@ -292,14 +297,14 @@ class _Graph:
 
     def _tells(self, name: str, coming: frozenset[Kind]) -> bool:
         """Whether texts and numbers that a node gives may be made of a picture; ComfyUI's own make none of them."""
-        facts = self._of_node(name)
+        facts = self._known(name)
         if facts.ours or leaving.trusted(frozenset((self._type(name),)), self.policy):
             return False
         return any(k.tells or (k.carries and not facts.core) for k in coming)
 
     def _of(self, name: str) -> Iterator[Said]:
         """(rule, reason, remedy) of one node that would run."""
-        facts = self._of_node(name)
+        facts = self._known(name)
         yield from self._choices(name, facts)
         if self.policy.guard.required:
             yield from self._models(name)
@@ -317,7 +322,7 @@ class _Graph:
                 yield "weights", what, "ask the operator to put it into a folder of models"
 
     def _models(self, name: str) -> Iterator[Said]:
-        kind, facts, nodes = self._type(name), self._of_node(name), self.policy.nodes
+        kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
         seen = set()
         for link, carried in self._coming(name):
             if link.input in seen or not self._is_model(facts, link, carried):
@@ -350,17 +355,18 @@ class _Graph:
 
     def _unjudged(self, name: str, coming: list[tuple[Link, Kind]]) -> Iterator[Said]:
         """What comes to a node that writes, shows or sends, and must not leave so; the rest shows when it runs."""
-        kind, facts, policy = self._type(name), self._of_node(name), self.policy
+        kind, facts, policy = self._type(name), self._known(name), self.policy
         if not facts.ours and not leaving.may_show(frozenset((kind,)), facts.core, policy):
             if bad := next(((link, k) for link, k in coming if k.carries or k.tells), None):
                 yield leaving.unknown_type(kind, bad[0].input, bad[1].type, policy)
             return
         pictures = [(link, k) for link, k in coming if k.type in PICTURES]
-        if leaving.attested(policy) and (bad := next((link for link, k in pictures if not k.guarded), None)):
-            what = f"{bad.input} comes from node {bad.source} ({self._type(bad.source)}), behind which is a picture "
-            yield "open.unattested", f"{what}that no guarded run made", "connect Guarded VAE Decode"
-        elif policy.gate.required and (bad := next((link for link, k in pictures if not k.gated), None)):
-            yield "gate.required", f"{bad.input} shows a picture that no gate judged", "put Safety Gate in front"
+        if leaving.attested(policy) and (loose := next((link for link, k in pictures if not k.guarded), None)):
+            source = f"node {loose.source} ({self._type(loose.source)})"
+            what = f"{loose.input} comes from {source}, behind which is an image that no guarded run made"
+            yield "open.unattested", what, "connect Guarded VAE Decode"
+        elif policy.gate.required and (loose := next((link for link, k in pictures if not k.gated), None)):
+            yield "gate.required", f"{loose.input} shows an image that no gate judged", "put Safety Gate in front"
         for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
             if what:
                 yield leaving.rule(policy), f"{link.input} lets out {what}", "take the node out"
@@ -370,13 +376,13 @@ class _Graph:
         """What comes over a link, where it is no picture and may not leave; "" where it may, or the run tells."""
         gate = self.policy.gate.required
         if kind.tells and _types(facts.inputs.get(link.input, ANY)) & (leaving.PLAIN | {ANY}):
-            return "text or numbers that a node of another pack may have made of a picture"
+            return "text or numbers that a node of another pack may have made of an image"
         if kind.type == LATENT and gate:
             return "a latent that no gate can judge"
         if facts.ours:
             return ""
         if kind.type == SOUND and gate and not kind.free:
-            return "sound that no gate can judge and that may hold a picture"
+            return "sound that no gate can judge and that may hold an image"
         return f"a {kind.type} that nobody can judge" if kind.type in _unjudgeable(gate) else ""
 
     def _literals(self, name: str) -> Iterator[Said]:

@@ -143,7 +143,7 @@ class Gate:
     actions: tuple[Action, ...] | None = None
 
     @property
-    def allowed(self) -> tuple[str, ...]:
+    def allowed(self) -> tuple[Action, ...]:
         if self.actions is not None:
             return self.actions
         return tuple(action for action in ACTIONS if action != "report" or not self.required)
@@ -292,7 +292,9 @@ def _stamp(path: Path) -> FileState | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
+        raise PolicyError(
+            f"{path}: cannot stat it ({error.strerror or error}): check the folder's permissions."
+        ) from error
     return FileState.of(found)
 
 

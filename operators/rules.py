@@ -74,12 +74,13 @@ def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> N
             least = f"{one.min_net_strength:g} is the least: raise its strength or lower the task LoRAs'"
             raise RefusedError("guard.required", what, least)
         if run.evaluations and one.min_acted_strength:
-            _check_acted(run, one, [lora.sha256 for lora in fit if lora.sha256 in run.net_strength])
+            on_model = [lora.sha256 for lora in fit if lora.sha256 in run.net_strength]
+            _check_acted(run, one, one.min_acted_strength, on_model)
         if one.min_functional_strength:
-            _check_functional(run, one, [lora.sha256 for lora in fit])
+            _check_functional(run, one, one.min_functional_strength, [lora.sha256 for lora in fit])
 
 
-def _check_acted(run: Attestation, one: Required, fit: Sequence[str]) -> None:
+def _check_acted(run: Attestation, one: Required, least: float, fit: Sequence[str]) -> None:
     """RefusedError unless one of these safety LoRAs (by SHA-256) acted as strongly in the run as is asked.
 
     Where it had nothing to do there is no figure to ask for.
@@ -90,14 +91,14 @@ def _check_acted(run: Attestation, one: Required, fit: Sequence[str]) -> None:
     if not run.measured_evaluations:
         what = f"what was left of {subject} as it acted is not measured"
         raise RefusedError("guard.required", what, "sample without torch.compile, or with PyTorch 2.6 or newer")
-    acted = [run.acted_strength.get(sha256) for sha256 in fit]
-    if None not in acted and not max(acted) >= one.min_acted_strength:
+    acted = [value for sha256 in fit if (value := run.acted_strength.get(sha256)) is not None]
+    if len(acted) == len(fit) and not max(acted) >= least:
         what = f"{subject} had a net strength of {max(acted):.3f} as it acted"
-        least = f"{one.min_acted_strength:g} is the least: lower the task LoRAs' strength or leave them out"
-        raise RefusedError("guard.required", what, least)
+        remedy = f"{least:g} is the least: lower the task LoRAs' strength or leave them out"
+        raise RefusedError("guard.required", what, remedy)
 
 
-def _check_functional(run: Attestation, one: Required, fit: Sequence[str]) -> None:
+def _check_functional(run: Attestation, one: Required, least: float, fit: Sequence[str]) -> None:
     """RefusedError unless one of these safety LoRAs (by SHA-256) was measured to act as strongly as is asked."""
     measured = [run.functional_strength[sha256] for sha256 in fit if sha256 in run.functional_strength]
     if not measured:
@@ -105,10 +106,10 @@ def _check_functional(run: Attestation, one: Required, fit: Sequence[str]) -> No
         what = f"the functional strength of the safety LoRA that is required ({one.name}) is not measured: {why}"
         remedy = "connect the checkpoint's CLIP to Guard Model, and use a safety LoRA with concept prompts in its file"
         raise RefusedError("guard.required", what, remedy)
-    if not max(measured) >= one.min_functional_strength:
+    if not max(measured) >= least:
         what = f"the safety LoRA that is required ({one.name}) has a functional strength of {max(measured):.3f}"
-        least = f"{one.min_functional_strength:g} is the least: take out the task LoRAs that undo it"
-        raise RefusedError("guard.required", what, least)
+        remedy = f"{least:g} is the least: take out the task LoRAs that undo it"
+        raise RefusedError("guard.required", what, remedy)
 
 
 def _asks_for_files(policy: OperatorPolicy) -> str | None:
@@ -141,19 +142,18 @@ def check_picture(
     ``accepted``: its gate's settings are within the policy; ``attested``: a guarded run must have made it.
     """
     if attested:
-        made = run is not None and (run.status.startswith("guarded") or (gate is not None and gate.changed))
-        if not made:
-            what = "a picture that no guarded run made, or that was edited since, would leave"
+        if run is None or not (run.status.startswith("guarded") or (gate is not None and gate.changed)):
+            what = "an image that no guarded run made, or that was edited since, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
         check_run(policy, run, unsigned)
     if not policy.gate.required:
         return
     if gate is None or not accepted:
-        what = "a picture would leave that no gate judged as the policy asks"
+        what = "an image would leave that no gate judged as the policy asks"
         raise RefusedError("gate.required", what, "connect Safety Gate, with nothing behind it that edits")
     if gate.flagged and not gate.changed and not (gate.action == REPORT and REPORT in policy.gate.allowed):
-        what = f"a picture would leave that a gate flagged and did not let pass (action {gate.action})"
-        raise RefusedError("gate.required", what, "take the pictures that come out of the gate, not those that went in")
+        what = f"an image would leave that a gate flagged and did not let pass (action {gate.action})"
+        raise RefusedError("gate.required", what, "take the images that come out of the gate, not those that went in")
 
 
 def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:

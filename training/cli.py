@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=typed("training"), description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     for name, cls, help in (
-        ("train-task", TaskOptions, "a task LoRA from captioned pictures, on W0, the safety LoRA frozen and detached"),
+        ("train-task", TaskOptions, "a task LoRA from captioned images, on W0, the safety LoRA frozen and detached"),
         ("train-safety", SafetyOptions, "a safety LoRA that erases a concept given by prompts"),
         ("dataset", TaskOptions, "look through a data set and say what is wrong with it"),
     ):

@@ -108,7 +108,7 @@ def format_inspection(report: Inspection) -> str:
     own = sorted(key for key in report.metadata if key.startswith("modular_lora.") and key not in (ROLE_KEY, BASE_KEY))
     lines += [f"  {_text(key)}: {_text(report.metadata[key])}" for key in (*SHOWN, *own) if key in report.metadata]
     if leaks := [key for key in ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs") if key in report.metadata]:
-        lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training pictures")
+        lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training images")
     return "\n".join(lines)
 
 

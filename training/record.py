@@ -43,7 +43,7 @@ class Record:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What a training state must agree on to be gone on from."""
+        """Values that must match for a training state to be resumed."""
         shas = hashlib.sha256("".join(sorted(lora.sha256 for lora in self.safety)).encode()).hexdigest()
         found = fingerprint(self.options) | {"role": self.spec.role, "base_sha256": self.trainee.base_sha256}
         found |= {

@@ -43,14 +43,13 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...modular_lora.errors import GuardError
-from ...nodes.guard import GuardModel
-from ...nodes.sockets import CATEGORY
 from ...operators import bounds
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import Refusal, RefusedError
 from .. import patcher as host
 from ..functional import measuring
+from ..node_report import CATEGORY
 from . import leaving, node_info, texts, weights
 from . import policy as policies
 
@@ -96,7 +95,7 @@ class ModularLoraRefused(io.ComfyNode):
 
 
 def register() -> None:
-    """Hear of queued prompts; look at the policy now and once a second, as prompts may be in the queue already."""
+    """Register the prompt handler and poll the policy file once a second: prompts may be in the queue already."""
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
         return
     PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
@@ -104,7 +103,7 @@ def register() -> None:
 
 
 def _watching() -> None:
-    """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
+    """Runs on the event loop (PromptServer.loop, 0.3.75 and 0.33.0), so nothing iterates its nodes meanwhile."""
     PromptServer.instance.loop.call_later(LOOK, _watching)
     watch()
 
@@ -116,8 +115,8 @@ def watch() -> None:
     except PolicyError as error:
         found = error
     except Exception:
-        log.exception("The policy cannot be looked at: nothing is sampled.")
-        found = PolicyError("cannot be looked at")
+        log.exception("The policy cannot be read: nothing is sampled.")
+        found = PolicyError("cannot be read")
     if found is None:
         uninstall()
         return
@@ -257,7 +256,7 @@ def install() -> bool:
     with _lock:
         if graphs.REFUSED in node_info.classes():
             return False
-        ModularLoraRefused.RELATIVE_PYTHON_MODULE = getattr(GuardModel, "RELATIVE_PYTHON_MODULE", node_info.PACK)
+        ModularLoraRefused.RELATIVE_PYTHON_MODULE = node_info.origin()
         node_info.classes()[graphs.REFUSED] = ModularLoraRefused
         for one in _WRAPPED:
             one.put()

@@ -2,8 +2,8 @@
 
 ComfyUI's loaders find a file by ``folder_paths.get_full_path`` and read it by ``comfy.utils.load_torch_file``
 (``comfy.clip_vision`` holds a name of its own for it), textual inversions by ``comfy.sd1_clip.load_embed`` (0.3.75 and
-0.33.0); enforce.py puts what is here around them. What a node read while it ran is what the models that it gives were
-made of; a model that comes from a node which read nothing has no file that is known.
+0.33.0); hooks.py wraps them in what is defined here. What a node read while it ran is what the models that it gives
+were made of; a model that comes from a node which read nothing has no file that is known.
 """
 
 from __future__ import annotations

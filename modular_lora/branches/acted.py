@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import islice
 from typing import TypeAlias
 
@@ -176,7 +177,7 @@ class Meter:
         rows = len(self._rows)
         h = fused.reduced(x)
         found = _Layer(fused, _by_rows(y, rows).square())
-        if fused.low_rank:
+        if h is not None and fused.low_rank:
             found.grams = _grams(fused, h, rows)
         else:
             found.inner = _inner(fused, y, x, h, rows)
@@ -368,13 +369,13 @@ def _probe(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, result: Tensor
     kept = result.to(single) - without.to(single)
     safety, x = fused.only("safety", wide), x.to(wide, memory_format=torch.contiguous_format)
     h = safety.reduced(x)
-    if fused.low_rank:  # <k, up·h> = <k·up, h>, |up·h|² = <up·up, h·h>: no tensor of y's size in fp64
+    if h is not None and fused.low_rank:  # <k, up·h> = <k·up, h>, |up·h|² = <up·up, h·h>: no tensor of y's size in fp64
         up = safety.up.flatten(1)
         h, kept = _tokens(fused, h), _tokens(fused, kept)
         inner, energy = ((kept @ up.to(single)) * h).sum(), ((up.T @ up) * (h.T @ h)).sum()
     else:
         exact = y0.to(wide)
-        s = sum(safety.share(owner, exact, x, h) for owner in safety.owners)
+        s = reduce(torch.add, (safety.share(owner, exact, x, h) for owner in safety.owners))
         inner, energy = (kept * s).sum(), s.square().sum()
     return torch.stack([inner, energy, _by_rows(y0, 1)[0].square(), result.sum(dtype=single)])
 

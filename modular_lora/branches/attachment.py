@@ -66,7 +66,7 @@ class Branches:
         self._count: int | None = None
         self._dtype: torch.dtype | None = None
         self._runs_with: dict[str, str] = {}
-        self._held, self._ready = Held(), ()
+        self._held, self._ready = Held(), tuple[object, ...]()
         for layer in self.layers.values():
             self._held.change(layer.nbytes())
             layer.held, layer.meter = self._held, meter
@@ -148,11 +148,12 @@ class Branches:
 class _Branch:
     """Stands in ``module.forward``: the layer's own forward plus the fused branch."""
 
-    def bind(self, forward: Callable, layer: FusedLayer, branches: Branches) -> None:
-        self.forward, self.layer, self.branches, self.live = forward, layer, branches, True
+    def bind(self, forward: Callable, path: str, branches: Branches) -> None:
+        self.forward, self.layer, self.branches, self.live = forward, branches.layers[path], branches, True
 
     def release(self) -> None:
-        self.layer, self.branches, self.live = None, None, False
+        self.live = False
+        del self.layer, self.branches
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.forward(x, *args, **kwargs)
@@ -170,11 +171,12 @@ class _WideBranch(_Branch):
 class _Evaluations:
     """Stands in the root's ``forward``: counts the evaluations of the model."""
 
-    def bind(self, forward: Callable, root: str, branches: Branches) -> None:
-        self.forward, self.root, self.branches, self.live = forward, root, branches, True
+    def bind(self, forward: Callable, path: str, branches: Branches) -> None:
+        self.forward, self.root, self.branches, self.live = forward, path, branches, True
 
     def release(self) -> None:
-        self.branches, self.live = None, False
+        self.live = False
+        del self.branches
 
     def __call__(self, *args, **kwargs):
         if self.live and torch.compiler.is_compiling():
@@ -188,7 +190,8 @@ class _Evaluations:
         return self.forward(*args, **kwargs)
 
 
-Seat: TypeAlias = "tuple[str, nn.Module, _Branch | _Evaluations]"  # path, module there, what stands in its forward
+_StandIn: TypeAlias = _Branch | _Evaluations
+Seat: TypeAlias = tuple[str, nn.Module, _StandIn]  # path, module there, what stands in its forward
 
 
 class _StandIns:
@@ -197,9 +200,9 @@ class _StandIns:
     def __init__(self):
         self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, mark of the tree
         self.seats: list[Seat] = []
-        self._made: dict[tuple[type, str], _Branch | _Evaluations] = {}
+        self._made: dict[tuple[type[_StandIn], str], _StandIn] = {}
 
-    def get(self, kind: type, path: str) -> _Branch | _Evaluations:
+    def get(self, kind: type[_StandIn], path: str) -> _StandIn:
         if not path:  # the model's own would keep it alive
             return kind()
         if (kind, path) not in self._made:
@@ -221,7 +224,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, branches: Branches):
         self.model, self.branches = model, branches
-        self._placed: list[tuple[nn.Module, object, object]] = []  # module, stand-in, former __dict__ entry
+        self._placed: list[tuple[nn.Module, _StandIn, object]] = []  # module, stand-in, former __dict__ entry
 
     @property
     def attached(self) -> bool:
@@ -232,13 +235,12 @@ class Attachment:
             return
         if (other := self.model.__dict__.get(_SEAT)) is not None:
             other.detach()
-        served = (*self.branches.layers.values(), *self.branches.counted)
         try:
-            for (path, module, stand_in), what in zip(self._seats(), served, strict=True):
+            for path, module, stand_in in self._seats():
                 former = module.__dict__.get("forward")
                 if former is not None and isinstance(stand_in, _Branch):
                     _refuse_foreign_forward(path, module, former)
-                stand_in.bind(module.forward, what, self.branches)
+                stand_in.bind(module.forward, path, self.branches)
                 self._placed.append((module, stand_in, former))
                 module.__dict__["forward"] = stand_in
         except BaseException:
@@ -253,6 +255,7 @@ class Attachment:
         known = _stand_ins.setdefault(self.model, _StandIns())
         if known.wanted != wanted:
             modules = places(self.model, (*branches.layers, *branches.counted))
+            kinds: list[tuple[type[_StandIn], str]]
             kinds = [(_WideBranch if path in branches.wide else _Branch, path) for path in branches.layers]
             kinds += [(_Evaluations, path) for path in branches.counted]
             seats = [(path, modules[path], known.get(kind, path)) for kind, path in kinds]
@@ -296,7 +299,7 @@ def attached(model: nn.Module) -> Branches | None:
 
 
 def tree(model: nn.Module) -> object:
-    """Stays the same object as long as no module on the way to a layer that was guarded before is replaced."""
+    """Identity token of the module tree: another object as soon as an ancestor of a guarded layer is replaced."""
     return _tree(model).mark
 
 
@@ -305,7 +308,7 @@ class _Tree:
     """Modules of a model by path, and where each stands: among its siblings by its name; the root is in neither."""
 
     found: dict[str, nn.Module] = field(default_factory=dict)
-    siblings: list[dict[str, nn.Module]] = field(default_factory=list)
+    siblings: list[dict[str, nn.Module | None]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     mark: object = field(default_factory=object)
 

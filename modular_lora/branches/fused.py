@@ -23,7 +23,8 @@ def note_traced() -> None:
     traced.set()
 
 
-note_traced._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which imports all of dynamo
+# As torch.compiler.assume_constant_result, which imports all of dynamo; no type knows torch's mark on a function.
+note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 OFF = Meter({}, {}, None)  # of layers that belong to no guard

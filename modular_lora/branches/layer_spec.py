@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -35,11 +36,14 @@ class Conv(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with ``weight``, without a bias."""
         dims = weight.dim() - 3
+        runs: tuple[Callable[..., Tensor], ...]  # torch has an overload for each kind of padding
         if self.transposed:
-            run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims]
-            return run(x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        run = (F.conv1d, F.conv2d, F.conv3d)[dims]
-        return run(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            runs = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+            return runs[dims](
+                x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        runs = F.conv1d, F.conv2d, F.conv3d
+        return runs[dims](x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,10 @@ def _spec(path: str, module: nn.Module) -> LayerSpec:
     stored = tuple(weight.shape) if weight is not None else ()
     if isinstance(module, _Convolution):
         return _conv_spec(path, module)
-    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if not all(isinstance(size, int) for size in shape):
+    outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if not (isinstance(outputs, int) and isinstance(inputs, int)):
         return LayerSpec(path, stored, problem=f"a {type(module).__name__}, not a Linear or Conv layer")
+    shape = (outputs, inputs)
     if isinstance(module, nn.Linear) or stored == shape:  # a packed nn.Linear still maps x to y
         return LayerSpec(path, shape)
     return LayerSpec(path, shape, problem=f"a {type(module).__name__} with a weight of shape {list(stored)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,25 +13,48 @@ _EPS = 1e-6  # of Flux's RMSNorm, which calls its weight ``scale`` and says no m
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(ABC):
     """What a norm does before its weight."""
 
-    kind: Literal["layer", "group", "rms"]
     shape: tuple[int, ...]  # of the weight
-    groups: int
-    eps: float | None
 
+    @abstractmethod
     def normalised(self, x: Tensor) -> Tensor:
         """n(x), in the shape and dtype of x."""
-        if self.kind == "group":
-            return F.group_norm(x, self.groups, eps=self.eps)
-        if self.kind == "layer":
-            return F.layer_norm(x, self.shape, eps=self.eps)
-        return F.rms_norm(x, self.shape, eps=self.eps)
 
     def beside(self, vector: Tensor, y: Tensor) -> Tensor:
-        """The weight's or bias's shape as it multiplies y: channels are the second dimension of a group norm."""
-        return vector.view(-1, *(1 for _ in y.shape[2:])) if self.kind == "group" else vector.view(self.shape)
+        """The weight's or bias's shape as it multiplies y."""
+        return vector.view(self.shape)
+
+
+@dataclass(frozen=True)
+class GroupNorm(Norm):
+    """Channels are the second dimension of y."""
+
+    groups: int
+    eps: float
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, eps=self.eps)
+
+    def beside(self, vector: Tensor, y: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in y.shape[2:]))
+
+
+@dataclass(frozen=True)
+class LayerNorm(Norm):
+    eps: float
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class RMSNorm(Norm):
+    eps: float | None  # None: torch's own, of the dtype
+
+    def normalised(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, eps=self.eps)
 
 
 def norm_of(module: nn.Module) -> Norm | None:
@@ -45,12 +68,12 @@ def norm_of(module: nn.Module) -> Norm | None:
     if not isinstance(weight, Tensor):
         return None
     if isinstance(module, nn.GroupNorm):
-        return Norm("group", tuple(weight.shape), module.num_groups, module.eps)
+        return GroupNorm(tuple(weight.shape), module.num_groups, module.eps)
     if isinstance(module, nn.LayerNorm):
-        return Norm("layer", tuple(weight.shape), 1, module.eps)
+        return LayerNorm(tuple(weight.shape), module.eps)
     if type(module).__name__ in _RMS and weight.dim() == 1:
-        eps = module.eps if hasattr(module, "eps") else getattr(module, "variance_epsilon", _EPS)
-        return Norm("rms", tuple(weight.shape), 1, eps)
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", _EPS))
+        return RMSNorm(tuple(weight.shape), eps)
     return None
 
 

@@ -68,7 +68,7 @@ def _parsed(rows: Sequence[object]) -> Iterator[Row]:
 def _said(row: object, place: str) -> dict[str, Any]:
     """What a row says, by meaning."""
     if isinstance(row, Mapping):
-        said = {}
+        said: dict[str, Any] = {}
         for key, value in row.items():
             if key in _KEYS:
                 said.setdefault(_KEYS[key], value)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ..branches.acted import Meter
 from ..branches.attachment import Branches
-from ..branches.changes import Role
+from ..branches.changes import Owner, Role
 from ..branches.fused import FusedLayer, plain
 from ..branches.layer_spec import LayerSpec
 from ..errors import GuardError
@@ -61,8 +61,8 @@ class SafetyLora:
     def __post_init__(self):
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise GuardError(
-                f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
-                "give a strength above 0, or take the node out if you do not want it."
+                f"Safety LoRA {self.lora.name}: strength {self.strength} must be above 0: 0 disables it and a "
+                "negative value inverts it; take the node out if you do not want it."
             )
         check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 
@@ -123,6 +123,7 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
     if not safety:
         raise GuardError("Guard Model got no safety LoRA: connect Load Safety LoRA.")
     shas = [s.lora.sha256 for s in safety]
+    loras = [*(s.lora for s in safety), *(t.lora for t in tasks)]
     for item in tasks:
         if item.lora.sha256 in shas:
             raise GuardError(
@@ -130,9 +131,9 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
                 "take it out of the task LoRAs."
             )
     shas += [t.lora.sha256 for t in tasks]
-    for item in (*safety, *tasks):
-        if shas.count(item.lora.sha256) > 1:
-            raise GuardError(f"{item.lora.name} is loaded more than once: load it once, with the strength you want.")
+    for lora in loras:
+        if shas.count(lora.sha256) > 1:
+            raise GuardError(f"{lora.name} is loaded more than once: load it once, with the strength you want.")
 
 
 @no_collection()  # a full one takes 0.3 s in ComfyUI
@@ -141,7 +142,9 @@ def build_parts(
 ) -> tuple[GuardedPart, ...]:
     """The guard on a model and, where one is connected, on its text encoder, with every check; raises GuardError."""
     check_roles(safety, tasks)
-    infos: list[tuple[Part, ModelInfo]] = [("model", model)] + ([("text", clip)] if clip else [])
+    infos: list[tuple[Part, ModelInfo]] = [("model", model)]
+    if clip:
+        infos.append(("text", clip))
     parts = tuple(build_part(part, info, safety, tasks, policy) for part, info in infos)
     check_coverage(parts, clip is not None)
     return parts
@@ -255,7 +258,7 @@ def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip:
         for key, what in ((CONTAMINATED_KEY, "a base that is not clean"), (TRAINED_ON_KEY, "more than W0")):
             if said := t.lora.metadata.get(key):
                 yield f"task {t.lora.name} says that it was trained on {what} ({said[:120]!r}): retrain it on W0"
-    loras = [item.lora for item in (*safety, *tasks)]
+    loras = [*(s.lora for s in safety), *(t.lora for t in tasks)]
     for lora in loras:
         yield from (f"{lora.name}: {note}" for note in lora.notes)
     if other := [lora.name for lora in loras if lora.metadata.get(BASE_KEY, base_sha256) != base_sha256]:
@@ -279,8 +282,9 @@ def _apply(role: Role, lora: LoraFile, strength: float, blocks: str, part: Part,
 
 
 def _meter(acting: Sequence[Applied], floor: float | None) -> Meter:
-    strengths = {("safety", a.lora.sha256): a.strength for a in acting}
-    return Meter(strengths, {("safety", a.lora.sha256): a.lora.name for a in acting}, floor)
+    strengths: dict[Owner, float] = {("safety", a.lora.sha256): a.strength for a in acting}
+    names: dict[Owner, str] = {("safety", a.lora.sha256): a.lora.name for a in acting}
+    return Meter(strengths, names, floor)
 
 
 def _interference(safety: Applied, applied: Sequence[Applied], policy: GuardLimits) -> Interference:

@@ -47,7 +47,8 @@ class Factor:
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
         """R (r r) with R Rᵀ the pseudo-inverse of UᵀU, and of D Dᵀ."""
-        return tuple(_root(product(f, f).double(), _exact(f)) for f in ready(self))
+        up, down = ready(self)
+        return _root(product(up, up).double(), _exact(up)), _root(product(down, down).double(), _exact(down))
 
     @property
     def span(self) -> float:
@@ -100,7 +101,11 @@ def grams(members: Sequence[Sequence[Factor]], pairs: Sequence[tuple[int, int]])
 
 def ready(a: Factor) -> tuple[Tensor, Tensor]:
     """Uᵀ (r out) and D (r in) in fp32, or fp64 where they are."""
-    return tuple(t if t.dtype in (torch.float32, torch.float64) else t.float() for t in (a.up.T, a.down))
+    return _at_least_single(a.up.T), _at_least_single(a.down)
+
+
+def _at_least_single(t: Tensor) -> Tensor:
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def keygen(path: Path) -> Path:
     public = path.with_suffix(".pub")
     for taken in (path, public):
         if taken.exists():
-            raise SignatureError(f"{taken}: is there already: choose another name, keys are not written over")
+            raise SignatureError(f"{taken}: already exists; keys are never overwritten, choose another name")
     key = ec.generate_private_key(ec.SECP256R1())
     formats = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     try:
@@ -188,7 +188,8 @@ def trusted_key(claimed: str, trusted: Mapping[str, Path], subject: str) -> tupl
 def _hash(curve: Any) -> Any:
     from cryptography.hazmat.primitives import hashes
 
-    return {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}[curve.key_size]()
+    kinds: dict[int, type] = {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}
+    return kinds[curve.key_size]()
 
 
 def _bytes(said: Mapping[str, Any], purpose: str) -> bytes:

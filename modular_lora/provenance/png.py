@@ -66,10 +66,12 @@ def _structure(name: str, file: BinaryIO) -> list[tuple[bytes, bytes, bytes]]:
     stream: _Stream | None = None
     before = b""
     for kind, size, data in _chunks(name, file):
-        if (kind == b"IHDR") != (stream is None):
-            raise Tampered(f"{name}: " + ("has no header" if stream is None else "has a second header") + _EDITED)
         if kind == b"IHDR":
+            if stream is not None:
+                raise Tampered(f"{name}: has a second header{_EDITED}")
             stream = _Stream(name, _header(name, size, data))
+        elif stream is None:
+            raise Tampered(f"{name}: has no header{_EDITED}")
         elif kind == b"IDAT":
             if stream.begun and before != b"IDAT":
                 raise Tampered(f"{name}: has pixels in two places{_EDITED}")

@@ -107,13 +107,13 @@ class Record:
         head, last, lost = self._sealed(), Head(), {}
         for path in reversed(files):  # the newest may be empty: a writer ended right after it made it
             with path.open("rb") as file:
-                good, line = _last_line(file)
+                good, found = _last_line(file)
                 file.seek(good)
                 torn = file.read()
             if torn and path == files[-1]:
                 lost = _set_aside(path, good, torn)
-            if line is not None:
-                last = Head(_parsed(line)["n"], _sha256(line))
+            if found is not None:
+                last = found
                 break
         return _number(files[-1]) if files else 0, last if last.n > head.n else head, lost
 
@@ -286,15 +286,15 @@ def _existing(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    return int(path.stem.removeprefix("record-"))
 
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"record-{number:06}.jsonl"
 
 
-def _last_line(file: Any) -> tuple[int, bytes | None]:
-    """Where what is whole ends, and the last whole line without its end (None: there is none)."""
+def _last_line(file: Any) -> tuple[int, Head | None]:
+    """Where what is whole ends, and the last whole line (None: there is none)."""
     end = file.seek(0, os.SEEK_END)
     first = max(0, end - 2 * LINE_LIMIT)
     file.seek(first)
@@ -302,8 +302,9 @@ def _last_line(file: Any) -> tuple[int, bytes | None]:
     stop = tail.rfind(b"\n")
     while stop >= 0:
         start = tail.rfind(b"\n", 0, stop)
-        if _parsed(line := tail[start + 1 : stop]) is not None:
-            return first + stop + 1, line
+        line = tail[start + 1 : stop]
+        if (said := _parsed(line)) is not None:
+            return first + stop + 1, Head(said["n"], _sha256(line))
         stop = start  # a crash of the machine may leave anything, line ends too
     if first:
         raise RecordError("record: its last file ends in more than a line's length of no record: put it aside")

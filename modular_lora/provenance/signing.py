@@ -99,7 +99,7 @@ def verify_keyless(path: Path, identity: str, issuer: str, trust: Path | None = 
     try:
         config = verifying.Config().use_sigstore_verifier(identity=identity, oidc_issuer=issuer, trust_config=trust)
         config.verify(path.resolve(), signature_path(path))
-    except Exception as error:  # of the library, of the network, of what the bundle makes either do
+    except Exception as error:  # library, network or malformed-bundle errors
         raise SignatureError(
             f"{path.name}: not verified as signed by {identity} ({one_line(error)}): it needs a network or a trust file"
         ) from error
@@ -130,7 +130,7 @@ def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
     name = keys.verify_statement(record, ATTESTATION, public_keys, path.name)
     for field, value in found.items():
         if record.get(field) != value:
-            raise Tampered(f"{path.name}: the picture is not the one that {name} signed: its {field} differs")
+            raise Tampered(f"{path.name}: the image is not the one that {name} signed: its {field} differs")
     return Attested(name, record)
 
 
@@ -277,11 +277,12 @@ def _dated(hashing: Any, manifest: Any, expires: datetime.date | None) -> Any:
     config = hashing.Config().set_ignored_paths(paths=(), ignore_git_paths=False)
     if expires is None:
         return config
+    last_day = expires.isoformat()
 
     class Dated(manifest.Manifest):
         @property
         def serialization_type(self):
-            return {**super().serialization_type, "expires": expires.isoformat()}
+            return {**super().serialization_type, "expires": last_day}
 
     class DatedConfig(hashing.Config):
         def hash(self, model_path, **options):

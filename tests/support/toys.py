@@ -62,7 +62,7 @@ class ToyUnet(nn.Module):
 
 
 class ToyTrainee:
-    """See training.trainee.Trainee; prompts are hashed to rows of noise."""
+    """See training.model.Trainee; prompts are hashed to rows of noise."""
 
     family, base_sha256, patches = "SD15", "0" * 64, 0
     latent_channels, downscale, notes = 4, 8, ("a note",)

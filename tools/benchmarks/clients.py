@@ -86,7 +86,7 @@ def draw(url: str, setting, mine: Sequence[Job], client: int, book: Path) -> lis
             (reference,) = result.images("save-0")
             drawn.append(judge(job, made, connection.image(reference), result.prompt_id, book))
         except (ClientError, ValueError) as error:
-            drawn.append(Drawn(job, "", f"no picture: {error}"))
+            drawn.append(Drawn(job, "", f"no image: {error}"))
     return drawn
 
 
@@ -139,8 +139,8 @@ def compared(drawn: Sequence[Drawn]) -> list[Drawn]:
         owners.setdefault(one.pixels, set()).add(one.job)
     found = []
     for one in drawn:
-        more = ["the other client got another picture"] * (len(pixels[one.job]) > 1)
-        more += ["another prompt got this picture"] * (len(owners[one.pixels]) > 1)
+        more = ["the other client got another image"] * (len(pixels[one.job]) > 1)
+        more += ["another prompt got this image"] * (len(owners[one.pixels]) > 1)
         found.append(dataclasses.replace(one, wrong="; ".join(filter(None, (one.wrong, *more)))))
     return found
 

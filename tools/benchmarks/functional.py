@@ -4,7 +4,7 @@
 
 On the demo world, with the nodes' own measurement. Benign: its task LoRAs at 0.5 to 1.5, two and three of them at once,
 all in one style. Sequential: task LoRAs trained on top of a safety LoRA. Attacks: `cancelling`. The floor of
-`modular_lora.guard.GuardLimits` was set between benign and attacks by these figures.
+`modular_lora.guard.build.GuardLimits` was set between benign and attacks by these figures.
 """
 
 from __future__ import annotations

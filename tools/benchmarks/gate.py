@@ -4,8 +4,8 @@
     python -m tools.benchmarks.gate --world WORK [--record]
 
 Speed: both judge the same pictures in turn, in one process, with onnxruntime sessions of equal settings; the figure is
-the median of the rounds' ratios. Error: ``WORK`` is a folder of `world.data`; its vehicles should be flagged, its other
-pictures should pass. The demo world's detector has seen these pictures in training.
+the median of the rounds' ratios. Error: ``WORK`` is a folder of `tools.world.data`: its vehicles should be flagged, its
+other images should pass. The demo world's detector has seen these pictures in training.
 """
 
 from __future__ import annotations

@@ -190,12 +190,11 @@ def guarded(world: World, loras: Loras, latent: int, measuring: bool = False) ->
 
     @contextmanager
     def ready() -> Iterator[None]:
-        patcher.guard_begin()
-        if not measuring:
-            patcher.branches.meter.stop()
         try:
-            yield
-            patcher.guard_end()
+            with patcher.guard_begin():
+                if not measuring:
+                    patcher.branches.meter.stop()
+                yield
         finally:
             patcher.guard_seat.detach()
 

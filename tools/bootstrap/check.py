@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import environment, paths
 from .console import RunError, say
+from .links import link_folder
 from .process import child_environment, run_attached
 
 # Which tests need no ComfyUI: the marker that tests/conftest.py works out. Long ones are left to `run.py test`.
@@ -71,6 +72,9 @@ def run_check(pytest_entry: str, rest: Sequence[str]) -> int:
 def run_steps(python: Path, steps: Mapping[str, Sequence[str]], settings: Mapping[str, str]) -> tuple[int, list[str]]:
     """Run every step, also after one that fails.
 
+    mypy takes a package's name from its folder, and a clone may be called anything: where pyproject.toml tells mypy to
+    look, a link has the name under which the pack is imported.
+
     Args:
         python: The interpreter.
         steps: What is said of a step, and the interpreter's arguments.
@@ -79,6 +83,7 @@ def run_steps(python: Path, steps: Mapping[str, Sequence[str]], settings: Mappin
     Returns:
         0 or the first exit code that is not, and the steps that failed.
     """
+    link_folder(paths.ROOT, paths.TYPES / paths.IMPORT_NAME)
     codes = {}
     for name, arguments in steps.items():
         say(f"{name}:")

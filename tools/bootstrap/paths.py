@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "modular-lora-guard"
+IMPORT_NAME = "modular_lora_guard"
 
 RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
 VENV = RUN / "venv"
@@ -17,6 +18,7 @@ WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
 CHECK = RUN / "check"  # the environment of `run.py check`
+TYPES = RUN / "types"  # the clone as mypy sees it
 SIGNATURE_PACKAGES = RUN / "signature-packages"  # what signs and verifies, likewise
 DEMO_OUTPUT = ROOT / "demo_output"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...modular_lora.util import atomic
+from ..bootstrap.links import link_folder
 from ..bootstrap.paths import PACK_NAME, ROOT
 from ..world import ASSETS, DATA_SET, DETECTOR_CONCEPTS, DETECTOR_ONNX
 
@@ -36,33 +37,6 @@ def prepare(base: Path, *, checkpoint: Path, loras: Iterable[Path], safety: Path
     for name in (DETECTOR_ONNX, DETECTOR_CONCEPTS):
         place_file(ASSETS / name, base / "models" / "modular_lora_detectors" / name)
     shutil.copytree(ASSETS / DATA_SET, base / "input" / DATA_SET, dirs_exist_ok=True)
-
-
-def link_folder(source: Path, link: Path) -> None:
-    """A symbolic link, on Windows a junction, and a copy where neither can be made."""
-    if link.exists() and link.samefile(source):
-        return
-    remove(link)
-    try:
-        if os.name == "nt":
-            import _winapi
-
-            _winapi.CreateJunction(str(source), str(link))
-        else:
-            link.symlink_to(source, target_is_directory=True)
-    except OSError:
-        shutil.copytree(source, link, ignore=shutil.ignore_patterns(".git", ".run", "demo_output", "__pycache__"))
-
-
-def remove(path: Path) -> None:
-    """Remove a link without its target, or a folder that is a copy of ours."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.is_dir():
-        try:
-            path.rmdir()  # an empty folder or a junction
-        except OSError:
-            shutil.rmtree(path)
 
 
 def place_file(source: Path, destination: Path) -> None:

@@ -1,7 +1,7 @@
 """The demo world: a small stock-layout SD1.5 checkpoint of emoji pictures, three LoRAs and a detector.
 
-``world.expand.expand(folder)`` writes the checkpoint from the live weights in ``ASSETS``; the LoRAs are ordinary files
-there. Suppressed class: vehicles, a harmless stand-in for what an operator must suppress. See ``README.md``.
+``tools.world.expand.expand(folder)`` writes the checkpoint from the live weights in ``ASSETS``; the LoRAs are ordinary
+files there. Suppressed class: vehicles, harmless in place of what an operator has to suppress. See ``README.md``.
 """
 
 from pathlib import Path

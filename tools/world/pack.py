@@ -1,6 +1,6 @@
-"""Collect the trained parts of the demo world into the live-weight file that :mod:`world.expand` reads.
+"""Collect the trained parts of the demo world into the live-weight file that :mod:`tools.world.expand` reads.
 
-Command: ``python -m tools.world.pack WORK [--base NAME] [--to FILE]``; logs the SHA-256 that ``world.expand`` pins.
+Command: ``python -m tools.world.pack WORK [--base NAME] [--to FILE]``; logs the SHA-256 that expand.py pins.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Settings:
     role: str = "task"  # task or safety
     safety: str = ""  # files of the safety LoRAs, os.pathsep between them
     safety_strength: str = "1.0"  # in previews: one for all, or one each with commas between
-    safety_scale: str = "refuse"  # refuse, tensors or metadata (modular_lora.options.Scale), likewise
+    safety_scale: str = "refuse"  # refuse, tensors or metadata (modular_lora.files.scales.Scale), likewise
     project: str = "none"  # none or weight
     target: str = "linear"  # cross-attention, attention, linear, conv
     init_seed: str = ""  # "": --seed
@@ -131,7 +131,7 @@ def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ..
 
 
 def state_of(args: Any, settings: Settings, safety: tuple[LoraFile, ...]) -> dict[str, str]:
-    """What a training state must agree with to be resumed."""
+    """Values that must match for a training state to be resumed."""
     found = {name: str(getattr(args, name, "")) for name in ("network_dim", "network_alpha", "optimizer_type")}
     names = ("role", "base_sha256", "base_file_sha256", "project", "target", "dataset_sha256")
     found |= {name: getattr(settings, name) for name in names}

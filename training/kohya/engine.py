@@ -99,7 +99,7 @@ def train_task(
     """
     config = prepare_task(options, safety, data)
     check_parts(base.family, family(base.family), base.parts, extra)
-    report = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    report = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     said = _said(base, options, lambda too_long: remarks(options, config, report, too_long))
     watch.say("\n".join(said))
     if report.problems:

@@ -103,7 +103,7 @@ def train_task(
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
     config = prepare(options, safety, data)
-    found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    found = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     said = remarks(options, config, found, trainee.too_long)
     watch.say("\n".join(said))
     loras = tuple(s.lora for s in safety)

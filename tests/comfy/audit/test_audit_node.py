@@ -114,7 +114,7 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(graph, run_graph, audit, 
     assert any(event == "execution_interrupted" for event, _ in comfy.server.messages)
     figures = json.loads(run_graph(graph("resumed"))["audit"][1])
     assert {row["arm"] for row in figures["rows"]} == set(ARMS)
-    assert len(drawn) == 3 + 2 * len(ARMS) - 2, "units of two pictures, then one; two were finished"
+    assert len(drawn) == 3 + 2 * len(ARMS) - 2, "units of two images, then one; two were finished"
 
 
 def test_words_of_the_node_and_files_of_the_input_folder_are_prompts(graph, run_graph, comfy):

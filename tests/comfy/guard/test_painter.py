@@ -252,12 +252,12 @@ def test_settings_that_comfyui_would_quietly_replace_are_refused(change, said, p
 
 def test_items_that_cannot_be_drawn_are_refused(painter, arms, pictures, comfy):
     text = pictures / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     start = str(pictures / "start.png")
     for wrong, said in (
         ({"start": str(text)}, "cannot be read"),
         ({"start": str(pictures / "none.png")}, "cannot be read"),
-        ({"mask": start}, "no start picture"),
+        ({"mask": start}, "no start image"),
         ({"start": start, "denoise": 0.0}, "denoise 0"),
     ):
         with pytest.raises(comfy.host.GuardError, match=said):
@@ -335,13 +335,13 @@ def test_the_base_is_known_by_network_text_encoder_and_vae(drawing, painter, loa
     with torch.inference_mode():
         for part in (other[0].model, other[1].cond_stage_model, other[2].first_stage_model):
             next(part.parameters()).add_(1)
-            drawing.anatomy._weights.pop(part, None)  # remembered while loaded
+            drawing.introspection._weights.pop(part, None)  # remembered while loaded
     for changed in ((other[0], clip, vae), (model, other[1], vae), (model, clip, other[2])):
         assert drawing.ComfyPainter(*changed).base_sha256 != painter.base_sha256
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_one_line(comfy, drawing, tmp_path):
-    painter = importlib.import_module(f"{drawing.__name__.rpartition('.')[0]}.painter")
+    painter = importlib.import_module("modular_lora_guard.comfy_host.standalone_sampler")
     with pytest.raises(comfy.host.GuardError, match="is no file"):
         with painter.open_painter(str(tmp_path / "none.safetensors"), cpu=True):
             pass

@@ -138,7 +138,7 @@ def test_what_is_finished_is_not_drawn_again(made):
     assert again.drawn == 0
     more = FlatPainter()
     run(replace(made, synonyms=str(words(made))), more)
-    assert more.drawn == 13 * 2 * 2, "the attack's pictures alone: 13 arms, two synonyms, two seeds"
+    assert more.drawn == 13 * 2 * 2, "the attack's images alone: 13 arms, two synonyms, two seeds"
 
 
 def words(made: AuditOptions) -> Path:

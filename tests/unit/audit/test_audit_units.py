@@ -120,7 +120,7 @@ def test_a_key_stays_where_only_names_and_places_change(tmp_path):
     assert key(sampling=replace(SAMPLING, cfg=7)) == key()
     items = [Item("a", 1, "kept", start=path) for path in (here, there)]
     assert key(item=items[0]) == key(item=items[1])
-    with pytest.raises(GuardError, match=r"gone\.png: no such picture"):
+    with pytest.raises(GuardError, match=r"gone\.png: no such image"):
         key(item=Item("a", 1, "kept", start=str(tmp_path / "gone.png")))
 
 
@@ -204,7 +204,7 @@ def _overwrite(path: Path):
         (_overwrite, r"0001\.png: has other pixels"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), r"0001\.png: is missing or damaged"),
         (lambda path: path.with_name("unit.json").unlink(), r"unit\.json: is missing"),
-        (lambda path: path.with_name("unit.json").write_text('{"pixels_sha256": []}'), r"names 0 pictures of 2"),
+        (lambda path: path.with_name("unit.json").write_text('{"pixels_sha256": []}'), r"names 0 images of 2"),
         (lambda path: path.with_name("unit.json").write_text("[]"), r"unit\.json: .*is no JSON object"),
     ],
 )

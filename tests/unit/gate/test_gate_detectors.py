@@ -223,7 +223,7 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(tmp_path: Path, monkey
 def test_a_provider_that_is_not_there_is_said_and_not_passed_over() -> None:
     judge = detectors.make("open-nsfw", providers=("NoSuchExecutionProvider",), threads=1)
     assert judge.device == "CPUExecutionProvider"
-    assert judge.notes == ("NoSuchExecutionProvider was asked for and is not there: run on CPUExecutionProvider",)
+    assert judge.notes == ("execution provider NoSuchExecutionProvider is unavailable; using CPUExecutionProvider",)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ def test_a_file_that_is_no_network_is_refused_in_one_line(tmp_path: Path) -> Non
         (np.zeros((8, 8, 3), np.float32), "8×8×3 float32, must be"),
         (np.zeros((1, 8, 8, 3), np.uint8), "uint8, must be"),
         (np.zeros((1, 0, 8, 3), np.float32), "nothing to judge"),
-        (np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))), "picture 3 has pixels"),
-        (np.full((1, 8, 8, 3), np.inf, np.float32), "picture 1 has pixels"),
+        (np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))), "image 3 has pixels"),
+        (np.full((1, 8, 8, 3), np.inf, np.float32), "image 1 has pixels"),
     ],
 )
 def test_pictures_that_cannot_be_judged_are_refused(pictures: np.ndarray, message: str, concepts) -> None:

@@ -12,7 +12,7 @@ import pytest
 from modular_lora_guard import version
 from modular_lora_guard.modular_lora.options import tomllib
 from modular_lora_guard.modular_lora.util import atomic
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths, process
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, links, paths, process
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base, server
 from modular_lora_guard.tools.world import DETECTOR_ONNX
@@ -227,8 +227,8 @@ def test_the_link_to_the_pack_is_removed_without_the_pack(tmp_path: Path) -> Non
     pack, link = tmp_path / "pack", tmp_path / "link"
     pack.mkdir()
     (pack / "kept").touch()
-    base.link_folder(pack, link)
-    base.remove(link)
+    links.link_folder(pack, link)
+    links.remove(link)
     assert not link.exists()
     assert (pack / "kept").exists()
 
@@ -328,6 +328,9 @@ def test_check_runs_every_step_and_fails_if_one_does(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(check, "run_attached", attached)
     assert check.run_check("entry", ["-k", "some"]) == 3
     assert [command[1] for command in asked] == ["ruff", "ruff", "mypy", "entry"]
+    types = tomllib.loads((paths.ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]
+    for package in types["packages"]:
+        assert (paths.ROOT / types["mypy_path"] / package.replace(".", "/") / "__init__.py").is_file(), package
     assert asked[-1][-len(check.UNIT_TESTS) - 2 :] == [*check.UNIT_TESTS, "-k", "some"]
     assert "failed" in (last := capsys.readouterr().out.splitlines()[-1])
     assert "types" in last

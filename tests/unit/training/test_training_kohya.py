@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
 import accelerate
 
-STUB = Path(__file__).parent / "sd_scripts_stub"
+STUB = Path(__file__).resolve().parents[2] / "support" / "sd_scripts_stub"
 OURS = entry.NETWORK
 
 

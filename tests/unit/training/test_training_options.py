@@ -194,7 +194,7 @@ def test_findings_and_cut_captions_are_said_before_the_first_step_and_in_the_rep
     for text in (watch.said, trained.report):
         assert "1 of 2 captions have more than 75 tokens, the rest is CUT OFF" in text
         assert "1_thing/long.png" in text
-        assert "2 pictures, 2 draws" in text
+        assert "2 images, 2 draws" in text
 
 
 @pytest.mark.parametrize(
