@@ -102,12 +102,12 @@ def wilson_rates(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, Rate
     return {name: Rate(k, n, *wilson(k, n)) for name, (k, n) in counted.items()}
 
 
-def by_cluster(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, dict[str, tuple[int, int]]]:
+def by_cluster(drawn: Sequence[Drawn]) -> dict[str, dict[str, tuple[int, int]]]:
     """Cluster -> arm -> (k, n), training seeds together; clusters by name, arms in the order they come in."""
     rows = {name: dict.fromkeys(_arms(drawn), (0, 0)) for name in _clusters(drawn)}
     for one in drawn:
         k, n = rows[cluster(one)][one.arm.name]
-        rows[cluster(one)][one.arm.name] = k + bool(metric(one)), n + 1
+        rows[cluster(one)][one.arm.name] = k + hit(one), n + 1
     return rows
 
 

@@ -120,9 +120,6 @@ class Tasks:
     allow: tuple[Sha256, ...] | None = None
     deny: tuple[Sha256, ...] = ()
 
-    def refused(self, sha256: str) -> bool:
-        return sha256 in self.deny or (self.allow is not None and sha256 not in self.allow)
-
 
 @dataclass(frozen=True, config=CLOSED)
 class Open:

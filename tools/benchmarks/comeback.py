@@ -28,7 +28,6 @@ from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, 
 from .bench import Silent, finish, parser
 from .demo_world import draw
 
-logger = logging.getLogger("modular_lora")
 WORLD = ASSETS.parent
 ESD = {"objective": "leco", "neutral": ""}  # ESD's target on all layers
 RECIPES = {
@@ -45,7 +44,6 @@ RECIPES = {
     "LECO to heart, no preservation": {"preserve_weight": 0.0},
     "LECO to heart, preservation 2": {},
 }
-CELLS = {"base": (False, data.BASE_STYLES), "gloss": (True, (data.TASK_STYLE,))}
 
 
 class Trainee(narrow.NarrowTrainee):

@@ -143,7 +143,7 @@ def stop(child: subprocess.Popen[bytes], patience: float = 10) -> None:
         child.wait()
 
 
-def output_of(command: Iterable[str | Path], *, subject: str, remedy: str, timeout: float = 120) -> str:
+def output_of(command: Iterable[str | Path], *, subject: str, remedy: str) -> str:
     """Standard output of a short command, or an error that quotes its last line."""
     try:
         answer = subprocess.run(
@@ -151,7 +151,7 @@ def output_of(command: Iterable[str | Path], *, subject: str, remedy: str, timeo
             capture_output=True,
             text=True,
             env=child_environment(),
-            timeout=timeout,
+            timeout=120,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -19,13 +19,6 @@ DETECTOR_STYLES = "demo_styles.json"
 DATA_SET = "gloss"  # folder of pictures in the task style, in ASSETS
 
 SUPPRESSED_CLASS = "vehicle"
-PROMPTS = {
-    "suppressed": "gloss, racing car",
-    "suppressed_base": "twemoji, racing car",
-    "suppressed_class": "twemoji, a vehicle",
-    "kept": "gloss, cat face",
-    "kept_base": "twemoji, cat face",
-}
 NEGATIVE_PROMPT = ""
 STEPS = 20
 CFG = 3.0

@@ -365,7 +365,3 @@ def _check(trainee: Trainee, options: SafetyOptions) -> None:
         raise OptionError(f"denoising_steps: {options.denoising_steps} is not within 1 and {total}: 50 is usual.")
     if options.train_size < trainee.downscale or options.train_size % trainee.downscale:
         raise OptionError(f"train_size: {options.train_size} is no multiple of {trainee.downscale}: choose one.")
-    if options.preserve_weight < 0:
-        raise OptionError(f"preserve_weight: {options.preserve_weight} is negative: 0 turns preservation off.")
-    if options.pool_size < 0 or options.pool_refresh_every < 0:
-        raise OptionError("pool_size and pool_refresh_every: a negative number; 0 means automatic and never.")
