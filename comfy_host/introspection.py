@@ -1,8 +1,4 @@
-<<<<<<< ours
-"""What a loaded model consists of: its layers and their names, W0, and their hashes; nothing is changed."""
-=======
 """What a loaded model consists of: its layers, their names, W0, and their hashes; ComfyUI's objects are only read."""
->>>>>>> theirs
 
 from __future__ import annotations
 
