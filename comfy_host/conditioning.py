@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import comfy.sd
 
 from ..modular_lora.provenance import ledger
-from ..modular_lora.util.tensor_hashing import carrying_digests
+from ..modular_lora.tensor_hashing import carrying_digests
 from . import patcher
 
 CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids

@@ -17,7 +17,7 @@ from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import GateRecord
-from ..modular_lora.util.tensor_hashing import tensor_sha256
+from ..modular_lora.tensor_hashing import tensor_sha256
 from .enforcement import policy as policies
 
 SUBSTITUTED = {"replace": "replaced by the gate", "empty": "emptied by the gate"}  # action -> status: no run made it

@@ -13,7 +13,7 @@ from ..modular_lora.branches.attachment import places, tree
 from ..modular_lora.branches.layer_spec import LayerSpec, layer_spec, layer_specs
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import ModelInfo
-from ..modular_lora.util.tensor_hashing import weights_sha256
+from ..modular_lora.tensor_hashing import weights_sha256
 from .call_counts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256

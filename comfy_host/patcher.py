@@ -33,7 +33,7 @@ from ..modular_lora.guard.report import format_functional, format_guard, format_
 from ..modular_lora.provenance import attestation as attest
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation
-from ..modular_lora.util.tensor_hashing import tensor_sha256
+from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
 from . import guard_cache, pending
 from .control_inputs import widen

@@ -29,8 +29,8 @@ from ..modular_lora.files.images import PictureError, decode, decode_mask
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
 from ..modular_lora.provenance.attestation import Run
+from ..modular_lora.tensor_hashing import weights_sha256
 from ..modular_lora.util.cache import Cache
-from ..modular_lora.util.tensor_hashing import weights_sha256
 from . import introspection, trainer_model
 from . import patcher as host
 from .memory import compute_dtype

@@ -322,22 +322,26 @@ class _Graph:
                 yield "weights", what, "ask the operator to put it into a folder of models"
 
     def _models(self, name: str) -> Iterator[Said]:
-        kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
-        seen = set()
+        """One refusal an input at most; whatever a link may carry is judged, as a switch may let any of it through."""
+        refused = set()
         for link, carried in self._coming(name):
-            if link.input in seen or not self._is_model(facts, link, carried):
-                continue
-            seen.add(link.input)
-            what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
-            unguarded = carried.type == MODEL and not carried.guarded
-            if facts.ours:
-                if kind in SAMPLERS and unguarded:
-                    yield "guard.required", what, "connect Guard Model's output"
-            elif kind in nodes.sampling and kind not in nodes.patching:
-                if unguarded:
-                    yield "guard.required", what, "connect Guarded Model as MODEL"
-            elif kind not in nodes.patching:
-                yield "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
+            if link.input not in refused and (said := self._refused_model(name, link, carried)):
+                refused.add(link.input)
+                yield said
+
+    def _refused_model(self, name: str, link: Link, carried: Kind) -> Said | None:
+        kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
+        if not self._is_model(facts, link, carried):
+            return None
+        what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
+        unguarded = carried.type == MODEL and not carried.guarded
+        if facts.ours:
+            return ("guard.required", what, "connect Guard Model's output") if kind in SAMPLERS and unguarded else None
+        if kind in nodes.patching:
+            return None
+        if kind in nodes.sampling:
+            return ("guard.required", what, "connect Guarded Model as MODEL") if unguarded else None
+        return "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
 
     def _is_model(self, facts: NodeFacts, link: Link, carried: Kind) -> bool:
         """Whether a link brings a MODEL, or something that is not known into an input for one."""

@@ -31,8 +31,8 @@ from ...modular_lora.errors import GuardError
 from ...modular_lora.provenance import ledger
 from ...modular_lora.provenance.attestation import Attestation
 from ...modular_lora.provenance.ledger import Runs
+from ...modular_lora.tensor_hashing import tensor_sha256
 from ...modular_lora.util.cache import Cache
-from ...modular_lora.util.tensor_hashing import tensor_sha256
 from ...operators import graph as graphs
 from ...operators import leaving
 from ...operators.graph import NodeFacts

@@ -16,8 +16,8 @@ from torch import Tensor, count_nonzero
 
 from ..branches.acted import Acted
 from ..branches.changes import Owner
+from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from ..util.tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from .attestation import Attestation, GateRecord
 
 EDITED = (

@@ -31,7 +31,7 @@ SCHEMAS = "comfy_api"  # ComfyUI's stable API of nodes: all that nodes/ imports
 DOORS = {("training/cli.py", "comfy_host/standalone.py")}
 # Parts of modular_lora/, the lowest first: each imports those above it in this list, and none below or beside it but
 # where it stands in one line with it.
-LAYERS = (("errors.py", "util"), ("branches",), ("files",), ("guard", "provenance"))
+LAYERS = (("errors.py", "tensor_hashing.py", "util"), ("branches",), ("files",), ("guard", "provenance"))
 
 
 def imports(path: Path, root: Path) -> Iterator[str]:

@@ -217,7 +217,7 @@ sys.path[:0] = {paths!r}
 import conftest, pathlib
 from support.toys import Silent, ToyTrainee
 from modular_lora_guard.training.options import TaskOptions
-from modular_lora_guard.training.task import train_task
+from modular_lora_guard.training.task.train import train_task
 train_task(ToyTrainee(), TaskOptions(**{values!r}), Silent(), engine="test")
 """
 
@@ -226,7 +226,7 @@ train_task(ToyTrainee(), TaskOptions(**{values!r}), Silent(), engine="test")
 def test_a_killed_training_leaves_whole_files_to_go_on_from(options, tmp_path):
     out = tmp_path / "killed"
     killed = replace(options, output_dir=str(out), save_every_n_steps=1, max_train_steps=100_000)
-    script = KILLED.format(paths=[str(ROOT / "tests")], values=vars(killed))
+    script = KILLED.format(paths=[str(ROOT / name) for name in ("importable", "tests")], values=vars(killed))
     child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 600  # a busy machine
     while not list(out.glob("*-step00000003.safetensors")):

@@ -163,7 +163,7 @@ def test_positives_go_with_the_concepts_and_synonyms_are_their_own():
         ({"denoising_steps": 0}, "denoising_steps: 0"),
         ({"denoising_steps": 101}, "denoising_steps: 101"),
         ({"train_size": 20}, "train_size: 20 is no multiple of 8"),
-        ({"preserve_weight": -1.0}, "preserve_weight: -1.0"),
+        ({"preserve_weight": -1.0}, "preserve_weight must be at least 0, not -1.0"),
         ({"pool_size": -1}, "pool_size"),
     ],
 )
