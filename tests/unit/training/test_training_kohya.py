@@ -406,8 +406,8 @@ sys.modules |= dict.fromkeys(("pydantic", "pydantic_core", "tomllib", "tomli", "
 spec = importlib.util.spec_from_file_location("kohya_entry", {entry.__file__!r})
 entry = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(entry)
-entry.register()
-importlib.import_module(entry.PACK + ".training.kohya_preview")
+entry.import_network()
+importlib.import_module(entry.PACK + ".training.kohya.preview")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -195,7 +195,7 @@ def test_a_truncated_file_is_no_result(place, engine, tmp_path, direct):
 def test_a_file_of_an_earlier_run_is_no_result(place):
     path = place / "safety.safetensors"
     with pytest.raises(GuardError, match="did not write it"):
-        kohya._check(path, kohya._stamp(path))
+        kohya._check(path, kohya.find_file_state(path))
     with pytest.raises(GuardError, match="did not write it"):
         kohya._check(place / "none.safetensors", None)
 
