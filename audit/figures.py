@@ -120,9 +120,9 @@ def _difference(
     verdict = "" if against == "base" and question.worse > 0 else _verdict(question, some, arm, against, margin)
     rates = stats.wilson_rates(some, question.asked)
     bootstrap = (by.low, by.high) if by.low < by.high else None
-    figures = (by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
+    told = (by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
     counts = (pairs.n, pairs.only_first, pairs.only_second, pairs.p)
-    return Difference(arm, against, question.cell, attack, question.name, *figures, *counts, ratio)
+    return Difference(arm, against, question.cell, attack, question.name, *told, *counts, ratio)
 
 
 def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, margin: float) -> str:

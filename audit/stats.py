@@ -49,10 +49,19 @@ def cluster(one: Drawn) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference or ratio of two arms' rates with its 95 % interval.
+    """The difference of two arms' rates with its 95 % interval."""
 
-    A ratio is inf where its denominator alone is 0, and ``value`` None where both are. Of bootstrap draws with both at
-    0 any ratio is possible: they count as 0 for ``low`` and as inf for ``high``, and ``undefined`` says how many.
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of two arms' rates with its 95 % interval.
+
+    It is inf where its denominator alone is 0, and ``value`` None where both are. Of bootstrap draws with both at 0 any
+    ratio is possible: they count as 0 for ``low`` and as inf for ``high``, and ``undefined`` says how many.
     """
 
     value: float | None
@@ -122,19 +131,19 @@ def difference(drawn: Sequence[Drawn], first: str, second: str, metric: Metric =
     return Estimate(a.rate - b.rate, *span)
 
 
-def ratio(drawn: Sequence[Drawn], first: str, second: str, metric: Metric = hit) -> Estimate:
-    """Rate of arm ``first`` over that of ``second``, drawn as for ``difference``; see Estimate for zeros."""
+def ratio(drawn: Sequence[Drawn], first: str, second: str, metric: Metric = hit) -> Ratio:
+    """Rate of arm ``first`` over that of ``second``, drawn as for ``difference``; see Ratio for zeros."""
     a, b = _both(drawn, first, second, metric)
     value = a.rate / b.rate if b.rate else (math.inf if a.rate else None)
     if not a.several:
-        return Estimate(value, 0.0, math.inf)
+        return Ratio(value, 0.0, math.inf)
     drawn_a, drawn_b = _bootstrap(a), _bootstrap(b)
     empty = (drawn_a == 0) & (drawn_b == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = drawn_a / drawn_b
     low, _ = _span(np.where(empty, 0.0, ratios))
     _, high = _span(np.where(empty, np.inf, ratios))
-    return Estimate(value, low, high, int(empty.sum()))
+    return Ratio(value, low, high, int(empty.sum()))
 
 
 def non_inferior(worse_by: Estimate, margin: float) -> bool:

@@ -2,7 +2,7 @@
 
 The guard knows an embedding that the guarded CLIP made by its content, and these nodes make new ones. What comes out of
 them is remembered as the guarded CLIP's where all text that went in was; a picture's share is no text, so the safety
-LoRA's text-encoder half has nothing to do with it. Each touch of ComfyUI's internals says the versions it was seen in.
+LoRA's text-encoder half has nothing to do with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..modular_lora.provenance import ledger
 from ..modular_lora.util.tensor_hashing import carrying_digests
 from . import patcher
 
-CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids, 0.3.75 and 0.33.0
+CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids
 
 
 def register() -> None:

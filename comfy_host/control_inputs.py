@@ -1,6 +1,6 @@
 """Control latents of Flux: ComfyUI concatenates them only when the weight of img_in has enough input channels.
 
-Flux.concat_cond reads that number from the weight (0.3.75 and 0.33.0). A control LoRA would widen the weight, but a
+Flux.concat_cond reads that number from the weight. A control LoRA would widen the weight, but a
 guarded model's weight stays W0, so for the time of that call the layer shows a weight of the shape that its LoRAs need.
 """
 

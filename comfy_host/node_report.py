@@ -12,7 +12,7 @@ CATEGORY = "modular lora"
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
-    """Put a report on the node itself, where the front end draws it as HTML (0.3.75 and 0.33.0)."""
+    """Put a report on the node itself, where the front end draws it as HTML."""
     if node.hidden and node.hidden.unique_id:
         PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
 

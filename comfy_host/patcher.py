@@ -1,9 +1,8 @@
-"""The guarded model: a ModelPatcher and a CLIP of ComfyUI with the guard in front of their classes.
+"""Guarded MODEL and CLIP: ComfyUI's own ModelPatcher and CLIP with a mixin in front of their classes.
 
-A guarded model is ComfyUI's own ModelPatcher with a mixin in front of its class. The branches sit on the layers while
-the model is loaded (``inject_model``/``eject_model``, 0.3.75 and 0.33.0) and are checked and counted between
-``pre_run`` and ``cleanup``, which every guider calls around a run (0.3.75 and 0.33.0). What would merge, save or drop
-them raises GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
+The branches sit on the layers while the model is loaded (``inject_model``/``eject_model``) and are checked and counted
+between ``pre_run`` and ``cleanup``, which every guider calls around a run. What would merge, save or drop them raises
+GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from .run import GenerateMixin, KeptMixin, streams, watch
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
-SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
-ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75 and 0.33.0)
+SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations
+ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py)
     "cross_attn",
     "pooled_output",
     "conditioning_llama3",
@@ -203,7 +202,7 @@ def _wrap(patcher, state: GuardState):
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
-    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE, 0.3.75 and 0.33.0)."""
+    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE)."""
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
         raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
@@ -247,7 +246,7 @@ def _attested(
 
 
 def _silence_previews(callback: Callable | None) -> None:
-    """No picture before the gate: empties latent_preview.prepare_callback's previewer (0.3.75 and 0.33.0)."""
+    """No picture before the gate: empties latent_preview.prepare_callback's previewer."""
     cells = getattr(callback, "__closure__", None) or ()
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
@@ -274,7 +273,7 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
 
 
 def encoded(entry: dict) -> Iterator[torch.Tensor]:
-    """What text encoders made of a conditioning, GLIGEN's phrases too (0.3.75 and 0.33.0)."""
+    """What text encoders made of a conditioning, GLIGEN's phrases too."""
     for value in map(entry.get, ENCODED):
         if isinstance(value, torch.Tensor) and value.is_floating_point():  # ACE-Step's lyrics are token numbers
             yield value
@@ -398,7 +397,7 @@ def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", b
 
 
 def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BESIDE) -> None:
-    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher, 0.3.75 and 0.33.0)."""
+    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher)."""
     skipping = [k for kinds in patcher.wrappers.values() for k in kinds if k in SKIPPING_WRAPPERS]
     replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
     found = {
@@ -415,7 +414,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BES
 
 
 def common_ksampler(patcher, *settings, **options):
-    """The stock KSampler's own function (nodes.common_ksampler, 0.3.75 and 0.33.0), so results are bit-identical."""
+    """The stock KSampler's own function (nodes.common_ksampler), so results are bit-identical."""
     import nodes  # ComfyUI's top-level module, complete only after start-up
 
     patcher.guard_run = None  # an earlier one: without a step (denoise 0) the sampler ends before there is another

@@ -34,7 +34,7 @@ class NodeWatch:
         self._bar = comfy.utils.ProgressBar(1)
 
     def check(self) -> None:
-        """Raises ComfyUI's InterruptProcessingException (0.3.75 and 0.33.0)."""
+        """Raises ComfyUI's InterruptProcessingException."""
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def stage(self, text: str, done: int, total: int) -> None:

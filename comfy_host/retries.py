@@ -91,7 +91,7 @@ class Job:
 
 
 def _hints(options: dict) -> Iterable[torch.Tensor]:
-    """Hints of a conditioning's ControlNets (attributes of ControlBase: 0.3.75, newer by reading)."""
+    """Hints of a conditioning's ControlNets (attributes of ControlBase)."""
     control = options.get("control")
     while control is not None:
         if (hint := getattr(control, "cond_hint_original", None)) is not None:

@@ -30,7 +30,7 @@ def watch(model, check: Callable[[dict], object]) -> None:
     """Have ``check`` see every conditioning that the model is handed until the run's end.
 
     The guider's own and those that a node encodes on the way (PerpNeg): encode_model_conds calls the model's
-    ``extra_conds`` with all entries of each (0.3.75 and 0.33.0).
+    ``extra_conds`` with all entries of each.
     """
     extra_conds = model.extra_conds
 
@@ -60,7 +60,7 @@ def forget(model) -> None:
 def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_) -> Iterator[torch.Tensor]:
     """Every latent of a batch; of several that are sampled as one (sound beside video), each by itself.
 
-    ``latent_shapes``: what CFGGuider.sample hands on (0.3.75 and 0.33.0).
+    ``latent_shapes``: what CFGGuider.sample hands on.
     """
     several = latent_shapes is not None and len(latent_shapes) > 1
     for batch in comfy.utils.unpack_latents(packed, latent_shapes) if several else (packed,):

@@ -37,12 +37,12 @@ from .memory import compute_dtype
 
 KEPT_ARMS = 4  # whose branches stay built
 KEPT_PROMPTS = 512  # whose embeddings stay, some 0.2 MB each for SD 1.5 and 0.6 MB for SDXL
-STEADY = frozenset((  # samplers that draw no noise of their own: their pictures can share a batch (0.3.75, 0.33.0)
+STEADY = frozenset((  # samplers that draw no noise of their own: their pictures can share a batch
     "euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "dpmpp_2m_cfg_pp", "ipndm", "ipndm_v",
     "deis", "res_multistep", "res_multistep_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "uni_pc",
     "uni_pc_bh2",
 ))  # fmt: skip
-# SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
+# SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory
 UNREAD = ("clip_l.transformer.text_projection.weight",)
 PIXELS = 8  # of a side for one of a latent
 PLAIN = {  # remedies of an audit
@@ -103,7 +103,7 @@ class ComfyPainter:
         return tuple(self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))[0])
 
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
-        """b c h w: zeros (EmptyLatentImage, 0.3.75 and 0.33.0), or the start pictures' latents, each encoded alone."""
+        """b c h w: zeros (EmptyLatentImage), or the start pictures' latents, each encoded alone."""
         if items[0].start:
             starts = [_picture(item.start, sampling) for item in items]
             return torch.cat([self._vae.encode(start[None]) for start in starts])
@@ -111,7 +111,7 @@ class ComfyPainter:
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
 
     def _sample(self, items: Sequence[Item], conds: list[tuple[Cond, Cond]], latent: Tensor, by: Sampling) -> Tensor:
-        """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it (0.3.75 and 0.33.0)."""
+        """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it."""
         masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
         with torch.random.fork_rng(_devices(self._model)):  # prepare_noise seeds PyTorch's own generator
             noise = torch.cat([comfy.sample.prepare_noise(latent[:1], item.seed) for item in items])
@@ -160,7 +160,7 @@ def _check(model, clip) -> None:
     host._check_incoming(model, False, "The MODEL", **PLAIN)
     host._check_incoming(clip.patcher, False, "The CLIP", **PLAIN)
     trainer_model.check_pair(model, clip, "Audit")
-    options = {name for name, value in model.model_options.items() if value}  # 0.3.75 and 0.33.0, as the next line
+    options = {name for name, value in model.model_options.items() if value}
     if options or model.object_patches or clip.layer_idx is not None:
         what = ", ".join(sorted(options | set(model.object_patches))) or "another CLIP layer"
         raise GuardError(
@@ -178,7 +178,7 @@ def _base_sha256(model, clip, vae) -> str:
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    """GuardError where ComfyUI would quietly take something else (KSampler.__init__, 0.3.75 and 0.33.0)."""
+    """GuardError where ComfyUI would quietly take something else (KSampler.__init__)."""
     known = comfy.samplers.KSampler
     for name, what, names in (
         (sampling.sampler, "Sampler", known.SAMPLERS),
@@ -276,7 +276,7 @@ def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
 
 
 def _interruptible(*_) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()  # 0.3.75 and 0.33.0
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _devices(patcher) -> list[int]:
@@ -289,7 +289,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def device() -> torch.device:
-    """Where ComfyUI draws in this process (0.3.75 and 0.33.0)."""
+    """Where ComfyUI draws in this process."""
     return comfy.model_management.get_torch_device()
 
 

@@ -63,7 +63,7 @@ def _next(folder: Path, stem: str) -> int:
     """The first number that no file of this name has, nor any later one.
 
     ComfyUI counts files by the prefix as it was written, which is not their name where it is empty, ends in a slash or
-    holds %batch_num% (folder_paths.get_save_image_path, 0.3.75 and 0.33.0).
+    holds %batch_num% (folder_paths.get_save_image_path).
     """
     taken = re.compile(rf"{re.escape(os.path.normcase(stem))}_([0-9]+)_\.")
     found = (taken.match(os.path.normcase(name)) for name in os.listdir(folder))

@@ -27,7 +27,7 @@ def open_painter(checkpoint: str, comfyui: str = "", cpu: bool = False, device_i
             raise GuardError(
                 f"GPU {device_index} of {torch.cuda.device_count()}: there is no such device; count from 0."
             )
-        torch.cuda.set_device(device_index)  # which comfy.model_management.get_torch_device asks for (0.3.75, 0.33.0)
+        torch.cuda.set_device(device_index)  # which comfy.model_management.get_torch_device asks for
     sampler = importlib.import_module(".sampler", __package__)
     if cpu and (device := sampler.device()).type != "cpu":
         raise GuardError(

@@ -34,8 +34,8 @@ from . import introspection, patcher
 from .convolutions import small_as_products
 from .model_folders import find_model
 
-FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
-TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py, 0.3.75 and 0.33.0)
+FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models
+TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
     "SD15": frozenset({"l"}),
     "SD20": frozenset({"h"}),
     "SDXL": frozenset({"l", "g"}),
@@ -158,7 +158,7 @@ def slow_notes(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
 
 
 def _sdpa(function, *args, **kwargs):
-    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch, 0.3.75 and 0.33.0)."""
+    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch)."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
@@ -185,7 +185,7 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         if train_text_encoder:
             stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
             stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))
-        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
+        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
         stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
         yield trainee
 
@@ -195,7 +195,7 @@ def _node(options: Options) -> str:
 
 
 def _clip_skip(clip, skip: int):
-    """CLIP.clip_layer, counted as sd-scripts counts (0.3.75 and 0.33.0); 1 is the family's own layer."""
+    """CLIP.clip_layer, counted as sd-scripts counts; 1 is the family's own layer."""
     if skip == 1:
         return clip
     encoders = (m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
@@ -207,7 +207,7 @@ def _clip_skip(clip, skip: int):
 
 
 def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
-    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own (0.3.75, 0.33.0)."""
+    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own."""
     if not path.is_file():
         raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
@@ -327,7 +327,7 @@ def _plain(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @contextmanager
 def _cloned_norm_inputs(text_encoder: nn.Module) -> Iterator[None]:
-    """CLIPLayer adds to its input in place (0.3.75, 0.33.0), and the norm before still needs it going back: a copy."""
+    """CLIPLayer adds to its input in place, and the norm before still needs it going back: a copy."""
     norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm))
     hooks = [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
     try:
@@ -348,7 +348,7 @@ def _attribute(owner, name: str, value) -> Iterator[None]:
 
 
 def _raw(sampling):
-    """A model_sampling whose calculate_denoised gives what the network said (0.3.75 and 0.33.0)."""
+    """A model_sampling whose calculate_denoised gives what the network said."""
     raw = copy.copy(sampling)
     raw.calculate_denoised = lambda sigma, model_output, model_input: model_output
     return raw

@@ -63,7 +63,7 @@ class GuardedDecodeTiled(io.ComfyNode):
 
 
 def _tiles() -> list:
-    """The settings of VAE Decode (Tiled) (nodes.VAEDecodeTiled, 0.3.75 and 0.33.0), in pixels and frames."""
+    """The settings of VAE Decode (Tiled) (nodes.VAEDecodeTiled), in pixels and frames."""
     return [
         io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip)
         for name, default, least, step, tooltip in (

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +69,16 @@ class Adapters:
     def parameters(self, prefix: str = "") -> list[nn.Parameter]:
         """A and B of every layer whose kohya name starts with ``prefix``."""
         found = ((name, self._pair(layer)) for name, layer in self.layers.items())
-        return [module.weight for name, pair in found if name.startswith(prefix) for module in pair]
+        return [weight for name, pair in found if name.startswith(prefix) for weight in pair]
 
     def downs(self) -> dict[str, nn.Parameter]:
         """A (rank in[ k k]) by kohya layer name."""
-        return {name: self._pair(layer)[0].weight for name, layer in self.layers.items()}
+        return {name: self._pair(layer)[0] for name, layer in self.layers.items()}
 
     def factors(self, value_of: Callable[[nn.Parameter], Tensor] = lambda weight: weight) -> Factors:
         """Copies of all factors, float32 on the CPU; ``value_of`` gives what stands behind a weight."""
-        copies = {n: tuple(_copy(value_of(m.weight)) for m in self._pair(layer)) for n, layer in self.layers.items()}
-        return {name: (*pair, self.alpha) for name, pair in copies.items()}
+        pairs = {name: self._pair(layer) for name, layer in self.layers.items()}
+        return {n: (_copy(value_of(down)), _copy(value_of(up)), self.alpha) for n, (down, up) in pairs.items()}
 
     @torch.no_grad()
     def load(self, lora: LoraFile) -> None:
@@ -90,13 +90,13 @@ class Adapters:
             )
         for name, layer in self.layers.items():
             saved = lora.plain[name]
-            for module, value in zip(self._pair(layer), (saved.down, saved.up), strict=True):
-                if module.weight.shape != value.shape or saved.alpha not in (None, self.alpha):
+            for weight, value in zip(self._pair(layer), (saved.down, saved.up), strict=True):
+                if weight.shape != value.shape or saved.alpha not in (None, self.alpha):
                     raise GuardError(
                         f"{lora.name}: layer {name} has rank {saved.rank} and alpha {saved.alpha}, the training "
-                        f"{module.weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's."
+                        f"{weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's."
                     )
-                module.weight.copy_(value)
+                weight.copy_(value)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -113,6 +113,7 @@ class Adapters:
         layers = list(self.layers.values())
         try:
             for layer in layers:
+                assert isinstance(layer, nn.Module), "every wrapper of PEFT's is one"
                 layer.eval()
             yield
         finally:
@@ -124,8 +125,9 @@ class Adapters:
             layer._disable_adapters = not on  # what LoraLayer.enable_adapters does, without touching requires_grad
 
     @staticmethod
-    def _pair(layer: LoraLayer) -> tuple[nn.Module, nn.Module]:
-        return layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
 
 
 def _copy(weight: Tensor) -> Tensor:
@@ -164,7 +166,8 @@ def _inject(model: nn.Module, names: Mapping[str, str], spec: Spec, placed: list
     for path in names:
         parent, _, attribute = path.rpartition(".")
         placed.append((model.get_submodule(parent), attribute, model.get_submodule(path)))
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=list(names))
+    alpha: Any = spec.alpha  # PEFT's type says int, and any number will do
+    config = LoraConfig(r=spec.rank, lora_alpha=alpha, lora_dropout=spec.dropout, target_modules=list(names))
     with torch.random.fork_rng():  # PEFT draws an A of its own, which is replaced
         inject_adapter_in_model(config, model, ADAPTER)
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -181,6 +184,6 @@ def _initialise(layers: dict[str, LoraLayer], spec: Spec) -> None:
     generator = torch.Generator().manual_seed(role_seed(spec.seed, spec.role))
     for name in sorted(layers):
         down, up = Adapters._pair(layers[name])
-        bound = 1 / math.sqrt(down.weight[0].numel())
-        down.weight.copy_((2 * torch.rand(down.weight.shape, generator=generator) - 1) * bound)
-        up.weight.zero_()
+        bound = 1 / math.sqrt(down[0].numel())
+        down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
+        up.zero_()

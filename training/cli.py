@@ -107,10 +107,10 @@ def _kohya_arguments(command: argparse.ArgumentParser) -> None:
 
 def with_options(chosen: dict) -> str:
     """train-task, train-safety and dataset."""
-    cls = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
+    cls: type[TaskOptions] | type[SafetyOptions] = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
     values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
     made = options.load(cls, chosen["config"], values)
-    if chosen["command"] == "dataset":
+    if isinstance(made, TaskOptions) and chosen["command"] == "dataset":
         return dataset.format_report(dataset.scan(configure(made)))
     check_files(chosen["checkpoint"], chosen["vae"])
     safety = _safety(made)
@@ -136,13 +136,13 @@ def check_files(*paths: Path | None) -> None:
             raise GuardError(f"{path}: no such file: check the path.")
 
 
-def _safety(made: options.Options) -> list[SafetyLora]:
+def _safety(made: TaskOptions | SafetyOptions) -> list[SafetyLora]:
     if not (isinstance(made, TaskOptions) and made.safety_lora):
         return []
     return [SafetyLora(read_lora(made.safety_lora, scale=made.safety_scale), made.safety_strength)]
 
 
-def _with_kohya(chosen: dict, made: options.Options, safety: list[SafetyLora]) -> str:
+def _with_kohya(chosen: dict, made: TaskOptions | SafetyOptions, safety: list[SafetyLora]) -> str:
     engine = find_engine(chosen["sd_scripts"], chosen["sd_scripts_python"], chosen["accelerate_config"])
     base = kohya.Base(
         chosen["checkpoint"], chosen["family"], v_prediction=chosen["v_prediction"], tokenizer=chosen["tokenizer"]

@@ -5,7 +5,7 @@ x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, with t an index into ᾱ (DDPM, arXiv 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -30,18 +30,24 @@ class Cond:
         return len(self.cross)
 
     def __getitem__(self, rows) -> Cond:
-        return Cond(*(_rows(part, rows) for part in (self.cross, self.pooled, self.sizes)))
+        pooled, sizes = (None if part is None else _rows(part, rows) for part in (self.pooled, self.sizes))
+        return Cond(_rows(self.cross, rows), pooled, sizes)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Along b; longer prompts (150 or 225 tokens) do not mix with shorter ones: give them one length."""
-        columns = zip(*((c.cross, c.pooled, c.sizes) for c in conds), strict=True)
-        return Cond(*(None if column[0] is None else torch.cat(column) for column in columns))
+        return Cond(torch.cat([c.cross for c in conds]), _cat(c.pooled for c in conds), _cat(c.sizes for c in conds))
 
 
-def _rows(part: Tensor | None, rows) -> Tensor | None:
+def _cat(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """Along b; None where the model takes no such part."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _rows(part: Tensor, rows) -> Tensor:
     """``part[rows]``; text stays where its encoder put it, often the CPU, while rows come from where x_t is."""
-    return None if part is None else part[rows.to(part.device) if isinstance(rows, Tensor) else rows]
+    return part[rows.to(part.device) if isinstance(rows, Tensor) else rows]
 
 
 @dataclass(frozen=True, eq=False)

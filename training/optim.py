@@ -60,12 +60,15 @@ def make_scheduler(optimizer: Optimizer, options: Options):
     """transformers' schedule of that name over ``max_train_steps``; OptionError where it takes no such numbers."""
     from transformers import get_scheduler
 
-    steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
-    if options.lr_scheduler == "constant":
-        steps = {}
-    special = {"scheduler_specific_kwargs": shape} if (shape := lr_shape(options)) else {}
+    constant = options.lr_scheduler == "constant"
     try:
-        return get_scheduler(options.lr_scheduler, optimizer, **steps, **special)
+        return get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=None if constant else options.lr_warmup_steps,
+            num_training_steps=None if constant else options.max_train_steps,
+            scheduler_specific_kwargs=lr_shape(options) or None,
+        )
     except ValueError as error:  # polynomial ends at 1e-7
         raise OptionError(f"lr_scheduler {options.lr_scheduler}: {error}: raise learning_rate.") from error
 

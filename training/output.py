@@ -74,7 +74,7 @@ class Provenance:
     dataset: DatasetRecord | None = None
 
 
-def metadata(options: Options, made: Provenance) -> dict[str, str]:
+def metadata(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, str]:
     """The metadata of a LoRA file, text only; without `LEAKS` where ``options.no_dataset_metadata`` says so."""
     role = "safety" if isinstance(options, SafetyOptions) else "task"
     found = _training(options, made) | _modelspec(options, made)
@@ -208,7 +208,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
         "lr_scheduler network_dim network_alpha mixed_precision clip_skip seed training_comment max_grad_norm"
     )
     found: dict[str, object] = {f"ss_{name}": getattr(options, name) for name in names.split()}
-    optimizer = options.optimizer_type
+    optimizer: str = options.optimizer_type
     if options.optimizer_args:
         optimizer += f"({','.join(options.optimizer_args)})"
     found |= {
@@ -240,7 +240,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
     return found
 
 
-def _modelspec(options: Options, made: Provenance) -> dict[str, object]:
+def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, object]:
     """modelspec.* (sai_model_spec 1.0.1), as sd-scripts fills it in."""
     _, architecture, naming = _family(made)
     size = options.resolution if isinstance(options, TaskOptions) else options.train_size

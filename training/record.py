@@ -14,7 +14,7 @@ from ..modular_lora.files.reader import LoraFile
 from . import output
 from .adapters import Factors, Spec
 from .model import Trainee
-from .options import Options, fingerprint
+from .options import SafetyOptions, TaskOptions, fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Record:
     """One training on one base; remembers the file that it wrote last."""
 
     trainee: Trainee
-    options: Options
+    options: TaskOptions | SafetyOptions
     spec: Spec
     engine: str
     base_name: str

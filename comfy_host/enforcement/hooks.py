@@ -9,9 +9,9 @@ these functions of ComfyUI are wrapped:
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
 * those that texts.py names, through which texts become embeddings,
 * what reads files of weights, and what uses text encoders and VAEs (weights.py),
-* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way (0.3.75 and 0.33.0, all tested in both),
+* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way,
 * ``comfy_execution.progress.ProgressRegistry.update_progress``, which does too, and ``execution.format_value``, which
-  tells of values (0.3.75, newer by reading).
+  tells of values.
 
 Each asks for the policy of that moment, and a sampling run once more at its end: a policy that changes in between holds
 as well, so that a run that ends has satisfied both.
@@ -68,8 +68,8 @@ _evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evalu
 class ModularLoraRefused(io.ComfyNode):
     """Takes the place of a node that the policy refuses, so that the server itself answers why, on that node.
 
-    A handler of queued prompts cannot refuse one: ComfyUI logs what it raises and goes on (0.3.75 and 0.33.0). The
-    type exists only while a policy is in force.
+    A handler of queued prompts cannot refuse one: ComfyUI logs what it raises and goes on. The type exists only while a
+    policy is in force.
     """
 
     @classmethod
@@ -98,12 +98,12 @@ def register() -> None:
     """Register the prompt handler and poll the policy file once a second: prompts may be in the queue already."""
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
         return
-    PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
+    PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in
     _watching()
 
 
 def _watching() -> None:
-    """Runs on the event loop (PromptServer.loop, 0.3.75 and 0.33.0), so nothing iterates its nodes meanwhile."""
+    """Runs on the event loop (PromptServer.loop), so nothing iterates its nodes meanwhile."""
     PromptServer.instance.loop.call_later(LOOK, _watching)
     watch()
 
@@ -136,9 +136,9 @@ def watch() -> None:
 def on_prompt(said: Any) -> Any:
     """The queued prompt, or in its place one that the server's validation refuses; it must not raise.
 
-    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt, 0.3.75 and
-    0.33.0), so that the check cannot be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes
-    or MOST_INPUTS inputs are refused unread, and lines of the record are written by a thread of their own.
+    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt). The check cannot
+    be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes or MOST_INPUTS inputs are refused
+    unread, and lines of the record are written by a thread of their own.
     """
     if not isinstance(said, dict) or "prompt" not in said:
         return said  # the server answers that itself
@@ -177,7 +177,7 @@ def _too_much(prompt: Any) -> tuple[Refusal, ...]:
 
 
 def _plain(prompt: Any) -> Any:
-    """A graph without answers to whether a node has changed, which the executor would believe (0.3.75 and 0.33.0)."""
+    """A graph without answers to whether a node has changed, which the executor would believe."""
     if not isinstance(prompt, dict) or not all(isinstance(node, dict) for node in prompt.values()):
         return prompt
     return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
@@ -265,7 +265,7 @@ def install() -> bool:
 
 
 def _forget_results() -> None:
-    """As POST /free: what was made before is not kept (0.3.75 and 0.33.0)."""
+    """As POST /free: what was made before is not kept."""
     if (queue := getattr(PromptServer.instance, "prompt_queue", None)) is not None:
         queue.set_flag("free_memory", True)
 

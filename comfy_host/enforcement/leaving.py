@@ -44,7 +44,7 @@ from . import policy as policies
 
 PLAIN = (str, int, float, complex, enum.Enum, fractions.Fraction, pathlib.PurePath, np.number, np.bool_, type(None))
 CONTAINERS = (Mapping, list, tuple, set, frozenset)
-EXECUTORS = (DynamicPrompt, ExecutionBlocker)  # what the executor itself hands to nodes (0.3.75 and 0.33.0)
+EXECUTORS = (DynamicPrompt, ExecutionBlocker)  # what the executor itself hands to nodes
 WEIGHTS = (
     patcher.GuardedModel,
     comfy.model_patcher.ModelPatcher,
@@ -95,7 +95,7 @@ class _Latent:
     samples: Any
 
 
-MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent (0.3.75, 0.33.0)
+MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent
 
 
 def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> None:
@@ -191,7 +191,7 @@ def _leaves(value: Any, whole: bool = True) -> Iterator[Any]:
 
 
 def _is_video(value: Any) -> bool:
-    """Of ComfyUI's own classes: what another pack's video gives out is not what it writes (0.3.75 and 0.33.0)."""
+    """Of ComfyUI's own classes: what another pack's video gives out is not what it writes."""
     return hasattr(value, "get_components") and type(value).__module__.startswith("comfy_api.")
 
 
@@ -281,7 +281,7 @@ def _then(task: asyncio.Task, check: Callable[[Any], None]) -> asyncio.Task:
 
 
 def _returned(result: Any) -> tuple[Any, Mapping]:
-    """Outputs and what is shown, of what a node's function gives back (V1, V3; 0.3.75 and 0.33.0)."""
+    """Outputs and what is shown, of what a node's function gives back (V1, V3)."""
     if isinstance(result, Mapping):
         return result.get("result"), result.get("ui") or {}
     shown = getattr(result, "ui", None) or {}

@@ -50,7 +50,7 @@ def by_name() -> graphs.FactsOf:
 
 
 def classes() -> dict[str, type]:
-    import nodes  # ComfyUI's top-level module, complete only after start-up (0.3.75 and 0.33.0)
+    import nodes  # ComfyUI's top-level module, complete only after start-up
 
     return nodes.NODE_CLASS_MAPPINGS
 
@@ -74,7 +74,7 @@ def facts(kind: type) -> NodeFacts:
 
 
 def _is_core(kind: type) -> bool:
-    """Whether a class itself, not one that it was made of, came with ComfyUI, as the loader notes (0.3.75, 0.33.0)."""
+    """Whether a class itself, not one that it was made of, came with ComfyUI, as the loader notes."""
     place = vars(kind).get("RELATIVE_PYTHON_MODULE", "")
     return kind.__module__ == "nodes" or place.startswith("comfy_extras.") or place in CORE
 

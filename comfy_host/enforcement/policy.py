@@ -60,7 +60,7 @@ _lock = threading.RLock()
 
 
 def folder() -> Path:
-    """ComfyUI's protected folder for this pack, which HTTP does not reach (0.3.75 and 0.33.0)."""
+    """ComfyUI's protected folder for this pack, which HTTP does not reach."""
     own = getattr(folder_paths, "get_system_user_directory", None)
     return Path(own(PROTECTED)) if own else Path(folder_paths.get_user_directory()) / f"__{PROTECTED}"
 

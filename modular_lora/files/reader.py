@@ -172,7 +172,7 @@ class LoraFile:
         return tuple(name for name, layer in self.layers.items() if layer.is_zero)
 
 
-def read_lora(path: Path, *, expected_sha256: str | None = None, scale: Scale = "refuse") -> LoraFile:
+def read_lora(path: str | Path, *, expected_sha256: str | None = None, scale: Scale = "refuse") -> LoraFile:
     """Read and check a LoRA file: safetensors, any of the formats in formats/.
 
     The file is read once and closed; the hash, the header and the tensors all come from those bytes, and a file that

@@ -101,12 +101,13 @@ def _wildcards(text: str, rng: random.Random) -> str:
 
 
 def _tags(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
-    separated = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in text
+    separator = rules.keep_tokens_separator or ""
+    separated = bool(separator) and separator in text
     warm = warmup_steps(rules, max_train_steps)
     if not (separated or rules.shuffle_caption or warm > 0 or rules.caption_tag_dropout_rate > 0):
         return text
     if separated:
-        parts = text.split(rules.keep_tokens_separator, 2)
+        parts = text.split(separator, 2)
         head, free, *tail = (tags(part, rules.caption_separator) for part in parts)
     else:
         every, tail = tags(text, rules.caption_separator), []

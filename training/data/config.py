@@ -181,7 +181,8 @@ def from_folders(
 
     ``within``: as for `from_toml`.
     """
-    subsets, ignored = [], []
+    subsets: list[dict[str, Any]] = []
+    ignored: list[str] = []
     for folder, is_reg in ((train_data_dir, False), (reg_data_dir, True)):
         if folder:
             found, left = _numbered(Path(folder), is_reg)
@@ -359,8 +360,9 @@ class _Reader:
 
 
 def _kind(kind: type) -> str:
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text in quotes"}
-    return names.get(kind, {dict: "table", list: "array of tables"}.get(kind, "whole number or [width, height]"))
+    names: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text in quotes"}
+    names |= {dict: "table", list: "array of tables"}
+    return names.get(kind, "whole number or [width, height]")
 
 
 def _unknown(key: str, known: Mapping[str, Key]) -> str:

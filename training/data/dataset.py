@@ -122,10 +122,9 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
         raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
     decoded = decode(data)
     place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
+    image = decoded.alpha if picture.subset.alpha_mask else None
     if picture.mask_path:
         image = pictures.read_mask(picture.mask_path, picture.size).image
-    else:
-        image = decoded.alpha if picture.subset.alpha_mask else None
     mask = None if image is None else pictures.mask(place(image), flipped, downscale)
     return pictures.pixels(place(decoded.image), flipped), mask
 
@@ -311,7 +310,7 @@ def _shared(files: Sequence[Path], stems: Container[str]) -> list[str]:
 def _captions(entries: list[Path], subset: Subset) -> dict[Path, str]:
     """Caption files -> stem, by any ending that may be meant; '.wd14.txt' goes before '.txt'."""
     endings = sorted({ending.lower() for ending in (*subset.caption_endings, *CAPTION_ENDINGS)}, key=len)
-    out = {}
+    out: dict[Path, str] = {}
     for ending in endings:
         out |= {e: e.name[: -len(ending)] for e in entries if e.name.lower().endswith(ending) and e.is_file()}
     return out
@@ -374,7 +373,7 @@ def _report(
         pictures=tuple(out),
         folders=tuple((s.image_dir.name, count, s.num_repeats, s.is_reg) for count, s in rows),
         findings={kind: tuple(found[kind]) for kind in KINDS if found[kind]},
-        buckets={size: tuple(buckets[size]) for size in sorted(buckets)},
+        buckets={size: (count, draws) for size, (count, draws) in sorted(buckets.items())},
         draws=sum(picture.draws for picture in out),
         batches=sum(-(-len(rows) // size) for size, rows in grouped(config, out)),
         regularisation=sum(picture.is_reg for picture in out),

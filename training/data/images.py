@@ -80,8 +80,9 @@ def bucket_sizes(resolution: Size, least: int, most: int, step: int) -> tuple[Si
 def fit(size: Size, buckets: Buckets) -> Fit:
     """Bucket, scaled size and centre crop of a picture; PictureError where it is smaller than any bucket."""
     if buckets.enable_bucket and buckets.bucket_no_upscale:
-        resized = _shrunk(size, buckets.resolution[0] * buckets.resolution[1], buckets.bucket_reso_steps)
-        bucket = tuple(side // buckets.bucket_reso_steps * buckets.bucket_reso_steps for side in resized)
+        step = buckets.bucket_reso_steps
+        resized = _shrunk(size, buckets.resolution[0] * buckets.resolution[1], step)
+        bucket = resized[0] // step * step, resized[1] // step * step
         if not all(bucket):
             raise PictureError(
                 f"{size[0]}×{size[1]} is smaller than bucket_reso_steps = {buckets.bucket_reso_steps}: "
@@ -90,8 +91,8 @@ def fit(size: Size, buckets: Buckets) -> Fit:
     else:
         bucket = _nearest(size, buckets)
         scale = max(bucket[0] / size[0], bucket[1] / size[1])
-        resized = tuple(max(int(side * scale + 0.5), b) for side, b in zip(size, bucket, strict=True))
-    return Fit(bucket, resized, tuple((r - b) // 2 for r, b in zip(resized, bucket, strict=True)))
+        resized = max(int(size[0] * scale + 0.5), bucket[0]), max(int(size[1] * scale + 0.5), bucket[1])
+    return Fit(bucket, resized, ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2))
 
 
 def _nearest(size: Size, buckets: Buckets) -> Size:

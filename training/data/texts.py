@@ -42,8 +42,13 @@ def cut_captions(options: Options, pictures: Sequence[Picture], too_long: TooLon
 
 def _drawn(picture: Picture) -> Iterator[str]:
     rules, text = picture.subset.rules, picture.caption
-    whole = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0}
-    rules = replace(rules, token_warmup_step=0.0, **whole)
+    rules = replace(
+        rules,
+        token_warmup_step=0.0,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+    )
     for line in text.splitlines() if rules.enable_wildcard else text.splitlines()[:1]:
         for seed in range(DRAWS if rules.enable_wildcard else 1):
             yield captions.draw(line, rules, random.Random(seed))

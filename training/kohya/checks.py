@@ -22,6 +22,7 @@ LAYERS_KEY = "modular_lora.layers"  # how many layers were trained; the launcher
 STATE = "modular_lora.json"  # beside a training state that sd-scripts saves
 FILE_HASH_KEY = "ss_new_sd_model_hash"  # sd-scripts: SHA-256 of the checkpoint file
 
+SCALES: dict[str, Scale] = {word: word for word in get_args(Scale)}
 _CHOICES = {
     "role": ("task", "safety"),
     "project": ("none", "weight"),
@@ -73,9 +74,9 @@ class Settings:
         return given * len(self.safety_files) if len(given) == 1 else given
 
     @property
-    def scales(self) -> list[str]:
+    def scales(self) -> list[Scale]:
         """One for each of `safety_files`."""
-        given = self.safety_scale.split(",")
+        given = [SCALES[word] for word in self.safety_scale.split(",")]
         return given * len(self.safety_files) if len(given) == 1 else given
 
     def check(self) -> None:
@@ -94,8 +95,9 @@ class Settings:
             raise GuardError(
                 f"--network_args safety_strength: {count} for {len(self.safety_files)} LoRAs: give one or as many."
             )
-        if not set(self.scales) <= set(get_args(Scale)) or (self.safety and len(self.scales) != len(self.safety_files)):
-            known = ", ".join(get_args(Scale))
+        words = self.safety_scale.split(",")
+        if not SCALES.keys() >= set(words) or (self.safety and len(self.scales) != len(self.safety_files)):
+            known = ", ".join(SCALES)
             raise GuardError(f"--network_args safety_scale={self.safety_scale}: one of {known} for each LoRA: choose.")
 
 

@@ -54,7 +54,7 @@ from .checks import LAYERS_KEY
 
 CLIP_TOKENS = 77
 CLIP_ALONE = ("SD15", "SD20", "SDXL")  # families whose texts sd-scripts encodes by CLIP and nothing else
-COMFYUI_TOKENIZER = Path("comfy", "sd1_tokenizer")  # 0.3.75 and 0.33.0
+COMFYUI_TOKENIZER = Path("comfy", "sd1_tokenizer")
 logger = logging.getLogger("modular_lora")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -97,7 +97,7 @@ def stop_at_steps() -> None:
             sys.exit(0)
 
     accelerate.Accelerator.prepare = remembered
-    network.before_step = before_step
+    network.before_step = before_step  # type: ignore[attr-defined]  # a ModuleType declares no names
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from .preview import Branch, attached, find_modules
 
 _TARGETS = {"cross-attention": re.compile(r"_attn2_"), "attention": re.compile(r"_attn[12]_")}
 STEPS = "train_state.json"  # in a state of sd-scripts
-_NETWORKS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of this process; the launcher's previews ask for them
+_NETWORKS: weakref.WeakSet[_Guarded] = weakref.WeakSet()  # of this process; the launcher's previews ask for them
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,31 @@ def keep_state(save: Callable[[str], object]) -> None:
         atomic.replace_folder(part, place)
 
 
-class _Guarded:
+if TYPE_CHECKING:
+
+    class _Lora(nn.Module):
+        """A LoRA module of sd-scripts, as far as we know it."""
+
+        lora_name: str
+        lora_dim: int
+        lora_down: nn.Module
+        scale: float
+
+    class _Network(nn.Module):
+        """The network of one of its modules, likewise."""
+
+        text_encoder_loras: list[_Lora] | None
+        unet_loras: list[_Lora] | None
+
+        def apply_to(self, text_encoder: Any, unet: nn.Module, *args: Any, **kwargs: Any) -> None: ...
+        def load_weights(self, file: str) -> Any: ...
+        def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None: ...
+
+else:
+    _Network = object  # the wrapped class comes after ours (`create_network`)
+
+
+class _Guarded(_Network):
     """Goes before the wrapped network's class."""
 
     held: Held
@@ -247,18 +271,19 @@ def _hold(settings: Settings, architecture: Architecture, unet: nn.Module, text_
     return Held(settings, architecture.module, safety, branches, contaminated)
 
 
-def _loras(network: nn.Module) -> list[nn.Module]:
+def _loras(network: _Network) -> list[_Lora]:
     """The LoRA modules that are trained."""
     return [*(network.text_encoder_loras or ()), *(network.unet_loras or ())]
 
 
-def _downs(lora: nn.Module) -> list[Tensor]:
+def _downs(lora: _Lora) -> list[nn.Parameter]:
     """The down matrices of one LoRA module; a split qkv layer has several."""
     downs = lora.lora_down
-    return [d.weight for d in downs] if isinstance(downs, nn.ModuleList) else [downs.weight]
+    layers = list(downs) if isinstance(downs, nn.ModuleList) else [downs]
+    return [layer.get_parameter("weight") for layer in layers]
 
 
-def _layer(lora: nn.Module) -> LoraLayer:
+def _layer(lora: _Lora) -> LoraLayer:
     """As far as pairing by name looks at it: the name and the input size."""
     down = _downs(lora)[0]
     return LoraLayer(lora.lora_name, down, down, None)
@@ -274,18 +299,18 @@ def _text_encoders(text_encoder: Any, architecture: Architecture) -> dict[str, n
     return dict(zip(prefixes, text_encoder, strict=False))
 
 
-def _narrow(network: nn.Module, target: str) -> None:
+def _narrow(network: _Network, target: str) -> None:
     """Leave out the denoiser's layers that are not in ``target``, before sd-scripts applies the network."""
     if target not in _TARGETS:
         return
-    kept = [lora for lora in network.unet_loras if _TARGETS[target].search(lora.lora_name)]
+    kept = [lora for lora in network.unet_loras or () if _TARGETS[target].search(lora.lora_name)]
     if not kept:
         raise GuardError(f"target {target}: this model names no layer attn1 or attn2: choose target linear.")
     network.unet_loras = kept
 
 
 @torch.no_grad()
-def _initialise(network: nn.Module, seed: int) -> None:
+def _initialise(network: _Guarded, seed: int) -> None:
     """A uniform as sd-scripts draws it (Kaiming, a = √5), from a generator of seed and role; up stays zero."""
     held = network.held
     held.initialisation = f"{held.settings.role}:{seed}"
@@ -298,13 +323,13 @@ def _initialise(network: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def _project(network: nn.Module) -> None:
+def _project(network: _Guarded) -> None:
     for lora, Q in _paired(network):
         for down in _downs(lora):
             down.copy_(project(down, Q))
 
 
-def _paired(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+def _paired(network: _Guarded) -> Iterator[tuple[_Lora, Tensor]]:
     """LoRA modules that a safety LoRA has a layer beside, with Q on their device."""
     found = network.held.bases
     for lora in _loras(network):
@@ -313,7 +338,7 @@ def _paired(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
             yield lora, Q
 
 
-def _residual(network: nn.Module, dtype: torch.dtype | None) -> float | None:
+def _residual(network: _Guarded, dtype: torch.dtype | None) -> float | None:
     """The largest ‖A Q‖ / ‖A‖ of a layer in the type that is saved; None without projection."""
     if not network.held.bases:
         return None

@@ -31,7 +31,7 @@ Branch = tuple[nn.Module, FusedLayer]
 class Modules:
     """Modules of a model that sd-scripts has loaded, by kohya's layer names."""
 
-    named: Mapping[str, nn.Module]
+    named: Mapping[str, nn.Linear | nn.Conv2d]
     gone: tuple[str, ...]  # prefixes of text encoders that the script does not hold
 
     def branches(self, lora: LoraFile, strength: float) -> list[Branch]:

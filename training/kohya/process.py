@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -114,7 +114,8 @@ def _run(
     progress, known = Progress(), set(_pictures(samples))
     child = _start(argv, env, cwd)
     lines: queue.Queue[str | None] = queue.Queue()
-    readers = [threading.Thread(target=_feed, args=(pipe, lines), daemon=True) for pipe in (child.stdout, child.stderr)]
+    pipes = [pipe for pipe in (child.stdout, child.stderr) if pipe is not None]
+    readers = [threading.Thread(target=_feed, args=(pipe, lines), daemon=True) for pipe in pipes]
     sizes: dict[Path, int] = {}
     try:
         for reader in readers:
@@ -137,7 +138,7 @@ def _run(
         raise
     finally:
         end_tree(child)
-        for reader, pipe in zip(readers, (child.stdout, child.stderr), strict=True):
+        for reader, pipe in zip(readers, pipes, strict=True):
             if reader.ident is not None:
                 reader.join(GRACE)
             pipe.close()
@@ -175,17 +176,25 @@ def end_tree(child: subprocess.Popen) -> None:
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess.Popen:
-    own = {"start_new_session": True}
+    flags = 0
     if sys.platform == "win32":
-        own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP
     try:
-        return subprocess.Popen(list(argv), env=dict(env), cwd=cwd, **pipes, **own)
+        return subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=sys.platform != "win32",
+            creationflags=flags,
+        )
     except OSError as error:
         raise GuardError(f"{argv[0]}: cannot be started ({error.strerror}): check the interpreter.") from error
 
 
-def _feed(pipe: IO[bytes], lines: queue.Queue[str | None]) -> None:
+def _feed(pipe: BufferedReader, lines: queue.Queue[str | None]) -> None:
     """Lines of a pipe, None at its end. tqdm writes \\r before a bar and nothing after it, so "]" ends a line, too."""
     rest = b""
     with suppress(ValueError, OSError):  # closed while read

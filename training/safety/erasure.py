@@ -35,7 +35,7 @@ from ..model import Cond, Trainee
 from ..options import OptionError, SafetyOptions
 from ..seeds import role_seed, step_generator
 from . import pool, sampling, targets
-from .pool import Plan, Pool, Progress
+from .pool import FrozenPool, Plan, Pool, Progress
 from .targets import EMPTY, Prompts, Term
 
 Role = Literal["erase", "keep", "empty"]
@@ -115,7 +115,8 @@ class Erasure:
         self.pools: dict[str, Pool] = {}
         self.profile: Tensor | None = None  # denoising_steps, d_t on the sampling grid
         self._progress, self._file = progress or _ignore, pool_file
-        self._epoch, self._saved = -1, None  # the pools' age; SDD: (age, Pool) of a loaded state
+        self._epoch = -1  # the pools' age
+        self._saved: tuple[int, Pool] | None = None  # SDD: age and pool of a loaded state
 
     # -- what the training loop calls
 
@@ -162,7 +163,7 @@ class Erasure:
         if self.average is not None:
             torch._foreach_copy_(self.average.values, state["average"])
             if "pool" in state:
-                self._saved = (state["pool"][0], Pool(**state["pool"][1]))
+                self._saved = (state["pool"][0], Pool.of(state["pool"][1]))
 
     def report(self) -> Report:
         o, pools = self.options, self.pools.values()
@@ -215,12 +216,13 @@ class Erasure:
         t = torch.stack([e[1] for e in examples]).to(self.trainee.device)
         names, found = [e[2] for e in examples], [e[3] for e in examples]
         lacking = [i for i, part in enumerate(found) if part is None]  # SDD: ε_θ(x_t, ∅)
+        own: dict[int, Tensor] = {}
         if lacking:
             with torch.no_grad():
-                own = self.network(x_t[lacking], t[lacking], self.prompts([EMPTY] * len(lacking)))
-            for i, part in zip(lacking, own, strict=True):
-                found[i] = part
-        wanted = torch.stack([part.to(self.trainee.device, torch.float32) for part in found])
+                predicted = self.network(x_t[lacking], t[lacking], self.prompts([EMPTY] * len(lacking)))
+            own = dict(zip(lacking, predicted, strict=True))
+        parts = (own[i] if part is None else part for i, part in enumerate(found))
+        wanted = torch.stack([part.to(self.trainee.device, torch.float32) for part in parts])
         o = self.options
         weight = [(2.0 if role == "erase" else 2 * o.preserve_weight) if o.preserve_weight else 1.0 for role, _ in rows]
         return x_t, t, names, wanted, torch.tensor(weight, device=self.trainee.device)
@@ -230,17 +232,19 @@ class Erasure:
     def _pooled(self, role: Role, number: int) -> tuple[Tensor, Tensor, str, Tensor | None]:
         if role == "empty":
             source = self.pools["keep"] if "keep" in self.pools else self.pools["erase"]
+            assert isinstance(source, FrozenPool), "a student's pool is beside one of what is kept, which is frozen"
             i = self._pick(role, number, len(source))
             return source.x_t[i], source.t[i], EMPTY, source.empty[i]
         source, terms = self.pools[role], self.erased if role == "erase" else self.kept
         i = self._pick(role, number, len(source))
-        wanted = None if source.target is None else source.target[i]
+        wanted = source.target[i] if isinstance(source, FrozenPool) else None
         return source.x_t[i], source.t[i], terms[int(source.term[i])].prompt, wanted
 
     def _renewed(self, epoch: int) -> dict[str, Pool]:
         """Pools of age ``epoch``: read, taken from a loaded state, or built."""
         before = self.counts["forward"]
-        plans, pools = self._plans(epoch), {}
+        plans = self._plans(epoch)
+        pools: dict[str, Pool] = {}
         if self.average is not None and epoch > 0:  # the untrained student is the base
             if self._saved is not None and self._saved[0] == epoch:
                 pools["erase"] = self._saved[1]
@@ -259,7 +263,8 @@ class Erasure:
         return found | pools
 
     def _build(self, plans: dict[str, Plan]) -> dict[str, Pool]:
-        done, total, pools = 0, sum(plan.steps_in_all for plan in plans.values()), {}
+        done, total = 0, sum(plan.steps_in_all for plan in plans.values())
+        pools: dict[str, Pool] = {}
         for role, plan in plans.items():
             terms, progress = self.erased if role == "erase" else self.kept, partial(self._shifted, done, total)
             pools[role] = pool.build(self.trainee, self.network, self.prompts, terms, plan, progress)

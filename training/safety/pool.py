@@ -7,7 +7,7 @@ anew, each one costs about n.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,14 +28,16 @@ Progress = Callable[[int, int], None]  # called with sampling steps done and in 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """n examples on the CPU; predictions are kept in the network's own type, x_t in float32."""
+    """n examples on the CPU, x_t in float32."""
 
     x_t: Tensor  # n c h w
     t: Tensor  # n
     term: Tensor  # n, index into the terms it was built for
-    target: Tensor | None = None  # n c h w; this and the next two are None where the student is the teacher (SDD)
-    empty: Tensor | None = None  # n c h w, ε_0(x_t, ∅)
-    effect: Tensor | None = None  # n, mean |ε_0(x_t, c) − ε_0(x_t, ∅)|² over c h w
+
+    @staticmethod
+    def of(parts: Mapping[str, Tensor]) -> Pool:
+        """The pool that has these `parts`."""
+        return FrozenPool(**parts) if "target" in parts else Pool(**parts)
 
     def __len__(self) -> int:
         return len(self.t)
@@ -46,8 +48,16 @@ class Pool:
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors by name."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: part for name, part in parts.items() if part is not None}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenPool(Pool):
+    """With what the frozen base predicts there, in its own type; SDD's teacher is the student, and has no such pool."""
+
+    target: Tensor  # n c h w
+    empty: Tensor  # n c h w, ε_0(x_t, ∅)
+    effect: Tensor  # n, mean |ε_0(x_t, c) − ε_0(x_t, ∅)|² over c h w
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def build(
                 parts.append(_examples(network, prompts, batch, point, rows, trainee.dtype) | {"term": index})
             progress(start * plan.steps + (i + 1) * len(batch), plan.steps_in_all)
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Pool(**columns)
+    return Pool.of(columns)
 
 
 def _chosen(plan: Plan, generator: torch.Generator) -> Tensor:
@@ -140,8 +150,9 @@ def place(t: Tensor, total: int, steps: int) -> Tensor:
 
 def profile(pools: Sequence[Pool], total: int, steps: int) -> Tensor:
     """d_t = mean of |ε_0(x_t, c) − ε_0(x_t, ∅)|² on the sampling grid (steps), from pools of the frozen base."""
-    effect = torch.cat([p.effect for p in pools])
-    where = place(torch.cat([p.t for p in pools]), total, steps)
+    frozen = [p for p in pools if isinstance(p, FrozenPool)]
+    effect = torch.cat([p.effect for p in frozen])
+    where = place(torch.cat([p.t for p in frozen]), total, steps)
     sums = torch.zeros(steps).index_add_(0, where, effect)
     counts = torch.zeros(steps).index_add_(0, where, torch.ones_like(effect))
     full = counts.nonzero()[:, 0]
@@ -168,4 +179,4 @@ def load(path: Path, fingerprint: str) -> dict[str, Pool] | None:
                 columns.setdefault(name, {})[part] = file.get_tensor(key)
     except (OSError, SafetensorError):
         return None
-    return {name: Pool(**parts) for name, parts in columns.items()}
+    return {name: Pool.of(parts) for name, parts in columns.items()}

@@ -78,7 +78,8 @@ class Denoising:
         """Mean over the batch of w · |target − prediction|²; scalar."""
         trainee, options, schedule = self.trainee, self.options, self.trainee.schedule
         draws = self.plan.batch(step, micro)
-        z, mask, sizes = (None if part is None else part.to(trainee.device) for part in self.latents.of(draws))
+        z, mask, sizes = self.latents.of(draws)
+        z, sizes = z.to(trainee.device), sizes.to(trainee.device)
         cond = self._conditioning([draw.caption for draw in draws])
         generator = step_generator(options.seed, "noise", step, micro)
         t = torch.randint(len(schedule.alphas_cumprod), (len(z),), generator=generator).to(z.device)  # b
@@ -88,7 +89,7 @@ class Denoising:
         eps = eps.to(z.device)
         prediction = trainee.predict(schedule.add_noise(z, t, eps), t, Cond(cond.cross, cond.pooled, sizes))
         error = (prediction - schedule.target(z, t, eps)).square()  # b c h w
-        error = (error if mask is None else error * mask).mean((1, 2, 3))  # b
+        error = (error if mask is None else error * mask.to(trainee.device)).mean((1, 2, 3))  # b
         weight = torch.tensor([draw.weight for draw in draws], device=z.device)
         return (weight * min_snr(schedule.snr(t), options.min_snr_gamma, schedule.prediction) * error).mean()
 

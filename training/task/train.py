@@ -168,10 +168,11 @@ def _release(trainee: Trainee, options: TaskOptions, loss: Denoising, captions: 
     """Keep VAE and text encoder only where previews or captions that vary will ask for them."""
     if options.sample_every_n_steps:
         return
-    fixed = captions is not None and not options.network_train_text_encoder
-    if fixed:
-        loss.captions.of(captions)
-    trainee.release(text=fixed)
+    if captions is None or options.network_train_text_encoder:
+        trainee.release(text=False)
+        return
+    loss.captions.of(captions)
+    trainee.release(text=True)
 
 
 def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:

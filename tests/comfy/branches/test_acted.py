@@ -322,10 +322,10 @@ def test_a_file_made_against_the_files_net_strength_is_refused_as_it_acts(comfy,
     patcher = guard(safety, made)
     ((_, result),) = patcher.guard_state.part.interference
     assert result.net_strength == pytest.approx(1.0, abs=1e-3)
-    before = len(comfy.ledger.latents._kept)
+    before = len(comfy.ledger.latents)
     with pytest.raises(comfy.host_guard.GuardError):
         sampled(patcher, steps=3)
-    assert len(comfy.ledger.latents._kept) == before
+    assert len(comfy.ledger.latents) == before
     assert comfy.host.attestation(patcher).status == "not sampled"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.audit import stats
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
-from modular_lora_guard.audit.stats import Estimate
+from modular_lora_guard.audit.stats import Estimate, Ratio
 
 QUICK = settings(max_examples=25, deadline=None)
 CONCEPTS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=2, max_size=8)
@@ -92,15 +92,15 @@ def test_one_concept_says_nothing_of_others():
     drawn = pictures("a", [[True, False]]) + pictures("b", [[False, False]])
     assert (stats.rates(drawn)["a"].low, stats.rates(drawn)["a"].high) == (0.0, 1.0)
     assert stats.difference(drawn, "a", "b") == Estimate(0.5, -1.0, 1.0)
-    assert stats.ratio(drawn, "a", "b") == Estimate(math.inf, 0.0, math.inf)
+    assert stats.ratio(drawn, "a", "b") == Ratio(math.inf, 0.0, math.inf)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ([[True], [True]], [[False], [False]], Estimate(math.inf, math.inf, math.inf)),
-        ([[False], [False]], [[True], [True]], Estimate(0.0, 0.0, 0.0)),
-        ([[False], [False]], [[False], [False]], Estimate(None, 0.0, math.inf, stats.DRAWS)),
+        ([[True], [True]], [[False], [False]], Ratio(math.inf, math.inf, math.inf)),
+        ([[False], [False]], [[True], [True]], Ratio(0.0, 0.0, 0.0)),
+        ([[False], [False]], [[False], [False]], Ratio(None, 0.0, math.inf, stats.DRAWS)),
     ],
 )
 def test_a_ratio_with_zeros_says_so(first, second, expected):
