@@ -324,7 +324,7 @@ def test_a_preset_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
         ({"block": {"a": 0.5}, "cells": True}, "cells must be a whole number, not True: correct it"),
         ({"block": {"a": 0.5}, "self": 1}, "self does not exist: known here: block, report, growth"),
         ({"block": {"a": 0.5}, "action": ["blur"]}, r"action must be .*, not \['blur'\]: correct it"),
-        ([], r"is no JSON object\): check the preset, an object with the key block"),
+        ([], r".*is no JSON object\): check the preset, an object with the key block"),
         ("{", "cannot be read as JSON"),
         ('{"block": {"a": NaN}}', "block.a must be a finite number, not nan"),
         (f'{{"block": {{"a": 1{"0" * 400}}}}}', "block.a must be a number, not 1000"),

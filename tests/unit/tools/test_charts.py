@@ -36,8 +36,7 @@ def test_without_matplotlib_the_image_says_what_to_install(monkeypatch):
 
 def test_matplotlib_is_imported_with_the_first_chart_and_not_before():
     code = (
-        "import importlib, sys\n"
-        "sys.path.append('importable')\n"
+        "import importlib, sys; sys.path.append('importable')\n"
         "for name in ('comfy_host.charts', 'audit.page', 'audit.session'):\n"
         "    importlib.import_module(f'modular_lora_guard.{name}')\n"
         "sys.exit('matplotlib' in sys.modules)\n"

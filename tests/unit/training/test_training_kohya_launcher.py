@@ -19,7 +19,6 @@ from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.reader import read_lora, sha256_file
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.modular_lora.util import atomic
-from modular_lora_guard.modular_lora.util.file_state import file_state
 from modular_lora_guard.training.kohya import checkout as kohya_checkout
 from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.kohya import process as kohya_process
@@ -196,7 +195,7 @@ def test_a_truncated_file_is_no_result(place, engine, tmp_path, direct):
 def test_a_file_of_an_earlier_run_is_no_result(place):
     path = place / "safety.safetensors"
     with pytest.raises(GuardError, match="did not write it"):
-        kohya._check(path, file_state(path))
+        kohya._check(path, kohya.find_file_state(path))
     with pytest.raises(GuardError, match="did not write it"):
         kohya._check(place / "none.safetensors", None)
 
