@@ -88,7 +88,7 @@ def known_bases(*paths: str | Path) -> dict[str, KnownBase]:
     """The bundled registry and those at ``paths``, the last one first where they name the same base.
 
     A registry is JSON: {content sha256: {"name", "status": "clean" or "contaminated", "note"}}, the hash as
-    attestation.weights_sha256 gives it. Raises GuardError with file, entry and remedy.
+    tensor_hashing.weights_sha256 gives it. Raises GuardError with file, entry and remedy.
     """
     found: dict[str, KnownBase] = {}
     for path in (KNOWN_BASES, *paths):

@@ -93,7 +93,7 @@ class Trainee(Protocol):
     """
 
     family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
-    base_sha256: str  # modular_lora.provenance.attestation.weights_sha256 of W0
+    base_sha256: str  # modular_lora.util.tensor_hashing.weights_sha256 of W0
     patches: int  # weights that a LoRA or model was merged into, where that was accepted
     unet: nn.Module
     text_encoder: nn.Module

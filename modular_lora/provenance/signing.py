@@ -28,7 +28,7 @@ from .keys import Expired, MissingSignature, SignatureError, Tampered
 
 ENDING = ".sig"
 LIMIT = 2**20  # bytes of a bundle or of a picture's text
-KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as nodes/save.py writes them
+KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as comfy_host/saving.py writes them
 ATTESTATION = "attestation"  # purpose of the statement
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

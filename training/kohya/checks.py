@@ -45,7 +45,7 @@ class Settings:
     target: str = "linear"  # cross-attention, attention, linear, conv
     init_seed: str = ""  # "": --seed
     base_name: str = "the base"
-    base_sha256: str = ""  # of its contents (attestation.weights_sha256), where the caller knows it
+    base_sha256: str = ""  # of its contents (tensor_hashing.weights_sha256), where the caller knows it
     base_file_sha256: str = ""
     base_version: str = ""  # ss_base_model_version where the script says none
     known_bases: str = ""  # registries, see contamination.known_bases, os.pathsep between them

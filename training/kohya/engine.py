@@ -75,7 +75,7 @@ class Base:
 
     checkpoint: Path
     family: str  # ComfyUI's name, a key of FAMILIES
-    sha256: str = ""  # of its contents (attestation.weights_sha256), where it is loaded in ComfyUI as well
+    sha256: str = ""  # of its contents (tensor_hashing.weights_sha256), where it is loaded in ComfyUI as well
     v_prediction: bool = False
     tokenizer: str = ""  # folder with CLIP's vocab.json and merges.txt; "": the hub's cache must have it
     parts: Mapping[str, str] = field(default_factory=dict)  # further files of the model, see Family.parts
