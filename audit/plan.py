@@ -74,8 +74,8 @@ class Origin:
     dtype: str
 
     @classmethod
-    def of(cls, painter: Painter) -> Origin:
-        return cls(painter.base_sha256, painter.device, painter.dtype)
+    def of(cls, pipeline: Pipeline) -> Origin:
+        return cls(pipeline.base_sha256, pipeline.device, pipeline.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Unit:
     key: str
 
 
-class Painter(Protocol):
+class Pipeline(Protocol):
     """What draws: a base model on one device, deterministic for equal arm, items and sampling.
 
     Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the picture counts.

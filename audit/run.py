@@ -73,20 +73,20 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
     GuardError where a picture file is missing or changed, a worker fails, or workers die again and again.
     """
     store = Store(folder)
-    with engine.open(watch.check) as crew:
-        plan = list(units(audit.arms, audit.items, audit.sampling, crew.origin, audit.unit_size))
+    with engine.open(watch.check) as pool:
+        plan = list(units(audit.arms, audit.items, audit.sampling, pool.origin, audit.unit_size))
         missing = list({store.place(unit): unit for unit in plan if not store.finished(unit)}.values())
-        _say_what_for(store, audit, plan, len(missing), crew.origin)
+        _say_what_for(store, audit, plan, len(missing), pool.origin)
         total = len(audit.arms) * len(audit.items)
         done = total - sum(len(unit.items) for unit in missing)
         watch.stage("drawing", done, total)
-        for unit, pictures in crew.draw(missing, watch.check):
+        for unit, pictures in pool.draw(missing, watch.check):
             store.put(unit, pictures)
             done += len(unit.items)
             watch.stage("drawing", done, total)
-        replaced = crew.replaced()
+        replaced = pool.replaced()
     drawn = _judged(plan, store, judge, watch, total)
-    return Ran(tuple(drawn), crew.origin, len(plan), len(plan) - len(missing), store.twice, replaced)
+    return Ran(tuple(drawn), pool.origin, len(plan), len(plan) - len(missing), store.twice, replaced)
 
 
 def _judged(plan: list[Unit], store: Store, judge: Judge, watch: Watch, total: int) -> list[Drawn]:

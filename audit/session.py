@@ -13,7 +13,7 @@ from typing import Any
 from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from . import arms, attacks, detecting, figures, page, pictures, places, prompts, quality, sheet
-from .engines import Check, Crew, Engine
+from .engines import Check, Engine, Pool
 from .judge import Judge
 from .options import AuditOptions
 from .plan import Arm, Item
@@ -39,8 +39,8 @@ def run(
     if not found.arms:
         raise GuardError(f"No arm can be drawn: {'; '.join(found.notes)}.")
     _private(options)
-    with engine.open(watch.check) as crew:
-        drawing = _Drawing(options, _Open(crew), judge, watch)
+    with engine.open(watch.check) as pool:
+        drawing = _Drawing(options, _Open(pool), judge, watch)
         drawn = drawing.all(found, items)
     notes = [*(f"prompts: {one}" for one in sets if one.skipped), *found.notes, *_detector_notes(judge)]
     for name in ("start_pictures", "task_pictures"):
@@ -75,14 +75,14 @@ def rewrite(folder: Path) -> AuditReport:
 
 @dataclass(frozen=True)
 class _Open:
-    """An engine whose crew works already, so that its workers serve every part of an audit."""
+    """An engine whose pool works already, so that its workers serve every part of an audit."""
 
-    crew: Crew
+    pool: Pool
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         check()
-        yield self.crew
+        yield self.pool
 
 
 class _Drawing:

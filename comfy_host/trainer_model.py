@@ -56,8 +56,8 @@ SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
 CHUNK = 75  # tokens between start and end token
 
 
-class ComfyTrainee:
-    """See training.model.Trainee; made by `opened`."""
+class ComfyHostModel:
+    """See training.model.HostModel; made by `opened`."""
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
@@ -163,8 +163,8 @@ def _sdpa(function, *args, **kwargs):
 
 
 @contextmanager
-def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyTrainee]:
-    """A trainee on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
+def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyHostModel]:
+    """A host model on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
 
     Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
     """
@@ -175,19 +175,21 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
     comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
     dtype = DTYPES[options.mixed_precision]
-    trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
+    host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length)
     text_device = clip.patcher.load_device
-    del clip, vae  # held by the trainee alone, which may let go of them
+    del clip, vae  # held by the host model alone, which may let go of them
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
-        stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
-        stack.enter_context(small_as_products(trainee.unet, trainee.device.type == "cpu" and dtype == torch.float32))
+        stack.enter_context(_plain_weights(host_model.unet, dtype, host_model.device))
+        stack.enter_context(
+            small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
+        )
         if train_text_encoder:
-            stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
-            stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))
+            stack.enter_context(_plain_weights(host_model.text_encoder, dtype, text_device))
+            stack.enter_context(_cloned_norm_inputs(host_model.text_encoder))
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
         stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
-        yield trainee
+        yield host_model
 
 
 def _node(options: Options) -> str:

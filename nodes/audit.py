@@ -38,8 +38,8 @@ from ..comfy_host.model_folders import (
     output_folder,
 )
 from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.pipeline import ComfyPipeline
 from ..comfy_host.progress import NodeWatch, image_tensor
-from ..comfy_host.sampler import ComfyPainter
 from ..comfy_host.stock import sampler_names, scheduler_names
 from ..comfy_host.training_files import check_name
 from ..gate.finding import Detector
@@ -114,10 +114,10 @@ class Audit(io.ComfyNode):
         _check_starts(made)
         place = output_folder() / PUBLISHED / name
         check_writable(place, "output folder")
-        painter = ComfyPainter(model, clip, vae)
+        pipeline = ComfyPipeline(model, clip, vae)
         _check_shown(model, clip, made)
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
-        report = session.run(made, Local(painter), NodeWatch(cls), "Audit node", _judge(gate, style))
+        report = session.run(made, Local(pipeline), NodeWatch(cls), "Audit node", _judge(gate, style))
         publish(folder, place)
         text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
         show(cls, text)

@@ -123,10 +123,10 @@ def with_options(chosen: dict) -> str:
     where = chosen["checkpoint"], chosen["vae"], made.mixed_precision
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
-    with host.opened(*host.load_checkpoint(*where), made, train_text) as trainee:
+    with host.opened(*host.load_checkpoint(*where), made, train_text) as host_model:
         if isinstance(made, SafetyOptions):
-            return train_safety(trainee, made, TrainingLines(), **common).report
-        return train_task(trainee, made, TrainingLines(), safety, **common).report
+            return train_safety(host_model, made, TrainingLines(), **common).report
+        return train_task(host_model, made, TrainingLines(), safety, **common).report
 
 
 def check_files(*paths: Path | None) -> None:

@@ -86,7 +86,7 @@ class Schedule:
         return abar / (1 - abar)
 
 
-class Trainee(Protocol):
+class HostModel(Protocol):
     """A loaded model, its weights plain tensors (not inference tensors) that never require grad.
 
     ``predict`` and ``encode`` keep the graph where adapters on ``unet`` or ``text_encoder`` require grad.

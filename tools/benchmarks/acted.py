@@ -35,7 +35,7 @@ NO_FLOORS = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9
 def main() -> None:
     options = parser(__doc__, "acted.json", checkpoint=True).parse_args()
     comfyui.start(options.comfyui, cpu=not torch.cuda.is_available())
-    drawing = importlib.import_module("modular_lora_guard.comfy_host.sampler")
+    drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         bench = Bench(*drawing.load(options.checkpoint)[:2])
         rows = dict(bench.rows(Path(folder)))

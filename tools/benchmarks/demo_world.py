@@ -28,25 +28,25 @@ CELLS = {"vehicles": (data.SUPPRESSED_IDS, False), "kept": (data.KEPT_IDS, False
 
 
 @torch.no_grad()
-def draw(trainee, prompts: list[str], seed: int) -> torch.Tensor:
+def draw(host_model, prompts: list[str], seed: int) -> torch.Tensor:
     """Pictures (b 3 h w, 0..1), noise by place in the list alone."""
     noises = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     pictures = []
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
-        x_t = sampling.noise(trainee, (data.SIZE, data.SIZE), noises[start : start + BATCH])
-        cond, empty = trainee.encode(some), trainee.encode([""] * len(some))
-        z = sampling.sample(trainee.predict, trainee.schedule, x_t, cond, empty, GUIDANCE, STEPS)
-        pictures.append(trainee.decode(z).movedim(-1, 1))
+        x_t = sampling.noise(host_model, (data.SIZE, data.SIZE), noises[start : start + BATCH])
+        cond, empty = host_model.encode(some), host_model.encode([""] * len(some))
+        z = sampling.sample(host_model.predict, host_model.schedule, x_t, cond, empty, GUIDANCE, STEPS)
+        pictures.append(host_model.decode(z).movedim(-1, 1))
     return torch.cat(pictures)
 
 
-def judge(trainee, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str, float]]:
+def judge(host_model, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str, float]]:
     """Rates by cell: vehicles found, concept right, style called gloss."""
     found = {}
     for seed, (cell, (concepts, gloss)) in enumerate(CELLS.items()):
         prompts, truth = data.asked(concepts, gloss, pictures)
-        images = draw(trainee, prompts, seed)
+        images = draw(host_model, prompts, seed)
         seen, styles = detector.classify(eye, images)
         right = seen.argmax(-1) == truth
         hits = {"vehicles": detector.suppressed(seen), "right": right, "gloss": styles.argmax(-1) == data.TASK_STYLE}
@@ -71,12 +71,12 @@ def main() -> None:
     loras = {"safety": chosen.safety, "task": chosen.task}
     arms = {"base": (), "safety": ("safety",), "task": ("task",), "both": ("safety", "task")}
     results = {}
-    with host.opened(*host.load_checkpoint(chosen.checkpoint, None, "no"), options.Options()) as trainee:
+    with host.opened(*host.load_checkpoint(chosen.checkpoint, None, "no"), options.Options()) as host_model:
         for arm in chosen.arms:
             begin = time.monotonic()
             parts = [guard.SafetyLora(files.read_lora(loras[name]), 1.0) for name in arms[arm]]
-            with trainee.attached(parts):
-                results[arm] = judge(trainee, eye, chosen.pictures, chosen.sheets and chosen.sheets / arm)
+            with host_model.attached(parts):
+                results[arm] = judge(host_model, eye, chosen.pictures, chosen.sheets and chosen.sheets / arm)
             logger.info("%s %s %.0f s", arm, results[arm], time.monotonic() - begin)
     if chosen.record:
         command = f"python -m tools.benchmarks.demo_world CHECKPOINT --pictures {chosen.pictures}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from modular_lora_guard.modular_lora.files import reader as files
-from modular_lora_guard.training import model as trainees
+from modular_lora_guard.training import model as host_models
 from modular_lora_guard.training import options
 from modular_lora_guard.training.safety import train as safety
 
@@ -66,13 +66,13 @@ def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
 
 def arm(name: str, chosen: argparse.Namespace, model, ae, eye) -> list[dict[str, float]]:
     """The curve of one arm: CPU-seconds and rates at every ``every`` steps, until the rate is reached."""
-    trainee = narrow.NarrowTrainee(model, trainees.Schedule, trainees.Cond)
+    host_model = narrow.NarrowHostModel(model, host_models.Schedule, host_models.Cond)
     with tempfile.TemporaryDirectory() as folder:
         values = {"objective": chosen.objective, "negative_guidance": chosen.negative_guidance, "output_dir": folder}
         values |= {"max_train_steps": chosen.steps, "save_every_n_steps": chosen.every, "save_precision": "float"}
         values |= {"sample_every_n_steps": 0, "learning_rate": chosen.learning_rate} | ARMS[name]
         made, clock = options.load(options.SafetyOptions, RECIPE, values), Clock()
-        safety.train_safety(trainee, made, clock, engine="benchmark")
+        safety.train_safety(host_model, made, clock, engine="benchmark")
         curve = []
         for step in range(chosen.every, chosen.steps + 1, chosen.every):
             last = f"-step{step:08d}" if step < chosen.steps else ""

@@ -69,7 +69,7 @@ class Rig:
 
     def __init__(self, checkpoint: Path):
         self.host = importlib.import_module("modular_lora_guard.comfy_host.patcher")
-        self.drawing = importlib.import_module("modular_lora_guard.comfy_host.sampler")
+        self.drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
         self.management = importlib.import_module("comfy.model_management")
         self._encode = importlib.import_module("nodes").CLIPTextEncode().encode
         self.checkpoint = checkpoint

@@ -29,8 +29,8 @@ def losses(host, chosen: argparse.Namespace, changes: dict) -> list[float]:
         values |= {"network_dim": 8, "network_alpha": 8.0, "learning_rate": 3e-3, "train_batch_size": 4}
         made = options.TaskOptions(**values, max_train_steps=chosen.steps, **changes)
         loaded = host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision)
-        with host.opened(*loaded, made) as trainee:
-            return list(task.train_task(trainee, made, cli.TrainingLines(), engine="benchmark").losses)
+        with host.opened(*loaded, made) as host_model:
+            return list(task.train_task(host_model, made, cli.TrainingLines(), engine="benchmark").losses)
 
 
 def main() -> None:

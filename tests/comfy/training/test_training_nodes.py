@@ -156,9 +156,9 @@ def test_the_same_seed_gives_the_same_task_lora_with_and_without_safety_lora_and
     monkeypatch.setattr(
         loop, "make_optimizer", lambda groups, options: optimized.append(groups) or make(groups, options)
     )
-    attached, attach = [], part(comfy, "comfy_host.trainer_model").ComfyTrainee.attached
+    attached, attach = [], part(comfy, "comfy_host.trainer_model").ComfyHostModel.attached
     monkeypatch.setattr(
-        part(comfy, "comfy_host.trainer_model").ComfyTrainee,
+        part(comfy, "comfy_host.trainer_model").ComfyHostModel,
         "attached",
         lambda self, s: attached.append(s) or attach(self, s),
     )

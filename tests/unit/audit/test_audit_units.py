@@ -22,7 +22,7 @@ from modular_lora_guard.audit.store import ABANDONED, Store, StoreError
 from modular_lora_guard.gate.finding import Finding
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
-from support.fake_painter import FakePainter
+from support.fake_pipeline import FakePipeline
 
 ORIGIN = Origin("0" * 64, "cuda NVIDIA H100", "float16")
 PART = Part("safety", "loras/safety.safetensors", "1" * 64)
@@ -75,7 +75,7 @@ def run(tmp_path):
     def run(audit: Audit, judge: Judge | None = None):
         before = len(log.read_text().splitlines())
         judge = judge or Judge(Channels(), {"red": 0.5}, {"blue": 0.5})
-        ran = run_audit(audit, Local(FakePainter(str(log))), judge, tmp_path / "audit", Watch())
+        ran = run_audit(audit, Local(FakePipeline(str(log))), judge, tmp_path / "audit", Watch())
         return ran, len(log.read_text().splitlines()) - before
 
     return run
@@ -250,7 +250,7 @@ def test_of_two_processes_that_finish_a_unit_the_first_keeps_its_pictures(tmp_pa
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 16), (2, 8, 16, 3), (1, 8, 16, 4)])
-def test_a_painter_that_gives_something_else_is_refused(tmp_path, shape):
+def test_a_pipeline_that_gives_something_else_is_refused(tmp_path, shape):
     (unit,) = units([Arm("base")], [Item("a", 1, "kept")], SAMPLING, ORIGIN, 1)
     with pytest.raises(GuardError, match="must give b h w 3 uint8"):
         Store(tmp_path).put(unit, np.zeros(shape, np.uint8))

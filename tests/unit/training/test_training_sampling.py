@@ -293,7 +293,7 @@ def test_interrupted_pool_leaves_nothing_and_can_be_built_again(tmp_path):
         run.prepare(0)
     assert run.pools == {}
     assert not list(tmp_path.iterdir())
-    assert run.trainee.on
+    assert run.host_model.on
     run.prepare(0)
     numbers, totals = zip(*done[4:], strict=True)
     assert list(numbers) == sorted(set(numbers))

@@ -61,8 +61,8 @@ class _Built:
     encodes_as: Hashable  # equal for arms whose text encoders are the same
 
 
-class ComfyPainter:
-    """See audit.plan.Painter. Raises GuardError for a MODEL or CLIP that is not a checkpoint's own."""
+class ComfyPipeline:
+    """See audit.plan.Pipeline. Raises GuardError for a MODEL or CLIP that is not a checkpoint's own."""
 
     def __init__(self, model, clip, vae):
         _check(model, clip)
@@ -149,7 +149,7 @@ class ComfyPainter:
 
 
 def _check(model, clip) -> None:
-    """GuardError for what the painter's ``base_sha256`` would not describe."""
+    """GuardError for what the pipeline's ``base_sha256`` would not describe."""
     host._check_types(model, clip, "Audit")
     if clip is None:
         raise GuardError("The audit got no CLIP: connect the checkpoint's CLIP.")
