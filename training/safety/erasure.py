@@ -86,8 +86,8 @@ class Erasure:
     """Loss of every micro-batch of a run; what it draws depends on seed and step alone, so it has little state.
 
     ``adapter_off()`` makes ``host_model`` the plain base; ``parameters`` are the adapters'. ``progress`` hears how far
-    a pool is and may raise to interrupt. What of a pool comes from the frozen base is kept in ``pool_file`` where one is
-    named, and read again by a run with the same base, prompts and seed.
+    a pool is and may raise to interrupt. What of a pool comes from the frozen base is kept in ``pool_file`` where one
+    is named, and read again by a run with the same base, prompts and seed.
     """
 
     def __init__(
