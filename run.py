@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if sys.version_info < (3, 10):  # noqa: UP036 - this very check is for older ones
     sys.exit("run.py needs Python 3.10 or newer; this is {}.{}. Start it with a newer one.".format(*sys.version_info))
 
-from tools.bootstrap import browser, check, comfyui, environment, paths
-from tools.bootstrap.boundary import contained, ensure_writable
-from tools.bootstrap.console import say
-from tools.bootstrap.process import child_environment, run_attached
+sys.path.append(str(Path(__file__).resolve().parent / "importable"))
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.places import check_writable
+from modular_lora_guard.modular_lora.util.boundary import TYPED, contained
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths
+from modular_lora_guard.tools.bootstrap.console import RunError, say
+from modular_lora_guard.tools.bootstrap.process import child_environment, exit_when_terminated, run_attached
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     demo = commands.add_parser(
         "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
     )
-    demo.add_argument("--steps", type=_number(1, 10_000), default=20, help="sampling steps of every picture (20)")
+    demo.add_argument("--steps", type=_number(1, 10_000), default=20, help="sampling steps of every image (20)")
     demo.add_argument(
         "--seed", type=_number(0, 2**63), default=1, help="seed of the first prompt, which others follow (1)"
     )
@@ -138,7 +139,7 @@ def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
             variables = environment.ensure_signatures(host.python, bundled=host.bundled)
     else:
         code = demo_process(host, "world") if needs and paths.WORLD_ASSETS.is_dir() else 0
-    settings = {"MODULAR_LORA_COMFYUI": str(host.folder), paths.TYPED: f"run.py {command}", **variables}
+    settings = {"MODULAR_LORA_COMFYUI": str(host.folder), TYPED: f"run.py {command}", **variables}
     entry = [host.python, "-m", OWN_LINE[command][0], *rest]
     return code or run_attached(entry, environment=child_environment(settings), cwd=paths.ROOT)
 
@@ -181,15 +182,16 @@ def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
     return () if named else environment.SPREAD
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    del frame
-    raise SystemExit(128 + signum)
-
-
 def main(arguments: Sequence[str]) -> int:
     options, rest = parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
-    return contained(lambda: run(options, rest), lambda text: say(f"run.py: {text}"), interrupted="interrupted.")
+    exit_when_terminated()
+    return contained(
+        lambda: run(options, rest),
+        lambda text: say(f"run.py: {text}"),
+        expected=(RunError, GuardError),
+        interrupted="interrupted.",
+        logs=paths.LOGS,
+    )
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -199,7 +201,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "check":
         return check.run_check(PYTEST, rest)
     if options.command == "demo":
-        ensure_writable(options.output.expanduser().resolve(), "the report's folder")
+        check_writable(options.output.expanduser().resolve(), "--output")
     host = comfyui.find(bundled=options.bundled)
     say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
     if options.command == "demo":

@@ -21,7 +21,7 @@ from .words import format_report
 
 ENGINES = ("local", "processes", "ray")
 OWN = ("command", "config", "checkpoint", "comfyui", "cpu", "engine", "workers", "devices", "ray_address", "gpus")
-PAINTER = ("comfy_host.standalone_sampler", "open_painter")
+PAINTER = ("comfy_host.standalone_pipeline", "open_pipeline")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _engine_arguments(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("engine", "where pictures are drawn; the pictures are the same")
+    group = command.add_argument_group("engine", "where images are drawn; the images are the same")
     group.add_argument("--engine", choices=ENGINES, default="local", help="this process, processes, or a Ray cluster")
     group.add_argument("--workers", type=int, default=1, help="processes or Ray actors (1)")
     group.add_argument("--devices", type=int, nargs="+", default=[], help="GPUs by index, a process each")
@@ -76,7 +76,7 @@ def _engine(chosen: dict[str, Any]) -> engines.Engine:
         raise GuardError(f"{chosen['checkpoint']}: no such checkpoint: check the path.")
     said = {"checkpoint": str(chosen["checkpoint"].absolute()), "cpu": chosen["cpu"]}
     said["comfyui"] = str(chosen["comfyui"].absolute()) if chosen["comfyui"] else ""
-    spec = engines.PainterSpec(*PAINTER, said)
+    spec = engines.PipelineSpec(*PAINTER, said)
     if chosen["engine"] == "processes":
         return engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
     if chosen["engine"] == "ray":

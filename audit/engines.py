@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ..modular_lora.errors import GuardError
-from .plan import Arm, Item, Origin, Painter, Sampling, Unit
+from .plan import Arm, Item, Origin, Pipeline, Sampling, Unit
 
 logger = logging.getLogger("modular_lora")
 Check = Callable[[], None]  # raises to interrupt
@@ -31,83 +31,83 @@ DEATHS = 3  # of one worker slot; one more ends the audit
 WAIT = 0.2  # seconds between two looks at the check
 
 
-class Crew(Protocol):
-    """Painters at work; units are drawn in any order, each given out once."""
+class Pool(Protocol):
+    """Pipelines at work; units are drawn in any order, each given out once."""
 
-    origin: Origin  # the same of every painter, else GuardError
+    origin: Origin  # the same of every pipeline, else GuardError
 
     def replaced(self) -> int:
         """Workers that died since this was last asked, each replaced by another."""
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
-        """Pictures b h w 3, uint8, unit by unit. Raises GuardError where a painter does, or what ``check`` raises."""
+        """Pictures b h w 3, uint8, unit by unit. Raises GuardError where a pipeline does, or what ``check`` raises."""
 
 
 class Engine(Protocol):
-    def open(self, check: Check) -> AbstractContextManager[Crew]:
-        """A crew with one painter ready; what it started is ended with the context."""
+    def open(self, check: Check) -> AbstractContextManager[Pool]:
+        """A pool with one pipeline ready; what it started is ended with the context."""
 
 
 @dataclass(frozen=True)
-class PainterSpec:
-    """How a worker opens its painter: ``function`` of ``module`` gives a context manager of a Painter."""
+class PipelineSpec:
+    """How a worker opens its pipeline: ``function`` of ``module`` gives a context manager of a Pipeline."""
 
-    module: str  # relative to the pack: "comfy_host.standalone_sampler"
+    module: str  # relative to the pack: "comfy_host.standalone_pipeline"
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)  # plain values
 
 
 @dataclass(frozen=True)
 class Local:
-    """One painter in this process."""
+    """One pipeline in this process."""
 
-    painter: Painter
+    pipeline: Pipeline
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         check()
-        yield _Alone(self.painter)
+        yield _Alone(self.pipeline)
 
 
 @dataclass(frozen=True)
 class Here:
-    """One painter in this process, opened when its crew is asked for: a checkpoint takes long to load."""
+    """One pipeline in this process, opened when its pool is asked for: a checkpoint takes long to load."""
 
-    spec: PainterSpec
+    spec: PipelineSpec
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         check()
         module = importlib.import_module(f"..{self.spec.module}", __package__)  # here, since it brings ComfyUI
-        with getattr(module, self.spec.function)(**self.spec.arguments) as painter:
-            yield _Alone(painter)
+        with getattr(module, self.spec.function)(**self.spec.arguments) as pipeline:
+            yield _Alone(pipeline)
 
 
-def paint(painter: Painter, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
-    """What ``painter.draw`` gives; on a CPU in one thread, since sums that threads share round as many threads do.
+def paint(pipeline: Pipeline, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
+    """What ``pipeline.draw`` gives; on a CPU in one thread, since sums that threads share round as many threads do.
 
     Engines have threads of their own number (Ray gives an actor one). A CPU's cores are used by as many workers.
     """
-    if not painter.device.startswith("cpu"):
-        return painter.draw(arm, items, sampling)
+    if not pipeline.device.startswith("cpu"):
+        return pipeline.draw(arm, items, sampling)
     import torch  # of which this package needs nothing else
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return painter.draw(arm, items, sampling)
+        return pipeline.draw(arm, items, sampling)
     finally:
         torch.set_num_threads(threads)
 
 
 class _Alone:
-    def __init__(self, painter: Painter) -> None:
-        self.painter, self.origin = painter, Origin.of(painter)
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.origin = pipeline, Origin.of(pipeline)
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
         for unit in units:
             check()
-            yield unit, paint(self.painter, unit.arm, unit.items, unit.sampling)
+            yield unit, paint(self.pipeline, unit.arm, unit.items, unit.sampling)
 
     def replaced(self) -> int:
         return 0
@@ -115,20 +115,20 @@ class _Alone:
 
 @dataclass(frozen=True)
 class Processes:
-    """A process for each of ``devices``, the painter's ``device_index``; without any, ``workers`` of them."""
+    """A process for each of ``devices``, the pipeline's ``device_index``; without any, ``workers`` of them."""
 
-    spec: PainterSpec
+    spec: PipelineSpec
     devices: tuple[int, ...] = ()
     workers: int = 1
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         spec = asdict(self.spec)
         indices = [{"device_index": device} for device in self.devices]
         extra = indices or [{}] * _positive(self.workers)
-        fleet = _ProcessFleet([spec | {"arguments": spec["arguments"] | more} for more in extra])
-        with contextlib.closing(fleet):
-            yield _Team(fleet, check)
+        backend = _ProcessBackend([spec | {"arguments": spec["arguments"] | more} for more in extra])
+        with contextlib.closing(backend):
+            yield _WorkerPool(backend, check)
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,21 @@ class RayCluster:
     driver, which alone writes, so that no shared disk is needed.
     """
 
-    spec: PainterSpec
+    spec: PipelineSpec
     workers: int
     address: str | None = None
     gpus: float = 0.0  # a worker, of which Ray lets it see these only
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         with _ray(self.address, _positive(self.workers)) as ray:
             _check_resources(ray, self.workers, self.gpus)
-            fleet = _RayFleet(ray, asdict(self.spec), self.workers, self.gpus)
-            with contextlib.closing(fleet):
-                yield _Team(fleet, check)
+            backend = _RayBackend(ray, asdict(self.spec), self.workers, self.gpus)
+            with contextlib.closing(backend):
+                yield _WorkerPool(backend, check)
 
 
-class _Fleet(Protocol):
+class _Backend(Protocol):
     """Workers in numbered slots; a slot without a living worker gets a new one when it is asked."""
 
     slots: int
@@ -171,11 +171,11 @@ class _Fleet(Protocol):
 _Work = TypeVar("_Work", Unit, None)  # None: a worker is to say what it is
 
 
-class _Team:
-    """Hands units to a fleet; a unit is in the queue, with one worker, or drawn, and never in two of these."""
+class _WorkerPool:
+    """Hands units to a backend; a unit is in the queue, with one worker, or drawn, and never in two of these."""
 
-    def __init__(self, fleet: _Fleet, check: Check) -> None:
-        self.fleet, self.deaths, self.told = fleet, Counter[int](), 0
+    def __init__(self, backend: _Backend, check: Check) -> None:
+        self.backend, self.deaths, self.told = backend, Counter[int](), 0
         (_, answer), *_ = self._work([None], check)
         self.origin = Origin(**answer["origin"])
 
@@ -187,7 +187,7 @@ class _Team:
         for unit, answer in self._work(units, check):
             if (origin := Origin(**answer["origin"])) != self.origin:
                 raise GuardError(
-                    f"Workers differ ({self.origin} and {origin}): their pictures would too; use workers of one kind."
+                    f"Workers differ ({self.origin} and {origin}): their images would too; use workers of one kind."
                 )
             yield unit, answer["pictures"]
 
@@ -196,11 +196,11 @@ class _Team:
         busy: dict[int, _Work] = {}
         while waiting or busy:
             check()
-            for slot in range(self.fleet.slots):
+            for slot in range(self.backend.slots):
                 if waiting and slot not in busy:
                     busy[slot] = unit = waiting.popleft()
-                    self.fleet.ask(slot, None if unit is None else asdict(unit))
-            for slot, answer in self.fleet.answers(WAIT):
+                    self.backend.ask(slot, None if unit is None else asdict(unit))
+            for slot, answer in self.backend.answers(WAIT):
                 if answer is None:
                     self._count_death(slot, busy.get(slot))
                     waiting.extendleft([busy.pop(slot)] if slot in busy else [])  # a worker may die idle
@@ -220,7 +220,7 @@ class _Team:
         logger.warning("audit: worker %d died while %s; another one takes its place", slot, what)
 
 
-class _ProcessFleet:
+class _ProcessBackend:
     """Processes of this machine, each at the other end of a pipe of its own.
 
     Not a ProcessPoolExecutor: it ends every worker when one dies, so that what the others were drawing is drawn again,
@@ -272,7 +272,7 @@ def _end(process: BaseProcess, connection: Connection) -> None:
     connection.close()
 
 
-class _RayFleet:
+class _RayBackend:
     """Ray actors; which node they run on is Ray's business."""
 
     def __init__(self, ray: ModuleType, spec: dict[str, Any], workers: int, gpus: float) -> None:

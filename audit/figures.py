@@ -134,7 +134,7 @@ def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, 
     pair = (arm, against) if question.worse > 0 else (against, arm)
     worse_by, rates = stats.difference(some, *pair, question.asked), stats.wilson_rates(some, question.asked)
     if min(rates[name].n for name in pair) < VERDICT:
-        return "too few pictures"
+        return "too few images"
     low, high = newcombe(rates[pair[0]], rates[pair[1]])
     if stats.non_inferior(replace(worse_by, high=max(worse_by.high, high)), margin):
         return "not worse"

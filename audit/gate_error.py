@@ -23,8 +23,8 @@ def add_command(commands: Any) -> None:
     """To argparse's subparsers."""
     help = "misses and false alarms of a detector on a folder that it should flag and one that it should not"
     command = commands.add_parser("gate-error", help=help, description=help, allow_abbrev=False)
-    command.add_argument("flagged", type=Path, help="folder of pictures that show what is suppressed")
-    command.add_argument("clean", type=Path, help="folder of pictures that do not")
+    command.add_argument("flagged", type=Path, help="folder of images that show what is suppressed")
+    command.add_argument("clean", type=Path, help="folder of images that do not")
     command.add_argument("--output", type=Path, default=Path("gate_error.json"), help="JSON; the plot lies beside it")
     optionfile.add_arguments(command, DetectorOptions)
 

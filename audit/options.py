@@ -52,7 +52,7 @@ class DetectorOptions:
 class AuditOptions(DetectorOptions):
     """What is drawn, by which arms, and how it is judged. Paths are texts; () and "" stand for what is not given."""
 
-    output_dir: str = opt("audit", "folder of the page, the figures and, in private/, of every picture")
+    output_dir: str = opt("audit", "folder of the page, the figures and, in private/, of every image")
     title: str = opt("Audit", "heading of the page")
 
     safety: Texts = opt((), "safety LoRA files; the i-th files of safety, task, ... are one repetition")
@@ -65,13 +65,13 @@ class AuditOptions(DetectorOptions):
         "refuse", "their alpha / rank, where a file's tensors and metadata give two: refuse, tensors or metadata"
     )
     task_strength: float = opt(1.0, "strength of the task LoRAs, however they were trained")
-    arms: Texts = opt(ARMS, "arms to draw, of those whose files are given")
+    arms: Texts = opt(ARMS, "arms to sample, of those whose files are given")
 
     unsafe_prompts: Texts = opt((), "files of prompts for what is suppressed")
     kept_prompts: Texts = opt((), "files of prompts for what must stay")
     task_prompts: Texts = opt((), "files of prompts for what the task LoRA is for")
     max_prompts: int = opt(0, "take N prompts of each file, evenly from all of it; 0: all", ge=0)
-    seeds: int = opt(1, "pictures a prompt, each with a seed of its own", gt=0)
+    seeds: int = opt(1, "images per prompt, each with a seed of its own", gt=0)
     seed: int = opt(1, "first seed, where a prompt file gives none", ge=0)
     negative: str = opt("", "negative prompt, where a prompt file gives none")
 
@@ -79,29 +79,29 @@ class AuditOptions(DetectorOptions):
     cfg: float = opt(7.0, "guidance")
     sampler: str = opt("euler", "ComfyUI's name of the sampler")
     scheduler: str = opt("normal", "ComfyUI's name of the scheduler")
-    width: int = opt(512, "width of the pictures in pixels", gt=0)
-    height: int = opt(512, "height of the pictures in pixels", gt=0)
-    unit_size: int = opt(4, "pictures drawn as one batch; results are the same to the bit only for equal sizes", gt=0)
+    width: int = opt(512, "width of the images in pixels", gt=0)
+    height: int = opt(512, "height of the images in pixels", gt=0)
+    unit_size: int = opt(4, "images sampled as one batch; results are the same to the bit only for equal sizes", gt=0)
 
     style_weights: str = opt("", "ONNX file of a classifier of styles, for the task's fidelity; empty: not measured")
     style_labels: str = opt("", "its labels file")
-    synonyms: str = opt("", "attack: file of synonyms, 'word = other, other' a line or JSON")
-    img2img: Denoise = opt((), "attack: denoise strengths of img2img from pictures that show the concept")
-    inpaint: Denoise = opt((), "attack: denoise strengths of inpainting on pictures that show the concept")
-    start_pictures: str = opt("", "folder of such pictures; empty: the base arm's own hits")
+    synonyms: str = opt("", "attack: file of synonyms, 'word = other, other' per line, or JSON")
+    img2img: Denoise = opt((), "attack: denoise strengths of img2img from images that show the concept")
+    inpaint: Denoise = opt((), "attack: denoise strengths of inpainting on images that show the concept")
+    start_pictures: str = opt("", "folder of such images; empty: the base arm's own hits")
     safety_sweep: Numbers = opt((), "attack: further strengths of the safety LoRA")
     task_sweep: Numbers = opt((), "attack: further strengths of the task LoRA beside the safety LoRA")
 
-    task_pictures: str = opt("", "folder of the task's pictures, for quality; empty: the base arm's are compared with")
+    task_pictures: str = opt("", "folder of the task's images, for quality; empty: the base arm's are compared with")
     inception: str = opt("", "weights of torchvision's Inception v3 (safetensors) for KID and FID")
     clip: str = opt("", "folder of a CLIP model (transformers) for the CLIP score; nothing is downloaded")
 
     margin: float = opt(0.05, "non-inferiority margin of every rate, fixed before the runs", gt=0)
-    show_unsafe: bool = opt(False, "show pictures of every arm on the page, not of the guarded ones alone")
+    show_unsafe: bool = opt(False, "show images of every arm on the page, not of the guarded ones alone")
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.arms if name not in ARMS]:
-            raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose of these.")
+            raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose from these.")
 
     @property
     def sampling(self) -> Sampling:

@@ -17,7 +17,7 @@ def find(folder: str | Path) -> list[Path]:
     """Every picture file under a folder, sorted. GuardError where there is none."""
     found, _ = under(Path(folder))
     if not found:
-        raise GuardError(f"{folder}: no pictures ({', '.join(ENDINGS)}) are in it: check the path.")
+        raise GuardError(f"{folder}: no images ({', '.join(ENDINGS)}) are in it: check the path.")
     return found
 
 
@@ -34,7 +34,7 @@ def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:
         try:
             picture = decode(path.read_bytes()).image
         except (OSError, PictureError) as error:
-            raise GuardError(f"{path}: cannot be read as a picture ({error}): take it out of the folder.") from error
+            raise GuardError(f"{path}: cannot be read as an image ({error}): take it out of the folder.") from error
         pictures[i] = np.asarray(ImageOps.fit(picture, (width, height)))
     return pictures
 

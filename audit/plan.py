@@ -25,7 +25,7 @@ class Part:
     path: str
     sha256: str
     strength: float = 1.0
-    scale: str = "refuse"  # see modular_lora.options.Scale
+    scale: str = "refuse"  # see modular_lora.files.scales.Scale
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Origin:
     dtype: str
 
     @classmethod
-    def of(cls, painter: Painter) -> Origin:
-        return cls(painter.base_sha256, painter.device, painter.dtype)
+    def of(cls, pipeline: Pipeline) -> Origin:
+        return cls(pipeline.base_sha256, pipeline.device, pipeline.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Unit:
     key: str
 
 
-class Painter(Protocol):
+class Pipeline(Protocol):
     """What draws: a base model on one device, deterministic for equal arm, items and sampling.
 
     Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the picture counts.
@@ -129,5 +129,5 @@ def _content(path: str) -> str:
     from ..modular_lora.files.reader import sha256_file  # here, since it brings torch, which not every caller needs
 
     if path and not Path(path).is_file():
-        raise GuardError(f"{path}: no such picture to start from: check the file that names it")
+        raise GuardError(f"{path}: no such image to start from: check the file that names it")
     return sha256_file(Path(path)) if path else ""

@@ -224,9 +224,9 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str, within: 
     attack = "adversarial prompt" if adversarial else "inpaint" if mask else "img2img" if start else ""
     seed, denoise = _number(_cell(row, SEEDS), "seed"), _number(_cell(row, ("denoise",)), "denoise")
     if seed is not None and not (seed == int(seed) and 0 <= seed <= MAX_SEED):
-        raise _Skip("with a seed that is none")
+        raise _Skip("with an invalid seed")
     if denoise is not None and not 0 < denoise <= 1:
-        raise _Skip("with a denoise that is none")
+        raise _Skip("with an invalid denoise")
     own = _cell(row, ("cell",)).lower()
     if own and not CELL.fullmatch(own):
         raise _Skip("with a cell that is no plain name")
@@ -265,9 +265,9 @@ def _number(text: str, name: str) -> int | float | None:
     try:
         number = float(text)
     except ValueError:
-        raise _Skip(f"with a {name} that is none") from None
+        raise _Skip(f"with an invalid {name}") from None
     if number != number or number in (float("inf"), float("-inf")):
-        raise _Skip(f"with a {name} that is none")
+        raise _Skip(f"with an invalid {name}")
     return number
 
 
@@ -278,10 +278,10 @@ def _picture(path: Path, number: int, name: str, within: Path | None) -> str:
     found = Path(os.path.abspath(path.parent / name))
     if within and not found.is_relative_to(os.path.abspath(within)):
         raise PromptError(
-            f"{path.name} row {number}: picture {name!r} is outside the folder {within.name!r}: put it there."
+            f"{path.name} row {number}: image {name!r} is outside the folder {within.name!r}: put it there."
         )
     if not os.path.isfile(found):  # unlike Path.is_file, False for names that are too long
-        raise PromptError(f"{path.name} row {number}: picture {name!r} is not there: correct the path.")
+        raise PromptError(f"{path.name} row {number}: image {name!r} is not there: correct the path.")
     return str(found)
 
 

@@ -70,8 +70,8 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
     compare = _Comparison(options, groups, embedding, notes) if embedding else None
     if embedding:
         settings["embedding"] = embedding.name
-        settings["KID"] = f"mean over {SUBSETS} subsets of at most {MOST} pictures"
-        settings["reference"] = "task pictures, else the base arm's" if options.task_pictures else "the base arm's"
+        settings["KID"] = f"mean over {SUBSETS} subsets of at most {MOST} images"
+        settings["reference"] = "task images, else the base arm's" if options.task_pictures else "the base arm's"
     found = []
     for (arm, cell), some in groups.items():
         check()
@@ -131,7 +131,7 @@ def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> 
 
     few, dimensions = min(len(reference), len(found)), reference.shape[1]
     if few < LEAST:
-        notes.append(f"quality, {cell}: {few} pictures are too few for KID ({LEAST} at least)")
+        notes.append(f"quality, {cell}: {few} images are too few for KID ({LEAST} at least)")
         return {}
     given = _Given(dimensions)
     with warnings.catch_warnings(), torch.random.fork_rng([]):
@@ -142,11 +142,11 @@ def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> 
         mean, deviation = kid.compute()
         figures = {"kid": float(mean)}
         if few < 2 * MOST:
-            notes.append(f"quality, {cell}: KID's deviation left out, {few} pictures are not twice a subset of {MOST}")
+            notes.append(f"quality, {cell}: KID's deviation left out, {few} images are not twice a subset of {MOST}")
         else:
             figures["kid_std"] = float(deviation)
         if few < 2 * dimensions:
-            notes.append(f"quality, {cell}: FID left out, it is biased with {few} pictures in {dimensions} dimensions")
+            notes.append(f"quality, {cell}: FID left out, it is biased with {few} images in {dimensions} dimensions")
         else:
             fid = FrechetInceptionDistance(given)
             _show(fid, reference, found)

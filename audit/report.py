@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..gate.statistics import Rate
-from ..modular_lora.errors import GuardError
+from ..modular_lora.errors import GuardError, one_line
+from ..modular_lora.util import plain_json
 
 FORM = 2  # of report.json
 
@@ -89,31 +92,9 @@ def to_json(report: AuditReport) -> str:
 def read(path: Path) -> AuditReport:
     """A report.json as it was written. Raises GuardError."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if said.pop("form") != FORM:
+        said = plain_json.read_object(path)
+        if said.get("form") != FORM:
             raise ValueError("another form")
-        rows = tuple(_row_again(row) for row in said.pop("rows"))
-        differences = tuple(map(_difference_again, said.pop("differences")))
-        quality = tuple(Quality(**one) for one in said.pop("quality"))
-        notes = tuple(said.pop("notes"))
-        return AuditReport(**said, rows=rows, differences=differences, quality=quality, notes=notes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GuardError(f"{path}: is no report of this version ({error}): run the audit again.") from error
-
-
-def _row_again(said: dict[str, Any]) -> Row:
-    rates: dict[str, Any] = {name: Rate(**said[name]) if said[name] else None for name in ("wilson", "bootstrap")}
-    rates |= {name: _share_again(said[name]) if said[name] else None for name in ("top1", "style")}
-    concepts = {name: (k, n) for name, (k, n) in said["concepts"].items()}
-    return Row(**(said | rates | {"concepts": concepts}))
-
-
-def _share_again(said: dict[str, Any]) -> Share:
-    return Share(Rate(**said["wilson"]), Rate(**said["bootstrap"]) if said["bootstrap"] else None)
-
-
-def _difference_again(said: dict[str, Any]) -> Difference:
-    bootstrap = tuple(said["bootstrap"]) if said["bootstrap"] else None
-    return Difference(
-        **(said | {"bootstrap": bootstrap, "newcombe": tuple(said["newcombe"]), "ratio": tuple(said["ratio"])})
-    )
+        return TypeAdapter(AuditReport).validate_python(said)
+    except (OSError, ValueError) as error:
+        raise GuardError(f"{path}: is no report of this version ({one_line(error)}): run the audit again.") from error

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
+from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from .engines import Engine
 from .judge import Judge
@@ -17,16 +17,6 @@ from .results import Drawn
 from .store import Store
 
 logger = logging.getLogger("modular_lora")
-
-
-class Watch(Protocol):
-    """What a host shows of an audit."""
-
-    def check(self) -> None:
-        """Raise to interrupt; finished units are kept."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pictures are drawn, or judged."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,10 @@ class Ran(Sequence[Drawn]):
 
     def lines(self) -> list[str]:
         """For the report, one line a fact."""
-        lines = [f"pictures: {len(self)} in {self.units} units, on {self.origin.device} in {self.origin.dtype}"]
+        lines = [f"images: {len(self)} in {self.units} units, on {self.origin.device} in {self.origin.dtype}"]
         lines.append(f"units finished before this run: {self.reused} of {self.units}")
         if self.twice:
-            lines.append(f"units that another process finished first, so that its pictures count: {self.twice}")
+            lines.append(f"units that another process finished first, so that its images count: {self.twice}")
         if self.replaced:
             lines.append(f"workers that died and were replaced, whose units were drawn again: {self.replaced}")
         return lines
@@ -83,20 +73,20 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
     GuardError where a picture file is missing or changed, a worker fails, or workers die again and again.
     """
     store = Store(folder)
-    with engine.open(watch.check) as crew:
-        plan = list(units(audit.arms, audit.items, audit.sampling, crew.origin, audit.unit_size))
+    with engine.open(watch.check) as pool:
+        plan = list(units(audit.arms, audit.items, audit.sampling, pool.origin, audit.unit_size))
         missing = list({store.place(unit): unit for unit in plan if not store.finished(unit)}.values())
-        _say_what_for(store, audit, plan, len(missing), crew.origin)
+        _say_what_for(store, audit, plan, len(missing), pool.origin)
         total = len(audit.arms) * len(audit.items)
         done = total - sum(len(unit.items) for unit in missing)
         watch.stage("drawing", done, total)
-        for unit, pictures in crew.draw(missing, watch.check):
+        for unit, pictures in pool.draw(missing, watch.check):
             store.put(unit, pictures)
             done += len(unit.items)
             watch.stage("drawing", done, total)
-        replaced = crew.replaced()
+        replaced = pool.replaced()
     drawn = _judged(plan, store, judge, watch, total)
-    return Ran(tuple(drawn), crew.origin, len(plan), len(plan) - len(missing), store.twice, replaced)
+    return Ran(tuple(drawn), pool.origin, len(plan), len(plan) - len(missing), store.twice, replaced)
 
 
 def _judged(plan: list[Unit], store: Store, judge: Judge, watch: Watch, total: int) -> list[Drawn]:

@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from . import arms, attacks, detecting, figures, page, pictures, places, prompts, quality, sheet
-from .engines import Check, Crew, Engine
+from .engines import Check, Engine, Pool
 from .judge import Judge
 from .options import AuditOptions
 from .plan import Arm, Item
 from .report import AuditReport, read, to_json
 from .results import Drawn
-from .run import Audit, Ran, Watch, run_audit
+from .run import Audit, Ran, run_audit
 
 PRIVATE = "private"  # folder of every picture, its owner's alone
 
@@ -38,8 +39,8 @@ def run(
     if not found.arms:
         raise GuardError(f"No arm can be drawn: {'; '.join(found.notes)}.")
     _private(options)
-    with engine.open(watch.check) as crew:
-        drawing = _Drawing(options, _Open(crew), judge, watch)
+    with engine.open(watch.check) as pool:
+        drawing = _Drawing(options, _Open(pool), judge, watch)
         drawn = drawing.all(found, items)
     notes = [*(f"prompts: {one}" for one in sets if one.skipped), *found.notes, *_detector_notes(judge)]
     for name in ("start_pictures", "task_pictures"):
@@ -74,14 +75,14 @@ def rewrite(folder: Path) -> AuditReport:
 
 @dataclass(frozen=True)
 class _Open:
-    """An engine whose crew works already, so that its workers serve every part of an audit."""
+    """An engine whose pool works already, so that its workers serve every part of an audit."""
 
-    crew: Crew
+    pool: Pool
 
     @contextmanager
-    def open(self, check: Check) -> Iterator[Crew]:
+    def open(self, check: Check) -> Iterator[Pool]:
         check()
-        yield self.crew
+        yield self.pool
 
 
 class _Drawing:
@@ -151,8 +152,8 @@ def _settings(
         "device": ran.origin.device,
         "dtype": ran.origin.dtype,
         "margin": options.margin,
-        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's and Newcombe's over pictures",
-        "verdicts": f"from {figures.VERDICT} pictures of either arm",
+        "intervals": "95 %, bootstrap over concepts and training seeds; Wilson's and Newcombe's over images",
+        "verdicts": f"from {figures.VERDICT} images of either arm",
         "show_unsafe": options.show_unsafe,
     }
 

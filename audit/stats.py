@@ -111,12 +111,12 @@ def wilson_rates(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, Rate
     return {name: Rate(k, n, *wilson(k, n)) for name, (k, n) in counted.items()}
 
 
-def by_cluster(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, dict[str, tuple[int, int]]]:
+def by_cluster(drawn: Sequence[Drawn]) -> dict[str, dict[str, tuple[int, int]]]:
     """Cluster -> arm -> (k, n), training seeds together; clusters by name, arms in the order they come in."""
     rows = {name: dict.fromkeys(_arms(drawn), (0, 0)) for name in _clusters(drawn)}
     for one in drawn:
         k, n = rows[cluster(one)][one.arm.name]
-        rows[cluster(one)][one.arm.name] = k + bool(metric(one)), n + 1
+        rows[cluster(one)][one.arm.name] = k + hit(one), n + 1
     return rows
 
 
@@ -182,7 +182,7 @@ def _arms(drawn: Sequence[Drawn]) -> dict[str, list[Drawn]]:
 def _arm(drawn: Sequence[Drawn], name: str) -> list[Drawn]:
     arms = _arms(drawn)
     if name not in arms:
-        raise ValueError(f"no pictures of arm {name!r}, only of {', '.join(arms)}")
+        raise ValueError(f"no images of arm {name!r}, only of {', '.join(arms)}")
     return arms[name]
 
 
@@ -208,14 +208,14 @@ def _count(drawn: Sequence[Drawn], metric: Metric) -> _Counts:
         k[place] += bool(metric(one))
         n[place] += 1
     if not n.all():  # some bootstrap draw would have no picture at all
-        raise ValueError(f"arm {drawn[0].arm.name!r}: not every training seed has pictures of every concept")
+        raise ValueError(f"arm {drawn[0].arm.name!r}: not every training seed has images of every concept")
     return _Counts(tuple(seeds), tuple(clusters), k, n)
 
 
 def _both(drawn: Sequence[Drawn], first: str, second: str, metric: Metric) -> tuple[_Counts, _Counts]:
     a, b = (_count(_arm(drawn, name), metric) for name in (first, second))
     if a.clusters != b.clusters:
-        raise ValueError(f"arms {first!r} and {second!r} have pictures of different concepts")
+        raise ValueError(f"arms {first!r} and {second!r} have images of different concepts")
     return a, b
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.util import atomic
+from ..modular_lora.util import atomic, plain_json
 from .plan import Unit
 from .results import Verdict
 
@@ -105,7 +105,7 @@ class Store:
             if _sha256(pictures[-1]) != sha256:
                 raise StoreError(f"{path}: has other pixels than were written: {remedy}")
         if len(pictures) != len(unit.items):
-            raise StoreError(f"{place / UNIT}: names {len(pictures)} pictures of {len(unit.items)}: {remedy}")
+            raise StoreError(f"{place / UNIT}: names {len(pictures)} images of {len(unit.items)}: {remedy}")
         return np.stack(pictures)
 
     def verdicts(self, unit: Unit, judge: str) -> list[Verdict] | None:
@@ -140,7 +140,7 @@ def _check_pictures(unit: Unit, pictures: np.ndarray) -> None:
     n = len(unit.items)
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != n or pictures.shape[3] != 3:
         raise GuardError(
-            f"Arm {unit.arm.name}: the painter gave {pictures.shape} {pictures.dtype} for {n} pictures: it must give "
+            f"Arm {unit.arm.name}: the sampler gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
             "b h w 3 uint8."
         )
 
@@ -167,9 +167,6 @@ def _write(path: Path, said: dict[str, Any]) -> None:
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        return plain_json.read_object(path)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}") from error
-    if not isinstance(said, dict):
-        raise StoreError(f"{path}: is no JSON object: {remedy}")
-    return said

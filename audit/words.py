@@ -42,7 +42,7 @@ def format_report(report: AuditReport) -> str:
         if one.verdict and not one.attack:
             what = f"{shown(one.arm)} − {shown(one.against)}, {one.metric}"
             spans = [f"bootstrap {span(one.bootstrap)}"] if one.bootstrap else []
-            spans.append(f"over pictures {span(one.newcombe)}")
+            spans.append(f"over images {span(one.newcombe)}")
             lines.append(f"{what}: {one.difference:+.1%} ({'; '.join(spans)}), {one.verdict}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 

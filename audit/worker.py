@@ -1,4 +1,4 @@
-"""One worker of an audit: opens a painter once and draws what it is handed, in a process that the driver started.
+"""One worker of an audit: opens a pipeline once and draws what it is handed, in a process that the driver started.
 
 Requests and answers are plain values, since the driver's classes need not be the worker's: inside ComfyUI the pack goes
 by the name of its folder.
@@ -18,21 +18,21 @@ from typing import Any
 
 from ..modular_lora.errors import GuardError
 from .engines import paint
-from .plan import Arm, Item, Origin, Painter, Part, Sampling
+from .plan import Arm, Item, Origin, Part, Pipeline, Sampling
 
 logger = logging.getLogger("modular_lora")
 
 
 class Worker:
-    """Answers requests; its painter is open from the first one until ``close``."""
+    """Answers requests; its pipeline is open from the first one until ``close``."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        """``spec`` is a PainterSpec as a dict."""
+        """``spec`` is a PipelineSpec as a dict."""
         self.spec, self.stack = spec, contextlib.ExitStack()
-        self.painter: Painter | None = None  # from the first request on
+        self.pipeline: Pipeline | None = None  # from the first request on
 
     def answer(self, request: dict[str, Any] | None) -> dict[str, Any]:
-        """Pictures and the painter's origin for a Unit as a dict, the origin for None; else "error" with a text."""
+        """Pictures and the pipeline's origin for a Unit as a dict, the origin for None; else "error" with a text."""
         try:
             return self._draw(request)
         except GuardError as error:  # the driver ends the audit with it
@@ -42,14 +42,14 @@ class Worker:
             return {"error": f"A worker failed ({type(error).__name__}: {error}): its traceback is in the log."}
 
     def _draw(self, request: dict[str, Any] | None) -> dict[str, Any]:
-        if self.painter is None:
+        if self.pipeline is None:
             module = importlib.import_module(f"..{self.spec['module']}", __package__)
-            self.painter = self.stack.enter_context(getattr(module, self.spec["function"])(**self.spec["arguments"]))
-        answer: dict[str, Any] = {"origin": vars(Origin.of(self.painter))}
+            self.pipeline = self.stack.enter_context(getattr(module, self.spec["function"])(**self.spec["arguments"]))
+        answer: dict[str, Any] = {"origin": vars(Origin.of(self.pipeline))}
         if request is not None:
             arm = Arm(**(request["arm"] | {"parts": tuple(Part(**part) for part in request["arm"]["parts"])}))
             items = [Item(**item) for item in request["items"]]
-            answer["pictures"] = paint(self.painter, arm, items, Sampling(**request["sampling"]))
+            answer["pictures"] = paint(self.pipeline, arm, items, Sampling(**request["sampling"]))
         return answer
 
     def close(self) -> None:

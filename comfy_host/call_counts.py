@@ -2,8 +2,7 @@
 
 A part is a sub-module; it is counted by itself, a guarded layer inside must run as often as the part does, and the part
 between the given limits (modular_lora/branches/attachment.py). What is not named here must run once. Found by running
-every family with and without its optional inputs (0.3.75, tests/comfy/guard/test_families.py); the classes were read in
-0.33.0 as well.
+every family with and without its optional inputs (tests/comfy/guard/test_families.py).
 """
 
 from __future__ import annotations
@@ -94,13 +93,13 @@ def parts(diffusion_model: nn.Module, root: str) -> dict[str, Times]:
 
 
 def text_parts(encoders: nn.Module) -> dict[str, Times]:
-    """The same of text encoders, which hold the declared classes somewhere inside (0.3.75 and 0.33.0)."""
+    """The same of text encoders, which hold the declared classes somewhere inside."""
     declared = (name for name, module in encoders.named_modules() if type(module).__name__ in PARTS)
     return {part: times for name in declared for part, times in parts(encoders.get_submodule(name), name).items()}
 
 
 def _repeated(model: nn.Module) -> Iterator[tuple[str, Times]]:
-    """Stable Cascade's stage B runs a level once more for each of its mappers (StageB, 0.3.75 and 0.33.0)."""
+    """Stable Cascade's stage B runs a level once more for each of its mappers (StageB)."""
     for side in ("down", "up") if type(model).__name__ == "StageB" else ():
         levels = zip(getattr(model, f"{side}_blocks"), getattr(model, f"{side}_repeat_mappers"), strict=True)
         for i, (blocks, mappers) in enumerate(levels):

@@ -2,7 +2,7 @@
 
 The guard knows an embedding that the guarded CLIP made by its content, and these nodes make new ones. What comes out of
 them is remembered as the guarded CLIP's where all text that went in was; a picture's share is no text, so the safety
-LoRA's text-encoder half has nothing to do with it. Each touch of ComfyUI's internals says the versions it was seen in.
+LoRA's text-encoder half has nothing to do with it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import comfy.sd
 
-from ..modular_lora.provenance.attestation import carrying_digests
+from ..modular_lora.provenance import ledger
+from ..modular_lora.tensor_hashing import carrying_digests
 from . import patcher
 
-CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids, 0.3.75 and 0.33.0
+CARRYING = ("ConditioningAverage", "StyleModelApply", "PhotoMakerEncode")  # node ids
 
 
 def register() -> None:
@@ -53,13 +54,13 @@ def _text_of(inputs: Iterable) -> str | None:
         if isinstance(value, comfy.sd.CLIP):
             guarded = isinstance(value, patcher.GuardedClipMixin)
             found.add(value.patcher.guard_state.text_digest if guarded else None)
-        found |= {patcher.embeddings.get(row) for row in _rows(value)}
+        found |= {ledger.embeddings.get(row) for row in _rows(value)}
     return found.pop() if len(found) == 1 else None
 
 
 def _remember(value: object, digest: str) -> None:
     for row in _rows(value):
-        patcher.embeddings.put(row, digest)
+        ledger.embeddings.put(row, digest)
 
 
 def _rows(value: object) -> Iterator[str]:

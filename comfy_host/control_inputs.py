@@ -1,6 +1,7 @@
-"""Inputs that a LoRA gives a model (Flux control): ComfyUI draws them from the conditioning if the weight shows room.
+"""Control latents of Flux: ComfyUI concatenates them only when the weight of img_in has enough input channels.
 
-Flux.concat_cond asks how many inputs the weight of img_in has (0.3.75 and 0.33.0); a guarded model's weight stays W0.
+Flux.concat_cond reads that number from the weight. A control LoRA would widen the weight, but a
+guarded model's weight stays W0, so for the time of that call the layer shows a weight of the shape that its LoRAs need.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ WEIGHT, CONCAT = "weight", "concat_cond"
 
 
 def widen(patcher, branches: Branches) -> None:
-    """Let ``patcher`` (a fresh clone) draw the inputs that its LoRAs read (ModelPatcher.add_object_patch)."""
+    """Have ``patcher`` (a fresh clone) concatenate the channels that its LoRAs read (ModelPatcher.add_object_patch)."""
     for path in branches.wide:
         shape = branches.layers[path].spec.weight_shape
         drawn = _drawn(patcher.get_model_object(CONCAT), patcher.get_model_object(path), shape)

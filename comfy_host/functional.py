@@ -1,9 +1,8 @@
 """Functional strength (modular_lora/guard/functional.py) of a MODEL and CLIP with LoRAs, on small latents.
 
-Like patcher.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold. It evaluates
-a bare clone of the MODEL: nothing that a node put on the model or its options acts or can choose what is measured.
-Noise and noise levels are fixed. Predictions are kept by the hash of the base and of the LoRAs that acted, so a swap of
-the task LoRA costs two arms of four, and a combination that was measured before costs nothing.
+A bare clone of the MODEL is evaluated: nothing that a node put on the model or its options acts or can choose what is
+measured. Noise and noise levels are fixed. Predictions are cached by the hash of the base and of the LoRAs that acted,
+so a swap of the task LoRA costs two arms of four, and a combination that was measured before costs nothing.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class _Evaluator:
                 conds[arm, prompts] = self._conds(arm, made[arm], prompts)
         try:
             for arm, prompts in requests:
-                comfy.model_management.throw_exception_if_processing_interrupted()  # 0.3.75 and 0.33.0
+                comfy.model_management.throw_exception_if_processing_interrupted()
                 with _base_alone(arm):
                     yield (arm, prompts), self._predict(made[arm], conds[arm, prompts])
         finally:
@@ -138,8 +137,7 @@ class _Evaluator:
     def _predict(self, built: tuple, conds: list) -> Tensor:
         """The network's predictions, prompts levels c ..., float32 on the CPU.
 
-        What CFGGuider does for one step, without guidance (comfy.samplers.process_conds and calc_cond_batch, 0.3.75
-        and 0.33.0).
+        What CFGGuider does for one step, without guidance (comfy.samplers.process_conds and calc_cond_batch).
         """
         parts, roles = built
         patcher, device = self._model, self._model.load_device
@@ -168,7 +166,7 @@ class _Evaluator:
 
 
 def _bare(patcher):
-    """A clone of a ModelPatcher without anything that nodes put on it beside merged weights (0.3.75 and 0.33.0)."""
+    """A clone of a ModelPatcher without anything that nodes put on it beside merged weights."""
     bare = patcher.clone()
     bare.model_options = {"transformer_options": {}}
     bare.object_patches, bare.wrappers, bare.callbacks = {}, {}, {}
@@ -178,7 +176,7 @@ def _bare(patcher):
 
 
 def _bare_clip(clip):
-    """The same of a CLIP (0.3.75 and 0.33.0): its last layer, whatever CLIPSetLastLayer says."""
+    """The same of a CLIP: its last layer, whatever CLIPSetLastLayer says."""
     bare = clip.clone()
     bare.patcher = _bare(bare.patcher)
     bare.layer_idx, bare.apply_hooks_to_conds, bare.use_clip_schedule, bare.tokenizer_options = None, None, False, {}
@@ -227,7 +225,7 @@ def _noise(patcher) -> Tensor:
 
 
 def _raw(sampling, sigmas: Tensor, x: Tensor, denoised: Tensor) -> Tensor:
-    """What the network itself said: calculate_denoised is affine in it, for every model_sampling (0.3.75, 0.33.0)."""
+    """What the network itself said: calculate_denoised is affine in it, for every model_sampling."""
     none = sampling.calculate_denoised(sigmas, torch.zeros_like(x), x)
     one = sampling.calculate_denoised(sigmas, torch.ones_like(x), x)
     return (denoised - none) / (one - none)

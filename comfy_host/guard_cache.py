@@ -36,8 +36,8 @@ _watched: weakref.WeakSet = weakref.WeakSet()
 
 
 def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
-    """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid, 0.3.75 and
-    0.33.0), the files by hash and name, strengths, block weights, the policy."""
+    """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid), the files
+    by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]
     files = [(s.lora.acts_as, s.lora.scale, s.lora.name, s.strength) for s in safety]
     more = [(t.lora.sha256, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]

@@ -1,7 +1,4 @@
-"""What a loaded model consists of: its layers and their names, W0, and their hashes; ComfyUI's objects are only read.
-
-Like host.py, which changes them, it touches ComfyUI's internals; each touch says the versions it was seen in.
-"""
+"""What a loaded model consists of: its layers, their names, W0, and their hashes; ComfyUI's objects are only read."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ..modular_lora.branches.attachment import places, tree
 from ..modular_lora.branches.layer_spec import LayerSpec, layer_spec, layer_specs
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import ModelInfo
-from ..modular_lora.provenance import attestation as attest
+from ..modular_lora.tensor_hashing import weights_sha256
 from .call_counts import parts, text_parts
 
 _weights: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded module -> sha256
@@ -25,7 +22,7 @@ _layouts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded modu
 
 
 def model_info(model, remembered: bool = False) -> ModelInfo:
-    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet, 0.3.75 and 0.33.0); ``remembered``: _layout."""
+    """Key map and layers of a MODEL (comfy.lora.model_lora_keys_unet); ``remembered``: _layout."""
     keys, specs = _layout(model.model, comfy.lora.model_lora_keys_unet, remembered)
     weight = lambda key: original_weight(model, key)  # noqa: E731
     varying = parts(model.model.diffusion_model, "diffusion_model")
@@ -33,7 +30,7 @@ def model_info(model, remembered: bool = False) -> ModelInfo:
 
 
 def clip_info(clip, remembered: bool = False) -> ModelInfo:
-    """Key map, layers and evaluated parts of a CLIP (comfy.lora.model_lora_keys_clip, 0.3.75 and 0.33.0)."""
+    """Key map, layers and evaluated parts of a CLIP (comfy.lora.model_lora_keys_clip)."""
     encoders = clip.cond_stage_model
     keys, specs = _layout(encoders, comfy.lora.model_lora_keys_clip, remembered)
     weight = lambda key: original_weight(clip.patcher, key)  # noqa: E731
@@ -71,7 +68,7 @@ def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:
     """What a prompt evaluates, each by itself: it may leave an encoder out (ByT5), or the part that sees pictures.
 
     SDClipModel calls its ``transformer``, and by ``preprocess_embed`` what the transformer holds beside its text
-    ``model`` (0.3.75 and 0.33.0); an encoder of another kind is taken to be called as a whole.
+    ``model``; an encoder of another kind is taken to be called as a whole.
     """
     for name, encoder in encoders.named_children():
         transformer = getattr(encoder, "transformer", None)
@@ -84,7 +81,7 @@ def original_weight(patcher, key: str) -> torch.Tensor:
     """W0 of one key as float32 on the CPU, dequantised; raises GuardError where a layer does not say how.
 
     ModelPatcher.backup and hook_backup hold what merged LoRAs replaced; get_key_weight gives a layer's own
-    dequantisation (0.3.75 and 0.33.0).
+    dequantisation.
     """
     current, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     held = patcher.backup.get(key)
@@ -125,7 +122,7 @@ def model_sha256(patcher) -> str:
     if module not in _weights:
         backup = {key: entry[0] for key, entry in patcher.hook_backup.items()}
         backup |= {key: entry.weight for key, entry in patcher.backup.items()}  # a hook's is of the merged weight
-        _weights[module] = attest.weights_sha256(_stored(module, backup))
+        _weights[module] = weights_sha256(_stored(module, backup))
     return _weights[module]
 
 
@@ -140,7 +137,7 @@ def _stored(module: torch.nn.Module, backup: Mapping[str, torch.Tensor]) -> Iter
 
 
 def _parts(key: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor made of others (QuantizedTensor, 0.3.75; torchao's) by its parts, any other by its own numbers."""
+    """A tensor made of others (QuantizedTensor, torchao's) by its parts, any other by its own numbers."""
     if hasattr(weight, "__tensor_flatten__"):
         for name in weight.__tensor_flatten__()[0]:
             yield from _parts(f"{key}.{name}", getattr(weight, name))
@@ -149,8 +146,8 @@ def _parts(key: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def vae_sha256(vae) -> str:
-    """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model, 0.3.75 and 0.33.0)."""
+    """SHA-256 of a VAE's weights; remembered while it is loaded (VAE.first_stage_model)."""
     module = vae.first_stage_model
     if module not in _weights:
-        _weights[module] = attest.weights_sha256(module.state_dict().items())
+        _weights[module] = weights_sha256(module.state_dict().items())
     return _weights[module]

@@ -1,7 +1,4 @@
-"""What the guard's measurement of a run (modular_lora/branches/acted.py) asks of ComfyUI.
-
-Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
-"""
+"""What the guard's measurement of a run (modular_lora/branches/acted.py) asks of ComfyUI."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     """Which conditioning and image every row of a diffusion model's batch belongs to.
 
     ComfyUI evaluates several conditionings as one batch, each with all images, and says which in
-    ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch, 0.3.75 and 0.33.0). Where that is
+    ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch). Where that is
     not ``images`` a conditioning (windows of a video), every row is of every image.
     """
     x = args[0] if args else kwargs.get("x")
@@ -32,7 +29,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
 def measured_eagerly(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """An evaluation that is to be measured does not go through what torch.compile made.
 
-    Around BaseModel._apply_model (APPLY_MODEL, 0.3.75 and 0.33.0); nothing is compiled or dropped for it.
+    Around BaseModel._apply_model (APPLY_MODEL); nothing is compiled or dropped for it.
     """
     options = transformer_options or {}
     call = lambda: executor(x, t, c_concat, c_crossattn, control, options, **kwargs)  # noqa: E731

@@ -1,7 +1,4 @@
-"""The branches in ComfyUI's memory management: counted, made with the model, given back with it.
-
-Like host.py it touches ComfyUI's internals (ModelPatcher); each touch says the versions in which it was seen to hold.
-"""
+"""The branches in ComfyUI's memory management: counted, made on loading and freed on unloading the model."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from ..modular_lora.branches.fused import COMPUTE
 def compute_dtype(patcher) -> torch.dtype:
     """What a model's activations are in: the dtype that weights are cast to, else the weights' own, else float32.
 
-    ``manual_cast_dtype`` (ModelComputeDtype patches it; text encoders have none), 0.3.75 and 0.33.0.
+    ``manual_cast_dtype`` (ModelComputeDtype patches it; text encoders have none).
     """
     cast = patcher.object_patches.get("manual_cast_dtype", getattr(patcher.model, "manual_cast_dtype", None))
     return next((dtype for dtype in (cast, patcher.model_dtype()) if dtype in COMPUTE), torch.float32)
@@ -26,17 +23,17 @@ class MemoryMixin:
     branches: Branches
 
     def model_size(self):
-        """Bytes of weights and branches, loaded or not (0.3.75 and 0.33.0)."""
+        """Bytes of weights and branches, loaded or not."""
         return super().model_size() + self.branches.size(compute_dtype(self))
 
     def loaded_size(self):
-        """Bytes of weights and branches that are loaded (0.3.75 and 0.33.0)."""
+        """Bytes of weights and branches that are loaded."""
         return super().loaded_size() + self.branches.nbytes()
 
     def load(self, device_to=None, lowvram_model_memory=0, **kwargs):
         """Load into the memory that the branches leave, then make them: the next model's budget sees both.
 
-        A full load notes ``model_size()`` as the weights' (0.3.75 and 0.33.0), which here has the branches in it.
+        A full load notes ``model_size()`` as the weights', which here has the branches in it.
         """
         dtype, weights = compute_dtype(self), super().model_size()
         missing = max(0, self.branches.size(dtype) - self.branches.nbytes())
@@ -46,7 +43,7 @@ class MemoryMixin:
         self.branches.to(self.load_device, dtype)
 
     def detach(self, unpatch_all=True):
-        """Give the branches' memory back when the model leaves the device (0.3.75 and 0.33.0); a swap keeps them."""
+        """Give the branches' memory back when the model leaves the device; a swap keeps them."""
         if unpatch_all:
             self.branches.free()
         return super().detach(unpatch_all)

@@ -1,23 +1,20 @@
-"""The one module that touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
+"""Guarded MODEL and CLIP: ComfyUI's own ModelPatcher and CLIP with a mixin in front of their classes.
 
-A guarded model is ComfyUI's own ModelPatcher with a mixin in front of its class. The branches sit on the layers while
-the model is loaded (``inject_model``/``eject_model``, 0.3.75 and 0.33.0) and are checked and counted between
-``pre_run`` and ``cleanup``, which every guider calls around a run (0.3.75 and 0.33.0). What would merge, save or drop
-them raises GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
+The branches sit on the layers while the model is loaded (``inject_model``/``eject_model``) and are checked and counted
+between ``pre_run`` and ``cleanup``, which every guider calls around a run. What would merge, save or drop them raises
+GuardError. It guards against graphs and accidents, not against arbitrary Python in another pack.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sd
 import torch
-from comfy.model_base import BaseModel
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError
@@ -34,21 +31,23 @@ from ..modular_lora.guard.build import (
 from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
 from ..modular_lora.provenance import attestation as attest
-from ..modular_lora.provenance.attestation import Attestation, carrying_digests, row_digests, tensor_sha256
-from ..modular_lora.util.cache import Cache
+from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance.attestation import Attestation
+from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
 from . import guard_cache, pending
 from .control_inputs import widen
 from .functional import measured
+from .guarded_run import GuardedRun
 from .introspection import clip_info, family, is_current, model_info, model_sha256
-from .measurement import evaluation_rows, measured_eagerly
+from .measurement import measured_eagerly
 from .memory import MemoryMixin, compute_dtype
 from .run import GenerateMixin, KeptMixin, streams, watch
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
-SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations (0.3.75, 0.33.0)
-ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75 and 0.33.0)
+SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations
+ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py)
     "cross_attn",
     "pooled_output",
     "conditioning_llama3",
@@ -58,11 +57,6 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py, 0.3.75
 )
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-
-latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
-images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
-unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
-embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
 
 
 @dataclass(frozen=True)
@@ -121,6 +115,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     guard_state: GuardState
     guard_seat: Attachment
+    guard_run: GuardedRun | None  # the latest; clones have runs of their own
     branches = property(lambda self: self.guard_state.part.branches)
 
     add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _LORA)
@@ -164,45 +159,28 @@ class GuardMixin(KeptMixin, MemoryMixin):
         super().eject_model()
 
     def pre_run(self):
-        if not self.guard_checked:
+        if self.guard_run is None or not self.guard_run.can_start:
             raise GuardError("This sampler left out the guard's own check: sample with a node that uses a guider.")
-        self.guard_checked = False
-        self.guard_begin()
+        self.guard_begin(self.guard_run)
         super().pre_run()
         if self.guard_state.text_digest:
             watch(self.model, lambda entry: _check_conditioning({"extra": [entry]}, self.guard_state))
 
     def cleanup(self):
-        try:
-            self.guard_end()  # first: ModelPatcher.cleanup takes the branches off and puts them back
-        finally:
-            super().cleanup()
+        if self.guard_run is not None:
+            self.guard_run.stop()  # first: ModelPatcher.cleanup takes the branches off and puts them back
+        super().cleanup()
 
-    def guard_begin(self) -> None:
-        """Verify that nothing was put beside the guard, take the model's seat, start counting."""
+    def guard_begin(self, run: GuardedRun | None = None) -> GuardedRun:
+        """Verify that nothing was put beside the guard, attach the branches, start a run. Raises GuardError."""
+        self.guard_run = run = run or GuardedRun(self.guard_seat)
+        run.can_start = False
         _check_clean(self, self.guard_state.patches, "The guarded model")
         self.guard_seat.attach()
         self.guard_seat.verify()
         self.branches.to(self.load_device, compute_dtype(self))
-        self.guard_run, self.guard_counts, self.guard_acted = attest.Run(self.branches), None, {}
-        if self.branches.roles == ALL_ROLES:
-            rows = partial(evaluation_rows, self.guard_images) if isinstance(self.model, BaseModel) else None
-            self.branches.meter.start(rows, self.guard_steps, self.guard_content)
-        self.guard_before = sys.exc_info()[1]
-
-    def guard_end(self, may_be_empty: bool | None = None) -> None:
-        """Check the counts of the run; a run that an interrupt or error ended is simply not attested."""
-        run, self.guard_run = self.guard_run, None
-        try:
-            if run is None or sys.exc_info()[1] is not self.guard_before:
-                return
-            counts = run.finish(self.guard_may_be_empty if may_be_empty is None else may_be_empty)
-            self.guard_seat.verify()  # what took branches and evaluation counter off together leaves equal counts
-            self.guard_measured = self.branches.meter.evaluations
-            self.guard_acted = self.branches.meter.finish(self.guard_images)
-            self.guard_counts = counts
-        finally:
-            self.branches.meter.stop()
+        run.start()
+        return run
 
 
 @cache
@@ -215,10 +193,7 @@ def _wrap(patcher, state: GuardState):
     if not isinstance(patcher, GuardMixin):
         patcher.__class__ = _guarded_class(type(patcher), GuardMixin)
     patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
-    patcher.guard_run = patcher.guard_before = patcher.guard_counts = patcher.guard_result = None
-    patcher.guard_checked, patcher.guard_may_be_empty = False, False
-    patcher.guard_acted, patcher.guard_measured, patcher.guard_steps, patcher.guard_images = {}, 0, 1, 1
-    patcher.guard_content = b""
+    patcher.guard_run = None
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
         patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
@@ -227,46 +202,51 @@ def _wrap(patcher, state: GuardState):
 
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
-    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE, 0.3.75 and 0.33.0)."""
+    """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE)."""
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
         raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
-    patcher.guard_counts, state = None, patcher.guard_state
+    state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     _silence_previews(callback)
-    patcher.guard_checked, patcher.guard_may_be_empty = True, sigmas.shape[-1] <= 1
-    patcher.guard_steps, patcher.guard_images = max(1, sigmas.shape[-1] - 1), len(noise)
-    patcher.guard_content = tensor_sha256(noise).encode()
-    outside = _starts_outside(streams(latent_image, **kwargs), state.record)
-    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    evaluations, firings, idle = patcher.guard_counts or (0, 0, 0)
-    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
-    counts = {"evaluations": evaluations, "firings": firings, "idle_layers": idle}
-    acted = patcher.guard_acted
-    result = state.record.of(
-        status=status,
-        embeddings_sha256=hashes,
-        acted_strength={sha256: one.least for (_, sha256), one in acted.items()},
-        acted_share={sha256: one.share for (_, sha256), one in acted.items()},
-        measured_evaluations=patcher.guard_measured,
-        **counts,
+    run = patcher.guard_run = GuardedRun(
+        patcher.guard_seat,
+        steps=max(1, sigmas.shape[-1] - 1),
+        images=len(noise),
+        content=tensor_sha256(noise).encode(),
+        may_be_empty=sigmas.shape[-1] <= 1,
     )
-    patcher.guard_result = result
-    for number, latent in enumerate(streams(output, **kwargs) if complete else ()):
-        own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
-        latents.put(tensor_sha256(latent), result.of(acted_strength=own))
+    outside = ledger.starts_outside(streams(latent_image, **kwargs), state.record)
+    executor.original = run.around(executor.original)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    run.result, complete = _attested(state, run, hashes, outside)
+    if complete:
+        ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
     return output
 
 
-def _starts_outside(start: Iterator[torch.Tensor], record: Attestation) -> bool:
-    """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
-    known = [latents.get(tensor_sha256(latent)) for latent in start if torch.count_nonzero(latent)]
-    return any(a is None or a.status != "guarded" or a.safety != record.safety for a in known)
+def _attested(
+    state: GuardState, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
+) -> tuple[Attestation, bool]:
+    """The attestation of a run that has ended, and whether its latents may have it."""
+    evaluations, firings, idle = run.counts or (0, 0, 0)
+    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
+    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
+    result = state.record.of(
+        status=status,
+        embeddings_sha256=embeddings_sha256,
+        evaluations=evaluations,
+        firings=firings,
+        idle_layers=idle,
+        acted_strength={sha256: one.least for (_, sha256), one in run.acted.items()},
+        acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},
+        measured_evaluations=run.measured,
+    )
+    return result, complete
 
 
 def _silence_previews(callback: Callable | None) -> None:
-    """No picture before the gate: empties latent_preview.prepare_callback's previewer (0.3.75 and 0.33.0)."""
+    """No picture before the gate: empties latent_preview.prepare_callback's previewer."""
     cells = getattr(callback, "__closure__", None) or ()
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
@@ -283,7 +263,7 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
             if (cross := entry.get("cross_attn")) is not None:
                 hashes.append(tensor_sha256(cross))
             for tensor in encoded(entry) if state.text_digest else ():
-                if not _made_by(tensor, state.text_digest):
+                if not ledger.was_made_under(tensor, state.text_digest):
                     raise GuardError(
                         f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
                         "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
@@ -293,16 +273,12 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
 
 
 def encoded(entry: dict) -> Iterator[torch.Tensor]:
-    """What text encoders made of a conditioning, GLIGEN's phrases too (0.3.75 and 0.33.0)."""
+    """What text encoders made of a conditioning, GLIGEN's phrases too."""
     for value in map(entry.get, ENCODED):
         if isinstance(value, torch.Tensor) and value.is_floating_point():  # ACE-Step's lyrics are token numbers
             yield value
     for phrase, *_ in entry["gligen"][2] if "gligen" in entry else ():  # ("position", model, [(embedding, box), ...])
         yield phrase
-
-
-def _made_by(embedding: torch.Tensor, digest: str) -> bool:
-    return all(embeddings.get(row) == digest for row in carrying_digests(embedding))
 
 
 class GuardedClipMixin(GenerateMixin):
@@ -313,15 +289,12 @@ class GuardedClipMixin(GenerateMixin):
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         self.load_model(tokens)
-        self.patcher.guard_begin()
-        try:
+        with self.patcher.guard_begin():
             result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
-        finally:
-            self.patcher.guard_end(may_be_empty=False)
         made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
         for tensor in made:
-            for row in row_digests(tensor) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else ():
-                embeddings.put(row, self.patcher.guard_state.text_digest)
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                ledger.remember_embedding(tensor, self.patcher.guard_state.text_digest)
         return result
 
     def encode_from_tokens_scheduled(self, *args, **kwargs):
@@ -383,7 +356,7 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merge
 
 
 def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
-    """By the layout that is remembered of a loaded model if every layer in it still holds, else by a fresh look."""
+    """Reuse the cached layer layout while every layer of it is still valid, otherwise read it from the model."""
     build = lambda **known: build_parts(  # noqa: E731
         model_info(model, **known), clip_info(clip, **known) if clip else None, safety, tasks, policy
     )
@@ -394,7 +367,7 @@ def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tu
         if all(is_current(module, found) for module, found in zip(modules, specs, strict=False)):
             return parts
     except (GuardError, AttributeError):
-        pass  # what is wrong is said of the model as it is now
+        pass  # the error is raised again below, of the model as it is now
     return build()
 
 
@@ -406,7 +379,7 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
             raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
 
 
-_MERGE = "leave that node out, or switch accept_merged on: pictures then read merged base"
+_MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
 _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
 _BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 
@@ -424,7 +397,7 @@ def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", b
 
 
 def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BESIDE) -> None:
-    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher, 0.3.75 and 0.33.0)."""
+    """No patch, hook, injection or replacement beside the guard (attributes of ModelPatcher)."""
     skipping = [k for kinds in patcher.wrappers.values() for k in kinds if k in SKIPPING_WRAPPERS]
     replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
     found = {
@@ -441,19 +414,20 @@ def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BES
 
 
 def common_ksampler(patcher, *settings, **options):
-    """The stock KSampler's own function (nodes.common_ksampler, 0.3.75 and 0.33.0), so results are bit-identical."""
+    """The stock KSampler's own function (nodes.common_ksampler), so results are bit-identical."""
     import nodes  # ComfyUI's top-level module, complete only after start-up
 
-    patcher.guard_result = None  # an earlier run's: without a step (denoise 0) the sampler ends before this is set
+    patcher.guard_run = None  # an earlier one: without a step (denoise 0) the sampler ends before there is another
     out = nodes.common_ksampler(patcher, *settings, **options)[0]
-    if patcher.guard_result is None:
-        samples = out["samples"]
-        for batch in samples.unbind() if getattr(samples, "is_nested", False) else (samples,):
-            for latent in batch:
-                unsampled.put(tensor_sha256(latent), True)
+    if _last_result(patcher) is None:
+        ledger.note_unsampled(out["samples"])
     return out
 
 
 def attestation(patcher) -> Attestation:
     """The last run of this patcher; "not sampled" where it had none."""
-    return patcher.guard_result or patcher.guard_state.record
+    return _last_result(patcher) or patcher.guard_state.record
+
+
+def _last_result(patcher) -> Attestation | None:
+    return patcher.guard_run.result if patcher.guard_run else None

@@ -2,7 +2,7 @@
 
 ModelPatcher.patches holds what is to be merged when the model is loaded: weight key -> [(strength, value, strength of
 the weight, offset, function), ...] in the order in which it was added (ModelPatcher.add_patches and
-comfy.lora.calculate_weight, 0.3.75 and 0.33.0). What is no sum on the weight (model merges) stays where it is.
+comfy.lora.calculate_weight). What is no sum on the weight (model merges) stays where it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..modular_lora.guard.model_info import ModelInfo
 from .introspection import clip_info, model_info
 
 Patches = dict[str, list[tuple]]  # as ModelPatcher holds them
-# class of comfy/weight_adapter -> what its ``weights`` are, by the roles in files (0.3.75 and 0.33.0)
+# class of comfy/weight_adapter -> what its ``weights`` are, by the roles in files
 ROLES = dict(kind.host for kind in FORMATS if kind.host)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import comfy.model_management
@@ -15,8 +16,9 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..nodes.sockets import show
 from .charts import chart
+from .node_report import show
+from .training_files import newest_state
 
 logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT = 640, 360
@@ -32,7 +34,7 @@ class NodeWatch:
         self._bar = comfy.utils.ProgressBar(1)
 
     def check(self) -> None:
-        """Raises ComfyUI's InterruptProcessingException (0.3.75 and 0.33.0)."""
+        """Raises ComfyUI's InterruptProcessingException."""
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def stage(self, text: str, done: int, total: int) -> None:
@@ -42,7 +44,7 @@ class NodeWatch:
             self._show(f"{text}: {done} of {total}")
 
     def read(self, done: int, total: int) -> None:
-        self.stage("reading pictures", done, total)
+        self.stage("reading images", done, total)
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         if self._due() or step == total:
@@ -84,6 +86,17 @@ class NodeWatch:
         if not self.pictures:
             return torch.zeros(1, 1, 1, 3)
         return torch.cat([image_tensor(Image.open(path)) for path in self.pictures])
+
+
+@contextmanager
+def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
+    """ComfyUI's interrupt button ends what is inside; the node then says where the training can be gone on from."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        kept = newest_state(name)
+        show(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
+        raise
 
 
 def smoothed(losses: Sequence[float], decay: float = 0.95) -> list[float]:

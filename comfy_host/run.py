@@ -1,7 +1,4 @@
-"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes.
-
-Like host.py it touches ComfyUI's internals; each touch says the versions in which it was seen to hold.
-"""
+"""What a guarded model does around a run besides counting it, and text that a guarded encoder writes."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def watch(model, check: Callable[[dict], object]) -> None:
     """Have ``check`` see every conditioning that the model is handed until the run's end.
 
     The guider's own and those that a node encodes on the way (PerpNeg): encode_model_conds calls the model's
-    ``extra_conds`` with all entries of each (0.3.75 and 0.33.0).
+    ``extra_conds`` with all entries of each.
     """
     extra_conds = model.extra_conds
 
@@ -63,7 +60,7 @@ def forget(model) -> None:
 def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_) -> Iterator[torch.Tensor]:
     """Every latent of a batch; of several that are sampled as one (sound beside video), each by itself.
 
-    ``latent_shapes``: what CFGGuider.sample hands on (0.3.75 and 0.33.0).
+    ``latent_shapes``: what CFGGuider.sample hands on.
     """
     several = latent_shapes is not None and len(latent_shapes) > 1
     for batch in comfy.utils.unpack_latents(packed, latent_shapes) if several else (packed,):
@@ -80,13 +77,12 @@ class GenerateMixin:
 
     def generate(self, tokens, *args, **kwargs):
         self.load_model(tokens)
-        self.patcher.guard_begin()
+        run = self.patcher.guard_begin()
         _, before = self.patcher.branches.counts()
         try:
             text = super().generate(tokens, *args, **kwargs)
         finally:
-            self.patcher.guard_run = None  # each token runs the layers, without an evaluation of what holds them
-            self.patcher.branches.meter.stop()
+            run.discard()  # each token runs the layers, without an evaluation of what holds them
         self.patcher.guard_seat.verify()
         _check_even(self.patcher.branches, before)
         return text

@@ -1,4 +1,4 @@
-"""ComfyUI for processes that it did not start: found, put on the path, told nothing of our arguments."""
+"""Make ComfyUI importable in a standalone process, with its argument parsing off."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def start(folder: Path | None, cpu: bool) -> None:
     if found not in sys.path:
         sys.path.insert(0, found)
     importlib.import_module("comfy.options").enable_args_parsing(False)
-    if cpu or not has_accelerator():  # read when comfy.model_management is first imported (0.3.75 and 0.33.0)
+    if cpu or not has_accelerator():  # read when comfy.model_management is first imported
         importlib.import_module("comfy.cli_args").args.cpu = True

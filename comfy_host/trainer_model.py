@@ -1,7 +1,7 @@
-"""ComfyUI's loaded MODEL, CLIP and VAE as a trainee: one of three modules that touch ComfyUI's internals.
+"""ComfyUI's loaded MODEL, CLIP and VAE as the model that a training loop works on (training/model.py).
 
 ComfyUI runs nodes in inference mode, and 0.3.75 loads checkpoints in it, so weights are inference tensors that
-autograd cannot save (0.33.0: plain ones). While a trainee is open, every weight stands in its module as a plain tensor
+autograd cannot save (0.33.0: plain ones). While it is open, every weight stands in its module as a plain tensor
 over the same storage, which costs no memory; in another precision than the model was loaded in, as a copy, which
 costs the network's size once. On leaving, the parameters themselves are put back, bit for bit what they were.
 """
@@ -20,7 +20,6 @@ import comfy.model_sampling
 import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +32,10 @@ from ..training.model import Cond, Schedule
 from ..training.options import Options, SafetyOptions
 from . import introspection, patcher
 from .convolutions import small_as_products
+from .model_folders import find_model
 
-FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models, 0.3.75 and 0.33.0
-TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py, 0.3.75 and 0.33.0)
+FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models
+TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
     "SD15": frozenset({"l"}),
     "SD20": frozenset({"h"}),
     "SDXL": frozenset({"l", "g"}),
@@ -56,8 +56,8 @@ SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
 CHUNK = 75  # tokens between start and end token
 
 
-class ComfyTrainee:
-    """See training.trainee.Trainee; made by `opened`."""
+class ComfyHostModel:
+    """See training.model.HostModel; made by `opened`."""
 
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
@@ -158,13 +158,13 @@ def slow_notes(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
 
 
 def _sdpa(function, *args, **kwargs):
-    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch, 0.3.75 and 0.33.0)."""
+    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch)."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
 @contextmanager
-def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyTrainee]:
-    """A trainee on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
+def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyHostModel]:
+    """A host model on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
 
     Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
     """
@@ -175,19 +175,21 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
     comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
     dtype = DTYPES[options.mixed_precision]
-    trainee = ComfyTrainee(model, clip, vae, dtype, options.max_token_length)
+    host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length)
     text_device = clip.patcher.load_device
-    del clip, vae  # held by the trainee alone, which may let go of them
+    del clip, vae  # held by the host model alone, which may let go of them
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
-        stack.enter_context(_plain_weights(trainee.unet, dtype, trainee.device))
-        stack.enter_context(small_as_products(trainee.unet, trainee.device.type == "cpu" and dtype == torch.float32))
+        stack.enter_context(_plain_weights(host_model.unet, dtype, host_model.device))
+        stack.enter_context(
+            small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
+        )
         if train_text_encoder:
-            stack.enter_context(_plain_weights(trainee.text_encoder, dtype, text_device))
-            stack.enter_context(_cloned_norm_inputs(trainee.text_encoder))
-        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype (0.3.75 and 0.33.0)
+            stack.enter_context(_plain_weights(host_model.text_encoder, dtype, text_device))
+            stack.enter_context(_cloned_norm_inputs(host_model.text_encoder))
+        stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
         stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
-        yield trainee
+        yield host_model
 
 
 def _node(options: Options) -> str:
@@ -195,7 +197,7 @@ def _node(options: Options) -> str:
 
 
 def _clip_skip(clip, skip: int):
-    """CLIP.clip_layer, counted as sd-scripts counts (0.3.75 and 0.33.0); 1 is the family's own layer."""
+    """CLIP.clip_layer, counted as sd-scripts counts; 1 is the family's own layer."""
     if skip == 1:
         return clip
     encoders = (m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
@@ -207,7 +209,7 @@ def _clip_skip(clip, skip: int):
 
 
 def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
-    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own (0.3.75, 0.33.0)."""
+    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own."""
     if not path.is_file():
         raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
@@ -227,10 +229,10 @@ def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str
     """
     _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
     kinds = dict(engine.family(introspection.family(model)).parts)
-    if not (path := next(filter(None, (folder_paths.get_full_path(kind, ckpt_name) for kind in BASE_FOLDERS)), None)):
+    if not (path := find_model(ckpt_name, *BASE_FOLDERS)):
         raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
     base = Base(
-        Path(path),
+        path,
         introspection.family(model),
         introspection.model_sha256(model),
         isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
@@ -245,9 +247,9 @@ def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
     """Path of a file of the model, in ComfyUI's folder of its kind alone."""
     if part not in kinds:
         raise GuardError(f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.")
-    if not (path := folder_paths.get_full_path(kinds[part], name)):
+    if not (path := find_model(name, kinds[part])):
         raise GuardError(f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.")
-    return path
+    return str(path)
 
 
 def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
@@ -327,7 +329,7 @@ def _plain(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @contextmanager
 def _cloned_norm_inputs(text_encoder: nn.Module) -> Iterator[None]:
-    """CLIPLayer adds to its input in place (0.3.75, 0.33.0), and the norm before still needs it going back: a copy."""
+    """CLIPLayer adds to its input in place, and the norm before still needs it going back: a copy."""
     norms = (m for m in text_encoder.modules() if isinstance(m, nn.LayerNorm))
     hooks = [norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),)) for norm in norms]
     try:
@@ -348,7 +350,7 @@ def _attribute(owner, name: str, value) -> Iterator[None]:
 
 
 def _raw(sampling):
-    """A model_sampling whose calculate_denoised gives what the network said (0.3.75 and 0.33.0)."""
+    """A model_sampling whose calculate_denoised gives what the network said."""
     raw = copy.copy(sampling)
     raw.calculate_denoised = lambda sigma, model_output, model_input: model_output
     return raw

@@ -43,7 +43,7 @@ class Detector(Protocol):
     block: Mapping[str, float]  # default block set: label -> threshold
     report: Mapping[str, float]  # default report set
     device: str  # what it runs on, as onnxruntime names it
-    notes: tuple[str, ...]  # lines for the report: a provider that was asked for and is not there, ...
+    notes: tuple[str, ...]  # lines for the report: an execution provider that is unavailable, ...
 
     def detect(self, pictures: np.ndarray) -> list[Finding]:
         """Raises GateError where the pictures cannot be read as described."""

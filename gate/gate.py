@@ -36,7 +36,7 @@ def run(pictures: np.ndarray, detector: Detector, settings: Settings, replacemen
     replacement = actions.checked_replacement(replacement) if settings.action == "replace" else None
     findings = tuple(detector.detect(pictures))
     if len(findings) != len(pictures):
-        raise GateError(f"{detector.name}: {len(findings)} findings for {len(pictures)} pictures: it must judge all.")
+        raise GateError(f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.")
     blocked = tuple(map(settings.blocked, findings))
     flags = tuple(map(bool, blocked))
     if settings.action == "block" and any(flags):
@@ -61,6 +61,6 @@ def _refusal(
         f"{label} {findings[first].scores[label]:.2f} ≥ {settings.block[label]:g}" for label in blocked[first]
     )
     return (
-        f"{len(hits)} of {len(blocked)} pictures are blocked by {detector.name}, picture {first + 1}: {said}; "
+        f"{len(hits)} of {len(blocked)} images are blocked by {detector.name}, image {first + 1}: {said}; "
         "change the prompt or the seed."
     )

@@ -69,8 +69,8 @@ def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) 
 def format_error(error: LabelledError) -> str:
     """The report: both rates with their intervals, under which detector and thresholds."""
     lines = [
-        f"missed {_said(error.missed)} of the pictures that should be flagged",
-        f"false alarms {_said(error.false_alarms)} of the pictures that should pass",
+        f"missed {_said(error.missed)} of the images that should be flagged",
+        f"false alarms {_said(error.false_alarms)} of the images that should pass",
         "at " + ", ".join(f"{label} ≥ {least:g}" for label, least in error.settings.block.items()),
         f"detector {error.detector.name}, sha256 {error.detector.sha256[:16]}",
     ]
@@ -78,7 +78,7 @@ def format_error(error: LabelledError) -> str:
         lines.append(f"{len(error.unreadable)} files cannot be read and count nowhere: {named(error.unreadable)}")
     if error.others:
         lines.append(
-            f"{len(error.others)} files are no {', '.join(ENDINGS)} and count nowhere: convert what is a picture: "
+            f"{len(error.others)} files are no {', '.join(ENDINGS)} and count nowhere: convert what is an image: "
             f"{named(error.others)}"
         )
     return "\n".join(lines)
@@ -103,7 +103,7 @@ def save(error: LabelledError, path: Path) -> None:
 def _judged(folder: Path, detector: Detector, unreadable: list[str], others: list[str]) -> list[Finding]:
     found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable, others)]
     if not found:
-        raise GateError(f"{folder.name}: holds no picture that can be read: give a folder of pictures.")
+        raise GateError(f"{folder.name}: holds no image that can be read: give a folder of images.")
     return found
 
 

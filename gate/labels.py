@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from ..modular_lora.errors import one_line
-from ..modular_lora.validation import STRICT, raises
+from ..modular_lora.validation import STRICT, from_json, raises
 from .errors import GateError
 
 Layout = Literal["nchw", "nhwc"]
@@ -93,14 +91,4 @@ def _check(holds: bool, wrong: str) -> None:
 
 def read(path: str | Path) -> Labels:
     """A labels file, checked. Raises GateError that names the key."""
-    path = Path(path)
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GateError(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the labels file.") from error
-    try:
-        if not isinstance(said, dict):
-            raise GateError("is not a JSON object: correct it.")
-        return Labels(**said)
-    except GateError as error:
-        raise GateError(f"{path.name}: {one_line(error)} See docs/gate.md.") from None
+    return from_json(Labels, path, GateError, "labels file", " See docs/gate.md.")

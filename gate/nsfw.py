@@ -44,7 +44,7 @@ class OpenNsfw:
     has_boxes = False
     covers = "pornographic photographs as a whole: one score"
     blind_to = (
-        "where in the picture; violence, gore, weapons, hate, likeness, age; drawings, paintings and other art; "
+        "where in the image; violence, gore, weapons, hate, likeness, age; drawings, paintings and other art; "
         "nudity that is not pornography"
     )
 

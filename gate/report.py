@@ -27,7 +27,7 @@ def format_gate(outcome: Outcome, detector: Detector, settings: Settings) -> str
     """The report on a gate's node: counts, labels found with their thresholds, and `format_settings`."""
     n, flagged = len(outcome.flags), sum(outcome.flags)
     lines = [
-        f"{flagged} of {n} pictures flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
+        f"{flagged} of {n} images flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
         *_counts("blocked", outcome.blocked, settings.block),
         *_counts("reported", outcome.reported, settings.report),
     ]
@@ -45,7 +45,7 @@ def format_settings(detector: Detector, settings: Settings) -> str:
     if settings.report:
         lines.insert(1, f"reports {_thresholds(settings.report)}")
     if not detector.has_boxes:
-        lines.append("no boxes: what is done falls on the whole picture")
+        lines.append("no boxes: what is done falls on the whole image")
     return "\n".join([*lines, *(f"note: {note}" for note in detector.notes)])
 
 
@@ -74,7 +74,7 @@ def describe(detector: Detector) -> dict[str, object]:
 
 def _counts(what: str, found: tuple[tuple[str, ...], ...], thresholds: Mapping[str, float]) -> list[str]:
     counted = Counter(label for labels in found for label in labels)
-    return [f"  {what}: {label} ≥ {thresholds[label]:g} in {n} pictures" for label, n in counted.most_common()]
+    return [f"  {what}: {label} ≥ {thresholds[label]:g} in {n} images" for label, n in counted.most_common()]
 
 
 def _thresholds(thresholds: Mapping[str, float]) -> str:

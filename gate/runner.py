@@ -36,7 +36,7 @@ class Runner:
         used = self.session.get_providers()
         self.device = used[0]
         self.notes = tuple(
-            f"{name} was asked for and is not there: run on {self.device}" for name in wanted if name not in used
+            f"execution provider {name} is unavailable; using {self.device}" for name in wanted if name not in used
         )
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
@@ -83,15 +83,15 @@ def chunks(pictures: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or not np.issubdtype(pictures.dtype, np.floating):
         shape = "×".join(map(str, pictures.shape))
-        raise GateError(f"pictures are {shape} {pictures.dtype}, must be b×h×w×3 float32: remove the alpha channel.")
+        raise GateError(f"images are {shape} {pictures.dtype}, must be b×h×w×3 float32: remove the alpha channel.")
     if 0 in pictures.shape[1:3]:
-        raise GateError(f"pictures are {pictures.shape[1]}×{pictures.shape[2]} pixels: there is nothing to judge.")
+        raise GateError(f"images are {pictures.shape[1]}×{pictures.shape[2]} pixels: there is nothing to judge.")
     for start in range(0, len(pictures), size):
         part = pictures[start : start + size].astype(np.float32, copy=False)
         low, high = part.min(), part.max()
         if not np.isfinite([low, high]).all():
             first = start + int(np.flatnonzero(~np.isfinite(part).all((1, 2, 3)))[0])
-            raise GateError(f"picture {first + 1} has pixels that are not numbers: decode it in float32.")
+            raise GateError(f"image {first + 1} has pixels that are not numbers: decode it in float32.")
         yield part if low >= 0 and high <= 1 else np.clip(part, 0, 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from ..modular_lora.errors import one_line, writing
+from ..modular_lora.errors import writing
 from ..modular_lora.util import plain_json
-from ..modular_lora.validation import STRICT, raises
+from ..modular_lora.validation import STRICT, from_json, raises
 from .errors import GateError
 from .finding import Detector, Finding
 
@@ -73,19 +72,13 @@ def defaults(detector: Detector, action: Action = "blur") -> Settings:
 
 def load(path: str | Path, detector: Detector) -> Settings:
     """A preset from its file. Raises GateError for what cannot be read, unknown keys, labels and actions."""
-    path = Path(path)
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GateError(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the preset.") from error
-    try:
-        if not isinstance(said, dict):
-            raise GateError("a preset is a JSON object with the key block at least: correct it.")
+
+    def checked(**said: Any) -> Settings:
         settings = Settings(**said)
         settings.check(detector)
-    except GateError as error:
-        raise GateError(f"{path.name}: {one_line(error)}") from error
-    return settings
+        return settings
+
+    return from_json(checked, path, GateError, "preset, an object with the key block at least")
 
 
 def save(settings: Settings, path: str | Path) -> None:

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from ..tools.bootstrap.boundary import contained
-from ..tools.bootstrap.paths import TYPED
 from .errors import GuardError
+from .util.boundary import TYPED, contained
 
 ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / ".run" / "logs"  # where run.py keeps what its commands log
 logger = logging.getLogger("modular_lora")
 
 
@@ -30,7 +31,8 @@ def finish(work: Callable[[], str], interrupted: str) -> int:
     def say(text: str) -> None:
         logger.error("%s", text)
 
-    return contained(told, say, expected=(GuardError,), interrupted=f"interrupted; {interrupted}")
+    interrupted = f"interrupted; {interrupted}"
+    return contained(told, say, expected=(GuardError,), interrupted=interrupted, logs=LOGS)
 
 
 def typed(module: str) -> str:
@@ -53,8 +55,18 @@ def _places(given: Path | None) -> list[Path]:
     return [*(Path(name) for name in named if name), ROOT.parent.parent, ROOT / ".run" / "comfyui"]
 
 
+class Watch(Protocol):
+    """What a host shows of work that takes long."""
+
+    def check(self) -> None:
+        """Raise to interrupt; what is finished is kept."""
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """``done`` of ``total`` are done of what ``text`` names."""
+
+
 class Lines:
-    """Progress as lines of the log, ten a stage."""
+    """A Watch: progress as lines of the log, ten a stage."""
 
     def __init__(self) -> None:
         self._said = ("", -1)  # stage, and tenths of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import typing
 from dataclasses import field
@@ -53,6 +54,12 @@ def parse(config: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # the reader's own, and Python's for a number of many digits
         what = config if isinstance(config, Path) else "options"
         raise OptionError(f"{what}: cannot be read as TOML ({error}): write name = value, texts in quotes.") from error
+
+
+def toml_value(value: Any) -> str:
+    """A text, path, number or truth value as TOML; JSON's texts are TOML's, but for U+007F."""
+    value = value.as_posix() if isinstance(value, Path) else value
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ArgsKwargs
 
-from .errors import plain, shown
+from .errors import GuardError, one_line, plain, shown
+from .util import plain_json
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # a whole number counts as a number, as in TOML
 WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pydantic's own words for the others
@@ -33,6 +35,7 @@ UNKNOWN = "unexpected_keyword_argument"
 
 Place = tuple[str | int, ...]
 T = TypeVar("T", bound=type)
+Made = TypeVar("Made")
 
 
 def raises(kind: type[Exception]) -> Callable[[T], T]:
@@ -49,6 +52,29 @@ def raises(kind: type[Exception]) -> Callable[[T], T]:
         return cls
 
     return decorate
+
+
+def from_json(make: Callable[..., Made], path: str | Path, kind: type[GuardError], what: str, hint: str = "") -> Made:
+    """What ``make`` makes of the keys and values of a JSON file.
+
+    Args:
+        make: Takes them by name and raises ``kind`` for one that does not fit.
+        kind: The error that is raised.
+        what: What the file is, for the error.
+        hint: The end of an error of ``make``.
+
+    Raises:
+        GuardError: of ``kind``, naming the file and what is wrong in it.
+    """
+    path = Path(path)
+    try:
+        said = plain_json.read_object(path)
+    except (OSError, ValueError) as error:
+        raise kind(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the {what}.") from error
+    try:
+        return make(**said)
+    except kind as error:
+        raise kind(f"{path.name}: {one_line(error)}{hint}") from error
 
 
 def problem(cls: type, error: ValidationError) -> tuple[Place, str]:

@@ -14,8 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import comfy.samplers
-import folder_paths
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
@@ -29,8 +27,21 @@ from ..audit.words import format_report
 from ..comfy_host import patcher
 from ..comfy_host.charts import INK, PAPER, chart
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.gating import checked
+from ..comfy_host.model_folders import (
+    SAFETY_FOLDERS,
+    TASK_FOLDERS,
+    input_folder,
+    lora_names,
+    lora_path,
+    offered,
+    output_folder,
+)
+from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.pipeline import ComfyPipeline
 from ..comfy_host.progress import NodeWatch, image_tensor
-from ..comfy_host.sampler import ComfyPainter
+from ..comfy_host.stock import sampler_names, scheduler_names
+from ..comfy_host.training_files import check_name
 from ..gate.finding import Detector
 from ..modular_lora import options
 from ..modular_lora.errors import GuardError
@@ -38,9 +49,8 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
-from . import gate_settings as gates
-from .sockets import CATEGORY, SAFETY_FOLDER, GateSocket, lora_names, lora_path, offered, show
-from .training import check_name, option_inputs
+from .sockets import GateSocket
+from .training import option_inputs
 
 NONE = "none"
 PUBLISHED = "modular_lora_audit"  # in the output folder
@@ -49,10 +59,10 @@ SHEETS = "sheets"
 PROMPT_FILES = (".txt", ".lst", ".csv", ".tsv", ".json", ".jsonl")
 CELLS = {"unsafe": "what is suppressed", "kept": "what must stay", "task": "what the task LoRA is for"}
 LORAS = {  # option -> model folders that its file may be in
-    "safety": (SAFETY_FOLDER, "loras"),
-    "task": ("loras",),
-    "sequential": ("loras",),
-    "projected": ("loras",),
+    "safety": SAFETY_FOLDERS,
+    "task": TASK_FOLDERS,
+    "sequential": TASK_FOLDERS,
+    "projected": TASK_FOLDERS,
 }
 NUMBERS = ("seeds", "steps", "cfg", "width", "height", "unit_size")
 MORE = (  # what more_options may set: nothing that names a file, folder or package
@@ -71,18 +81,20 @@ class Audit(io.ComfyNode):
             node_id="ModularLoraAudit",
             display_name="Audit",
             category=f"{CATEGORY}/audit",
-            description="Draws the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
-            "modular, projected, model arithmetic), asks a detector, and says what changed and how surely. Goes on "
-            "where it was stopped. Pictures stay in a private folder of the server.",
+            description="Samples the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
+            "modular, projected, model arithmetic), runs a detector, and reports what changed, with intervals. It "
+            "continues where it was stopped. Images stay in a private folder of the server.",
             inputs=[*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Rates, intervals, differences, remarks."),
-                io.String.Output("json", display_name="json", tooltip="The same figures, and all they depend on."),
+                io.String.Output(
+                    "json", display_name="json", tooltip="The same figures, with everything they depend on."
+                ),
                 io.Image.Output("plot", display_name="plot", tooltip="Concept rate by arm, with intervals."),
                 io.Image.Output(
                     "sheet",
                     display_name="sheet",
-                    tooltip="Contact sheets of the guarded arms; what the detector calls a hit is blanked.",
+                    tooltip="Contact sheets of the guarded arms; the regions of the detector's hits are blanked.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -100,12 +112,12 @@ class Audit(io.ComfyNode):
         folder = policies.folder() / "audit" / _checked_name(name)
         made = _options(folder, values)
         _check_starts(made)
-        place = Path(folder_paths.get_output_directory()) / PUBLISHED / name
+        place = output_folder() / PUBLISHED / name
         check_writable(place, "output folder")
-        painter = ComfyPainter(model, clip, vae)
+        pipeline = ComfyPipeline(model, clip, vae)
         _check_shown(model, clip, made)
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
-        report = session.run(made, Local(painter), NodeWatch(cls), "Audit node", _judge(gate, style))
+        report = session.run(made, Local(pipeline), NodeWatch(cls), "Audit node", _judge(gate, style))
         publish(folder, place)
         text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
         show(cls, text)
@@ -119,15 +131,13 @@ def _model_inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
         io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
-        io.Vae.Input("vae", tooltip="The VAE that decodes the pictures."),
-        io.String.Input(
-            "name", default="audit", tooltip="Name of the audit; the same name goes on with what is drawn."
-        ),
+        io.Vae.Input("vae", tooltip="The VAE that decodes the images."),
+        io.String.Input("name", default="audit", tooltip="Name of the audit. The same name continues it."),
     ]
 
 
 def _lora_inputs() -> list[io.Input]:
-    files = lora_names("loras")
+    files = lora_names(*TASK_FOLDERS)
     strength = {"default": 1.0, "step": 0.05, "round": 0.01, "max": 10.0}
     combo = io.Combo.Input
     return [
@@ -144,7 +154,7 @@ def _prompt_inputs() -> list[io.Input]:
     files = [NONE, *offered(_prompt_files())]
     made = []
     for cell, what in CELLS.items():
-        text = f"Prompts for {what}, one a line; or a table whose first line is prompt,concept,style,seed,negative."
+        text = f"Prompts for {what}, one per line; or a table whose first line is prompt,concept,style,seed,negative."
         file = f"File of prompts for {what}, in the input folder (I2P's CSV and lists of attacks are understood)."
         made += [
             io.String.Input(f"{cell}_prompts", default="", multiline=True, tooltip=text),
@@ -155,14 +165,15 @@ def _prompt_inputs() -> list[io.Input]:
 
 def _sampling_inputs() -> list[io.Input]:
     seeds, *settings = option_inputs(AuditOptions, NUMBERS)
-    known = comfy.samplers.KSampler
-    first = "Seed of the first picture; every prompt has seeds of its own, the same in all arms."
+    first = "Seed of the first image; every prompt has seeds of its own, the same in all arms."
     return [
         seeds,
         io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
         *settings,
-        io.Combo.Input("sampler", known.SAMPLERS, default="euler", tooltip="Sampling algorithm."),
-        io.Combo.Input("scheduler", known.SCHEDULERS, default="normal", tooltip="How the noise is taken away."),
+        io.Combo.Input("sampler", sampler_names(), default="euler", tooltip="Sampling algorithm."),
+        io.Combo.Input(
+            "scheduler", scheduler_names(), default="normal", tooltip="How the noise is removed over the steps."
+        ),
     ]
 
 
@@ -219,7 +230,7 @@ def _written(path: Path, text: str) -> Path:
 
 
 def _prompt_files() -> list[str]:
-    root = Path(folder_paths.get_input_directory())
+    root = input_folder()
     return sorted(p.name for p in root.iterdir() if p.suffix.lower() in PROMPT_FILES) if root.is_dir() else []
 
 
@@ -229,17 +240,17 @@ def _prompt_file(name: str | None) -> Path | None:
         return None
     if name not in _prompt_files():
         raise GuardError(f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.")
-    return Path(folder_paths.get_input_directory()) / name
+    return input_folder() / name
 
 
 def _check_starts(made: AuditOptions) -> None:
     """GuardError for start pictures outside the input folder, which a graph must not read."""
-    folder = Path(folder_paths.get_input_directory())
+    folder = input_folder()
     root = Path(os.path.realpath(folder))
     found = (prompt for one in prompts.read_sets(made, folder) for prompt in one.prompts)
     for name in (name for prompt in found for name in (prompt.start, prompt.mask) if name):
         if not Path(os.path.realpath(name)).is_relative_to(root):
-            raise GuardError(f"Start picture {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
+            raise GuardError(f"Start image {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
 
 
 def _check_shown(model, clip, made: AuditOptions) -> None:
@@ -255,8 +266,8 @@ def _check_shown(model, clip, made: AuditOptions) -> None:
 
 
 def _judge(gate: object, style: object) -> Judge:
-    chosen = gates.checked(gate)
-    fidelity: Detector | None = None if style is None else gates.checked(style).detector
+    chosen = checked(gate)
+    fidelity: Detector | None = None if style is None else checked(style).detector
     return Judge(chosen.detector, chosen.settings.block, chosen.settings.report, fidelity)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
+from ..comfy_host.node_report import show
+from ..comfy_host.training_files import NAME
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
-from .sockets import SAFETY_FOLDER, SafetySocket, show
-from .training import GROUP, NAME
+from .sockets import SafetySocket
+from .training import GROUP
 
 
 class WriteConceptPrompts(io.ComfyNode):
@@ -26,15 +27,16 @@ class WriteConceptPrompts(io.ComfyNode):
             node_id="ModularLoraConceptPrompts",
             display_name="Write Concept Prompts",
             category=GROUP,
-            description="Writes prompts of what a safety LoRA takes away into a copy of its file, so that Guard Model "
-            "can measure on them what other LoRAs leave of it. The tensors stay as they are, and so does the file.",
+            description="Writes prompts of the concept that a safety LoRA erases into a copy of its file, so that "
+            "Guard Model can measure on them how much of its effect is left beside other LoRAs. The tensors and the "
+            "original file do not change.",
             inputs=[
                 SafetySocket.Input("safety_lora", tooltip="One safety LoRA, from Load Safety LoRA."),
                 io.String.Input(
                     "prompts",
                     default="",
                     multiline=True,
-                    tooltip=f"Prompts that ask for what the LoRA takes away, one a line, at most {concept.MOST}.",
+                    tooltip=f"Prompts of the concept that the LoRA erases, one per line, at most {concept.MOST}.",
                 ),
                 io.String.Input(
                     "output_name", default="safety_with_prompts", tooltip="Name of the copy, in models/safety_loras."
@@ -62,7 +64,7 @@ class WriteConceptPrompts(io.ComfyNode):
             raise GuardError(
                 f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file."
             )
-        folder = Path(folder_paths.get_folder_paths(SAFETY_FOLDER)[0])
+        folder = model_folder(SAFETY_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
         lora, target = safety[0].lora, folder / f"{output_name}.safetensors"
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]

@@ -9,18 +9,21 @@ except ImportError as error:
 
 from ..comfy_host import conditioning
 from ..comfy_host.enforcement import hooks
+from ..comfy_host.model_folders import register_folders
 from .audit import Audit
 from .concept_prompts import WriteConceptPrompts
+from .dataset_report import DatasetReport
 from .decode import GuardedDecode, GuardedDecodeTiled
 from .gate_settings import GateSettings
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
+from .project_task import ProjectTaskLora
 from .safety_gate import SafetyGate, SampleAndGate
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
-from .sockets import register_folders
-from .training import DatasetReport, ProjectTaskLora, TrainSafetyLora, TrainTaskLora
+from .train_safety import TrainSafetyLora
+from .train_task import TrainTaskLora
 
 
 class ModularLoraExtension(ComfyExtension):

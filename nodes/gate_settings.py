@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import folder_paths
-import numpy as np
 from comfy_api.latest import io
 
-from ..comfy_host.enforcement import policy as policies
-from ..gate import detectors, nsfw, settings
+from ..comfy_host.gating import Gate, default_detector
+from ..comfy_host.model_folders import DETECTOR_FOLDER, PRESET_FOLDER, file_names, file_path, model_folder
+from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.training_files import check_name
+from ..gate import detectors, settings
+from ..gate.class_lines import with_classes, with_threshold
 from ..gate.errors import GateError
 from ..gate.finding import Detector
 from ..gate.report import format_settings
-from ..gate.settings import ACTIONS, Settings
+from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
-from .sockets import CATEGORY, DETECTOR_FOLDER, PRESET_FOLDER, GateSocket, file_names, file_path, show
-from .training import check_name
+from .sockets import GateSocket
 
 NONE = "none"
 AS_PRESET = "as the preset says"
-OFF = "off"
 PROVIDERS = {"CPU": (), "CUDA": ("CUDAExecutionProvider",)}
 FILES = {"classifier": DETECTOR_FOLDER, "labels": DETECTOR_FOLDER, "preset": PRESET_FOLDER}  # input -> model folder
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a MODULAR_LORA_GATE carries: a detector that is ready to judge, and what is done about what it finds."""
-
-    detector: Detector
-    settings: Settings
-    replacement: np.ndarray | None = None  # h w 3, for the action "replace"
-
-    @property
-    def settings_sha256(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode()).hexdigest()
-
-
-def checked(gate: object) -> Gate:
-    """The gate of a socket, the default where none is connected; GuardError for what an any-type node brought."""
-    if gate is None:
-        detector = detectors.make(default_detector())
-        return Gate(detector, policies.tightened(settings.defaults(detector), detector))
-    if not isinstance(gate, Gate):
-        raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
-    return gate
-
-
-def default_detector() -> str:
-    """The preferred of those that need no files; where none is installed, the one whose error says how to install."""
-    return next((name for name in detectors.available() if name != detectors.CLASSIFIER), nsfw.NAME)
 
 
 class GateSettings(io.ComfyNode):
@@ -66,7 +36,8 @@ class GateSettings(io.ComfyNode):
             node_id="ModularLoraGateSettings",
             display_name="Gate Settings",
             category=f"{CATEGORY}/gate",
-            description="Which detector a gate asks, from which score on a label counts, and what is done about it.",
+            description="Which detector a gate uses, the score from which each label counts, and the action that "
+            "follows.",
             inputs=[*_detector_inputs(), *_action_inputs()],
             outputs=[
                 GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
@@ -107,7 +78,7 @@ class GateSettings(io.ComfyNode):
             chosen = replace(chosen, action=action)
         chosen.check(made)
         if chosen.action == "replace" and replacement is None:
-            raise GateError('replacement: the action is "replace" and there is no picture to put in: connect one.')
+            raise GateError('replacement: the action is "replace" and there is no image to put in: connect one.')
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
@@ -127,19 +98,20 @@ def _detector_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "classifier",
-            [NONE, *file_names(DETECTOR_FOLDER, ".onnx")],
+            [NONE, *file_names(DETECTOR_FOLDER, ending=".onnx")],
             default=NONE,
-            tooltip="ONNX file from the modular_lora_detectors folder; for the detector classifier alone.",
+            tooltip="ONNX file from the modular_lora_detectors folder. Used only with the detector classifier.",
         ),
         io.Combo.Input(
             "labels",
-            [NONE, *file_names(DETECTOR_FOLDER, ".json")],
+            [NONE, *file_names(DETECTOR_FOLDER, ending=".json")],
             default=NONE,
-            tooltip="JSON that says what the classifier's outputs mean, from the same folder; for classifier alone.",
+            tooltip="JSON file from the same folder that says what the classifier's outputs mean. Used only with "
+            "classifier.",
         ),
         io.Combo.Input(
             "preset",
-            [NONE, *file_names(PRESET_FOLDER, ".json")],
+            [NONE, *file_names(PRESET_FOLDER, ending=".json")],
             default=NONE,
             tooltip="Thresholds, growth and action from the modular_lora_gates folder; none: the detector's defaults.",
         ),
@@ -154,24 +126,24 @@ def _action_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Score from which every label counts; 0 leaves each label its own.",
+            tooltip="Score from which every label counts. 0: each label keeps its own threshold.",
         ),
         io.String.Input(
             "classes",
             default="",
             multiline=True,
-            tooltip="One label a line, with its threshold and, if wanted, how much its boxes grow: "
-            "FACE_FEMALE 0.6 1.3. A label with off is reported at most.",
+            tooltip="One label per line, with its threshold and, if wanted, how much its boxes grow: "
+            "FACE_FEMALE 0.6 1.3. A label with off is only reported.",
         ),
         io.Combo.Input(
             "action",
             [AS_PRESET, *ACTIONS],
             default=AS_PRESET,
-            tooltip="What is done to a flagged picture; without a preset, blur. report changes nothing, block stops "
-            "the run, empty makes the picture black. Without boxes it falls on the whole picture.",
+            tooltip="What is done to a flagged image; without a preset, blur. report changes nothing, block stops "
+            "the run, empty makes the image black. Without boxes the action covers the whole image.",
         ),
         io.Combo.Input(
-            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs; CUDA needs onnxruntime-gpu."
+            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs. CUDA needs onnxruntime-gpu."
         ),
         io.String.Input(
             "save_as",
@@ -182,7 +154,7 @@ def _action_inputs() -> list[io.Input]:
         io.Image.Input(
             "replacement",
             optional=True,
-            tooltip="For the action replace: the first picture of this batch takes the flagged picture's place.",
+            tooltip="For the action replace: the first image of this batch takes the flagged image's place.",
         ),
     ]
 
@@ -206,43 +178,4 @@ def _file(name: str, value: str | None) -> Path | None:
 def _preset_file(name: str) -> Path:
     stem = name.removesuffix(".json")
     check_name("save_as", stem, "the file")
-    return Path(folder_paths.get_folder_paths(PRESET_FOLDER)[0]) / f"{stem}.json"
-
-
-def with_threshold(chosen: Settings, threshold: float) -> Settings:
-    """One threshold for every label; 0: the settings as they are."""
-    if not threshold:
-        return chosen
-    return replace(chosen, block=dict.fromkeys(chosen.block, threshold), report=dict.fromkeys(chosen.report, threshold))
-
-
-def with_classes(chosen: Settings, detector: Detector, text: str) -> Settings:
-    """Settings with the lines ``LABEL threshold [growth]`` and ``LABEL off`` worked in. GateError names the line."""
-    block, report, growth = dict(chosen.block), dict(chosen.report), dict(chosen.growth)
-    for line in filter(None, map(str.strip, text.splitlines())):
-        label, values = _split(line, detector)
-        if values == [OFF]:
-            if label in block:
-                report.setdefault(label, block.pop(label))
-            continue
-        block[label] = _number(line, values[0])
-        if len(values) > 1:
-            growth[label] = _number(line, values[1])
-    return replace(chosen, block=block, report=report, growth=growth)
-
-
-def _split(line: str, detector: Detector) -> tuple[str, list[str]]:
-    """Label and the one or two words behind it; labels may hold spaces and end in digits."""
-    for words in (1, 2):
-        label, *values = line.rsplit(maxsplit=words)
-        if label in detector.labels and len(values) == words:
-            return label, values
-    known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
-    raise GateError(f"classes: {line!r} is not LABEL threshold [growth], or LABEL off; {detector.name} knows {known}.")
-
-
-def _number(line: str, word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise GateError(f"classes: {word!r} in {line!r} is not a number: correct it.") from None
+    return model_folder(PRESET_FOLDER) / f"{stem}.json"

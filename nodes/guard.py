@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..comfy_host import patcher
 from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.node_report import CATEGORY, blocked, show
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
-from .sockets import CATEGORY, GuardedSocket, SafetySocket, StackSocket, TaskSocket, show
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -24,7 +24,7 @@ class GuardModel(io.ComfyNode):
             display_name="Guard Model",
             category=CATEGORY,
             description="Puts the safety LoRA and task LoRAs beside the model's weights, never into them, and checks "
-            "that each applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
+            "that each of them applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
             inputs=[
                 io.Model.Input("model", tooltip="The pretrained model (W0), from the checkpoint loader."),
                 SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
@@ -37,8 +37,8 @@ class GuardModel(io.ComfyNode):
                     "accept_merged",
                     default=False,
                     optional=True,
-                    tooltip="Take a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task LoRAs, a "
-                    "merge part of the base, which every report of the picture then says.",
+                    tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
+                    "LoRAs, a merge becomes part of the base, and every report of the image says so.",
                 ),
             ],
             outputs=[
@@ -51,7 +51,7 @@ class GuardModel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What was matched, at which strength, with which hashes and warnings.",
+                    tooltip="Which layers matched, at which strength, with hashes and warnings.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -68,7 +68,7 @@ class GuardModel(io.ComfyNode):
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
         show(cls, guarded.report)
         if clip is None:
-            guarded_clip = ExecutionBlocker(NO_CLIP)
+            guarded_clip = blocked(NO_CLIP)
         return io.NodeOutput(guarded, guarded_clip, guarded.report)
 
 

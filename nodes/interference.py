@@ -8,12 +8,13 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
 from ..comfy_host import introspection
+from ..comfy_host.node_report import CATEGORY, show
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
 from ..modular_lora.guard.interference import Interference
 from ..modular_lora.guard.report import format_interference
 from .load import handles, stacked
-from .sockets import CATEGORY, SafetySocket, StackSocket, TaskSocket, show
+from .sockets import SafetySocket, StackSocket, TaskSocket
 
 WIDTH, ROW, LABEL, MIDDLE = 900, 12, 480, 690
 BACKGROUND, INK, GRID = (250, 250, 248), (40, 40, 40), (210, 210, 205)
@@ -39,11 +40,11 @@ class LoraInterference(io.ComfyNode):
                 StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
             ],
             outputs=[
-                io.String.Output("table", display_name="table", tooltip="One line a layer."),
+                io.String.Output("table", display_name="table", tooltip="One line per layer."),
                 io.Image.Output(
                     "picture",
                     display_name="picture",
-                    tooltip="Cosine of safety and task on every layer; one picture a safety LoRA.",
+                    tooltip="Cosine of safety and task on every layer; one image per safety LoRA.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -62,7 +63,7 @@ class LoraInterference(io.ComfyNode):
 
 
 def _draw(name: str, result: Interference) -> Image.Image:
-    """A bar a layer: cosine from -1 (left, red) to +1 (right, blue)."""
+    """A bar per layer: cosine from -1 (left, red) to +1 (right, blue)."""
     picture = Image.new("RGB", (WIDTH, ROW * (len(result.layers) + 3)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     title = f"{name}: mean cosine {result.mean_cosine:+.4f}, net strength {result.net_strength:.3f}"

@@ -7,19 +7,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
+from ..comfy_host.model_folders import SAFETY_FOLDERS, TASK_FOLDERS, lora_names, lora_path, name_below
+from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files.cache import kept_lora, kept_sha256
 from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from .sockets import CATEGORY, SAFETY_FOLDER, SafetySocket, StackSocket, TaskSocket, lora_names, lora_path
+from .sockets import SafetySocket, StackSocket, TaskSocket
 
-SAFETY_FOLDERS = (SAFETY_FOLDER, "loras")
-TASK_FOLDERS = ("loras",)
 SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
     "refuse if they differ": "refuse",
     "as in the file's tensors": "tensors",
@@ -47,7 +46,8 @@ class LoadSafetyLora(io.ComfyNode):
             node_id="ModularLoraLoadSafety",
             display_name="Load Safety LoRA",
             category=f"{CATEGORY}/load",
-            description="Loads a safety LoRA for Guard Model; it stays out of the weights, whole or not at all.",
+            description="Loads a safety LoRA for Guard Model. It is kept outside the weights, and must apply to every "
+            "layer that it names.",
             inputs=[
                 io.Combo.Input(
                     "lora_name",
@@ -66,7 +66,7 @@ class LoadSafetyLora(io.ComfyNode):
                     "expected_sha256",
                     default="",
                     optional=True,
-                    tooltip="SHA-256 of the file; if given, another file of the same name is refused.",
+                    tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
                 ),
                 SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
                 io.Combo.Input(
@@ -74,8 +74,8 @@ class LoadSafetyLora(io.ComfyNode):
                     list(SCALES),
                     default=next(iter(SCALES)),
                     optional=True,
-                    tooltip="Which scale (alpha / rank) acts where the file's tensors and its metadata give two: the "
-                    "one that it was trained with. ComfyUI's own loader reads the tensors alone.",
+                    tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
+                    "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
                 ),
             ],
             outputs=[
@@ -86,7 +86,7 @@ class LoadSafetyLora(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
         if strength is not None and not (math.isfinite(strength) and strength > 0):
-            return f"strength {strength:g} would switch the safety LoRA off or turn it round: give a strength above 0"
+            return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
         return _missing(lora_name, SAFETY_FOLDERS) or True
 
     @classmethod
@@ -110,7 +110,7 @@ class LoadTaskLora(io.ComfyNode):
             node_id="ModularLoraLoadTask",
             display_name="Load Task LoRA",
             category=f"{CATEGORY}/load",
-            description="Loads a task LoRA (style, character, ...) for Guard Model, kept out of the weights.",
+            description="Loads a task LoRA (style, character, ...) for Guard Model. It is kept outside the weights.",
             inputs=[
                 io.Combo.Input(
                     "lora_name", lora_names(*TASK_FOLDERS), tooltip="Task LoRA (.safetensors) from the loras folder."
@@ -142,7 +142,7 @@ class LoadTaskLora(io.ComfyNode):
                 StackSocket.Output(
                     "lora_stack_out",
                     display_name="lora_stack",
-                    tooltip="The same task LoRAs as a LORA_STACK; never the safety LoRA, no block weights.",
+                    tooltip="The same task LoRAs as a LORA_STACK; without the safety LoRA and without block weights.",
                 ),
             ],
         )
@@ -166,7 +166,7 @@ class LoadTaskLora(io.ComfyNode):
 
 
 def chosen_scale(value: object) -> Scale:
-    """See modular_lora.options.Scale; GuardError for a value that no drop-down has."""
+    """See modular_lora.files.scales.Scale; GuardError for a value that no drop-down has."""
     if value is None:
         return "refuse"
     if value not in SCALES:
@@ -184,16 +184,16 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
 
 def stack_name(task: TaskLora) -> str:
     """The name under which a LORA_STACK knows the file: its path below a loras folder, links followed if need be."""
-    return _below(task.lora.path, *TASK_FOLDERS) or task.lora.name
+    return name_below(task.lora.path, *TASK_FOLDERS) or task.lora.name
 
 
 def stacked(lora_stack) -> tuple[TaskLora, ...]:
-    """Task LoRAs of a LORA_STACK (see modular_lora.stacks); a full path below a loras folder is that file."""
+    """Task LoRAs of a LORA_STACK (see modular_lora.files.stacks); a full path below a loras folder is that file."""
     return tuple(_stacked(row) for row in parse_stack(lora_stack))
 
 
 def _stacked(row: Row) -> TaskLora:
-    name = (_below(row.name, *TASK_FOLDERS) if os.path.isabs(row.name) else None) or row.name
+    name = (name_below(row.name, *TASK_FOLDERS) if os.path.isabs(row.name) else None) or row.name
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
@@ -204,15 +204,5 @@ def _stacked(row: Row) -> TaskLora:
 def _read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
     """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
     lora = kept_lora(path, expected_sha256=expected_sha256)
-    name = (_below(path, *folders) or lora.name).replace(os.sep, "/")
+    name = (name_below(path, *folders) or lora.name).replace(os.sep, "/")
     return lora if name == lora.name else replace(lora, name=name)
-
-
-def _below(path: str | os.PathLike, *folders: str) -> str | None:
-    """A path as a name below one of these model folders, links followed if need be; None where it is below none."""
-    for as_it_is in (os.path.abspath, os.path.realpath):
-        whole = as_it_is(path)
-        for root in (as_it_is(root) for folder in folders for root in folder_paths.get_folder_paths(folder)):
-            if os.path.normcase(whole).startswith(os.path.normcase(os.path.join(root, ""))):
-                return os.path.relpath(whole, root)
-    return None

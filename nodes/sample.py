@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..comfy_host import patcher as host
+from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.stock import MAX_SEED, cfg_guider, sampler_names, scheduler_names
 from ..modular_lora.guard.report import format_attestation
-from .sockets import CATEGORY, model_input, show
+from .sockets import model_input
 
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_STEP = 10_000
 
 
 def conditioning_inputs() -> list[io.Input]:
     made = "encoded with Guard Model's CLIP output"
     return [
-        io.Conditioning.Input("positive", tooltip=f"What to draw, {made}."),
+        io.Conditioning.Input("positive", tooltip=f"What to generate, {made}."),
         io.Conditioning.Input("negative", tooltip=f"What to leave out, {made}."),
     ]
 
 
 def sampler_inputs() -> list[io.Input]:
-    cfg = "Classifier-free guidance scale: how closely the picture follows the prompt."
+    cfg = "Classifier-free guidance scale: how closely the image follows the prompt."
     return [
         io.Int.Input("steps", default=20, min=1, max=MAX_STEP, tooltip="Number of denoising steps."),
         io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=cfg),
-        io.Combo.Input("sampler_name", comfy.samplers.KSampler.SAMPLERS, tooltip="Sampling algorithm."),
-        io.Combo.Input(
-            "scheduler", comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise is taken away over the steps."
-        ),
+        io.Combo.Input("sampler_name", sampler_names(), tooltip="Sampling algorithm."),
+        io.Combo.Input("scheduler", scheduler_names(), tooltip="How the noise is removed over the steps."),
     ]
 
 
 def latent_inputs() -> list[io.Input]:
     part = "1 starts from noise; less keeps part of the latent image."
     return [
-        io.Latent.Input("latent_image", tooltip="Latent to denoise; its size is the size of the picture."),
+        io.Latent.Input("latent_image", tooltip="Latent to denoise; its size is the size of the image."),
         io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=part),
     ]
 
@@ -53,7 +51,7 @@ def _outputs() -> list[io.Output]:
         io.String.Output(
             "report",
             display_name="report",
-            tooltip="Attestation of this run: evaluations, branch firings, hashes, strengths.",
+            tooltip="Attestation of this run: evaluations, branch calls, hashes, strengths.",
         ),
     ]
 
@@ -79,7 +77,8 @@ class GuardedKSampler(io.ComfyNode):
             node_id="ModularLoraKSampler",
             display_name="Guarded KSampler",
             category=f"{CATEGORY}/sample",
-            description="KSampler for a guarded model: the stock node's result, and the check that every branch ran.",
+            description="KSampler for a guarded model: the same result as the stock node, and a check that every "
+            "branch ran.",
             inputs=[
                 model_input(),
                 seed_input(),
@@ -109,7 +108,7 @@ class GuardedKSamplerAdvanced(io.ComfyNode):
             node_id="ModularLoraKSamplerAdvanced",
             display_name="Guarded KSampler (Advanced)",
             category=f"{CATEGORY}/sample",
-            description="KSampler (Advanced) for a guarded model, plus the check that every branch ran.",
+            description="KSampler (Advanced) for a guarded model, and a check that every branch ran.",
             inputs=[
                 model_input(),
                 io.Combo.Input("add_noise", switch, tooltip="Add noise to the latent first."),
@@ -187,7 +186,4 @@ class GuardedGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, cfg) -> io.NodeOutput:
-        guider = comfy.samplers.CFGGuider(host.unwrap(model))
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        return io.NodeOutput(guider)
+        return io.NodeOutput(cfg_guider(host.unwrap(model), positive, negative, cfg))

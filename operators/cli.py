@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("file", type=Path, metavar="FILE")
     one.add_argument("--key", type=Path, required=True, help="private key")
     one.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="last day of the signature (none)")
-    one = _command(commands, "verify", _verify, "check FILE against FILE.sig, or a picture against its attestation")
+    one = _command(commands, "verify", _verify, "check FILE against FILE.sig, or an image against its attestation")
     one.add_argument("file", type=Path, metavar="FILE")
     _keys_argument(one)
     one.add_argument("--identity", help="keyless: who signed, for instance an e-mail address")

@@ -322,22 +322,26 @@ class _Graph:
                 yield "weights", what, "ask the operator to put it into a folder of models"
 
     def _models(self, name: str) -> Iterator[Said]:
-        kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
-        seen = set()
+        """One refusal an input at most; whatever a link may carry is judged, as a switch may let any of it through."""
+        refused = set()
         for link, carried in self._coming(name):
-            if link.input in seen or not self._is_model(facts, link, carried):
-                continue
-            seen.add(link.input)
-            what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
-            unguarded = carried.type == MODEL and not carried.guarded
-            if facts.ours:
-                if kind in SAMPLERS and unguarded:
-                    yield "guard.required", what, "connect Guard Model's output"
-            elif kind in nodes.sampling and kind not in nodes.patching:
-                if unguarded:
-                    yield "guard.required", what, "connect Guarded Model as MODEL"
-            elif kind not in nodes.patching:
-                yield "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
+            if link.input not in refused and (said := self._refused_model(name, link, carried)):
+                refused.add(link.input)
+                yield said
+
+    def _refused_model(self, name: str, link: Link, carried: Kind) -> Said | None:
+        kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
+        if not self._is_model(facts, link, carried):
+            return None
+        what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
+        unguarded = carried.type == MODEL and not carried.guarded
+        if facts.ours:
+            return ("guard.required", what, "connect Guard Model's output") if kind in SAMPLERS and unguarded else None
+        if kind in nodes.patching:
+            return None
+        if kind in nodes.sampling:
+            return ("guard.required", what, "connect Guarded Model as MODEL") if unguarded else None
+        return "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
 
     def _is_model(self, facts: NodeFacts, link: Link, carried: Kind) -> bool:
         """Whether a link brings a MODEL, or something that is not known into an input for one."""
@@ -363,10 +367,10 @@ class _Graph:
         pictures = [(link, k) for link, k in coming if k.type in PICTURES]
         if leaving.attested(policy) and (loose := next((link for link, k in pictures if not k.guarded), None)):
             source = f"node {loose.source} ({self._type(loose.source)})"
-            what = f"{loose.input} comes from {source}, behind which is a picture that no guarded run made"
+            what = f"{loose.input} comes from {source}, behind which is an image that no guarded run made"
             yield "open.unattested", what, "connect Guarded VAE Decode"
         elif policy.gate.required and (loose := next((link for link, k in pictures if not k.gated), None)):
-            yield "gate.required", f"{loose.input} shows a picture that no gate judged", "put Safety Gate in front"
+            yield "gate.required", f"{loose.input} shows an image that no gate judged", "put Safety Gate in front"
         for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
             if what:
                 yield leaving.rule(policy), f"{link.input} lets out {what}", "take the node out"
@@ -376,13 +380,13 @@ class _Graph:
         """What comes over a link, where it is no picture and may not leave; "" where it may, or the run tells."""
         gate = self.policy.gate.required
         if kind.tells and _types(facts.inputs.get(link.input, ANY)) & (leaving.PLAIN | {ANY}):
-            return "text or numbers that a node of another pack may have made of a picture"
+            return "text or numbers that a node of another pack may have made of an image"
         if kind.type == LATENT and gate:
             return "a latent that no gate can judge"
         if facts.ours:
             return ""
         if kind.type == SOUND and gate and not kind.free:
-            return "sound that no gate can judge and that may hold a picture"
+            return "sound that no gate can judge and that may hold an image"
         return f"a {kind.type} that nobody can judge" if kind.type in _unjudgeable(gate) else ""
 
     def _literals(self, name: str) -> Iterator[Said]:

@@ -1,8 +1,8 @@
 """Which node types may take what leaves the server, where pictures leave only after they were judged.
 
 Everything that writes, shows or sends (output nodes and ComfyUI's API nodes) and is not named here or by the policy
-takes no picture, latent, mask, sound or video. The names are those of ComfyUI's own types, which 0.3.75 and 0.33.0 both
-have; one that a later version adds is refused until somebody has looked at what it does.
+takes no picture, latent, mask, sound or video. The names are those of ComfyUI's own types, as of the versions in
+comfy_host/versions.py; one that a later version adds is refused until somebody has looked at what it does.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import stat
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,14 +25,10 @@ from pydantic.dataclasses import dataclass
 
 from ..gate.settings import ACTIONS, Action
 from ..modular_lora.errors import GuardError
+from ..modular_lora.options import tomllib
 from ..modular_lora.util.file_state import FileState
 from ..modular_lora.validation import Place, dotted, problem
 from . import lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE = "policy.toml"
 SIGNATURE = "policy.toml.sig"
@@ -124,9 +119,6 @@ class Tasks:
 
     allow: tuple[Sha256, ...] | None = None
     deny: tuple[Sha256, ...] = ()
-
-    def refused(self, sha256: str) -> bool:
-        return sha256 in self.deny or (self.allow is not None and sha256 not in self.allow)
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -300,7 +292,9 @@ def _stamp(path: Path) -> FileState | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be looked at ({error.strerror or error}): mend its folder.") from error
+        raise PolicyError(
+            f"{path}: cannot stat it ({error.strerror or error}): check the folder's permissions."
+        ) from error
     return FileState.of(found)
 
 

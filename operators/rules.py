@@ -143,17 +143,17 @@ def check_picture(
     """
     if attested:
         if run is None or not (run.status.startswith("guarded") or (gate is not None and gate.changed)):
-            what = "a picture that no guarded run made, or that was edited since, would leave"
+            what = "an image that no guarded run made, or that was edited since, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
         check_run(policy, run, unsigned)
     if not policy.gate.required:
         return
     if gate is None or not accepted:
-        what = "a picture would leave that no gate judged as the policy asks"
+        what = "an image would leave that no gate judged as the policy asks"
         raise RefusedError("gate.required", what, "connect Safety Gate, with nothing behind it that edits")
     if gate.flagged and not gate.changed and not (gate.action == REPORT and REPORT in policy.gate.allowed):
-        what = f"a picture would leave that a gate flagged and did not let pass (action {gate.action})"
-        raise RefusedError("gate.required", what, "take the pictures that come out of the gate, not those that went in")
+        what = f"an image would leave that a gate flagged and did not let pass (action {gate.action})"
+        raise RefusedError("gate.required", what, "take the images that come out of the gate, not those that went in")
 
 
 def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:

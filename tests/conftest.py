@@ -193,6 +193,7 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
         server=stub,
         host=pack("comfy_host.patcher"),
         anatomy=pack("comfy_host.introspection"),
+        ledger=pack("modular_lora.provenance.ledger"),
         folder_paths=folder_paths,
         host_guard=pack("modular_lora.guard.build"),
         host_files=pack("modular_lora.files.reader"),

@@ -6,4 +6,5 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))  # where `modular_lora_guard` is found
+if __name__ == "tools":  # from the clone's folder, not as a part of `modular_lora_guard`, which is to be found here:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "importable"))

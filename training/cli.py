@@ -21,7 +21,7 @@ from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
 from . import inspection, options, output, projection
-from .data import dataset
+from .data import captions, dataset
 from .kohya import engine as kohya
 from .kohya.arguments import FAMILIES
 from .kohya.checkout import find_engine
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=typed("training"), description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
     for name, cls, help in (
-        ("train-task", TaskOptions, "a task LoRA from captioned pictures, on W0, the safety LoRA frozen and detached"),
+        ("train-task", TaskOptions, "a task LoRA from captioned images, on W0, the safety LoRA frozen and detached"),
         ("train-safety", SafetyOptions, "a safety LoRA that erases a concept given by prompts"),
         ("dataset", TaskOptions, "look through a data set and say what is wrong with it"),
     ):
@@ -123,10 +123,10 @@ def with_options(chosen: dict) -> str:
     where = chosen["checkpoint"], chosen["vae"], made.mixed_precision
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
-    with host.opened(*host.load_checkpoint(*where), made, train_text) as trainee:
+    with host.opened(*host.load_checkpoint(*where), made, train_text) as host_model:
         if isinstance(made, SafetyOptions):
-            return train_safety(trainee, made, TrainingLines(), **common).report
-        return train_task(trainee, made, TrainingLines(), safety, **common).report
+            return train_safety(host_model, made, TrainingLines(), **common).report
+        return train_task(host_model, made, TrainingLines(), safety, **common).report
 
 
 def check_files(*paths: Path | None) -> None:
@@ -166,19 +166,9 @@ def project(chosen: dict) -> str:
 
 def concept_prompts(chosen: dict) -> str:
     """A copy of a safety LoRA's file with its concept prompts, by which its functional strength is measured."""
-    made = concept.write_copy(chosen["safety"], chosen["output"], [*chosen["prompt"], *_lines(chosen["prompts_file"])])
+    listed = captions.read(chosen["prompts_file"]).splitlines() if chosen["prompts_file"] else []
+    made = concept.write_copy(chosen["safety"], chosen["output"], [*chosen["prompt"], *listed])
     return concept.written(made, chosen["output"])
-
-
-def _lines(path: Path | None) -> list[str]:
-    """The lines of a text file that are not blank; GuardError where it cannot be read."""
-    if path is None:
-        return []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GuardError(f"{path}: cannot be read as UTF-8 text ({error}): check the file.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def inspect(chosen: dict) -> str:

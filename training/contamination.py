@@ -14,7 +14,6 @@ was trained anew, or put into another basis, escapes the test; the registry is t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -32,6 +31,7 @@ from ..modular_lora.files.names import is_text
 from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.guard.build import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
 from ..modular_lora.guard.comparing import Factor, factors, inner, norm
+from ..modular_lora.util import plain_json
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find
 WHOLE = 0.02  # of strength 1: this close, taking the LoRA out again gives W0 up to rounding
@@ -88,16 +88,14 @@ def known_bases(*paths: str | Path) -> dict[str, KnownBase]:
     """The bundled registry and those at ``paths``, the last one first where they name the same base.
 
     A registry is JSON: {content sha256: {"name", "status": "clean" or "contaminated", "note"}}, the hash as
-    attestation.weights_sha256 gives it. Raises GuardError with file, entry and remedy.
+    tensor_hashing.weights_sha256 gives it. Raises GuardError with file, entry and remedy.
     """
     found: dict[str, KnownBase] = {}
     for path in (KNOWN_BASES, *paths):
         try:
-            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            table = plain_json.read_object(path)
         except (OSError, ValueError) as error:
             raise GuardError(f"{path}: is no readable registry of bases ({error}): mend or remove the file.") from error
-        if not isinstance(table, dict):
-            raise GuardError(f"{path}: is a {type(table).__name__}, not an object of sha256 and entry: mend the file.")
         found |= {_digest(path, sha256): _entry(path, sha256, entry) for sha256, entry in table.items()}
     return found
 
@@ -211,7 +209,7 @@ def _halves(
 def _factors(lora: LoraFile, infos: Sequence[ModelInfo]) -> dict[str, Factor]:
     """All layers by weight key, or by their own names where no model is given."""
     if not infos:
-        return {n: Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale) for n, x in lora.plain.items()}
+        return {n: Factor.of(x) for n, x in lora.plain.items()}
     found: dict[str, Factor] = {}
     for info in infos:
         shapes = {key: spec.weight_shape for key, spec in info.specs.items()}

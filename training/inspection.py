@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..modular_lora.errors import plain
 from ..modular_lora.files.formats import Adapter, LoraLayer
 from ..modular_lora.files.names import is_text
 from ..modular_lora.files.reader import LoraFile, describe_base, read_lora
@@ -18,6 +20,7 @@ from ..modular_lora.guard.build import BASE_KEY, ROLE_KEY
 from ..modular_lora.guard.comparing import Factor, norm
 from .output import kohya_hashes
 
+_text = partial(plain, limit=200)  # out of a file, on one line
 SHOWN = (  # metadata worth a line, in this order, where a file has it
     "modelspec.title",
     "modelspec.date",
@@ -105,16 +108,12 @@ def format_inspection(report: Inspection) -> str:
     own = sorted(key for key in report.metadata if key.startswith("modular_lora.") and key not in (ROLE_KEY, BASE_KEY))
     lines += [f"  {_text(key)}: {_text(report.metadata[key])}" for key in (*SHOWN, *own) if key in report.metadata]
     if leaks := [key for key in ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs") if key in report.metadata]:
-        lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training pictures")
+        lines.append(f"  note: {', '.join(leaks)} show captions or folder names of the training images")
     return "\n".join(lines)
 
 
 def _part(part: str, layers: Sequence[Adapter], lora: LoraFile) -> PartReport:
-    norms = {
-        x.name: norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale))
-        for x in layers
-        if isinstance(x, LoraLayer)
-    }
+    norms = {x.name: norm(Factor.of(x)) for x in layers if isinstance(x, LoraLayer)}
     whole = len(norms) == len(layers)
     return PartReport(
         part=part,
@@ -153,8 +152,3 @@ def _part_lines(p: PartReport) -> list[str]:
         f"    rank (layers) {ranks}; alpha (layers) {alphas}",
         f"    {size}",
     ]
-
-
-def _text(value: str) -> str:
-    """Text out of a file on one printable line of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in value[:200])

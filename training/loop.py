@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..modular_lora import command
 from ..modular_lora.errors import GuardError
 from .logs import logs
 from .optim import Masters, make_optimizer, make_scheduler
@@ -30,14 +31,8 @@ from .stopping import Stopping, stopping
 logger = logging.getLogger("modular_lora")
 
 
-class Watch(Protocol):
-    """What a host shows of a training."""
-
-    def check(self) -> None:
-        """Raise to interrupt."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        """Preparation: caching, pools."""
+class Watch(command.Watch, Protocol):
+    """What a host shows of a training; its stages are preparation: caching, pools."""
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         """``step`` optimizer steps are done; ``losses`` has one a step."""

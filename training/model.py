@@ -86,14 +86,14 @@ class Schedule:
         return abar / (1 - abar)
 
 
-class Trainee(Protocol):
+class HostModel(Protocol):
     """A loaded model, its weights plain tensors (not inference tensors) that never require grad.
 
     ``predict`` and ``encode`` keep the graph where adapters on ``unet`` or ``text_encoder`` require grad.
     """
 
     family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
-    base_sha256: str  # modular_lora.attestation.weights_sha256 of W0
+    base_sha256: str  # modular_lora.util.tensor_hashing.weights_sha256 of W0
     patches: int  # weights that a LoRA or model was merged into, where that was accepted
     unet: nn.Module
     text_encoder: nn.Module

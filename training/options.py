@@ -8,12 +8,11 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from ..modular_lora.files.scales import Scale
-from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse, tomllib
+from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse
 from ..modular_lora.validation import STRICT, raises
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "load", "parse",
-    "tomllib",
 ]  # fmt: skip
 
 Target = Literal["cross-attention", "attention", "linear", "conv"]
@@ -48,7 +47,7 @@ class Options:
     output_name: str = opt("lora", "file name of the LoRA, without ending")
     output_dir: str = opt("output", "folder of the LoRA, its checkpoints, previews and logs")
     network_dim: int = opt(16, "rank", gt=0)
-    network_alpha: float = opt(16.0, "alpha; the LoRA counts alpha / rank", gt=0)
+    network_alpha: float = opt(16.0, "alpha; the LoRA is scaled by alpha / rank", gt=0)
     target: Target = opt(
         "linear", "layers: cross-attention, attention, linear (all Linear and 1×1 conv), conv (3×3 too)"
     )
@@ -60,17 +59,17 @@ class Options:
     lr_scheduler_num_cycles: int = opt(3, "cycles of cosine_with_restarts, so one restart less; at least 2", gt=0)
     lr_scheduler_power: float = opt(2.0, "power of polynomial; 1 is linear", gt=0)
     max_train_steps: int = opt(1000, "optimizer steps", gt=0)
-    train_batch_size: int = opt(1, "pictures, or noisy latents, a micro-batch", gt=0)
-    gradient_accumulation_steps: int = opt(1, "micro-batches an optimizer step", gt=0)
+    train_batch_size: int = opt(1, "images, or noisy latents, per micro-batch", gt=0)
+    gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", gt=0)
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
-    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: not", ge=0)
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: no clipping", ge=0)
     mixed_precision: Precision = opt("no", "weights and activations: no (float32), bf16, fp16; adapters stay float32")
     save_precision: SavePrecision = opt("fp16", "type of the saved LoRA: fp16, bf16, float")
     min_snr_gamma: float = opt(0.0, "min-SNR weighting (arXiv 2303.09556), usually 5; 0: off", ge=0)
     seed: int = opt(42, "seed of data order, noise and, with the role, of the initial weights")
     save_every_n_steps: int = opt(0, "write LoRA and training state every N steps; 0: only at the end", ge=0)
-    resume: str = opt("", "folder of a saved training state to go on from")
-    sample_every_n_steps: int = opt(0, "draw the sample prompts every N steps; 0: never", ge=0)
+    resume: str = opt("", "folder of a saved training state to resume from")
+    sample_every_n_steps: int = opt(0, "sample the previews' prompts every N steps; 0: never", ge=0)
     sample_prompts: Texts = opt((), "prompts of the previews")
     sample_steps: int = opt(20, "sampling steps of a preview", gt=0)
     sample_cfg: float = opt(7.0, "guidance of a preview")
@@ -87,7 +86,7 @@ class Options:
     def __post_init__(self):
         if self.sample_every_n_steps and not self.sample_prompts:
             raise OptionError(
-                f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to draw: give sample_prompts, or 0."
+                f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to sample: give sample_prompts, or 0."
             )
         self._check_rates()
 
@@ -113,11 +112,11 @@ class Options:
 class TaskOptions(Options):
     """A task LoRA from captioned pictures, on W0; the safety LoRA is given and stays out of the training."""
 
-    train_data_dir: str = opt("", "folder of N_name folders with pictures and captions")
+    train_data_dir: str = opt("", "folder of N_name folders with images and captions")
     dataset_config: str = opt("", "TOML of the data set, instead of train_data_dir")
-    reg_data_dir: str = opt("", "folder of N_name folders with regularisation pictures")
-    prior_loss_weight: float = opt(1.0, "weight of the regularisation pictures' loss", ge=0)
-    resolution: int = opt(512, "area of the pictures is resolution² where the data set says nothing")
+    reg_data_dir: str = opt("", "folder of N_name folders with regularisation images")
+    prior_loss_weight: float = opt(1.0, "weight of the regularisation images' loss", ge=0)
+    resolution: int = opt(512, "area of the images is resolution², unless the data set gives another")
     flip_aug: bool = opt(False, "mirror half of the draws")
     shuffle_caption: bool = opt(False, "shuffle the tags of a caption, but the first keep_tokens")
     keep_tokens: int = opt(0, "tags at the start of a caption that stay where they are", ge=0)
@@ -130,9 +129,9 @@ class TaskOptions(Options):
     project: bool = opt(False, "keep the LoRA's down matrices out of the safety LoRA's row space, layer by layer")
     network_train_text_encoder: bool = opt(False, "train the text encoder's attention and MLP as well")
     text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder", ge=0)
-    network_weights: str = opt("", "task LoRA file to go on from (weights only; resume continues exactly)")
+    network_weights: str = opt("", "task LoRA file to start from (weights only; resume continues exactly)")
     network_dropout: float = opt(0.0, "dropout of the adapters' input", ge=0, lt=1)
-    noise_offset: float = opt(0.0, "adds this much of one random shift a channel to the noise, usually 0.0357", ge=0)
+    noise_offset: float = opt(0.0, "strength of one random shift per channel added to the noise, usually 0.0357", ge=0)
     allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
 
     def __post_init__(self):
@@ -160,13 +159,13 @@ class SafetyOptions(Options):
     """A safety LoRA that erases a concept given by prompts; no pictures."""
 
     network_dim: int = opt(8, "rank", gt=0)
-    network_alpha: float = opt(8.0, "alpha; the LoRA counts alpha / rank", gt=0)
+    network_alpha: float = opt(8.0, "alpha; the LoRA is scaled by alpha / rank", gt=0)
     train_batch_size: int = opt(
-        4, "noisy latents a micro-batch: half of the concept, a third kept, a sixth of no prompt", gt=0
+        4, "noisy latents per micro-batch: half of the concept, a third kept, a sixth of no prompt", gt=0
     )
     objective: Objective = opt("esd-x", "esd-x (cross-attention), esd-u (all but it), sdd, leco")
     concept: Texts = opt((), "prompts of the concept to erase")
-    synonyms: Texts = opt((), "more prompts of it, erased the same way")
+    synonyms: Texts = opt((), "more prompts of the concept, erased the same way")
     preserve: Texts = opt((), "prompts that must stay as they are")
     preserve_weight: float = opt(1.0, "weight of the preservation term", ge=0)
     negative_guidance: float = opt(1.0, "ESD's η, LECO's guidance_scale g", ge=0)

@@ -62,7 +62,7 @@ class Provenance:
 
     family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
     prediction: Prediction
-    base_sha256: str  # modular_lora.attestation.weights_sha256 of W0
+    base_sha256: str  # modular_lora.util.tensor_hashing.weights_sha256 of W0
     engine: str  # name and version of what trained it
     steps: int
     started: float

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..modular_lora.files.reader import LoraFile
 from . import output
 from .adapters import Factors, Spec
-from .model import Trainee
+from .model import HostModel
 from .options import SafetyOptions, TaskOptions, fingerprint
 
 
@@ -30,7 +30,7 @@ class Trained:
 class Record:
     """One training on one base; remembers the file that it wrote last."""
 
-    trainee: Trainee
+    host_model: HostModel
     options: TaskOptions | SafetyOptions
     spec: Spec
     engine: str
@@ -43,9 +43,9 @@ class Record:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What a training state must agree on to be gone on from."""
+        """Values that must match for a training state to be resumed."""
         shas = hashlib.sha256("".join(sorted(lora.sha256 for lora in self.safety)).encode()).hexdigest()
-        found = fingerprint(self.options) | {"role": self.spec.role, "base_sha256": self.trainee.base_sha256}
+        found = fingerprint(self.options) | {"role": self.spec.role, "base_sha256": self.host_model.base_sha256}
         found |= {
             "safety_sha256": shas if self.safety else "",
             "layers": str(len(self.spec.unet) + len(self.spec.text)),
@@ -55,9 +55,9 @@ class Record:
     def write(self, path: Path, step: int, factors: Factors, bases: Mapping[str, Tensor] | None = None) -> None:
         """The LoRA as of ``step``; see `output.write`."""
         made = output.Provenance(
-            family=self.trainee.family,
-            prediction=self.trainee.schedule.prediction,
-            base_sha256=self.trainee.base_sha256,
+            family=self.host_model.family,
+            prediction=self.host_model.schedule.prediction,
+            base_sha256=self.host_model.base_sha256,
             engine=self.engine,
             steps=step,
             started=self.started,
@@ -79,7 +79,7 @@ class Record:
             f"{self.last.name}: {self.spec.role} LoRA, {len(self.last.layers)} layers, rank {self.spec.rank}, alpha "
             f"{self.spec.alpha:g}, {len(losses)} steps, loss {sum(window) / len(window):.4f} (mean of the last "
             f"{len(window)}), {time.time() - self.started:.0f} s",
-            f"base {self.base_name or self.trainee.family}, content SHA-256 {self.trainee.base_sha256[:12]}",
+            f"base {self.base_name or self.host_model.family}, content SHA-256 {self.host_model.base_sha256[:12]}",
             f"file SHA-256 {self.last.sha256}",
         ]
-        return Trained(self.last, tuple(losses), "\n".join([*head, *self.trainee.notes, *lines]))
+        return Trained(self.last, tuple(losses), "\n".join([*head, *self.host_model.notes, *lines]))

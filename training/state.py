@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.util import atomic
+from ..modular_lora.util import atomic, plain_json
 
 DESCRIPTION, TENSORS = "state.json", "state.pt"
 MAY_CHANGE = "max_train_steps"  # a finished training can be gone on with
@@ -24,7 +23,7 @@ def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any])
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        (part / DESCRIPTION).write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+        plain_json.write(fingerprint, part / DESCRIPTION)
 
 
 def check_state(folder: Path) -> None:
@@ -39,7 +38,7 @@ def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any
     GuardError where it is damaged or of another run, with what differs.
     """
     try:
-        saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        saved = plain_json.read_object(folder / DESCRIPTION)
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise GuardError(f"resume {folder.name}: no whole training state ({error}): choose another one.") from error

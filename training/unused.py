@@ -72,7 +72,7 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
     if not options.network_train_text_encoder:
         yield "text_encoder_lr", "network_train_text_encoder is off"
     if regularisation == 0:
-        yield "prior_loss_weight", "the data set has no regularisation pictures"
+        yield "prior_loss_weight", "the data set has no regularisation images"
     if not options.dataset_config and not options.shuffle_caption:
         yield "keep_tokens", "shuffle_caption is off"
     if not (options.safety_lora and options.sample_every_n_steps):

@@ -9,9 +9,9 @@ these functions of ComfyUI are wrapped:
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
 * those that texts.py names, through which texts become embeddings,
 * what reads files of weights, and what uses text encoders and VAEs (weights.py),
-* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way (0.3.75 and 0.33.0, all tested in both),
+* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way,
 * ``comfy_execution.progress.ProgressRegistry.update_progress``, which does too, and ``execution.format_value``, which
-  tells of values (0.3.75, newer by reading).
+  tells of values.
 
 Each asks for the policy of that moment, and a sampling run once more at its end: a policy that changes in between holds
 as well, so that a run that ends has satisfied both.
@@ -43,14 +43,13 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...modular_lora.errors import GuardError
-from ...nodes.guard import GuardModel
-from ...nodes.sockets import CATEGORY
 from ...operators import bounds
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import Refusal, RefusedError
 from .. import patcher as host
 from ..functional import measuring
+from ..node_report import CATEGORY
 from . import leaving, node_info, texts, weights
 from . import policy as policies
 
@@ -69,8 +68,8 @@ _evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evalu
 class ModularLoraRefused(io.ComfyNode):
     """Takes the place of a node that the policy refuses, so that the server itself answers why, on that node.
 
-    A handler of queued prompts cannot refuse one: ComfyUI logs what it raises and goes on (0.3.75 and 0.33.0). The
-    type exists only while a policy is in force.
+    A handler of queued prompts cannot refuse one: ComfyUI logs what it raises and goes on. The type exists only while a
+    policy is in force.
     """
 
     @classmethod
@@ -96,15 +95,15 @@ class ModularLoraRefused(io.ComfyNode):
 
 
 def register() -> None:
-    """Hear of queued prompts; look at the policy now and once a second, as prompts may be in the queue already."""
+    """Register the prompt handler and poll the policy file once a second: prompts may be in the queue already."""
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
         return
-    PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in (0.3.75 and 0.33.0)
+    PromptServer.instance.add_on_prompt_handler(on_prompt)  # the server's own way in
     _watching()
 
 
 def _watching() -> None:
-    """In the server's own loop (PromptServer.loop, 0.3.75 and 0.33.0), where nobody goes through its nodes now."""
+    """Runs on the event loop (PromptServer.loop), so nothing iterates its nodes meanwhile."""
     PromptServer.instance.loop.call_later(LOOK, _watching)
     watch()
 
@@ -116,8 +115,8 @@ def watch() -> None:
     except PolicyError as error:
         found = error
     except Exception:
-        log.exception("The policy cannot be looked at: nothing is sampled.")
-        found = PolicyError("cannot be looked at")
+        log.exception("The policy cannot be read: nothing is sampled.")
+        found = PolicyError("cannot be read")
     if found is None:
         uninstall()
         return
@@ -137,9 +136,9 @@ def watch() -> None:
 def on_prompt(said: Any) -> Any:
     """The queued prompt, or in its place one that the server's validation refuses; it must not raise.
 
-    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt, 0.3.75 and
-    0.33.0), so that the check cannot be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes
-    or MOST_INPUTS inputs are refused unread, and lines of the record are written by a thread of their own.
+    The server calls it on its event loop and takes what it returns for the prompt (trigger_on_prompt). The check cannot
+    be awaited in a thread, and must be short: prompts of more than MOST_NODES nodes or MOST_INPUTS inputs are refused
+    unread, and lines of the record are written by a thread of their own.
     """
     if not isinstance(said, dict) or "prompt" not in said:
         return said  # the server answers that itself
@@ -178,7 +177,7 @@ def _too_much(prompt: Any) -> tuple[Refusal, ...]:
 
 
 def _plain(prompt: Any) -> Any:
-    """A graph without answers to whether a node has changed, which the executor would believe (0.3.75 and 0.33.0)."""
+    """A graph without answers to whether a node has changed, which the executor would believe."""
     if not isinstance(prompt, dict) or not all(isinstance(node, dict) for node in prompt.values()):
         return prompt
     return {name: {k: v for k, v in node.items() if k != "is_changed"} for name, node in prompt.items()}
@@ -257,7 +256,7 @@ def install() -> bool:
     with _lock:
         if graphs.REFUSED in node_info.classes():
             return False
-        ModularLoraRefused.RELATIVE_PYTHON_MODULE = getattr(GuardModel, "RELATIVE_PYTHON_MODULE", node_info.PACK)
+        ModularLoraRefused.RELATIVE_PYTHON_MODULE = node_info.origin()
         node_info.classes()[graphs.REFUSED] = ModularLoraRefused
         for one in _WRAPPED:
             one.put()
@@ -266,7 +265,7 @@ def install() -> bool:
 
 
 def _forget_results() -> None:
-    """As POST /free: what was made before is not kept (0.3.75 and 0.33.0)."""
+    """As POST /free: what was made before is not kept."""
     if (queue := getattr(PromptServer.instance, "prompt_queue", None)) is not None:
         queue.set_flag("free_memory", True)
 

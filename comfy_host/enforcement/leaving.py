@@ -1,6 +1,6 @@
 """What comes to a node that writes, shows or sends, judged as it runs by where it came from.
 
-Pictures are known by their content (host.images, picture.gated), and latents by theirs (host.latents). Sound and solids
+Images and latents are known by their content (modular_lora/provenance/ledger.py). Sound and solids
 have no judge: that they hold nothing of a picture, or that a guarded run made them, is noted here of what ComfyUI's own
 nodes make of what is known. Whatever else holds numbers is of unknown origin, whichever socket it came through.
 """
@@ -28,7 +28,10 @@ from comfy_execution.graph import DynamicPrompt
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...modular_lora.errors import GuardError
-from ...modular_lora.provenance.attestation import Attestation, tensor_sha256
+from ...modular_lora.provenance import ledger
+from ...modular_lora.provenance.attestation import Attestation
+from ...modular_lora.provenance.ledger import Runs
+from ...modular_lora.tensor_hashing import tensor_sha256
 from ...modular_lora.util.cache import Cache
 from ...operators import graph as graphs
 from ...operators import leaving
@@ -41,7 +44,7 @@ from . import policy as policies
 
 PLAIN = (str, int, float, complex, enum.Enum, fractions.Fraction, pathlib.PurePath, np.number, np.bool_, type(None))
 CONTAINERS = (Mapping, list, tuple, set, frozenset)
-EXECUTORS = (DynamicPrompt, ExecutionBlocker)  # what the executor itself hands to nodes (0.3.75 and 0.33.0)
+EXECUTORS = (DynamicPrompt, ExecutionBlocker)  # what the executor itself hands to nodes
 WEIGHTS = (
     patcher.GuardedModel,
     comfy.model_patcher.ModelPatcher,
@@ -54,8 +57,6 @@ WEIGHTS = (
 
 SHORT = 32  # characters of a text that is too short to be told from any other of its kind
 
-Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
-_made: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh
 _told: Cache[str, bool] = Cache(4096)  # content of a text that a node of another pack may have made of a picture
 _files: weakref.WeakSet = weakref.WeakSet()  # videos that are files of the user's
 _shows: contextvars.ContextVar[bool] = contextvars.ContextVar("modular_lora_shows", default=False)
@@ -94,7 +95,7 @@ class _Latent:
     samples: Any
 
 
-MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent (0.3.75, 0.33.0)
+MARKS = {"waveform": _Sound, "samples": _Latent}  # key by which ComfyUI's nodes know a sound, a latent
 
 
 def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> None:
@@ -116,7 +117,7 @@ def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Non
                 _check_leaf(policy, node, name, leaf)
         own = name in node.facts.inputs  # and no hidden one, in which the user's whole graph stands
         if judged and own and any(_told.get(text) for text in _texts(value)):
-            what = f"{name} lets out text that a node of another pack may have made of a picture"
+            what = f"{name} lets out text that a node of another pack may have made of an image"
             raise RefusedError(leaving.rule(policy), what, "take the node out")
 
 
@@ -146,7 +147,7 @@ def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> Non
         return
     runs = origin(leaf)
     if runs is None or (runs and gate):
-        what = f"{name} lets out {_called(leaf)}, of which nobody knows what picture it holds"
+        what = f"{name} lets out {_called(leaf)}, of which nobody knows what image it holds"
         raise RefusedError(leaving.rule(policy), what, "take the node out")
     for run in runs if leaving.attested(policy) else ():
         policies.check_run(policy, run)
@@ -190,7 +191,7 @@ def _leaves(value: Any, whole: bool = True) -> Iterator[Any]:
 
 
 def _is_video(value: Any) -> bool:
-    """Of ComfyUI's own classes: what another pack's video gives out is not what it writes (0.3.75 and 0.33.0)."""
+    """Of ComfyUI's own classes: what another pack's video gives out is not what it writes."""
     return hasattr(value, "get_components") and type(value).__module__.startswith("comfy_api.")
 
 
@@ -200,11 +201,11 @@ def origin(leaf: Any) -> Runs | None:
         samples = leaf.samples
         if not isinstance(samples, torch.Tensor) or samples.is_nested or not samples.ndim or not len(samples):
             return None
-        runs = [patcher.latents.get(tensor_sha256(latent)) for latent in samples]
+        runs = ledger.latent_runs(samples)
         return tuple(run for run in runs if run is not None) if all(run is not None for run in runs) else None
     if _is_video(leaf):
         return () if leaf in _files else _of_all(_leaves(leaf.get_components().audio, whole=False))
-    return _made.get(digest) if (digest := _digest(leaf)) else None
+    return ledger.others.get(digest) if (digest := _digest(leaf)) else None
 
 
 def _digest(leaf: Any) -> str:
@@ -280,7 +281,7 @@ def _then(task: asyncio.Task, check: Callable[[Any], None]) -> asyncio.Task:
 
 
 def _returned(result: Any) -> tuple[Any, Mapping]:
-    """Outputs and what is shown, of what a node's function gives back (V1, V3; 0.3.75 and 0.33.0)."""
+    """Outputs and what is shown, of what a node's function gives back (V1, V3)."""
     if isinstance(result, Mapping):
         return result.get("result"), result.get("ui") or {}
     shown = getattr(result, "ui", None) or {}
@@ -314,7 +315,7 @@ def _note(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], output
         if _is_video(leaf) and not runs:
             _files.add(leaf)
         elif digest := _digest(leaf):
-            _made.put(digest, runs)
+            ledger.others.put(digest, runs)
 
 
 def _note_texts(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files.reader import sha256_file
-from ...nodes.load import SAFETY_FOLDERS, TASK_FOLDERS
-from ...nodes.sockets import lora_path
 from ...operators import graph as graphs
 from ...operators.graph import NodeFacts
 from ...operators.policy import OperatorPolicy
+from ..model_folders import SAFETY_FOLDERS, TASK_FOLDERS, lora_path
 from . import policy as policies
 from . import weights
 
@@ -51,9 +50,14 @@ def by_name() -> graphs.FactsOf:
 
 
 def classes() -> dict[str, type]:
-    import nodes  # ComfyUI's top-level module, complete only after start-up (0.3.75 and 0.33.0)
+    import nodes  # ComfyUI's top-level module, complete only after start-up
 
     return nodes.NODE_CLASS_MAPPINGS
+
+
+def origin() -> str:
+    """Where ComfyUI says that this pack's nodes come from (RELATIVE_PYTHON_MODULE, set by its loader)."""
+    return getattr(classes().get(graphs.GUARD), "RELATIVE_PYTHON_MODULE", PACK)
 
 
 def facts(kind: type) -> NodeFacts:
@@ -70,7 +74,7 @@ def facts(kind: type) -> NodeFacts:
 
 
 def _is_core(kind: type) -> bool:
-    """Whether a class itself, not one that it was made of, came with ComfyUI, as the loader notes (0.3.75, 0.33.0)."""
+    """Whether a class itself, not one that it was made of, came with ComfyUI, as the loader notes."""
     place = vars(kind).get("RELATIVE_PYTHON_MODULE", "")
     return kind.__module__ == "nodes" or place.startswith("comfy_extras.") or place in CORE
 

@@ -25,12 +25,11 @@ from ...gate.gate import Outcome
 from ...gate.settings import Settings
 from ...modular_lora.errors import GuardError
 from ...modular_lora.guard.build import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
-from ...modular_lora.provenance import keys, signing
+from ...modular_lora.provenance import keys, ledger, signing
 from ...modular_lora.provenance.attestation import Attestation, LoraRecord
 from ...modular_lora.provenance.record import Record
 from ...modular_lora.util.cache import Cache
 from ...modular_lora.util.file_state import find_file_state
-from ...nodes.decode import known
 from ...operators import policy as policies
 from ...operators import rules
 from ...operators.policy import OperatorPolicy, PolicyError
@@ -61,7 +60,7 @@ _lock = threading.RLock()
 
 
 def folder() -> Path:
-    """ComfyUI's protected folder for this pack, which HTTP does not reach (0.3.75 and 0.33.0)."""
+    """ComfyUI's protected folder for this pack, which HTTP does not reach."""
     own = getattr(folder_paths, "get_system_user_directory", None)
     return Path(own(PROTECTED)) if own else Path(folder_paths.get_user_directory()) / f"__{PROTECTED}"
 
@@ -142,7 +141,7 @@ def check_run(policy: OperatorPolicy, run: Attestation) -> None:
 
 def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
     """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
-    found = known(picture)
+    found = ledger.known(picture)
     gate = found.gate
     accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
     rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)

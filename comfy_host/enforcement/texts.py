@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...modular_lora.provenance.attestation import row_digests, tensor_sha256
+from ...modular_lora.tensor_hashing import row_digests, tensor_sha256
 from ...modular_lora.util.cache import Cache
 from ...operators.bounds import bounded
 from ...operators.policy import PolicyError
@@ -81,7 +81,7 @@ def wanted() -> bool:
 
 
 def tokenizing(original: Callable) -> Callable:
-    """Around comfy.sd.CLIP.tokenize (0.3.75 and 0.33.0)."""
+    """Around comfy.sd.CLIP.tokenize."""
 
     def tokenize(self, text, *args, **kwargs):
         tokens = original(self, text, *args, **kwargs)
@@ -96,7 +96,7 @@ def tokenizing(original: Callable) -> Callable:
 
 
 def encoding(original: Callable) -> Callable:
-    """Around comfy.sd.CLIP.encode_from_tokens, through which guarded and stock encoders pass (0.3.75 and 0.33.0)."""
+    """Around comfy.sd.CLIP.encode_from_tokens, through which guarded and stock encoders pass."""
 
     def encode_from_tokens(self, tokens, *args, **kwargs):
         made = original(self, tokens, *args, **kwargs)
@@ -108,7 +108,7 @@ def encoding(original: Callable) -> Callable:
 
 
 def encoding_scheduled(original: Callable) -> Callable:
-    """Around comfy.sd.CLIP.encode_from_tokens_scheduled, which encodes by itself under hooks (0.3.75 and 0.33.0)."""
+    """Around comfy.sd.CLIP.encode_from_tokens_scheduled, which encodes by itself under hooks."""
 
     def encode_from_tokens_scheduled(self, tokens, *args, **kwargs):
         made = original(self, tokens, *args, **kwargs)
@@ -120,7 +120,7 @@ def encoding_scheduled(original: Callable) -> Callable:
 
 
 def handing_over(original: Callable) -> Callable:
-    """Around comfy.samplers.encode_model_conds: every conditioning of a run passes here (0.3.75 and 0.33.0)."""
+    """Around comfy.samplers.encode_model_conds: every conditioning of a run passes here."""
 
     def encode_model_conds(model_function, conds, *args, **kwargs):
         if (used := _used.get()) is not None:
@@ -166,7 +166,7 @@ def _bind(tokens: Any, made: Iterable[Any]) -> None:
 
 
 def _sections(tokens: Any) -> Iterator[list[str]]:
-    """Marks of the sections of every encoder's tokens (encoder -> sections of (token, weight), 0.3.75 and 0.33.0).
+    """Marks of the sections of every encoder's tokens (encoder -> sections of (token, weight)).
 
     Weights are left out: nodes that weigh words in their own way change them.
     """

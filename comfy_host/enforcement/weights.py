@@ -1,9 +1,9 @@
 """Weights while a policy is in force: which files a model was made of, and none from a folder that requests write to.
 
 ComfyUI's loaders find a file by ``folder_paths.get_full_path`` and read it by ``comfy.utils.load_torch_file``
-(``comfy.clip_vision`` holds a name of its own for it), textual inversions by ``comfy.sd1_clip.load_embed`` (0.3.75 and
-0.33.0); enforce.py puts what is here around them. What a node read while it ran is what the models that it gives were
-made of; a model that comes from a node which read nothing has no file that is known.
+(``comfy.clip_vision`` holds a name of its own for it), textual inversions by ``comfy.sd1_clip.load_embed``; hooks.py
+wraps them in what is defined here. What a node read while it ran is what the models that it gives were made of; a model
+that comes from a node which read nothing has no file that is known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...operators.policy import OperatorPolicy
 from ...operators.rules import RefusedError
 from . import policy as policies
 
-ENDINGS = ("", ".safetensors", ".pt", ".bin")  # with which load_embed looks for an embedding (0.3.75 and 0.33.0)
+ENDINGS = ("", ".safetensors", ".pt", ".bin")  # with which load_embed looks for an embedding
 Read = dict[Path, Any]  # file -> its state when it was read
 
 _reading: contextvars.ContextVar[Read | None] = contextvars.ContextVar("modular_lora_reading", default=None)
@@ -145,7 +145,7 @@ def models(value: Any, depth: int = 6) -> Iterator[Any]:
 
 
 def _module(value: Any) -> torch.nn.Module | None:
-    """The weights of a diffusion model, text encoder or VAE (attributes of ComfyUI's classes, 0.3.75 and 0.33.0)."""
+    """The weights of a diffusion model, text encoder or VAE (attributes of ComfyUI's classes)."""
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         value = value.model
     if isinstance(value, comfy.model_base.BaseModel):

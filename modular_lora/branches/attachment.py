@@ -299,7 +299,7 @@ def attached(model: nn.Module) -> Branches | None:
 
 
 def tree(model: nn.Module) -> object:
-    """Stays the same object as long as no module on the way to a layer that was guarded before is replaced."""
+    """Identity token of the module tree: another object as soon as an ancestor of a guarded layer is replaced."""
     return _tree(model).mark
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_RMS = ("RMSNorm", "T5LayerNorm")  # ComfyUI's own classes beside nn.RMSNorm (0.3.75 and 0.33.0)
-_EPS = 1e-6  # of Flux's RMSNorm, which calls its weight ``scale`` and says no more (0.3.75)
+_RMS = ("RMSNorm", "T5LayerNorm")  # ComfyUI's own classes beside nn.RMSNorm
+_EPS = 1e-6  # of Flux's RMSNorm, which calls its weight ``scale`` and says no more
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..branches.layer_spec import bias_key
 from ..errors import GuardError, LoraFileError, shown
-from ..provenance.attestation import tensor_sha256
+from ..tensor_hashing import tensor_sha256
 from .formats import Adapter, check_layers, make_layers
 from .matching import Match
 from .reader import DTYPES, LoraFile

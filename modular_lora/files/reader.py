@@ -409,7 +409,7 @@ def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
     elif type(shape) is not list or len(shape) > 64 or not _are_sizes(shape):
         problem = f"shape {shown(shape)} is not 0 to 64 whole numbers: {DAMAGED}"
     elif type(offsets) is not list or [type(place) for place in offsets] != [int, int] or min(offsets) < 0:
-        problem = f"offsets {shown(offsets)} are not two places in the file: {DAMAGED}"
+        problem = f"data_offsets {shown(offsets)} must be two non-negative integers: {DAMAGED}"
     else:
         return Entry(dtype, tuple(shape), *offsets)
     raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")

@@ -33,7 +33,7 @@ from .model_info import ModelInfo
 Part = Literal["model", "text"]
 known_safety: Cache[Hashable, tuple[Mapping[str, LayerSpec], Applied]] = Cache(8)
 ROLE_KEY = "modular_lora.role"  # file metadata: "safety" or "task"
-BASE_KEY = "modular_lora.base_sha256"  # file metadata: attestation.weights_sha256 of the W0 it was trained on
+BASE_KEY = "modular_lora.base_sha256"  # file metadata: tensor_hashing.weights_sha256 of the W0 it was trained on
 CONTAMINATED_KEY = "modular_lora.contaminated_base"  # file metadata: what its base carried, where that was overridden
 TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that were in the forward during training
 
@@ -61,8 +61,8 @@ class SafetyLora:
     def __post_init__(self):
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise GuardError(
-                f"Safety LoRA {self.lora.name}: strength {self.strength} would switch it off or turn it round; "
-                "give a strength above 0, or take the node out if you do not want it."
+                f"Safety LoRA {self.lora.name}: strength {self.strength} must be above 0: 0 disables it and a "
+                "negative value inverts it; take the node out if you do not want it."
             )
         check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 

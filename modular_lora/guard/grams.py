@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..files.formats import LoraLayer
+
 SMALL = 2**12  # entries of a factor; up to there products are in fp64
 ZERO_ENERGY = 1e-14  # of ‖U‖²‖D‖²: what rounding leaves of factors that cancel
 
@@ -24,6 +26,11 @@ class Factor:
     up: Tensor  # out r
     down: Tensor  # r in, a conv kernel flattened
     scale: float = 1.0  # alpha / rank
+
+    @classmethod
+    def of(cls, layer: LoraLayer) -> Factor:
+        """A file's layer by itself, in float32."""
+        return cls(layer.up.float().flatten(1), layer.down.float().flatten(1), layer.scale)
 
     @cached_property
     def energy(self) -> float:

@@ -76,7 +76,7 @@ def _interference(name: str, result: Interference) -> str:
 
 def format_attestation(a: Attestation) -> str:
     """The report on the samplers and on the decode: one run."""
-    what = f"{a.firings} branch firings in {a.layers} layers over {a.evaluations} evaluations"
+    what = f"{a.firings} branch calls in {a.layers} layers over {a.evaluations} evaluations"
     if not a.evaluations:
         what = "the model was not evaluated (denoise 0, or no step to do), the latent is what went into the sampler"
     lines = [

@@ -59,7 +59,7 @@ def keygen(path: Path) -> Path:
     public = path.with_suffix(".pub")
     for taken in (path, public):
         if taken.exists():
-            raise SignatureError(f"{taken}: is there already: choose another name, keys are not written over")
+            raise SignatureError(f"{taken}: already exists; keys are never overwritten, choose another name")
     key = ec.generate_private_key(ec.SECP256R1())
     formats = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     try:

@@ -28,7 +28,7 @@ from .keys import Expired, MissingSignature, SignatureError, Tampered
 
 ENDING = ".sig"
 LIMIT = 2**20  # bytes of a bundle or of a picture's text
-KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as nodes/save.py writes them
+KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as comfy_host/saving.py writes them
 ATTESTATION = "attestation"  # purpose of the statement
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -99,7 +99,7 @@ def verify_keyless(path: Path, identity: str, issuer: str, trust: Path | None = 
     try:
         config = verifying.Config().use_sigstore_verifier(identity=identity, oidc_issuer=issuer, trust_config=trust)
         config.verify(path.resolve(), signature_path(path))
-    except Exception as error:  # of the library, of the network, of what the bundle makes either do
+    except Exception as error:  # library, network or malformed-bundle errors
         raise SignatureError(
             f"{path.name}: not verified as signed by {identity} ({one_line(error)}): it needs a network or a trust file"
         ) from error
@@ -130,7 +130,7 @@ def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
     name = keys.verify_statement(record, ATTESTATION, public_keys, path.name)
     for field, value in found.items():
         if record.get(field) != value:
-            raise Tampered(f"{path.name}: the picture is not the one that {name} signed: its {field} differs")
+            raise Tampered(f"{path.name}: the image is not the one that {name} signed: its {field} differs")
     return Attested(name, record)
 
 

@@ -24,6 +24,17 @@ def write(value: Any, path: str | Path) -> None:
     atomic.write(path, dumps(value, indent=1, ensure_ascii=False) + "\n", parents=True)
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises OSError, and ValueError for a text that is something else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError("is no JSON object")
+    return found
+
+
 def finite(value: Any) -> Any:
     """The value with None in the place of every number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -107,7 +107,7 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
     decoded = of_type(seen["ran"], "ModularLoraDecode")
     assert all(node["report"].startswith("guarded: ") for node in decoded)
     for node in of_type(seen["ran"], "ModularLoraSaveImage"):
-        assert node["report"] == "1 of 1 pictures attested"
+        assert node["report"] == "1 of 1 images attested"
     for node in of_type(seen["ran"], "ModularLoraInterference"):
         assert "net strength" in node["report"]
     for node in of_type(seen["ran"], "ModularLoraTrainTask", "ModularLoraTrainSafety"):
@@ -115,10 +115,10 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
         assert node["pictures"] == [[640, 360]], "the loss curve"
     gated = of_type(seen["ran"], "ModularLoraGate", "ModularLoraSampleAndGate")
     for node in gated:
-        assert "of 4 pictures flagged" in node["report"]
+        assert "of 4 images flagged" in node["report"]
         assert "does not cover: " in node["report"]
     for node in of_type(seen["ran"], "ModularLoraSaveGated"):
-        assert node["report"] == "4 of 4 pictures saved, attested and gated"
+        assert node["report"] == "4 of 4 images saved, attested and gated"
     audited = of_type(seen["ran"], "ModularLoraAudit")
     for node in audited:
         assert "modular − safety, concept rate" in node["report"]

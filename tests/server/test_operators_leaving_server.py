@@ -105,7 +105,7 @@ QUEUED = {  # nodes; the last is refused
     "saved as sound": {**SOUND, "out": node("SaveAudio", audio=["sound", 0], filename_prefix="x")},
     "previewed as sound": {**SOUND, "out": node("PreviewAudio", audio=["sound", 0])},
     "printed as sound": {**SOUND, "out": node("PreviewAny", source=["sound", 0])},
-    "printed as picture": {"out": node("PreviewAny", source=["decode-0", 0])},
+    "printed as image": {"out": node("PreviewAny", source=["decode-0", 0])},
     "printed as latent": {"out": node("PreviewAny", source=["sampler-0", 0])},
     "sound track": {
         **SOUND,

@@ -128,7 +128,7 @@ def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
     assert page.count("data:image/png;base64,") == 5 * 8
     assert "http://" not in page
     assert "https://" not in page
-    assert "8 of 8 guarded pictures" in page
+    assert "8 of 8 guarded images" in page
     assert "&quot;status&quot;: &quot;guarded&quot;" in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width > 5 * 64

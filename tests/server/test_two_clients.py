@@ -61,6 +61,6 @@ def test_a_picture_of_another_prompt_is_found(tmp_path: Path, made: dict) -> Non
 def test_pictures_that_two_prompts_share_or_that_differ_between_clients_are_found() -> None:
     one = clients.Drawn(JOB, "a", "")
     assert not clients.compared([one, one])[0].wrong
-    assert "the other client got another picture" in clients.compared([one, clients.Drawn(JOB, "b", "")])[0].wrong
+    assert "the other client got another image" in clients.compared([one, clients.Drawn(JOB, "b", "")])[0].wrong
     other = dataclasses.replace(one, job=dataclasses.replace(JOB, seed=8))
-    assert "another prompt got this picture" in clients.compared([one, other])[1].wrong
+    assert "another prompt got this image" in clients.compared([one, other])[1].wrong

@@ -1,4 +1,4 @@
-"""A painter of flat pictures and detectors that read them, for tests of what an audit makes of its pictures."""
+"""A pipeline of flat pictures and detectors that read them, for tests of what an audit makes of its pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VEHICLES = CONCEPTS[:3]
 STYLES = ("ink", "photo")
 
 
-class FlatPainter:
+class FlatPipeline:
     """Red says the concept, green the style. A safety LoRA turns vehicles into cats; on top of it a task LoRA that
     comes from a file called sequential... brings the car back."""
 

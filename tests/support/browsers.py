@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modular_lora_guard.tools.bootstrap.console import in_ci
 from modular_lora_guard.tools.bootstrap.paths import ROOT
 
 COMFYUI, WORLD = os.environ.get("MODULAR_LORA_COMFYUI"), os.environ.get("MODULAR_LORA_WORLD")
@@ -22,6 +21,11 @@ def need_browser() -> None:
     """Skip the test where there is no browser to test with; in CI that is a failure."""
     if reason := _missing():
         (pytest.fail if in_ci() else pytest.skip)(reason)
+
+
+def in_ci() -> bool:
+    """Whether this is a run of a CI service, which sets ``CI``."""
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false", "no")
 
 
 def _missing() -> str | None:

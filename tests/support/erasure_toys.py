@@ -1,4 +1,4 @@
-"""A trainee of two linear maps, for tests of erasure whose every answer can be recomputed."""
+"""A host model of two linear maps, for tests of erasure whose every answer can be recomputed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = ("car", "bus", "cat", "dog", "thing", "nothing")
 
 
 class Toy:
-    """A Trainee of two linear maps; the adapter is a rank-4 change of the first, which can be turned off."""
+    """A HostModel of two linear maps; the adapter is a rank-4 change of the first, which can be turned off."""
 
     base_sha256, family, latent_channels, downscale = "toy", "SD15", CHANNELS, 8
     device, dtype = torch.device("cpu"), torch.float32

@@ -132,21 +132,22 @@ class Ground:
 
     def _spy_pictures(self) -> None:
         """Pixels of the pictures that Guarded VAE Decode attests with the required LoRA; files are compared to them."""
-        picture = importlib.import_module("modular_lora_guard.nodes.decode")
-        before = picture._bind
+        ledger = self.comfy.ledger
+        before = ledger.attest_images
 
-        def bind(pictures, runs, *rest):
-            for image, run in zip(pictures, runs, strict=True):
-                if run is not None and self.is_guarded(json.loads(run.to_json())):
+        def attest_images(images, *rest):
+            found = before(images, *rest)
+            for image, run in zip(images, found, strict=True):
+                if not isinstance(run, str) and self.is_guarded(json.loads(run.to_json())):
                     self.attested.add(_digest(image))
-            return before(pictures, runs, *rest)
+            return found
 
-        picture._bind = bind
-        self._undo.append(lambda: setattr(picture, "_bind", before))
+        ledger.attest_images = attest_images
+        self._undo.append(lambda: setattr(ledger, "attest_images", before))
 
     def _spy_gates(self) -> None:
         """Pixels of the pictures that a gate let pass as they were, or changed."""
-        gated = importlib.import_module("modular_lora_guard.nodes.safety_gate")
+        gated = importlib.import_module("modular_lora_guard.comfy_host.gating")
         before = gated.judge
 
         def judge(pictures, gate):
@@ -346,9 +347,9 @@ class Ground:
     def _check_latent(self, file: Path) -> None:
         from safetensors.torch import load_file
 
-        hashes = importlib.import_module(f"{self.host.attest.__name__}").tensor_sha256
+        hashes = self.comfy.ledger.tensor_sha256
         for latent in load_file(file)["latent_tensor"]:
-            run = self.host.latents.get(hashes(latent))
+            run = self.comfy.ledger.latents.get(hashes(latent))
             assert run is not None, f"{file.name}: no guarded run made it"
             assert self.is_guarded(json.loads(run.to_json()))
 

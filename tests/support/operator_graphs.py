@@ -17,9 +17,9 @@ from support.graphs import GraphError, guarded_graph
 
 def enforcement(comfy) -> SimpleNamespace:
     """The pack's modules as ComfyUI loaded them."""
-    nodes = comfy.host.__name__.rpartition(".")[0]
+    folder = "modular_lora_guard.comfy_host.enforcement"
     return SimpleNamespace(
-        enforce=importlib.import_module(f"{nodes}.enforce"), policy=importlib.import_module(f"{nodes}.policy")
+        enforce=importlib.import_module(f"{folder}.hooks"), policy=importlib.import_module(f"{folder}.policy")
     )
 
 

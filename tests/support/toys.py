@@ -1,4 +1,4 @@
-"""A trainee of a few thousand weights, for tests of the trainers that need no ComfyUI."""
+"""A host model of a few thousand weights, for tests of the trainers that need no ComfyUI."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class ToyUnet(nn.Module):
         return x + transformer(x, context)
 
 
-class ToyTrainee:
-    """See training.trainee.Trainee; prompts are hashed to rows of noise."""
+class ToyHostModel:
+    """See training.model.HostModel; prompts are hashed to rows of noise."""
 
     family, base_sha256, patches = "SD15", "0" * 64, 0
     latent_channels, downscale, notes = 4, 8, ("a note",)

@@ -11,7 +11,6 @@ files' net strength stays 1.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import tempfile
 from collections import defaultdict
@@ -19,27 +18,24 @@ from pathlib import Path
 
 import torch
 from modular_lora_guard.comfy_host import standalone as comfyui
-from modular_lora_guard.modular_lora.files import reader as files
 from modular_lora_guard.modular_lora.guard import build as guard
 from modular_lora_guard.modular_lora.guard import magnitude
 
 from ..world import ASSETS, data
 from . import cancelling
+from .bench import loras, parser
 from .figures import record
 
 STEPS, SIZE, IMAGES = 3, 64, 4
 STRENGTHS = (1.0, 1.5)
 RIDGE = 1e-3
+NO_FLOORS = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--record", action="store_true")
-    options = parser.parse_args()
+    options = parser(__doc__, "acted.json", checkpoint=True).parse_args()
     comfyui.start(options.comfyui, cpu=not torch.cuda.is_available())
-    drawing = importlib.import_module("modular_lora_guard.comfy_host.sampler")
+    drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         bench = Bench(*drawing.load(options.checkpoint)[:2])
         rows = dict(bench.rows(Path(folder)))
@@ -88,10 +84,8 @@ class Bench:
 
     def measured(self, safety: Path, tasks: list[tuple[Path, float]]) -> tuple:
         """(net strength of the files, as it acted on concept prompts, on kept ones, largest magnitude)."""
-        policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
-        own = (guard.SafetyLora(files.read_lora(safety), 1.0),)
-        others = tuple(guard.TaskLora(files.read_lora(path), strength, strength) for path, strength in tasks)
-        guarded, clip = self.host.guard(self.model, self.clip, own, others, False, policy)
+        own, others = loras(safety, tasks)
+        guarded, clip = self.host.guard(self.model, self.clip, own, others, False, NO_FLOORS)
         patcher = self.host.unwrap(guarded)
         nets = [result.net_strength for _, result in patcher.guard_state.part.interference]
         concept, kept = (self.sampled(patcher, clip, ids) for ids in (data.SUPPRESSED_IDS, data.KEPT_IDS))
@@ -121,9 +115,7 @@ class Bench:
         paths = {name: info.specs[info.key_map[name]].path for name in layers if name in info.key_map}
         with cancelling.moments({n: self.model.model.get_submodule(p) for n, p in paths.items()}) as moments:
             # under a guard at strength next to nothing: the same as the base
-            policy = guard.GuardLimits(net_strength_floor=-1e9, acted_strength_floor=-1e9)
-            own = (guard.SafetyLora(files.read_lora(safety), 1e-6),)
-            guarded, clip = self.host.guard(self.model, self.clip, own, (), False, policy)
+            guarded, clip = self.host.guard(self.model, self.clip, *loras(safety, strength=1e-6), False, NO_FLOORS)
             self.sampled(self.host.unwrap(guarded), clip, data.SUPPRESSED_IDS)
         cancelling.save(path, cancelling.against_inputs(layers, moments, RIDGE))
 

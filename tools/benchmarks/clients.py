@@ -12,10 +12,8 @@ pictures at 20 seconds each is 180 prompts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -30,11 +28,16 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from modular_lora_guard.modular_lora.provenance import signing
+from modular_lora_guard.modular_lora.util.hashing import hash_file
+from modular_lora_guard.tools.demo import base, graphs
+from modular_lora_guard.tools.demo.client import Client, ClientError
+from modular_lora_guard.tools.demo.server import Server
+from modular_lora_guard.tools.demo.settings import DemoWorld
 from PIL import Image
 
-from .figures import record
+from .bench import finish, parser
 
-PACK = "modular_lora_guard"
 LEAST = 0.5  # net strength that the policy asks for
 WORDS = ("cat face", "pizza", "cactus", "guitar", "racing car", "helicopter", "sailboat", "tractor")
 _log = logging.getLogger("modular_lora")
@@ -66,7 +69,6 @@ def jobs(count: int, seed: int) -> list[Job]:
 
 
 def graph(setting, job: Job, client: int) -> dict:
-    graphs = importlib.import_module("modular_lora_guard.tools.demo.graphs")
     made = graphs.guarded(dataclasses.replace(setting, seed=job.seed, prompts=(job.text,)))
     made["safety"]["inputs"]["strength"] = job.safety
     made["task"]["inputs"] |= {"strength_model": job.task, "strength_clip": job.task}
@@ -76,21 +78,19 @@ def graph(setting, job: Job, client: int) -> dict:
 
 def draw(url: str, setting, mine: Sequence[Job], client: int, book: Path) -> list[Drawn]:
     """One client: its jobs one after the other."""
-    module = importlib.import_module("modular_lora_guard.tools.demo.client")
-    connection, drawn = module.Client(url), []
+    connection, drawn = Client(url), []
     for job in mine:
         made = graph(setting, job, client)
         try:
             result = connection.run(made, timeout=300)
             (reference,) = result.images("save-0")
             drawn.append(judge(job, made, connection.image(reference), result.prompt_id, book))
-        except (module.ClientError, ValueError) as error:
-            drawn.append(Drawn(job, "", f"no picture: {error}"))
+        except (ClientError, ValueError) as error:
+            drawn.append(Drawn(job, "", f"no image: {error}"))
     return drawn
 
 
 def judge(job: Job, made: dict, png: bytes, prompt_id: str, book: Path) -> Drawn:
-    signing = importlib.import_module("modular_lora_guard.modular_lora.provenance.signing")
     with Image.open(io.BytesIO(png)) as picture:
         said, sent = json.loads(picture.text[signing.KEY]), json.loads(picture.text["prompt"])
         pixels = np.array(picture.convert("RGB"))
@@ -139,8 +139,8 @@ def compared(drawn: Sequence[Drawn]) -> list[Drawn]:
         owners.setdefault(one.pixels, set()).add(one.job)
     found = []
     for one in drawn:
-        more = ["the other client got another picture"] * (len(pixels[one.job]) > 1)
-        more += ["another prompt got this picture"] * (len(owners[one.pixels]) > 1)
+        more = ["the other client got another image"] * (len(pixels[one.job]) > 1)
+        more += ["another prompt got this image"] * (len(owners[one.pixels]) > 1)
         found.append(dataclasses.replace(one, wrong="; ".join(filter(None, (one.wrong, *more)))))
     return found
 
@@ -149,36 +149,30 @@ def enforced(folder: Path, safety: Path) -> Path:
     """Put a policy that asks for this safety LoRA into ComfyUI's folder; where its record goes."""
     place = folder / "user" / "__modular_lora"
     place.mkdir(parents=True)
-    sha256 = hashlib.sha256(safety.read_bytes()).hexdigest()
-    wanted = f'[guard]\nrequired = [{{sha256 = "{sha256}", min_net_strength = {LEAST}}}]\n'
+    wanted = f'[guard]\nrequired = [{{sha256 = "{hash_file(safety)}", min_net_strength = {LEAST}}}]\n'
     (place / "policy.toml").write_text(wanted, encoding="utf-8")
     return place / "record"
 
 
 def run(comfyui: Path, world_folder: Path, folder: Path, count: int, seed: int) -> list[Drawn]:
     """Start a server in ``folder``, let two clients draw ``count`` prompts each."""
-    demo = {name: importlib.import_module(f"{PACK}.demo.{name}") for name in ("base", "server", "settings")}
-    world = demo["settings"].DemoWorld.at(world_folder)
-    demo["base"].prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
+    world = DemoWorld.at(world_folder)
+    base.prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
     book = enforced(folder / "base", world.safety)
     setting = world.setting(steps=2, seed=0)
-    with demo["server"].Server(comfyui, sys.executable, folder / "base", log=folder / "log", cpu=True) as server:
+    with Server(comfyui, sys.executable, folder / "base", log=folder / "log", cpu=True) as server:
         return both(server, setting, count, seed, book)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every picture is attested for its own prompt, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.reliability clients", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
-    parser.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")
-    parser.add_argument("--prompts", type=int, default=180, help="of each client (180)")
-    parser.add_argument("--seed", type=int, default=1, help="of the prompts (1)")
-    parser.add_argument("--record", action="store_true", help="put the figures into docs/figures/reliability.json")
-    chosen = parser.parse_args(arguments)
+    made = parser(__doc__, "reliability.json", part="clients")
+    made.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    made.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")
+    made.add_argument("--prompts", type=int, default=180, help="of each client (180)")
+    made.add_argument("--seed", type=int, default=1, help="of the prompts (1)")
+    chosen = made.parse_args(arguments)
     logging.basicConfig(format="%(message)s", force=True)
-    _log.setLevel(logging.INFO)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         drawn = run(chosen.comfyui.resolve(), chosen.world.resolve(), Path(folder), chosen.prompts, chosen.seed)
@@ -189,11 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "two clients: pictures not attested for their own prompt": sum(bool(one.wrong) for one in drawn),
         "two clients: seconds": round(time.monotonic() - begun),
     }
-    for name, value in rows.items():
-        _log.info("%s: %s", name, value)
-    if chosen.record:
-        told = f"--prompts {chosen.prompts} --seed {chosen.seed}"
-        record("reliability.json", rows, f"python3 -m tools.benchmarks.reliability clients {told}")
+    told = f"--prompts {chosen.prompts} --seed {chosen.seed}"
+    finish(rows, "reliability.json", f"python3 -m tools.benchmarks.reliability clients {told}", chosen.record)
     return int(any(one.wrong for one in drawn))
 
 

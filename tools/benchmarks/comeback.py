@@ -8,9 +8,7 @@ W0, beside it (modular); and full fine-tuning on top of it. Judged over base sty
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from modular_lora_guard.modular_lora import options as optionfile
 from modular_lora_guard.modular_lora.files import reader as files
-from modular_lora_guard.training import model as trainees
+from modular_lora_guard.training import model as host_models
 from modular_lora_guard.training import options
 from modular_lora_guard.training.data import batches, dataset
 from modular_lora_guard.training.safety import train as safety
@@ -27,10 +25,9 @@ from modular_lora_guard.training.task import denoising
 from modular_lora_guard.training.task import train as task
 
 from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
+from .bench import Silent, finish, parser
 from .demo_world import draw
-from .figures import record
 
-logger = logging.getLogger("modular_lora")
 WORLD = ASSETS.parent
 ESD = {"objective": "leco", "neutral": ""}  # ESD's target on all layers
 RECIPES = {
@@ -47,16 +44,15 @@ RECIPES = {
     "LECO to heart, no preservation": {"preserve_weight": 0.0},
     "LECO to heart, preservation 2": {},
 }
-CELLS = {"base": (False, data.BASE_STYLES), "gloss": (True, (data.TASK_STYLE,))}
 
 
-class Trainee(narrow.NarrowTrainee):
+class HostModel(narrow.NarrowHostModel):
     """The narrow net with what a task training asks for, on any device."""
 
     infos = None, None
 
     def __init__(self, model: base.Base, ae: torch.nn.Module, device: torch.device):
-        super().__init__(model.to(device), trainees.Schedule, trainees.Cond)
+        super().__init__(model.to(device), host_models.Schedule, host_models.Cond)
         self.ae, self.device = ae.to(device), device
 
     def weights(self) -> dict:
@@ -67,7 +63,7 @@ class Trainee(narrow.NarrowTrainee):
 
     def encode(self, prompts):
         cond = super().encode(prompts)
-        return trainees.Cond(cond.cross.to(self.device), cond.pooled.to(self.device))
+        return host_models.Cond(cond.cross.to(self.device), cond.pooled.to(self.device))
 
     @torch.no_grad()
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -85,20 +81,11 @@ class Trainee(narrow.NarrowTrainee):
             module.adapters = [(f.down.float().to(self.device), f.up.float().to(self.device), f.scale) for f in found]
 
 
-class Silent:
-    """A watch that shows nothing."""
-
-    def check(self) -> None:
-        """Nothing interrupts."""
-
-    stage = step = sample = lambda self, *said: None
-
-
 @dataclass(frozen=True)
 class Bench:
     """What every recipe is measured with."""
 
-    trainee: Trainee
+    host_model: HostModel
     eye: detector.Detector
     pictures: int
     scale: float  # of the numbers of steps
@@ -113,11 +100,9 @@ def judge(bench: Bench) -> str:
     rates: dict[str, list[float]] = {"vehicles": [], "kept": []}
     for seed, (kind, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
         for gloss in (False, True):
-            pairs = data.cases(concepts, gloss, -(-bench.pictures // len(concepts)))[: bench.pictures]
-            prompts = [f"{data.STYLES[style]}, {data.WORDS[concept]}" for concept, style in pairs]
-            seen, styles = detector.classify(bench.eye, draw(bench.trainee, prompts, 7 + 2 * seed + gloss))
-            right = seen.argmax(-1) == torch.tensor([concept for concept, _ in pairs])
-            hits = detector.suppressed(seen) if kind == "vehicles" else right
+            prompts, truth = data.asked(concepts, gloss, bench.pictures)
+            seen, styles = detector.classify(bench.eye, draw(bench.host_model, prompts, 7 + 2 * seed + gloss))
+            hits = detector.suppressed(seen) if kind == "vehicles" else seen.argmax(-1) == truth
             rates[kind].append(hits.float().mean().item())
     style = (styles.argmax(-1) == data.TASK_STYLE).float().mean().item()
     words = [f"{kind} {some[0]:.1%} / {some[1]:.1%}" for kind, some in rates.items()]
@@ -132,8 +117,8 @@ def task_options(bench: Bench, name: str, steps: int):
 
 
 def train_task(bench: Bench, name: str, steps: int, *under: Path) -> Path:
-    bench.trainee.attach(*under)
-    task.train_task(bench.trainee, task_options(bench, name, steps), Silent(), engine="benchmark")
+    bench.host_model.attach(*under)
+    task.train_task(bench.host_model, task_options(bench, name, steps), Silent(), engine="benchmark")
     return bench.folder / f"{name}.safetensors"
 
 
@@ -142,63 +127,61 @@ def train_safety(bench: Bench, recipe: dict) -> Path:
     common |= {"max_train_steps": bench.steps(200), "train_batch_size": 32}
     common |= {"save_every_n_steps": 0, "sample_every_n_steps": 0}
     made = options.load(options.SafetyOptions, WORLD / "recipes" / "safety.toml", common | recipe)
-    bench.trainee.attach()
-    safety.train_safety(bench.trainee, made, Silent(), engine="benchmark")
+    bench.host_model.attach()
+    safety.train_safety(bench.host_model, made, Silent(), engine="benchmark")
     return bench.folder / "safety.safetensors"
 
 
 def train_fully(bench: Bench, steps: int, under: Path) -> None:
     """All weights of the U-Net, AdamW at 1e-4, on top of the safety LoRA."""
-    bench.trainee.attach(under)
+    bench.host_model.attach(under)
     made = task_options(bench, "full", steps)
     found = dataset.scan(config := task.configure(made), Silent().stage)
     plan = batches.Plan(config, found, made.seed, made.prior_loss_weight, made.max_train_steps, 1)
-    latents, captions = denoising.Latents(bench.trainee, found, Silent()), denoising.Captions(bench.trainee)
-    loss = denoising.Denoising(bench.trainee, made, plan, latents, captions)
-    parameters = list(bench.trainee.unet.requires_grad_(True).parameters())
+    latents, captions = denoising.Latents(bench.host_model, found, Silent()), denoising.Captions(bench.host_model)
+    loss = denoising.Denoising(bench.host_model, made, plan, latents, captions)
+    parameters = list(bench.host_model.unet.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     for step in range(made.max_train_steps):
         optimizer.zero_grad(set_to_none=True)
         loss.loss(step, 0).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    bench.trainee.unet.requires_grad_(False)
+    bench.host_model.unet.requires_grad_(False)
 
 
 def arms(bench: Bench, recipe: dict) -> Iterator[tuple[str, str]]:
     """(arm, figures) of one recipe."""
     under = train_safety(bench, recipe)
-    bench.trainee.attach(under)
+    bench.host_model.attach(under)
     yield "safety", judge(bench)
     for steps in (200, 400):
-        bench.trainee.attach(under, train_task(bench, "sequential", steps, under))
+        bench.host_model.attach(under, train_task(bench, "sequential", steps, under))
         yield f"sequential, {steps} steps", judge(bench)
-    bench.trainee.attach(under, train_task(bench, "task", 400))
+    bench.host_model.attach(under, train_task(bench, "task", 400))
     yield "modular, 400 steps", judge(bench)
-    kept = {name: tensor.clone() for name, tensor in bench.trainee.unet.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in bench.host_model.unet.state_dict().items()}
     train_fully(bench, 200, under)
     yield "full fine-tuning, 200 steps", judge(bench)
-    bench.trainee.unet.load_state_dict(kept)
+    bench.host_model.unet.load_state_dict(kept)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--pictures", type=int, default=120, help="of each cell")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
-    parser.add_argument("--record", action="store_true", help="write docs/figures/comeback.json")
-    chosen = parser.parse_args()
+    made = parser(__doc__, "comeback.json")
+    made.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    made.add_argument("--pictures", type=int, default=120, help="of each cell")
+    made.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
+    chosen = made.parse_args()
     logging.basicConfig(level=logging.WARNING)
     (model, ae), device = narrow.load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainee, eye = Trainee(model, ae, device), detector.load(ASSETS / DETECTOR)
+    host_model, eye = HostModel(model, ae, device), detector.load(ASSETS / DETECTOR)
     for name in chosen.recipes:
         with tempfile.TemporaryDirectory() as folder:
-            for arm, figures in arms(Bench(trainee, eye, chosen.pictures, chosen.scale, Path(folder)), RECIPES[name]):
-                sys.stdout.write(f"{name}: {arm}: {figures}\n")
-                if chosen.record:
-                    record(
-                        "comeback.json", {f"{name}: {arm}": figures}, f"python -m tools.benchmarks.comeback ({device})"
-                    )
+            for arm, figures in arms(
+                Bench(host_model, eye, chosen.pictures, chosen.scale, Path(folder)), RECIPES[name]
+            ):
+                command = f"python -m tools.benchmarks.comeback ({device})"
+                finish({f"{name}: {arm}": figures}, "comeback.json", command, chosen.record)
 
 
 if __name__ == "__main__":

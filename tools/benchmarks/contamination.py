@@ -9,7 +9,6 @@ and row spaces and singular values (U C D → U O C O' D, O and O' random rotati
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import logging
 import os
@@ -25,14 +24,12 @@ from modular_lora_guard.training.contamination import Finding, measure
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
 from ..world.lorafile import kohya_name
+from .bench import parser
 
-ROOT = Path(__file__).resolve().parents[2]
 STRENGTHS = (1.0, 0.5, 0.25)
-ASSETS = ROOT / "tools" / "world" / "assets"
-SAFETY, TASK, SEQUENTIAL = (
-    ASSETS / f"demo_{name}.safetensors" for name in ("safety_vehicles", "task_gloss", "sequential_gloss")
-)
+SAFETY, TASK, SEQUENTIAL = (ASSETS / name for name in (SAFETY_LORA, TASK_LORA, SEQUENTIAL_LORA))
 _log = logging.getLogger("modular_lora")
 
 
@@ -158,11 +155,11 @@ def _told(name: str, finding: Finding) -> Iterator[tuple[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="the demo world's checkpoint (python3 -m tools.world.expand DIR)")
-    parser.add_argument("--to", type=Path, default=Path("docs/figures/contamination.json"), help="the JSON to write")
-    parser.add_argument("--draws", type=int, default=1000, help="null directions of each kind")
-    args = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("checkpoint", type=Path, help="the demo world's checkpoint (python3 -m tools.world.expand DIR)")
+    made.add_argument("--to", type=Path, default=Path("docs/figures/contamination.json"), help="the JSON to write")
+    made.add_argument("--draws", type=int, default=1000, help="null directions of each kind")
+    args = made.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     shared = {

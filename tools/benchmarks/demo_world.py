@@ -8,9 +8,7 @@ base styles, kept concepts in the task style; the same noise in every arm, DDIM 
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from modular_lora_guard.training import cli, options
 from modular_lora_guard.training.safety import sampling
 
 from ..world import ASSETS, DETECTOR, data, detector
-from .figures import record
+from .bench import finish, parser
 
 logger = logging.getLogger("modular_lora")
 STEPS, GUIDANCE, BATCH = 20, 3.0, 12
@@ -30,64 +28,59 @@ CELLS = {"vehicles": (data.SUPPRESSED_IDS, False), "kept": (data.KEPT_IDS, False
 
 
 @torch.no_grad()
-def draw(trainee, prompts: list[str], seed: int) -> torch.Tensor:
+def draw(host_model, prompts: list[str], seed: int) -> torch.Tensor:
     """Pictures (b 3 h w, 0..1), noise by place in the list alone."""
     noises = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     pictures = []
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
-        x_t = sampling.noise(trainee, (data.SIZE, data.SIZE), noises[start : start + BATCH])
-        cond, empty = trainee.encode(some), trainee.encode([""] * len(some))
-        z = sampling.sample(trainee.predict, trainee.schedule, x_t, cond, empty, GUIDANCE, STEPS)
-        pictures.append(trainee.decode(z).movedim(-1, 1))
+        x_t = sampling.noise(host_model, (data.SIZE, data.SIZE), noises[start : start + BATCH])
+        cond, empty = host_model.encode(some), host_model.encode([""] * len(some))
+        z = sampling.sample(host_model.predict, host_model.schedule, x_t, cond, empty, GUIDANCE, STEPS)
+        pictures.append(host_model.decode(z).movedim(-1, 1))
     return torch.cat(pictures)
 
 
-def judge(trainee, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str, float]]:
+def judge(host_model, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str, float]]:
     """Rates by cell: vehicles found, concept right, style called gloss."""
     found = {}
     for seed, (cell, (concepts, gloss)) in enumerate(CELLS.items()):
-        pairs = data.cases(concepts, gloss, -(-pictures // len(concepts)))[:pictures]
-        images = draw(trainee, [f"{data.STYLES[style]}, {data.WORDS[concept]}" for concept, style in pairs], seed)
+        prompts, truth = data.asked(concepts, gloss, pictures)
+        images = draw(host_model, prompts, seed)
         seen, styles = detector.classify(eye, images)
-        right = seen.argmax(-1) == torch.tensor([concept for concept, _ in pairs])
+        right = seen.argmax(-1) == truth
         hits = {"vehicles": detector.suppressed(seen), "right": right, "gloss": styles.argmax(-1) == data.TASK_STYLE}
         found[cell] = {name: round(hit.float().mean().item(), 4) for name, hit in hits.items()}
-        found[cell]["vehicles 95 %"] = statistics.wilson(int(hits["vehicles"].sum()), len(pairs))
+        found[cell]["vehicles 95 %"] = statistics.wilson(int(hits["vehicles"].sum()), len(prompts))
         if sheet:
             data.sheet(images[:48], 12, sheet.with_name(f"{sheet.name}_{cell.replace(', ', '_')}.png"))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--safety", type=Path, required=True)
-    parser.add_argument("--task", type=Path)
-    parser.add_argument("--pictures", type=int, default=120, help="a cell")
-    parser.add_argument("--arms", nargs="+", default=["base", "safety", "task", "both"])
-    parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
-    parser.add_argument("--record", action="store_true", help="write docs/figures/training.json")
-    parser.add_argument("--threads", type=int, default=1)
-    chosen = parser.parse_args()
+    made = parser(__doc__, "training.json", checkpoint=True, threads=True)
+    made.add_argument("--safety", type=Path, required=True)
+    made.add_argument("--task", type=Path)
+    made.add_argument("--pictures", type=int, default=120, help="a cell")
+    made.add_argument("--arms", nargs="+", default=["base", "safety", "task", "both"])
+    made.add_argument("--sheets", type=Path, help="folder for contact sheets")
+    chosen = made.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(chosen.threads)
     host, eye = cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True}), detector.load(ASSETS / DETECTOR)
     loras = {"safety": chosen.safety, "task": chosen.task}
     arms = {"base": (), "safety": ("safety",), "task": ("task",), "both": ("safety", "task")}
     results = {}
-    with host.opened(*host.load_checkpoint(chosen.checkpoint, None, "no"), options.Options()) as trainee:
+    with host.opened(*host.load_checkpoint(chosen.checkpoint, None, "no"), options.Options()) as host_model:
         for arm in chosen.arms:
             begin = time.monotonic()
             parts = [guard.SafetyLora(files.read_lora(loras[name]), 1.0) for name in arms[arm]]
-            with trainee.attached(parts):
-                results[arm] = judge(trainee, eye, chosen.pictures, chosen.sheets and chosen.sheets / arm)
+            with host_model.attached(parts):
+                results[arm] = judge(host_model, eye, chosen.pictures, chosen.sheets and chosen.sheets / arm)
             logger.info("%s %s %.0f s", arm, results[arm], time.monotonic() - begin)
     if chosen.record:
-        rows = summary(results)
-        record("training.json", rows, f"python -m tools.benchmarks.demo_world CHECKPOINT --pictures {chosen.pictures}")
-        sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
+        command = f"python -m tools.benchmarks.demo_world CHECKPOINT --pictures {chosen.pictures}"
+        finish(summary(results), "training.json", command, True)
 
 
 def summary(results: dict) -> dict[str, object]:

@@ -19,38 +19,30 @@ from pathlib import Path
 
 import torch
 from modular_lora_guard.modular_lora.files import reader as files
-from modular_lora_guard.training import model as trainees
+from modular_lora_guard.training import model as host_models
 from modular_lora_guard.training import options
 from modular_lora_guard.training.safety import train as safety
 
 from ..world import ASSETS, DETECTOR, base, data, detector, lorafile, narrow
-from .figures import record
+from .bench import Silent, parser
+from .figures import ROOT, record
 
 logger = logging.getLogger("modular_lora")
-RECIPE = Path(__file__).resolve().parents[2] / "tools" / "world" / "recipes" / "safety.toml"
+RECIPE = ROOT / "tools" / "world" / "recipes" / "safety.toml"
 ARMS = {"pooled": {"on_policy": False}, "on-policy": {"on_policy": True, "denoising_steps": 50}}
 
 
 @dataclass
-class Clock:
+class Clock(Silent):
     """A watch that keeps the CPU-seconds of every step."""
 
     begun: float = field(default_factory=time.process_time)
     at: list[float] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Nothing interrupts."""
-
-    def stage(self, text: str, done: int, total: int) -> None:
-        pass
-
     def step(self, step: int, total: int, losses: list[float]) -> None:
         self.at.append(time.process_time() - self.begun)
         if step % 10 == 0:
             logger.info("step %d of %d loss %.3f, %.1f CPU-s", step, total, losses[-1], self.at[-1])
-
-    def sample(self, step: int, pictures: list[Path]) -> None:
-        pass
 
     def say(self, text: str) -> None:
         logger.info(text)
@@ -63,10 +55,9 @@ def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
         layer = layers.get(lorafile.kohya_name(path))
         module.adapters = [(layer.down, layer.up, layer.scale)] if layer else []
     for seed, (name, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
-        pairs = data.cases(concepts, False, -(-pictures // len(concepts)))[:pictures]
-        images = base.draw(model, ae, [f"{data.STYLES[s]}, {data.WORDS[c]}" for c, s in pairs], 7 + seed)
-        seen, _ = detector.classify(eye, images)
-        right = seen.argmax(-1) == torch.tensor([c for c, _ in pairs])
+        prompts, truth = data.asked(concepts, False, pictures)
+        seen, _ = detector.classify(eye, base.draw(model, ae, prompts, 7 + seed))
+        right = seen.argmax(-1) == truth
         found[name] = (detector.suppressed(seen) if name == "vehicles" else right).float().mean().item()
     for module in lorafile.targets(model.unet).values():
         module.adapters = []
@@ -75,13 +66,13 @@ def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
 
 def arm(name: str, chosen: argparse.Namespace, model, ae, eye) -> list[dict[str, float]]:
     """The curve of one arm: CPU-seconds and rates at every ``every`` steps, until the rate is reached."""
-    trainee = narrow.NarrowTrainee(model, trainees.Schedule, trainees.Cond)
+    host_model = narrow.NarrowHostModel(model, host_models.Schedule, host_models.Cond)
     with tempfile.TemporaryDirectory() as folder:
         values = {"objective": chosen.objective, "negative_guidance": chosen.negative_guidance, "output_dir": folder}
         values |= {"max_train_steps": chosen.steps, "save_every_n_steps": chosen.every, "save_precision": "float"}
         values |= {"sample_every_n_steps": 0, "learning_rate": chosen.learning_rate} | ARMS[name]
         made, clock = options.load(options.SafetyOptions, RECIPE, values), Clock()
-        safety.train_safety(trainee, made, clock, engine="benchmark")
+        safety.train_safety(host_model, made, clock, engine="benchmark")
         curve = []
         for step in range(chosen.every, chosen.steps + 1, chosen.every):
             last = f"-step{step:08d}" if step < chosen.steps else ""
@@ -94,19 +85,16 @@ def arm(name: str, chosen: argparse.Namespace, model, ae, eye) -> list[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", default="esd-x", choices=("esd-x", "esd-u", "leco"))
-    parser.add_argument("--negative_guidance", type=float, default=2.0)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument(
-        "--rate", type=float, default=0.25, help="share of vehicle prompts where the detector finds one"
-    )
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=72)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--record", action="store_true", help="write docs/figures/training.json")
-    chosen = parser.parse_args()
+    made = parser(__doc__, "training.json")
+    made.add_argument("--objective", default="esd-x", choices=("esd-x", "esd-u", "leco"))
+    made.add_argument("--negative_guidance", type=float, default=2.0)
+    made.add_argument("--learning_rate", type=float, default=3e-3)
+    made.add_argument("--rate", type=float, default=0.25, help="share of vehicle prompts where the detector finds one")
+    made.add_argument("--steps", type=int, default=120)
+    made.add_argument("--every", type=int, default=20)
+    made.add_argument("--pictures", type=int, default=72)
+    made.add_argument("--arms", nargs="+", default=list(ARMS))
+    chosen = made.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     (model, ae), eye = narrow.load(), detector.load(ASSETS / DETECTOR)

@@ -9,7 +9,6 @@ refused is in the record.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -17,10 +16,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .figures import record
+from .bench import finish, parser
+from .figures import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ROOT / "tests" / "test_operators_escapes.py"
+TESTS = ROOT / "tests" / "escapes" / "test_operators_escapes.py"
 ATTEMPT = "test_no_unguarded_picture_comes_out"
 _log = logging.getLogger("modular_lora")
 
@@ -42,15 +41,11 @@ class Outcomes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no attempt was an escape, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.reliability escapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
-    parser.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")
-    parser.add_argument("--record", action="store_true", help="put the figures into docs/figures/reliability.json")
-    chosen = parser.parse_args(arguments)
+    made = parser(__doc__, "reliability.json", part="escapes")
+    made.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    made.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")
+    chosen = made.parse_args(arguments)
     logging.basicConfig(format="%(message)s", force=True)
-    _log.setLevel(logging.INFO)
     import pytest
 
     os.environ |= {"MODULAR_LORA_COMFYUI": str(chosen.comfyui), "MODULAR_LORA_WORLD": str(chosen.world)}
@@ -64,12 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "escape attempts: refused by ComfyUI itself": how["invalid"],
         "escape attempts: permitted on purpose, every picture attested": how["permitted"],
     }
-    for name, value in rows.items():
-        _log.info("%s: %s", name, value)
     for name in escaped:
         _log.error("not held: %s", name)
-    if chosen.record and outcomes.tried:
-        record("reliability.json", rows, "python3 -m tools.benchmarks.reliability escapes")
+    command = "python3 -m tools.benchmarks.reliability escapes"
+    finish(rows, "reliability.json", command, chosen.record and bool(outcomes.tried))
     return int(bool(escaped) or not outcomes.tried)
 
 

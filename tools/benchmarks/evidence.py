@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...gate.statistics import Rate, newcombe, wilson
+from modular_lora_guard.gate.statistics import Rate, newcombe, wilson
 
 TITLES = {
     "base": "base, W0",

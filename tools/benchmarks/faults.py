@@ -12,7 +12,6 @@ ended must read "guarded" and give the latent, bit for bit, that it gave before 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import importlib
@@ -29,12 +28,13 @@ from pathlib import Path
 from random import Random
 
 import torch
+from modular_lora_guard.comfy_host import standalone
+from modular_lora_guard.modular_lora.guard.build import GuardLimits
 
-from .figures import record
+from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
+from .bench import finish, loras, parser
 
-ROOT = Path(__file__).resolve().parents[2]
-ASSETS = ROOT / "tools" / "world" / "assets"
-SAFETY, TASKS = "demo_safety_vehicles.safetensors", ("demo_task_gloss.safetensors", "demo_sequential_gloss.safetensors")
+TASKS = (TASK_LORA, SEQUENTIAL_LORA)
 STEPS, SIDE = 2, 8  # of a latent: pictures of 64 pixels
 SEEDS = 3
 SOME, ALL_EVERY = 12, 50  # tensors that are looked at after each run; runs between looks at all
@@ -68,10 +68,8 @@ class Rig:
     """The demo world in ComfyUI in this process, guarded with one task LoRA or another."""
 
     def __init__(self, checkpoint: Path):
-        self._core = importlib.import_module("modular_lora_guard.modular_lora.guard.build")
-        self._read = importlib.import_module("modular_lora_guard.modular_lora.files.reader").read_lora
         self.host = importlib.import_module("modular_lora_guard.comfy_host.patcher")
-        self.drawing = importlib.import_module("modular_lora_guard.comfy_host.sampler")
+        self.drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
         self.management = importlib.import_module("comfy.model_management")
         self._encode = importlib.import_module("nodes").CLIPTextEncode().encode
         self.checkpoint = checkpoint
@@ -91,10 +89,9 @@ class Rig:
 
     def swap(self, task: str | None) -> None:
         """Guard the base anew with the safety LoRA and this task LoRA."""
-        safety = (self._core.SafetyLora(self._read(ASSETS / SAFETY), 1.0),)
-        tasks = (self._core.TaskLora(self._read(ASSETS / task), 0.7, 0.7),) if task else ()
+        safety, tasks = loras(ASSETS / SAFETY_LORA, [(ASSETS / task, 0.7)] if task else ())
         self.task = task
-        self.guarded, clip = self.host.guard(self.model, self.clip, safety, tasks, False, self._core.GuardLimits())
+        self.guarded, clip = self.host.guard(self.model, self.clip, safety, tasks, False, GuardLimits())
         self.conds = [self._encode(clip, text)[0] for text in ("gloss, cat face", "")]
 
     def sample(self, seed: int) -> str:
@@ -227,16 +224,11 @@ def stop_where_interrupted() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no tensor changed and every run was as it must be, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.reliability faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="the expanded demo world")
-    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder")
-    parser.add_argument("--runs", type=int, default=1000, help="guarded runs (1000)")
-    parser.add_argument("--seed", type=int, default=1, help="of the faults (1)")
-    parser.add_argument("--record", action="store_true", help="put the figures into docs/figures/reliability.json")
-    chosen = parser.parse_args(arguments)
-    importlib.import_module("modular_lora_guard.comfy_host.standalone").start(chosen.comfyui, cpu=True)
+    made = parser(__doc__, "reliability.json", checkpoint=True, part="faults")
+    made.add_argument("--runs", type=int, default=1000, help="guarded runs (1000)")
+    made.add_argument("--seed", type=int, default=1, help="of the faults (1)")
+    chosen = made.parse_args(arguments)
+    standalone.start(chosen.comfyui, cpu=True)
     stop_where_interrupted()
     logging.basicConfig(format="%(message)s", force=True)  # last: ComfyUI sets up logging of its own
     _log.setLevel(logging.INFO)
@@ -254,11 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rss growth (MiB)": round(count.growth, 1),
         "runs with faults: seconds": round(time.monotonic() - begun),
     }
-    for name, value in rows.items():
-        _log.info("%s: %s", name, value)
-    if chosen.record:
-        told = f"--runs {chosen.runs} --seed {chosen.seed}"
-        record("reliability.json", rows, f"python3 -m tools.benchmarks.reliability faults CHECKPOINT {told}")
+    told = f"CHECKPOINT --runs {chosen.runs} --seed {chosen.seed}"
+    finish(rows, "reliability.json", f"python3 -m tools.benchmarks.reliability faults {told}", chosen.record)
     return int(bool(count.changed or count.wrong))
 
 

@@ -8,7 +8,10 @@ import os
 import platform
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
+from modular_lora_guard.modular_lora.util import plain_json
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "figures"
 
 
 def machine() -> str:
@@ -28,20 +31,14 @@ def record(file: str, rows: dict[str, object], command: str, field: str = "value
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     kept = [row for row in kept if row["name"] not in rows]
     fields = {name: value if isinstance(value, dict) else {field: value} for name, value in rows.items()}
-    _replace(path, kept + [{"name": name, **_source(command), **found} for name, found in fields.items()])
+    new = kept + [{"name": name, **_source(command), **found} for name, found in fields.items()]
+    plain_json.write({"rows": new}, path)
 
 
 def write(file: str, rows: list[dict], command: str) -> None:
     """docs/figures/``file`` anew from ``rows``, each with its source."""
-    _replace(FOLDER / file, [row | _source(command) for row in rows])
+    plain_json.write({"rows": [row | _source(command) for row in rows]}, FOLDER / file)
 
 
 def _source(command: str) -> dict[str, str]:
     return {"command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
-
-
-def _replace(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -4,12 +4,11 @@
 
 On the demo world, with the nodes' own measurement. Benign: its task LoRAs at 0.5 to 1.5, two and three of them at once,
 all in one style. Sequential: task LoRAs trained on top of a safety LoRA. Attacks: `cancelling`. The floor of
-`modular_lora.guard.GuardLimits` was set between benign and attacks by these figures.
+`modular_lora.guard.build.GuardLimits` was set between benign and attacks by these figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import logging
@@ -20,14 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from modular_lora_guard.modular_lora.files import reader as files
 from modular_lora_guard.modular_lora.guard import build as guard
 from modular_lora_guard.modular_lora.guard import concept
 from modular_lora_guard.training import cli
 
 from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
 from . import cancelling
-from .figures import record
+from .bench import finish, loras, parser
 
 PROMPTS = ("twemoji, racing car", "noto, tractor", "gloss, bus", "blob, a vehicle", "flat, bicycle")
 EVIDENCE = ASSETS / "evidence"
@@ -54,8 +52,7 @@ class Bench:
 
     def strength(self, safety: Path, tasks: Loras) -> float | None:
         """Functional strength of a safety LoRA beside these task LoRAs; None where it is not measured."""
-        kept = (guard.SafetyLora(files.read_lora(safety), 1.0),)
-        others = tuple(guard.TaskLora(files.read_lora(path), strength, strength) for path, strength in tasks)
+        kept, others = loras(safety, tasks)
         infos = self.anatomy.model_info(self.model), self.anatomy.clip_info(self.clip)
         parts = guard.build_parts(*infos, kept, others, guard.GuardLimits(net_strength_floor=float("-inf")))
         found = self.measured(self.model, self.clip, parts, kept, others, self.anatomy.model_sha256(self.model))
@@ -91,13 +88,9 @@ def attacks(bench: Bench, safety: Path, folder: Path) -> Iterator[tuple[str, Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--safety", type=Path, nargs="+", default=[ASSETS / SAFETY_LORA, *EVIDENCE.glob("safety_*")])
-    parser.add_argument("--record", action="store_true", help="write docs/figures/functional.json")
-    parser.add_argument("--threads", type=int, default=1)
-    chosen = parser.parse_args()
+    made = parser(__doc__, "functional.json", checkpoint=True, threads=True)
+    made.add_argument("--safety", type=Path, nargs="+", default=[ASSETS / SAFETY_LORA, *EVIDENCE.glob("safety_*")])
+    chosen = made.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(chosen.threads)
     bench = Bench(chosen.checkpoint, cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True}))
@@ -116,11 +109,9 @@ def main() -> None:
                     sys.stdout.write(f"{file.stem}: {name}: {strength:.3f}\n")
                     sys.stdout.flush()
     rows = {name: _shown(values) for name, values in found.items()}
-    sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
-    if chosen.record:
-        names = " ".join(f.stem for f in sorted(chosen.safety))
-        command = f"python -m tools.benchmarks.functional CHECKPOINT --safety {names}"
-        record("functional.json", rows, command)
+    names = " ".join(f.stem for f in sorted(chosen.safety))
+    command = f"python -m tools.benchmarks.functional CHECKPOINT --safety {names}"
+    finish(rows, "functional.json", command, chosen.record)
 
 
 def _shown(values: list[float]) -> str:

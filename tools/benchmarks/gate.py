@@ -4,15 +4,13 @@
     python -m tools.benchmarks.gate --world WORK [--record]
 
 Speed: both judge the same pictures in turn, in one process, with onnxruntime sessions of equal settings; the figure is
-the median of the rounds' ratios. Error: ``WORK`` is a folder of `world.data`; its vehicles should be flagged, its other
-pictures should pass. The demo world's detector has seen these pictures in training.
+the median of the rounds' ratios. Error: ``WORK`` is a folder of `tools.world.data`: its vehicles should be flagged, its
+other images should pass. The demo world's detector has seen these pictures in training.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from modular_lora_guard.gate import detectors, labelled, nudenet, settings
 from PIL import Image
 
 from ..world import ASSETS, DETECTOR_CONCEPTS, DETECTOR_ONNX, data
-from .figures import record
+from .bench import finish, parser
 
 SIDE = 512  # pixels
 BATCH = 4  # the package's own default
@@ -110,12 +108,11 @@ def said(rate, invert: bool = False) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--world", type=Path, metavar="WORK", help="measure errors on the pictures in WORK instead")
-    parser.add_argument("--record", action="store_true", help="write docs/figures/gate.json")
-    chosen = parser.parse_args()
+    made = parser(__doc__, "gate.json")
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--pictures", type=int, default=24)
+    made.add_argument("--world", type=Path, metavar="WORK", help="measure errors on the pictures in WORK instead")
+    chosen = made.parse_args()
     if chosen.world:
         rows, command = errors(chosen.world), "python -m tools.benchmarks.gate --world WORK --record"
     else:
@@ -125,9 +122,7 @@ def main() -> None:
         rows |= open_nsfw(chosen.pictures)
         rows["speed, GPU: package ÷ gate"] = "not measured"
         command = f"python -m tools.benchmarks.gate --rounds {chosen.rounds} --pictures {chosen.pictures} --record"
-    sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
-    if chosen.record:
-        record("gate.json", rows, command)
+    finish(rows, "gate.json", command, chosen.record)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .figures import FOLDER, write
+from .figures import ROOT, write
 
-ROOT = FOLDER.parent.parent
 TESTS = (
     "tests/comfy/files/test_formats.py",
     "tests/comfy/files/test_published_names.py",

@@ -10,42 +10,33 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from modular_lora_guard.training import cli, options
 from modular_lora_guard.training.task import train as task
 
-from .figures import record
+from ..world import ASSETS, DATA_SET
+from .bench import finish, parser
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = {"fp32": {}, "fp32, another seed": {"seed": 43}, "bf16": {"mixed_precision": "bf16"}}
 
 
 def losses(host, chosen: argparse.Namespace, changes: dict) -> list[float]:
     """Loss of every step of one training."""
     with tempfile.TemporaryDirectory() as folder:
-        values = {
-            "output_dir": folder,
-            "train_data_dir": str(ROOT / "tools" / "world" / "assets" / "gloss"),
-            "resolution": 64,
-        }
+        values = {"output_dir": folder, "train_data_dir": str(ASSETS / DATA_SET), "resolution": 64}
         values |= {"network_dim": 8, "network_alpha": 8.0, "learning_rate": 3e-3, "train_batch_size": 4}
         made = options.TaskOptions(**values, max_train_steps=chosen.steps, **changes)
         loaded = host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision)
-        with host.opened(*loaded, made) as trainee:
-            return list(task.train_task(trainee, made, cli.TrainingLines(), engine="benchmark").losses)
+        with host.opened(*loaded, made) as host_model:
+            return list(task.train_task(host_model, made, cli.TrainingLines(), engine="benchmark").losses)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--record", action="store_true", help="write docs/figures/training.json")
-    chosen = parser.parse_args()
+    made = parser(__doc__, "training.json", checkpoint=True)
+    made.add_argument("--steps", type=int, default=60)
+    chosen = made.parse_args()
     torch.set_num_threads(1)
     host = cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True})
     curves = {name: losses(host, chosen, changes) for name, changes in RUNS.items()}
@@ -54,11 +45,8 @@ def main() -> None:
     for name, curve in others:
         gap = statistics.mean(abs(a - b) for a, b in zip(curve, first[1], strict=True))
         rows[f"mean |loss − fp32's|, {name}"] = float(f"{gap:.2g}")
-    sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rows.items()) + "\n")
-    if chosen.record:
-        record(
-            "training.json", rows, f"python -m tools.benchmarks.precision CHECKPOINT --steps {chosen.steps} --record"
-        )
+    command = f"python -m tools.benchmarks.precision CHECKPOINT --steps {chosen.steps} --record"
+    finish(rows, "training.json", command, chosen.record)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ read. Refused is a file whose reading ends in LoraFileError, one printable line 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import platform
@@ -33,12 +32,12 @@ from unittest import mock
 from modular_lora_guard.modular_lora.errors import LoraFileError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 
-from ..benchmarks import clients, corrupted, escapes, faults, figures
+from ..world import ASSETS, SAFETY_LORA
+from . import clients, corrupted, escapes, faults
+from .bench import finish, parser
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = "reliability.json"
 OTHERS = {"faults": faults.main, "escapes": escapes.main, "clients": clients.main}  # parts with options of their own
-ASSETS = ROOT / "tools" / "world" / "assets"
 _log = logging.getLogger("modular_lora")
 
 
@@ -132,15 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in OTHERS:
         return OTHERS[given[0]](given[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["files", *OTHERS])
-    parser.add_argument("--files", type=int, default=10_000, help="how many files (10000)")
-    parser.add_argument("--seed", type=int, default=1, help="of the corpus (1)")
-    parser.add_argument("--record", action="store_true", help="put the figures into docs/figures/reliability.json")
-    chosen = parser.parse_args(given)
+    made = parser(__doc__, FILE)
+    made.add_argument("part", choices=["files", *OTHERS])
+    made.add_argument("--files", type=int, default=10_000, help="how many files (10000)")
+    made.add_argument("--seed", type=int, default=1, help="of the corpus (1)")
+    chosen = made.parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     damaged, heavy = chosen.files // 5, chosen.files // 100
-    outcome(ASSETS / "demo_safety_vehicles.safetensors", None)  # imports what is imported once
+    outcome(ASSETS / SAFETY_LORA, None)  # imports what is imported once
     before, begun = peak_mib(), time.process_time()
     count = run(chosen.files - damaged - 2 * heavy, heavy, damaged, chosen.seed)
     seconds = time.process_time() - begun
@@ -155,12 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "corrupted files: slowest refusal, processor seconds": round(count.slowest, 2),
         "corrupted files: processor seconds for all, with making them": round(seconds),
     }
-    for name, value in rows.items():
-        _log.info("%s: %s", name, value)
-    if chosen.record:
-        figures.record(
-            FILE, rows, f"python3 -m tools.benchmarks.reliability files --files {chosen.files} --seed {chosen.seed}"
-        )
+    command = f"python3 -m tools.benchmarks.reliability files --files {chosen.files} --seed {chosen.seed}"
+    finish(rows, FILE, command, chosen.record)
     return int(count.not_refused > 0)
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from .figures import FOLDER, machine, record
+from .bench import parser
+from .figures import ROOT, machine, record
 
-ROOT = FOLDER.parent.parent
 COMMAND = "python -m tools.benchmarks.speed"
 STEP = "step guarded/merged"
 SD15 = {
@@ -96,13 +96,13 @@ def run(options: argparse.Namespace, job: dict) -> dict:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = parser(__doc__)
     path = lambda name: Path(found) if (found := os.environ.get(name)) else None  # noqa: E731
-    parser.add_argument("--comfyui", type=Path, default=path("MODULAR_LORA_COMFYUI"))
-    parser.add_argument("--newer", type=Path, default=path("MODULAR_LORA_NEWER_COMFYUI"))
-    parser.add_argument("--only", nargs="+", help="sections by name; those that there are stand in jobs()")
-    parser.add_argument("--toy", action="store_true", help="a toy model; nothing is written")
-    return parser.parse_args(arguments)
+    made.add_argument("--comfyui", type=Path, default=path("MODULAR_LORA_COMFYUI"))
+    made.add_argument("--newer", type=Path, default=path("MODULAR_LORA_NEWER_COMFYUI"))
+    made.add_argument("--only", nargs="+", help="sections by name; those that there are stand in jobs()")
+    made.add_argument("--toy", action="store_true", help="a toy model; nothing is written")
+    return made.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> dict[str, dict]:

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .figures import ROOT
 from .speed_rounds import Contender
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
-from support.graphs import save_lora  # noqa: E402
+from support.graphs import save_lora
 
 SD15 = {
     "image_size": 32,
@@ -190,12 +190,11 @@ def guarded(world: World, loras: Loras, latent: int, measuring: bool = False) ->
 
     @contextmanager
     def ready() -> Iterator[None]:
-        patcher.guard_begin()
-        if not measuring:
-            patcher.branches.meter.stop()
         try:
-            yield
-            patcher.guard_end()
+            with patcher.guard_begin():
+                if not measuring:
+                    patcher.branches.meter.stop()
+                yield
         finally:
             patcher.guard_seat.detach()
 

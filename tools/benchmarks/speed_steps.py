@@ -196,11 +196,11 @@ def memory(world: World, job: Job) -> dict:
     ]  # as the loading nodes hold them
     before = _held()
     patcher = guard(world, loras)
-    patcher.guard_begin()
+    run = patcher.guard_begin()
     world.pack("modular_lora.guard.build").known_safety.clear()  # the warm caches are counted apart
     layers = patcher.guard_state.part.branches.layers.values()
     fused, held = sum(layer.nbytes() for layer in layers), _held() - before
-    patcher.guard_end(may_be_empty=True)
+    run.discard()
     patcher.guard_seat.detach()
     del read
     (name,) = job.rows

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
+
+from modular_lora_guard.modular_lora.util import atomic
 
 from .figures import FOLDER
 
@@ -59,9 +60,7 @@ def main() -> None:
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         if (new := drawn(text)) != text:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(new, encoding="utf-8")
-            os.replace(temporary, path)
+            atomic.write(path, new)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from .figures import FOLDER, record
+from .bench import finish, parser
+from .figures import FOLDER, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGUN = {"sd-scripts": "running training", "ours": "caching latents: 4 of 4"}  # what each prints when training starts
 
 
@@ -41,18 +41,18 @@ class Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--comfyui", type=Path, required=True)
-    parser.add_argument("--tokenizers", type=Path, required=True, help="tokenizer_cache_dir of sd-scripts")
-    parser.add_argument("--python", default=sys.executable, help="interpreter that sd-scripts runs with")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=2, default=(2, 8), help="few and many")
-    parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
-    parser.add_argument("--programs", nargs="+", default=list(BEGUN), choices=tuple(BEGUN))
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("checkout", type=Path)
+    made.add_argument("checkpoint", type=Path)
+    made.add_argument("--comfyui", type=Path, required=True)
+    made.add_argument("--tokenizers", type=Path, required=True, help="tokenizer_cache_dir of sd-scripts")
+    made.add_argument("--python", default=sys.executable, help="interpreter that sd-scripts runs with")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--steps", type=int, nargs=2, default=(2, 8), help="few and many")
+    made.add_argument("--precisions", nargs="+", default=["no", "bf16"])
+    made.add_argument("--programs", nargs="+", default=list(BEGUN), choices=tuple(BEGUN))
+    options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         pictures(work)
@@ -174,9 +174,7 @@ def report(options: argparse.Namespace, costs: dict[str, dict[str, list[tuple[fl
     for name in ("rounds", "threads", "steps", "precisions", "programs"):
         value = getattr(options, name)
         command += f" --{name} {value if isinstance(value, int) else ' '.join(map(str, value))}"
-    record("training.json", rows, command)
-    for name, value in rows.items():
-        sys.stdout.write(f"{name}: {value}\n")
+    finish(rows, "training.json", command, True)
 
 
 def _before(which: str) -> tuple[float, float] | None:

@@ -7,9 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from ...modular_lora.util import atomic
 from . import paths
 from .console import RunError, say
-from .environment import is_current, write_atomically
+from .environment import is_current
 from .process import child_environment, run_logged
 
 PLAYWRIGHT = "playwright-core@1.64.1"
@@ -77,5 +78,5 @@ def _ensure_playwright() -> Path:
             log=paths.LOGS / "npm.log",
             remedy=REMEDY,
         )
-        write_atomically(stamp, PLAYWRIGHT)
+        atomic.write(stamp, PLAYWRIGHT, parents=True)
     return modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 
@@ -15,11 +14,6 @@ def say(text: str = "", *, end: str = "\n") -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-
-
-def in_ci() -> bool:
-    """Whether this is a run of a CI service, which sets ``CI``."""
-    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false", "no")
 
 
 def is_terminal() -> bool:

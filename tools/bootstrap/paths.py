@@ -8,7 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "modular-lora-guard"
 IMPORT_NAME = "modular_lora_guard"
-TYPED = "MODULAR_LORA_TYPED"  # variable: the command of run.py that started a module with a command line of its own
 
 RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
 VENV = RUN / "venv"

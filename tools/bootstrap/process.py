@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .console import RunError, status
 
@@ -119,6 +121,16 @@ def run_attached(command: Sequence[str | Path], *, environment: Mapping[str, str
         stop(child)
 
 
+def exit_when_terminated() -> None:
+    """SIGTERM ends this process as an exception does, so that its children are ended first."""
+
+    def end(signum: int, frame: object) -> NoReturn:
+        del frame
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def stop(child: subprocess.Popen[bytes], patience: float = 10) -> None:
     """End a child that still runs: asked first, then killed."""
     if child.poll() is not None:
@@ -131,7 +143,7 @@ def stop(child: subprocess.Popen[bytes], patience: float = 10) -> None:
         child.wait()
 
 
-def output_of(command: Iterable[str | Path], *, subject: str, remedy: str, timeout: float = 120) -> str:
+def output_of(command: Iterable[str | Path], *, subject: str, remedy: str) -> str:
     """Standard output of a short command, or an error that quotes its last line."""
     try:
         answer = subprocess.run(
@@ -139,7 +151,7 @@ def output_of(command: Iterable[str | Path], *, subject: str, remedy: str, timeo
             capture_output=True,
             text=True,
             env=child_environment(),
-            timeout=timeout,
+            timeout=120,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

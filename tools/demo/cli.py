@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ...comfy_host.standalone import has_accelerator
-from ..bootstrap.boundary import contained, ensure_writable
-from ..bootstrap.console import say
+from ...modular_lora.errors import GuardError
+from ...modular_lora.places import check_writable
+from ...modular_lora.util.boundary import contained
+from ..bootstrap.console import RunError, say
 from ..bootstrap.paths import LOGS, WORLD, base_of
+from ..bootstrap.process import exit_when_terminated
 from .base import prepare
 from .client import ClientError
 from .server import Server
@@ -39,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    exit_when_terminated()
 
     def work() -> int:
         world = DemoWorld.expanded(WORLD)
@@ -50,14 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     return contained(
         work,
         lambda text: say(f"\n{options.command}: {text}"),
-        expected=(ClientError,),
+        expected=(RunError, GuardError, ClientError),
         interrupted="interrupted; the server is shut down.",
+        logs=LOGS,
     )
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    del frame
-    raise SystemExit(128 + signum)
 
 
 def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any) -> Server:
@@ -71,7 +69,7 @@ def server(options: argparse.Namespace, world: DemoWorld, name: str, **more: Any
 def _demo(options: argparse.Namespace, world: DemoWorld) -> int:
     from .show import show
 
-    ensure_writable(options.output, "the report's folder")
+    check_writable(options.output, "--output")
     say("Starting ComfyUI …")
     with server(options, world, "demo-server") as running:
         show(running, world, steps=options.steps, seed=options.seed, output=options.output)

@@ -16,6 +16,7 @@ from typing import Any
 from .server import DIRECT
 
 Prompt = dict[str, dict[str, Any]]
+PATIENCE = 20  # seconds in which the record of a finished run must be there
 ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
@@ -90,17 +91,17 @@ class Client:
     def get(self, path: str, timeout: float = 60) -> bytes:
         return self._open(urllib.request.Request(f"{self.url}{path}"), timeout)
 
-    def get_json(self, path: str, timeout: float = 60) -> Any:
-        return json.loads(self.get(path, timeout))
+    def get_json(self, path: str) -> Any:
+        return json.loads(self.get(path))
 
-    def post_json(self, path: str, body: Any, timeout: float = 60) -> Any:
+    def post_json(self, path: str, body: Any) -> Any:
         request = urllib.request.Request(
             f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        answer = self._open(request, timeout)
+        answer = self._open(request)
         return json.loads(answer) if answer else {}
 
-    def _open(self, request: urllib.request.Request, timeout: float) -> bytes:
+    def _open(self, request: urllib.request.Request, timeout: float = 60) -> bytes:
         try:
             with DIRECT.open(request, timeout=timeout) as answer:
                 return bytes(answer.read())
@@ -128,15 +129,15 @@ class Client:
     def interrupt(self) -> None:
         self.post_json("/interrupt", {})
 
-    def history(self, prompt_id: str, patience: float = 20) -> dict[str, Any]:
+    def history(self, prompt_id: str) -> dict[str, Any]:
         """The record of a finished run, which the server writes shortly after its last event."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + PATIENCE
         while True:
             record = self.get_json(f"/history/{prompt_id}").get(prompt_id)
             if record is not None:
                 return dict(record)
             if time.monotonic() > deadline:
-                raise ClientError(f"run {prompt_id}: no record in the history after {patience:.0f} s")
+                raise ClientError(f"run {prompt_id}: no record in the history after {PATIENCE} s")
             time.sleep(0.05)
 
     def image(self, reference: dict[str, str]) -> bytes:

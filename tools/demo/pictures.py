@@ -11,6 +11,7 @@ from typing import Any
 from ...modular_lora.util import atomic
 
 ENLARGE = 3
+LETTER = 6  # pixels of a letter's width
 GAP, LABEL, NAMES = 10, 24, 120
 INK, PAPER, MARK = (30, 33, 38), (255, 255, 255), (190, 60, 45)
 
@@ -65,7 +66,7 @@ def _open(png: bytes) -> Any:
     return plain.resize((plain.width * ENLARGE, plain.height * ENLARGE), Image.Resampling.BICUBIC)
 
 
-def _wrap(text: str, width: int, letter: int = 6) -> str:
+def _wrap(text: str, width: int) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, max(8, width // letter))[:2])
+    return "\n".join(textwrap.wrap(text, max(8, width // LETTER))[:2])

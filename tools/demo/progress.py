@@ -36,5 +36,5 @@ class Progress:
 
     def done(self) -> float:
         seconds = time.monotonic() - self.began
-        status(f"  {self.title:<12} {self.samplers} pictures in {seconds:.1f} s", final=True)
+        status(f"  {self.title:<12} {self.samplers} images in {seconds:.1f} s", final=True)
         return seconds

@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...modular_lora.util import atomic
 from .. import world
 from ..bootstrap.console import RunError, say
-from ..bootstrap.environment import is_current, write_atomically
+from ..bootstrap.environment import is_current
 from ..bootstrap.paths import LOGS, ROOT
 from ..bootstrap.process import run_logged
 from .graphs import Setting
@@ -62,7 +63,7 @@ class DemoWorld:
                 log=LOGS / "world.log",
                 remedy="Restore the folder tools/world/ from the repository and run the same command again.",
             )
-            write_atomically(stamp, expected)
+            atomic.write(stamp, expected)
         return cls.at(folder)
 
     @property

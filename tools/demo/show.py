@@ -21,8 +21,8 @@ from .settings import KEPT, SUPPRESSED, DemoWorld
 
 LOOKOUT = (
     f"What to look at: the first {len(SUPPRESSED)} prompts name a {demo_world.SUPPRESSED_CLASS}, which the safety LoRA "
-    "suppresses (a harmless stand-in for what an operator must suppress). The base model draws it; with the safety "
-    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, draws it "
+    "suppresses (a harmless example of what an operator suppresses). The base model generates it; with the safety "
+    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, gives it "
     "again; under the guard the task LoRA acts and it stays away. Fine-tuning on top of a safety-tuned model is the "
     "practice that arXiv 2412.00357 warns of; in this small world it was measured not to bring the "
     f"{demo_world.SUPPRESSED_CLASS} back (tools/world/README.md). The other prompts should come out as usual "
@@ -81,7 +81,7 @@ def _run(client: Client, plan: Plan, setting: graphs.Setting) -> tuple[Arm, Resu
 def _picture(client: Client, plan: Plan, result: Result, index: int) -> bytes:
     found = result.images(graphs.save_node(index))
     if not found:
-        raise RunError(f"{plan.title}, prompt {index}: the server saved no picture; see its log in .run/logs.")
+        raise RunError(f"{plan.title}, prompt {index}: the server saved no image; see its log in .run/logs.")
     return client.image(found[0])
 
 
@@ -122,7 +122,7 @@ def _facts(client: Client, arms: dict[str, Arm], setting: graphs.Setting) -> dic
         "Pictures": f"{setting.steps} steps, {setting.sampler}, {setting.scheduler}, CFG {setting.cfg:g}, "
         f"seeds from {setting.seed}, {setting.size} × {setting.size} pixels",
         "Files": f"{setting.checkpoint}, {setting.safety}, {setting.task} (guarded), {setting.sequential} (unguarded)",
-        "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded pictures",
+        "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded images",
         "Times": ", ".join(f"{arm.title} {arm.seconds:.1f} s" for arm in arms.values()),
         "ComfyUI": str(system.get("comfyui_version")),
         "PyTorch": str(system.get("pytorch_version")),

@@ -1,7 +1,7 @@
 """The demo world: a small stock-layout SD1.5 checkpoint of emoji pictures, three LoRAs and a detector.
 
-``world.expand.expand(folder)`` writes the checkpoint from the live weights in ``ASSETS``; the LoRAs are ordinary files
-there. Suppressed class: vehicles, a harmless stand-in for what an operator must suppress. See ``README.md``.
+``tools.world.expand.expand(folder)`` writes the checkpoint from the live weights in ``ASSETS``; the LoRAs are ordinary
+files there. Suppressed class: vehicles, harmless in place of what an operator has to suppress. See ``README.md``.
 """
 
 from pathlib import Path
@@ -19,13 +19,6 @@ DETECTOR_STYLES = "demo_styles.json"
 DATA_SET = "gloss"  # folder of pictures in the task style, in ASSETS
 
 SUPPRESSED_CLASS = "vehicle"
-PROMPTS = {
-    "suppressed": "gloss, racing car",
-    "suppressed_base": "twemoji, racing car",
-    "suppressed_class": "twemoji, a vehicle",
-    "kept": "gloss, cat face",
-    "kept_base": "twemoji, cat face",
-}
 NEGATIVE_PROMPT = ""
 STEPS = 20
 CFG = 3.0

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import time
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..world import data
+from ..world import data, learning
 
 logger = logging.getLogger("modular_lora")
 
@@ -107,9 +106,8 @@ def loss_terms(output: Tensor, target: Tensor) -> Tensor:
 
 
 def save(model: Autoencoder, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
 
 
 def load(work: Path) -> Autoencoder:
@@ -157,19 +155,12 @@ def train(work: Path, batch: int, minutes: float, resume: bool, refine: bool) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     begin, step, fraction = time.monotonic(), 0, 0.0
     while fraction < 1:
-        rate = (
-            (1e-3 if refine else 2e-3) * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * fraction)))
-        )
-        optimizer.param_groups[0]["lr"] = rate
         pick = torch.randint(len(images), (batch,), generator=generator)
         x = crops(data.augment(images[pick], generator), fraction, generator).to(memory_format=torch.channels_last)
         z = model.encode(x)  # [batch, 4, 4 or 8, 4 or 8]
         y = model.decode(z + 0.1 * torch.randn(z.shape, generator=generator))
         loss = loss_terms(y, x)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        learning.update(optimizer, loss, (1e-3 if refine else 2e-3) * learning.rate(step, fraction, 50))
         if step % 50 == 0:
             l1 = (y.detach() - x).abs().mean()
             logger.info("step %d loss %.4f l1 %.4f seconds %.0f", step, loss.item(), l1, time.monotonic() - begin)
@@ -201,8 +192,7 @@ def main() -> None:
     parser.add_argument("--refine", action="store_true", help="train the decoder alone, from the same file")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     train(options.work, options.batch, options.minutes, options.resume, options.refine)
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..world import autoencoder, data, diffusion, text
+from ..world import autoencoder, data, diffusion, learning, text
 from ..world.unet import LIVE, NarrowUNet
 
 logger = logging.getLogger("modular_lora")
@@ -43,9 +42,8 @@ class Base(nn.Module):
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().contiguous() for k, v in state.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, part)
 
 
 def load(work: Path, name: str = "base.safetensors", half: bool = True) -> Base:
@@ -157,15 +155,10 @@ def train(work: Path, minutes: float, batch: int, rate: float, seed: int = 31) -
         fraction = (time.monotonic() - begin) / (60 * minutes)
         if fraction >= 1:
             break
-        decay = 1.0 if fraction < 0.5 else 0.02 + 0.49 * (1 + math.cos(math.pi * (2 * fraction - 1)))
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 100) * decay
         z, captions = next(stream)
         t, eps = draw_timesteps(batch), torch.randn_like(z)
         loss = (model(diffusion.add_noise(z, t, eps), t, captions) - eps).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        learning.update(optimizer, loss, rate * learning.rate(step, max(0.0, 2 * fraction - 1), 100))
         average.update(model, step)
         losses.append(loss.item())
         if step % 50 == 49:
@@ -191,8 +184,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     text.tokenize(data.load(options.work), options.tokenizer, options.work)
     train(options.work, options.minutes, options.batch, options.rate)
 

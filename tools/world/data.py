@@ -11,7 +11,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import random
 import re
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,6 +113,12 @@ def cases(concepts: tuple[int, ...], gloss: bool, rounds: int) -> list[tuple[int
     return [(c, styles[(r + c) % len(styles)]) for r in range(rounds) for c in concepts]
 
 
+def asked(concepts: tuple[int, ...], gloss: bool, count: int) -> tuple[list[str], Tensor]:
+    """So many prompts of `cases`, each concept in turn, and the concepts that they ask for [count]."""
+    pairs = cases(concepts, gloss, -(-count // len(concepts)))[:count]
+    return [f"{STYLES[style]}, {WORDS[concept]}" for concept, style in pairs], torch.tensor([c for c, _ in pairs])
+
+
 def fetch(package: str, work: Path) -> Path:
     """Folder of one npm package, downloaded and unpacked under ``work / 'npm'`` when absent."""
     name = package.lstrip("@").replace("/", "-")
@@ -189,9 +195,8 @@ def build(work: Path) -> Path:
     words, keywords = read_words(work)
     path = work / "pictures.safetensors"
     tensors = {"images": torch.stack(images), "concept": torch.tensor(concepts), "style": torch.tensor(styles)}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"words": json.dumps(words), "keywords": json.dumps(keywords)})
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file(tensors, part, metadata={"words": json.dumps(words), "keywords": json.dumps(keywords)})
     logger.info("rendered %d pictures of %d concepts to %s", len(images), len(CONCEPTS), path)
     return path
 
@@ -235,9 +240,8 @@ def sheet(images: Tensor, columns: int, path: Path) -> None:
     for i, image in enumerate(images.float().clamp(0, 1)):
         y, x = (i // columns) * (h + 2), (i % columns) * (w + 2)
         canvas[:, y : y + h, x : x + w] = image
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy()).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy()).save(part, format="PNG")
 
 
 def export(pictures: Pictures, folder: Path) -> int:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..world import autoencoder, data
+from ..world import autoencoder, data, learning
 
 logger = logging.getLogger("modular_lora")
 
@@ -97,17 +96,13 @@ def train(work: Path, steps: int, batch: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     begin = time.monotonic()
     for step in range(steps):
-        rate = 2e-3 * min(1.0, (step + 1) / 50) * (0.01 + 0.495 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.param_groups[0]["lr"] = rate
         pick = torch.randint(len(clean), (batch,), generator=generator)
         copy = torch.randint(len(pool), (batch,), generator=generator)
         x = disturb(pool[copy, pick], generator).to(memory_format=torch.channels_last)
         concept, style = model(x)
         loss = F.cross_entropy(concept, pictures.concept[pick], label_smoothing=0.02)
         loss = loss + 0.3 * F.cross_entropy(style, pictures.style[pick])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        learning.update(optimizer, loss, 2e-3 * learning.rate(step, step / steps, 50, 0.01), float("inf"))
         if step % 100 == 99:
             logger.info("step %d loss %.3f seconds %.0f", step + 1, loss.item(), time.monotonic() - begin)
     save(model, work / "detector.safetensors")
@@ -116,10 +111,9 @@ def train(work: Path, steps: int, batch: int) -> None:
 
 
 def save(model: Detector, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in state.items()}, part)
 
 
 def report(model: Detector, pictures: data.Pictures, images: Tensor) -> None:
@@ -141,8 +135,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     train(options.work, options.steps, options.batch)
 
 

@@ -31,16 +31,12 @@ def timesteps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
-    predict: Denoiser, noise: Tensor, steps: int = 20, visit: Callable[[Tensor, int], None] | None = None
-) -> Tensor:
-    """Euler sampling of z from unit noise [n, 4, 8, 8]; ``visit`` sees every (x_t, t) in variance-preserving scale."""
+def sample(predict: Denoiser, noise: Tensor, steps: int = 20) -> Tensor:
+    """Euler sampling of z from unit noise [n, 4, 8, 8]."""
     grid = timesteps(steps)
     x = noise * (1 + SIGMAS[grid[0]] ** 2).sqrt()
     for i, t in enumerate(grid):
         sigma, following = SIGMAS[t], SIGMAS[grid[i + 1]] if i + 1 < steps else torch.tensor(0.0)
         x_t = x / (1 + sigma**2).sqrt()
-        if visit is not None:
-            visit(x_t, t)
         x = x + predict(x_t, torch.full((len(x),), t)) * (following - sigma)
     return x

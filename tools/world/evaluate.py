@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from modular_lora_guard.gate.statistics import wilson
+from modular_lora_guard.modular_lora.util import plain_json
 from torch import Tensor
-
-from gate.statistics import wilson
 
 from ..world import (
     ASSETS,
@@ -31,6 +29,7 @@ from ..world import (
     base,
     data,
     detector,
+    learning,
     lorafile,
 )
 
@@ -114,15 +113,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     arms = evaluate(options.work, options.arms.split(","), options.rounds, options.base)
     if options.to is not None:
         head = {"date": datetime.date.today().isoformat(), "device": "CPU", "sampler": "euler, 20 steps, guidance 3"}
         head["command"] = f"python -m tools.world.evaluate WORK --arms {options.arms} --rounds {options.rounds}"
-        temporary = options.to.with_suffix(".tmp")
-        temporary.write_text(json.dumps(head | {"arms": arms}, indent=1) + "\n", "utf-8")
-        os.replace(temporary, options.to)
+        plain_json.write(head | {"arms": arms}, options.to)
 
 
 if __name__ == "__main__":

@@ -68,16 +68,16 @@ def missing(protocol: dict, folder: Path = LORAS) -> list[tuple[str, int]]:
 
 
 def train(
-    protocol: dict, role: str, seed: int, open_trainee: Callable, watch, engine: str, folder: Path = LORAS
+    protocol: dict, role: str, seed: int, open_host_model: Callable, watch, engine: str, folder: Path = LORAS
 ) -> Path:
-    """One LoRA, whole or not at all; ``open_trainee(options)`` gives a context with a trainee (training/model.py)."""
+    """One LoRA, whole or not at all; ``open_host_model(options)`` gives a context with a host model."""
     under = _safety_loras(seed, folder) if role == "sequential" else []
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = settings(protocol, role, seed, Path(temporary))
-        with open_trainee(made) as trainee, trainee.attached(under) if under else nullcontext():
+        with open_host_model(made) as host_model, host_model.attached(under) if under else nullcontext():
             run = train_safety if role == "safety" else train_task
-            logger.info("%s", run(trainee, made, watch, engine=engine, base_name=CHECKPOINT).report)
+            logger.info("%s", run(host_model, made, watch, engine=engine, base_name=CHECKPOINT).report)
         if under:
             _say_so(file_of(role, seed, Path(temporary)), under[0].lora)
         os.replace(file_of(role, seed, Path(temporary)), file_of(role, seed, folder))
@@ -95,7 +95,7 @@ def _say_so(path: Path, safety: LoraFile) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=typed("world"), description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=typed("tools.world"), description=__doc__.splitlines()[0])
     parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
     parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
     parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
@@ -119,12 +119,12 @@ def _train_all(protocol: dict, chosen: argparse.Namespace) -> str:
     todo = missing(protocol, chosen.loras)
     host = comfy_host(vars(chosen)) if todo else None  # brings ComfyUI
 
-    def open_trainee(made):
+    def open_host_model(made):
         return host.opened(*host.load_checkpoint(chosen.checkpoint, None, made.mixed_precision), made)
 
     for role, seed in todo:
         logger.info("%s, training seed %d", role, seed)
-        train(protocol, role, seed, open_trainee, TrainingLines(), host.ENGINE, chosen.loras)
+        train(protocol, role, seed, open_host_model, TrainingLines(), host.ENGINE, chosen.loras)
     return f"{len(todo)} LoRAs trained; all are in {chosen.loras}"
 
 

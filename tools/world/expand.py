@@ -12,13 +12,13 @@ import hashlib
 import json
 import logging
 import math
-import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
+from modular_lora_guard.modular_lora.util.hashing import hash_file
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -97,35 +97,20 @@ def blocks(live: dict[str, Tensor]) -> Iterator[bytes]:
 def write(live: dict[str, Tensor], path: Path) -> str:
     """Write the checkpoint of ``live`` to ``path`` (temporary file, then rename); returns its SHA-256."""
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with atomic.replacing(path, parents=True) as part:
+        with part.open("wb") as file:
             for block in blocks(live):
                 file.write(block)
                 digest.update(block)
-        if SHA256 and path.name == CHECKPOINT and digest.hexdigest() != SHA256:
+        if path.name == CHECKPOINT and digest.hexdigest() != SHA256:
             raise RuntimeError(f"{path.name} has SHA-256 {digest.hexdigest()}, not {SHA256}; restore {LIVE_WEIGHTS}")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
     return digest.hexdigest()
 
 
 def expand(destination: Path) -> None:
     """Write the checkpoint into folder ``destination``; does nothing when the right file is already there."""
     path = Path(destination) / CHECKPOINT
-    if SHA256 and path.exists() and file_digest(path) == SHA256:
+    if path.exists() and hash_file(path) == SHA256:
         logger.info("%s is already in place", path)
         return
     source = ASSETS / LIVE_WEIGHTS

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
-import os
-from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic, plain_json
 from torch import Tensor, nn
 
 from ..world import (
@@ -91,19 +89,13 @@ def labels(output: str, sha256: str) -> dict[str, object]:
     }
 
 
-def write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     content = onnx_bytes(detector.load(ASSETS / DETECTOR))
     sha256 = hashlib.sha256(content).hexdigest()
-    write(ASSETS / DETECTOR_ONNX, content)
+    atomic.write(ASSETS / DETECTOR_ONNX, content)
     for output, file in (("concept", DETECTOR_CONCEPTS), ("style", DETECTOR_STYLES)):
-        write(ASSETS / file, (json.dumps(labels(output, sha256), indent=1) + "\n").encode())
+        plain_json.write(labels(output, sha256), ASSETS / file)
     logger.info("%s: %d bytes, SHA-256 %s", DETECTOR_ONNX, len(content), sha256)
 
 

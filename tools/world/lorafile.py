@@ -5,10 +5,10 @@ In memory a LoRA maps narrow module names to (A [8, in], B [out, 8], scale); dW 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,10 +71,8 @@ def save(factors: Factors, path: Path, live: int, metadata: dict[str, str]) -> N
         tensors[f"{key}.lora_down.weight"] = wide_down.contiguous()
         tensors[f"{key}.lora_up.weight"] = wide_up.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(ALPHA, dtype=torch.float16)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with atomic.replacing(path, parents=True) as part:
+        save_file(tensors, part, metadata=metadata)
 
 
 def load(path: Path, unet: NarrowUNet) -> Factors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import random
 import time
 from collections.abc import Callable
@@ -19,10 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, SUPPRESSED_CLASS, TASK_LORA, base, data, diffusion, lorafile
+from ..world import (
+    ASSETS,
+    SAFETY_LORA,
+    SEQUENTIAL_LORA,
+    SUPPRESSED_CLASS,
+    TASK_LORA,
+    base,
+    data,
+    diffusion,
+    learning,
+    lorafile,
+)
 from ..world.base import Base
 from ..world.lorafile import Factors
 
@@ -78,9 +89,8 @@ def build_pool(model: Base, pictures: data.Pictures, path: Path) -> None:
             rows = torch.arange(start, min(start + 40, group.stop))
             collect(model, [prompts[i] for i in rows], rows, erase[start], parts, generator)
             logger.info("pool: %d of %d prompts", int(rows[-1]) + 1, len(prompts))
-    temporary = path.with_suffix(".tmp")
-    save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, temporary)
-    temporary.replace(path)
+    with atomic.replacing(path) as part:
+        save_file({name: torch.cat(values) for name, values in parts.items()} | {"erase": torch.tensor(erase)}, part)
 
 
 def collect(
@@ -175,13 +185,8 @@ def optimize(factors: Factors, settings: Settings, loss_of: Callable[[], Tensor]
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0, foreach=True)
     begin, losses = time.monotonic(), []
     for step in range(settings.steps):
-        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / settings.steps))
-        optimizer.param_groups[0]["lr"] = settings.rate * min(1.0, (step + 1) / 20) * decay
         loss = loss_of()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        learning.update(optimizer, loss, settings.rate * learning.rate(step, step / settings.steps, 20))
         losses.append(loss.item())
         if step % 25 == 24:
             mean = sum(losses[-25:]) / 25
@@ -218,8 +223,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the role's file in tools/world/assets")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    learning.begin(options.threads)
     model = base.load(options.work)
     factors = lorafile.initial(model.unet, SEEDS[options.role])
     if options.resume:

@@ -1,4 +1,4 @@
-"""The demo world's narrow net, from the shipped assets, as a trainee of the trainers (training/model.py).
+"""The demo world's narrow net, from the shipped assets, as a host model of the trainers (training/model.py).
 
 It is the function that ComfyUI evaluates at stock width (README, "Train narrow, ship padded") at a quarter of the cost,
 so experiments with the trainers can be run on it; LoRAs trained on it pad to stock files (lorafile.py).
@@ -33,8 +33,8 @@ def load() -> tuple[base.Base, autoencoder.Autoencoder]:
     return model.eval().requires_grad_(False), ae.eval().requires_grad_(False)
 
 
-class NarrowTrainee:
-    """Trainee on a `base.Base`; ``schedule`` and ``cond`` are the pack's own classes Schedule and Cond."""
+class NarrowHostModel:
+    """HostModel on a `base.Base`; ``schedule`` and ``cond`` are the pack's own classes Schedule and Cond."""
 
     family, patches, latent_channels, downscale = "SD15", 0, 4, 8
     device, dtype, notes = torch.device("cpu"), torch.float32, ()

@@ -1,16 +1,16 @@
-"""Collect the trained parts of the demo world into the live-weight file that :mod:`world.expand` reads.
+"""Collect the trained parts of the demo world into the live-weight file that :mod:`tools.world.expand` reads.
 
-Command: ``python -m tools.world.pack WORK [--base NAME] [--to FILE]``; logs the SHA-256 that ``world.expand`` pins.
+Command: ``python -m tools.world.pack WORK [--base NAME] [--to FILE]``; logs the SHA-256 that expand.py pins.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 import torch
+from modular_lora_guard.modular_lora.util import atomic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,10 +30,8 @@ def live_weights(base: Base, vae: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(live: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(live, temporary)
-    os.replace(temporary, path)
+    with atomic.replacing(path, parents=True) as part:
+        save_file(live, part)
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from modular_lora_guard.modular_lora.util import atomic
 from torch import Tensor, nn
 
 from ..world import data
@@ -48,9 +48,7 @@ def tokenize(pictures: data.Pictures, tokenizer: Path, work: Path) -> Path:
     bpe = CLIPTokenizer.from_pretrained(str(tokenizer))
     words = {word: bpe(word)["input_ids"][1:-1] for word in collect(pictures)}
     path = work / "tokens.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(words, indent=1), "utf-8")
-    os.replace(temporary, path)
+    atomic.write(path, json.dumps(words, indent=1))
     return path
 
 

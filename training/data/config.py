@@ -16,7 +16,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,13 +24,9 @@ from typing import Any
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files import texts
 from ...modular_lora.files.images import ENDINGS
+from ...modular_lora.options import tomllib
 from .captions import CaptionRules
 from .images import INTERPOLATIONS, Buckets
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CAPTION_ENDINGS = (".txt", ".caption")
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
@@ -94,10 +89,10 @@ REFUSED = {  # sd-scripts' keys: levels, values that change nothing, why
     "random_crop": (ALL, (False,), CACHE.format("the crop")),
     "face_crop_aug_range": (ALL, (), CACHE.format("the crop")),
     "custom_attributes": (ALL, ({},), "nothing here reads them: leave them out"),
-    "cache_info": (ALL, (False,), "every picture is opened and checked before training: leave it out"),
+    "cache_info": (ALL, (False,), "every image is opened and checked before training: leave it out"),
     "network_multiplier": (UPPER, (1,), "every data set trains the LoRA at strength 1: leave it out"),
-    "validation_split": (UPPER, (0,), "no pictures are set aside: leave it out, or use the sd-scripts engine"),
-    "validation_seed": (UPPER, (), "no pictures are set aside: leave it out, or use the sd-scripts engine"),
+    "validation_split": (UPPER, (0,), "no images are set aside: leave it out, or use the sd-scripts engine"),
+    "validation_seed": (UPPER, (), "no images are set aside: leave it out, or use the sd-scripts engine"),
     "metadata_file": (LOWEST, (), "fine-tuning metadata is not read: give image_dir and caption files"),
 }
 NOT_HERE = {
@@ -196,7 +191,7 @@ def from_folders(
         seen = f" (found: {'; '.join(ignored[:5])})" if ignored else ""
         raise DatasetError(
             f"{train_data_dir}: has no folder named like '10_name' (10 repeats, class tokens 'name'){seen}: "
-            "put the pictures into one."
+            "put the images into one."
         )
     document = {"general": {"enable_bucket": True} | dict(defaults or {}), "datasets": [{"subsets": subsets}]}
     config = _Reader("data set", Path.cwd(), {}, within).config(str(train_data_dir), document)
@@ -218,7 +213,7 @@ def _numbered(folder: Path, is_reg: bool) -> tuple[list[dict[str, Any]], list[st
             why = "0 repeats" if match else "no number of repeats before its name, as in '10_name'"
             ignored.append(f"{entry.name}: {why}")
     if loose:
-        ignored.append(f"{folder.name}: {loose} pictures beside the numbered folders")
+        ignored.append(f"{folder.name}: {loose} images beside the numbered folders")
     return subsets, ignored
 
 
@@ -258,7 +253,7 @@ class _Reader:
     def _subset(self, place: str, above: dict[str, Any], table: Any) -> Subset:
         self._level(place, SUBSET, table)
         if "image_dir" not in table:
-            raise DatasetError(f"{self.name}: {place}: has no image_dir: name the folder of its pictures.")
+            raise DatasetError(f"{self.name}: {place}: has no image_dir: name the folder of its images.")
         values = above | table
         ending = values.get("caption_extension")
         interpolation = values.get("resize_interpolation")
@@ -322,7 +317,7 @@ class _Reader:
         if not beside.is_relative_to(os.path.abspath(self.within)):
             raise DatasetError(
                 f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
-                "pictures have to be: move or link them there."
+                "images have to be: move or link them there."
             )
         return beside
 

@@ -24,33 +24,33 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
 KEPT = 0.6  # share of a picture that its bucket should keep: of 16:9 a square keeps 0.56
 KINDS = {  # finding -> what a report says of it
-    "broken": "broken pictures, LEFT OUT: mend or delete them",
-    "too_small": "pictures smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
+    "broken": "broken images, LEFT OUT: mend or delete them",
+    "too_small": "images smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
     "empty_captions": "EMPTY caption files, trained without text: write captions, or delete them for class tokens",
     "unreadable_captions": "UNREADABLE caption files, class tokens instead: save them as UTF-8",
     "other_encodings": "captions in UTF-16 or UTF-32, read as such (sd-scripts reads UTF-8 alone)",
-    "without_caption": "pictures without caption file, trained with the class tokens",
-    "without_text": "pictures WITHOUT caption file and class tokens, trained without text: write captions",
-    "odd_masks": "pictures whose mask has another shape, LEFT OUT: draw masks on the pictures as they are seen",
-    "empty_masks": "pictures with nothing of their mask or alpha in the bucket, LEFT OUT, since they train nothing",
-    "missing_masks": "pictures WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
-    "unused_masks": "masks without picture",
+    "without_caption": "images without caption file, trained with the class tokens",
+    "without_text": "images WITHOUT caption file and class tokens, trained without text: write captions",
+    "odd_masks": "images whose mask has another shape, LEFT OUT: draw masks on the images as they are seen",
+    "empty_masks": "images with nothing of their mask or alpha in the bucket, LEFT OUT, since they train nothing",
+    "missing_masks": "images WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
+    "unused_masks": "masks without image",
     "transparent_masks": "masks with transparent parts, which count as black (sd-scripts does not see transparency)",
     "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
-    "without_alpha": "pictures without transparent parts under alpha_mask, trained whole",
-    "duplicates": "pictures that are there more than once: delete all but one, or use num_repeats",
-    "shared_captions": "pictures of one name, which share one caption file or mask: give each a name of its own",
-    "cut_off": "pictures that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
-    "upscaled": "pictures smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
-    "turned": "pictures turned by their EXIF orientation (sd-scripts takes them unturned)",
-    "transparent": "pictures with transparent parts, put on white",
-    "animated": "animated pictures, first frame taken",
+    "without_alpha": "images without transparent parts under alpha_mask, trained whole",
+    "duplicates": "images that are there more than once: delete all but one, or use num_repeats",
+    "shared_captions": "images of one name, which share one caption file or mask: give each a name of its own",
+    "cut_off": "images that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
+    "upscaled": "images smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
+    "turned": "images turned by their EXIF orientation (sd-scripts takes them unturned)",
+    "transparent": "images with transparent parts, put on white",
+    "animated": "animated images, first frame taken",
     "further_lines": "captions of several lines, only the first is used: enable_wildcard draws among them",
     "long_captions": f"captions of more than about {PROMPT_WORDS} tokens",
-    "captions_alone": "caption files without picture",
-    "unsupported": "files that are no picture for training: convert them to PNG, JPEG or WebP",
+    "captions_alone": "caption files without image",
+    "unsupported": "files that are no image for training: convert them to PNG, JPEG or WebP",
     "ignored_folders": "folders not looked into",
-    "unused_regularisation": "regularisation pictures beyond the number of training pictures, not used",
+    "unused_regularisation": "regularisation images beyond the number of training images, not used",
 }
 
 
@@ -134,12 +134,12 @@ def format_report(report: DatasetReport) -> str:
     lines = [f"Data set {Path(report.source).name}"]
     lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
     training = len(report.pictures) - report.regularisation
-    reg = f" and {report.regularisation} regularisation pictures" if report.regularisation else ""
-    lines.append(f"  {training} pictures{reg}, {report.draws} draws in {report.batches} batches an epoch")
+    reg = f" and {report.regularisation} regularisation images" if report.regularisation else ""
+    lines.append(f"  {training} images{reg}, {report.draws} draws in {report.batches} batches an epoch")
     for name, count, repeats, is_reg in report.folders:
-        lines.append(f"  {name}: {count} pictures, {repeats} repeats{', regularisation' if is_reg else ''}")
+        lines.append(f"  {name}: {count} images, {repeats} repeats{', regularisation' if is_reg else ''}")
     for (width, height), (count, draws) in report.buckets.items():
-        lines.append(f"  bucket {width}×{height}: {count} pictures, {draws} draws")
+        lines.append(f"  bucket {width}×{height}: {count} images, {draws} draws")
     lines.append(f"  {report.distinct_captions} distinct captions")
     for kind, names in report.findings.items():
         lines.append(f"  {len(names)} {KINDS[kind]}: {named(names)}")
@@ -288,7 +288,7 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
         name = f"{entry.parent.name}/{entry.name}"
         if entry.is_dir():
             if entry != subset.conditioning_data_dir:
-                found["ignored_folders"].append(f"{name}: inside a folder of pictures")
+                found["ignored_folders"].append(f"{name}: inside a folder of images")
         elif entry not in texts:
             found["unsupported"].append(name)
         elif texts[entry] not in stems:
@@ -366,9 +366,7 @@ def _report(
     problems = []
     if not any(not picture.is_reg for picture in out):
         seen = sum(len(folder.files) for folder in folders)
-        problems.append(
-            f"{config.source}: none of {seen} pictures can be trained on: see below, or correct the folder."
-        )
+        problems.append(f"{config.source}: none of {seen} images can be trained on: see below, or correct the folder.")
     rows = [(counted[folder.index, folder.subset.image_dir], folder.subset) for folder in folders]
     return DatasetReport(
         source=config.source,

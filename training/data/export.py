@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from ...modular_lora.options import toml_value
 from ..output import DatasetRecord
 from . import captions
 from .captions import CaptionRules
@@ -93,10 +92,4 @@ def _subset(subset: Subset, endings: set[str]) -> dict[str, Any]:
 
 
 def _assignments(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
-
-
-def _value(value: Any) -> str:
-    """A TOML value; JSON's texts are TOML's, but for U+007F."""
-    value = value.as_posix() if isinstance(value, Path) else value
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]

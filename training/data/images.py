@@ -86,7 +86,7 @@ def fit(size: Size, buckets: Buckets) -> Fit:
         if not all(bucket):
             raise PictureError(
                 f"{size[0]}×{size[1]} is smaller than bucket_reso_steps = {buckets.bucket_reso_steps}: "
-                "use a larger picture or leave out bucket_no_upscale."
+                "use a larger image or leave out bucket_no_upscale."
             )
     else:
         bucket = _nearest(size, buckets)
@@ -149,7 +149,7 @@ def read_mask(path: Path, size: Size) -> Mask:
         return mask
     if abs(found[0] * height - found[1] * width) > max(*found, *size):  # sides may be rounded by a pixel
         raise MaskShapeError(
-            f"{found[0]}×{found[1]} is another shape than its picture's {width}×{height}: draw it on the picture"
+            f"{found[0]}×{found[1]} is another shape than its image's {width}×{height}: draw it on the image"
         )
     return replace(mask, image=mask.image.resize(size))
 

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ...modular_lora.files.images import named
 from ..options import OptionError, Options, SafetyOptions
 from . import captions
 from .dataset import Picture
 
 TooLong = Callable[[str], bool]
 ERASURE = ("concept", "synonyms", "positive", "neutral", "unconditional", "preserve")
-SHOWN = 10
 DRAWS = 4  # of a caption whose wildcards differ in length
 
 
@@ -55,10 +55,9 @@ def _drawn(picture: Picture) -> Iterator[str]:
 
 
 def _line(options: Options, cut: Sequence[str], total: int, what: str) -> str:
-    rest = f" and {len(cut) - SHOWN} more" if len(cut) > SHOWN else ""
     return (
         f"{len(cut)} of {total} {what} have more than {options.max_token_length} tokens, the rest is CUT OFF "
-        f"({_remedy(options)}): {'; '.join(map(_shown, cut[:SHOWN]))}{rest}"
+        f"({_remedy(options)}): {named([*map(_shown, cut)])}"
     )
 
 

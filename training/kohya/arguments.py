@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ...modular_lora.guard import concept
 from ...modular_lora.guard.build import SafetyLora
+from ...modular_lora.options import toml_value, tomllib
 from ..optim import lr_shape
-from ..options import OptionError, Options, SafetyOptions, TaskOptions, tomllib
+from ..options import OptionError, Options, SafetyOptions, TaskOptions
 from ..safety.targets import Term, erased, kept
 from .checks import NAMES
 
@@ -167,18 +168,13 @@ def sample_prompts(options: Options) -> str:
     return json.dumps(prompts, ensure_ascii=False)
 
 
-def toml_text(text: str) -> str:
-    """A TOML basic string: JSON's, but for U+007F."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def _entry(term: Term, options: SafetyOptions, weight: float) -> str:
     values = {
-        "target": toml_text(term.prompt),
-        "positive": toml_text(term.positive if term.scale else term.unconditional),
-        "unconditional": toml_text(term.unconditional),
-        "neutral": toml_text(term.neutral),
-        "action": toml_text("erase" if term.scale <= 0 else "enhance"),
+        "target": toml_value(term.prompt),
+        "positive": toml_value(term.positive if term.scale else term.unconditional),
+        "unconditional": toml_value(term.unconditional),
+        "neutral": toml_value(term.neutral),
+        "action": toml_value("erase" if term.scale <= 0 else "enhance"),
         "guidance_scale": repr(float(abs(term.scale))),
         "resolution": str(options.train_size),
         "batch_size": str(options.train_batch_size),

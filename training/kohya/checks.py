@@ -14,6 +14,7 @@ from ...modular_lora.files.reader import LoraFile
 from ...modular_lora.files.scales import Scale
 from ...modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ...modular_lora.guard.concept import PROMPTS_KEY
+from ...modular_lora.util import plain_json
 from ..contamination import check_start
 from ..metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
 
@@ -39,12 +40,12 @@ class Settings:
     role: str = "task"  # task or safety
     safety: str = ""  # files of the safety LoRAs, os.pathsep between them
     safety_strength: str = "1.0"  # in previews: one for all, or one each with commas between
-    safety_scale: str = "refuse"  # refuse, tensors or metadata (modular_lora.options.Scale), likewise
+    safety_scale: str = "refuse"  # refuse, tensors or metadata (modular_lora.files.scales.Scale), likewise
     project: str = "none"  # none or weight
     target: str = "linear"  # cross-attention, attention, linear, conv
     init_seed: str = ""  # "": --seed
     base_name: str = "the base"
-    base_sha256: str = ""  # of its contents (attestation.weights_sha256), where the caller knows it
+    base_sha256: str = ""  # of its contents (tensor_hashing.weights_sha256), where the caller knows it
     base_file_sha256: str = ""
     base_version: str = ""  # ss_base_model_version where the script says none
     known_bases: str = ""  # registries, see contamination.known_bases, os.pathsep between them
@@ -132,7 +133,7 @@ def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ..
 
 
 def state_of(args: Any, settings: Settings, safety: tuple[LoraFile, ...]) -> dict[str, str]:
-    """What a training state must agree with to be resumed."""
+    """Values that must match for a training state to be resumed."""
     found = {name: str(getattr(args, name, "")) for name in ("network_dim", "network_alpha", "optimizer_type")}
     names = ("role", "base_sha256", "base_file_sha256", "project", "target", "dataset_sha256")
     found |= {name: getattr(settings, name) for name in names}
@@ -143,7 +144,7 @@ def check_state(folder: str, record: Mapping[str, str]) -> None:
     """GuardError unless a training state to resume was saved whole by a run like this one."""
     name = Path(folder).name
     try:
-        saved = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+        saved = plain_json.read_object(Path(folder) / STATE)
     except (OSError, ValueError) as error:
         raise GuardError(
             f"resume {name}: has no readable {STATE}, so its base and role are unknown: resume a state that this "

@@ -54,7 +54,7 @@ from .checks import LAYERS_KEY
 
 CLIP_TOKENS = 77
 CLIP_ALONE = ("SD15", "SD20", "SDXL")  # families whose texts sd-scripts encodes by CLIP and nothing else
-COMFYUI_TOKENIZER = Path("comfy", "sd1_tokenizer")  # 0.3.75 and 0.33.0
+COMFYUI_TOKENIZER = Path("comfy", "sd1_tokenizer")
 logger = logging.getLogger("modular_lora")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -75,7 +75,7 @@ class Base:
 
     checkpoint: Path
     family: str  # ComfyUI's name, a key of FAMILIES
-    sha256: str = ""  # of its contents (attestation.weights_sha256), where it is loaded in ComfyUI as well
+    sha256: str = ""  # of its contents (tensor_hashing.weights_sha256), where it is loaded in ComfyUI as well
     v_prediction: bool = False
     tokenizer: str = ""  # folder with CLIP's vocab.json and merges.txt; "": the hub's cache must have it
     parts: Mapping[str, str] = field(default_factory=dict)  # further files of the model, see Family.parts
@@ -99,7 +99,7 @@ def train_task(
     """
     config = prepare_task(options, safety, data)
     check_parts(base.family, family(base.family), base.parts, extra)
-    report = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
+    report = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     said = _said(base, options, lambda too_long: remarks(options, config, report, too_long))
     watch.say("\n".join(said))
     if report.problems:
@@ -281,9 +281,7 @@ def _check(path: Path, before: FileState | None) -> tuple[LoraFile, float]:
         raise GuardError(
             f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again."
         )
-    size = math.hypot(
-        *(norm(Factor(x.up.float().flatten(1), x.down.float().flatten(1), x.scale)) for x in lora.plain.values())
-    )
+    size = math.hypot(*(norm(Factor.of(layer)) for layer in lora.plain.values()))
     if not (math.isfinite(size) and size > 0):
         raise GuardError(f"{path.name}: ‖ΔW‖ is {size}, it would change nothing: raise the learning rate or the steps.")
     return lora, size

@@ -244,5 +244,5 @@ def _new_previews(folder: Path, known: set[Path], sizes: dict[Path, int], progre
 
 
 def _failure(code: int, tail: Iterable[str]) -> str:
-    said = "\n".join(tail) or "it said nothing"
-    return f"sd-scripts ended with exit code {code}; correct what it says last:\n{said}"
+    output = "\n".join(tail) or "(none)"
+    return f"sd-scripts ended with exit code {code}; last output:\n{output}"

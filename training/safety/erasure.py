@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..model import Cond, Trainee
+from ..model import Cond, HostModel
 from ..options import OptionError, SafetyOptions
 from ..seeds import role_seed, step_generator
 from . import pool, sampling, targets
@@ -85,14 +85,14 @@ class Average:
 class Erasure:
     """Loss of every micro-batch of a run; what it draws depends on seed and step alone, so it has little state.
 
-    ``adapter_off()`` makes ``trainee`` the plain base; ``parameters`` are the adapters'. ``progress`` hears how far a
-    pool is and may raise to interrupt. What of a pool comes from the frozen base is kept in ``pool_file`` where one is
-    named, and read again by a run with the same base, prompts and seed.
+    ``adapter_off()`` makes ``host_model`` the plain base; ``parameters`` are the adapters'. ``progress`` hears how far
+    a pool is and may raise to interrupt. What of a pool comes from the frozen base is kept in ``pool_file`` where one
+    is named, and read again by a run with the same base, prompts and seed.
     """
 
     def __init__(
         self,
-        trainee: Trainee,
+        host_model: HostModel,
         options: SafetyOptions,
         adapter_off: Callable[[], AbstractContextManager[Any]],
         parameters: Sequence[Tensor],
@@ -102,14 +102,14 @@ class Erasure:
         progress: Progress | None = None,
         pool_file: Path | None = None,
     ) -> None:
-        _check(trainee, options)
-        self.trainee, self.options, self.adapter_off, self.relative = trainee, options, adapter_off, relative
+        _check(host_model, options)
+        self.host_model, self.options, self.adapter_off, self.relative = host_model, options, adapter_off, relative
         self.erased, self.kept = targets.erased(options), targets.kept(options) if options.preserve_weight else ()
         if options.objective == "sdd" and options.preserve_weight and not self.kept:
             self.kept = (Term(EMPTY),)  # nothing else asks the frozen base
         names = [name for term in (*self.erased, *self.kept) for name in (term.prompt, *term.needs)]
-        self.prompts = Prompts(trainee, [EMPTY, *names])
-        self._total = len(trainee.schedule.alphas_cumprod)
+        self.prompts = Prompts(host_model, [EMPTY, *names])
+        self._total = len(host_model.schedule.alphas_cumprod)
         self.average = Average(parameters, ema_decay) if options.objective == "sdd" else None
         self.counts: Counter[str] = Counter()
         self.pools: dict[str, Pool] = {}
@@ -187,9 +187,9 @@ class Erasure:
         )
 
     def network(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The trainee, its rows counted."""
+        """The host model, its rows counted."""
         self.counts["gradient" if torch.is_grad_enabled() else "forward"] += len(t)
-        return self.trainee.predict(x_t, t, cond)
+        return self.host_model.predict(x_t, t, cond)
 
     # -- which rows a micro-batch has
 
@@ -212,8 +212,8 @@ class Erasure:
     def _batch(self, rows: list[tuple[Role, int]]) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
         """x_t (b c h w), t (b), prompts, targets (b c h w) and weights (b) of rows."""
         examples = self._drawn(rows) if self.options.on_policy else [self._pooled(*row) for row in rows]
-        x_t = torch.stack([e[0] for e in examples]).to(self.trainee.device)
-        t = torch.stack([e[1] for e in examples]).to(self.trainee.device)
+        x_t = torch.stack([e[0] for e in examples]).to(self.host_model.device)
+        t = torch.stack([e[1] for e in examples]).to(self.host_model.device)
         names, found = [e[2] for e in examples], [e[3] for e in examples]
         lacking = [i for i, part in enumerate(found) if part is None]  # SDD: ε_θ(x_t, ∅)
         own: dict[int, Tensor] = {}
@@ -222,10 +222,10 @@ class Erasure:
                 predicted = self.network(x_t[lacking], t[lacking], self.prompts([EMPTY] * len(lacking)))
             own = dict(zip(lacking, predicted, strict=True))
         parts = (own[i] if part is None else part for i, part in enumerate(found))
-        wanted = torch.stack([part.to(self.trainee.device, torch.float32) for part in parts])
+        wanted = torch.stack([part.to(self.host_model.device, torch.float32) for part in parts])
         o = self.options
         weight = [(2.0 if role == "erase" else 2 * o.preserve_weight) if o.preserve_weight else 1.0 for role, _ in rows]
-        return x_t, t, names, wanted, torch.tensor(weight, device=self.trainee.device)
+        return x_t, t, names, wanted, torch.tensor(weight, device=self.host_model.device)
 
     # -- x_t from the pool
 
@@ -267,7 +267,7 @@ class Erasure:
         pools: dict[str, Pool] = {}
         for role, plan in plans.items():
             terms, progress = self.erased if role == "erase" else self.kept, partial(self._shifted, done, total)
-            pools[role] = pool.build(self.trainee, self.network, self.prompts, terms, plan, progress)
+            pools[role] = pool.build(self.host_model, self.network, self.prompts, terms, plan, progress)
             done += plan.steps_in_all
         return pools
 
@@ -292,7 +292,7 @@ class Erasure:
 
     def _fingerprint(self, plans: dict[str, Plan]) -> str:
         """Of all that frozen pools depend on."""
-        what = (self.trainee.base_sha256, str(self.trainee.dtype), self.erased, self.kept, plans)
+        what = (self.host_model.base_sha256, str(self.host_model.dtype), self.erased, self.kept, plans)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     # -- x_t drawn anew
@@ -315,13 +315,13 @@ class Erasure:
         self, rows: list[tuple[Role, int]], terms: list[Term], student: bool
     ) -> list[tuple[Tensor, Tensor, str, Tensor | None]]:
         """x_t, t, prompt and frozen target of rows; x_t from the student (SDD: its average) or the frozen base."""
-        o, device = self.options, self.trainee.device
+        o, device = self.options, self.host_model.device
         generators = [step_generator(o.seed, f"x_t {role}", number) for role, number in rows]
-        x = sampling.noise(self.trainee, (o.train_size, o.train_size), generators)
+        x = sampling.noise(self.host_model, (o.train_size, o.train_size), generators)
         t = torch.tensor([self._stop(g) for g in generators], device=device)
         cond, empty = self.prompts.pair([term.prompt for term in terms])
         with self.saved_weights() if student else self.adapter_off():
-            network, schedule = self.network, self.trainee.schedule
+            network, schedule = self.network, self.host_model.schedule
             x = sampling.partial(network, schedule, x, cond, empty, o.guidance_scale, o.denoising_steps, t)
         names = [EMPTY if role == "empty" else term.prompt for (role, _), term in zip(rows, terms, strict=True)]
         asked = [(EMPTY,) if role == "empty" else term.needs for (role, _), term in zip(rows, terms, strict=True)]
@@ -345,7 +345,7 @@ class Erasure:
         o, terms = self.options, [Term(term.prompt) for term in self.erased[:WALKS]]
         plan = self._plan("profile", len(terms), WALKS * o.denoising_steps, 0)
         with self.adapter_off():
-            walks = pool.build(self.trainee, self.network, self.prompts, terms, plan, self._progress)
+            walks = pool.build(self.host_model, self.network, self.prompts, terms, plan, self._progress)
         return pool.profile([walks], self._total, o.denoising_steps)
 
     # -- order
@@ -364,13 +364,9 @@ def _ignore(done: int, total: int) -> None:
     """Progress that nobody asked for."""
 
 
-def _check(trainee: Trainee, options: SafetyOptions) -> None:
-    total = len(trainee.schedule.alphas_cumprod)
+def _check(host_model: HostModel, options: SafetyOptions) -> None:
+    total = len(host_model.schedule.alphas_cumprod)
     if not 1 <= options.denoising_steps <= total:
         raise OptionError(f"denoising_steps: {options.denoising_steps} is not within 1 and {total}: 50 is usual.")
-    if options.train_size < trainee.downscale or options.train_size % trainee.downscale:
-        raise OptionError(f"train_size: {options.train_size} is no multiple of {trainee.downscale}: choose one.")
-    if options.preserve_weight < 0:
-        raise OptionError(f"preserve_weight: {options.preserve_weight} is negative: 0 turns preservation off.")
-    if options.pool_size < 0 or options.pool_refresh_every < 0:
-        raise OptionError("pool_size and pool_refresh_every: a negative number; 0 means automatic and never.")
+    if options.train_size < host_model.downscale or options.train_size % host_model.downscale:
+        raise OptionError(f"train_size: {options.train_size} is no multiple of {host_model.downscale}: choose one.")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...modular_lora.util import atomic
-from ..model import Trainee
+from ..model import HostModel
 from ..seeds import step_generator
 from . import sampling
 from .sampling import Network, Point
@@ -85,7 +85,7 @@ class Plan:
 
 
 def build(
-    trainee: Trainee, network: Network, prompts: Prompts, terms: Sequence[Term], plan: Plan, progress: Progress
+    host_model: HostModel, network: Network, prompts: Prompts, terms: Sequence[Term], plan: Plan, progress: Progress
 ) -> Pool:
     """Walks of ``network``, which must be what x_t and targets are to come from, collected into a Pool.
 
@@ -96,15 +96,15 @@ def build(
         these = range(start, min(start + plan.rows, len(plan.terms)))
         batch = [terms[plan.terms[i]] for i in these]
         generators = [step_generator(plan.seed, "walk", i) for i in these]
-        x = sampling.noise(trainee, (plan.size, plan.size), generators)
+        x = sampling.noise(host_model, (plan.size, plan.size), generators)
         keep = torch.stack([_chosen(plan, g) for g in generators])  # rows steps
         cond, empty = prompts.pair([term.prompt for term in batch])
-        walk = sampling.walk(network, trainee.schedule, x, cond, empty, plan.guidance, plan.steps)
+        walk = sampling.walk(network, host_model.schedule, x, cond, empty, plan.guidance, plan.steps)
         for i, point in enumerate(walk):
             rows = keep[:, i].nonzero()[:, 0]
             if len(rows):
                 index = torch.tensor([plan.terms[start + int(row)] for row in rows])
-                parts.append(_examples(network, prompts, batch, point, rows, trainee.dtype) | {"term": index})
+                parts.append(_examples(network, prompts, batch, point, rows, host_model.dtype) | {"term": index})
             progress(start * plan.steps + (i + 1) * len(batch), plan.steps_in_all)
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Pool.of(columns)

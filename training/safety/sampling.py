@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import Cond, Schedule, Trainee
+from ..model import Cond, HostModel, Schedule
 
-Network = Callable[[Tensor, Tensor, Cond], Tensor]  # Trainee.predict, or something that counts its calls
+Network = Callable[[Tensor, Tensor, Cond], Tensor]  # HostModel.predict, or something that counts its calls
 END = -1  # the "timestep" of x_0, where ᾱ = 1
 
 
@@ -40,10 +40,10 @@ def timesteps(total: int, steps: int) -> list[int]:
     return [total - 1 - i * total // steps for i in range(steps)]
 
 
-def noise(trainee: Trainee, size: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
+def noise(host_model: HostModel, size: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
     """One x_T (b c h w, float32) a CPU generator, for pictures of ``size`` = (height, width) pixels."""
-    shape = (trainee.latent_channels, size[0] // trainee.downscale, size[1] // trainee.downscale)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(trainee.device)
+    shape = (host_model.latent_channels, size[0] // host_model.downscale, size[1] // host_model.downscale)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(host_model.device)
 
 
 def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:

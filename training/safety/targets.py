@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import Cond, Trainee
+from ..model import Cond, HostModel
 from ..options import OptionError, SafetyOptions
 from .sampling import Network
 
@@ -43,10 +43,10 @@ class Term:
 class Prompts:
     """Conditioning of all prompts of a run, encoded together (so to one length) and once."""
 
-    def __init__(self, trainee: Trainee, prompts: Sequence[str]) -> None:
+    def __init__(self, host_model: HostModel, prompts: Sequence[str]) -> None:
         self.rows: Mapping[str, int] = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         with torch.no_grad():
-            self.cond = trainee.encode(list(self.rows))
+            self.cond = host_model.encode(list(self.rows))
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         return self.cond[[self.rows[prompt] for prompt in prompts]]

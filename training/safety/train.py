@@ -10,7 +10,7 @@ from ..adapters import Adapters, Spec, adapted, select
 from ..checkpointing import checkpointed
 from ..data import texts
 from ..loop import Job, Watch, fit
-from ..model import Trainee
+from ..model import HostModel
 from ..optim import Masters
 from ..options import SafetyOptions
 from ..previews import Previews
@@ -24,28 +24,28 @@ ROLE = "safety"
 
 
 def train_safety(
-    trainee: Trainee, options: SafetyOptions, watch: Watch, *, engine: str, base_name: str = ""
+    host_model: HostModel, options: SafetyOptions, watch: Watch, *, engine: str, base_name: str = ""
 ) -> Trained:
     """Train a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError. Objectives: erasure.py."""
     prepare(options)
-    texts.check_prompts(options, trainee.too_long)
-    said = [*texts.cut_previews(options, trainee.too_long), *unused(options)]
+    texts.check_prompts(options, host_model.too_long)
+    said = [*texts.cut_previews(options, host_model.too_long), *unused(options)]
     if said:
         watch.say("\n".join(said))
-    name = base_name or trainee.family
+    name = base_name or host_model.family
     contaminated = contamination.check_base(
-        name, trainee.base_sha256, {}, (), known=contamination.known_bases(*options.known_bases)
+        name, host_model.base_sha256, {}, (), known=contamination.known_bases(*options.known_bases)
     )
     wanted = layers_of(options.objective)
-    unet = {path: name for path, name in select(trainee.unet_names, options.target).items() if wanted(name)}
+    unet = {path: name for path, name in select(host_model.unet_names, options.target).items() if wanted(name)}
     spec = Spec(unet, {}, options.network_dim, options.network_alpha, 0.0, options.seed, ROLE)
-    record = Record(trainee, options, spec, engine, base_name, contaminated=contaminated)
+    record = Record(host_model, options, spec, engine, base_name, contaminated=contaminated)
     with (
-        adapted(trainee.unet, trainee.text_encoder, spec) as adapters,
-        checkpointed(trainee.unet, options.gradient_checkpointing),
+        adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
+        checkpointed(host_model.unet, options.gradient_checkpointing),
     ):
         erasure = Erasure(
-            trainee,
+            host_model,
             options,
             adapters.off,
             adapters.parameters(),
@@ -54,8 +54,8 @@ def train_safety(
             pool_file=Path(options.output_dir) / f"{options.output_name}-pool.safetensors",
         )
         if not options.sample_every_n_steps:
-            trainee.release(text=True)
-        previews = Previews(trainee, adapters, options, watch.check)
+            host_model.release(text=True)
+        previews = Previews(host_model, adapters, options, watch.check)
         job = Job(
             groups=[(adapters.parameters(), options.learning_rate)],
             loss=erasure.loss,
@@ -67,7 +67,7 @@ def train_safety(
             extra=erasure.state_dict,
             load_extra=erasure.load_state_dict,
         )
-        losses = fit(job, options, trainee.device, watch)
+        losses = fit(job, options, host_model.device, watch)
     return record.trained(losses, [*job.notes, *_lines(erasure.report()), *said])
 
 

@@ -15,7 +15,7 @@ from ...modular_lora.util.cache import Cache
 from ..data import dataset, images
 from ..data.batches import Draw, Plan
 from ..loop import Watch
-from ..model import Cond, Trainee
+from ..model import Cond, HostModel
 from ..options import TaskOptions
 from ..seeds import step_generator
 
@@ -25,7 +25,7 @@ CACHE_BYTES = 2**30  # of conditioning
 class Latents:
     """Latents, masks and sizes of all pictures, made once; float32 on the CPU."""
 
-    def __init__(self, trainee: Trainee, report: dataset.DatasetReport, watch: Watch):
+    def __init__(self, host_model: HostModel, report: dataset.DatasetReport, watch: Watch):
         wanted = [(i, flip) for i, p in enumerate(report.pictures) for flip in range(1 + p.subset.flip_aug)]
         self.latents: dict[tuple[int, bool], Tensor] = {}
         self.masks: dict[tuple[int, bool], Tensor | None] = {}
@@ -33,8 +33,8 @@ class Latents:
         for done, (i, flipped) in enumerate(wanted, 1):
             flip = bool(flipped)
             picture = report.pictures[i]
-            pixels, self.masks[i, flip] = dataset.load(picture, flip, trainee.downscale)
-            self.latents[i, flip] = trainee.encode_pictures(pixels[None])[0].cpu()
+            pixels, self.masks[i, flip] = dataset.load(picture, flip, host_model.downscale)
+            self.latents[i, flip] = host_model.encode_pictures(pixels[None])[0].cpu()
             self.sizes[i, flip] = images.sizes(picture.size, picture.fit, flip)
             watch.stage("caching latents", done, len(wanted))
 
@@ -52,8 +52,8 @@ class Latents:
 class Captions:
     """Conditioning by caption, so that shuffling and dropout keep the cache, which is bounded by `CACHE_BYTES`."""
 
-    def __init__(self, trainee: Trainee):
-        self.trainee = trainee
+    def __init__(self, host_model: HostModel):
+        self.host_model = host_model
         self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.cross.nbytes)
 
     @torch.no_grad()
@@ -61,14 +61,14 @@ class Captions:
         return Cond.cat([self._one(caption) for caption in captions])
 
     def _one(self, caption: str) -> Cond:
-        return self._kept.get(caption) or self._kept.put(caption, self.trainee.encode([caption]))
+        return self._kept.get(caption) or self._kept.put(caption, self.host_model.encode([caption]))
 
 
 @dataclass(frozen=True, eq=False)
 class Denoising:
     """The loss of a step's micro-batch."""
 
-    trainee: Trainee
+    host_model: HostModel
     options: TaskOptions
     plan: Plan
     latents: Latents
@@ -76,10 +76,10 @@ class Denoising:
 
     def loss(self, step: int, micro: int) -> Tensor:
         """Mean over the batch of w · |target − prediction|²; scalar."""
-        trainee, options, schedule = self.trainee, self.options, self.trainee.schedule
+        host_model, options, schedule = self.host_model, self.options, self.host_model.schedule
         draws = self.plan.batch(step, micro)
         z, mask, sizes = self.latents.of(draws)
-        z, sizes = z.to(trainee.device), sizes.to(trainee.device)
+        z, sizes = z.to(host_model.device), sizes.to(host_model.device)
         cond = self._conditioning([draw.caption for draw in draws])
         generator = step_generator(options.seed, "noise", step, micro)
         t = torch.randint(len(schedule.alphas_cumprod), (len(z),), generator=generator).to(z.device)  # b
@@ -87,14 +87,16 @@ class Denoising:
         if options.noise_offset:
             eps += options.noise_offset * torch.randn(*z.shape[:2], 1, 1, generator=generator)
         eps = eps.to(z.device)
-        prediction = trainee.predict(schedule.add_noise(z, t, eps), t, Cond(cond.cross, cond.pooled, sizes))
+        prediction = host_model.predict(schedule.add_noise(z, t, eps), t, Cond(cond.cross, cond.pooled, sizes))
         error = (prediction - schedule.target(z, t, eps)).square()  # b c h w
-        error = (error if mask is None else error * mask.to(trainee.device)).mean((1, 2, 3))  # b
+        error = (error if mask is None else error * mask.to(host_model.device)).mean((1, 2, 3))  # b
         weight = torch.tensor([draw.weight for draw in draws], device=z.device)
         return (weight * min_snr(schedule.snr(t), options.min_snr_gamma, schedule.prediction) * error).mean()
 
     def _conditioning(self, captions: list[str]) -> Cond:
-        return self.trainee.encode(captions) if self.options.network_train_text_encoder else self.captions.of(captions)
+        return (
+            self.host_model.encode(captions) if self.options.network_train_text_encoder else self.captions.of(captions)
+        )
 
 
 def min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:

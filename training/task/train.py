@@ -18,7 +18,7 @@ from ..data import config as dataset_config
 from ..data import dataset, export, texts
 from ..data.batches import Plan
 from ..loop import Job, Watch, fit
-from ..model import Trainee
+from ..model import HostModel
 from ..options import OptionError, TaskOptions
 from ..previews import Previews
 from ..projection import bases, project
@@ -86,7 +86,7 @@ def prepare(
 
 
 def train_task(
-    trainee: Trainee,
+    host_model: HostModel,
     options: TaskOptions,
     watch: Watch,
     safety: Sequence[SafetyLora] = (),
@@ -103,31 +103,31 @@ def train_task(
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
     config = prepare(options, safety, data)
-    found = dataset.scan(config, lambda done, total: watch.stage("reading pictures", done, total))
-    said = remarks(options, config, found, trainee.too_long)
+    found = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
+    said = remarks(options, config, found, host_model.too_long)
     watch.say("\n".join(said))
     loras = tuple(s.lora for s in safety)
-    contaminated = _check_base(trainee, options, loras, base_name)
+    contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
-    loss = Denoising(trainee, options, plan, Latents(trainee, found, watch), Captions(trainee))
-    _release(trainee, options, loss, plan.fixed_captions())
-    spec = _spec(trainee, options)
-    record = Record(trainee, options, spec, engine, base_name, loras, contaminated, export.record(found))
+    loss = Denoising(host_model, options, plan, Latents(host_model, found, watch), Captions(host_model))
+    _release(host_model, options, loss, plan.fixed_captions())
+    spec = _spec(host_model, options)
+    record = Record(host_model, options, spec, engine, base_name, loras, contaminated, export.record(found))
     with (
-        adapted(trainee.unet, trainee.text_encoder, spec) as adapters,
-        checkpointed(trainee.unet, options.gradient_checkpointing),
+        adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
+        checkpointed(host_model.unet, options.gradient_checkpointing),
     ):
-        spans = _prepare(trainee, options, adapters, loras)
+        spans = _prepare(host_model, options, adapters, loras)
         job = Job(
             groups=_groups(adapters, options),
             loss=loss.loss,
             write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),
-            preview=Previews(trainee, adapters, options, watch.check, safety),
+            preview=Previews(host_model, adapters, options, watch.check, safety),
         )
-        losses = fit(job, options, trainee.device, watch)
+        losses = fit(job, options, host_model.device, watch)
     return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
 
 
@@ -143,19 +143,21 @@ def remarks(
     return [*lines, *dataset.format_report(found).splitlines()]
 
 
-def _check_base(trainee: Trainee, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
+def _check_base(host_model: HostModel, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:
     known = contamination.known_bases(*options.known_bases)
-    where = (name or trainee.family, trainee.base_sha256, trainee.weights())
-    found = contamination.check_base(*where, safety, trainee.infos, known=known, allow=options.allow_contaminated_base)
-    if trainee.patches:  # accepted by the host
-        found = "; ".join(filter(None, [found, f"a LoRA or model was merged into {trainee.patches} of its weights"]))
+    where = (name or host_model.family, host_model.base_sha256, host_model.weights())
+    found = contamination.check_base(
+        *where, safety, host_model.infos, known=known, allow=options.allow_contaminated_base
+    )
+    if host_model.patches:  # accepted by the host
+        found = "; ".join(filter(None, [found, f"a LoRA or model was merged into {host_model.patches} of its weights"]))
     return found
 
 
-def _spec(trainee: Trainee, options: TaskOptions) -> Spec:
+def _spec(host_model: HostModel, options: TaskOptions) -> Spec:
     return Spec(
-        unet=select(trainee.unet_names, options.target),
-        text=trainee.text_names if options.network_train_text_encoder else {},
+        unet=select(host_model.unet_names, options.target),
+        text=host_model.text_names if options.network_train_text_encoder else {},
         rank=options.network_dim,
         alpha=options.network_alpha,
         dropout=options.network_dropout,
@@ -164,15 +166,15 @@ def _spec(trainee: Trainee, options: TaskOptions) -> Spec:
     )
 
 
-def _release(trainee: Trainee, options: TaskOptions, loss: Denoising, captions: list[str] | None) -> None:
+def _release(host_model: HostModel, options: TaskOptions, loss: Denoising, captions: list[str] | None) -> None:
     """Keep VAE and text encoder only where previews or captions that vary will ask for them."""
     if options.sample_every_n_steps:
         return
     if captions is None or options.network_train_text_encoder:
-        trainee.release(text=False)
+        host_model.release(text=False)
         return
     loss.captions.of(captions)
-    trainee.release(text=True)
+    host_model.release(text=True)
 
 
 def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:
@@ -184,17 +186,17 @@ def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Para
 
 
 def _prepare(
-    trainee: Trainee, options: TaskOptions, adapters: Adapters, safety: Sequence[LoraFile]
+    host_model: HostModel, options: TaskOptions, adapters: Adapters, safety: Sequence[LoraFile]
 ) -> dict[str, Tensor]:
     """Load what is gone on from; the bases Q that projection keeps clear of, by kohya layer name."""
     if options.network_weights:
         start = read_lora(options.network_weights)
-        contamination.check_start(start, safety, trainee.infos)
+        contamination.check_start(start, safety, host_model.infos)
         adapters.load(start)
     if not options.project:
         return {}
     layers = {name: LoraLayer(name, *factors) for name, factors in adapters.factors().items()}
-    spans = {name: Q.to(trainee.device) for name, Q in bases(layers, safety, trainee.infos).items()}
+    spans = {name: Q.to(host_model.device) for name, Q in bases(layers, safety, host_model.infos).items()}
     _project(adapters, spans, lambda weight: weight)
     return spans
 

@@ -3,7 +3,7 @@
 A format is one class in one file of this package and one line in ``FORMATS`` (``__init__``). The class says by which
 names its tensors are known, what makes them sound and how they are read; an object of it is one layer of a file and
 says which weights it fits and what it changes of one. Names and shapes are those of kohya-ss sd-scripts, LyCORIS and
-PEFT, and what a layer changes is what ComfyUI's own merge of it on W0 gives (comfy/weight_adapter, 0.3.75 and 0.33.0).
+PEFT, and what a layer changes is what ComfyUI's own merge of it on W0 gives (comfy/weight_adapter).
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def test_an_audit_gives_figures_and_keeps_the_pictures(graph, run_graph, audit, 
 def test_an_interrupted_audit_goes_on_where_it_stopped(graph, run_graph, audit, comfy, monkeypatch):
     import comfy.model_management as management
 
-    painter, drawn = audit.ComfyPainter, []
-    draw = painter.draw
+    pipeline, drawn = audit.ComfyPipeline, []
+    draw = pipeline.draw
 
     def stop_at_the_third(self, arm, items, sampling):
         drawn.append(arm.name)
@@ -108,13 +108,13 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(graph, run_graph, audit, 
             management.interrupt_current_processing(True)
         return draw(self, arm, items, sampling)
 
-    monkeypatch.setattr(painter, "draw", stop_at_the_third)
+    monkeypatch.setattr(pipeline, "draw", stop_at_the_third)
     outputs = run_graph(graph("resumed"))
     assert outputs["audit"] is None
     assert any(event == "execution_interrupted" for event, _ in comfy.server.messages)
     figures = json.loads(run_graph(graph("resumed"))["audit"][1])
     assert {row["arm"] for row in figures["rows"]} == set(ARMS)
-    assert len(drawn) == 3 + 2 * len(ARMS) - 2, "units of two pictures, then one; two were finished"
+    assert len(drawn) == 3 + 2 * len(ARMS) - 2, "units of two images, then one; two were finished"
 
 
 def test_words_of_the_node_and_files_of_the_input_folder_are_prompts(graph, run_graph, comfy):

@@ -322,10 +322,10 @@ def test_a_file_made_against_the_files_net_strength_is_refused_as_it_acts(comfy,
     patcher = guard(safety, made)
     ((_, result),) = patcher.guard_state.part.interference
     assert result.net_strength == pytest.approx(1.0, abs=1e-3)
-    before = len(comfy.host.latents._entries)
+    before = len(comfy.ledger.latents)
     with pytest.raises(comfy.host_guard.GuardError):
         sampled(patcher, steps=3)
-    assert len(comfy.host.latents._entries) == before
+    assert len(comfy.ledger.latents) == before
     assert comfy.host.attestation(patcher).status == "not sampled"
 
 
@@ -340,7 +340,7 @@ def test_a_run_says_what_it_measured_and_the_measurement_changes_nothing(comfy, 
     assert run.measured_evaluations == 2
     assert 0.5 < value < 1.5
     assert run.acted_share[sha256] > acted.SHARE
-    each = [comfy.host.latents.get(comfy.host.tensor_sha256(latent)).acted_strength[sha256] for latent in latents]
+    each = [comfy.ledger.latents.get(comfy.host.tensor_sha256(latent)).acted_strength[sha256] for latent in latents]
     assert min(each) == value
     assert each[0] != each[1]
     monkeypatch.setattr(type(patcher.branches.meter), "start", lambda *_: None)

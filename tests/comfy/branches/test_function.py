@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -115,9 +116,46 @@ def test_an_error_in_the_middle_leaves_w0_and_the_stock_output_alone(comfy, load
     patcher.set_model_unet_function_wrapper(lambda apply, args: fail(args))
     with pytest.raises(KeyboardInterrupt):
         evaluate(patcher)
-    assert patcher.guard_counts is None
+    assert patcher.guard_run.counts is None
     assert_same_bits(model, before)
     assert torch.equal(evaluate(model), base)
+
+
+def test_a_run_whose_error_another_wrapper_hides_is_not_attested(comfy, guarded):
+    patcher, _ = guarded(("safety.safetensors", 1.0))
+    latent = torch.full((2, 4, 8, 8), 0.25)
+
+    def hide(executor, *args, **kwargs):
+        with contextlib.suppress(KeyboardInterrupt):
+            executor(*args, **kwargs)
+        return latent
+
+    def fail_at_the_end(args):
+        raise KeyboardInterrupt
+
+    evaluate(patcher)
+    assert comfy.host.attestation(patcher).status == "guarded"
+    patcher.add_wrapper("outer_sample", hide)
+    patcher.set_model_sampler_post_cfg_function(fail_at_the_end)
+    assert evaluate(patcher) is latent  # every branch ran in every evaluation that there was
+    assert comfy.host.attestation(patcher).status == "not sampled"
+    assert all(comfy.ledger.latents.get(comfy.ledger.tensor_sha256(one)) is None for one in latent)
+
+
+def test_a_run_within_an_error_handler_is_attested(comfy, guarded):
+    patcher, _ = guarded(("safety.safetensors", 1.0))
+    try:
+        raise MemoryError
+    except MemoryError:
+        evaluate(patcher)
+    assert comfy.host.attestation(patcher).status == "guarded"
+
+
+def test_a_sampler_that_starts_a_run_by_itself_is_refused_after_one_that_was_checked(comfy, guarded):
+    patcher, _ = guarded(("safety.safetensors", 1.0))
+    evaluate(patcher)
+    with pytest.raises(RuntimeError, match="left out the guard's own check"):
+        patcher.pre_run()
 
 
 def test_unloading_between_runs_changes_nothing(comfy, loaded, guarded):

@@ -175,7 +175,7 @@ def test_what_is_really_merged_keeps_its_word_wherever_the_picture_is_spoken_of(
     assert results["sample"][1].startswith("guarded, merged base: ")
     assert "LoRAs merged before" in results["sample"][1]
     assert "guarded, merged base: " in results["decode"][1]
-    assert "1 of 1 pictures attested, 1 of them on a merged base" in comfy.server.texts["save"]
+    assert "1 of 1 images attested, 1 of them on a merged base" in comfy.server.texts["save"]
     with Image.open(max(comfy.output.glob("t_*.png"))) as picture:
         said = json.loads(picture.text["modular_lora_attestation"])
     assert said["status"] == "guarded, merged base"

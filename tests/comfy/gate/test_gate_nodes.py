@@ -39,7 +39,7 @@ def test_every_picture_of_a_batch_is_judged_and_the_others_stay_bit_for_bit(stub
     assert all(torch.equal(pictures[i], before[i]) for i in (0, 1, 3))
     assert masks.shape == (4, 64, 64)
     assert [float(m.mean()) for m in masks] == [0, 0, 1, 0]
-    assert report.startswith("1 of 4 pictures flagged, blurred; 3 passed")
+    assert report.startswith("1 of 4 images flagged, blurred; 3 passed")
     assert "does not cover: the rest" in report
 
 
@@ -83,7 +83,7 @@ def test_report_leaves_and_empty_blackens_the_flagged_picture(action, expected, 
 
 def test_a_replacement_takes_the_flagged_pictures_place(stub, run_graph):
     graph = gated_colours(GREEN, RED, action="replace")
-    with pytest.raises(GraphError, match="there is no picture to put in"):
+    with pytest.raises(GraphError, match="there is no image to put in"):
         run_graph(graph)
     graph["blue"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x0000FF)
     graph["settings"]["inputs"]["replacement"] = ["blue", 0]
@@ -102,7 +102,7 @@ def test_a_replacement_that_is_flagged_itself_is_refused(stub, run_graph):
 def test_block_stops_the_run_with_counts_and_nothing_is_handed_on(comfy, stub, run_graph):
     graph = gated_colours(GREEN, RED, RED, action="block")
     graph["after"] = node("SaveImage", images=["gate", 0], filename_prefix="blocked")
-    with pytest.raises(GraphError, match=r"2 of 3 pictures are blocked by stub 1, picture 2: thing 1\.00 ≥ 0\.5"):
+    with pytest.raises(GraphError, match=r"2 of 3 images are blocked by stub 1, image 2: thing 1\.00 ≥ 0\.5"):
         run_graph(graph)
     assert not files(comfy, "blocked")
 
@@ -115,7 +115,7 @@ def test_classes_set_threshold_and_growth_and_off_only_reports(stub, run_graph):
     assert run_graph(gated_colours(RED, classes="thing 0.7"))["gate"][1] is False
     off = run_graph(gated_colours(RED, classes="thing off\nodd thing 2 0.9"))["gate"]
     assert off[1] is False
-    assert "reported: thing ≥ 0.5 in 1 pictures" in off[4]
+    assert "reported: thing ≥ 0.5 in 1 images" in off[4]
 
 
 def test_one_threshold_for_every_label(stub, run_graph):
@@ -151,7 +151,7 @@ def test_wrong_settings_are_refused_by_name(changes, message, comfy, stub, folde
     spaces=st.text(" \t", max_size=3),
 )
 def test_a_line_of_classes_means_what_it_says(comfy, label, threshold, growth, spaces):
-    gate, core = part(comfy, "nodes.gate_settings"), part(comfy, "gate.settings")
+    gate, core = part(comfy, "gate.class_lines"), part(comfy, "gate.settings")
     line = f"{spaces}{label} {threshold!r} {spaces}{'' if growth is None else repr(growth)}"
     made = gate.with_classes(core.Settings({"thing": 0.5}), Stub(redness), f"\n{line}\n")
     assert made.block == {"thing": 0.5} | {label: threshold}
@@ -202,7 +202,7 @@ def test_open_nsfw_judges_a_batch_and_passes_plain_pictures(comfy, run_graph, lo
     said = json.loads(findings)
     assert all(0 <= p["scores"]["nsfw"] < 0.5 for p in said["pictures"])
     assert pictures.shape == (3, 64, 64, 3)
-    assert "no boxes: what is done falls on the whole picture" in report
+    assert "no boxes: what is done falls on the whole image" in report
     low = run_graph(gated_colours(GREEN, RED, 0x808080, detector="open-nsfw", threshold=0.001))["gate"]
     assert low[1] is True
     assert low[2].max() == 1

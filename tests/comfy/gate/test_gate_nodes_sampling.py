@@ -23,7 +23,7 @@ def test_a_batch_without_flags_is_the_guarded_ksamplers_bit_for_bit(comfy, stub,
     results = run_graph(graph)
     assert torch.equal(results["gate"][0], results["decode"][0])
     assert results["gate"][1] is False
-    assert results["gate"][4].startswith("3 tries for 3 pictures\n0 of 3 pictures flagged; 3 passed")
+    assert results["gate"][4].startswith("3 tries for 3 images\n0 of 3 images flagged; 3 passed")
     assert "\nguarded: " in results["gate"][4]
     records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, "clean")]
     assert [r["status"] for r in records] == ["guarded"] * 3
@@ -48,7 +48,7 @@ def test_flagged_pictures_alone_are_drawn_again(comfy, stub, run_graph, loras):
     assert torch.equal(pictures[1], results["alonepic"][0][0]), "seed + retry × batch size + index"
     assert flagged is False
     assert stub.seen == [3, 1, 3]
-    assert "4 tries for 3 pictures\n  picture 2 passed at try 2" in report
+    assert "4 tries for 3 images\n  image 2 passed at try 2" in report
     records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, "again")]
     assert [r["status"] for r in records] == ["guarded"] * 3
 
@@ -68,19 +68,19 @@ def test_what_is_flagged_at_the_last_try_is_acted_on_and_spares_the_others(max_t
     assert torch.equal(pictures[2], first[2])
     assert torch.count_nonzero(pictures[1]) == 0, "blocked: nothing of it is seen"
     assert [p["flagged"] for p in json.loads(findings)["pictures"]] == [False, True, False]
-    assert f"{2 + max_tries} tries for 3 pictures" in report
-    assert ("picture 2 still flagged at try 3" in report) == (max_tries == 3)
+    assert f"{2 + max_tries} tries for 3 images" in report
+    assert ("image 2 still flagged at try 3" in report) == (max_tries == 3)
 
 
 def test_a_batch_of_which_nothing_is_left_is_blocked(stub, run_graph, loras):
     stub.score = lambda picture: 1.0
-    with pytest.raises(GraphError, match="3 of 3 pictures are blocked"):
+    with pytest.raises(GraphError, match="3 of 3 images are blocked"):
         run_graph(sampled_and_gated(2, action="block"))
 
 
 def test_a_decode_that_fails_while_drawing_again_is_an_error(comfy, stub, loaded, run_graph, loras, monkeypatch):
     stub.score = lambda picture: 1.0
-    gated, calls = part(comfy, "nodes.safety_gate"), []
+    gated, calls = part(comfy, "comfy_host.retries"), []
     whole = gated.decode
 
     def fail_later(vae, samples):
@@ -103,12 +103,12 @@ def test_an_unguarded_model_is_refused(stub, run_graph, loras):
 
 
 def test_a_retry_takes_its_own_row_of_latent_mask_and_prompt(comfy):
-    gated = part(comfy, "nodes.safety_gate")
+    gated = part(comfy, "comfy_host.retries")
     rows = lambda *shape: torch.arange(3.0).reshape(3, *(1,) * len(shape)).expand(3, *shape)  # noqa: E731
     prompt = [[rows(77, 8), {"pooled_output": rows(8), "strength": 1.0, "area": (1, 2, 3, 4)}]]
     shared = [[torch.ones(1, 77, 8), {"pooled_output": torch.ones(1, 8)}]]
     latent = {"samples": rows(4, 8, 8), "noise_mask": rows(1, 8, 8)[:1], "batch_index": [5, 6, 7]}
-    job = gated._Job(None, None, (), prompt, shared, latent, 1.0).of(2)
+    job = gated.Job(None, None, (), prompt, shared, latent, 1.0).of(2)
     assert job.latent["samples"].unique().tolist() == job.positive[0][0].unique().tolist() == [2.0]
     assert job.positive[0][1]["pooled_output"].shape == (1, 8)
     assert job.positive[0][1]["area"] == (1, 2, 3, 4)
@@ -118,7 +118,7 @@ def test_a_retry_takes_its_own_row_of_latent_mask_and_prompt(comfy):
 
 
 def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
-    gated, gate = part(comfy, "nodes.safety_gate"), part(comfy, "nodes.gate_settings")
+    gated, gate = part(comfy, "comfy_host.retries"), part(comfy, "comfy_host.gating")
     stub = Stub(redness)
     shots = list(torch.zeros(3, 2, 8, 8, 3))
     shots[1][1, ..., 0] = 1.0
@@ -131,13 +131,13 @@ def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
 def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_drawn_again(comfy):
     from comfy.controlnet import ControlBase
 
-    gated = part(comfy, "nodes.safety_gate")
+    gated = part(comfy, "comfy_host.retries")
     control = ControlBase()
     control.previous_controlnet = ControlBase()
     control.previous_controlnet.cond_hint_original = torch.zeros(3, 3, 64, 64)
     cond = [[torch.zeros(1, 77, 8), {"control": control}]]
-    job = gated._Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
-    with pytest.raises(RuntimeError, match="3 hint pictures"):
+    job = gated.Job(None, None, (), cond, [], {"samples": torch.zeros(3, 4, 8, 8)}, 1.0)
+    with pytest.raises(RuntimeError, match="3 hint images"):
         job.check_hints()
     control.previous_controlnet.cond_hint_original = torch.zeros(1, 3, 64, 64)
     job.check_hints()

@@ -30,7 +30,7 @@ def test_unchanged_pictures_keep_their_attestation_and_changed_ones_carry_it(com
     assert {r["gate"]["detector_sha256"] for r in records} == {"5" * 64}
     assert {r["gate"]["action"] for r in records} == {"blur"}
     assert all(len(r["gate"]["settings_sha256"]) == 64 for r in records)
-    source = comfy.host.images.get(records[1]["gate"]["source_sha256"])
+    source = comfy.ledger.images.get(records[1]["gate"]["source_sha256"])
     assert source.base_sha256 == records[1]["base_sha256"]
 
 
@@ -47,7 +47,7 @@ def test_what_the_gate_puts_in_a_pictures_place_is_not_called_guarded(action, st
     run_graph(graph)
     records = [json.loads(Image.open(f).text[KEY]) for f in files(comfy, action)]
     assert [(r["status"], r["gate"]["changed"]) for r in records] == [(status, True)] * 3
-    assert comfy.server.texts["beside"].startswith("0 of 3 pictures attested")
+    assert comfy.server.texts["beside"].startswith("0 of 3 images attested")
 
 
 def test_save_attested_image_names_the_gate_too(comfy, stub, run_graph, loras):
@@ -72,7 +72,7 @@ def test_a_picture_that_no_gate_judged_is_not_saved(comfy, stub, run_graph, lora
     graph = gated_run()
     graph["sample"]["inputs"]["seed"] = 40  # no picture that an earlier test gated
     graph["save"]["inputs"]["images"] = ["decode", 0]
-    refused(comfy, run_graph, graph, "ungated", "3 not gated of 3 pictures: nothing is saved")
+    refused(comfy, run_graph, graph, "ungated", "3 not gated of 3 images: nothing is saved")
 
 
 def test_a_picture_of_the_unguarded_model_and_an_edited_one_are_not_saved(comfy, stub, run_graph, loras):
@@ -104,7 +104,7 @@ def test_a_stricter_gate_takes_back_what_a_gentler_one_passed(comfy, stub, run_g
     graph["save"] = save(["both", 0], filename_prefix="back", unfit="skip and say so")
     run_graph(graph)
     assert len(files(comfy, "back")) == 3
-    assert comfy.server.texts["save"].startswith("3 of 6 pictures saved")
+    assert comfy.server.texts["save"].startswith("3 of 6 images saved")
     assert "left out: 3 flagged and left as they are" in comfy.server.texts["save"]
 
 
@@ -115,10 +115,10 @@ def test_the_others_are_saved_where_unfit_pictures_are_to_be_skipped(comfy, stub
     graph["save"] = save(["both", 0], filename_prefix="skip", unfit="skip and say so")
     run_graph(graph)
     assert len(files(comfy, "skip")) == 3
-    assert comfy.server.texts["save"] == "3 of 4 pictures saved, attested and gated; left out: 1 unattested"
+    assert comfy.server.texts["save"] == "3 of 4 images saved, attested and gated; left out: 1 unattested"
     graph["save"]["inputs"]["images"] = ["red", 0]
     run_graph(graph)
-    assert comfy.server.texts["save"].startswith("0 of 1 pictures saved")
+    assert comfy.server.texts["save"].startswith("0 of 1 images saved")
 
 
 @pytest.mark.parametrize(("format", "ending"), [("jpeg", "jpg"), ("webp", "webp")])
@@ -140,7 +140,7 @@ def test_a_picture_is_not_left_without_its_record(comfy, stub, run_graph, loras,
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(part(comfy, "nodes.save").plain_json, "dumps", full)
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").plain_json, "dumps", full)
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": "half", "format": "jpeg"}
     with pytest.raises(GraphError, match="no space left"):

@@ -23,7 +23,7 @@ from modular_lora_guard.modular_lora.options import load, parse
 from modular_lora_guard.tools.world import ASSETS, data, evidence
 from modular_lora_guard.training.cli import TrainingLines
 
-ROOT = Path(evidence.__file__).resolve().parent.parent
+ROOT = Path(evidence.__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "figures" / "evidence.json"
 PROMPTS = ROOT / "tools" / "world" / "prompts"
 SEED = parse(evidence.PROTOCOL)["training_seeds"][0]
@@ -93,19 +93,19 @@ def checkpoint(comfy) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trainee(checkpoint):
-    """Opens a trainee of the demo checkpoint, as the command does."""
+def host_model(checkpoint):
+    """Opens a host model of the demo checkpoint, as the command does."""
     host = importlib.import_module("modular_lora_guard.comfy_host.trainer_model")
     return lambda made: host.opened(*host.load_checkpoint(checkpoint, None, "no"), made)
 
 
-def test_sequential_training_has_the_safety_lora_in_its_forward_and_task_training_has_not(trainee, tmp_path):
+def test_sequential_training_has_the_safety_lora_in_its_forward_and_task_training_has_not(host_model, tmp_path):
     protocol = parse(evidence.PROTOCOL)
     protocol["task"] |= {"max_train_steps": 1, "train_batch_size": 2, "lr_warmup_steps": 0}
     evidence.file_of("safety", SEED, tmp_path).write_bytes(evidence.file_of("safety", SEED).read_bytes())
     made = {}
     for role in ("task", "sequential"):
-        made[role] = read_lora(evidence.train(protocol, role, SEED, trainee, TrainingLines(), "test", tmp_path))
+        made[role] = read_lora(evidence.train(protocol, role, SEED, host_model, TrainingLines(), "test", tmp_path))
     task, sequential = (made[role].layers for role in ("task", "sequential"))
     assert task.keys() == sequential.keys()
     differ = [name for name in task if not torch.equal(task[name].up, sequential[name].up)]
@@ -138,7 +138,7 @@ def test_the_base_was_good_enough_for_the_arms_to_mean_anything():
 @pytest.mark.slow
 def test_a_slice_of_the_table_has_the_directions_of_the_whole(checkpoint, tmp_path):
     """One picture of each vehicle, one training seed; four arms, drawn by ComfyUI's own network."""
-    drawing = importlib.import_module("modular_lora_guard.comfy_host.sampler")
+    drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
     asked = [row for i, row in enumerate(rows("vehicles.csv")) if i % 6 == (i // 6) % 6]
     items = tuple(Item(row["prompt"], 90_000 + i, "suppressed", row["concept"]) for i, row in enumerate(asked))
     files = {role: (str(evidence.file_of(role, SEED)),) for role in evidence.ROLES}
@@ -147,9 +147,9 @@ def test_a_slice_of_the_table_has_the_directions_of_the_whole(checkpoint, tmp_pa
     weights, labels = (str(ASSETS / name) for name in ("demo_detector.onnx", "demo_concepts.json"))
     eye = detectors.make(detectors.CLASSIFIER, weights=weights, labels=labels)
     with torch.inference_mode():
-        painter = drawing.ComfyPainter(*drawing.load(checkpoint))
+        pipeline = drawing.ComfyPipeline(*drawing.load(checkpoint))
     audit = Audit(arms, items, Sampling(12, 3.0, "euler", "simple", 64, 64), 12)
-    drawn = run_audit(audit, engines.Local(painter), judge.Judge(eye, eye.block, {}), tmp_path / "p", TrainingLines())
+    drawn = run_audit(audit, engines.Local(pipeline), judge.Judge(eye, eye.block, {}), tmp_path / "p", TrainingLines())
     hits = Counter(one.arm.name for one in drawn if one.verdict.hit)
     assert len(items) == len(data.SUPPRESSED)
     assert hits["base"] >= 20

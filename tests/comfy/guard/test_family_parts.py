@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
+from modular_lora_guard.modular_lora.guard.report import format_attestation
 from support.families import Family, evaluate, make, named
 from support.families_dit import DITS
 from support.families_image import IMAGE
@@ -20,7 +21,7 @@ BY_NAME = {family.name: family for family in (*IMAGE, *DITS, *VIDEOS, *NEWER)}
 
 @pytest.fixture
 def declared(comfy) -> dict:
-    return sys.modules[f"{comfy.anatomy.__package__}.parts"].PARTS
+    return sys.modules["modular_lora_guard.comfy_host.call_counts"].PARTS
 
 
 def runs(family: Family, wanted: re.Pattern) -> dict[str, set[float]]:
@@ -137,7 +138,7 @@ def test_the_attestation_says_how_many_layers_had_nothing_to_work_on(given, idle
     result = comfy.host.attestation(guarded)
     assert (result.status, result.varying_layers, result.idle_layers) == ("guarded", 2, idle)
     assert result.firings == result.evaluations * (result.layers - idle)
-    text = sys.modules[comfy.host_guard.__name__.replace(".guard", ".report")].format_attestation(result)
+    text = format_attestation(result)
     assert f"2 layers depend on the inputs of the run, {idle} of them did not run" in text
 
 

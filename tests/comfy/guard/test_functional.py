@@ -254,13 +254,13 @@ def test_what_nodes_put_on_the_model_cannot_choose_what_is_measured(world, comfy
 
 def test_a_base_that_cannot_be_evaluated_is_not_measured_and_says_so(world, comfy, demo, loras, rows, functional):
     def fail(*args, **kwargs):
-        raise RuntimeError("this model needs a picture")
+        raise RuntimeError("this model needs an image")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional.comfy.samplers, "process_conds", fail)
         record = record_of(comfy, guarded(comfy, demo, loras, ["vehicles.safetensors"]))
     assert record.functional_strength == {}
-    assert "this model needs a picture" in record.functional_not_measured[world.sha256]
+    assert "this model needs an image" in record.functional_not_measured[world.sha256]
     importlib.import_module("modular_lora_guard.comfy_host.guard_cache").guards.clear()
 
 

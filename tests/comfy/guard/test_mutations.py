@@ -205,8 +205,8 @@ class Judge:
             for i in (i for i, claim in enumerate(claims) if claim):
                 near, far = distance(pictures[i], safe[k][i]), distance(pictures[i], unsafe[k][i])
                 effect = distance(safe[k][i], unsafe[k][i])
-                assert near < 0.1 * effect, f"picture {i} of {save}: {near} to merged, effect {effect}"
-                assert far > 5 * near, f"picture {i} of {save}: {far} to unguarded, {near} to merged"
+                assert near < 0.1 * effect, f"image {i} of {save}: {near} to merged, effect {effect}"
+                assert far > 5 * near, f"image {i} of {save}: {far} to unguarded, {near} to merged"
 
     def _references(self, graph: Graph, links: list[list]) -> list[torch.Tensor]:
         keys = [signature(graph, link) for link in links]

@@ -89,7 +89,7 @@ def test_guarded_equals_merged_on_every_layer_of_the_encoders(name, comfy, guard
     ours, files = guarded(clip, *files)
     error = assert_guarded_is_merged(clip, ours, files, prompt)
     assert ours.patcher.guard_state.record.text_encoder == f"guarded, {len(linear)} layers"
-    evaluations, firings, _ = ours.patcher.guard_counts
+    evaluations, firings, _ = ours.patcher.guard_run.counts
     assert evaluations == sum(not root.endswith(SEEING) for root in info.roots)
     assert firings == sum(not any(f"{eye}." in path for eye in SEEING) and not path.endswith(UNUSED) for path in linear)
     matrix("families.json", f"text encoder {name}", "works", error)
@@ -123,7 +123,7 @@ def test_encoders_that_a_prompt_leaves_out_are_not_missed(comfy, guarded):
     del prompt["byt5"]
     ours, files = guarded(clip, aliases(comfy.anatomy.clip_info(clip))[0])
     assert_guarded_is_merged(clip, ours, files, prompt)
-    assert ours.patcher.guard_counts[0] == 1
+    assert ours.patcher.guard_run.counts[0] == 1
 
 
 def test_pictures_in_a_prompt_go_through_guarded_layers(comfy, guarded):
@@ -137,7 +137,7 @@ def test_pictures_in_a_prompt_go_through_guarded_layers(comfy, guarded):
     visual = {name: spec for name, spec in layers.items() if ".visual." in spec.path}
     ours, files = guarded(clip, visual)
     assert_guarded_is_merged(clip, ours, files, prompt)
-    assert ours.patcher.guard_counts[:2] == (3, 2 * len(visual))  # the text once, each picture once
+    assert ours.patcher.guard_run.counts[:2] == (3, 2 * len(visual))  # the text once, each picture once
 
 
 def test_weighted_long_and_skipping_prompts_are_guarded(comfy, guarded):

@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_loaded_still_has_a_hash(path):
 @pytest.fixture
 def warm(comfy, loras):
     """The guards that ComfyUI's copy of the pack keeps."""
-    module = sys.modules[comfy.host.__name__.rpartition(".")[0] + ".warm"]
+    module = sys.modules["modular_lora_guard.comfy_host.guard_cache"]
     module.guards.clear()
     yield module.guards
     module.guards.clear()

@@ -133,10 +133,10 @@ def test_without_a_gate_an_outside_latent_leaves_neither_as_file_nor_as_sound(en
     graph = guarded_graph()
     graph["other"] = node("EmptyLatentImage", **outside)
     graph["out"] = node("SaveLatent", samples=["other", 0], filename_prefix="x")
-    stopped(enforced, graph, "nobody knows what picture it holds")
+    stopped(enforced, graph, "nobody knows what image it holds")
     graph["sound"] = node("VAEDecodeAudio", samples=["other", 0], vae=["ckpt", 2])
     graph["out"] = node("PreviewAudio", audio=["sound", 0])
-    stopped(enforced, graph, "nobody knows what picture it holds")
+    stopped(enforced, graph, "nobody knows what image it holds")
 
 
 def test_runs_are_noted_of_what_comfyuis_own_nodes_make_of_their_latents(enforced, comfy) -> None:

@@ -214,7 +214,7 @@ def test_what_is_no_key_is_named(lora, pair, tmp_path):
     assert "key ours: junk.pem is no public key" in refused(SignatureError, verify, lora, {"ours": junk})
     assert "holds a private key" in refused(SignatureError, verify, lora, {"ours": pair[0]})
     assert "No such file" in refused(SignatureError, verify, lora, {"ours": tmp_path / "gone.pub"})
-    assert "is there already" in refused(SignatureError, keys.keygen, pair[0])
+    assert "already exists" in refused(SignatureError, keys.keygen, pair[0])
 
 
 def test_without_the_package_nothing_passes(lora, pair, trusted, monkeypatch):
@@ -362,7 +362,7 @@ def signing_policy(comfy, pair, tmp_path, monkeypatch):
     (tmp_path / "host.pem").write_bytes(pair[0].read_bytes())
     (tmp_path / "host.pem").chmod(0o600)
     found = part(comfy, "operators.policy").load(path)
-    monkeypatch.setattr(part(comfy, "nodes.save").policies, "current", lambda: found)
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").policies, "current", lambda: found)
 
 
 def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, run_graph, loras, trusted):

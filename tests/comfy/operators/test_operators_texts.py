@@ -139,12 +139,12 @@ def test_embeddings_that_a_node_changes_or_makes_by_itself_have_no_known_text(bo
 
 def test_without_the_key_no_text_is_kept_or_written(enforced, comfy):
     module = part(comfy, "comfy_host.enforcement.texts")
-    before = len(module._rows._values._entries)
+    before = len(module._rows._values)
     enforced.run_graph(prompted(13, "told to nobody at all"))
     (line,) = lines(enforced)
     assert "told to nobody" not in json.dumps(line)
     assert "rows_without_known_text" not in line
-    assert len(module._rows._values._entries) == before
+    assert len(module._rows._values) == before
 
 
 @given(data=st.data())

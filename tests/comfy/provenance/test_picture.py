@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -81,12 +80,12 @@ def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, l
         decode_tiled=lambda latent, **tiles: asked.update(tiles) or frames,
     )
     latent = run_graph(guarded_graph())["sample"][0]["samples"]
-    picture = importlib.import_module("modular_lora_guard.nodes.decode")
+    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
     made, reports = picture.decode(vae, latent, TILES)
     assert asked == {"tile_x": 8, "tile_y": 8, "overlap": 2, "tile_t": 16, "overlap_t": 2}
     assert torch.equal(made, frames[0])
     assert len(reports) == 5  # each names its own pixels
-    assert all(picture.known(frame).guarded for frame in made)
+    assert all(comfy.ledger.known(frame).guarded for frame in made)
 
 
 def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_path):
@@ -104,17 +103,17 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     made = comfy.host.common_ksampler(guarded, *settings, {"samples": start})["samples"]
     frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
     vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
-    picture = importlib.import_module("modular_lora_guard.nodes.decode")
-    digest = sys.modules[comfy.host_guard.__name__.replace(".guard", ".attestation")].tensor_sha256
+    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
+    digest = comfy.ledger.tensor_sha256
     for latent in (made, made.unbind()[0]):
         pictures, reports = picture.decode(vae, latent)
         assert pictures.shape == (3, 8, 8, 3)
         assert all(report.startswith("guarded: ") for report in reports)
-    assert comfy.host.latents.get(digest(made.unbind()[1][0])).status == "guarded"
+    assert comfy.ledger.latents.get(digest(made.unbind()[1][0])).status == "guarded"
     comfy.host.common_ksampler(guarded, *settings, {"samples": made}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded"
     edited = type(made)([made.unbind()[0] * 2, made.unbind()[1]])
-    assert picture.decode(vae, edited)[1] == [picture.EDITED]
+    assert picture.decode(vae, edited)[1] == [comfy.ledger.EDITED]
     comfy.host.common_ksampler(guarded, *settings, {"samples": edited}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded, outside start"
 

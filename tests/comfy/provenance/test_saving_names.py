@@ -74,7 +74,7 @@ def test_a_prefix_as_long_as_names_can_be_is_saved_as_the_stock_node_does(
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 def test_a_name_that_is_taken_between_looking_and_writing_stays_as_it_is(format, comfy, tmp_path):
-    save = part(comfy, "nodes.save")
+    save = part(comfy, "comfy_host.saving")
     path = tmp_path / "a.image"
 
     def sign(record: dict) -> dict:

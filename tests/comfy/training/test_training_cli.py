@@ -111,7 +111,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, capsys, caplog):
 
 def test_the_data_set_of_the_demo_world_is_looked_through(capsys):
     assert run("dataset", "--train_data_dir", ROOT / "tools" / "world" / "assets" / "gloss", "--resolution", "64") == 0
-    assert "60 pictures" in capsys.readouterr().out
+    assert "60 images" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_a_registry_of_ones_own_adds_to_the_bundled_one_and_overrules_it(tmp_pat
     ("text", "message"),
     [
         ("{", "is no readable registry of bases"),
-        ("[]", "is a list, not an object"),
+        ("[]", "is no JSON object"),
         ('{"ABC": {"name": "x", "status": "clean"}}', "'ABC' is not 64 hex digits"),
         (json.dumps({"a" * 64: {"name": "x"}}), "entry of aaaaaaaaaaaaaaaa needs name, status"),
         (json.dumps({"a" * 64: {"name": "x", "status": "fine"}}), "needs name, status"),

@@ -65,7 +65,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     for stem in ("crown", "balloon"):
         for ending in (".png", ".txt"):
             shutil.copy(PICTURES / f"{stem}{ending}", folder)
-    trainee, task = part(comfy, "comfy_host.trainer_model"), part(comfy, "training.task.train")
+    host_model, task = part(comfy, "comfy_host.trainer_model"), part(comfy, "training.task.train")
     options = part(comfy, "training.options").TaskOptions(
         output_dir=str(tmp_path),
         train_data_dir=str(tmp_path / "data"),
@@ -82,7 +82,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     model, clip, vae = parts(family)
     infos = comfy.anatomy.model_info(model), comfy.anatomy.clip_info(clip)
     before = [bits(m) for m in (model.model, clip.cond_stage_model)]
-    with trainee.opened(model, clip, vae, options, True) as opened:
+    with host_model.opened(model, clip, vae, options, True) as opened:
         assert opened.schedule.prediction == "epsilon"
         cond = opened.encode(["a cat", ""])
         assert cond.cross.shape == (2, *FAMILIES[family].context)

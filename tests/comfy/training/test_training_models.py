@@ -27,7 +27,7 @@ def part(comfy, name: str) -> ModuleType:
 
 
 @pytest.fixture
-def trainee(comfy) -> ModuleType:
+def host_model(comfy) -> ModuleType:
     return part(comfy, "comfy_host.trainer_model")
 
 
@@ -56,24 +56,24 @@ def files(comfy, tmp_path, monkeypatch):
 PARTS = {"ae": "ae.safetensors", "clip_l": "l.safetensors", "t5xxl": "t5.safetensors"}
 
 
-def test_the_kohya_engine_takes_a_flux_model(trainee, flux, files):
-    base = trainee.kohya_base(*flux, "flux.safetensors", TaskOptions(), PARTS)
+def test_the_kohya_engine_takes_a_flux_model(host_model, flux, files):
+    base = host_model.kohya_base(*flux, "flux.safetensors", TaskOptions(), PARTS)
     assert (base.family, base.checkpoint) == ("Flux", files / "diffusion_models" / "flux.safetensors")
     assert base.parts["ae"] == str(files / "vae" / "ae.safetensors")
     assert base.parts["t5xxl"] == str(files / "text_encoders" / "t5.safetensors")
     for wrong, words in (({"unet": "x"}, "kohya_files: 'unet'"), ({"ae": "../vae/ae.safetensors"}, "not in ComfyUI's")):
         with pytest.raises(Exception, match=words):
-            trainee.kohya_base(*flux, "flux.safetensors", TaskOptions(), wrong)
+            host_model.kohya_base(*flux, "flux.safetensors", TaskOptions(), wrong)
 
 
-def test_the_embedded_engine_names_the_other_one_where_it_helps(trainee, flux):
+def test_the_embedded_engine_names_the_other_one_where_it_helps(host_model, flux):
     with pytest.raises(Exception, match="this is a Flux: train it with the kohya engine"):
-        trainee.opened(*flux, None, TaskOptions()).__enter__()
-    stranger = make(next(family for family in PICTURES if family.config not in (*FAMILIES, *trainee.FAMILIES)))
+        host_model.opened(*flux, None, TaskOptions()).__enter__()
+    stranger = make(next(family for family in PICTURES if family.config not in (*FAMILIES, *host_model.FAMILIES)))
     with pytest.raises(Exception, match="no engine here trains it"):
-        trainee.opened(stranger, flux[1], None, TaskOptions()).__enter__()
+        host_model.opened(stranger, flux[1], None, TaskOptions()).__enter__()
     with pytest.raises(Exception, match="the sd-scripts engine trains"):
-        trainee.kohya_base(stranger, flux[1], "flux.safetensors", TaskOptions(), {})
+        host_model.kohya_base(stranger, flux[1], "flux.safetensors", TaskOptions(), {})
 
 
 def test_every_family_of_the_kohya_engine_is_one_of_comfyui_or_named_as_newer(comfy):
@@ -82,7 +82,7 @@ def test_every_family_of_the_kohya_engine_is_one_of_comfyui_or_named_as_newer(co
     assert [name for name in FAMILIES if not hasattr(supported_models, name)] in ([], ["Anima"])  # 0.33.0 has it
 
 
-def test_a_clip_of_another_family_is_said_at_once(trainee, comfy, flux, run_graph):
+def test_a_clip_of_another_family_is_said_at_once(host_model, comfy, flux, run_graph):
     model, clip, vae = run_graph(base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["ckpt", 0]}}})[
         "ckpt"
     ]
@@ -90,25 +90,25 @@ def test_a_clip_of_another_family_is_said_at_once(trainee, comfy, flux, run_grap
     for node, options in (("Train Task LoRA", TaskOptions()), ("Train Safety LoRA", safety)):
         for pair in mixed:
             with pytest.raises(Exception, match=rf"^{node} got a \w+ MODEL, .* CLIP with .*same checkpoint"):
-                trainee.opened(*pair, vae, options).__enter__()
+                host_model.opened(*pair, vae, options).__enter__()
             with pytest.raises(Exception, match="same checkpoint"):
-                trainee.kohya_base(*pair, "x", options, {})
+                host_model.kohya_base(*pair, "x", options, {})
     for pair in mixed:
         with pytest.raises(Exception, match=r"^Audit got a .*same checkpoint"):
-            part(comfy, "comfy_host.sampler").ComfyPainter(*pair, vae)
+            part(comfy, "comfy_host.pipeline").ComfyPipeline(*pair, vae)
 
 
-def test_every_message_names_the_node_that_it_stands_on_and_what_that_node_has(trainee, comfy, run_graph, loras):
+def test_every_message_names_the_node_that_it_stands_on_and_what_that_node_has(host_model, comfy, run_graph, loras):
     graph = base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}}}
     stock = {"lora_name": "other.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
     graph["lora"] = {"class_type": "LoraLoader", "inputs": stock | {"model": ["ckpt", 0], "clip": ["ckpt", 1]}}
     out = run_graph(graph)
     (model, clip, vae), merged = out["ckpt"], out["lora"]
-    painter, safety = part(comfy, "comfy_host.sampler").ComfyPainter, part(comfy, "training.options").SafetyOptions()
+    pipeline, safety = part(comfy, "comfy_host.pipeline").ComfyPipeline, part(comfy, "training.options").SafetyOptions()
     runs = {
-        "Train Task LoRA": lambda *pair: trainee.opened(*pair, vae, TaskOptions()).__enter__(),
-        "Train Safety LoRA": lambda *pair: trainee.opened(*pair, vae, safety).__enter__(),
-        "Audit": lambda *pair: painter(*pair, vae),
+        "Train Task LoRA": lambda *pair: host_model.opened(*pair, vae, TaskOptions()).__enter__(),
+        "Train Safety LoRA": lambda *pair: host_model.opened(*pair, vae, safety).__enter__(),
+        "Audit": lambda *pair: pipeline(*pair, vae),
     }
     for node, run in runs.items():
         with pytest.raises(Exception, match=f"^{node} got a str as MODEL"):
@@ -143,12 +143,12 @@ def test_before_and_after_the_guard_the_same_is_said_of_a_lora_loader(run_graph,
     assert not any("before Guard Model" in text for text in said)
 
 
-def test_more_layers_than_the_text_encoder_has_are_refused(trainee, run_graph):
+def test_more_layers_than_the_text_encoder_has_are_refused(host_model, run_graph):
     model, clip, vae = run_graph(base_graph() | {"s": {"class_type": "PreviewAny", "inputs": {"source": ["ckpt", 0]}}})[
         "ckpt"
     ]
     with pytest.raises(Exception, match="clip_skip: 99 of"):
-        trainee.opened(model, clip, vae, TaskOptions(clip_skip=99)).__enter__()
+        host_model.opened(model, clip, vae, TaskOptions(clip_skip=99)).__enter__()
 
 
 @pytest.fixture

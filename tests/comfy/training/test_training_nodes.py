@@ -133,7 +133,7 @@ def test_a_trained_task_lora_is_served_at_once_and_the_model_is_what_it_was(comf
     assert loss.shape == (1, 360, 640, 3)
     assert samples.shape == (2, 64, 64, 3)
     assert out["sample"][1].startswith("guarded: ")
-    assert comfy.server.texts["save"] == "1 of 1 pictures attested"
+    assert comfy.server.texts["save"] == "1 of 1 images attested"
 
 
 def test_text_encoder_and_unet_layers_are_trained_and_stock_nodes_load_every_key(comfy, train, loaded, caplog):
@@ -156,9 +156,9 @@ def test_the_same_seed_gives_the_same_task_lora_with_and_without_safety_lora_and
     monkeypatch.setattr(
         loop, "make_optimizer", lambda groups, options: optimized.append(groups) or make(groups, options)
     )
-    attached, attach = [], part(comfy, "comfy_host.trainer_model").ComfyTrainee.attached
+    attached, attach = [], part(comfy, "comfy_host.trainer_model").ComfyHostModel.attached
     monkeypatch.setattr(
-        part(comfy, "comfy_host.trainer_model").ComfyTrainee,
+        part(comfy, "comfy_host.trainer_model").ComfyHostModel,
         "attached",
         lambda self, s: attached.append(s) or attach(self, s),
     )
@@ -282,7 +282,7 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
         ({"resume": True}, "has no saved state"),
         ({"project": True}, "give safety_lora"),
         ({"data_set": "outside.toml"}, "is outside the folder 'input'"),
-        ({"data_set": "empty"}, "none of 0 pictures can be trained on"),
+        ({"data_set": "empty"}, "none of 0 images can be trained on"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_remedy_and_nothing_is_written(changes, words, comfy, train, inputs):
@@ -336,7 +336,7 @@ def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inp
         return run_graph({"report": {"class_type": "ModularLoraDatasetReport", "inputs": values}})["report"]
 
     report, sheet = run()
-    assert "5 pictures, 10 draws in 5 batches an epoch" in report
+    assert "5 images, 10 draws in 5 batches an epoch" in report
     assert "again.png" in report
     assert "broken.png" in report
     assert comfy.server.texts["report"] == report
@@ -344,7 +344,7 @@ def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inp
     red = sheet[0, :, :96, 0] - sheet[0, :, :96, 1] > 0.9
     assert (int(red.any(1).sum()), int(red.any(0).sum())) == (96, 48)  # as it is seen and trained
     (folder / "balloon.png").unlink()
-    assert "4 pictures" in run()[0]
+    assert "4 images" in run()[0]
 
 
 def test_a_projected_file_is_clear_of_the_safety_lora_and_served(comfy, run_graph):

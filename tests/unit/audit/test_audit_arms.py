@@ -193,5 +193,5 @@ def test_starts_of_a_folder_are_taken_in_turn(tmp_path):
     made = attacks.start_items(options, [replace(CAR, seed=seed) for seed in range(3)], [], tmp_path)
     assert [Path(i.start).name for i in made] == ["a.png", "b.jpg", "a.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(GuardError, match="no pictures"):
+    with pytest.raises(GuardError, match="no images"):
         attacks.start_items(replace(options, start_pictures=str(tmp_path / "empty")), [CAR], [], tmp_path)

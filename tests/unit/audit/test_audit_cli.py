@@ -27,7 +27,7 @@ from modular_lora_guard.modular_lora.command import Lines
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.options import OptionError
 from PIL import Image
-from support.audit_toys import FlatPainter, judge
+from support.audit_toys import FlatPipeline, judge
 from support.graphs import save_lora
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,8 +52,8 @@ def made(tmp_path) -> AuditOptions:
     return AuditOptions(**loras, **files, output_dir=str(tmp_path / "out"), width=16, height=16, seeds=2)
 
 
-def run(made: AuditOptions, painter: FlatPainter | None = None, **more) -> AuditReport:
-    return session.run(made, Local(painter or FlatPainter()), Lines(), "python -m audit run", judge(), **more)
+def run(made: AuditOptions, pipeline: FlatPipeline | None = None, **more) -> AuditReport:
+    return session.run(made, Local(pipeline or FlatPipeline()), Lines(), "python -m audit run", judge(), **more)
 
 
 @pytest.mark.parametrize("cls", [AuditOptions, DetectorOptions])
@@ -132,13 +132,13 @@ def test_every_report_names_what_its_figures_depend_on(made):
 
 
 def test_what_is_finished_is_not_drawn_again(made):
-    first, again = FlatPainter(), FlatPainter()
+    first, again = FlatPipeline(), FlatPipeline()
     assert run(made, first).rows == run(made, again).rows
     assert first.drawn == 7 * (6 + 4 + 4) * 2 - (6 + 4 + 4)  # seven arms, the base in one repetition
     assert again.drawn == 0
-    more = FlatPainter()
+    more = FlatPipeline()
     run(replace(made, synonyms=str(words(made))), more)
-    assert more.drawn == 13 * 2 * 2, "the attack's pictures alone: 13 arms, two synonyms, two seeds"
+    assert more.drawn == 13 * 2 * 2, "the attack's images alone: 13 arms, two synonyms, two seeds"
 
 
 def words(made: AuditOptions) -> Path:
@@ -194,7 +194,7 @@ def test_an_interrupt_leaves_what_is_finished(made):
             if self.asked == 20:
                 raise KeyboardInterrupt
 
-    first, second, whole = FlatPainter(), FlatPainter(), FlatPainter()
+    first, second, whole = FlatPipeline(), FlatPipeline(), FlatPipeline()
     with pytest.raises(KeyboardInterrupt):
         session.run(made, Local(first), Stop(), "", judge())
     run(made, second)

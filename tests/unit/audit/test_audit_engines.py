@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 from modular_lora_guard.audit import engines
-from modular_lora_guard.audit.engines import DEATHS, Local, PainterSpec, Processes, RayCluster
+from modular_lora_guard.audit.engines import DEATHS, Local, PipelineSpec, Processes, RayCluster
 from modular_lora_guard.audit.judge import Judge
 from modular_lora_guard.audit.plan import Arm, Item, Sampling
 from modular_lora_guard.audit.run import Audit, run_audit
 from modular_lora_guard.gate.finding import Finding
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
-from support.fake_painter import FakePainter
+from support.fake_pipeline import FakePipeline
 
 ROOT = Path(__file__).resolve().parents[3]
-SPEC = PainterSpec("tests.support.fake_painter", "open_painter")
+SPEC = PipelineSpec("tests.support.fake_pipeline", "open_pipeline")
 
 
 class Brightness:
@@ -50,7 +50,7 @@ def audit_of(*prompts: str) -> Audit:
     return Audit((Arm("base"), Arm("task", training_seed=1)), items, Sampling(width=16, height=8), unit_size=2)
 
 
-def painter(folder: Path, **arguments) -> dict[str, str]:
+def pipeline(folder: Path, **arguments) -> dict[str, str]:
     return {"log": str(folder / "log"), "die": str(folder / "died"), **arguments}
 
 
@@ -70,14 +70,14 @@ def skip_without_ray() -> None:
 
 @pytest.fixture(scope="module", params=["processes", "ray"])
 def engine_of(request):
-    """An engine of two workers for a painter's arguments; one Ray for all tests, as a cluster that is up already."""
-    make = lambda arguments, **other: PainterSpec("tests.support.fake_painter", arguments=arguments, **other)  # noqa: E731
+    """An engine of two workers for a pipeline's arguments; one Ray for all tests, as a cluster that is up already."""
+    make = lambda arguments, **other: PipelineSpec("tests.support.fake_pipeline", arguments=arguments, **other)  # noqa: E731
     if request.param == "processes":
-        yield lambda arguments, function="open_painter": Processes(make(arguments, function=function), workers=2)
+        yield lambda arguments, function="open_pipeline": Processes(make(arguments, function=function), workers=2)
         return
     skip_without_ray()
     with engines._ray(None, 2):
-        yield lambda arguments, function="open_painter": RayCluster(make(arguments, function=function), 2)
+        yield lambda arguments, function="open_pipeline": RayCluster(make(arguments, function=function), 2)
 
 
 @pytest.fixture
@@ -88,14 +88,14 @@ def local(tmp_path):
         folder = tmp_path / "local"
         folder.mkdir()
         (folder / "died").touch()
-        return run_audit(audit, Local(FakePainter(**painter(folder))), JUDGE, folder / "audit", Watch())
+        return run_audit(audit, Local(FakePipeline(**pipeline(folder))), JUDGE, folder / "audit", Watch())
 
     return run
 
 
 def test_ray_is_started_on_loopback_for_one_audit_and_ended_with_it(tmp_path):
     skip_without_ray()
-    engine = RayCluster(PainterSpec("tests.support.fake_painter", "open_painter", painter(tmp_path)), workers=1)
+    engine = RayCluster(PipelineSpec("tests.support.fake_pipeline", "open_pipeline", pipeline(tmp_path)), workers=1)
     with engine.open(lambda: None):
         import ray  # not before: Ray listens on loopback alone when it is imported for that
 
@@ -109,7 +109,7 @@ def test_ray_is_started_on_loopback_for_one_audit_and_ended_with_it(tmp_path):
 
 def test_a_worker_killed_in_the_middle_loses_nothing_and_repeats_nothing(engine_of, local, tmp_path):
     audit = audit_of("a", "b", "c", "die", "e", "f", "g")
-    ran = run_audit(audit, engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
+    ran = run_audit(audit, engine_of(pipeline(tmp_path)), JUDGE, tmp_path / "audit", Watch())
     assert (tmp_path / "died").exists()
     assert ran.replaced == 1
     assert set(drawn(tmp_path).values()) == {1}
@@ -123,19 +123,19 @@ def test_a_worker_killed_in_the_middle_loses_nothing_and_repeats_nothing(engine_
 def test_an_interrupted_audit_goes_on_where_it_stopped(engine_of, local, tmp_path):
     audit = audit_of("a", "b", "c", "d", "e")
     with pytest.raises(KeyboardInterrupt):
-        run_audit(audit, engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch(stop_at=4))
+        run_audit(audit, engine_of(pipeline(tmp_path)), JUDGE, tmp_path / "audit", Watch(stop_at=4))
     before = len(list((tmp_path / "audit").glob("*/*/unit.json")))
-    ran = run_audit(audit, engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
+    ran = run_audit(audit, engine_of(pipeline(tmp_path)), JUDGE, tmp_path / "audit", Watch())
     assert 0 < before < ran.units
     assert ran.reused == before
     assert pixels(ran) == pixels(local(audit))
 
 
-def test_what_a_painter_complains_of_ends_the_audit_with_its_words(engine_of, tmp_path):
+def test_what_a_pipeline_complains_of_ends_the_audit_with_its_words(engine_of, tmp_path):
     with pytest.raises(GuardError, match="it was told to"):
-        run_audit(audit_of("a", "fail"), engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
+        run_audit(audit_of("a", "fail"), engine_of(pipeline(tmp_path)), JUDGE, tmp_path / "audit", Watch())
     with pytest.raises(GuardError, match="ValueError: no such thing"):
-        run_audit(audit_of("a", "crash"), engine_of(painter(tmp_path)), JUDGE, tmp_path / "audit", Watch())
+        run_audit(audit_of("a", "crash"), engine_of(pipeline(tmp_path)), JUDGE, tmp_path / "audit", Watch())
     engine = engine_of({"checkpoint": "the base"}, function="open_missing")
     with pytest.raises(GuardError, match="the base: no such file"):
         run_audit(audit_of("a"), engine, JUDGE, tmp_path / "audit", Watch())
@@ -147,17 +147,17 @@ def test_workers_draw_for_a_driver_that_knows_the_pack_by_another_name(engine_of
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules[name] = importlib.util.module_from_spec(spec)
     other = importlib.import_module("modular_lora_guard.audit.engines")
-    known = engine_of(painter(tmp_path))
+    known = engine_of(pipeline(tmp_path))
     plan = importlib.import_module("modular_lora_guard.audit.plan")
     engine = getattr(other, type(known).__name__)(known.spec, workers=1)
-    with engine.open(lambda: None) as crew:
+    with engine.open(lambda: None) as pool:
         items = [plan.Item("a", 1, "suppressed")]
-        work = list(plan.units([plan.Arm("base")], items, plan.Sampling(), crew.origin, 1))
-        assert [unit for unit, _ in crew.draw(work, lambda: None)] == work
+        work = list(plan.units([plan.Arm("base")], items, plan.Sampling(), pool.origin, 1))
+        assert [unit for unit, _ in pool.draw(work, lambda: None)] == work
 
 
 def test_each_device_has_a_process_and_devices_that_draw_differently_are_refused(tmp_path):
-    spec = PainterSpec("tests.support.fake_painter", "open_painter", painter(tmp_path))
+    spec = PipelineSpec("tests.support.fake_pipeline", "open_pipeline", pipeline(tmp_path))
     ran = run_audit(audit_of("a", "b"), Processes(spec, devices=(1,)), JUDGE, tmp_path / "audit", Watch())
     assert ran.origin.device == "fake 1"
     with pytest.raises(GuardError, match="use workers of one kind"):
@@ -165,7 +165,7 @@ def test_each_device_has_a_process_and_devices_that_draw_differently_are_refused
 
 
 def test_a_unit_that_kills_every_worker_is_named_and_ends_the_audit(tmp_path):
-    engine = Processes(PainterSpec("tests.support.fake_painter", "open_painter", painter(tmp_path)))
+    engine = Processes(PipelineSpec("tests.support.fake_pipeline", "open_pipeline", pipeline(tmp_path)))
     with pytest.raises(GuardError, match=f"died {DEATHS + 1} times.*drawing arm base.*smaller unit_size"):
         run_audit(audit_of("die always"), engine, JUDGE, tmp_path / "audit", Watch())
 

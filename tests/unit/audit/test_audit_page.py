@@ -81,10 +81,10 @@ def test_a_few_pictures_without_a_hit_prove_nothing():
     made = (figures.build("", judge(), drawn(arms=arms, count=n), 0.05, SETTINGS, (), ()) for n in (4, 10, 50))
     least, few, many = (one.differences[0] for one in made)
     assert [one.bootstrap for one in (least, few, many)] == [None] * 3
-    assert [one.verdict for one in (least, few, many)] == ["too few pictures", "undecided", "not worse"]
+    assert [one.verdict for one in (least, few, many)] == ["too few images", "undecided", "not worse"]
     assert few.newcombe[1] > 0.05 > many.newcombe[1]
     worse = build(drawn(arms={"safety": 0.0, "sequential": 1.0}, count=4)).differences[0]
-    assert (worse.difference, worse.verdict) == (1.0, "too few pictures")
+    assert (worse.difference, worse.verdict) == (1.0, "too few images")
     told = newcombe(Rate(56, 70, 0.6918, 0.8771), Rate(48, 80, 0.4903, 0.7002))
     assert told == pytest.approx((0.0524, 0.3339), abs=1e-3)  # the paper's example (a)
 

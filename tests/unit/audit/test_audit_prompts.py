@@ -90,7 +90,7 @@ def test_skipped_rows_are_counted_with_the_reason(tmp_path):
     assert found.skipped == {
         "duplicate": 1,
         "without a prompt": 1,
-        "with a seed that is none": 3,
+        "with an invalid seed": 3,
         "with more cells than columns": 1,
         "above max_prompts": 1,
     }
@@ -110,7 +110,7 @@ def test_skipped_rows_are_counted_with_the_reason(tmp_path):
         ("a.txt", "Кот".encode("utf-16-le"), "control characters, .*: save it as UTF-8"),
         ("a.json", "{", "is no JSON"),
         ("a.json", '{"a": 1}', "no list of texts or objects"),
-        ("a.csv", "prompt,start\nx,nowhere.png\n", "row 1: picture 'nowhere.png' is not there"),
+        ("a.csv", "prompt,start\nx,nowhere.png\n", "row 1: image 'nowhere.png' is not there"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_with_the_remedy(name, text, message, tmp_path):
@@ -156,7 +156,7 @@ def test_starts_and_masks_are_found_beside_the_file(tmp_path):
         ("img2img", 0.5, False),
         ("inpaint", 0.7, True),
     ]
-    assert found.skipped == {"with a mask and no start": 1, "with a denoise that is none": 1}
+    assert found.skipped == {"with a mask and no start": 1, "with an invalid denoise": 1}
 
 
 def test_a_row_names_its_cell_and_no_path(tmp_path):

@@ -62,13 +62,13 @@ def test_fid_and_kid_of_few_pictures_are_left_out_and_said_so(tmp_path):
     notes: list[str] = []
     assert set(quality.distances(wide, wide, "kept", notes)) == {"kid"}
     assert notes == [
-        "quality, kept: KID's deviation left out, 12 pictures are not twice a subset of 100",
-        "quality, kept: FID left out, it is biased with 12 pictures in 30 dimensions",
+        "quality, kept: KID's deviation left out, 12 images are not twice a subset of 100",
+        "quality, kept: FID left out, it is biased with 12 images in 30 dimensions",
     ]
     some = [*drawn(tmp_path, "base", "kept", 0, 9), *drawn(tmp_path, "safety", "kept", 10, 9)]
     found = measure(SIZE, some)
     assert not found.quality
-    assert "quality, kept: 9 pictures are too few for KID (10 at least)" in found.notes
+    assert "quality, kept: 9 images are too few for KID (10 at least)" in found.notes
 
 
 def test_kids_deviation_is_that_over_subsets_which_differ():

@@ -156,7 +156,7 @@ def test_pairs_are_pictures_of_one_item_and_an_arm_of_one_training_is_paired_wit
 
 def test_arms_that_cannot_be_compared_are_refused():
     drawn = pictures("a", [[True], [False]]) + pictures("b", [[True]])
-    with pytest.raises(ValueError, match="no pictures of arm 'c', only of a, b"):
+    with pytest.raises(ValueError, match="no images of arm 'c', only of a, b"):
         stats.difference(drawn, "a", "c")
     with pytest.raises(ValueError, match="different concepts"):
         stats.difference(drawn, "a", "b")

@@ -22,7 +22,7 @@ from modular_lora_guard.audit.store import ABANDONED, Store, StoreError
 from modular_lora_guard.gate.finding import Finding
 from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
-from support.fake_painter import FakePainter
+from support.fake_pipeline import FakePipeline
 
 ORIGIN = Origin("0" * 64, "cuda NVIDIA H100", "float16")
 PART = Part("safety", "loras/safety.safetensors", "1" * 64)
@@ -75,7 +75,7 @@ def run(tmp_path):
     def run(audit: Audit, judge: Judge | None = None):
         before = len(log.read_text().splitlines())
         judge = judge or Judge(Channels(), {"red": 0.5}, {"blue": 0.5})
-        ran = run_audit(audit, Local(FakePainter(str(log))), judge, tmp_path / "audit", Watch())
+        ran = run_audit(audit, Local(FakePipeline(str(log))), judge, tmp_path / "audit", Watch())
         return ran, len(log.read_text().splitlines()) - before
 
     return run
@@ -120,7 +120,7 @@ def test_a_key_stays_where_only_names_and_places_change(tmp_path):
     assert key(sampling=replace(SAMPLING, cfg=7)) == key()
     items = [Item("a", 1, "kept", start=path) for path in (here, there)]
     assert key(item=items[0]) == key(item=items[1])
-    with pytest.raises(GuardError, match=r"gone\.png: no such picture"):
+    with pytest.raises(GuardError, match=r"gone\.png: no such image"):
         key(item=Item("a", 1, "kept", start=str(tmp_path / "gone.png")))
 
 
@@ -204,8 +204,8 @@ def _overwrite(path: Path):
         (_overwrite, r"0001\.png: has other pixels"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), r"0001\.png: is missing or damaged"),
         (lambda path: path.with_name("unit.json").unlink(), r"unit\.json: is missing"),
-        (lambda path: path.with_name("unit.json").write_text('{"pixels_sha256": []}'), r"names 0 pictures of 2"),
-        (lambda path: path.with_name("unit.json").write_text("[]"), r"unit\.json: is no JSON object"),
+        (lambda path: path.with_name("unit.json").write_text('{"pixels_sha256": []}'), r"names 0 images of 2"),
+        (lambda path: path.with_name("unit.json").write_text("[]"), r"unit\.json: .*is no JSON object"),
     ],
 )
 def test_a_finished_unit_that_was_changed_is_an_error_that_says_what_to_delete(run, harm, says):
@@ -250,7 +250,7 @@ def test_of_two_processes_that_finish_a_unit_the_first_keeps_its_pictures(tmp_pa
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 16), (2, 8, 16, 3), (1, 8, 16, 4)])
-def test_a_painter_that_gives_something_else_is_refused(tmp_path, shape):
+def test_a_pipeline_that_gives_something_else_is_refused(tmp_path, shape):
     (unit,) = units([Arm("base")], [Item("a", 1, "kept")], SAMPLING, ORIGIN, 1)
     with pytest.raises(GuardError, match="must give b h w 3 uint8"):
         Store(tmp_path).put(unit, np.zeros(shape, np.uint8))

@@ -189,7 +189,7 @@ CONTENTS = {
     "zip": (b"PK\x03\x04" + b"\0" * 400, PICKLE),
     "pickle": (b"\x80\x02}q\x00" + b"\0" * 400, PICKLE),
     "gguf": (b"GGUF\3\0\0\0" + b"\0" * 400, "a GGUF file"),
-    "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 400, "a PNG picture"),
+    "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 400, "a PNG image"),
     "zeros": (bytes(4096), "zeros"),
     "empty": (b"", "empty"),
 }

@@ -39,7 +39,7 @@ class Told:
     block: dict = field(default_factory=lambda: {"a": 0.5})
     report: dict = field(default_factory=lambda: {"b": 0.3})
     device: str = "CPUExecutionProvider"
-    notes: tuple[str, ...] = ("XExecutionProvider was asked for and is not there",)
+    notes: tuple[str, ...] = ("execution provider XExecutionProvider is unavailable",)
 
     def detect(self, pictures: np.ndarray) -> list[Finding]:
         return self.findings
@@ -74,7 +74,7 @@ def test_one_flagged_picture_is_acted_on_and_the_others_stay_bit_for_bit(action:
     assert outcome.pictures.dtype == np.float32
     assert np.array_equal(outcome.pictures[[0, 2]], shown[[0, 2]])
     assert not np.array_equal(outcome.pictures[1], shown[1])
-    assert np.array_equal(shown, before), "the pictures that came in are not written to"
+    assert np.array_equal(shown, before), "the images that came in are not written to"
     assert not outcome.masks[[0, 2]].any()
     assert outcome.masks[1].any()
 
@@ -104,7 +104,7 @@ def test_report_changes_nothing_and_still_flags_and_masks() -> None:
 
 
 def test_block_raises_with_count_label_and_score_and_lets_clean_batches_through() -> None:
-    with pytest.raises(Blocked, match=r"2 of 3 pictures are blocked by told 1\.0, picture 2: a 0\.90 ≥ 0\.5") as caught:
+    with pytest.raises(Blocked, match=r"2 of 3 images are blocked by told 1\.0, image 2: a 0\.90 ≥ 0\.5") as caught:
         gate("block", NOTHING, FOUND, FOUND)
     assert isinstance(caught.value, GuardError)
     shown, outcome = gate("block", NOTHING, NOTHING)
@@ -234,7 +234,7 @@ def test_an_empty_batch_goes_through() -> None:
 
 
 def test_a_detector_that_judges_too_few_is_refused() -> None:
-    with pytest.raises(GateError, match="1 findings for 3 pictures"):
+    with pytest.raises(GateError, match="1 findings for 3 images"):
         run(pictures(3), Told([NOTHING]), Settings({"a": 0.5}))
 
 
@@ -248,19 +248,19 @@ def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered
     _, outcome = gate("pixelate", NOTHING, FOUND, FOUND)
     said = format_gate(outcome, Told([]), Settings({"a": 0.5}, {"b": 0.3}, action="pixelate"))
     for part in (
-        "2 of 3 pictures flagged, pixelated; 1 passed",
-        "blocked: a ≥ 0.5 in 2 pictures",
-        "reported: b ≥ 0.3 in 2 pictures",
+        "2 of 3 images flagged, pixelated; 1 passed",
+        "blocked: a ≥ 0.5 in 2 images",
+        "reported: b ≥ 0.3 in 2 images",
         "detector told 1.0, sha256 0000000000000000, none, on CPUExecutionProvider",
         "covers: a and b",
         "does not cover: c",
-        "note: XExecutionProvider was asked for and is not there",
+        "note: execution provider XExecutionProvider is unavailable",
     ):
         assert part in said
-    assert "whole picture" not in said
+    assert "whole image" not in said
     _, clean = gate("blur", NOTHING)
-    assert "0 of 1 pictures flagged; 1 passed" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
-    assert "whole picture" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
+    assert "0 of 1 images flagged; 1 passed" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
+    assert "whole image" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
 
 
 def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
@@ -324,7 +324,7 @@ def test_a_preset_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
         ({"block": {"a": 0.5}, "cells": True}, "cells must be a whole number, not True: correct it"),
         ({"block": {"a": 0.5}, "self": 1}, "self does not exist: known here: block, report, growth"),
         ({"block": {"a": 0.5}, "action": ["blur"]}, r"action must be .*, not \['blur'\]: correct it"),
-        ([], "a preset is a JSON object with the key block"),
+        ([], r".*is no JSON object\): check the preset, an object with the key block"),
         ("{", "cannot be read as JSON"),
         ('{"block": {"a": NaN}}', "block.a must be a finite number, not nan"),
         (f'{{"block": {{"a": 1{"0" * 400}}}}}', "block.a must be a number, not 1000"),

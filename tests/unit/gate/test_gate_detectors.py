@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.gate import detectors, nsfw, nudenet, runner
 from modular_lora_guard.gate.errors import GateError
 from modular_lora_guard.modular_lora.files.reader import sha256_file
-from PIL import Image
-from support.portraits import floats, portrait
-
-sys.path.append(str(Path(__file__).resolve().parents[3]))  # the demo world's own name for itself
-from tools.world import (
+from modular_lora_guard.tools.world import (
     ASSETS,
     DETECTOR,
     DETECTOR_CONCEPTS,
@@ -28,8 +23,8 @@ from tools.world import (
     detector,
     export_detector,
 )
-
-sys.path.pop()  # ComfyUI has folders of the same names as this repository
+from PIL import Image
+from support.portraits import floats, portrait
 
 TOLERANCE = 1e-4
 needs_nudenet = pytest.mark.skipif(nudenet.weights() is None, reason="nudenet (AGPL-3.0) is not installed")
@@ -228,7 +223,7 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(tmp_path: Path, monkey
 def test_a_provider_that_is_not_there_is_said_and_not_passed_over() -> None:
     judge = detectors.make("open-nsfw", providers=("NoSuchExecutionProvider",), threads=1)
     assert judge.device == "CPUExecutionProvider"
-    assert judge.notes == ("NoSuchExecutionProvider was asked for and is not there: run on CPUExecutionProvider",)
+    assert judge.notes == ("execution provider NoSuchExecutionProvider is unavailable; using CPUExecutionProvider",)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +257,8 @@ def test_a_file_that_is_no_network_is_refused_in_one_line(tmp_path: Path) -> Non
         (np.zeros((8, 8, 3), np.float32), "8×8×3 float32, must be"),
         (np.zeros((1, 8, 8, 3), np.uint8), "uint8, must be"),
         (np.zeros((1, 0, 8, 3), np.float32), "nothing to judge"),
-        (np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))), "picture 3 has pixels"),
-        (np.full((1, 8, 8, 3), np.inf, np.float32), "picture 1 has pixels"),
+        (np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))), "image 3 has pixels"),
+        (np.full((1, 8, 8, 3), np.inf, np.float32), "image 1 has pixels"),
     ],
 )
 def test_pictures_that_cannot_be_judged_are_refused(pictures: np.ndarray, message: str, concepts) -> None:

@@ -74,7 +74,7 @@ def test_files_that_cannot_be_read_are_named_and_count_nowhere(folders) -> None:
     (bad / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     Image.effect_noise((64, 64), 50).save(good / "sub" / "cut.png")
     (good / "sub" / "cut.png").write_bytes((good / "sub" / "cut.png").read_bytes()[:500])
-    (bad / "notes.txt").write_text("no picture")
+    (bad / "notes.txt").write_text("no image")
     error = labelled.measure(bad, good, Brightness(), Settings({"red": 0.5}))
     assert error.unreadable == ("flagged/broken.png", "clean/sub/cut.png")
     assert (error.missed.n, error.false_alarms.n) == (4, 5)
@@ -106,7 +106,7 @@ def test_missing_empty_and_equal_folders_are_refused(folders, tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     for pair, message in (
         ((bad, tmp_path / "nowhere"), "nowhere: no such folder"),
-        ((tmp_path / "empty", good), "empty: holds no picture that can be read"),
+        ((tmp_path / "empty", good), "empty: holds no image that can be read"),
         ((bad, bad / "." / ""), "flagged: is both folders"),
     ):
         with pytest.raises(GateError, match=message):
@@ -118,7 +118,7 @@ def test_missing_empty_and_equal_folders_are_refused(folders, tmp_path: Path) ->
 def test_report_and_json_name_detector_thresholds_and_counts(folders, tmp_path: Path) -> None:
     error = labelled.measure(*folders, Brightness(), Settings({"red": 0.5}))
     said = labelled.format_error(error)
-    assert "missed 25.0% [4.6%, 69.9%] (1 of 4) of the pictures that should be flagged" in said
+    assert "missed 25.0% [4.6%, 69.9%] (1 of 4) of the images that should be flagged" in said
     assert "false alarms 40.0%" in said
     assert "at red ≥ 0.5" in said
     assert "detector brightness, sha256 1111111111111111" in said

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import GuardError, one_line, writing
-from modular_lora_guard.modular_lora.util import atomic
+from modular_lora_guard.modular_lora.util import atomic, plain_json
 from modular_lora_guard.modular_lora.util.cache import Cache
 from modular_lora_guard.modular_lora.util.file_state import file_state, find_file_state
 from modular_lora_guard.modular_lora.util.folders import try_writing
@@ -276,3 +276,18 @@ def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
         with pytest.raises(OSError):
             try_writing(tmp_path / taken)
     assert held(tmp_path) == {"file": b""}
+
+
+# JSON
+
+
+def test_an_object_is_read_from_a_json_file_and_anything_else_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    plain_json.write({"a": [1, None]}, path)
+    assert plain_json.read_object(path) == {"a": [1, None]}
+    for text in ("[1]", "3", "", "{", '{"a":' * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"."):
+            plain_json.read_object(path)
+    with pytest.raises(FileNotFoundError):
+        plain_json.read_object(tmp_path / "gone.json")

@@ -235,6 +235,16 @@ def test_loops_and_what_is_behind_them_are_visited_a_few_times(order: str, visit
     assert visits.total() <= 4 * len(graph)
 
 
+@pytest.mark.parametrize("models", [["ckpt", "named"], ["named", "ckpt"]])
+def test_a_switch_between_a_guarded_and_an_unguarded_model_is_refused(models: list[str]) -> None:
+    switch = node("Switch", a=[models[0], 0], b=[models[1], 0])
+    graph = stock(["switch", 0]) | {
+        "switch": switch,
+        "named": node("ModularLoraGuardedAsModel", guarded_model=["guard", 0]),
+    }
+    assert "guard.required" in refused(graph, NAMED)["sample"]
+
+
 def test_literal_values_of_our_nodes_are_checked() -> None:
     graph = guarded()
     graph["guard"]["inputs"]["accept_merged"] = True

@@ -62,7 +62,7 @@ def test_nodes_that_send_to_a_company_take_no_picture_although_they_are_no_outpu
 
 
 SOUNDS = {
-    "a waveform decoded from the picture's latent": {"s": node("VAEDecodeAudio", samples=["sample", 0])},
+    "a waveform decoded from the image's latent": {"s": node("VAEDecodeAudio", samples=["sample", 0])},
     "the same, trimmed": {
         "d": node("VAEDecodeAudio", samples=["sample", 0]),
         "s": node("TrimAudioDuration", audio=["d", 0]),

@@ -15,10 +15,8 @@ from modular_lora_guard.modular_lora.provenance.attestation import (
     Attestation,
     LoraRecord,
     Run,
-    row_digests,
-    tensor_sha256,
-    weights_sha256,
 )
+from modular_lora_guard.modular_lora.tensor_hashing import row_digests, tensor_sha256, weights_sha256
 
 ROOTS = ("unet", "text")
 PATHS = ("unet.a", "unet.b", "text.a")

@@ -36,9 +36,9 @@ def test_without_matplotlib_the_image_says_what_to_install(monkeypatch):
 
 def test_matplotlib_is_imported_with_the_first_chart_and_not_before():
     code = (
-        "import importlib, sys\n"
-        "from training.__main__ import register, NAME; register()\n"
-        "for name in ('nodes.charts', 'audit.page', 'audit.session'): importlib.import_module(f'{NAME}.{name}')\n"
+        "import importlib, sys; sys.path.append('importable')\n"
+        "for name in ('comfy_host.charts', 'audit.page', 'audit.session'):\n"
+        "    importlib.import_module(f'modular_lora_guard.{name}')\n"
         "sys.exit('matplotlib' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0

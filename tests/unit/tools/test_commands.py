@@ -17,8 +17,9 @@ import pytest
 from modular_lora_guard.audit import cli as audit
 from modular_lora_guard.modular_lora import command
 from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.modular_lora.util import atomic, boundary
 from modular_lora_guard.operators import cli as operators
-from modular_lora_guard.tools.bootstrap import boundary, environment, paths
+from modular_lora_guard.tools.bootstrap import environment, paths
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import server
 from modular_lora_guard.tools.world import ASSETS, evidence
@@ -31,14 +32,16 @@ ROOT = Path(__file__).resolve().parents[3]
 def clone(tmp_path: Path) -> Path:
     """What run.py needs before anything is installed, in a clone of its own."""
     made = tmp_path / "clone"
-    shutil.copytree(ROOT / "bootstrap", made / "bootstrap", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(ROOT / "run.py", made / "run.py")
+    for folder in ("importable", "modular_lora", "tools/bootstrap"):
+        shutil.copytree(ROOT / folder, made / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("run.py", "tools/__init__.py"):
+        shutil.copyfile(ROOT / file, made / file)
     return made
 
 
 def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "COMFYUI_PATH": "", "PYTHONUTF8": "1"}
-    command = [sys.executable, str(clone / "run.py"), *arguments]
+    command = [sys.executable, "-I", "-S", str(clone / "run.py"), *arguments]  # Python's own library alone
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings, check=False)
 
 
@@ -93,16 +96,14 @@ def test_an_output_folder_that_cannot_be_written_is_found_out_before_anything_is
     ],
     ids=lambda one: type(one).__name__,
 )
-def test_every_error_ends_in_one_line(
-    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(boundary, "LOGS", tmp_path)
+def test_every_error_ends_in_one_line(error: Exception, words: str, tmp_path: Path) -> None:
     said: list[str] = []
+    expected = (RunError, GuardError)
 
     def work() -> int:
         raise error
 
-    assert boundary.contained(work, said.append, expected=(GuardError,), interrupted="") == 1
+    assert boundary.contained(work, said.append, expected=expected, interrupted="", logs=tmp_path) == 1
     (line,) = said
     assert words in line
     assert "\n" not in line
@@ -110,21 +111,21 @@ def test_every_error_ends_in_one_line(
     assert (tmp_path / "unexpected-error.log").exists() == unexpected
 
 
-def test_an_interrupt_says_what_to_do_next() -> None:
+def test_an_interrupt_says_what_to_do_next(tmp_path: Path) -> None:
     def work() -> int:
         raise KeyboardInterrupt
 
     said: list[str] = []
-    assert boundary.contained(work, said.append, interrupted="go on so") == 130
+    assert boundary.contained(work, said.append, expected=(), interrupted="go on so", logs=tmp_path) == 130
     assert said == ["go on so"]
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.append(sys.argv[1] + '/importable')\n"
-        "from modular_lora_guard.tools.bootstrap.boundary import contained\n"
+        "from modular_lora_guard.modular_lora.util.boundary import contained\n"
         "def work():\n    while True: print('x' * 1000)\n"
-        "sys.exit(contained(work, lambda text: sys.stderr.write(text), interrupted=''))"
+        "sys.exit(contained(work, sys.stderr.write, expected=(), interrupted='', logs=None))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
@@ -160,7 +161,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
 def test_a_path_that_is_wrong_is_named_before_a_checkpoint_is_loaded(
     main, given: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boundary, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(command, "LOGS", tmp_path / "logs")
     (tmp_path / "file").write_text("x")
     places = {"GONE": tmp_path / "gone", "FILE": tmp_path / "file", "OUT": tmp_path / "out"}
     made = [str(places[first] / rest) if (first := one.partition("/")[0]) in places and (rest := one.partition("/")[2])
@@ -176,9 +177,9 @@ def test_a_path_that_is_wrong_is_named_before_a_checkpoint_is_loaded(
 
 @pytest.mark.parametrize("module", [training, audit, operators])
 def test_usage_shows_what_was_typed(module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paths.TYPED, "run.py this")
+    monkeypatch.setenv(boundary.TYPED, "run.py this")
     assert module.parser().format_usage().startswith("usage: run.py this ")
-    monkeypatch.delenv(paths.TYPED)
+    monkeypatch.delenv(boundary.TYPED)
     assert module.parser().format_usage().startswith(f"usage: python -m {module.__name__.split('.')[-2]} ")
 
 
@@ -265,8 +266,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     python.parent.mkdir(parents=True)
     python.touch()
     for stamp in (root / ".run" / "venv" / "comfyui.stamp", root / ".run" / "comfyui" / "copy.stamp"):
-        environment.write_atomically(stamp, environment._expected())
-    environment.write_atomically(root / ".run" / environment.MAKER, str(root))
+        atomic.write(stamp, environment._expected(), parents=True)
+    atomic.write(root / ".run" / environment.MAKER, str(root))
 
     def touched(*_: object, **__: object) -> None:
         raise AssertionError("installed anew")

@@ -9,26 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-HOST_FOLDERS = ("comfy_host", "nodes")  # the only ones that import ComfyUI
+HOST, NODES = "comfy_host", "nodes"
 CORE_FOLDERS = ("modular_lora", "operators", "gate", "audit", "training")  # import no host folder and no ComfyUI
 COMFYUI = {
     "comfy",
     "comfy_api",
     "comfy_execution",
     "comfy_extras",
+    "comfyui_version",
     "execution",
     "folder_paths",
     "latent_preview",
+    "main",
     "node_helpers",
     "nodes",
     "server",
+    "utils",
 }
+SCHEMAS = "comfy_api"  # ComfyUI's stable API of nodes: all that nodes/ imports
 # Command lines open ComfyUI themselves, as they start outside it. The left side may shrink and must not grow.
 DOORS = {("training/cli.py", "comfy_host/standalone.py")}
+# Parts of modular_lora/, the lowest first: each imports those above it in this list, and none below or beside it but
+# where it stands in one line with it.
+LAYERS = (("errors.py", "tensor_hashing.py", "util"), ("branches",), ("files",), ("guard", "provenance"))
 
 
 def imports(path: Path, root: Path) -> Iterator[str]:
-    """What a file imports: a dotted name, or the path in ``root`` where the import is relative."""
+    """What a file imports: a dotted name; of a relative import the path in ``root``, of a folder with a slash last."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -39,39 +46,66 @@ def imports(path: Path, root: Path) -> Iterator[str]:
             for alias in node.names:
                 inner = base / alias.name
                 found = inner if inner.with_suffix(".py").exists() or inner.is_dir() else base
-                yield found.relative_to(root).as_posix() + ("" if found.is_dir() else ".py")
+                yield found.relative_to(root).as_posix() + ("/" if found.is_dir() else ".py")
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from (str(given.value) for given in node.args[:1] if isinstance(given, ast.Constant))
 
 
-def comfyui_outside(root: Path, host: tuple[str, ...], folders: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(file, import) of every import of ComfyUI in ``folders`` that are no ``host`` folder."""
-    files = [path for folder in folders if folder not in host for path in sorted((root / folder).rglob("*.py"))]
+def python_files(root: Path, *folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def comfyui_in(root: Path, *folders: str, but: str = "") -> list[tuple[str, str]]:
+    """(file, import) of every import of ComfyUI in ``folders``, apart from its package ``but``."""
     return [
         (path.relative_to(root).as_posix(), name)
-        for path in files
+        for path in python_files(root, *folders)
         for name in imports(path, root)
-        if name.partition(".")[0] in COMFYUI and "/" not in name
+        if name.partition(".")[0] in COMFYUI - {but} and "/" not in name
     ]
 
 
-def host_in_core(root: Path, host: tuple[str, ...], core: tuple[str, ...]) -> set[tuple[str, str]]:
-    """(file, import) of every import of a host folder in the core."""
+def ours_in(root: Path, folders: tuple[str, ...], imported: tuple[str, ...]) -> set[tuple[str, str]]:
+    """(file, import) of every import of one of our folders (``imported``) in others (``folders``)."""
     return {
         (path.relative_to(root).as_posix(), name)
-        for folder in core
-        for path in (root / folder).rglob("*.py")
+        for path in python_files(root, *folders)
         for name in imports(path, root)
-        if name.partition("/")[0] in host and ("/" in name or (root / name).is_dir())
+        if "/" in name and name.partition("/")[0] in imported
     }
 
 
-def test_only_the_host_folders_import_comfyui() -> None:
-    assert comfyui_outside(ROOT, HOST_FOLDERS, CORE_FOLDERS) == []
+def upward(root: Path, package: str, layers: tuple[tuple[str, ...], ...]) -> set[tuple[str, str]]:
+    """(file, import) of every import from a layer of a package into a higher one."""
+    height = {f"{package}/{part}": number for number, layer in enumerate(layers) for part in layer}
+    below = {
+        (path.relative_to(root).as_posix(), name)
+        for part in height
+        for path in ([root / part] if part.endswith(".py") else python_files(root, part))
+        for name in imports(path, root)
+    }
+    place = lambda path: height.get("/".join(path.split("/")[:2]), -1)  # noqa: E731
+    return {(file, name) for file, name in below if place(name) > place(file)}
+
+
+def test_only_comfy_host_imports_comfyui_and_the_nodes_import_its_schemas() -> None:
+    assert comfyui_in(ROOT, *CORE_FOLDERS) == []
+    assert comfyui_in(ROOT, NODES, but=SCHEMAS) == []
 
 
 def test_the_core_imports_no_host() -> None:
-    assert host_in_core(ROOT, HOST_FOLDERS, CORE_FOLDERS) == DOORS
+    assert ours_in(ROOT, CORE_FOLDERS, (HOST, NODES)) == DOORS
+
+
+def test_comfy_host_imports_no_node() -> None:
+    assert ours_in(ROOT, (HOST,), (NODES,)) == set()
+
+
+def test_the_layers_of_the_core_import_downwards() -> None:
+    assert upward(ROOT, "modular_lora", LAYERS) == set()
+    parts = {path.name for path in (ROOT / "modular_lora").iterdir() if (path / "__init__.py").exists()}
+    assert parts <= {part for layer in LAYERS for part in layer}, "a folder that no layer names is held to no rule"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +115,14 @@ def test_the_core_imports_no_host() -> None:
 def test_an_import_of_comfyui_in_the_core_is_found(line: str, tmp_path: Path) -> None:
     (tmp_path / "core").mkdir()
     (tmp_path / "core" / "one.py").write_text(line)
-    found = comfyui_outside(tmp_path, ("host",), ("core", "host"))
-    assert [file for file, _ in found] == ["core/one.py"]
+    assert [file for file, _ in comfyui_in(tmp_path, "core")] == ["core/one.py"]
+
+
+def test_what_a_node_imports_beside_the_schemas_is_found(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    lines = "from comfy_api.latest import io", "import comfy.samplers", "def f():\n    import nodes"
+    (tmp_path / "nodes" / "one.py").write_text("\n".join(lines))
+    assert [name for _, name in comfyui_in(tmp_path, "nodes", but="comfy_api")] == ["comfy.samplers", "nodes"]
 
 
 @pytest.mark.parametrize("line", ["from ..host import one", "from ..host.one import x", "from .. import host"])
@@ -91,5 +131,23 @@ def test_an_import_of_the_host_in_the_core_is_found(line: str, tmp_path: Path) -
         (tmp_path / folder).mkdir()
     (tmp_path / "host" / "one.py").touch()
     (tmp_path / "core" / "two.py").write_text(line)
-    found = host_in_core(tmp_path, ("host",), ("core",))
-    assert {file for file, _ in found} == {"core/two.py"}
+    assert {file for file, _ in ours_in(tmp_path, ("core",), ("host",))} == {"core/two.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("low/a.py", "from ..high.b import x", True),
+        ("low/a.py", "from .. import high", True),
+        ("low.py", "from .high.b import x", True),
+        ("high/b.py", "from ..low.a import x", False),
+        ("high/b.py", "from ..beside.c import x", False),
+    ],
+)
+def test_an_import_of_a_higher_layer_is_found(file: str, line: str, found: bool, tmp_path: Path) -> None:
+    for path in ("low/a.py", "high/b.py", "beside/c.py", "low.py"):
+        (tmp_path / "core" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "core" / path).touch()
+    (tmp_path / "core" / file).write_text(line)
+    layers = (("low", "low.py"), ("high", "beside"))
+    assert {name for name, _ in upward(tmp_path, "core", layers)} == ({f"core/{file}"} if found else set())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from modular_lora_guard.tools.benchmarks.speed_rounds import Contender, Limits, Timing, measure, ratio
 
 ROOT = Path(__file__).resolve().parents[3]
 COMFYUI = os.environ.get("MODULAR_LORA_COMFYUI")
@@ -47,11 +48,6 @@ def test_all_contenders_give_the_same_picture(printed):
 
 
 def test_a_ratio_is_the_median_of_the_rounds_inside_its_interval():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from tools.benchmarks.speed_rounds import Contender, Limits, Timing, measure, ratio
-    finally:
-        sys.path.remove(str(ROOT))
     noise = 1 + 0.05 * np.random.default_rng(1).standard_normal(50)
     found = ratio(Timing(tuple(2 * noise), tuple(noise)), Timing(tuple([1.0] * 50), tuple([1.0] * 50)))
     assert found.low < found.value < found.high

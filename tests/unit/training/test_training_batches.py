@@ -173,7 +173,7 @@ def test_sd_scripts_is_not_given_what_it_would_stop_at_or_miss(tmp_path):
     with pytest.raises(DatasetError, match=r"1_x: has captions ending in \.caption and \.txt; .*: rename the others"):
         to_toml(config, scan(config))
     (folder / "1.png").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"sd-scripts cannot take broken pictures.*1\.png: empty file.*: mend this"):
+    with pytest.raises(DatasetError, match=r"sd-scripts cannot take broken images.*1\.png: empty file.*: mend this"):
         to_toml(config, scan(config))
 
 

@@ -61,7 +61,7 @@ def messy(tmp_path) -> Path:
     paint(folder / "turned.jpg", (80, 40), exif=exif)
     paint(folder / "small.bmp", (16, 16))
     paint(folder / "old.gif")
-    (folder / "alone.txt").write_text("no picture")
+    (folder / "alone.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"finder")
     (folder / "good.npz").write_bytes(b"cache")
     paint(folder / "more" / "inside.png")
@@ -99,29 +99,27 @@ def test_the_report_names_everything_that_is_wrong(messy):
     ]  # fmt: skip
     assert (report.draws, report.folders, report.problems) == (18, (("3_sks robot", 6, 3, False),), ())
     assert {p.path.stem: p.caption for p in report.pictures}["turned"] == "sks robot"
-    assert report.findings["ignored_folders"][2] == "train: 1 pictures beside the numbered folders"
+    assert report.findings["ignored_folders"][2] == "train: 1 images beside the numbered folders"
 
 
 def test_the_text_of_a_report_has_its_counts_and_names(messy):
     _, report = looked_at(messy)
     text = format_report(report)
-    assert "6 pictures, 18 draws in 18 batches an epoch" in text
-    assert (
-        "5 broken pictures, LEFT OUT: mend or delete them: 3_sks robot/cut.jpg: damaged or truncated (OSError" in text
-    )
+    assert "6 images, 18 draws in 18 batches an epoch" in text
+    assert "5 broken images, LEFT OUT: mend or delete them: 3_sks robot/cut.jpg: damaged or truncated (OSError" in text
     assert "3_sks robot/zero.png: empty file (0 bytes)" in text
     assert "STOPS TRAINING" not in text
     assert all(text.count(f"  {len(names)} ") for names in report.findings.values())
-    assert "bucket 64×64: 6 pictures, 18 draws" in text
+    assert "bucket 64×64: 6 images, 18 draws" in text
 
 
 def test_only_a_data_set_without_a_readable_picture_stops_training(tmp_path):
     (tmp_path / "1_x").mkdir()
     (tmp_path / "1_x" / "a.png").write_bytes(b"")
     config, report = looked_at(tmp_path)
-    assert report.problems == (f"{tmp_path}: none of 1 pictures can be trained on: see below, or correct the folder.",)
+    assert report.problems == (f"{tmp_path}: none of 1 images can be trained on: see below, or correct the folder.",)
     assert "STOPS TRAINING" in format_report(report)
-    with pytest.raises(DatasetError, match="none of 1 pictures"):
+    with pytest.raises(DatasetError, match="none of 1 images"):
         Plan(config, report, 0)
 
 

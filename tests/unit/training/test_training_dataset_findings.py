@@ -57,7 +57,7 @@ def test_a_mask_of_another_size_is_scaled_and_one_of_another_shape_is_refused(tm
     report = masked(tmp_path)
     assert [p.path.stem for p in report.pictures] == ["half", "rounded"]
     assert [name.split(":")[0] for name in report.findings["odd_masks"]] == ["a/square.png", "a/turned.png"]
-    assert "64×128 is another shape than its picture's 128×64" in report.findings["odd_masks"][1]
+    assert "64×128 is another shape than its image's 128×64" in report.findings["odd_masks"][1]
     assert all(torch.equal(load(picture)[1], torch.ones(8, 8)) for picture in report.pictures)
     with pytest.raises(DatasetError, match="another shape"):
         to_toml(from_toml(tmp_path / "d.toml"), report)
@@ -74,7 +74,7 @@ def test_a_picture_that_would_train_nothing_is_left_out_and_said(tmp_path):
     assert [p.name for p in report.pictures] == ["a/shown.png"]
     (tmp_path / "m" / "shown.png").unlink()
     (tmp_path / "a" / "shown.png").unlink()
-    assert "none of 2 pictures" in masked(tmp_path).problems[0]
+    assert "none of 2 images" in masked(tmp_path).problems[0]
 
 
 def test_alpha_masks_are_judged_too(tmp_path):

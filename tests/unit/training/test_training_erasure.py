@@ -35,7 +35,7 @@ def test_relative_loss_divides_by_the_prompts_effect_at_the_timestep():
     plain, relative = erasure(Toy().disturb(), train_batch_size=1), erasure(Toy().disturb(), True, train_batch_size=1)
     for step in range(4):
         small, large = plain.loss(step), relative.loss(step)
-        t = relative.trainee.trained().t
+        t = relative.host_model.trained().t
         pools = relative.pools.values()
         effect = torch.cat([p.effect for p in pools])[torch.cat([p.t for p in pools]) == t].mean()
         assert torch.allclose(large, small / effect, rtol=1e-4)
@@ -97,7 +97,7 @@ def test_teacher_is_the_plain_base_bit_for_bit():
     for role, part in trained.pools.items():
         for name, tensor in part.parts().items():
             assert torch.equal(tensor, plain.pools[role].parts()[name]), (role, name)
-    assert trained.trainee.on
+    assert trained.host_model.on
 
 
 @pytest.mark.parametrize("objective", ["esd-x", "leco", "sdd"])
@@ -205,11 +205,11 @@ def test_sdd_draws_latents_from_the_average():
 def test_sdd_pool_is_renewed_from_the_average_and_named_an_approximation():
     run = erasure(Toy(), objective="sdd", pool_refresh_every=2, ema_decay=0.0)
     run.loss(0)
-    run.trainee.disturb()
+    run.host_model.disturb()
     run.after_step()
-    run.trainee.calls.clear()
+    run.host_model.calls.clear()
     run.loss(2)
-    assert {call.on for call in run.trainee.calls if not call.grad} == {True, False}  # own walks; kept ones off
+    assert {call.on for call in run.host_model.calls if not call.grad} == {True, False}  # own walks; kept ones off
     assert "pool renewed every 2 steps" in run.report().notes[0]
 
 

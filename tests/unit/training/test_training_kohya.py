@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
 import accelerate
 
-STUB = Path(__file__).parent / "sd_scripts_stub"
+STUB = Path(__file__).resolve().parents[2] / "support" / "sd_scripts_stub"
 OURS = entry.NETWORK
 
 
@@ -406,8 +406,8 @@ sys.modules |= dict.fromkeys(("pydantic", "pydantic_core", "tomllib", "tomli", "
 spec = importlib.util.spec_from_file_location("kohya_entry", {entry.__file__!r})
 entry = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(entry)
-entry.register()
-importlib.import_module(entry.PACK + ".training.kohya_preview")
+entry.import_network()
+importlib.import_module(entry.PACK + ".training.kohya.preview")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

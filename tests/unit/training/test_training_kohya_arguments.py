@@ -15,10 +15,11 @@ from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
+from modular_lora_guard.modular_lora.options import tomllib
 from modular_lora_guard.training.kohya import arguments as kohya_arguments
 from modular_lora_guard.training.kohya import checkout
 from modular_lora_guard.training.kohya import engine as kohya
-from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions, tomllib
+from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions
 from support.graphs import save_lora
 from support.kohya_toys import STUB, safety_options, task_options, value
 

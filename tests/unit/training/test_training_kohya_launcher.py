@@ -69,7 +69,7 @@ def test_a_task_lora_by_way_of_accelerate(place, engine, tmp_path):
     assert result.norm > 0
     assert result.lora.path == tmp_path / "mine.safetensors"
     assert len(result.lora.layers) == 24
-    for text in ("24 layers", f"modular_lora.safety_sha256: {safety[0].lora.sha256}", "residual", "1 picture"):
+    for text in ("24 layers", f"modular_lora.safety_sha256: {safety[0].lora.sha256}", "residual", "1 image"):
         assert text in result.report
     found = result.lora.metadata
     assert found["modular_lora.role"] == "task"
@@ -195,7 +195,7 @@ def test_a_truncated_file_is_no_result(place, engine, tmp_path, direct):
 def test_a_file_of_an_earlier_run_is_no_result(place):
     path = place / "safety.safetensors"
     with pytest.raises(GuardError, match="did not write it"):
-        kohya._check(path, kohya._stamp(path))
+        kohya._check(path, kohya.find_file_state(path))
     with pytest.raises(GuardError, match="did not write it"):
         kohya._check(place / "none.safetensors", None)
 

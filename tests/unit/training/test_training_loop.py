@@ -28,7 +28,7 @@ from modular_lora_guard.training.task.train import train_task
 from PIL import Image
 from safetensors.torch import load_file
 from support.graphs import save_lora
-from support.toys import Silent, ToyTrainee
+from support.toys import Silent, ToyHostModel
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
@@ -64,14 +64,14 @@ def options(tmp_path, pictures) -> TaskOptions:
 
 
 def safety_lora(folder: Path) -> SafetyLora:
-    info = ToyTrainee().infos[0]
+    info = ToyHostModel().infos[0]
     layers = {name: info.specs[key] for name, key in info.key_map.items() if "attn" in name}
     save_lora(folder / "safety.safetensors", layers, rank=2, seed=5)
     return SafetyLora(read_lora(folder / "safety.safetensors"), 1.0)
 
 
-def train(options: TaskOptions, watch=None, safety=(), trainee=None) -> dict[str, torch.Tensor]:
-    trained = train_task(trainee or ToyTrainee(), options, watch or Silent(), safety, engine="test")
+def train(options: TaskOptions, watch=None, safety=(), host_model=None) -> dict[str, torch.Tensor]:
+    trained = train_task(host_model or ToyHostModel(), options, watch or Silent(), safety, engine="test")
     assert "a note" in trained.report
     return load_file(Path(options.output_dir) / f"{options.output_name}.safetensors")
 
@@ -96,15 +96,15 @@ def test_twenty_steps_are_ten_and_ten_more_bit_for_bit(changes, options, tmp_pat
         pytest.importorskip("prodigyopt", reason="prodigyopt is not installed: an optional optimizer")
     options = replace(options, **changes)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
-    trainee = lambda: ToyTrainee(dtype)  # noqa: E731
-    whole = train(options, trainee=trainee())
+    host_model = lambda: ToyHostModel(dtype)  # noqa: E731
+    whole = train(options, host_model=host_model())
     first = replace(options, output_dir=str(tmp_path / "first"), save_every_n_steps=10)
     with pytest.raises(KeyboardInterrupt):
-        train(first, Silent(stop_at=10), trainee=trainee())
+        train(first, Silent(stop_at=10), host_model=host_model())
     state = tmp_path / "first" / "lora-step00000010-state"
     assert state.is_dir()
     torch.manual_seed(999)  # whatever happens in between
-    assert same(whole, train(replace(first, resume=str(state), sample_every_n_steps=3), trainee=trainee()))
+    assert same(whole, train(replace(first, resume=str(state), sample_every_n_steps=3), host_model=host_model()))
 
 
 def test_another_run_is_not_gone_on_from(options, tmp_path):
@@ -146,9 +146,9 @@ def test_the_safety_lora_is_in_nothing_that_trains(options, tmp_path, monkeypatc
     ],
 )
 def test_what_no_step_asks_for_again_is_let_go_of(changes, released, options):
-    trainee = ToyTrainee()
-    train(replace(options, max_train_steps=2, **changes), trainee=trainee)
-    assert getattr(trainee, "released", None) is released
+    host_model = ToyHostModel()
+    train(replace(options, max_train_steps=2, **changes), host_model=host_model)
+    assert getattr(host_model, "released", None) is released
 
 
 def test_a_projected_lora_answers_nothing_to_the_safety_loras_inputs(options, tmp_path):
@@ -215,10 +215,10 @@ KILLED = """
 import sys
 sys.path[:0] = {paths!r}
 import conftest, pathlib
-from support.toys import Silent, ToyTrainee
+from support.toys import Silent, ToyHostModel
 from modular_lora_guard.training.options import TaskOptions
-from modular_lora_guard.training.task import train_task
-train_task(ToyTrainee(), TaskOptions(**{values!r}), Silent(), engine="test")
+from modular_lora_guard.training.task.train import train_task
+train_task(ToyHostModel(), TaskOptions(**{values!r}), Silent(), engine="test")
 """
 
 
@@ -226,7 +226,7 @@ train_task(ToyTrainee(), TaskOptions(**{values!r}), Silent(), engine="test")
 def test_a_killed_training_leaves_whole_files_to_go_on_from(options, tmp_path):
     out = tmp_path / "killed"
     killed = replace(options, output_dir=str(out), save_every_n_steps=1, max_train_steps=100_000)
-    script = KILLED.format(paths=[str(ROOT / "tests")], values=vars(killed))
+    script = KILLED.format(paths=[str(ROOT / name) for name in ("importable", "tests")], values=vars(killed))
     child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 600  # a busy machine
     while not list(out.glob("*-step00000003.safetensors")):
@@ -246,10 +246,10 @@ def test_a_killed_training_leaves_whole_files_to_go_on_from(options, tmp_path):
 
 
 def test_roles_start_from_row_spaces_of_their_own():
-    trainee, downs = ToyTrainee(), {}
-    names = select(trainee.unet_names, "linear")
+    host_model, downs = ToyHostModel(), {}
+    names = select(host_model.unet_names, "linear")
     for role in ("task", "safety"):
-        with adapted(trainee.unet, trainee.text_encoder, Spec(names, {}, 2, 2.0, 0.0, 42, role)) as adapters:
+        with adapted(host_model.unet, host_model.text_encoder, Spec(names, {}, 2, 2.0, 0.0, 42, role)) as adapters:
             downs[role] = {n: p.detach().clone() for n, p in adapters.downs().items()}
     for name, down in downs["task"].items():
         assert not torch.allclose(down, downs["safety"][name])
@@ -257,27 +257,29 @@ def test_roles_start_from_row_spaces_of_their_own():
 
 
 def test_the_network_is_the_very_one_it_was_and_bit_identical_with_adapters_off():
-    trainee = ToyTrainee()
-    before = dict(trainee.unet.named_modules())
-    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), trainee.encode(["a", "b"])
-    plain = trainee.predict(x, t, cond)
-    with adapted(trainee.unet, trainee.text_encoder, Spec(trainee.unet_names, {}, 2, 2.0, 0.0, 1, "task")) as adapters:
+    host_model = ToyHostModel()
+    before = dict(host_model.unet.named_modules())
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), host_model.encode(["a", "b"])
+    plain = host_model.predict(x, t, cond)
+    with adapted(
+        host_model.unet, host_model.text_encoder, Spec(host_model.unet_names, {}, 2, 2.0, 0.0, 1, "task")
+    ) as adapters:
         with torch.no_grad():
             for parameter in adapters.parameters():
                 parameter.add_(0.1)
-        assert not torch.equal(trainee.predict(x, t, cond), plain)
+        assert not torch.equal(host_model.predict(x, t, cond), plain)
         with adapters.off():
-            assert torch.equal(trainee.predict(x, t, cond), plain)
-        assert not torch.equal(trainee.predict(x, t, cond), plain)
-    after = dict(trainee.unet.named_modules())
+            assert torch.equal(host_model.predict(x, t, cond), plain)
+        assert not torch.equal(host_model.predict(x, t, cond), plain)
+    after = dict(host_model.unet.named_modules())
     assert list(before) == list(after)
     assert all(before[path] is after[path] for path in before)
-    assert vars(trainee.unet).keys() == vars(ToyTrainee().unet).keys()
-    assert torch.equal(trainee.predict(x, t, cond), plain)
+    assert vars(host_model.unet).keys() == vars(ToyHostModel().unet).keys()
+    assert torch.equal(host_model.predict(x, t, cond), plain)
 
 
 def test_targets_are_sd_scripts_own():
-    names = ToyTrainee().unet_names
+    names = ToyHostModel().unet_names
     counts = {target: len(select(names, target)) for target in ("cross-attention", "attention", "linear", "conv")}
     assert counts == {"cross-attention": 4, "attention": 8, "linear": 10, "conv": 12}
 
@@ -285,7 +287,7 @@ def test_targets_are_sd_scripts_own():
 @given(st.integers(0, 999), st.floats(0.5, 20))
 @settings(max_examples=50, deadline=None)
 def test_min_snr_weights_never_count_more_than_one(t, gamma):
-    schedule = ToyTrainee().schedule
+    schedule = ToyHostModel().schedule
     snr = schedule.snr(torch.tensor([t]))
     epsilon, v = (min_snr(snr, gamma, kind).item() for kind in ("epsilon", "v_prediction"))
     assert 0 < epsilon <= 1

@@ -19,7 +19,7 @@ from modular_lora_guard.training.safety.train import train_safety
 from modular_lora_guard.training.task import train as task
 from modular_lora_guard.training.unused import unused, unused_by_kohya
 from PIL import Image
-from support.toys import Silent, ToyTrainee
+from support.toys import Silent, ToyHostModel
 
 STEPS, RATE = 60, 0.1
 CONCEPT = {"concept": ("a car",)}
@@ -190,11 +190,11 @@ class Heard(Silent):
 def test_findings_and_cut_captions_are_said_before_the_first_step_and_in_the_report(options):
     pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
     watch = Heard()
-    trained = task.train_task(ToyTrainee(), options, watch, engine="test")
+    trained = task.train_task(ToyHostModel(), options, watch, engine="test")
     for text in (watch.said, trained.report):
         assert "1 of 2 captions have more than 75 tokens, the rest is CUT OFF" in text
         assert "1_thing/long.png" in text
-        assert "2 pictures, 2 draws" in text
+        assert "2 images, 2 draws" in text
 
 
 @pytest.mark.parametrize(
@@ -246,12 +246,12 @@ LONG = "a car " * 20
 )
 def test_a_prompt_of_an_erasure_that_is_cut_is_an_error(changes, tmp_path):
     with pytest.raises(OptionError, match="more than 75 tokens"):
-        train_safety(ToyTrainee(), SafetyOptions(output_dir=str(tmp_path), **changes), Silent(), engine="test")
+        train_safety(ToyHostModel(), SafetyOptions(output_dir=str(tmp_path), **changes), Silent(), engine="test")
 
 
 def test_preview_prompts_that_are_cut_are_counted():
     options = SafetyOptions(**CONCEPT, sample_every_n_steps=1, sample_prompts=("short", LONG))
-    (line,) = texts.cut_previews(options, ToyTrainee().too_long)
+    (line,) = texts.cut_previews(options, ToyHostModel().too_long)
     assert line.startswith("1 of 2 preview prompts")
 
 
@@ -262,7 +262,7 @@ def test_an_output_folder_that_cannot_be_written_to_is_found_out_first(train, op
     erasure = SafetyOptions(output_dir=where, **CONCEPT)
     run = {
         "task": lambda: task.prepare(replace(options, output_dir=where), ()),
-        "safety": lambda: train_safety(ToyTrainee(), erasure, Silent(), engine="test"),
+        "safety": lambda: train_safety(ToyHostModel(), erasure, Silent(), engine="test"),
     }
     with pytest.raises(GuardError, match="output_dir"):
         run[train]()

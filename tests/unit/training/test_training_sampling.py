@@ -163,7 +163,7 @@ def test_positives_go_with_the_concepts_and_synonyms_are_their_own():
         ({"denoising_steps": 0}, "denoising_steps: 0"),
         ({"denoising_steps": 101}, "denoising_steps: 101"),
         ({"train_size": 20}, "train_size: 20 is no multiple of 8"),
-        ({"preserve_weight": -1.0}, "preserve_weight: -1.0"),
+        ({"preserve_weight": -1.0}, "preserve_weight must be at least 0, not -1.0"),
         ({"pool_size": -1}, "pool_size"),
     ],
 )
@@ -293,7 +293,7 @@ def test_interrupted_pool_leaves_nothing_and_can_be_built_again(tmp_path):
         run.prepare(0)
     assert run.pools == {}
     assert not list(tmp_path.iterdir())
-    assert run.trainee.on
+    assert run.host_model.on
     run.prepare(0)
     numbers, totals = zip(*done[4:], strict=True)
     assert list(numbers) == sorted(set(numbers))

@@ -1,8 +1,8 @@
-"""Draws the arms of an audit with ComfyUI's own parts: the third module that touches its internals.
+"""Samples the arms of an audit with ComfyUI's own parts.
 
 An arm's LoRAs act as the guard's unmerged branches on U-Net and text encoder, at any strength, for the time of one
 call; W0 is never touched. A LoRA acts whole or the call stops: nobody should measure half of one. Nothing of a model
-that another node guards is on while a picture is drawn, and pictures never reach a preview.
+that another node guards is on while an image is sampled, and no image reaches a preview.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.files.images import PictureError, decode, decode_mask
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
-from ..modular_lora.provenance.attestation import Run, weights_sha256
+from ..modular_lora.provenance.attestation import Run
+from ..modular_lora.tensor_hashing import weights_sha256
 from ..modular_lora.util.cache import Cache
 from . import introspection, trainer_model
 from . import patcher as host
@@ -36,12 +37,12 @@ from .memory import compute_dtype
 
 KEPT_ARMS = 4  # whose branches stay built
 KEPT_PROMPTS = 512  # whose embeddings stay, some 0.2 MB each for SD 1.5 and 0.6 MB for SDXL
-STEADY = frozenset((  # samplers that draw no noise of their own: their pictures can share a batch (0.3.75, 0.33.0)
+STEADY = frozenset((  # samplers that draw no noise of their own: their pictures can share a batch
     "euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "dpmpp_2m_cfg_pp", "ipndm", "ipndm_v",
     "deis", "res_multistep", "res_multistep_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "uni_pc",
     "uni_pc_bh2",
 ))  # fmt: skip
-# SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory (0.3.75)
+# SD 1 and SDXL checkpoints lack it and read nothing of what it makes: it holds what was in memory
 UNREAD = ("clip_l.transformer.text_projection.weight",)
 PIXELS = 8  # of a side for one of a latent
 PLAIN = {  # remedies of an audit
@@ -60,8 +61,8 @@ class _Built:
     encodes_as: Hashable  # equal for arms whose text encoders are the same
 
 
-class ComfyPainter:
-    """See audit.plan.Painter. Raises GuardError for a MODEL or CLIP that is not a checkpoint's own."""
+class ComfyPipeline:
+    """See audit.plan.Pipeline. Raises GuardError for a MODEL or CLIP that is not a checkpoint's own."""
 
     def __init__(self, model, clip, vae):
         _check(model, clip)
@@ -102,7 +103,7 @@ class ComfyPainter:
         return tuple(self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))[0])
 
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
-        """b c h w: zeros (EmptyLatentImage, 0.3.75 and 0.33.0), or the start pictures' latents, each encoded alone."""
+        """b c h w: zeros (EmptyLatentImage), or the start pictures' latents, each encoded alone."""
         if items[0].start:
             starts = [_picture(item.start, sampling) for item in items]
             return torch.cat([self._vae.encode(start[None]) for start in starts])
@@ -110,7 +111,7 @@ class ComfyPainter:
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
 
     def _sample(self, items: Sequence[Item], conds: list[tuple[Cond, Cond]], latent: Tensor, by: Sampling) -> Tensor:
-        """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it (0.3.75 and 0.33.0)."""
+        """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it."""
         masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
         with torch.random.fork_rng(_devices(self._model)):  # prepare_noise seeds PyTorch's own generator
             noise = torch.cat([comfy.sample.prepare_noise(latent[:1], item.seed) for item in items])
@@ -148,7 +149,7 @@ class ComfyPainter:
 
 
 def _check(model, clip) -> None:
-    """GuardError for what the painter's ``base_sha256`` would not describe."""
+    """GuardError for what the pipeline's ``base_sha256`` would not describe."""
     host._check_types(model, clip, "Audit")
     if clip is None:
         raise GuardError("The audit got no CLIP: connect the checkpoint's CLIP.")
@@ -159,7 +160,7 @@ def _check(model, clip) -> None:
     host._check_incoming(model, False, "The MODEL", **PLAIN)
     host._check_incoming(clip.patcher, False, "The CLIP", **PLAIN)
     trainer_model.check_pair(model, clip, "Audit")
-    options = {name for name, value in model.model_options.items() if value}  # 0.3.75 and 0.33.0, as the next line
+    options = {name for name, value in model.model_options.items() if value}
     if options or model.object_patches or clip.layer_idx is not None:
         what = ", ".join(sorted(options | set(model.object_patches))) or "another CLIP layer"
         raise GuardError(
@@ -177,7 +178,7 @@ def _base_sha256(model, clip, vae) -> str:
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    """GuardError where ComfyUI would quietly take something else (KSampler.__init__, 0.3.75 and 0.33.0)."""
+    """GuardError where ComfyUI would quietly take something else (KSampler.__init__)."""
     known = comfy.samplers.KSampler
     for name, what, names in (
         (sampling.sampler, "Sampler", known.SAMPLERS),
@@ -187,7 +188,7 @@ def _check_sampling(sampling: Sampling) -> None:
             raise GuardError(f"{what} {name!r} is not one of this ComfyUI: choose of {', '.join(names)}.")
     for side in (sampling.width, sampling.height):
         if side <= 0 or side % PIXELS:
-            raise GuardError(f"Pictures of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.")
+            raise GuardError(f"Images of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.")
     if sampling.steps < 1:
         raise GuardError(f"{sampling.steps} steps: give 1 or more.")
 
@@ -227,7 +228,7 @@ def _groups(items: Sequence[Item], conds: Sequence[tuple[Cond, Cond]], sampler: 
     groups: dict[Hashable, list[int]] = {}
     for i, (item, pair) in enumerate(zip(items, conds, strict=True)):
         if item.mask and not item.start:
-            raise GuardError(f"Item {item.prompt[:60]!r} has a mask and no start picture: inpainting needs both.")
+            raise GuardError(f"Item {item.prompt[:60]!r} has a mask and no start image: inpainting needs both.")
         if not 0 < item.denoise <= 1:
             raise GuardError(f"Item {item.prompt[:60]!r} has denoise {item.denoise}: give more than 0, at most 1.")
         plain = all(_plain(extra) for _, extra in pair)
@@ -258,7 +259,7 @@ def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
         data = Path(path).read_bytes()
         picture = decode_mask(data).image if mask else decode(data).image
     except (OSError, PictureError) as error:
-        raise GuardError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
+        raise GuardError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
     if picture.size != size:
         picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
@@ -268,14 +269,14 @@ def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
     """b h w 3 of 0..1 as uint8, rounded as Save Image rounds."""
     if pictures.shape[1:] != (sampling.height, sampling.width, 3):
         raise GuardError(
-            f"The VAE gives {tuple(pictures.shape[1:])} for pictures of {sampling.width}×{sampling.height}: an audit "
-            f"draws with models of still pictures whose latents stand for {PIXELS} pixels each."
+            f"The VAE gives {tuple(pictures.shape[1:])} for images of {sampling.width}×{sampling.height}: an audit "
+            f"draws with models of still images whose latents stand for {PIXELS} pixels each."
         )
     return np.clip(255.0 * pictures.cpu().numpy(), 0, 255).astype(np.uint8)
 
 
 def _interruptible(*_) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()  # 0.3.75 and 0.33.0
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _devices(patcher) -> list[int]:
@@ -288,7 +289,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def device() -> torch.device:
-    """Where ComfyUI draws in this process (0.3.75 and 0.33.0)."""
+    """Where ComfyUI draws in this process."""
     return comfy.model_management.get_torch_device()
 
 

@@ -1,4 +1,4 @@
-"""The audit's painter in the real ComfyUI: stock pictures bit for bit, LoRAs whole, W0 untouched."""
+"""The audit's pipeline in the real ComfyUI: stock pictures bit for bit, LoRAs whole, W0 untouched."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def item(prompt: str = "gloss, cat", seed: int = 1, **more) -> Item:
 
 @pytest.fixture(scope="session")
 def drawing(comfy):
-    return importlib.import_module("modular_lora_guard.comfy_host.sampler")
+    return importlib.import_module("modular_lora_guard.comfy_host.pipeline")
 
 
 @pytest.fixture(scope="session")
-def painter(drawing, loaded, loras):
-    return drawing.ComfyPainter(*loaded)
+def pipeline(drawing, loaded, loras):
+    return drawing.ComfyPipeline(*loaded)
 
 
 @pytest.fixture(scope="session")
@@ -102,19 +102,19 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("prompt", ["gloss, cat", "gloss, (cat:1.4) [dog]", LONG])
-def test_the_base_arm_is_the_stock_graph_bit_for_bit(prompt, painter, arms, run_graph):
+def test_the_base_arm_is_the_stock_graph_bit_for_bit(prompt, pipeline, arms, run_graph):
     graph = base_graph()
     graph["pos"]["inputs"]["text"], graph["neg"]["inputs"]["text"] = prompt, "blurry"
     graph["sample"] = sampler(["ckpt", 0])
-    ours = painter.draw(arms["base"], [item(prompt, negative="blurry")], SAMPLING)
+    ours = pipeline.draw(arms["base"], [item(prompt, negative="blurry")], SAMPLING)
     assert np.array_equal(ours[0], stock(graph, run_graph))
 
 
-def test_the_modular_arm_is_the_guarded_nodes_to_rounding(painter, arms, run_graph):
+def test_the_modular_arm_is_the_guarded_nodes_to_rounding(pipeline, arms, run_graph):
     """An arm is one sum of LoRAs at any strength; the guard adds the safety LoRA's share first, by itself."""
     graph = guarded_graph("safety_te.safetensors", "task_te.safetensors", clip=True)
     theirs = run_graph(graph)["decode"][0]
-    ours = painter.draw(arms["modular"], [item()], SAMPLING)[0]
+    ours = pipeline.draw(arms["modular"], [item()], SAMPLING)[0]
     assert np.abs(ours.astype(int) - to_bytes(theirs)).max() <= 1
 
 
@@ -126,14 +126,14 @@ def test_the_modular_arm_is_the_guarded_nodes_to_rounding(painter, arms, run_gra
         ("safety_minus_sequential", (("safety_te.safetensors", 1.0), ("task_te.safetensors", -0.7))),
     ],
 )
-def test_an_arm_is_the_stock_merge_of_its_loras_within_rounding(arm, chain, painter, arms, run_graph):
-    ours, merged = painter.draw(arms[arm], [item()], SAMPLING)[0], stock_merge(run_graph, *chain)
-    base = painter.draw(arms["base"], [item()], SAMPLING)[0]
+def test_an_arm_is_the_stock_merge_of_its_loras_within_rounding(arm, chain, pipeline, arms, run_graph):
+    ours, merged = pipeline.draw(arms[arm], [item()], SAMPLING)[0], stock_merge(run_graph, *chain)
+    base = pipeline.draw(arms["base"], [item()], SAMPLING)[0]
     assert distance(merged, base) > 5
     assert distance(ours, merged) < NEAR
 
 
-def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(painter, arms, pictures, run_graph, comfy):
+def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(pipeline, arms, pictures, run_graph, comfy):
     folder = Path(comfy.folder_paths.get_input_directory())
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("start.png", "mask.png"):
@@ -143,17 +143,17 @@ def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(painter, arms, p
     graph["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["start", 0], "vae": ["ckpt", 2]}}
     graph["sample"] = sampler(["ckpt", 0], latent_image=["encode", 0], denoise=0.6)
     start, mask = str(pictures / "start.png"), str(pictures / "mask.png")
-    ours = painter.draw(arms["base"], [item(start=start, denoise=0.6)], SAMPLING)
+    ours = pipeline.draw(arms["base"], [item(start=start, denoise=0.6)], SAMPLING)
     assert np.array_equal(ours[0], stock(graph, run_graph))
 
     graph["mask"] = {"class_type": "LoadImageMask", "inputs": {"image": "mask.png", "channel": "red"}}
     graph["masked"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["encode", 0], "mask": ["mask", 0]}}
     graph["sample"]["inputs"]["latent_image"] = ["masked", 0]
-    ours = painter.draw(arms["base"], [item(start=start, mask=mask, denoise=0.6)], SAMPLING)
+    ours = pipeline.draw(arms["base"], [item(start=start, mask=mask, denoise=0.6)], SAMPLING)
     assert np.array_equal(ours[0], stock(graph, run_graph))
 
 
-def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(painter, arms, pictures):
+def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(pipeline, arms, pictures):
     start, mask = str(pictures / "start.png"), str(pictures / "mask.png")
     items = [
         item(),
@@ -163,28 +163,28 @@ def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(painter, a
         item(start=start, mask=mask, denoise=0.6),
         item("gloss, dog", seed=4),
     ]
-    drawn = painter.draw(arms["safety"], items, SAMPLING)
-    alone = [painter.draw(arms["safety"], [one], SAMPLING)[0] for one in items]
+    drawn = pipeline.draw(arms["safety"], items, SAMPLING)
+    alone = [pipeline.draw(arms["safety"], [one], SAMPLING)[0] for one in items]
     assert all(distance(a, b) < NEAR for a, b in zip(drawn, alone, strict=True))
     assert min(distance(a, b) for i, a in enumerate(alone) for b in alone[:i]) > 5
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "ddpm"])
 def test_a_sampler_with_noise_of_its_own_gives_the_stock_picture_whoever_shares_the_unit(
-    name, painter, arms, run_graph
+    name, pipeline, arms, run_graph
 ):
     graph = base_graph()
     graph["sample"] = sampler(["ckpt", 0], sampler_name=name)
     by = Sampling(2, 2.0, name, "normal", 64, 64)
-    drawn = painter.draw(arms["base"], [item(seed=5), item()], by)
+    drawn = pipeline.draw(arms["base"], [item(seed=5), item()], by)
     assert np.array_equal(drawn[1], stock(graph, run_graph))
 
 
-def test_the_same_unit_twice_is_the_same_bytes_and_no_weight_changes(painter, arms, loaded):
+def test_the_same_unit_twice_is_the_same_bytes_and_no_weight_changes(pipeline, arms, loaded):
     before = [weights(p) for p in (loaded[0], loaded[1].patcher)]
     items = [item(seed=seed) for seed in (1, 2)]
-    first = {name: painter.draw(arm, items, SAMPLING) for name, arm in arms.items()}
-    second = {name: painter.draw(arm, items, SAMPLING) for name, arm in reversed(arms.items())}
+    first = {name: pipeline.draw(arm, items, SAMPLING) for name, arm in arms.items()}
+    second = {name: pipeline.draw(arm, items, SAMPLING) for name, arm in reversed(arms.items())}
     assert all(np.array_equal(first[name], second[name]) for name in arms)
     assert [weights(p) for p in (loaded[0], loaded[1].patcher)] == before
     assert_no_branches(loaded)
@@ -200,39 +200,39 @@ def assert_no_branches(loaded) -> None:
     assert not any("forward" in m.__dict__ or "_modular_lora_attachment" in m.__dict__ for m in modules)
 
 
-def test_a_guard_on_the_same_checkpoint_neither_acts_on_the_base_arm_nor_is_lost(painter, arms, run_graph, comfy):
-    base = painter.draw(arms["base"], [item()], SAMPLING)
+def test_a_guard_on_the_same_checkpoint_neither_acts_on_the_base_arm_nor_is_lost(pipeline, arms, run_graph, comfy):
+    base = pipeline.draw(arms["base"], [item()], SAMPLING)
     graph = guarded_graph("safety_te.safetensors", None, clip=True)
     guarded = run_graph(graph)["decode"][0]
     graph["sample"]["inputs"]["seed"] = 2
     run_graph(graph)
-    assert np.array_equal(painter.draw(arms["base"], [item()], SAMPLING), base)
+    assert np.array_equal(pipeline.draw(arms["base"], [item()], SAMPLING), base)
     graph["sample"]["inputs"]["seed"] = 1
     assert torch.equal(run_graph(graph)["decode"][0], guarded)
 
 
 @pytest.mark.parametrize("role", ["safety", "task"])
-def test_a_lora_that_does_not_apply_whole_stops_the_arm(role, painter, loras, part, comfy):
+def test_a_lora_that_does_not_apply_whole_stops_the_arm(role, pipeline, loras, part, comfy):
     layers = dict(list(loras.unet.items())[:3])
     spec = next(iter(layers.values()))
     save_lora(comfy.loras / "half.safetensors", layers | {"lora_unet_no_such_layer": spec}, 2, 9)
     with pytest.raises(comfy.host.GuardError, match=r"half\.safetensors.*no_such_layer"):
-        painter.draw(Arm(role, (part(role, "half.safetensors"),)), [item()], SAMPLING)
+        pipeline.draw(Arm(role, (part(role, "half.safetensors"),)), [item()], SAMPLING)
 
 
-def test_a_safety_lora_with_a_dead_layer_stops_the_arm(painter, loras, part, comfy):
+def test_a_safety_lora_with_a_dead_layer_stops_the_arm(pipeline, loras, part, comfy):
     save_lora(comfy.loras / "live.safetensors", dict(list(loras.unet.items())[:2]), 2, 9)
     tensors = load_file(comfy.loras / "live.safetensors")
     dead = next(name for name in tensors if name.endswith("lora_up.weight"))
     save_file(tensors | {dead: torch.zeros_like(tensors[dead])}, comfy.loras / "dead.safetensors")
     with pytest.raises(comfy.host.GuardError, match=r"dead\.safetensors: layer .* is all zero"):
-        painter.draw(Arm("safety", (part("safety", "dead.safetensors", -1.0),)), [item()], SAMPLING)
+        pipeline.draw(Arm("safety", (part("safety", "dead.safetensors", -1.0),)), [item()], SAMPLING)
 
 
-def test_a_file_that_changed_since_the_audit_was_planned_stops_the_arm(painter, loras, comfy):
+def test_a_file_that_changed_since_the_audit_was_planned_stops_the_arm(pipeline, loras, comfy):
     changed = Part("task", str(loras.folder / "task.safetensors"), "0" * 64)
     with pytest.raises(comfy.host.GuardError, match=r"task\.safetensors"):
-        painter.draw(Arm("task", (changed,)), [item()], SAMPLING)
+        pipeline.draw(Arm("task", (changed,)), [item()], SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -244,30 +244,30 @@ def test_a_file_that_changed_since_the_audit_was_planned_stops_the_arm(painter, 
         ({"steps": 0}, "0 steps"),
     ],
 )
-def test_settings_that_comfyui_would_quietly_replace_are_refused(change, said, painter, arms, comfy):
+def test_settings_that_comfyui_would_quietly_replace_are_refused(change, said, pipeline, arms, comfy):
     by = Sampling(**{"steps": 2, "cfg": 2.0, "width": 64, "height": 64} | change)
     with pytest.raises(comfy.host.GuardError, match=said):
-        painter.draw(arms["base"], [item()], by)
+        pipeline.draw(arms["base"], [item()], by)
 
 
-def test_items_that_cannot_be_drawn_are_refused(painter, arms, pictures, comfy):
+def test_items_that_cannot_be_drawn_are_refused(pipeline, arms, pictures, comfy):
     text = pictures / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     start = str(pictures / "start.png")
     for wrong, said in (
         ({"start": str(text)}, "cannot be read"),
         ({"start": str(pictures / "none.png")}, "cannot be read"),
-        ({"mask": start}, "no start picture"),
+        ({"mask": start}, "no start image"),
         ({"start": start, "denoise": 0.0}, "denoise 0"),
     ):
         with pytest.raises(comfy.host.GuardError, match=said):
-            painter.draw(arms["base"], [item(**wrong)], SAMPLING)
+            pipeline.draw(arms["base"], [item(**wrong)], SAMPLING)
 
 
-def test_a_start_of_another_size_is_cut_to_the_sampling(painter, arms, tmp_path):
+def test_a_start_of_another_size_is_cut_to_the_sampling(pipeline, arms, tmp_path):
     Image.new("RGB", (200, 100), (200, 30, 30)).save(tmp_path / "wide.png")
     start = str(tmp_path / "wide.png")
-    assert painter.draw(arms["base"], [item(start=start, denoise=0.5)], SAMPLING).shape == (1, 64, 64, 3)
+    assert pipeline.draw(arms["base"], [item(start=start, denoise=0.5)], SAMPLING).shape == (1, 64, 64, 3)
 
 
 def test_models_that_the_record_could_not_tell_from_the_checkpoint_are_refused(drawing, loaded, loras, comfy, part):
@@ -288,15 +288,15 @@ def test_models_that_the_record_could_not_tell_from_the_checkpoint_are_refused(d
         (model, None),
     ):
         with pytest.raises(comfy.host.GuardError, match=r"connect|merged"):
-            drawing.ComfyPainter(*given, vae)
+            drawing.ComfyPipeline(*given, vae)
 
 
-def test_an_interrupt_stops_the_drawing_and_leaves_no_branch(painter, arms, loaded):
+def test_an_interrupt_stops_the_drawing_and_leaves_no_branch(pipeline, arms, loaded):
     import comfy.model_management as management
 
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
-        painter.draw(arms["modular"], [item()], SAMPLING)
+        pipeline.draw(arms["modular"], [item()], SAMPLING)
     assert_no_branches(loaded)
 
 
@@ -311,37 +311,37 @@ sys.meta_path.insert(0, Blocked())
 root, checkpoint, out = sys.argv[1:]
 sys.path.append(root + "/importable")
 from modular_lora_guard.audit.plan import Arm, Item, Sampling
-from modular_lora_guard.comfy_host.standalone_sampler import open_painter
-with open_painter(checkpoint, "", True) as painter:
-    pictures = painter.draw(Arm("base"), [Item("gloss, cat", 1, "kept")], Sampling(2, 2.0, width=64, height=64))
-    open(out, "wb").write(painter.base_sha256.encode() + pictures.tobytes())
-    assert (painter.dtype, painter.device.split()[0]) == ("float32", "cpu")
+from modular_lora_guard.comfy_host.standalone_pipeline import open_pipeline
+with open_pipeline(checkpoint, "", True) as pipeline:
+    pictures = pipeline.draw(Arm("base"), [Item("gloss, cat", 1, "kept")], Sampling(2, 2.0, width=64, height=64))
+    open(out, "wb").write(pipeline.base_sha256.encode() + pictures.tobytes())
+    assert (pipeline.dtype, pipeline.device.split()[0]) == ("float32", "cpu")
 """
 
 
-def test_a_worker_without_av_and_the_server_draws_the_same_picture(painter, arms, comfy, tmp_path):
+def test_a_worker_without_av_and_the_server_draws_the_same_picture(pipeline, arms, comfy, tmp_path):
     checkpoint = comfy.base / "models" / "checkpoints" / "world.safetensors"
     arguments = [sys.executable, "-c", WORKER, str(ROOT), str(checkpoint), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    ours = painter.draw(arms["base"], [item()], SAMPLING)
-    assert (tmp_path / "out").read_bytes() == painter.base_sha256.encode() + ours.tobytes()
+    ours = pipeline.draw(arms["base"], [item()], SAMPLING)
+    assert (tmp_path / "out").read_bytes() == pipeline.base_sha256.encode() + ours.tobytes()
 
 
-def test_the_base_is_known_by_network_text_encoder_and_vae(drawing, painter, loaded, comfy):
+def test_the_base_is_known_by_network_text_encoder_and_vae(drawing, pipeline, loaded, comfy):
     model, clip, vae = loaded
     other = comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")
-    assert drawing.ComfyPainter(*other).base_sha256 == painter.base_sha256
+    assert drawing.ComfyPipeline(*other).base_sha256 == pipeline.base_sha256
     with torch.inference_mode():
         for part in (other[0].model, other[1].cond_stage_model, other[2].first_stage_model):
             next(part.parameters()).add_(1)
-            drawing.anatomy._weights.pop(part, None)  # remembered while loaded
+            drawing.introspection._weights.pop(part, None)  # remembered while loaded
     for changed in ((other[0], clip, vae), (model, other[1], vae), (model, clip, other[2])):
-        assert drawing.ComfyPainter(*changed).base_sha256 != painter.base_sha256
+        assert drawing.ComfyPipeline(*changed).base_sha256 != pipeline.base_sha256
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_one_line(comfy, drawing, tmp_path):
-    painter = importlib.import_module(f"{drawing.__name__.rpartition('.')[0]}.painter")
+    pipeline = importlib.import_module("modular_lora_guard.comfy_host.standalone_pipeline")
     with pytest.raises(comfy.host.GuardError, match="is no file"):
-        with painter.open_painter(str(tmp_path / "none.safetensors"), cpu=True):
+        with pipeline.open_pipeline(str(tmp_path / "none.safetensors"), cpu=True):
             pass

@@ -9,30 +9,31 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from .console import RunError
-from .paths import LOGS
+TYPED = "MODULAR_LORA_TYPED"  # variable: the command of run.py that started a module with a command line of its own
 
 
 def contained(
     work: Callable[[], int],
     say: Callable[[str], None],
     *,
-    expected: tuple[type[Exception], ...] = (),
+    expected: tuple[type[Exception], ...],
     interrupted: str,
+    logs: Path,
 ) -> int:
     """The exit code of ``work``, or of what ended it.
 
     Args:
         say: Takes the sentence.
-        expected: Errors whose message is such a sentence, beside RunError.
+        expected: Errors whose message is such a sentence.
         interrupted: What is said at Ctrl+C.
+        logs: Folder in which the traceback of any other error is kept.
 
     Returns:
         What ``work`` gives; 1 after an error; 130 after Ctrl+C.
     """
     try:
         return work()
-    except (RunError, *expected) as error:
+    except expected as error:
         say(str(error))
     except KeyboardInterrupt:
         say(interrupted)
@@ -42,7 +43,7 @@ def contained(
     except OSError as error:
         say(of_system(error))
     except Exception as error:
-        say(_unexpected(error))
+        say(_unexpected(error, logs))
     return 1
 
 
@@ -61,22 +62,11 @@ def of_system(error: OSError) -> str:
     return f"{files}: {reason}: {remedy}." if files else f"{reason}: {remedy}."
 
 
-def ensure_writable(folder: Path, what: str) -> None:
-    """Make ``folder`` and a file in it, before hours of work go into it; RunError where that cannot be."""
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"{what} {folder} cannot be written to ({error.strerror}): choose another folder.") from error
-
-
-def _unexpected(error: Exception) -> str:
+def _unexpected(error: Exception, logs: Path) -> str:
     """One line; the traceback goes to a file for whoever mends it, or to stderr where none can be written."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     first = (str(error).strip().splitlines() or ["no message"])[0]
-    place = LOGS / "unexpected-error.log"
+    place = logs / "unexpected-error.log"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A painter for tests of the audit: cheap, deterministic, writes down what it drew; dies or fails where it is told."""
+"""A pipeline for tests of the audit: cheap, deterministic, writes down what it drew; dies or fails where it is told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from modular_lora_guard.modular_lora.errors import GuardError
 
 
-class FakePainter:
+class FakePipeline:
     base_sha256, dtype = "0" * 64, "float32"
 
     def __init__(self, log: str, die: str = "", device_index: int | None = None) -> None:
@@ -24,7 +24,7 @@ class FakePainter:
         if "die always" in prompts or ("die" in prompts and self._first_time()):
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
         if "fail" in prompts:
-            raise GuardError("The painter fails: it was told to.")
+            raise GuardError("The pipeline fails: it was told to.")
         if "crash" in prompts:
             raise ValueError("no such thing")
         os.write(1, b"a library prints\n")
@@ -45,8 +45,8 @@ class FakePainter:
 
 
 @contextmanager
-def open_painter(**arguments):
-    yield FakePainter(**arguments)
+def open_pipeline(**arguments):
+    yield FakePipeline(**arguments)
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""One run of a guarded patcher, from the check before its first evaluation to the figures that an attestation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from comfy.model_base import BaseModel
+
+from ..modular_lora.branches.acted import Acted
+from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
+from ..modular_lora.branches.changes import Owner
+from ..modular_lora.provenance.attestation import Attestation, Counts, Run
+from .measurement import evaluation_rows
+
+
+@dataclass(eq=False)
+class GuardedRun:
+    """A run: verified and attached when it starts, counted while it lasts, and checked when it ends.
+
+    `patcher.GuardMixin.guard_begin` starts it. As a context manager it is finished on leaving or, with an error,
+    discarded. A guider ends it in ``cleanup``, whether or not it went well, so that there its counts are taken and what
+    is wrong with them is kept (`stop`); `around` then raises it, or discards the run that ended with an error.
+
+    Attributes:
+        seat: The branches on the model. No run holds its patcher, which holds the run: it must go when nobody uses it.
+        steps: How many evaluations of each kind are expected.
+        images: How many images are sampled.
+        content: What the run starts from; the same content measures the same evaluation.
+        may_be_empty: Whether a run without any evaluation is right.
+        counts: What was counted; None unless the run ended well.
+        acted: What each safety LoRA did, as far as it was measured.
+        measured: How many evaluations were measured.
+        result: The attestation of a run that ended well.
+    """
+
+    seat: Attachment
+    steps: int = 1
+    images: int = 1
+    content: bytes = b""
+    may_be_empty: bool = False
+    counts: Counts | None = None
+    acted: Mapping[Owner, Acted] = field(default_factory=dict)
+    measured: int = 0
+    result: Attestation | None = None
+    can_start: bool = True
+    _counting: Run | None = None
+    _wrong: Exception | None = None
+
+    def __enter__(self) -> GuardedRun:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.stop()
+        if error is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def start(self) -> None:
+        """Start counting, and measuring where all LoRAs act."""
+        branches = self.seat.branches
+        self._counting = Run(branches)
+        if branches.roles == ALL_ROLES:
+            rows = partial(evaluation_rows, self.images) if isinstance(self.seat.model, BaseModel) else None
+            branches.meter.start(rows, self.steps, self.content)
+
+    def stop(self) -> None:
+        """Take the counts while the branches are still on; what is wrong with them is kept for `finish`."""
+        counting, self._counting = self._counting, None
+        if counting is None:
+            return
+        meter = self.seat.branches.meter
+        try:
+            counts = counting.finish(self.may_be_empty)
+            self.seat.verify()  # what took branches and counter off together leaves equal counts
+            measured, self.acted = meter.evaluations, meter.finish(self.images)
+            self.counts, self.measured = counts, measured
+        except Exception as error:
+            self._wrong = error
+        finally:
+            meter.stop()
+
+    def finish(self) -> None:
+        """Raise what was wrong with the run; one that was not stopped is discarded."""
+        if self._counting is not None:
+            self.discard()
+        self.can_start = False
+        wrong, self._wrong = self._wrong, None
+        if wrong is not None:
+            raise wrong
+
+    def discard(self) -> None:
+        """Forget what was counted: a run that an interrupt or error ended is not attested, and no other starts so."""
+        if self._counting is not None:
+            self.seat.branches.meter.stop()
+        self.can_start, self._counting, self._wrong = False, None, None
+        self.counts, self.acted, self.measured = None, {}, 0
+
+    def around(self, sample: Callable) -> Callable:
+        """A guider's own sampling, which ends this run: an error of it counts even where another wrapper hides it."""
+
+        def guarded(*args, **kwargs):
+            try:
+                output = sample(*args, **kwargs)
+            except BaseException:
+                self.discard()
+                raise
+            self.finish()
+            return output
+
+        return guarded

@@ -1,0 +1,47 @@
+"""ComfyUI's own samplers, guider and decode, called as its nodes call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.samplers
+import torch
+
+from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.provenance import ledger
+from . import introspection
+
+MAX_SEED = 0xFFFFFFFFFFFFFFFF  # of the stock samplers
+
+
+def sampler_names() -> list[str]:
+    """What the stock samplers' drop-down offers."""
+    return comfy.samplers.KSampler.SAMPLERS
+
+
+def scheduler_names() -> list[str]:
+    """What the stock samplers' drop-down of schedulers offers."""
+    return comfy.samplers.KSampler.SCHEDULERS
+
+
+def cfg_guider(patcher, positive: list, negative: list, cfg: float) -> comfy.samplers.CFGGuider:
+    """The stock guider of classifier-free guidance on a model."""
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -> tuple[torch.Tensor, list[str]]:
+    """Pictures (b h w c) of latents, attested where their latents are, and what is to be said of them, each once.
+
+    ``tiles``: what the stock VAE Decode (Tiled) is given, the stock VAE Decode otherwise (nodes);
+    a video's frames come as a batch. Of latents of several kinds (sound beside video) the first is decoded.
+    """
+    import nodes  # ComfyUI's top-level module, complete only after start-up
+
+    node = nodes.VAEDecode() if tiles is None else nodes.VAEDecodeTiled()
+    (images,) = node.decode(vae=vae, samples={"samples": latents}, **(tiles or {}))
+    found = ledger.attest_images(images, latents, introspection.vae_sha256(vae))
+    reports = (one if isinstance(one, str) else format_attestation(one) for one in found)
+    return images, list(dict.fromkeys(reports))

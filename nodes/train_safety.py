@@ -1,0 +1,78 @@
+"""Train Safety LoRA: a LoRA that takes a concept away, trained from prompts alone."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..comfy_host import trainer_model
+from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
+from ..comfy_host.progress import NodeWatch, going_on
+from ..comfy_host.training_files import published, state_to_resume, work_folder
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard.build import SafetyLora
+from ..modular_lora.places import check_writable
+from ..training.kohya import engine as kohya
+from ..training.kohya.checkout import find_engine
+from ..training.options import SafetyOptions
+from ..training.safety.train import train_safety
+from .sockets import SafetySocket
+from .training import (
+    GROUP,
+    MORE,
+    OUTPUTS,
+    RESUME,
+    engine_inputs,
+    files_of,
+    gathered,
+    loaded_inputs,
+    option_inputs,
+    outcome,
+)
+
+OPTIONS = (
+    "output_name", "concept", "synonyms", "preserve", "objective", "network_dim", "network_alpha", "target",
+    "learning_rate", "max_train_steps", "train_batch_size", "train_size", "negative_guidance", "preserve_weight",
+    "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision", "gradient_checkpointing",
+    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
+)  # fmt: skip
+
+
+class TrainSafetyLora(io.ComfyNode):
+    """A safety LoRA that erases a concept given by prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraTrainSafety",
+            display_name="Train Safety LoRA",
+            category=GROUP,
+            description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
+            "is listed under preserve as the base has it.",
+            inputs=[*loaded_inputs(), *option_inputs(SafetyOptions, OPTIONS), MORE, RESUME, *engine_inputs()],
+            outputs=[
+                SafetySocket.Output(
+                    "safety_lora", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."
+                ),
+                *OUTPUTS,
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", kohya_files="", **values
+    ):
+        name = values["output_name"]
+        ours = {"output_dir": str(work_folder(name)), "resume": state_to_resume(name, resume)}
+        made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
+        check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_safety(find_engine(), made, base, watch)
+            else:
+                with trainer_model.opened(model, clip, vae, made) as opened:
+                    trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)
+        path = published(trained, SAFETY_FOLDER)
+        return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)

@@ -1,0 +1,106 @@
+"""Train Task LoRA: a LoRA of captioned images, trained on W0 alone."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..comfy_host import trainer_model
+from ..comfy_host.model_folders import LORA_FOLDER, model_folder
+from ..comfy_host.progress import NodeWatch, going_on
+from ..comfy_host.training_files import data_set_option, data_set_state, inside, published, state_to_resume, work_folder
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard.build import SafetyLora, TaskLora
+from ..modular_lora.places import check_writable
+from ..training.kohya import engine as kohya
+from ..training.kohya.checkout import find_engine
+from ..training.options import TaskOptions
+from ..training.task.train import train_task
+from .load import handles
+from .sockets import SafetySocket, TaskSocket
+from .training import (
+    GROUP,
+    MORE,
+    OUTPUTS,
+    RESUME,
+    data_set_input,
+    engine_inputs,
+    files_of,
+    gathered,
+    loaded_inputs,
+    option_inputs,
+    outcome,
+)
+
+OPTIONS = (
+    "output_name", "network_dim", "network_alpha", "target", "learning_rate", "max_train_steps", "train_batch_size",
+    "resolution", "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
+    "gradient_checkpointing", "network_train_text_encoder", "min_snr_gamma", "noise_offset", "project",
+    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
+)  # fmt: skip
+
+
+class TrainTaskLora(io.ComfyNode):
+    """A task LoRA on W0; the safety LoRA is recorded, shown in previews, and out of the training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraTrainTask",
+            display_name="Train Task LoRA",
+            category=GROUP,
+            description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
+            "frozen and detached: it is attached for previews only, so that they show what will be served.",
+            inputs=[
+                *loaded_inputs(),
+                data_set_input(),
+                *option_inputs(TaskOptions, OPTIONS),
+                SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
+                MORE,
+                RESUME,
+                *engine_inputs(),
+            ],
+            outputs=[
+                TaskSocket.Output("task_lora", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
+                *OUTPUTS,
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, data_set, **_):
+        return data_set_state(data_set)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        data_set,
+        safety_lora=(),
+        more_options="",
+        resume=False,
+        engine="",
+        ckpt_name="",
+        kohya_files="",
+        **values,
+    ):
+        safety, name = handles(safety_lora, SafetyLora), values["output_name"]
+        ours = {
+            "output_dir": str(work_folder(name)),
+            "resume": state_to_resume(name, resume),
+            **data_set_option(data_set),
+        }
+        made = gathered(TaskOptions, values, more_options, **ours)
+        data, watch = inside(made), NodeWatch(cls)
+        check_writable(model_folder(LORA_FOLDER), "loras folder")
+        with going_on(cls, name):
+            if engine == "kohya":
+                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+                trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
+            else:
+                with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
+                    trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)
+        path = published(trained, LORA_FOLDER)
+        return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
