@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from modular_lora_guard.modular_lora.guard import concept
+from modular_lora_guard.modular_lora.util.hashing import hash_file
 from modular_lora_guard.tools.benchmarks import cancelling
 from safetensors.torch import save_file
 
@@ -94,7 +95,7 @@ def cancels(kind: str, how: str, variant: str, load: Callable[..., None], name: 
 
     def act(ground: Ground) -> None:
         files(ground)
-        sha256 = ground.policies.file_sha256(ground.loras / VALUES)
+        sha256 = hash_file(ground.loras / VALUES)
         ground.write(required(sha256, least=LEAST) + more)
         made = guarded(safety=VALUES, task=None, clip=kind == "outputs")
         load(made, *((f"{form.format(kind)}.safetensors", strength) for form, strength in VARIANTS[variant]))
@@ -123,7 +124,7 @@ for kind, name in {
 @attempt("a change of to_out against a safety LoRA of to_v comes where Guard Model has no CLIP to measure it with")
 def _(ground):
     files(ground)
-    sha256 = ground.policies.file_sha256(ground.loras / VALUES)
+    sha256 = hash_file(ground.loras / VALUES)
     asked = f'{{sha256 = "{sha256}", min_net_strength = {LEAST}, min_functional_strength = 0.5}}'
     ground.write(f"[guard]\nrequired = [{asked}]\n")
     made = guarded(safety=VALUES, task=None)
