@@ -187,7 +187,7 @@ class Meter:
         pick = _positions(fused, x)
         y0, h0 = pick(y).clone(), None if h is None else pick(h)
         y = fused.apply(y, x, h)
-        rounding = torch.finfo(y.dtype).eps / math.sqrt(y0.numel())
+        rounding = torch.finfo(y.dtype).eps / math.sqrt(max(1, y0.numel()))
         self._probes.append((path, rounding, _probe(fused, y0, pick(x), h0, pick(y))))
         return y
 

@@ -55,4 +55,4 @@ def test_there_are_enough_attempts_and_each_has_a_name_of_its_own() -> None:
     names = [one.name for one in ATTEMPTS]
     assert len(names) == len(set(names)) >= 60
     assert sum(one.outcome == "permitted" for one in ATTEMPTS) < len(names) / 4
-    assert "escapes" in sys.modules
+    assert "support.escapes" in sys.modules

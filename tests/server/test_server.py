@@ -129,7 +129,7 @@ def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
     assert "http://" not in page
     assert "https://" not in page
     assert "8 of 8 guarded images" in page
-    assert "&quot;status&quot;: &quot;guarded&quot;" in page
+    assert "&#34;status&#34;: &#34;guarded&#34;" in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width > 5 * 64
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 5 * 8
@@ -168,8 +168,8 @@ def test_a_guarded_model_has_no_link_into_stock_nodes(name: str, client: Client,
     [
         ("safety", {"lora_name": "no_such_file.safetensors"}, "no_such_file.safetensors"),
         ("task", {"lora_name": "no_such_file.safetensors"}, "no_such_file.safetensors"),
-        ("safety", {"strength": 0.0}, "give a strength above 0"),
-        ("safety", {"strength": -1.0}, "give a strength above 0"),
+        ("safety", {"strength": 0.0}, "must be above 0: 0 disables the safety LoRA"),
+        ("safety", {"strength": -1.0}, "must be above 0: 0 disables the safety LoRA"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_runs(

@@ -226,7 +226,7 @@ def test_the_command_keeps_a_state_goes_on_and_goes_further(comfy, tmp_path):
     while b"step 10 of 3000" not in log.read_bytes():
         assert child.poll() is None, log.read_text()[-2000:]
         time.sleep(0.05)
-    assert log.read_bytes().index(b"60 pictures") < log.read_bytes().index(b"step 10 of")
+    assert log.read_bytes().index(b"60 images") < log.read_bytes().index(b"step 10 of")
     child.send_signal(signal.SIGINT)
     assert child.wait() == 130
     (state,) = tmp_path.glob("made-step*-state")

@@ -89,7 +89,7 @@ def test_a_task_lora_that_matches_nothing_is_an_error(run_graph, loras):
 def test_a_safety_strength_of_zero_or_below_is_refused_when_queued(strength, run_graph, loras):
     graph = guarded_graph()
     graph["safety"]["inputs"]["strength"] = strength
-    with pytest.raises(GraphError, match="give a strength above 0") as error:
+    with pytest.raises(GraphError, match="must be above 0: 0 disables the safety LoRA") as error:
         run_graph(graph)
     assert error.value.stage == "validation"
 
