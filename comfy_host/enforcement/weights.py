@@ -174,7 +174,12 @@ def check_base(policy: OperatorPolicy, value: Any) -> tuple[str, ...]:
 
 
 def _named(what: str, path: Path, state: Any, allow: tuple[str, ...]) -> str:
-    if find_file_state(path) != state:
+    """The file's SHA-256, which is worked out again whenever its entry changes (a hard link to it, its permissions).
+
+    Such a change alone leaves contents, size and time of writing as they were when the file was read.
+    """
+    now = find_file_state(path)
+    if now is None or state is None or now._replace(changed=0) != state._replace(changed=0):
         raise RefusedError("base.allow", f"the file of the {what}, {path.name}, was changed", "load it again")
     if (sha256 := sha256_file(path)) not in allow:
         said = f"the {what} was made of {path.name} (sha256 {sha256[:16]}), which the operator has not named"
