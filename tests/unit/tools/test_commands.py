@@ -285,6 +285,7 @@ def at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paths, name, place)
     if environment._lock is not None:
         os.close(environment._lock)
+        environment._lock = None  # for good: monkeypatch would bring back the number of a closed file
     monkeypatch.setattr(environment, "_lock", None)
 
 
