@@ -1,4 +1,4 @@
-"""`run.py check`: what can be checked in under a minute, with PyTorch and without ComfyUI."""
+"""`run.py check`: what can be checked with PyTorch and without ComfyUI."""
 
 from __future__ import annotations
 
