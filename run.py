@@ -2,7 +2,7 @@
 """Try the guard, test it, open it in the browser, train LoRAs, audit them.
 
     python3 run.py demo      draw the comparison without a browser; leaves demo_output/report.html
-    python3 run.py check     lint, types and the tests that need no ComfyUI, in under a minute, beside your own PyTorch
+    python3 run.py check     lint, types and the tests that need no ComfyUI, beside your own PyTorch
     python3 run.py test      install the test tools, check lint and types, run every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
     python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
