@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -61,10 +61,14 @@ def offered(names: Iterable[str]) -> list[str]:
     return [*kept, f"({left} left out, with < in the name: rename)"] if left else kept
 
 
+def _names(folders: Iterable[str], ending: str | tuple[str, ...]) -> Iterator[str]:
+    names = (name for folder in folders for name in folder_paths.get_filename_list(folder))
+    return (name for name in names if name.lower().endswith(ending))
+
+
 def file_names(*folders: str, ending: str = "") -> list[str]:
     """What a drop-down offers of the files with this ending in model folders."""
-    names = (name for folder in folders for name in folder_paths.get_filename_list(folder))
-    return offered(name for name in names if name.lower().endswith(ending))
+    return offered(_names(folders, ending))
 
 
 def file_path(folder: str, name: str) -> Path:
@@ -84,8 +88,7 @@ def find_model(name: str, *kinds: str) -> Path | None:
 
 def lora_names(*folders: str) -> list[str]:
     """What a drop-down offers of the safetensors files in these model folders: each once, the first folder's first."""
-    names = [name for folder in folders for name in folder_paths.get_filename_list(folder)]
-    return offered(dict.fromkeys(name for name in names if name.lower().endswith(ENDINGS)))
+    return offered(dict.fromkeys(_names(folders, ENDINGS)))
 
 
 def lora_path(name: str, *folders: str) -> Path:

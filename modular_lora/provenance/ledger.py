@@ -113,13 +113,12 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attest
     Returns:
         For each image its attestation, or why there is none.
     """
-    samples = _batches(samples)[0]
-    runs = latent_runs(samples)
+    digests = [tensor_sha256(latent) for latent in _batches(samples)[0]]
     found: list[Attestation | str] = []
     for number, image in enumerate(made):
-        place = number * len(runs) // len(made)
-        if (run := runs[place]) is None:
-            found.append(UNSAMPLED if unsampled.get(tensor_sha256(samples[place])) else EDITED)
+        digest = digests[number * len(digests) // len(made)]
+        if (run := latents.get(digest)) is None:
+            found.append(UNSAMPLED if unsampled.get(digest) else EDITED)
             continue
         attestation = run.of(vae_sha256=vae_sha256, image_sha256=tensor_sha256(image))
         images.put(attestation.image_sha256, attestation)
