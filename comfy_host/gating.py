@@ -42,7 +42,10 @@ def checked(gate: object) -> Gate:
         detector = detectors.make(default_detector())
         return Gate(detector, policies.tightened(settings.defaults(detector), detector))
     if not isinstance(gate, Gate):
-        raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
+        raise GuardError(
+            f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.",
+            code="gate-settings.not-connected",
+        )
     return gate
 
 
@@ -82,7 +85,9 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
     """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
     if any(outcome_of(picture[None], reporting(gate)).flags):
-        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another image.")
+        raise GateError(
+            f"replacement: {gate.detector.name} flags it too: connect another image.", code="gate.replacement-flagged"
+        )
 
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:

@@ -99,12 +99,14 @@ def lora_path(name: str, *folders: str) -> Path:
     found = {folder: path for folder in folders if (path := _in_folder(name, folder))}
     if len(found) > 1 and len({sha256_file(path) for path in found.values()}) > 1:
         raise LoraFileError(
-            f"LoRA file {name!r} is in {' and '.join(found)}, and these are different files: rename one of them."
+            f"LoRA file {name!r} is in {' and '.join(found)}, and these are different files: rename one of them.",
+            code="file.two-places",
         )
     for path in found.values():
         return path
     raise LoraFileError(
-        f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page."
+        f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page.",
+        code="file.no-such-file",
     )
 
 

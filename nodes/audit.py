@@ -239,7 +239,10 @@ def _prompt_file(name: str | None) -> Path | None:
     if name in (None, NONE):
         return None
     if name not in _prompt_files():
-        raise GuardError(f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.")
+        raise GuardError(
+            f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.",
+            code="audit.no-prompts-file",
+        )
     return input_folder() / name
 
 

@@ -197,7 +197,7 @@ def _stacked(row: Row) -> TaskLora:
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
-        raise LoraFileError(f"{row.place}: {error}") from error
+        raise LoraFileError(f"{row.place}: {error}", code=error.code) from error
     return TaskLora(_read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
 
 

@@ -47,7 +47,10 @@ class SaveAttestedImage(io.ComfyNode):
         found = [known(image) for image in images]
         missing = sum(not k.guarded for k in found)
         if missing and unattested == "refuse":
-            raise GuardError(f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.")
+            raise GuardError(
+                f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.",
+                code="save.unattested",
+            )
         results = save(cls, images, found, filename_prefix, Style())
         said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
         show(cls, said + f"; {missing} {EDITED}" * bool(missing))
@@ -101,7 +104,8 @@ class SaveGatedImage(io.ComfyNode):
         if counts and unfit == "refuse":
             raise GuardError(
                 f"{counts} of {len(found)} images: nothing is saved; connect Safety Gate behind Guarded VAE Decode "
-                "and this node behind the gate, with nothing between, and let the gate act on what it flags."
+                "and this node behind the gate, with nothing between, and let the gate act on what it flags.",
+                code="save.refused",
             )
         fit = [i for i, problem in enumerate(problems) if problem is None]
         results = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.graphs import GraphError, guarded_graph, sampler, save_lora
+from support.graphs import GraphError, guarded_graph, keeping_code, sampler, save_lora
 from support.mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def world(comfy):
     before = dict(comfy.nodes.NODE_CLASS_MAPPINGS)
     install(comfy.nodes, (model, clip, vae))
     execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-    yield execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
+    yield keeping_code(execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes))
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - set(before):
         del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
