@@ -77,7 +77,9 @@ def file_path(folder: str, name: str) -> Path:
     known = next((n for n in folder_paths.get_filename_list(folder) if n.replace("\\", "/") == plain), None)
     if path := known and folder_paths.get_full_path(folder, known):
         return Path(path)
-    raise GuardError(f"File {name!r} is in no {folder} folder: put it there and refresh the page.")
+    raise GuardError(
+        f"File {name!r} is in no {folder} folder: put it there and refresh the page.", code="place.no-such-file"
+    )
 
 
 def find_model(name: str, *kinds: str) -> Path | None:

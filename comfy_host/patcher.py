@@ -395,7 +395,7 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
         if not isinstance(got, kind):
             raise GuardError(
                 f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.",
-                code="model.wrong-type",
+                code="input.wrong-type",
             )
 
 

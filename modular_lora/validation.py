@@ -79,8 +79,8 @@ def from_json(make: Callable[..., Made], path: str | Path, kind: type[GuardError
     try:
         said = plain_json.read_object(path)
     except (OSError, ValueError) as error:
-        said = f"{path.name}: cannot be read as JSON ({one_line(error)}): check the {what}."
-        raise kind(said, code=f"{kind.code}.unreadable") from error
+        why = f"{path.name}: cannot be read as JSON ({one_line(error)}): check the {what}."
+        raise kind(why, code=f"{kind.code}.unreadable") from error
     try:
         return make(**said)
     except kind as error:

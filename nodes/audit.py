@@ -199,7 +199,9 @@ def _options(folder: Path, values: Mapping[str, Any]) -> AuditOptions:
     """The audit's options; prompts given as text are written to files beside the pictures."""
     extra = options.parse(values.get("more_options", ""))
     if refused := sorted(set(extra) - set(MORE)):
-        raise GuardError(f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.")
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.", code="audit.option-refused"
+        )
     ours: dict[str, Any] = {"output_dir": str(folder), "seed": values["first_seed"]}
     ours |= {option: (str(path),) for option, path in _loras(values).items()}
     for cell in CELLS:

@@ -179,7 +179,9 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
     if isinstance(value, tuple) and all(isinstance(item, kind) for item in value):
         return value
     role = "Safety" if kind is SafetyLora else "Task"
-    raise GuardError(f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.")
+    raise GuardError(
+        f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.", code="input.wrong-type"
+    )
 
 
 def stack_name(task: TaskLora) -> str:

@@ -435,7 +435,7 @@ def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
         problem = f"data_offsets {shown(offsets)} must be two non-negative integers: {DAMAGED}"
     else:
         return Entry(dtype, tuple(shape), *offsets)
-    raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
+    raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}", code="file.tensor")
 
 
 def _are_sizes(values: list) -> bool:
@@ -457,7 +457,7 @@ def _check_read(layers: Mapping[str, Mapping[str, str]], entries: Mapping[str, E
                 problem = f"shape {shown(list(shape))} is not 0 to {DIMENSIONS} sizes of 1 or more: {DAMAGED}"
             else:
                 continue
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}", code="file.tensor")
 
 
 def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:

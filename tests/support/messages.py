@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("modular_lora", "operators", "gate", "audit", "training", "comfy_host", "nodes", "tools")
 COMPUTED = "(computed code)"  # made of the class's own where the error is raised
 PART = "Problem"  # modular_lora/validation.py: sentences that an error is made of later
+NAMING = {"refuses": 0, "stopped": 2}  # helper of the tests -> which of its arguments is a code
 NO_CODE = "(no code)"  # an error of Python's own classes, which our callers catch or nobody tells apart
 WELL_FORMED = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*(\.[a-z0-9]+(-[a-z0-9]+)*)*")
 TEXTS = ast.JoinedStr, ast.Constant, ast.IfExp, ast.BoolOp, ast.BinOp
@@ -71,10 +72,17 @@ def named_in(tests: Path) -> Iterator[tuple[str, str]]:
     """(code, file:line) wherever a test names a code for `support.errors.refuses`."""
     for path in sorted(tests.rglob("*.py")):
         for call in _calls(ast.parse(path.read_text(encoding="utf-8"))):
-            if _name(call.func) == "refuses" and call.args:
-                for one in ast.walk(call.args[0]):
-                    if isinstance(one, ast.Constant) and isinstance(one.value, str):
-                        yield one.value, f"{path.name}:{one.lineno}"
+            place = NAMING.get(_name(call.func), len(call.args))
+            for given in call.args[place : place + 1]:
+                yield from ((code, f"{path.name}:{call.lineno}") for code in _constants(given))
+
+
+def _constants(node: ast.AST) -> Iterator[str]:
+    """The texts that an expression can be, as far as they stand in it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for part in (node.body, node.orelse) if isinstance(node, ast.IfExp) else getattr(node, "elts", ()):
+        yield from _constants(part)
 
 
 def _trees(root: Path) -> dict[str, ast.AST]:

@@ -13,6 +13,7 @@ import torch
 from modular_lora_guard.tools.bootstrap.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.errors import refuses
 from support.graphs import GraphError, base_graph, bits, guarded_graph
 from support.kohya_toys import STUB, stub_weights
 
@@ -370,7 +371,7 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     save_file(stub_weights(), checkpoint)
     graph = training(comfy, "ModularLoraTrainTask", engine="kohya", ckpt_name=checkpoint.name, output_name="by_kohya")
     monkeypatch.delenv("SD_SCRIPTS_PATH", raising=False)
-    with pytest.raises(GraphError, match="no checkout is named"):
+    with refuses("kohya.no-checkout"):
         run_graph(graph)
     monkeypatch.setenv("SD_SCRIPTS_PATH", str(STUB))
     monkeypatch.setenv("SD_SCRIPTS_PYTHON", sys.executable)
@@ -380,5 +381,5 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     assert task.lora.metadata["modular_lora.base_sha256"] == comfy.anatomy.model_sha256(run_graph(graph)["ckpt"][0])
     assert "sd-scripts" in report
     graph["train"]["inputs"]["ckpt_name"] = ""
-    with pytest.raises(GraphError, match="choose it as ckpt_name"):
+    with refuses("kohya.no-checkpoint-name"):
         run_graph(graph)

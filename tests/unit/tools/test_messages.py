@@ -52,7 +52,7 @@ def test_a_code_is_of_one_class_and_well_formed(found):
 def test_a_code_is_a_text_that_stands_in_the_source():
     """So that a search for a code finds where it is raised."""
     computed = {"f'{kind.code}.not-written'", "f'{kind.code}.unreadable'", "f'{kind.code}.{found.code}'"}
-    computed |= {"f'policy.{wrong.code}'", "f'refused.{rule}'", "error.code", "found.code"}
+    computed |= {"f'policy.{wrong.code}'", "f'refused.{rule}'", "code", "error.code", "found.code"}
     assert {ast.unparse(given) for given in messages.computed()} == computed
 
 

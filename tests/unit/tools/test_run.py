@@ -16,6 +16,7 @@ from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environm
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base, server
 from modular_lora_guard.tools.world import DETECTOR_ONNX
+from support.errors import refuses
 
 RUN = Path(__file__).resolve().parents[3] / "run.py"
 
@@ -89,7 +90,7 @@ def test_an_interpreter_without_torch_is_named_with_the_remedy(tmp_path: Path) -
     empty = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(empty)], check=True)
     variables = {"COMFYUI_PATH": str(host), "COMFYUI_PYTHON": str(environment.python_of(empty))}
-    with pytest.raises(RunError, match=r"No module named 'torch'.*COMFYUI_PYTHON"):
+    with refuses("command", "No module named 'torch'", "COMFYUI_PYTHON"):
         comfyui.existing(variables)
 
 
@@ -170,12 +171,12 @@ def test_comfyui_is_copied_without_foreign_path_settings(tmp_path: Path) -> None
 
 def test_a_failing_step_shows_its_last_lines_and_the_remedy(tmp_path: Path) -> None:
     script = "import sys; print('the reason'); sys.exit(3)"
-    with pytest.raises(RunError, match=r"(?s)step: exit code 3.*the reason\nDo this\."):
+    with refuses("command.exit-code", "step", "3", "the reason\nDo this."):
         process.run_logged([sys.executable, "-c", script], title="step", log=tmp_path / "log", remedy="Do this.")
 
 
 def test_a_command_that_cannot_start_names_itself(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no-such-program.*Do this\."):
+    with refuses("command.not-started", "no-such-program", "Do this."):
         process.run_logged([tmp_path / "no-such-program"], title="step", log=tmp_path / "log", remedy="Do this.")
 
 
@@ -253,7 +254,7 @@ def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None
     (comfy / "cli_args.py").touch()
     (comfy.parent / "main.py").write_text("raise SystemExit('broken on purpose')")
     failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
-    with pytest.raises(RunError, match=r"(?s)exit code 1.*broken on purpose"):
+    with refuses("command.server-ended", "1", "broken on purpose"):
         failing.start(timeout=60)
 
 
