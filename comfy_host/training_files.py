@@ -89,7 +89,9 @@ def state_to_resume(name: str, resume: bool) -> str:
     """Its path as an option; "" where none is wanted. GuardError where there is none."""
     found = newest_state(name) if resume else None
     if resume and found is None:
-        raise GuardError(f"resume: {name} has no saved state: switch resume off, and it starts anew.")
+        raise GuardError(
+            f"resume: {name} has no saved state: switch resume off, and it starts anew.", code="resume.no-state"
+        )
     return str(found) if found else ""
 
 

@@ -335,7 +335,8 @@ class _Reader:
         if not beside.is_relative_to(os.path.abspath(self.within)):
             raise DatasetError(
                 f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
-                "images have to be: move or link them there."
+                "images have to be: move or link them there.",
+                code="dataset.outside",
             )
         return beside
 
