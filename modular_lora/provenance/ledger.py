@@ -18,7 +18,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import Attestation, GateRecord
+from .attestation import OUTSIDE, Attestation, GateRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -32,32 +32,53 @@ unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run with
 images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
 gated: Cache[str, GateRecord] = Cache(4096)  # content of one image of a batch -> what the last gate that saw it decided
 embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
+passed: Cache[str, tuple[str, ...]] = Cache(4096)  # content of an image or latent -> nodes nobody vouches for
 others: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh -> the runs behind it
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of exactly these pixels; None: no guarded run made them, no gate judged them."""
+    """What is known of exactly these pixels; None: no guarded run made them, no gate judged them.
+
+    ``through``: types of nodes that made them of what a guarded run had made, and for which nobody vouches.
+    """
 
     run: Attestation | None
     gate: GateRecord | None
+    through: tuple[str, ...] = ()
 
     @property
     def guarded(self) -> bool:
-        """Whether a guarded run made this image, apart from what a gate covered of it."""
+        """Whether guarded runs made this image, apart from edits that are named and what a gate covered of it."""
         return self.run is not None and self.run.status.startswith("guarded")
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Types of the nodes that edited the image since a guarded run made it, in order; see `status`."""
+        return self.run.edits if self.run else ()
+
+    @property
+    def status(self) -> str:
+        """What the image says of itself, in words; what each means stands in docs/guarantees.md."""
+        if self.run is None:
+            return f"passed through {', '.join(self.through)}: not vouched for" if self.through else "not guarded"
+        started = "guarded throughout, started from an outside picture"
+        said = self.run.status.replace(f"guarded{OUTSIDE}", started)
+        return said.replace(f"merged base{OUTSIDE}", "merged base, started from an outside picture")
 
     def record(self) -> dict:
         """Goes into files."""
         if self.run is None:
-            return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None}
+            passed = {"passed_through": list(self.through)} if self.through else {}
+            return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None, **passed}
         return json.loads(self.run.of(gate=self.gate).to_json())
 
 
 def known(image: Tensor) -> Known:
     """What is known of one image, h w c."""
     digest = tensor_sha256(image)
-    return Known(images.get(digest), gated.get(digest))
+    run = images.get(digest)
+    return Known(run, gated.get(digest), () if run else passed.get(digest) or ())
 
 
 # Latents
