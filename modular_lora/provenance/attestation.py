@@ -63,6 +63,7 @@ class Attestation:
     firings: int = 0
     text_encoder: str = ""  # "guarded" where the LoRAs have a text-encoder half, else ""
     embeddings_sha256: tuple[str, ...] = ()
+    weighted: tuple[str, ...] = ()  # types of nodes that weighted or mixed what the guarded text encoder gave
     vae_sha256: str = ""
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
