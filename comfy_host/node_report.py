@@ -8,13 +8,25 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
+from ..modular_lora.util.cache import Cache
+
 CATEGORY = "modular lora"
+
+_reports: Cache[tuple[str | None, str], str] = Cache(256)  # by client and node id
 
 
 def show(node: type[io.ComfyNode], text: str) -> None:
     """Put a report on the node itself, where the front end draws it as HTML."""
     if node.hidden and node.hidden.unique_id:
         PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
+        _reports.put((PromptServer.instance.client_id, node.hidden.unique_id), text)
+
+
+def show_above(node: str, text: str, client: str | None) -> None:
+    """Put a text above the report that a node last showed to a client; where there is no client, nobody reads it."""
+    if client:
+        whole = "\n\n".join(filter(None, (text, _reports.get((client, node)))))
+        PromptServer.instance.send_progress_text(as_html(whole), node, client)
 
 
 def as_html(text: str) -> str:

@@ -25,8 +25,8 @@ class SaveAttestedImage(io.ComfyNode):
             node_id="ModularLoraSaveImage",
             display_name="Save Attested Image",
             category=f"{CATEGORY}/sample",
-            description="Saves PNG files with the attestation in their text; an image that was edited is saved as "
-            "unattested, or refused. PNG text can be forged by anyone who has the file.",
+            description="Saves PNG files with the attestation in their text; an image that a guarded run did "
+            "not make is saved as unattested, or refused. PNG text can be forged by anyone who has the file.",
             inputs=[
                 io.Image.Input("images", tooltip="Images straight from Guarded VAE Decode."),
                 io.String.Input("filename_prefix", default="guarded", tooltip="File name prefix, as in Save Image."),

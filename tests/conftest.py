@@ -51,6 +51,11 @@ EXTRA_NODES = (
     "nodes_latent",
     "nodes_cond",
     "nodes_slg",
+    "nodes_images",
+    "nodes_mask",
+    "nodes_post_processing",
+    "nodes_upscale_model",
+    "nodes_rebatch",
 )
 
 sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lora_guard; support, shared by the tests
