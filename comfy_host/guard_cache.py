@@ -40,7 +40,7 @@ def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hasha
     by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]
     files = [(s.lora.acts_as, s.lora.scale, s.lora.name, s.strength) for s in safety]
-    more = [(t.lora.sha256, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]
+    more = [(t.lora.acts_as, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]
     return tuple(models), tuple(files), tuple(more), policy
 
 
