@@ -44,6 +44,12 @@ def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hasha
     return tuple(models), tuple(files), tuple(more), policy
 
 
+def part_key(part: str, patcher, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
+    """The same for a model or text encoder by itself, which is guarded when it is sampled or encodes."""
+    models, *rest = key(patcher, None, safety, tasks, policy)
+    return models, *rest, part
+
+
 def _identity(module: torch.nn.Module) -> object:
     """Stands for a loaded model as long as none of its guarded layers is replaced; its guards go when it goes."""
     if module not in _watched:
