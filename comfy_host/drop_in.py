@@ -1,7 +1,8 @@
 """Guard: a MODEL, CLIP and VAE that stay guarded whatever loaders, samplers and decoders a workflow has behind it.
 
-`attach` gives ComfyUI's own objects back, guarded. A LoRA that any loader puts onto them, by ``add_patches`` as ComfyUI's
-own loader does, becomes a task LoRA beside the weights, and so does what loaders in front left in them (lifting.py).
+`attach` gives ComfyUI's own objects back, guarded. A LoRA that any loader puts onto them, by ``add_patches`` as
+ComfyUI's own loader does, becomes a task LoRA beside the weights, and so does what loaders in front left in them
+(lifting.py).
 The branches are made when the model is loaded for sampling, or the text encoder for a prompt: once for all that the
 chain of loaders put there. What merges, saves or drops is refused as by Guard Model (patcher.py).
 """
@@ -34,6 +35,7 @@ from ..modular_lora.guard.report import format_attestation, format_functional, f
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
+from ..modular_lora.util.cache import Cache
 from . import guard_cache, lifting, patcher, pending
 from .bound_vae import bound
 from .control_inputs import widen
@@ -44,6 +46,9 @@ from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
 from .node_report import show_on
 from .patcher import PACK, GuardedClipMixin, GuardMixin, GuardState, dress, encoded, guarded_class
+
+# a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
+_encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
 
 
 class Trio(NamedTuple):
@@ -99,7 +104,7 @@ class DropInMixin(GuardMixin):
         _drop_in(clone, self.guard_side, self.guard_shared, self.guard_added, self.guard_built)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        """As ModelPatcher.add_patches: the keys of ``patches`` that this model has. Raises GuardError, LoraFileError."""
+        """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""
         weights, taken, entries = self.model.state_dict(), [], {}
         for key in patches:
             name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
@@ -163,11 +168,13 @@ class DropInClipMixin(GuardedClipMixin):
                 tokens, return_pooled=return_pooled, return_dict=return_dict
             )
         result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
-        tasks = tuple(lora for lora in state.record.loras if lora.role == "task")
+        encoder = Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
+        every = lifting.joined(self.patcher.guard_side, self.patcher.guard_added)
+        _encoding.put((encoder, id(self.cond_stage_model)), (state.part, tuple(added.task for added in every)))
         made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
         for tensor in made:
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                ledger.note_encoder(tensor, Encoder(tasks, state.part.layers))
+                ledger.note_encoder(tensor, encoder)
         return result
 
 
@@ -276,21 +283,30 @@ def _with_text(loras: tuple[LoraRecord, ...], encoders: Iterable[Encoder]) -> tu
 
 def _with_functional(one: DropInMixin, record: Attestation, encoders: Iterable[Encoder]) -> Attestation:
     """The record with functional strength, where a safety LoRA has prompts to measure it by."""
-    shared, tasks = one.guard_shared, tuple(added.task for added in lifting.joined(one.guard_side, one.guard_added))
+    shared = one.guard_shared
+    tasks = tuple(added.task for added in lifting.joined(one.guard_side, one.guard_added))
+    acting = [encoder for encoder in encoders if encoder.loras]
+    text = _encoding.get((acting[0], id(shared.clip.cond_stage_model))) if len(acting) == 1 and shared.clip else None
     files = [s.lora for s in shared.safety]
-    if any(encoder.loras for encoder in encoders):
-        found = functional.unmeasured(files, "the text encoder has task LoRAs of its own")
+    if acting and text is None:
+        found = functional.unmeasured(files, "the prompts were encoded with several combinations of LoRAs")
     else:
-        found = _measured(shared, one.guard_state.part, tasks, record.base_sha256)
+        found = _measured(shared, one.guard_state.part, tasks, record.base_sha256, text)
     functional.check(found, {file.sha256: file.name for file in files}, shared.limits.functional_strength_floor)
     return record.of(functional_strength=found.strengths, functional_not_measured=found.unmeasured)
 
 
-def _measured(shared: _Shared, part: GuardedPart, tasks: Tasks, base_sha256: str) -> functional.Functional:
+def _measured(
+    shared: _Shared, part: GuardedPart, tasks: Tasks, base_sha256: str, text: tuple[GuardedPart, Tasks] | None = None
+) -> functional.Functional:
+    """``text``: the guard on the text encoder and its task LoRAs, where it has any."""
     parts = [part]
-    if shared.clip is not None:
+    if shared.clip is not None and text is None:
         side = Side("text", shared.clip.patcher, shared.safety, shared.limits)
-        parts.append(_build(side, shared, ()).part)
+        text = _build(side, shared, ()).part, ()
+    if text is not None:
+        parts.append(text[0])
+        tasks = (*tasks, *text[1])
     return measured(shared.model, shared.clip, parts, shared.safety, tasks, base_sha256)
 
 
@@ -320,5 +336,5 @@ def _report(made: list[DropInMixin], shared: _Shared) -> str:
 
 
 def _safety_lines(part: GuardedPart) -> GuardedPart:
-    """Without task LoRAs: a loader puts the halves of one onto MODEL and CLIP separately, and one of them may be all."""
+    """Without task LoRAs: a loader puts both halves of one onto MODEL and CLIP separately, or one half alone."""
     return replace(part, lines=tuple(line for line in part.lines if line.role == "safety"))

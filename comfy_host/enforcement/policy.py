@@ -126,7 +126,7 @@ def check_attached(model: patcher.GuardMixin, clip, safety: Safety, tasks: Tasks
     states += [clip.patcher.guard_state] if isinstance(clip, patcher.GuardedClipMixin) else []
     found = [(lora.sha256, result) for state in states for lora, result in state.part.interference]
     nets = {sha256: min(r.net_strength for key, r in found if key == sha256) for sha256, _ in found}
-    check_run(policy, states[0].record.of(net_strength=nets))
+    check_run(policy, model.guard_record({}).of(net_strength=nets))
     if policy.guard.interference_is_error and (bad := next((w for _, r in found for w in r.warnings), None)):
         raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
     if policy.guard.contamination_is_error:

@@ -1,4 +1,4 @@
-"""A safety LoRA that comes once more as a task LoRA: from another file, by another loader, a part of it, other strength.
+"""A safety LoRA that comes once more as a task LoRA: in another file, by another loader, in part, at other strength.
 
 It is known by the direction of its change: the cosine of both changes, <ΔW_t, ΔW_s> / ‖ΔW_t‖‖ΔW_s‖, over the weights
 that both change. Neither strength nor scale nor the file's form play a part, and a part of the safety LoRA has the
