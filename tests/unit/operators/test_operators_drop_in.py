@@ -30,12 +30,8 @@ def ordinary(**changes: dict) -> dict:
 
 def test_an_ordinary_graph_behind_guard_is_not_refused() -> None:
     assert refused(ordinary()) == {}
-    assert (
-        refused(
-            ordinary(sigmas=node("BasicScheduler", model=["lora", 0]), show=node("PreviewAny", source=["sigmas", 0]))
-        )
-        == {}
-    )
+    sigmas = {"sigmas": node("BasicScheduler", model=["lora", 0]), "show": node("PreviewAny", source=["sigmas", 0])}
+    assert refused(ordinary(**sigmas)) == {}
 
 
 @pytest.mark.parametrize("link", ["model", "clip"])
