@@ -82,8 +82,8 @@ class GuardedAsModel(io.ComfyNode):
             display_name="Guarded Model as MODEL",
             category=CATEGORY,
             is_deprecated=True,
-            description="Deprecated: Guard gives a guarded MODEL at once. For packs that only take MODEL (detailers, upscalers). The MODEL stays guarded: nodes that "
-            "would merge, save or drop the LoRAs stop with an error.",
+            description="Deprecated: Guard gives a guarded MODEL at once. For packs that only take MODEL (detailers, "
+            "upscalers). The MODEL stays guarded: nodes that would merge, save or drop the LoRAs stop with an error.",
             inputs=[GuardedSocket.Input("guarded_model", tooltip="From Guard Model.")],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The guarded model as a MODEL.")],
         )
