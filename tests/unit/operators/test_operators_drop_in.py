@@ -75,6 +75,12 @@ def test_the_safety_lora_on_the_node_must_be_the_one_that_is_required(name: str,
     assert refused(graph) == {}
 
 
+def test_a_file_that_was_saved_again_is_known_by_its_tensors() -> None:
+    values = "d" * 64
+    assert refused(ordinary(), f'[tasks]\nallow = ["{values}"]') == {}
+    assert refused(ordinary(), f'[tasks]\ndeny = ["{values}"]') == {"lora": {"tasks.deny"}}
+
+
 @pytest.mark.parametrize("rule", ["deny", "allow"])
 def test_a_lora_behind_it_is_held_against_the_policys_lists(rule: str) -> None:
     listed = f'[tasks]\n{rule} = ["{TASK if rule == "deny" else "c" * 64}"]'
