@@ -62,9 +62,9 @@ class NodeFacts:
 class Files(Protocol):
     """What is known of files by their names in the drop-downs; of LoRAs the first two.
 
-    ``sha256``: None where there is no such file; ``values``: SHA-256 of its tensors; ``unsigned``: why a key's signature
-    does not hold, "" where it does; ``uploaded``: the folder that requests can write to from which weights of this name
-    would be read, or None.
+    ``sha256``: None where there is no such file; ``values``: SHA-256 of its tensors; ``unsigned``: why a signature of a
+    key does not hold, "" where it does; ``uploaded``: the folder that requests can write to from which weights of this
+    name would be read, or None.
     """
 
     def sha256(self, node_type: str, name: str) -> str | None: ...
