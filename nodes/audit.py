@@ -23,8 +23,9 @@ from ..audit.judge import Judge
 from ..audit.options import AuditOptions
 from ..audit.plan import GUARDED
 from ..audit.report import AuditReport, to_json
-from ..audit.words import format_report
+from ..audit.words import format_differences, format_report
 from ..comfy_host import patcher
+from ..comfy_host.answers import answer
 from ..comfy_host.charts import INK, PAPER, chart
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.gating import checked
@@ -37,7 +38,7 @@ from ..comfy_host.model_folders import (
     offered,
     output_folder,
 )
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.pipeline import ComfyPipeline
 from ..comfy_host.progress import NodeWatch, image_tensor
 from ..comfy_host.stock import sampler_names, scheduler_names
@@ -119,12 +120,15 @@ class Audit(io.ComfyNode):
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
         report = session.run(made, Local(pipeline), NodeWatch(cls), "Audit node", _judge(gate, style))
         publish(folder, place)
-        text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
-        show(cls, text)
+        page = f"page: output/{PUBLISHED}/{name}/index.html"
+        names = {row.arm for row in report.rows}
+        line = f"Audited {len(names)} arm{'s' * (len(names) != 1)}: the picture has their concept rates."
         chart = image_tensor(plot(report))
-        return io.NodeOutput(
-            text, to_json(report), chart, image_tensor(sheets(folder)), ui=ui.PreviewImage(chart, cls=cls)
+        shown = answer(
+            line, "\n".join((*format_differences(report), page)), **ui.PreviewImage(chart, cls=cls).as_dict()
         )
+        text = f"{line}\n{format_report(report)}\n{page}"
+        return io.NodeOutput(text, to_json(report), chart, image_tensor(sheets(folder)), ui=shown)
 
 
 def _model_inputs() -> list[io.Input]:

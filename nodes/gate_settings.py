@@ -7,15 +7,16 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..comfy_host.answers import answer
 from ..comfy_host.gating import Gate, default_detector
 from ..comfy_host.model_folders import DETECTOR_FOLDER, PRESET_FOLDER, file_names, file_path, model_folder
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.training_files import check_name
 from ..gate import detectors, settings
 from ..gate.class_lines import with_classes, with_threshold
 from ..gate.errors import GateError
 from ..gate.finding import Detector
-from ..gate.report import format_settings
+from ..gate.report import format_limits, format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
@@ -82,9 +83,9 @@ class GateSettings(io.ComfyNode):
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
-        report = format_settings(made, chosen)
-        show(cls, report)
-        return io.NodeOutput(Gate(made, chosen, picture), report)
+        line = f"{len(chosen.block)} label{'s' * (len(chosen.block) != 1)} flag an image; action: {chosen.action}."
+        shown = answer(line, "\n".join(format_limits(made)))
+        return io.NodeOutput(Gate(made, chosen, picture), format_settings(made, chosen), ui=shown)
 
 
 def _detector_inputs() -> list[io.Input]:
@@ -140,7 +141,8 @@ def _action_inputs() -> list[io.Input]:
             [AS_PRESET, *ACTIONS],
             default=AS_PRESET,
             tooltip="What is done to a flagged image; without a preset, blur. report changes nothing, block stops "
-            "the run, empty makes the image black. Without boxes the action covers the whole image.",
+            "the run, withhold takes the image out and ends the run well, empty makes it black. Without boxes the "
+            "action covers the whole image.",
         ),
         io.Combo.Input(
             "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs. CUDA needs onnxruntime-gpu."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..comfy_host import patcher
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.node_report import CATEGORY, blocked, show
+from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
 from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
@@ -66,10 +67,10 @@ class GuardModel(io.ComfyNode):
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         guarded, guarded_clip = patcher.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
-        show(cls, guarded.report)
+        line, _, more = guarded.summary.partition("\n")
         if clip is None:
             guarded_clip = blocked(NO_CLIP)
-        return io.NodeOutput(guarded, guarded_clip, guarded.report)
+        return io.NodeOutput(guarded, guarded_clip, f"{line}\n{guarded.report}", ui=answer(line, more))
 
 
 class GuardedAsModel(io.ComfyNode):

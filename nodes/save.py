@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.answers import answer
+from ..comfy_host.node_report import CATEGORY
+from ..comfy_host.passage import passed_through
 from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
+from ..modular_lora.provenance.verdict import refused, verdict
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
+REMEDY = (
+    "connect Safety Gate behind Guarded VAE Decode and this node behind the gate, with nothing between, and let the "
+    "gate act on what it flags"
+)
 
 
 class SaveAttestedImage(io.ComfyNode):
@@ -50,8 +57,8 @@ class SaveAttestedImage(io.ComfyNode):
             raise GuardError(f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.")
         results = save(cls, images, found, filename_prefix, Style())
         said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
-        show(cls, said + f"; {missing} {EDITED}" * bool(missing))
-        return io.NodeOutput(ui=ui.SavedImages(results))
+        said += f"; {missing} {EDITED}" * bool(missing)
+        return _saved(cls, said, found, results)
 
 
 class SaveGatedImage(io.ComfyNode):
@@ -99,16 +106,45 @@ class SaveGatedImage(io.ComfyNode):
         problems = [_problem(k, save_flagged) for k in found]
         counts = ", ".join(f"{n} {problem}" for problem, n in Counter(filter(None, problems)).items())
         if counts and unfit == "refuse":
-            raise GuardError(
-                f"{counts} of {len(found)} images: nothing is saved; connect Safety Gate behind Guarded VAE Decode "
-                "and this node behind the gate, with nothing between, and let the gate act on what it flags."
-            )
+            raise GuardError(f"{counts} of {len(found)} images: nothing is saved; {REMEDY}.")
         fit = [i for i, problem in enumerate(problems) if problem is None]
-        results = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
+        written = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
         skipped = f"; left out: {counts}" if counts else ""
         merged = on_merged(found[i] for i in fit)
-        show(cls, f"{len(fit)} of {len(found)} images saved, attested and gated{merged}{skipped}")
-        return io.NodeOutput(ui=ui.SavedImages(results))
+        said = f"{len(fit)} of {len(found)} images saved, attested and gated{merged}{skipped}"
+        return _saved(cls, said, found, written, problems)
+
+
+def _saved(
+    node: type[io.ComfyNode],
+    line: str,
+    found: Sequence[Known],
+    written: Sequence[Mapping[str, str]],
+    problems: Sequence[str | None] = (),
+) -> io.NodeOutput:
+    """What both nodes answer: ``images`` as ComfyUI's Save Image has them, the files in order, and all verdicts.
+
+    ``problems``: why each image was left out, None where it was written; none: all were written.
+    """
+    problems = problems or [None] * len(found)
+    on_the_way: list[dict] = []
+    if any(one.run is None for one in found):
+        on_the_way = passed_through(node.hidden.prompt, node.hidden.unique_id, "images")
+    files, verdicts = iter(written), []
+    for i, (one, problem) in enumerate(zip(found, problems, strict=True)):
+        verdicts.append(
+            verdict(
+                i,
+                one,
+                file=next(files) if problem is None else None,
+                withheld=problem is not None,
+                passed_through=[] if one.run else on_the_way,
+                refusal=refused("unfit", problem, REMEDY) if problem else None,
+            )
+        )
+    came = ", ".join(f"{one['type']} (node {one['node']})" for one in on_the_way)
+    more = f"unattested ones came through {came}" if came else ""
+    return io.NodeOutput(ui=answer(line, more, verdicts, images=list(written)))
 
 
 def on_merged(found: Iterable[Known]) -> str:

@@ -1,0 +1,107 @@
+// Shows what a node of this pack reports, in a read-only field on the node.
+//
+// A node sends its report as `text` of its output, with which the server answers in the `executed` message, in /history,
+// and again for a node whose result was cached. No front end draws it for nodes of other packs. The report is always a
+// field's value: names, prompts and captions in it are anybody's words, and never become HTML.
+//
+// It is not saved with the workflow: a file that somebody hands on must not claim a run that never was. After a reload
+// of the page the reports of this browser tab's last runs come from the server's history.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { ComfyWidgets } from "../../scripts/widgets.js";
+
+const OURS = "ModularLora"; // how our node types begin
+const NAME = "modular_lora_report"; // of the widget
+const EVENT = "modular_lora.report"; // of the server, where a node ends without an output
+const MOST = 64; // of the last runs that are looked through
+
+function fieldOf(node) {
+  const found = node.widgets?.find((widget) => widget.name === NAME);
+  if (found) return found;
+  const { widget } = ComfyWidgets.STRING(node, NAME, ["STRING", { multiline: true }], app);
+  widget.label = "report";
+  widget.serialize = false; // in the workflow
+  widget.options.serialize = false; // in the prompt, where it would make every run a new one
+  widget.options.read_only = true; // Nodes 2.0
+  const element = widget.inputEl ?? widget.element;
+  if (element) {
+    element.readOnly = true;
+    element.placeholder = "";
+    element.style.whiteSpace = "pre-wrap";
+  }
+  return widget;
+}
+
+function show(node, text) {
+  if (!node?.type?.startsWith(OURS) || typeof text !== "string" || !text) return;
+  const grown = !node.widgets?.some((widget) => widget.name === NAME);
+  fieldOf(node).value = text;
+  if (grown) {
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  }
+  node.setDirtyCanvas?.(true, true);
+}
+
+function showOutput(node, output) {
+  if (Array.isArray(output?.text)) show(node, output.text.filter((one) => typeof one === "string").join("\n\n"));
+}
+
+// A node by its place in the open workflow: "7"; "12:7" as the server names, "UUID:7" as the front end names what lies
+// in a subgraph.
+function nodeAt(place) {
+  const steps = String(place).split(":");
+  let graph = app.rootGraph ?? app.graph;
+  const own = graph.subgraphs?.get(steps[0]);
+  if (own) return own.getNodeById(steps[1]);
+  for (const id of steps.slice(0, -1)) {
+    graph = graph?.getNodeById(id)?.subgraph;
+  }
+  return graph?.getNodeById(steps.at(-1));
+}
+
+function showAll(outputs) {
+  for (const [place, output] of Object.entries(outputs ?? {})) showOutput(nodeAt(place), output);
+}
+
+// The reports of the last run of the open workflow in this tab.
+async function showLastRun() {
+  const id = (app.rootGraph ?? app.graph)?.id;
+  if (!id || !api.clientId) return;
+  const answer = await api.fetchApi(`/history?max_items=${MOST}`);
+  if (!answer.ok) return;
+  const runs = Object.values(await answer.json()); // the oldest first
+  const mine = runs.filter(({ prompt }) => {
+    const extra = prompt?.[3] ?? {};
+    return extra.client_id === api.clientId && extra.extra_pnginfo?.workflow?.id === id;
+  });
+  if (mine.length && (app.rootGraph ?? app.graph)?.id === id) showAll(mine.at(-1).outputs);
+}
+
+const looked = new Set(); // workflows whose last run was looked for
+
+app.registerExtension({
+  name: "ModularLora.Report",
+  setup() {
+    api.addEventListener(EVENT, ({ detail }) => show(nodeAt(detail?.node), detail?.text));
+  },
+  beforeRegisterNodeDef(type, definition) {
+    if (!definition.name.startsWith(OURS)) return;
+    const before = type.prototype.onExecuted;
+    type.prototype.onExecuted = function (output, ...more) {
+      before?.call(this, output, ...more);
+      showOutput(this, output);
+    };
+  },
+  onNodeOutputsUpdated: showAll, // another workflow's tab, a run that is opened from the queue
+  async afterConfigureGraph() {
+    const id = (app.rootGraph ?? app.graph)?.id;
+    if (looked.has(id)) return; // the front end remembers what came since
+    looked.add(id);
+    try {
+      await showLastRun();
+    } catch (error) {
+      console.warn("Modular LoRA Guard: the last run's reports cannot be shown:", error);
+    }
+  },
+});
