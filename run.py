@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "importable"))
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.modular_lora.util.boundary import TYPED, contained
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, front_end, paths
 from modular_lora_guard.tools.bootstrap.console import RunError, say
 from modular_lora_guard.tools.bootstrap.process import child_environment, exit_when_terminated, run_attached
 
@@ -162,6 +162,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     variables = {
         **tools,
         **browser.ensure(),
+        **front_end.ensure(host.python),
         "MODULAR_LORA_COMFYUI": str(host.folder),
         "MODULAR_LORA_WORLD": str(paths.WORLD),
         **({} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}),
