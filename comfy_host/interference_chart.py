@@ -29,7 +29,7 @@ def pictures(found: Sequence[tuple[str, Interference]]) -> torch.Tensor:
 
 
 def draw(name: str, result: Interference) -> Image.Image:
-    """The layers with the lowest net strength, each with a bar of its cosine from -1 (left, red) to +1 (right, blue)."""
+    """The layers with the lowest net strength, each with a bar of its cosine: -1 left and red, +1 right and blue."""
     worst = sorted(result.layers, key=lambda layer: layer.net_strength)[:MOST]
     font, top = ImageFont.load_default(TEXT), EDGE + 3 * (TEXT + 8)
     picture = Image.new("RGB", (WIDTH, top + ROW * len(worst) + EDGE), PAPER)

@@ -8,21 +8,24 @@
 // of the page the reports of this browser tab's last runs come from the server's history.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const OURS = "ModularLora"; // how our node types begin
 const NAME = "modular_lora_report"; // of the widget
 const EVENT = "modular_lora.report"; // of the server, where a node ends without an output
 const MOST = 64; // of the last runs that are looked through
+const UNNAMED = "00000000-0000-0000-0000-000000000000"; // the id of a workflow that has none
+const LINE = 16; // pixels
+const LEAST = 3, TALLEST = 12; // lines that are seen without scrolling
 
 function fieldOf(node) {
   const found = node.widgets?.find((widget) => widget.name === NAME);
   if (found) return found;
-  const { widget } = ComfyWidgets.STRING(node, NAME, ["STRING", { multiline: true }], app);
+  const { widget } = app.widgets.STRING(node, NAME, ["STRING", { multiline: true }], app);
   widget.label = "report";
   widget.serialize = false; // in the workflow
   widget.options.serialize = false; // in the prompt, where it would make every run a new one
   widget.options.read_only = true; // Nodes 2.0
+  widget.options.getMinHeight = () => LINE * linesOf(widget.value, node.size[0]) + 12; // the classic canvas
   const element = widget.inputEl ?? widget.element;
   if (element) {
     element.readOnly = true;
@@ -32,14 +35,18 @@ function fieldOf(node) {
   return widget;
 }
 
+// About how many lines a text takes in a node of a width in pixels.
+function linesOf(text, width) {
+  const characters = Math.max(20, (width - 40) / 6.5);
+  const count = String(text).split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / characters)), 0);
+  return Math.min(TALLEST, Math.max(LEAST, count));
+}
+
 function show(node, text) {
   if (!node?.type?.startsWith(OURS) || typeof text !== "string" || !text) return;
-  const grown = !node.widgets?.some((widget) => widget.name === NAME);
   fieldOf(node).value = text;
-  if (grown) {
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
-  }
+  const [, height] = node.computeSize();
+  if (height > node.size[1]) node.setSize([node.size[0], height]);
   node.setDirtyCanvas?.(true, true);
 }
 
@@ -64,21 +71,21 @@ function showAll(outputs) {
   for (const [place, output] of Object.entries(outputs ?? {})) showOutput(nodeAt(place), output);
 }
 
-// The reports of the last run of the open workflow in this tab.
-async function showLastRun() {
+// The latest report of each node of the open workflow from the last runs of this tab.
+async function showLastRuns() {
   const id = (app.rootGraph ?? app.graph)?.id;
-  if (!id || !api.clientId) return;
+  if (!id || id === UNNAMED || !api.clientId) return;
   const answer = await api.fetchApi(`/history?max_items=${MOST}`);
   if (!answer.ok) return;
-  const runs = Object.values(await answer.json()); // the oldest first
+  const runs = Object.values(await answer.json()); // the oldest first; a run leaves out what it took from the cache
   const mine = runs.filter(({ prompt }) => {
     const extra = prompt?.[3] ?? {};
     return extra.client_id === api.clientId && extra.extra_pnginfo?.workflow?.id === id;
   });
-  if (mine.length && (app.rootGraph ?? app.graph)?.id === id) showAll(mine.at(-1).outputs);
+  if ((app.rootGraph ?? app.graph)?.id === id) mine.forEach(({ outputs }) => showAll(outputs));
 }
 
-const looked = new Set(); // workflows whose last run was looked for
+const looked = new Set(); // workflows whose last runs were looked for
 
 app.registerExtension({
   name: "ModularLora.Report",
@@ -99,9 +106,9 @@ app.registerExtension({
     if (looked.has(id)) return; // the front end remembers what came since
     looked.add(id);
     try {
-      await showLastRun();
+      await showLastRuns();
     } catch (error) {
-      console.warn("Modular LoRA Guard: the last run's reports cannot be shown:", error);
+      console.warn("Modular LoRA Guard: the last runs' reports cannot be shown:", error);
     }
   },
 });
