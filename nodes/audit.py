@@ -50,7 +50,7 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
-from .sockets import GateSocket
+from .sockets import RARE, GateSocket
 from .training import option_inputs
 
 NONE = "none"
@@ -172,7 +172,7 @@ def _sampling_inputs() -> list[io.Input]:
     first = "Seed of the first image; every prompt has seeds of its own, the same in all arms."
     return [
         seeds,
-        io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
+        io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first, **RARE),
         *settings,
         io.Combo.Input("sampler", sampler_names(), default="euler", tooltip="Sampling algorithm."),
         io.Combo.Input(
@@ -189,8 +189,8 @@ def _judge_inputs() -> list[io.Input]:
     return [
         GateSocket.Input("gate", optional=True, tooltip=gate),
         GateSocket.Input("style", optional=True, tooltip=style),
-        io.String.Input("other_words", default="", multiline=True, optional=True, tooltip=words),
-        io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=more),
+        io.String.Input("other_words", default="", multiline=True, optional=True, tooltip=words, **RARE),
+        io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=more, **RARE),
     ]
 
 

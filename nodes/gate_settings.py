@@ -20,7 +20,7 @@ from ..gate.report import format_limits, format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
-from .sockets import GateSocket
+from .sockets import RARE, GateSocket
 
 NONE = "none"
 AS_PRESET = "as the preset says"
@@ -83,7 +83,8 @@ class GateSettings(io.ComfyNode):
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
-        line = f"{len(chosen.block)} label{'s' * (len(chosen.block) != 1)} flag an image; action: {chosen.action}."
+        n = len(chosen.block)
+        line = f"An image is flagged by {n} label{'s' * (n != 1)}; action: {chosen.action}."
         shown = answer(line, "\n".join(format_limits(made)))
         return io.NodeOutput(Gate(made, chosen, picture), format_settings(made, chosen), ui=shown)
 
@@ -145,13 +146,18 @@ def _action_inputs() -> list[io.Input]:
             "action covers the whole image.",
         ),
         io.Combo.Input(
-            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs. CUDA needs onnxruntime-gpu."
+            "provider",
+            list(PROVIDERS),
+            default="CPU",
+            tooltip="Where the detector runs. CUDA needs onnxruntime-gpu.",
+            **RARE,
         ),
         io.String.Input(
             "save_as",
             default="",
             optional=True,
             tooltip="Name of a preset in the modular_lora_gates folder to write these settings to; empty: none.",
+            **RARE,
         ),
         io.Image.Input(
             "replacement",

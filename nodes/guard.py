@@ -10,7 +10,7 @@ from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
-from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
+from .sockets import RARE, GuardedSocket, SafetySocket, StackSocket, TaskSocket
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -40,6 +40,7 @@ class GuardModel(io.ComfyNode):
                     optional=True,
                     tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
                     "LoRAs, a merge becomes part of the base, and every report of the image says so.",
+                    **RARE,
                 ),
             ],
             outputs=[

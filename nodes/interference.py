@@ -53,10 +53,10 @@ class LoraInterference(io.ComfyNode):
         for line in (line for line in part.lines if line.refusal):
             raise GuardError(line.refusal)
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
-        said = "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING")))
+        said = "\n".join(line for line in table.splitlines() if line.startswith("WARNING"))
         picture = pictures([(lora.name, result) for lora, result in part.interference])
         nets = [result.net_strength for _, result in part.interference]
         beside = f"beside {len(tasks)} task LoRA{'s' * (len(tasks) != 1)}"
-        line = f"Net strength {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
+        line = f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
         shown = answer(line, said, **ui.PreviewImage(picture, cls=cls).as_dict())
         return io.NodeOutput(table, picture, ui=shown)

@@ -17,7 +17,7 @@ from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from .sockets import SafetySocket, StackSocket, TaskSocket
+from .sockets import RARE, SafetySocket, StackSocket, TaskSocket
 
 SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
     "refuse if they differ": "refuse",
@@ -67,6 +67,7 @@ class LoadSafetyLora(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
+                    **RARE,
                 ),
                 SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
                 io.Combo.Input(
@@ -76,6 +77,7 @@ class LoadSafetyLora(io.ComfyNode):
                     optional=True,
                     tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
                     "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
+                    **RARE,
                 ),
             ],
             outputs=[
@@ -131,6 +133,7 @@ class LoadTaskLora(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
+                    **RARE,
                 ),
                 TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
                 StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."),

@@ -14,6 +14,7 @@ from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
 from ..modular_lora.provenance.verdict import refused, verdict
+from .sockets import RARE
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
@@ -81,7 +82,9 @@ class SaveGatedImage(io.ComfyNode):
                     default="png",
                     tooltip="png carries the record itself; jpeg and webp get a .json file of the same name.",
                 ),
-                io.Int.Input("quality", default=95, min=1, max=100, tooltip="Quality of jpeg and webp; png has none."),
+                io.Int.Input(
+                    "quality", default=95, min=1, max=100, tooltip="Quality of jpeg and webp; png has none.", **RARE
+                ),
                 io.Combo.Input(
                     "unfit",
                     ["refuse", "skip and say so"],

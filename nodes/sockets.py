@@ -9,6 +9,9 @@ TaskSocket = io.Custom("MODULAR_LORA_TASK")
 GuardedSocket = io.Custom("MODULAR_LORA_GUARDED_MODEL")
 StackSocket = io.Custom("LORA_STACK")
 GateSocket = io.Custom("MODULAR_LORA_GATE")
+# Marks an input that few change: front ends that know the mark put it behind "Show advanced inputs". The order of the
+# inputs is left as it is, as saved workflows hold the values of widgets by their place.
+RARE = {"extra_dict": {"advanced": True}}
 
 
 def model_input() -> io.Input:

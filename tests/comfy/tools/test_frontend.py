@@ -154,7 +154,7 @@ def test_a_workflow_runs(file, comfy, run_graph) -> None:
         node["inputs"] |= {name: few for name, few in FEW.items() if name in node["inputs"]}
     run_graph(graph)
     texts = list(comfy.server.texts.values())
-    assert any(said in text for text in texts for said in ("guarded: ", "net strength", "concept rate"))
+    assert any(said in text for text in texts for said in ("Guarded: ", "net strength", "concept rate"))
 
 
 def test_every_node_has_a_help_page(schemas) -> None:
