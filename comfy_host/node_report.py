@@ -25,6 +25,12 @@ def leave(node: type[io.ComfyNode], text: str) -> None:
         server.send_sync(EVENT, {"node": node.hidden.unique_id, "text": text}, server.client_id)
 
 
+def show_above(node: str, text: str, client: str | None) -> None:
+    """Put a text above the report of a node that has ended; where there is no client, nobody reads it."""
+    if client:
+        PromptServer.instance.send_sync(EVENT, {"node": node, "above": text}, client)
+
+
 def as_html(text: str) -> str:
     """HTML that shows ``text`` as it is; names, metadata, prompts and captions in a report are anybody's words.
 

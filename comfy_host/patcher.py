@@ -32,18 +32,18 @@ from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
 from ..modular_lora.guard.summary import guard_summary
 from ..modular_lora.provenance import attestation as attest
-from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance import edits, ledger
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
-from . import guard_cache, pending
+from . import guard_cache, pending, running
 from .control_inputs import widen
 from .functional import measured
 from .guarded_run import GuardedRun
 from .introspection import clip_info, family, is_current, model_info, model_sha256
 from .measurement import measured_eagerly
 from .memory import MemoryMixin, compute_dtype
-from .run import GenerateMixin, KeptMixin, streams, watch
+from .run import GenerateMixin, KeptMixin, given_out, streams, watch
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
@@ -209,7 +209,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
-    _silence_previews(callback)
+    weighted = _weighted(executor.class_obj.conds) if state.text_digest else ()
+    if not running.shows_previews():
+        _silence_previews(callback)
+    kept = _Denoised(callback)
     run = patcher.guard_run = GuardedRun(
         patcher.guard_seat,
         steps=max(1, sigmas.shape[-1] - 1),
@@ -217,22 +220,40 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         content=tensor_sha256(noise).encode(),
         may_be_empty=sigmas.shape[-1] <= 1,
     )
-    outside = ledger.starts_outside(streams(latent_image, **kwargs), state.record)
+    start = edits.start(streams(latent_image, **kwargs), denoise_mask, state.record)
     executor.original = run.around(executor.original)
-    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run.result, complete = _attested(state, run, hashes, outside)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
+    run.result, complete = _attested(state, run, hashes, start)
+    run.result = run.result.of(weighted=weighted)
     if complete:
         ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
+        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted)
     return output
 
 
+class _Denoised:
+    """Around a sampler's callback: keeps the last x0, which SamplerCustomAdvanced and its like give out as well."""
+
+    def __init__(self, callback: Callable | None):
+        self._callback, self._x0 = callback, None
+
+    def __call__(self, step, x0, *args, **kwargs):
+        self._x0 = x0
+        return self._callback(step, x0, *args, **kwargs)
+
+    def latents(self, model, **kwargs) -> Iterator[torch.Tensor]:
+        """The last x0 as those nodes give it out (SamplerCustomAdvanced.execute), latent by latent."""
+        if self._x0 is not None:
+            yield from given_out(model, self._x0.cpu(), **kwargs)
+
+
 def _attested(
-    state: GuardState, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
+    state: GuardState, run: GuardedRun, embeddings_sha256: tuple[str, ...], start: edits.Start
 ) -> tuple[Attestation, bool]:
     """The attestation of a run that has ended, and whether its latents may have it."""
     evaluations, firings, idle = run.counts or (0, 0, 0)
     complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
+    status = attest.guarded_status(state.record.base_had_merged_loras, start.outside) if complete else "not sampled"
     result = state.record.of(
         status=status,
         embeddings_sha256=embeddings_sha256,
@@ -243,11 +264,11 @@ def _attested(
         acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},
         measured_evaluations=run.measured,
     )
-    return result, complete
+    return result.edited(start.edits if complete else ()), complete
 
 
 def _silence_previews(callback: Callable | None) -> None:
-    """No picture before the gate: empties latent_preview.prepare_callback's previewer."""
+    """No image before the gate: empties latent_preview.prepare_callback's previewer."""
     cells = getattr(callback, "__closure__", None) or ()
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
@@ -266,11 +287,18 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
             for tensor in encoded(entry) if state.text_digest else ():
                 if not ledger.was_made_under(tensor, state.text_digest):
                     raise GuardError(
-                        f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
-                        "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
-                        "nodes that change the embeddings (ConditioningAverage and style models may stay)."
+                        f"The {name} conditioning was not made by the guarded CLIP alone, as far as can be told, and "
+                        "the safety LoRA has a text-encoder half: encode every prompt with the guard's CLIP output; a "
+                        "node that weights or mixes embeddings may stay where it is given that CLIP, or conditionings "
+                        "of that CLIP, and no other, and encodes with all of it."
                     )
     return tuple(hashes)
+
+
+def _weighted(conds: dict[str, list[dict]]) -> tuple[str, ...]:
+    """Types of the nodes that weighted or mixed embeddings of these conditionings."""
+    tensors = (tensor for entries in conds.values() for entry in entries for tensor in encoded(entry))
+    return tuple(dict.fromkeys(name for tensor in tensors for name in ledger.weighted_by(tensor)))
 
 
 def encoded(entry: dict) -> Iterator[torch.Tensor]:

@@ -16,7 +16,12 @@ from ..modular_lora.provenance.verdict import verdict
 from .sockets import RARE
 
 OUTPUTS = (
-    io.Image.Output("image", display_name="image", tooltip="The decoded images. Any edit makes them unattested."),
+    io.Image.Output(
+        "image",
+        display_name="image",
+        tooltip="The decoded images. Edits by ComfyUI's own nodes are named in what an image says; other nodes make it "
+        "unattested.",
+    ),
     io.String.Output("report", display_name="report", tooltip="Attestation of the images, or why there is none."),
 )
 

@@ -7,7 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
-from ..comfy_host import conditioning
+from ..comfy_host import conditioning, following
 from ..comfy_host.enforcement import hooks
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
@@ -33,6 +33,7 @@ class ModularLoraExtension(ComfyExtension):
         register_folders()
         hooks.register()
         conditioning.register()
+        following.register()
         return [
             LoadSafetyLora,
             LoadTaskLora,

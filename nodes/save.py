@@ -9,7 +9,6 @@ from comfy_api.latest import io
 
 from ..comfy_host.answers import answer
 from ..comfy_host.node_report import CATEGORY
-from ..comfy_host.passage import passed_through
 from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
@@ -33,8 +32,8 @@ class SaveAttestedImage(io.ComfyNode):
             node_id="ModularLoraSaveImage",
             display_name="Save Attested Image",
             category=f"{CATEGORY}/sample",
-            description="Saves PNG files with the attestation in their text; an image that was edited is saved as "
-            "unattested, or refused. PNG text can be forged by anyone who has the file.",
+            description="Saves PNG files with the attestation in their text; an image that a guarded run did "
+            "not make is saved as unattested, or refused. PNG text can be forged by anyone who has the file.",
             inputs=[
                 io.Image.Input("images", tooltip="Images straight from Guarded VAE Decode."),
                 io.String.Input("filename_prefix", default="guarded", tooltip="File name prefix, as in Save Image."),
@@ -59,7 +58,7 @@ class SaveAttestedImage(io.ComfyNode):
         results = save(cls, images, found, filename_prefix, Style())
         said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
         said += f"; {missing} {EDITED}" * bool(missing)
-        return _saved(cls, said, found, results)
+        return _saved(said, found, results)
 
 
 class SaveGatedImage(io.ComfyNode):
@@ -115,11 +114,10 @@ class SaveGatedImage(io.ComfyNode):
         skipped = f"; left out: {counts}" if counts else ""
         merged = on_merged(found[i] for i in fit)
         said = f"{len(fit)} of {len(found)} images saved, attested and gated{merged}{skipped}"
-        return _saved(cls, said, found, written, problems)
+        return _saved(said, found, written, problems)
 
 
 def _saved(
-    node: type[io.ComfyNode],
     line: str,
     found: Sequence[Known],
     written: Sequence[Mapping[str, str]],
@@ -130,9 +128,6 @@ def _saved(
     ``problems``: why each image was left out, None where it was written; none: all were written.
     """
     problems = problems or [None] * len(found)
-    on_the_way: list[dict] = []
-    if any(one.run is None for one in found):
-        on_the_way = passed_through(node.hidden.prompt, node.hidden.unique_id, "images")
     files, verdicts = iter(written), []
     for i, (one, problem) in enumerate(zip(found, problems, strict=True)):
         verdicts.append(
@@ -141,12 +136,11 @@ def _saved(
                 one,
                 file=next(files) if problem is None else None,
                 withheld=problem is not None,
-                passed_through=[] if one.run else on_the_way,
                 refusal=refused("unfit", problem, REMEDY) if problem else None,
             )
         )
-    came = ", ".join(f"{one['type']} (node {one['node']})" for one in on_the_way)
-    more = f"unattested ones came through {came}" if came else ""
+    came = ", ".join(dict.fromkeys(name for one in found for name in one.through))
+    more = f"unattested ones passed through {came}" if came else ""
     return io.NodeOutput(ui=answer(line, more, verdicts, images=list(written)))
 
 

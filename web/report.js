@@ -11,7 +11,7 @@ import { app } from "../../scripts/app.js";
 
 const OURS = "ModularLora"; // how our node types begin
 const NAME = "modular_lora_report"; // of the widget
-const EVENT = "modular_lora.report"; // of the server, where a node ends without an output
+const EVENT = "modular_lora.report"; // of the server: a report of a node without output, or what stands above one
 const MOST = 64; // of the last runs that are looked through
 const UNNAMED = "00000000-0000-0000-0000-000000000000"; // the id of a workflow that has none
 const LINE = 16; // pixels
@@ -50,8 +50,21 @@ function show(node, text) {
   node.setDirtyCanvas?.(true, true);
 }
 
+const reports = new WeakMap(); // node -> its report, without what was put above it
+
+function report(node, text) {
+  if (node && typeof text === "string" && text) reports.set(node, text);
+  show(node, text);
+}
+
 function showOutput(node, output) {
-  if (Array.isArray(output?.text)) show(node, output.text.filter((one) => typeof one === "string").join("\n\n"));
+  if (Array.isArray(output?.text)) report(node, output.text.filter((one) => typeof one === "string").join("\n\n"));
+}
+
+function showMessage({ node: place, text, above }) {
+  const node = nodeAt(place);
+  if (typeof above === "string" && node) show(node, [above, reports.get(node)].filter(Boolean).join("\n\n"));
+  else report(node, text);
 }
 
 // A node by its place in the open workflow: "7"; "12:7" as the server names, "UUID:7" as the front end names what lies
@@ -90,7 +103,7 @@ const looked = new Set(); // workflows whose last runs were looked for
 app.registerExtension({
   name: "ModularLora.Report",
   setup() {
-    api.addEventListener(EVENT, ({ detail }) => show(nodeAt(detail?.node), detail?.text));
+    api.addEventListener(EVENT, ({ detail }) => showMessage(detail));
   },
   beforeRegisterNodeDef(type, definition) {
     if (!definition.name.startsWith(OURS)) return;

@@ -104,7 +104,8 @@ def format_attestation(a: Attestation) -> str:
     if a.varying_layers:
         lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
     if a.text_encoder:
-        lines.append(f"text encoder: {a.text_encoder}")
+        weighted = f", embeddings weighted or mixed by {', '.join(a.weighted)}" if a.weighted else ""
+        lines.append(f"text encoder: {a.text_encoder}{weighted}")
     if a.vae_sha256:
         lines.append(f"VAE sha256 {a.vae_sha256[:16]}")
     if a.image_sha256:

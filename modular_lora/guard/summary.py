@@ -41,7 +41,8 @@ def run_line(a: Attestation) -> str:
     if not any(lora.sha256 in a.net_strength for lora in safety):
         ran = "acted on the text encoder alone"
     subject = "the safety LoRA" if len(safety) == 1 else f"{len(safety)} safety LoRAs"
-    return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}."
+    edited = f" Edited on the way by {', '.join(a.edits)}." if a.edits else ""
+    return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}.{edited}"
 
 
 _LIMITS = (  # words, and what stands in a status; see provenance.attestation.guarded_status

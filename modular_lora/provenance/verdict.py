@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..util import plain_json
@@ -26,7 +26,6 @@ def verdict(
     why: str = "",
     file: Mapping[str, str] | None = None,
     withheld: bool = False,
-    passed_through: Iterable[Mapping[str, str]] = (),
     refusal: Json | None = None,
 ) -> Json:
     """What is known of one image of a batch.
@@ -37,7 +36,6 @@ def verdict(
         why: Why it is not attested, where more is known than that no guarded run made it.
         file: The entry of ``images`` that is this image; None where it was not written.
         withheld: Whether it did not go on from the node.
-        passed_through: Nodes through which it came since one of this pack had it, the last first.
         refusal: See `refused`.
     """
     run, gate = known.run, known.gate
@@ -47,8 +45,8 @@ def verdict(
         "attested": known.guarded,
         "status": run.status if run else "unattested",
         "why": _why(known, why),
-        "edited_by": [{"type": "gate", "action": gate.action}] if gate and gate.changed else [],
-        "passed_through": [dict(one) for one in passed_through],
+        "edited_by": _edits(known),
+        "passed_through": list(known.through),
         "withheld": withheld,
         "file": dict(file) if file else None,
         "run": _run(run) if run else None,
@@ -71,12 +69,19 @@ def brief(said: Json) -> Json:
     return short
 
 
+def _edits(known: Known) -> list[Json]:
+    """What is known to have edited the image, or what its run started from: nodes by their types, then a gate."""
+    made: list[Json] = [{"type": name, "action": None} for name in known.edits]
+    return made + ([{"type": "gate", "action": known.gate.action}] if known.gate and known.gate.changed else [])
+
+
 def _why(known: Known, why: str) -> str:
     if known.guarded:
-        return "a guarded run made exactly this image" + (
-            "; a gate covered part of it" if known.gate and known.gate.changed else ""
-        )
-    return (why or EDITED).removeprefix("unattested: ") if known.run is None else known.run.status
+        edited = "; edits on the way are named" if _edits(known) else ""
+        return f"a guarded run made this image{edited}"
+    if known.run is not None:
+        return known.run.status
+    return known.status if known.through else (why or EDITED).removeprefix("unattested: ")
 
 
 def _run(run: Attestation) -> Json:

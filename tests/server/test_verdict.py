@@ -26,7 +26,15 @@ pytestmark = pytest.mark.server
 COMFYUI = os.environ.get("MODULAR_LORA_COMFYUI")
 SCHEMA = json.loads((ROOT / "docs" / "verdict.schema.json").read_text(encoding="utf-8"))
 KEY = "modular_lora"
-OUTPUT = {"decode-0", "save-0", "edited", "gate", "gated", "withheld"}  # nodes that answer with a verdict
+OUTPUT = {
+    "decode-0",
+    "save-0",
+    "scaled-save",
+    "edited",
+    "gate",
+    "gated",
+    "withheld",
+}  # nodes that answer with a verdict
 
 Json = dict[str, Any]
 
@@ -44,6 +52,11 @@ def graph(world: DemoWorld) -> Graph:
     made["invert"] = node("ImageInvert", image=image)
     made["edited"] = node(
         "ModularLoraSaveImage", images=["invert", 0], filename_prefix="edited", unattested="save and say so"
+    )
+    scaling: Json = {"upscale_method": "bilinear", "width": 32, "height": 32, "crop": "disabled"}
+    made["scaled"] = node("ImageScale", image=image, **scaling)
+    made["scaled-save"] = node(
+        "ModularLoraSaveImage", images=["scaled", 0], filename_prefix="scaled", unattested="refuse"
     )
     made["settings"] = settings()
     made["gate"] = node("ModularLoraGate", images=image, gate=["settings", 0])
@@ -145,11 +158,19 @@ def test_an_image_is_attested_with_its_loras_and_its_gate(verdicts: Json, world:
     assert (one["gate"]["flagged"], one["gate"]["changed"]) == (False, False)
 
 
-def test_an_edited_image_is_unattested_and_the_nodes_it_came_through_are_named(verdicts: Json) -> None:
+def test_an_edit_by_a_node_that_is_known_is_named(verdicts: Json) -> None:
+    (one,) = verdicts["scaled-save"]
+    assert (one["attested"], one["status"]) == (True, "guarded; edited: ImageScale")
+    assert one["edited_by"] == [{"type": "ImageScale", "action": None}]
+
+
+def test_an_image_that_nobody_vouches_for_is_unattested_and_the_nodes_it_passed_through_are_named(
+    verdicts: Json,
+) -> None:
     (one,) = verdicts["edited"]
     assert (one["attested"], one["status"], one["run"]) == (False, "unattested", None)
-    assert one["why"].startswith("no guarded run made exactly this")
-    assert one["passed_through"] == [{"node": "invert", "type": "ImageInvert"}]
+    assert one["why"] == "passed through ImageInvert: not vouched for"
+    assert one["passed_through"] == ["ImageInvert"]
     assert one["file"]
 
 
