@@ -31,7 +31,7 @@ def pictures(found: Sequence[tuple[str, Interference]]) -> torch.Tensor:
 def draw(name: str, result: Interference) -> Image.Image:
     """The layers with the lowest net strength, each with a bar of its cosine: -1 left and red, +1 right and blue."""
     worst = sorted(result.layers, key=lambda layer: layer.net_strength)[:MOST]
-    font, top = ImageFont.load_default(TEXT), EDGE + 3 * (TEXT + 8)
+    font, top = ImageFont.load_default(TEXT), EDGE + 3 * (TEXT + 8) + 6
     picture = Image.new("RGB", (WIDTH, top + ROW * len(worst) + EDGE), PAPER)
     pen = ImageDraw.Draw(picture)
     many = f"the {len(worst)} lowest of {len(result.layers)} layers" if len(worst) > 1 else "its layer"

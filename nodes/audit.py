@@ -70,7 +70,7 @@ MORE = (  # what more_options may set: nothing that names a file, folder or pack
     "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
     "safety_scale",
 )  # fmt: skip
-WIDTH, ROW = 640, 22  # pixels of the plot
+WIDTH, ROW = 640, 30  # pixels of the plot; a node shows it at about two thirds of its size
 
 
 class Audit(io.ComfyNode):
