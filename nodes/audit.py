@@ -50,7 +50,7 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
-from .sockets import RARE, GateSocket
+from .sockets import GateSocket, rarely
 from .training import option_inputs
 
 NONE = "none"
@@ -70,6 +70,7 @@ MORE = (  # what more_options may set: nothing that names a file, folder or pack
     "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
     "safety_scale",
 )  # fmt: skip
+RARELY = ("first_seed", "unit_size", "other_words", "more_options")  # see sockets.rarely
 WIDTH, ROW = 640, 30  # pixels of the plot; a node shows it at about two thirds of its size
 
 
@@ -85,7 +86,9 @@ class Audit(io.ComfyNode):
             description="Samples the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
             "modular, projected, model arithmetic), runs a detector, and reports what changed, with intervals. It "
             "continues where it was stopped. Images stay in a private folder of the server.",
-            inputs=[*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()],
+            inputs=rarely(
+                [*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()], *RARELY
+            ),
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Rates, intervals, differences, remarks."),
                 io.String.Output(
@@ -172,7 +175,7 @@ def _sampling_inputs() -> list[io.Input]:
     first = "Seed of the first image; every prompt has seeds of its own, the same in all arms."
     return [
         seeds,
-        io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first, **RARE),
+        io.Int.Input("first_seed", default=1, min=0, max=2**63 - 1, tooltip=first),
         *settings,
         io.Combo.Input("sampler", sampler_names(), default="euler", tooltip="Sampling algorithm."),
         io.Combo.Input(
@@ -189,8 +192,8 @@ def _judge_inputs() -> list[io.Input]:
     return [
         GateSocket.Input("gate", optional=True, tooltip=gate),
         GateSocket.Input("style", optional=True, tooltip=style),
-        io.String.Input("other_words", default="", multiline=True, optional=True, tooltip=words, **RARE),
-        io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=more, **RARE),
+        io.String.Input("other_words", default="", multiline=True, optional=True, tooltip=words),
+        io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=more),
     ]
 
 

@@ -13,7 +13,7 @@ from ..modular_lora.guard.summary import once, per_image, run_line
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.provenance.ledger import Known, known_of
 from ..modular_lora.provenance.verdict import verdict
-from .sockets import RARE
+from .sockets import rarely
 
 OUTPUTS = (
     io.Image.Output(
@@ -63,7 +63,7 @@ class GuardedDecodeTiled(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="Latent straight from a guarded run."),
                 io.Vae.Input("vae", tooltip="The VAE that turns latents into images."),
-                *_tiles(),
+                *rarely(_tiles(), "temporal_size", "temporal_overlap"),
             ],
             outputs=list(OUTPUTS),
             hidden=[io.Hidden.unique_id],
@@ -77,12 +77,12 @@ class GuardedDecodeTiled(io.ComfyNode):
 def _tiles() -> list:
     """The settings of VAE Decode (Tiled) (nodes.VAEDecodeTiled), in pixels and frames."""
     return [
-        io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip, **rare)
-        for name, default, least, step, tooltip, rare in (
-            ("tile_size", 512, 64, 32, "Width and height of a tile in pixels. A smaller tile needs less memory.", {}),
-            ("overlap", 64, 0, 32, "How far tiles overlap, in pixels. More overlap hides the seams.", {}),
-            ("temporal_size", 64, 8, 4, "Video VAEs only: number of frames decoded at a time.", RARE),
-            ("temporal_overlap", 8, 4, 4, "Video VAEs only: number of frames by which these overlap.", RARE),
+        io.Int.Input(name, default=default, min=least, max=4096, step=step, tooltip=tooltip)
+        for name, default, least, step, tooltip in (
+            ("tile_size", 512, 64, 32, "Width and height of a tile in pixels. A smaller tile needs less memory."),
+            ("overlap", 64, 0, 32, "How far tiles overlap, in pixels. More overlap hides the seams."),
+            ("temporal_size", 64, 8, 4, "Video VAEs only: number of frames decoded at a time."),
+            ("temporal_overlap", 8, 4, 4, "Video VAEs only: number of frames by which these overlap."),
         )
     ]
 

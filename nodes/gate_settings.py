@@ -20,7 +20,7 @@ from ..gate.report import format_limits, format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
-from .sockets import RARE, GateSocket
+from .sockets import GateSocket, rarely
 
 NONE = "none"
 AS_PRESET = "as the preset says"
@@ -39,7 +39,7 @@ class GateSettings(io.ComfyNode):
             category=f"{CATEGORY}/gate",
             description="Which detector a gate uses, the score from which each label counts, and the action that "
             "follows.",
-            inputs=[*_detector_inputs(), *_action_inputs()],
+            inputs=rarely([*_detector_inputs(), *_action_inputs()], "provider", "save_as"),
             outputs=[
                 GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
                 io.String.Output(
@@ -150,14 +150,12 @@ def _action_inputs() -> list[io.Input]:
             list(PROVIDERS),
             default="CPU",
             tooltip="Where the detector runs. CUDA needs onnxruntime-gpu.",
-            **RARE,
         ),
         io.String.Input(
             "save_as",
             default="",
             optional=True,
             tooltip="Name of a preset in the modular_lora_gates folder to write these settings to; empty: none.",
-            **RARE,
         ),
         io.Image.Input(
             "replacement",

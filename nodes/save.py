@@ -13,7 +13,7 @@ from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
 from ..modular_lora.provenance.verdict import refused, verdict
-from .sockets import RARE
+from .sockets import rarely
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
@@ -72,31 +72,34 @@ class SaveGatedImage(io.ComfyNode):
             category=f"{CATEGORY}/gate",
             description="Saves only images that a guarded run made and a gate judged, with the record of both: in "
             "the text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by anyone who has the file.",
-            inputs=[
-                io.Image.Input("images", tooltip="Images straight from Safety Gate or Guarded Sample and Gate."),
-                io.String.Input("filename_prefix", default="gated", tooltip="File name prefix, as in Save Image."),
-                io.Combo.Input(
-                    "format",
-                    list(ENDINGS),
-                    default="png",
-                    tooltip="png carries the record itself; jpeg and webp get a .json file of the same name.",
-                ),
-                io.Int.Input(
-                    "quality", default=95, min=1, max=100, tooltip="Quality of jpeg and webp; png has none.", **RARE
-                ),
-                io.Combo.Input(
-                    "unfit",
-                    ["refuse", "skip and say so"],
-                    default="refuse",
-                    tooltip="What to do where an image is unattested, not gated, or flagged and left as it is: refuse "
-                    "saves nothing of the batch; skip saves the others.",
-                ),
-                io.Boolean.Input(
-                    "save_flagged",
-                    default=False,
-                    tooltip="Also save images that the gate flagged and only reported.",
-                ),
-            ],
+            inputs=rarely(
+                [
+                    io.Image.Input("images", tooltip="Images straight from Safety Gate or Guarded Sample and Gate."),
+                    io.String.Input("filename_prefix", default="gated", tooltip="File name prefix, as in Save Image."),
+                    io.Combo.Input(
+                        "format",
+                        list(ENDINGS),
+                        default="png",
+                        tooltip="png carries the record itself; jpeg and webp get a .json file of the same name.",
+                    ),
+                    io.Int.Input(
+                        "quality", default=95, min=1, max=100, tooltip="Quality of jpeg and webp; png has none."
+                    ),
+                    io.Combo.Input(
+                        "unfit",
+                        ["refuse", "skip and say so"],
+                        default="refuse",
+                        tooltip="What to do where an image is unattested, not gated, or flagged and left as it is: "
+                        "refuse saves nothing of the batch; skip saves the others.",
+                    ),
+                    io.Boolean.Input(
+                        "save_flagged",
+                        default=False,
+                        tooltip="Also save images that the gate flagged and only reported.",
+                    ),
+                ],
+                "quality",
+            ),
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,

@@ -18,7 +18,6 @@ from ..comfy_host.training_files import data_sets
 from ..modular_lora.errors import GuardError
 from ..training import options
 from ..training.record import Trained
-from .sockets import RARE
 
 GROUP = f"{CATEGORY}/train"
 FROM_GRAPH = (  # files, folders and services that a graph must not name
@@ -27,9 +26,10 @@ FROM_GRAPH = (  # files, folders and services that a graph must not name
 )  # fmt: skip
 
 
-RARELY = (  # options that few change; see sockets.RARE
+RARELY = (  # options that few change; see sockets.rarely
     "network_alpha", "target", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
-    "gradient_checkpointing", "min_snr_gamma", "noise_offset", "negative_guidance", "save_every_n_steps", "unit_size",
+    "gradient_checkpointing", "min_snr_gamma", "noise_offset", "negative_guidance", "save_every_n_steps",
+    "more_options", "engine", "ckpt_name", "kohya_files",
 )  # fmt: skip
 
 
@@ -42,7 +42,6 @@ def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
 
 def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
     what: dict[str, typing.Any] = {"tooltip": field.metadata["description"], "default": field.default}
-    what |= RARE if name in RARELY else {}
     if typing.get_origin(hint) is typing.Literal:
         return io.Combo.Input(name, list(typing.get_args(hint)), **what)
     if typing.get_origin(hint) is tuple:
@@ -67,7 +66,6 @@ MORE = io.String.Input(
     multiline=True,
     optional=True,
     tooltip="Further options as TOML, named as on the command line (python -m training train-task --help).",
-    **RARE,
 )
 ENGINE = io.Combo.Input(
     "engine",
@@ -75,7 +73,6 @@ ENGINE = io.Combo.Input(
     default="embedded",
     optional=True,
     tooltip="embedded: on the model as loaded. kohya: a checkout of sd-scripts that the host set (SD_SCRIPTS_PATH).",
-    **RARE,
 )
 FILES = io.String.Input(
     "kohya_files",
@@ -83,7 +80,6 @@ FILES = io.String.Input(
     multiline=True,
     optional=True,
     tooltip="kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl.",
-    **RARE,
 )
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Resume from the newest saved state of this output_name."
@@ -137,7 +133,7 @@ OUTPUTS = [
 def engine_inputs() -> list[io.Input]:
     names = file_names(*trainer_model.BASE_FOLDERS)
     tip = "kohya engine: the file of the loaded checkpoint, which sd-scripts reads itself."
-    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip, **RARE), FILES]
+    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 
 def loaded_inputs() -> list[io.Input]:

@@ -168,6 +168,14 @@ def test_every_node_has_a_help_page(schemas) -> None:
         assert all(word in pages[name] for word in wanted), name
 
 
+def test_inputs_that_are_folded_away_have_a_value_of_their_own(schemas) -> None:
+    folded = {
+        f"{name}.{key}": o for name, schema in schemas.items() for key, o in inputs(schema).items() if o.get("advanced")
+    }
+    assert {"ModularLoraGuardModel.accept_merged", "ModularLoraTrainTask.kohya_files"} <= set(folded)
+    assert [name for name, options in folded.items() if "default" not in options] == []
+
+
 def test_english_names_and_tooltips_are_those_of_the_schemas(schemas) -> None:
     names = load("locales/en/nodeDefs.json")
     assert set(names) == set(schemas)
