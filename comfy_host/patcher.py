@@ -30,6 +30,7 @@ from ..modular_lora.guard.build import (
 )
 from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary
 from ..modular_lora.provenance import attestation as attest
 from ..modular_lora.provenance import edits, ledger
 from ..modular_lora.provenance.attestation import Attestation
@@ -72,10 +73,10 @@ class GuardState:
 class GuardedModel:
     """What a GUARDED_MODEL socket carries: opaque, so that a detour into a MODEL input fails with a clear error."""
 
-    __slots__ = ("_patcher", "report")
+    __slots__ = ("_patcher", "report", "summary")
 
-    def __init__(self, patcher, report: str):
-        self._patcher, self.report = patcher, report
+    def __init__(self, patcher, report: str, summary: str):
+        self._patcher, self.report, self.summary = patcher, report, summary
 
     def __deepcopy__(self, memo):
         return self  # a switch that copies its inputs must not copy the model
@@ -391,20 +392,20 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
     memory = format_memory(size, len(guard_cache.guards), guard_cache.guards.size)
-    return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
+    return GuardedModel(guarded, f"{built.report}\n{memory}", built.summary), clip
 
 
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> guard_cache.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
-    remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
+    remarks = list(notes(safety, tasks, record.base_sha256, merged, clip is not None))
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
     check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)
     record = record.of(functional_strength=functional.strengths, functional_not_measured=functional.unmeasured)
     report += "\n" + format_functional(functional, record)
-    return guard_cache.Built(parts[0], text, record, text_digest(safety), report)
+    return guard_cache.Built(parts[0], text, record, text_digest(safety), report, guard_summary(parts, remarks))
 
 
 def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:

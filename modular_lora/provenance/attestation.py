@@ -44,6 +44,15 @@ class GateRecord:
     source_sha256: str  # content hash of the picture that was judged
 
 
+class Found(NamedTuple):
+    """A label that a gate found in one image."""
+
+    label: str
+    score: float
+    threshold: float
+    blocked: bool  # of the labels that are acted on; False: it is only reported
+
+
 @dataclass(frozen=True)
 class Attestation:
     """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.

@@ -19,7 +19,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import OUTSIDE, Attestation, GateRecord, LoraRecord
+from .attestation import OUTSIDE, Attestation, Found, GateRecord, LoraRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -41,6 +41,7 @@ latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a bat
 unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
 images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
 gated: Cache[str, GateRecord] = Cache(4096)  # content of one image of a batch -> what the last gate that saw it decided
+labels: Cache[str, tuple[Found, ...]] = Cache(4096)  # content of one image of a batch -> what that gate found in it
 embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
 passed: Cache[str, tuple[str, ...]] = Cache(4096)  # content of an image or latent -> nodes nobody vouches for
 masks: Cache[str, Runs] = Cache(4096)  # content of one mask of a batch -> the runs behind it
@@ -53,12 +54,14 @@ others: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or
 class Known:
     """What is known of exactly these pixels; None: no guarded run made them, no gate judged them.
 
-    ``through``: types of nodes that made them of what a guarded run had made, and for which nobody vouches.
+    ``through``: types of nodes that made them of what a guarded run had made, and for which nobody vouches. ``found``:
+    what that gate found in the image that it judged.
     """
 
     run: Attestation | None
     gate: GateRecord | None
     through: tuple[str, ...] = ()
+    found: tuple[Found, ...] = ()
 
     @property
     def guarded(self) -> bool:
@@ -89,9 +92,13 @@ class Known:
 
 def known(image: Tensor) -> Known:
     """What is known of one image, h w c."""
-    digest = tensor_sha256(image)
+    return known_of(tensor_sha256(image))
+
+
+def known_of(digest: str) -> Known:
+    """What is known of one image by the hash of its content."""
     run = images.get(digest)
-    return Known(run, gated.get(digest), () if run else passed.get(digest) or ())
+    return Known(run, gated.get(digest), () if run else passed.get(digest) or (), labels.get(digest) or ())
 
 
 # Latents
@@ -163,21 +170,29 @@ def _why_not(digest: str) -> str:
     return UNSAMPLED if unsampled.get(digest) else EDITED
 
 
-def record_gate(record: GateRecord, after: Tensor, status: str = "") -> None:
+def record_gate(record: GateRecord, after: Tensor, status: str = "", found: Iterable[Found] = ()) -> str:
     """Remember what a gate decided of one image; one that it changed keeps its run's attestation.
 
     Args:
         record: The decision; ``changed`` says whether ``after`` is the gate's work.
         after: The image as the gate hands it on, h w c.
         status: Of a changed image's attestation, where the run's own would be wrong: no run made what is shown.
+        found: The labels that were found.
+
+    Returns:
+        The hash of ``after``.
     """
-    source = record.source_sha256
+    source, found = record.source_sha256, tuple(found)
     gated.put(source, replace(record, changed=False))  # of a changed image too: a gentler gate's record is out of date
-    if record.changed:
-        digest = tensor_sha256(after)
-        gated.put(digest, record)
-        if run := images.get(source):
-            images.put(digest, run.of(image_sha256=digest, status=status or run.status))
+    labels.put(source, found)
+    if not record.changed:
+        return source
+    digest = tensor_sha256(after)
+    gated.put(digest, record)
+    labels.put(digest, found)
+    if run := images.get(source):
+        images.put(digest, run.of(image_sha256=digest, status=status or run.status))
+    return digest
 
 
 # Embeddings

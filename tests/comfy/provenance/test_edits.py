@@ -150,7 +150,7 @@ def started(run_graph, graph: dict, latent: list, denoise: float = 0.4) -> str:
     """Status of a second guarded run from a latent of the graph."""
     graph["second"] = second(latent, denoise=denoise)
     show(graph, "show.second", ["second", 0])
-    report = run_graph(graph)["second"][1].splitlines()[0]
+    report = run_graph(graph)["second"][1].splitlines()[1]
     return report.rpartition(": ")[0]  # what follows are counts
 
 
@@ -168,7 +168,9 @@ def test_a_second_pass_names_the_edits_before_it(run_graph, loras):
     graph["second"] = second(["encoded", 0], denoise=0.4)
     show(graph, "show", ["second", 0])
     report = run_graph(graph)["second"][1]
-    assert report.startswith("guarded; edited: ImageScaleBy, VAEEncode: ")
+    line, details, *_ = report.splitlines()
+    assert details.startswith("guarded; edited: ImageScaleBy, VAEEncode: ")
+    assert line.endswith("Edited on the way by ImageScaleBy, VAEEncode.")
 
 
 def test_what_came_from_outside_stays_so(comfy, run_graph, loras, status):
