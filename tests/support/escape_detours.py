@@ -256,7 +256,9 @@ def _(ground):
         made = gated_run(action="replace", replacement=["other", 0])
         made["latent"]["inputs"]["batch_size"] = 1
         made["load"] = node("LoadImage", image="outside.png")
-        made["other"] = node("ImageInvert", image=["load", 0])  # what replaced an image may leave by itself from then on
+        made["other"] = node(
+            "ImageInvert", image=["load", 0]
+        )  # what replaced an image may leave by itself from then on
         ground.send(made)
 
 

@@ -126,11 +126,11 @@ def _messages(file: str, tree: ast.AST, codes: dict[str, str]) -> Iterator[Messa
 
 
 def _owned_calls(tree: ast.AST, owner: str = "", parts: Parts | None = None) -> Iterator[tuple[str, ast.Call, Parts]]:
-    """Every call with the class around it, and what the names of texts stand for there: the assignments before it."""
+    """Every call with the class around it, and what names of texts stand for there, by the assignments before it."""
     parts = {} if parts is None else parts
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _owned_calls(node, owner, {})
+            yield from _owned_calls(node, owner, dict(parts))
             continue
         if isinstance(node, ast.Call):
             yield owner, node, dict(parts)

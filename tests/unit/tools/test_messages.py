@@ -1,6 +1,8 @@
 """The sentences of all errors, in one file: a better one is one edit in the source and one command.
 
-`.run/check/bin/python -m pytest tests/unit/tools/test_messages.py --update-messages` writes the file; its diff shows the sentence.
+    .run/check/bin/python -m pytest tests/unit/tools/test_messages.py --update-messages
+
+writes the file, and its diff shows the sentence.
 """
 
 from __future__ import annotations
