@@ -217,7 +217,7 @@ def test_a_lora_that_does_not_apply_whole_stops_the_arm(role, pipeline, loras, p
     layers = dict(list(loras.unet.items())[:3])
     spec = next(iter(layers.values()))
     save_lora(comfy.loras / "half.safetensors", layers | {"lora_unet_no_such_layer": spec}, 2, 9)
-    with refuses("lora.not-whole" if role == "safety" else "audit.not-whole", "half.safetensors", "no_such_layer"):
+    with refuses("audit.not-whole", "half.safetensors", "no_such_layer"):
         pipeline.draw(Arm(role, (part(role, "half.safetensors"),)), [item()], SAMPLING)
 
 
@@ -285,7 +285,7 @@ def test_models_that_the_record_could_not_tell_from_the_checkpoint_are_refused(d
         ((model, merge[1]), "model.merged"),
         ((model, skipped), "audit.changed-model"),
         ((patched, clip), "audit.changed-model"),
-        ((handle, clip), "audit.guarded-model"),
+        ((handle, clip), "input.wrong-type"),
         ((model, None), "audit.no-clip"),
     ):
         with refuses(code):

@@ -93,7 +93,7 @@ def test_an_unguarded_graph_is_refused_when_queued_and_when_it_runs(enforced):
     said = [line for line in enforced.record() if line["kind"] == "refused"]
     assert {(line["node"], line["type"], line["rule"]) for line in said} == {
         ("sample", "KSampler", "nodes.sampling"),
-        ("save", "SaveImage", "refused.open.unattested"),
+        ("save", "SaveImage", "open.unattested"),
     }
     assert stopped(enforced, stock(1), UNGUARDED).node_type == "KSampler"
     assert enforced.record()[-1]["node"] == "sample"
@@ -202,7 +202,7 @@ def test_a_node_that_shows_pictures_on_the_way_is_stopped(enforced, add_node, co
     graph = guarded(25)
     graph["peek"] = {"class_type": "Peek", "inputs": {"image": ["decode", 0]}}
     graph["save"]["inputs"]["images"] = ["peek", 0]
-    stopped(enforced, graph, UNGUARDED)
+    stopped(enforced, graph, "refused.open.unattested", "Peek")
     assert not any(event == "executed" and data["node"] == "peek" for event, data in comfy.server.messages)
 
 
