@@ -110,7 +110,8 @@ def _node(original: Callable) -> Callable:
             made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
 
         def after(outputs: Any) -> None:
-            edits.follow(name, facts.core and name in EDITS, given, _rows(outputs))
+            if not facts.ours:  # ours remember themselves what they sample, decode and judge
+                edits.follow(name, facts.core and name in EDITS, given, _rows(outputs))
 
         outputs, _, expands, later = made
         if later:  # what a coroutine encodes is not watched, and stays as it is known

@@ -10,7 +10,7 @@ of this process are remembered, in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import OUTSIDE, Attestation, Found, GateRecord
+from .attestation import OUTSIDE, Attestation, Found, GateRecord, LoraRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -27,6 +27,15 @@ EDITED = (
 UNSAMPLED = "unattested: nothing was sampled (denoise 0, or no step to do), so the latent is what went into the sampler"
 
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A guarded text encoder: the task LoRAs that acted in it, and how many of its layers are guarded."""
+
+    loras: tuple[LoraRecord, ...]
+    layers: int
+
 
 latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
 unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
@@ -37,6 +46,7 @@ embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> d
 passed: Cache[str, tuple[str, ...]] = Cache(4096)  # content of an image or latent -> nodes nobody vouches for
 masks: Cache[str, Runs] = Cache(4096)  # content of one mask of a batch -> the runs behind it
 weighted: Cache[str, str] = Cache(200_000)  # content of an embedding row -> type of the node that weighted or mixed it
+encoders: Cache[str, Encoder] = Cache(200_000)  # content of an embedding row -> the guarded text encoder that made it
 others: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh -> the runs behind it
 
 
@@ -197,6 +207,18 @@ def remember_embedding(embedding: Tensor, text_digest: str) -> None:
 def weighted_by(embedding: Tensor) -> tuple[str, ...]:
     """Types of the nodes that weighted or mixed the rows of an embedding (b n d), each once."""
     return tuple(dict.fromkeys(name for row in carrying_digests(embedding) if (name := weighted.get(row))))
+
+
+def note_encoder(embedding: Tensor, encoder: Encoder) -> None:
+    """Remember which guarded text encoder made every row of an embedding (b n d)."""
+    for row in carrying_digests(embedding):
+        encoders.put(row, encoder)
+
+
+def encoders_of(embedding: Tensor) -> Iterator[Encoder]:
+    """The guarded text encoders that rows of an embedding (b n d) are known to come from, each once."""
+    found = (encoders.get(row) for row in carrying_digests(embedding))
+    yield from dict.fromkeys(encoder for encoder in found if encoder is not None)
 
 
 def was_made_under(embedding: Tensor, text_digest: str) -> bool:

@@ -120,20 +120,20 @@ def test_a_class_of_another_pack_under_a_listed_name_is_not_vouched_for(comfy, r
     kind.run = lambda self, image, **_: beside.run(self, image, 9)
     monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "ImageFlip", kind)
     graph = sources()
-    graph["edit"] = node("ImageFlip", image=["decode", 0])
-    show(graph, "show", ["edit", 0])
-    assert status(run_graph(graph)["edit"][0], "image") == ["passed through ImageFlip: not vouched for"]
+    graph["replaced"] = node("ImageFlip", image=["decode", 0])
+    show(graph, "show", ["replaced", 0])
+    assert status(run_graph(graph)["replaced"][0], "image") == ["passed through ImageFlip: not vouched for"]
 
 
 def test_what_ran_before_keeps_what_is_known_of_it(run_graph, loras, status):
     graph = sources()
-    graph["edit"] = edit("ImageFlip", {"image": ["decode", 0]})
+    graph["edit"] = edit("ImageRotate", {"image": ["decode", 0]})
     graph["scaled"] = edit("ImageScaleBy", {"image": ["edit", 0]})
     show(graph, "show", ["scaled", 0])
     run_graph(graph)
     graph["scaled"]["inputs"]["scale_by"] = 1.5  # nothing before it runs again
     made = run_graph(graph)["scaled"][0]
-    assert status(made, "image") == ["guarded; edited: ImageFlip, ImageScaleBy"]
+    assert status(made, "image") == ["guarded; edited: ImageRotate, ImageScaleBy"]
 
 
 def test_without_a_guard_in_the_graph_no_node_is_looked_at(comfy, run_graph, loras, monkeypatch):
@@ -184,7 +184,7 @@ def test_what_came_from_outside_stays_so(comfy, run_graph, loras, status):
     graph["bigger"] = edit("LatentUpscaleBy", {"samples": ["first", 0]})
     show(graph, "show", ["picture", 0])
     show(graph, "show2", ["bigger", 0])
-    said = "guarded, outside start; edited: VAEEncode, ImageScaleBy"
+    said = "guarded, outside start; edited: ImageScaleBy, VAEEncode"
     assert started(run_graph, graph, ["again", 0], 0.9) == said
     made = run_graph(graph)
     said = "guarded throughout, started from an outside picture"
