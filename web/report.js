@@ -17,7 +17,7 @@ const UNNAMED = "00000000-0000-0000-0000-000000000000"; // the id of a workflow 
 const LINE = 16; // pixels
 const LEAST = 3, TALLEST = 12; // lines that are seen without scrolling
 
-const said = new WeakMap(); // node -> {report, above}
+const said = new WeakMap(); // node -> {report, run, above}: what it says itself, and of the run behind it
 
 const root = () => app.rootGraph ?? app.graph;
 const isOurs = (node) => Boolean(node?.type?.startsWith(OURS));
@@ -50,8 +50,8 @@ function fieldOf(node) {
 }
 
 function draw(node) {
-  const { report, above } = said.get(node) ?? {};
-  const text = [above, report].filter(Boolean).join("\n\n");
+  const { report, run, above } = said.get(node) ?? {};
+  const text = [above, run, report].filter(Boolean).join("\n\n");
   if (!text && !node.widgets?.some((widget) => widget.name === NAME)) return;
   fieldOf(node).value = text;
   const [, height] = node.computeSize();
@@ -109,23 +109,27 @@ function showOutput(node, output) {
   change(node, { report: output.text.filter((one) => typeof one === "string").join("\n\n") });
 }
 
-function showMessage({ node: place, text, above }) {
+function showMessage({ node: place, text, run, above }) {
   const node = nodeAt(place);
   if (!isOurs(node)) return;
   if (typeof above === "string") change(node, { above });
+  if (typeof run === "string") change(node, { run });
   if (typeof text === "string") change(node, { report: text });
 }
 
-// What stands above a report is of a whole run; the next one begins.
-function forgetAbove() {
-  for (const node of everyNode()) if (said.get(node)?.above) change(node, { above: "" });
+// What was said of the run before; the next one begins.
+function forgetRun() {
+  for (const node of everyNode()) {
+    const { run, above } = said.get(node) ?? {};
+    if (run || above) change(node, { run: "", above: "" });
+  }
 }
 
 app.registerExtension({
   name: "ModularLora.Report",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => showMessage(detail));
-    api.addEventListener("execution_start", forgetAbove);
+    api.addEventListener("execution_start", forgetRun);
   },
   beforeRegisterNodeDef(type, definition) {
     if (!definition.name.startsWith(OURS)) return;
