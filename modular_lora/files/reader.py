@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -100,12 +100,26 @@ class LoraFile:
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
     places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+    factors: Mapping[str, float] = field(default_factory=dict)  # layers that a loader gave a share of the strength
+    content: str = ""  # SHA-256 of what a loader handed over: values, places and factors; "" of a file as a whole
     stored: Stored | None = None  # what was read, None for what comes from no file
 
     @property
     def pending(self) -> bool:
-        """Whether a loader before the guard left it: its file is not known."""
+        """Whether a loader left or handed over its values, and no file is known that holds exactly these."""
+        return bool(self.content) and self.sha256 == self.content
+
+    @property
+    def lifted(self) -> bool:
+        """Whether a loader of the host's left it or handed it over, instead of our own reading of a file."""
         return self.places is not None
+
+    @property
+    def shares(self) -> str:
+        """In words: what layers have of the strength, where a loader gave them shares of it."""
+        if not self.factors:
+            return ""
+        return f"by layer, {min(self.factors.values()):g} to {max(self.factors.values()):g} of the strength"
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -127,6 +141,19 @@ class LoraFile:
             raise LoraFileError(f"{what}: its dtype is not known: save the file without it")
         return {name: self.stored.tensor(name) for name in self.stored.entries}
 
+    @cached_property
+    def values_sha256(self) -> str:
+        """SHA-256 of all tensors, whatever they are called: the same for a file that was saved again, or renamed."""
+        each = sorted(f"{entry.dtype} {entry.shape} {self._bytes(entry)}" for entry in self._entries())
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+    def _entries(self) -> Iterable[Entry]:
+        return () if self.stored is None else self.stored.entries.values()
+
+    def _bytes(self, entry: Entry) -> str:
+        assert self.stored is not None
+        return hashlib.sha256(self.stored.data[entry.start : entry.end].numpy().data).hexdigest()
+
     @property
     def roles(self) -> Mapping[str, Mapping[str, str]]:
         """Layer -> role -> name of the tensor."""
@@ -135,6 +162,8 @@ class LoraFile:
     @property
     def acts_as(self) -> str:
         """What the layers compute is a function of this: the file's hash, and whether its metadata scales them."""
+        if self.content:
+            return self.content
         return f"{self.sha256}, scaled by its metadata" if self.scale_shown == "metadata" else self.sha256
 
     @property
