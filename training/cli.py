@@ -1,4 +1,5 @@
-"""The command line: train-task, train-safety, dataset, project, concept-prompts and inspect, options as in sd-scripts.
+"""The command line: train-task, train-safety, convert-safety, dataset, project, concept-prompts and inspect, options as
+in sd-scripts.
 
 Every option can stand in a TOML file as well (--config), under the same name; the command line goes first.
 """
@@ -21,6 +22,8 @@ from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
 from . import inspection, options, output, projection
+from .convert.convert import convert
+from .convert.difference import LIMIT, ConvertOptions
 from .data import captions, dataset
 from .kohya import engine as kohya
 from .kohya.arguments import FAMILIES
@@ -43,9 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     if extra and getattr(parsed, "engine", "") != "kohya":
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
-    command = {"project": project, "inspect": inspect, "concept-prompts": concept_prompts}.get(
-        chosen["command"], with_options
-    )
+    command = {
+        "project": project,
+        "inspect": inspect,
+        "concept-prompts": concept_prompts,
+        "convert-safety": convert_safety,
+    }.get(chosen["command"], with_options)
     return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
 
 
@@ -70,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
     command.add_argument("--save_precision", choices=tuple(output.DTYPES), help="type to save in (the file's own)")
     _model_arguments(command, required=False)
+    _convert_arguments(commands)
     command = commands.add_parser("concept-prompts", help="write what a safety LoRA is for into a copy of its file")
     command.add_argument("safety", type=Path)
     command.add_argument(
@@ -82,6 +89,29 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="say what a LoRA file is")
     command.add_argument("lora", type=Path)
     return made
+
+
+def _convert_arguments(commands) -> None:
+    command = commands.add_parser(
+        "convert-safety",
+        help="a safety LoRA from weights that a concept eraser published (ESD, UCE, SPEED, a .pt slider, ...)",
+        description="A safety LoRA from weights that a concept eraser published: weights minus W0, as factors, with "
+        "the proof. A LoRA in PyTorch's own format is saved again as safetensors and needs no base.",
+        allow_abbrev=False,
+    )
+    command.add_argument("weights", type=Path, help="file (.safetensors, .pt, .bin, ...) or diffusers folder")
+    command.add_argument("--base", type=Path, help="W0, which the eraser started from: checkpoint or diffusers folder")
+    command.add_argument("--output", type=Path, required=True, help="the new LoRA file; no file is written over")
+    command.add_argument("--base_sha256", default="", help="SHA-256 that the base must have")
+    command.add_argument("--rank", type=int, default=0, help="largest rank of a layer (0: as many as --limit asks for)")
+    command.add_argument("--limit", type=float, default=LIMIT, help=f"largest |W0 + UD - W_safe| / |dW| ({LIMIT:g})")
+    command.add_argument("--save_precision", choices=tuple(output.DTYPES), default="float", help="type of the factors")
+    command.add_argument(
+        "--concept", action="append", default=[], metavar="TEXT", help="a prompt of what is erased; once for each"
+    )
+    command.add_argument(
+        "--leave_out_embeddings", action="store_true", help="leave out changed embeddings, which no LoRA carries"
+    )
 
 
 def _model_arguments(command: argparse.ArgumentParser, required: bool) -> None:
@@ -162,6 +192,19 @@ def project(chosen: dict) -> str:
     tensors, report = projection.project_file(task, safety, infos, dtype)
     output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
     return projection.format_projection(report)
+
+
+def convert_safety(chosen: dict) -> str:
+    """A safety LoRA from an eraser's published weights."""
+    o = ConvertOptions(
+        rank=chosen["rank"],
+        limit=chosen["limit"],
+        save_precision=chosen["save_precision"],
+        concept=tuple(chosen["concept"]),
+        base_sha256=chosen["base_sha256"],
+        leave_out_embeddings=chosen["leave_out_embeddings"],
+    )
+    return convert(chosen["weights"], chosen["base"], chosen["output"], o).report
 
 
 def concept_prompts(chosen: dict) -> str:

@@ -1,6 +1,10 @@
 """Metadata keys of the files that are trained here, apart from what only the pack's own environment can import."""
 
 CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
+METHOD_KEY = "modular_lora.method"  # how a safety LoRA was made that was not trained
+CONVERTED_KEY = "modular_lora.converted_from"  # name and SHA-256 of the weights that a file was converted from
+BASE_FILE_KEY = "modular_lora.converted_base"  # name and SHA-256 of the W0 that was subtracted from them
+RESIDUAL_KEY = "modular_lora.residual"  # |W0 + UD - W_safe| / |dW| of a converted file
 SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
 PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
 ENGINE_KEY = "modular_lora.engine"

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import LoraFileError, shown
+from .erased import COMMAND
 
-_PICKLE = "pickle files can run code, convert it first"
+_PICKLE = (
+    "pickle files can run code, convert it first (a slider or an eraser's weights, tensors only: "
+    f"{COMMAND} FILE --output NEW.safetensors, with --base W0 unless it is a LoRA)"
+)
 _ENDINGS = {  # what a file with another ending is
     **dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"), _PICKLE),
     ".gguf": "GGUF holds quantised models, no LoRA: load the model with a GGUF loader, and its LoRA here",

@@ -12,6 +12,7 @@ from .names import PEFT
 from .reader import LoraFile, describe_base
 from .target import Target, slice_shape
 
+_KOHYA = "lora_unet_"
 KeyMap = Mapping[str, "str | tuple"]  # file name -> weight key, or (weight key, (dim, start, length), rearrange)
 
 
@@ -120,6 +121,8 @@ def _variants(name: str) -> Iterator[str]:
         long = stem if ".processor.to_" in stem else stem.replace(".to_", ".processor.to_")
         yield long
         yield long.removesuffix(".0") if long.endswith(".to_out.0") else long
+    if name.startswith(_KOHYA):  # sliders for Flux: LECO's prefix before diffusers' names, which the map has as below
+        yield f"lora_transformer_{name.removeprefix(_KOHYA)}"
 
 
 def _candidate(lora: LoraFile, name: str, key_map: KeyMap) -> _Candidate | None:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import LoraFileError, shown
+from . import erased
 from .formats import ENDINGS, LENGTHS, PATTERNS, READS, SCALED
 
 NAME_LIMIT = 512  # characters
@@ -46,9 +47,12 @@ _REFUSED = (
     (re.compile(r"\.lora_up(\..+)?\.bias$"), "a LoRA with a bias of its own"),
 )
 
-_CHECKPOINT = "a checkpoint: choose it in Load Checkpoint, and its LoRA here"
-_DENOISER = "a diffusion model or a part of one (what some erasers save, too): choose it in Load Diffusion Model"
-_ENCODER = "a text encoder: choose it in Load CLIP"
+_ERASED = (
+    f"; or, if a concept eraser changed it, make a safety LoRA of it: {erased.COMMAND} FILE --base W0 --output NEW"
+)
+_CHECKPOINT = f"a checkpoint: choose it in Load Checkpoint, and its LoRA here{_ERASED}"
+_DENOISER = f"a diffusion model or a part of one: choose it in Load Diffusion Model{_ERASED}"
+_ENCODER = f"a text encoder: choose it in Load CLIP{_ERASED}"
 _VAE = "a VAE: choose it in Load VAE"
 _BLOCKS = (
     r"(?:double|single|joint|transformer|input|output|down|up|single_transformer|context_refiner)_blocks|layers|blocks"
@@ -134,6 +138,10 @@ def refuse_other_files(tensors: Collection[str], name: str) -> None:
     """LoraFileError with the kind of a file that is no LoRA in any format, where its names tell it."""
     if any(_place(tensor) for tensor in tensors):
         return
+    layout = erased.recognise(tensors)
+    if layout is not None and not layout.whole:
+        what = f"{layout.what}, as saved by {layout.named}, and no LoRA"
+        raise LoraFileError(f"{name}: holds {what}: {erased.remedy(layout, name)}", code="file.erased-weights")
     for pattern, kind in _OTHER_FILES:
         if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
             what, _, remedy = kind.partition(": ")

@@ -1,0 +1,1 @@
+"""Erased weights that others publish, turned into safety LoRA files."""
