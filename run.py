@@ -5,7 +5,7 @@
     python3 run.py check     lint, types and the tests that need no ComfyUI, beside your own PyTorch
     python3 run.py test      install the test tools, check lint and types, run every test
     python3 run.py comfy     open ComfyUI with the pack and the demo world in it
-    python3 run.py lora      train, project and inspect LoRAs: python3 run.py lora --help
+    python3 run.py lora      train, convert, project and inspect LoRAs: python3 run.py lora --help
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
     python3 run.py operator  keys, signatures, record and policy of a host: python3 run.py operator --help
     python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)

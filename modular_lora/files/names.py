@@ -140,8 +140,10 @@ def refuse_other_files(tensors: Collection[str], name: str) -> None:
         return
     layout = erased.recognise(tensors)
     if layout is not None and not layout.whole:
-        what = f"{layout.what}, as saved by {layout.named}, and no LoRA"
-        raise LoraFileError(f"{name}: holds {what}: {erased.remedy(layout, name)}", code="file.erased-weights")
+        saved = f"{layout.what}, as saved by {layout.named}"
+        raise LoraFileError(
+            f"{name}: holds {saved}, and no LoRA: {erased.remedy(layout, name)}", code="file.erased-weights"
+        )
     for pattern, kind in _OTHER_FILES:
         if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
             what, _, remedy = kind.partition(": ")

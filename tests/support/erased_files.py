@@ -1,7 +1,7 @@
-"""Files as concept erasers publish them: names, types and containers, on a U-Net, a CLIP and a Flux of toy width.
+"""Files as concept erasers publish them: names, types and containers, on toys of a U-Net, a CLIP and a Flux.
 
-The names of Stable Diffusion's U-Net come in pairs, diffusers' and CompVis', counted through block by block. Layouts are
-those of the survey of published erasers; each says what becomes of it.
+The names of Stable Diffusion's U-Net come in pairs, diffusers' and CompVis', counted through block by block. Layouts
+are those of a survey of published erasers; each says what becomes of it.
 """
 
 from __future__ import annotations
@@ -246,11 +246,7 @@ ATTENTION = [name.removesuffix(".weight") for name in COMPVIS if name.endswith(K
 KOHYA = [f"lora_unet_{name.replace('.', '_')}" for name in ATTENTION]
 FLUX_LAYERS = [f"transformer_blocks.{n}.attn.{to}" for n in range(19) for to in ("add_k_proj", "add_q_proj")]
 FLUX_SLIDERS = [f"lora_unet_transformer_blocks_{n}_attn_{to}" for n in range(19) for to in ("to_q", "to_k", "to_v")]
-PAIR, PEFT, OLD = (
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
-)
+PAIR, PEFT = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
 FULL_RANK = ("ff.net.0.proj.weight", "conv1.weight", *ALL)
 LAYOUTS = (
     Published(

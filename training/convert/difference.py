@@ -95,8 +95,8 @@ def pair(ours: Get, theirs: Get, name: str) -> tuple[Tensor, Tensor]:
 def rounded_to(ours: Parts, theirs: Parts) -> torch.dtype | None:
     """The type of the file where W0 rounded to it leaves the smaller rest, None where W0 as it is does.
 
-    Weights that are W0's own cannot tell, rounded they are the same either way: the energy of the largest changes beyond
-    a low rank does.
+    Weights that are W0's own cannot tell, rounded they are the same either way: the energy of the largest changes
+    beyond a low rank does.
     """
     dtypes = set()
     changed: list[tuple[float, Tensor, Tensor]] = []

@@ -58,6 +58,8 @@ _ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -139,7 +141,9 @@ class Blocks:
     @classmethod
     def of(cls, names: Iterable[str]) -> Blocks:
         """From all names that are known, of either spelling."""
-        levels, attended, compvis = [1], set(), set()
+        levels: list[int] = []
+        attended: set[int] = set()
+        compvis: set[int] = set()
         for name in names:
             if (found := _DIFFUSERS.fullmatch(name)) is not None:
                 if found[1] == "down_blocks":
@@ -148,7 +152,7 @@ class Blocks:
                     attended.add(int(found[2]))
             elif (other := re.fullmatch(r"output_blocks\.(\d+)\.1\.transformer_blocks\..*", name)) is not None:
                 compvis.add(int(other[1]))
-        layers = 1 + max(levels)
+        layers = 1 + max(levels, default=1)  # two in every Stable Diffusion
         return cls(layers, attended | {number // (layers + 1) for number in compvis})
 
     def compvis(self, name: str) -> str:

@@ -53,13 +53,14 @@ def check_far(weights: Weights, base: Weights, part: Part, o: ConvertOptions) ->
 
     It is asked before the ranks are known, which may prove W0, and after.
     """
-    largest = FAR if part.proof or o.base_sha256 or not (part.ranks or part.full) else FAR_UNPROVEN
+    unknown = not (part.ranks or part.full)  # no rank is known yet
+    largest = math.inf if o.base_sha256 else FAR if part.proof or unknown else FAR_UNPROVEN
     if part.energy and part.change > largest:
         why = part.proof or "none of its weights is W0's own, and the change has no low rank"
         raise ConvertError(
             f"{weights.name}: the {part.name} differs from {base.name} by {part.change:.3g} of |W0|, and at most "
-            f"{largest:g} is taken for an eraser's change ({why}): this is another base. Use the one that the eraser "
-            "started from, or confirm this one with --base_sha256.",
+            f"{largest:g} is taken for an eraser's change ({why}): this is another base, or no eraser's work. Use the "
+            "base that the eraser started from, or confirm this one with --base_sha256.",
             code="convert.other-base",
         )
 
