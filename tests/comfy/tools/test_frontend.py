@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.tools.locales.cli import from_schemas
+from modular_lora_guard.tools.locales.texts import LANGUAGES
 from modular_lora_guard.tools.world import (
     ASSETS,
     DATA_SET,
@@ -169,16 +171,30 @@ def test_every_node_has_a_help_page(schemas) -> None:
 
 
 def test_english_names_and_tooltips_are_those_of_the_schemas(schemas) -> None:
-    names = load("locales/en/nodeDefs.json")
-    assert set(names) == set(schemas)
+    assert load("locales/en/nodeDefs.json") == from_schemas(schemas)
+
+
+def test_english_names_every_category_of_the_node_menu(schemas) -> None:
+    said = load("locales/en/main.json")["nodeCategories"]
+    assert set(said) == {part for schema in schemas.values() for part in schema["category"].split("/")}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translated_tooltip_keeps_the_values_of_its_drop_down(language, schemas) -> None:
+    there, lost = load(f"locales/{language}/nodeDefs.json"), []
     for node, schema in schemas.items():
-        entry = names[node]
-        assert entry["display_name"] == schema["display_name"]
-        assert entry["description"] == schema["description"]
-        assert {k: v["tooltip"] for k, v in entry["inputs"].items()} == {
-            k: options["tooltip"] for k, options in inputs(schema).items()
-        }
-        assert list(entry.get("outputs", {})) == [str(i) for i in range(len(schema["output"]))]
+        for name, options in inputs(schema).items():
+            said = there[node]["inputs"][name]["tooltip"]
+            values = [str(value) for value in choices(schema, name) if len(str(value)) > 1]
+            told = [v for v in values if re.search(rf"(?<![\w-]){re.escape(v)}(?![\w-])", options["tooltip"])]
+            lost += [f"{node}.{name}: {value} not in: {said}" for value in told if value not in said]
+    assert lost == []
+
+
+def choices(schema: Json, name: str) -> list:
+    """The values of an input's drop-down; none where it has none."""
+    (kind, options) = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}[name][:2]
+    return kind if isinstance(kind, list) else options.get("options") or []
 
 
 def test_english_texts_hold_nothing_that_the_front_end_would_interpret() -> None:
