@@ -17,7 +17,7 @@ from support import browsers
 from support.browsers import COMFYUI, WORLD, need_browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.server, pytest.mark.slow]
-MAIN = "modular_lora_guard"
+MAIN = "1 Guard an ordinary graph"
 WORKFLOWS = [MAIN, *sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if file.stem != MAIN)]
 RUN_SECONDS = 600  # for one workflow on busy cores
 

@@ -95,7 +95,7 @@ def _node(node: Json, links: dict[int, list]) -> Json:
 
 
 def test_there_are_workflows() -> None:
-    assert ROOT / "workflows" / "modular_lora_guard.json" in WORKFLOWS
+    assert ROOT / "workflows" / "1 Guard an ordinary graph.json" in WORKFLOWS
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

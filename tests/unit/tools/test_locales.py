@@ -126,7 +126,7 @@ def test_a_help_page_that_lacks_an_input_or_its_shown_name_is_told(tmp_path, mon
 
     def compared(text: str) -> list[str]:
         page.write_text(text, encoding="utf-8")
-        return pages._compared(page, said, node, GERMAN | {"cfg": "cfg"})
+        return pages._compared(page, said, node, GERMAN | {"cfg": "cfg"}, TREES["nodeDefs.json"])
 
     assert compared(good) == []
     assert compared(good.replace("| `cfg` | Skala. |\n", "")) != []
