@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "importable"))
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.modular_lora.util.boundary import TYPED, contained
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, front_end, paths, usage
 from modular_lora_guard.tools.bootstrap.console import RunError, say
 from modular_lora_guard.tools.bootstrap.process import child_environment, exit_when_terminated, run_attached
 
@@ -40,7 +40,6 @@ OWN_LINE = {  # command -> module, help
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
     "evidence": ("tools.world", "the paper's table on the demo world (docs/evidence.md)"),
 }
-HELP = ("-h", "--help")
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -129,31 +128,23 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
 def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
     """A module with its own command line.
 
-    Unless only help is asked for, the demo world's checkpoint is put in its place where the clone has that world, and
-    for the operators the packages with which signatures are made and checked.
+    The demo world's checkpoint is put in its place where the clone has that world, and for the operators the packages
+    with which signatures are made and checked.
     """
-    needs, variables = not any(argument in HELP for argument in rest), {}
-    if needs and command == "operator":
-        code = 0
+    code, variables = 0, {}
+    if command == "operator":
         if needs_signatures(rest):
             variables = environment.ensure_signatures(host.python, bundled=host.bundled)
-    else:
-        code = demo_process(host, "world") if needs and paths.WORLD_ASSETS.is_dir() else 0
+    elif paths.WORLD_ASSETS.is_dir():
+        code = demo_process(host, "world")
     settings = {"MODULAR_LORA_COMFYUI": str(host.folder), TYPED: f"run.py {command}", **variables}
     entry = [host.python, "-m", OWN_LINE[command][0], *rest]
     return code or run_attached(entry, environment=child_environment(settings), cwd=paths.ROOT)
 
 
 def needs_signatures(rest: Sequence[str]) -> bool:
-    """Help and the record's lines are shown without them."""
-    return bool(rest) and not set(HELP) & set(rest) and tuple(rest[:2]) != ("record", "show")
-
-
-def help_before_installation(command: str) -> int:
-    """What can be said of a command whose options stand in modules that need PyTorch; nothing is installed for it."""
-    say(f"usage: run.py {command} COMMAND ...\n\n{command}: {OWN_LINE[command][1]}\n")
-    say("Its options are shown once run.py has made its environment, as every other command of run.py does first.")
-    return 0
+    """The record's lines are shown without them."""
+    return tuple(rest[:2]) != ("record", "show")
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
@@ -162,6 +153,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     variables = {
         **tools,
         **browser.ensure(),
+        **front_end.ensure(host.python),
         "MODULAR_LORA_COMFYUI": str(host.folder),
         "MODULAR_LORA_WORLD": str(paths.WORLD),
         **({} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}),
@@ -195,9 +187,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.command in OWN_LINE and any(argument in HELP for argument in rest):
-        ready = comfyui.ready(bundled=options.bundled)
-        return run_own_line(ready, options.command, rest) if ready else help_before_installation(options.command)
+    if options.command in OWN_LINE:
+        usage.parser_of(options.command).parse_known_args(rest)  # ends here for help, and for what cannot be meant
     if options.command == "check":
         return check.run_check(PYTEST, rest)
     if options.command == "demo":

@@ -92,14 +92,6 @@ def existing(variables: Mapping[str, str] = os.environ) -> Host | None:
     return Host(folder, python, origin, bundled=False)
 
 
-def ready(*, bundled: bool) -> Host | None:
-    """The ComfyUI to use if it is there already."""
-    found = None if bundled else existing()
-    if found is None and environment.is_installed():
-        found = _bundled(environment.python_of(paths.VENV))
-    return found
-
-
 def _bundled(python: Path) -> Host:
     return Host(paths.COMFYUI, python, "installed by run.py", bundled=True)
 

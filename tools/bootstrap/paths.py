@@ -16,6 +16,7 @@ COMFYUI = RUN / "comfyui"
 WORLD_ASSETS = ROOT / "tools" / "world" / "assets"  # not in the registry's archive (.comfyignore)
 WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"
+FRONT_ENDS = RUN / "front-ends"  # others than ComfyUI's own, a folder a version
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
 CHECK = RUN / "check"  # the environment of `run.py check`
 TYPES = RUN / "types"  # the clone as mypy sees it
