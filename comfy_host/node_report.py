@@ -17,6 +17,11 @@ def show(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(as_html(text), node.hidden.unique_id)
 
 
+def show_on(node_id: str, text: str) -> None:
+    """The same on a node that does not run at the moment."""
+    PromptServer.instance.send_progress_text(as_html(text), node_id)
+
+
 def as_html(text: str) -> str:
     """HTML that shows ``text`` as it is; names, metadata, prompts and captions in a report are anybody's words.
 

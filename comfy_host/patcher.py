@@ -129,10 +129,26 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def clone(self, *args, **kwargs):
         """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
-        clone = _wrap(super().clone(*args, **kwargs), self.guard_state)
+        self.guard_cloning = True
+        try:
+            clone = super().clone(*args, **kwargs)
+        finally:
+            del self.guard_cloning
+        self.guard_on(clone)
         clone.size = self.size  # what it was made with has the branches in it
         clone.parent = self.parent  # the unguarded model: LoadedModel follows one dead clone's parent, not a chain
         return clone
+
+    def guard_on(self, clone) -> None:
+        """Put the same guard on a fresh clone."""
+        _wrap(clone, self.guard_state)
+
+    def guard_record(self, conds: dict[str, list[dict]]) -> Attestation:
+        """The attestation of a run with these conditionings, its counts still empty."""
+        return self.guard_state.record
+
+    def guard_ended(self, result: Attestation) -> None:
+        """A run has ended well."""
 
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):
@@ -184,15 +200,21 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
 
 @cache
-def _guarded_class(base: type, mixin: type) -> type:
+def guarded_class(base: type, mixin: type) -> type:
+    """The class of a guarded MODEL, CLIP or VAE: ComfyUI's own, or another pack's, with a mixin in front."""
     return type(f"Guarded{base.__name__}", (mixin, base), {})
 
 
 def _wrap(patcher, state: GuardState):
     """Put the guard in front of a patcher that nobody else holds (a fresh clone)."""
-    if not isinstance(patcher, GuardMixin):
-        patcher.__class__ = _guarded_class(type(patcher), GuardMixin)
     patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
+    return dress(patcher, GuardMixin)
+
+
+def dress(patcher, mixin: type[GuardMixin]):
+    """The class and the wrappers of a guarded patcher."""
+    if not isinstance(patcher, GuardMixin):
+        patcher.__class__ = guarded_class(type(patcher), mixin)
     patcher.guard_run = None
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
@@ -208,6 +230,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
+    record = patcher.guard_record(executor.class_obj.conds)
     _silence_previews(callback)
     run = patcher.guard_run = GuardedRun(
         patcher.guard_seat,
@@ -216,23 +239,24 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         content=tensor_sha256(noise).encode(),
         may_be_empty=sigmas.shape[-1] <= 1,
     )
-    outside = ledger.starts_outside(streams(latent_image, **kwargs), state.record)
+    outside = ledger.starts_outside(streams(latent_image, **kwargs), record)
     executor.original = run.around(executor.original)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run.result, complete = _attested(state, run, hashes, outside)
+    run.result, complete = _attested(record, state.part, run, hashes, outside)
     if complete:
         ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
+    patcher.guard_ended(run.result)
     return output
 
 
 def _attested(
-    state: GuardState, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
+    record: Attestation, part: GuardedPart, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
 ) -> tuple[Attestation, bool]:
     """The attestation of a run that has ended, and whether its latents may have it."""
     evaluations, firings, idle = run.counts or (0, 0, 0)
-    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
-    result = state.record.of(
+    complete = evaluations > 0 and part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
+    status = attest.guarded_status(record.base_had_merged_loras, outside) if complete else "not sampled"
+    result = record.of(
         status=status,
         embeddings_sha256=embeddings_sha256,
         evaluations=evaluations,
@@ -308,7 +332,7 @@ class GuardedClipMixin(GenerateMixin):
 
 def _wrap_clip(clip, state: GuardState):
     if not isinstance(clip, GuardedClipMixin):
-        clip.__class__ = _guarded_class(type(clip), GuardedClipMixin)
+        clip.__class__ = guarded_class(type(clip), GuardedClipMixin)
     clip.patcher = _wrap(clip.patcher, state)
     return clip
 

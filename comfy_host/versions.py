@@ -85,6 +85,11 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("control_inputs.py:widen", _RUN, "comfy.model_base.Flux.concat_cond", f"{_PATCHER}.get_model_object"),
     *_touches("pending.py:of", _RUN, f"{_PATCHER}.patches", f"{_PATCHER}.add_patches", "comfy.lora.calculate_weight"),
     *_touches("pending.py:ROLES", _RUN, "comfy.weight_adapter.WeightAdapterBase"),
+    *_touches("drop_in.py:DropInMixin", _RUN, f"{_PATCHER}.add_patches", f"{_PATCHER}.use_ejected"),
+    *_touches("drop_in.py:DropInMixin", _OLDER, f"{_PATCHER}.get_ram_usage"),
+    *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),
+    *_touches("bound_vae.py:BoundVaeMixin", _RUN, "comfy.sd.VAE.decode", "comfy.sd.VAE.decode_tiled"),
+    *_touches("origins.py:register", _RUN, "comfy.utils.load_torch_file"),
     *_touches("conditioning.py:CARRYING", _RUN, "nodes.NODE_CLASS_MAPPINGS"),
     # what is read of models
     *_touches("introspection.py:model_info", _RUN, "comfy.lora.model_lora_keys_unet"),

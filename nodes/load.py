@@ -26,7 +26,7 @@ SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.opti
 }
 
 
-def _missing(name: str | None, folders: tuple[str, ...]) -> str | None:
+def missing(name: str | None, folders: tuple[str, ...]) -> str | None:
     """The error for a file that is not there; None where it is, or where the name comes over a link."""
     if name is None:
         return None
@@ -87,7 +87,7 @@ class LoadSafetyLora(io.ComfyNode):
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
         if strength is not None and not (math.isfinite(strength) and strength > 0):
             return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
-        return _missing(lora_name, SAFETY_FOLDERS) or True
+        return missing(lora_name, SAFETY_FOLDERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -96,7 +96,7 @@ class LoadSafetyLora(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name, strength, expected_sha256="", safety_lora=(), scale=None) -> io.NodeOutput:
         expected = expected_sha256.strip() or None
-        lora = _read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS, expected)
+        lora = read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS, expected)
         lora = lora.with_scale(chosen_scale(scale))
         return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
@@ -149,7 +149,7 @@ class LoadTaskLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None) -> bool | str:
-        return _missing(lora_name, TASK_FOLDERS) or True
+        return missing(lora_name, TASK_FOLDERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -159,7 +159,7 @@ class LoadTaskLora(io.ComfyNode):
     def execute(
         cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
     ) -> io.NodeOutput:
-        lora = _read(lora_path(lora_name, *TASK_FOLDERS), TASK_FOLDERS)
+        lora = read(lora_path(lora_name, *TASK_FOLDERS), TASK_FOLDERS)
         before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
         tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
         return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
@@ -198,10 +198,10 @@ def _stacked(row: Row) -> TaskLora:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
         raise LoraFileError(f"{row.place}: {error}") from error
-    return TaskLora(_read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
+    return TaskLora(read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
 
 
-def _read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
+def read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
     """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
     lora = kept_lora(path, expected_sha256=expected_sha256)
     name = (name_below(path, *folders) or lora.name).replace(os.sep, "/")

@@ -22,6 +22,12 @@ PICTURES = frozenset(("IMAGE", VIDEO))
 WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL", "CLIP_VISION", "STYLE_MODEL"))
 TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
 GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
+DROP_IN = "ModularLoraGuard"  # gives a MODEL, CLIP and VAE that are guarded themselves
+# ComfyUI's own, which need no naming behind it: LoRAs that they load are counted, and what they sample is checked.
+LOADERS = frozenset(("LoraLoader", "LoraLoaderModelOnly"))
+SAMPLING = frozenset(("KSampler", "KSamplerAdvanced", "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"))
+BEHIND = LOADERS | SAMPLING | {"BasicScheduler"}
+PASS_CLIP = LOADERS | {"CLIPSetLastLayer"}
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
 GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
 DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
@@ -70,7 +76,8 @@ class Kind(NamedTuple):
     """What a link carries.
 
     ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged; ``free``: sound of a file,
-    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture.
+    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture;
+    ``drop_in``: a MODEL, CLIP or VAE that the node Guard gives.
     """
 
     type: str
@@ -78,6 +85,7 @@ class Kind(NamedTuple):
     gated: bool = False
     free: bool = False
     tells: bool = False
+    drop_in: bool = False
 
     @property
     def carries(self) -> bool:
@@ -115,7 +123,8 @@ def check_type(node: str, kind: str, facts: NodeFacts | None, policy: OperatorPo
         return Refusal(node, kind, rule, "the operator has not opened this node", "take the node out")
     gives = TAKES_LORA & {part for output in facts.outputs for part in _types(output)}
     takes = [name for name, type in facts.inputs.items() if type == "COMBO" and "lora" in name.lower()]
-    if policy.guard.required and not ours and gives and takes and not may_take_model(kind, policy):
+    judged = facts.core and kind in LOADERS  # by what comes to it
+    if policy.guard.required and not ours and gives and takes and not judged and not may_take_model(kind, policy):
         what = f"loads LoRAs into {named(sorted(gives))} beside the guard"
         return Refusal(node, kind, "guard.required", what, "load them with Load Task LoRA")
     return None
@@ -260,6 +269,8 @@ class _Graph:
                     found |= {Kind("STRING", tells=True)} if self._tells(name, coming) else set()
                 elif type == MODEL:
                     found |= self._model(name, coming)
+                elif type in ("CLIP", "VAE"):
+                    found |= self._others(name, type, coming)
                 elif type in PICTURES:
                     found |= self._pictures(name, type, coming)
                 elif type == SOUND:
@@ -271,13 +282,32 @@ class _Graph:
     def _model(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
         if self._ours(name) and self._type(name) == AS_MODEL:
             return {Kind(MODEL, guarded=True)}
+        if self._is_drop_in(name):
+            return {Kind(MODEL, guarded=True, drop_in=True)}
         models = {kind for kind in coming if kind.type == MODEL}
-        return models if models and may_take_model(self._type(name), self.policy) else {Kind(MODEL)}
+        passes = may_take_model(self._type(name), self.policy) or self._is_core(name, LOADERS)
+        return models if models and passes else {Kind(MODEL)}
+
+    def _others(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
+        """A CLIP or VAE: whether it is Guard's, also behind a loader of LoRAs."""
+        if self._is_drop_in(name):
+            return {Kind(type, drop_in=True)}
+        same = {kind for kind in coming if kind.type == type}
+        passes = may_take_model(self._type(name), self.policy) or self._is_core(name, PASS_CLIP)
+        return same if same and passes else {Kind(type)}
+
+    def _is_drop_in(self, name: str) -> bool:
+        return self._ours(name) and self._type(name) == DROP_IN
+
+    def _is_core(self, name: str, kinds: frozenset[str]) -> bool:
+        return self._type(name) in kinds and self._known(name).core
 
     def _pictures(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
         kind = self._type(name) if self._ours(name) else ""
         if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
+        if any(k.type == "VAE" and k.drop_in for k in coming):  # whether a guarded run made it shows when it runs
+            return {Kind(type, guarded=True)}
         passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
         return (passed or {Kind(type)}) | (self._track(name, coming) if type == VIDEO else set())
 
@@ -308,6 +338,8 @@ class _Graph:
         yield from self._choices(name, facts)
         if self.policy.guard.required:
             yield from self._models(name)
+        if self._is_core(name, LOADERS):
+            yield from self._loads(name)
         if facts.is_output or facts.sends or self._type(name) in self.policy.nodes.showing:
             yield from self._leaving(name)
         if facts.ours:
@@ -320,6 +352,17 @@ class _Graph:
             if isinstance(chosen, str) and (folder := self.files.uploaded(chosen)):
                 what = f"{key} {chosen!r} would be read from {folder}, a folder that requests can write to"
                 yield "weights", what, "ask the operator to put it into a folder of models"
+
+    def _loads(self, name: str) -> Iterator[Said]:
+        """Of a loader of LoRAs: that it stands behind Guard, and whether its file may be used."""
+        loose = sorted({k.type for _, k in self._coming(name) if k.type in ("CLIP", MODEL) and not k.drop_in})
+        if loose and self.policy.guard.required and not may_take_model(self._type(name), self.policy):
+            remedy = "load them with Load Task LoRA, or put the loader behind Guard"
+            yield "guard.required", f"loads LoRAs into {named(loose)} beside the guard", remedy
+        elif isinstance(lora := _literal(self.graph[name], "lora_name"), str):
+            sha256 = self.files.sha256(TASK, lora)  # where there is no such file, the server says so
+            if sha256 is not None and (said := task_refused(self.policy, lora, sha256)):
+                yield said
 
     def _models(self, name: str) -> Iterator[Said]:
         """One refusal an input at most; whatever a link may carry is judged, as a switch may let any of it through."""
@@ -337,7 +380,9 @@ class _Graph:
         unguarded = carried.type == MODEL and not carried.guarded
         if facts.ours:
             return ("guard.required", what, "connect Guard Model's output") if kind in SAMPLERS and unguarded else None
-        if kind in nodes.patching:
+        if kind in nodes.patching or self._is_core(name, LOADERS):  # these are judged in _loads
+            return None
+        if carried.drop_in and self._is_core(name, BEHIND):
             return None
         if kind in nodes.sampling:
             return ("guard.required", what, "connect Guarded Model as MODEL") if unguarded else None
@@ -396,6 +441,8 @@ class _Graph:
             if _literal(self.graph[name], "accept_merged"):
                 yield "guard.required", "accept_merged takes a base that may cancel a safety LoRA", "switch it off"
             yield from self._safety(name)
+        elif kind == DROP_IN and policy.guard.required:
+            yield from self._safety(name)
         elif kind in (SAFETY, TASK) and isinstance(lora := _literal(self.graph[name], "lora_name"), str):
             if (sha256 := self.files.sha256(kind, lora)) is None:
                 yield "nodes", f"there is no LoRA file {lora!r}", "choose one of the list"
@@ -414,7 +461,7 @@ class _Graph:
         if (chain := self._chain(name)) is None:
             return
         found = []
-        for node in chain:
+        for node in (*([self.graph[name]] if self._is_drop_in(name) else []), *chain):
             lora, strength = _literal(node, "lora_name"), _literal(node, "strength")
             sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
             if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):

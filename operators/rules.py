@@ -51,12 +51,7 @@ def task_refused(policy: OperatorPolicy, name: str, sha256: str) -> Said | None:
 
 def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> None:
     """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
-    for lora in run.loras:
-        if lora.pending and (rule := _asks_for_files(policy)):
-            what = f"task LoRA {lora.name} came with the model, so its file is not known"
-            raise RefusedError(rule, what, "load it with Load Task LoRA")
-        if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256)):
-            raise RefusedError(*said)
+    check_tasks(policy, run)
     if not policy.guard.required:
         return
     if run.base_had_merged_loras:
@@ -78,6 +73,16 @@ def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> N
             _check_acted(run, one, one.min_acted_strength, on_model)
         if one.min_functional_strength:
             _check_functional(run, one, one.min_functional_strength, [lora.sha256 for lora in fit])
+
+
+def check_tasks(policy: OperatorPolicy, run: Attestation) -> None:
+    """RefusedError where a run, or a guard that has not run yet, carries a task LoRA that is not allowed."""
+    for lora in run.loras:
+        if lora.pending and (rule := _asks_for_files(policy)):
+            what = f"task LoRA {lora.name} came with the model, so its file is not known"
+            raise RefusedError(rule, what, "load it with Load Task LoRA")
+        if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256)):
+            raise RefusedError(*said)
 
 
 def _check_acted(run: Attestation, one: Required, least: float, fit: Sequence[str]) -> None:

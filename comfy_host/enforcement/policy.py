@@ -112,16 +112,37 @@ def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
 
 def check_guarded(guarded: patcher.GuardedModel, clip, safety: Safety, tasks: Tasks) -> None:
     """RefusedError where a guard that was just built is not what the policy asks for, on U-Net or text encoder."""
+    if current() is not None:
+        check_attached(patcher.unwrap(guarded), clip, safety, tasks)
+
+
+def check_attached(model: patcher.GuardMixin, clip, safety: Safety, tasks: Tasks = ()) -> None:
+    """The same for a MODEL that is guarded."""
     if (policy := current()) is None:
         return
     for item in (*safety, *tasks):
         _paths.put(item.lora.sha256, item.lora.path)
-    states = [patcher.unwrap(guarded).guard_state]
+    states = [model.guard_state]
     states += [clip.patcher.guard_state] if isinstance(clip, patcher.GuardedClipMixin) else []
     found = [(lora.sha256, result) for state in states for lora, result in state.part.interference]
     nets = {sha256: min(r.net_strength for key, r in found if key == sha256) for sha256, _ in found}
-    check_run(policy, states[0].record.of(net_strength=nets))
+    check_run(policy, model.guard_record({}).of(net_strength=nets))
     if policy.guard.interference_is_error and (bad := next((w for _, r in found for w in r.warnings), None)):
+        raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
+    if policy.guard.contamination_is_error:
+        _check_contamination(tasks)
+
+
+def check_built(state: patcher.GuardState, tasks: Tasks) -> None:
+    """RefusedError where LoRAs that loaders put onto a guarded MODEL or CLIP are not what the policy takes."""
+    if (policy := current()) is None:
+        return
+    for item in tasks:
+        if not item.lora.pending:
+            _paths.put(item.lora.sha256, item.lora.path)
+    rules.check_tasks(policy, state.record)
+    found = (warning for _, result in state.part.interference for warning in result.warnings)
+    if policy.guard.interference_is_error and (bad := next(found, None)):
         raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
     if policy.guard.contamination_is_error:
         _check_contamination(tasks)

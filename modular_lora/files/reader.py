@@ -100,12 +100,26 @@ class LoraFile:
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
     places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+    factors: Mapping[str, float] = field(default_factory=dict)  # layers that a loader gave a share of the strength
+    content: str = ""  # SHA-256 of what a loader handed over: values, places and factors; "" of a file as a whole
     stored: Stored | None = None  # what was read, None for what comes from no file
 
     @property
     def pending(self) -> bool:
-        """Whether a loader before the guard left it: its file is not known."""
+        """Whether a loader left or handed over its values, and no file is known that holds exactly these."""
+        return bool(self.content) and self.sha256 == self.content
+
+    @property
+    def lifted(self) -> bool:
+        """Whether a loader of the host's left it or handed it over, instead of our own reading of a file."""
         return self.places is not None
+
+    @property
+    def shares(self) -> str:
+        """In words: what layers have of the strength, where a loader gave them shares of it."""
+        if not self.factors:
+            return ""
+        return f"by layer, {min(self.factors.values()):g} to {max(self.factors.values()):g} of the strength"
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -135,6 +149,8 @@ class LoraFile:
     @property
     def acts_as(self) -> str:
         """What the layers compute is a function of this: the file's hash, and whether its metadata scales them."""
+        if self.content:
+            return self.content
         return f"{self.sha256}, scaled by its metadata" if self.scale_shown == "metadata" else self.sha256
 
     @property

@@ -61,6 +61,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         found = adapter.resolve(Place(target, specs[target.key], info.weight))
         zero += [name] if adapter.does_nothing(found, partial(info.weight, target.key)) else []
         block = weights.get(block_of(target.key), 1.0) if weights else 1.0
+        block *= lora.factors.get(name, 1.0)
         factor = _factor(strength, block, adapter.inner.power)
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key

@@ -18,7 +18,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import Attestation, GateRecord
+from .attestation import Attestation, GateRecord, LoraRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -27,11 +27,21 @@ UNSAMPLED = "unattested: nothing was sampled (denoise 0, or no step to do), so t
 
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
 
+
+@dataclass(frozen=True)
+class Encoder:
+    """A guarded text encoder: the task LoRAs that acted in it, and how many of its layers are guarded."""
+
+    loras: tuple[LoraRecord, ...]
+    layers: int
+
+
 latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
 unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
 images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
 gated: Cache[str, GateRecord] = Cache(4096)  # content of one image of a batch -> what the last gate that saw it decided
 embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
+encoders: Cache[str, Encoder] = Cache(200_000)  # content of an embedding row -> the guarded text encoder that made it
 others: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh -> the runs behind it
 
 
@@ -150,6 +160,18 @@ def remember_embedding(embedding: Tensor, text_digest: str) -> None:
     """Remember every row of an embedding (b n d) as made under these safety LoRAs' text-encoder half."""
     for row in row_digests(embedding):
         embeddings.put(row, text_digest)
+
+
+def note_encoder(embedding: Tensor, encoder: Encoder) -> None:
+    """Remember which guarded text encoder made every row of an embedding (b n d)."""
+    for row in carrying_digests(embedding):
+        encoders.put(row, encoder)
+
+
+def encoders_of(embedding: Tensor) -> Iterator[Encoder]:
+    """The guarded text encoders that rows of an embedding (b n d) are known to come from, each once."""
+    found = (encoders.get(row) for row in carrying_digests(embedding))
+    yield from dict.fromkeys(encoder for encoder in found if encoder is not None)
 
 
 def was_made_under(embedding: Tensor, text_digest: str) -> bool:

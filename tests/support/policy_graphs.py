@@ -52,6 +52,7 @@ FACTS = {
     "ModularLoraLoadSafety": known("lora_name COMBO; strength FLOAT", "MODULAR_LORA_SAFETY", ours=True),
     "ModularLoraLoadTask": known("lora_name COMBO", "MODULAR_LORA_TASK LORA_STACK", ours=True),
     "ModularLoraGuardModel": known("model MODEL; clip CLIP", f"{GUARDED} CLIP STRING", ours=True),
+    "ModularLoraGuard": known("model MODEL; lora_name COMBO; clip CLIP; vae VAE", "MODEL CLIP VAE STRING", ours=True),
     "ModularLoraGuardedAsModel": known(f"guarded_model {GUARDED}", "MODEL", ours=True),
     "ModularLoraKSampler": known(f"model {GUARDED},MODEL; latent_image LATENT", "LATENT STRING", ours=True),
     "ModularLoraDecode": known("samples LATENT; vae VAE", "IMAGE STRING", ours=True),

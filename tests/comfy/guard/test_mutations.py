@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support.drop_in import translated
 from support.graphs import GraphError, guarded_graph, sampler, save_lora
 from support.mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
 
@@ -74,6 +75,11 @@ def write_loras(comfy, model, clip) -> None:
 
 @pytest.fixture(scope="module")
 def tally() -> Counter:
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def drop_in_tally() -> Counter:
     return Counter()
 
 
@@ -150,18 +156,24 @@ def signature(graph: Graph, link: list) -> str:
 class Judge:
     """Runs graphs and references on one executor; pictures of references are remembered."""
 
+    folder = "m"
+
     def __init__(self, comfy, run_graph, executor, pictures: dict[str, torch.Tensor]):
         self.comfy, self.run_graph, self.executor, self.pictures = comfy, run_graph, executor, pictures
+
+    def graph(self, mutant: Mutator) -> Graph:
+        """What is run."""
+        return mutant.graph
 
     def run(self, mutant: Mutator, seed: int) -> str:
         """What came of a mutated graph: refused by ComfyUI, refused by the guard, attested or unattested."""
         # frames of the last error: where they die later, together with a chain of stock patchers that they hold,
         # ComfyUI keeps a dead entry among its loaded models and collects garbage at every load from then on
         gc.collect(1)
-        graph = mutant.graph
+        graph = self.graph(mutant)
         for name, node in graph.items():
             if node["class_type"] == "ModularLoraSaveImage":
-                node["inputs"]["filename_prefix"] = f"m{seed}/{name}"
+                node["inputs"]["filename_prefix"] = f"{self.folder}{seed}/{name}"
         try:
             results = self.run_graph(graph, self.executor)
         except GraphError as error:
@@ -170,14 +182,14 @@ class Judge:
         for name, node in graph.items():
             if node["class_type"] == "ModularLoraSaveImage":
                 link = node["inputs"]["images"]
-                claims = self._claims(f"m{seed}", name)
+                claims = self._claims(f"{self.folder}{seed}", name)
                 assert len(claims) == len(results[link[0]][link[1]])
-                if name.startswith("save_"):
+                if name.startswith("save_") and graph[link[0]]["class_type"] == "ModularLoraDecode":
                     assert any(line.startswith("guarded: ") for line in results[link[0]][1].split("\n")) == any(claims)
                 if any(claims):
                     claimed[name] = (results[link[0]][link[1]], claims)
         if claimed:
-            self._check(graph, claimed)
+            self._check(mutant.graph, claimed)
         return "attested" if claimed else "unattested"
 
     def _refusal(self, error: GraphError) -> str:
@@ -186,7 +198,7 @@ class Judge:
             return "refused by ComfyUI"
         kind = next(d["exception_type"] for e, d in self.comfy.server.messages if e == "execution_error")
         if kind == "ExecutionBlocked":
-            assert "Guard Model gives no CLIP" in str(error), str(error)
+            assert "gives no CLIP" in str(error), str(error)
             return "refused by the guard"
         assert kind.endswith((".errors.GuardError", ".errors.HandleError", ".errors.LoraFileError")), f"{kind}: {error}"
         return "refused by the guard"
@@ -217,6 +229,15 @@ class Judge:
         return [self.pictures[key] for key in keys]
 
 
+class DropInJudge(Judge):
+    """The same graphs with Guard in the place of Guard Model, and stock loaders, samplers and decode behind it."""
+
+    folder = "n"
+
+    def graph(self, mutant: Mutator) -> Graph:
+        return translated(mutant.graph, savers=False)
+
+
 def preview(link: list) -> dict:
     return {"class_type": "PreviewAny", "inputs": {"source": link}}
 
@@ -244,6 +265,30 @@ def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
     assert tally["attested"] >= 0.2 * count
     assert tally["refused by the guard"] >= 0.15 * count
     assert tally["refused by the guard"] + tally["refused by ComfyUI"] >= 0.2 * count
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_nor_is_one_where_the_drop_in_node_is_the_guard(comfy, run_graph, world, pictures, drop_in_tally, group):
+    judge = DropInJudge(comfy, run_graph, world, pictures)
+    for seed in range(group * SIZE, (group + 1) * SIZE):
+        mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
+        if translated(mutant.graph) is None:
+            drop_in_tally["not translated"] += 1
+            continue
+        try:
+            drop_in_tally[judge.run(mutant, seed)] += 1
+        except (AssertionError, Exception) as error:
+            made = translated(mutant.graph, savers=False)
+            raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{json.dumps(made, indent=1)}") from error
+
+
+def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
+    count = extent(4, GROUPS) * SIZE
+    if sum(drop_in_tally.values()) < count:
+        pytest.skip("needs all mutations of this file in one process")
+    assert drop_in_tally["attested"] >= 0.2 * count
+    assert drop_in_tally["refused by the guard"] >= 0.1 * count
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:
