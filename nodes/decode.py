@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..comfy_host.node_report import CATEGORY, show
 from ..comfy_host.stock import decode
+from .search_words import found_by
 
 OUTPUTS = (
     io.Image.Output("image", display_name="image", tooltip="The decoded images. Any edit makes them unattested."),
@@ -21,6 +22,7 @@ class GuardedDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraDecode",
+            **found_by("vae decode", "decode latent", "attestation"),
             display_name="Guarded VAE Decode",
             category=f"{CATEGORY}/sample",
             description="VAE Decode that binds a guarded run's attestation to the exact pixels that it decodes.",
@@ -44,6 +46,7 @@ class GuardedDecodeTiled(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraDecodeTiled",
+            **found_by("vae decode tiled", "video decode", "attestation"),
             display_name="Guarded VAE Decode (Tiled)",
             category=f"{CATEGORY}/sample",
             description="VAE Decode (Tiled), for large images and video, that binds a guarded run's attestation to the "

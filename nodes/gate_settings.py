@@ -19,6 +19,7 @@ from ..gate.report import format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
+from .search_words import found_by
 from .sockets import GateSocket
 
 NONE = "none"
@@ -34,6 +35,7 @@ class GateSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGateSettings",
+            **found_by("nsfw", "nudenet", "open-nsfw", "detector", "classifier", "threshold", "censor"),
             display_name="Gate Settings",
             category=f"{CATEGORY}/gate",
             description="Which detector a gate uses, the score from which each label counts, and the action that "

@@ -14,6 +14,7 @@ from ..comfy_host.retries import Job, draw_until_clear
 from ..gate.gate import Outcome
 from ..gate.report import format_gate, to_json
 from .sample import conditioning_inputs, latent_inputs, sampler_inputs, seed_input
+from .search_words import found_by
 from .sockets import GateSocket, model_input
 
 
@@ -67,6 +68,16 @@ class SafetyGate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGate",
+            **found_by(
+                "nsfw",
+                "nudenet",
+                "safety checker",
+                "censor",
+                "nudity",
+                "blur",
+                "moderation",
+                "content filter",
+            ),
             display_name="Safety Gate",
             category=f"{CATEGORY}/gate",
             description="Asks a detector about every image of a batch and acts on those that it flags; the report "
@@ -90,6 +101,7 @@ class SampleAndGate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSampleAndGate",
+            **found_by("nsfw", "nudenet", "safety checker", "retry", "resample", "censor", "moderation"),
             display_name="Guarded Sample and Gate",
             category=f"{CATEGORY}/gate",
             description="Guarded KSampler, Guarded VAE Decode and Safety Gate in one. Flagged images are sampled "

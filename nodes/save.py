@@ -11,6 +11,7 @@ from ..comfy_host.node_report import CATEGORY, show
 from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
+from .search_words import found_by
 
 UNATTESTED, UNGATED = "unattested", "not gated"
 FLAGGED = "flagged and left as they are"
@@ -23,6 +24,7 @@ class SaveAttestedImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSaveImage",
+            **found_by("save image", "save png", "attestation", "provenance", "proof"),
             display_name="Save Attested Image",
             category=f"{CATEGORY}/sample",
             description="Saves PNG files with the attestation in their text; an image that was edited is saved as "
@@ -61,6 +63,7 @@ class SaveGatedImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSaveGated",
+            **found_by("save image", "safe save", "nsfw", "moderation", "jpeg", "webp"),
             display_name="Save Image (Guarded)",
             category=f"{CATEGORY}/gate",
             description="Saves only images that a guarded run made and a gate judged, with the record of both: in "

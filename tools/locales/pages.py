@@ -48,14 +48,16 @@ def _compared(path: Path, english: str, node: Node, texts: dict[str, str], nodes
     title = texts.get(node["display_name"], "")
     if not title or not page.startswith(f"# {title}\n"):
         found.append(f"does not begin with the node's name, {title}")
-    for name in sorted((set(CODE.findall(english)) - names) ^ (set(CODE.findall(page)) - {texts.get(n) for n in names})):
+    for name in sorted(
+        (set(CODE.findall(english)) - names) ^ (set(CODE.findall(page)) - {texts.get(n) for n in names})
+    ):
         found.append(f"`{name}` is not in both this page and the English one")
     for name, entry in node["inputs"].items():
         shown = texts.get(entry["name"], "")
         if f"`{name}`" in page and shown and shown not in page:
             found.append(f"`{name}` is shown as {shown} on the node, and the page does not say so")
     for what, pattern in (("headings", HEADING), ("rows", ROW)):
-        here, there = len(pattern.findall(page)), len(pattern.findall(english))
-        if here != there:
-            found.append(f"{here} {what}, the English page {there}")
+        counted, wanted = len(pattern.findall(page)), len(pattern.findall(english))
+        if counted != wanted:
+            found.append(f"{counted} {what}, the English page {wanted}")
     return found

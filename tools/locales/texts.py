@@ -1,9 +1,9 @@
 """English and its translations: what is missing, left over or changed, and the files that ComfyUI reads.
 
-``locales/en/nodeDefs.json`` is the source. ``tools/locales/texts/<language>.json`` holds every English text once with its
+``locales/en/`` is the source. ``tools/locales/texts/<language>.json`` holds every English text once, with its
 translation, so a changed English sentence is a missing one until somebody translates it anew. ``kept.json`` lists the
-texts that stay as they are in every language: names of sd-scripts' options above all. ``locales/<language>/`` is made of
-these, in the layout of https://docs.comfy.org/custom-nodes/i18n.
+texts that stay as they are in every language: names of sd-scripts' options above all. ``locales/<language>/`` is made
+of these, in the layout of https://docs.comfy.org/custom-nodes/i18n.
 """
 
 from __future__ import annotations

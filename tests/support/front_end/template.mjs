@@ -156,7 +156,7 @@ const result = await withFrontEnd(url, async (page) => {
     seen[workflow].outcome = await run(page);
     await shoot(page, `${workflow}_ran`);
     seen[workflow].ran = await page.evaluate(drawnGraph, DIALOG);
-    if (workflow === workflows[0]) seen[workflow].help = await readHelp(page, help);
+    if (help && workflow === workflows[0]) seen[workflow].help = await readHelp(page, help);
   }
   return { seen, complaints };
 });

@@ -33,7 +33,9 @@ GERMAN = {
 
 def told(**changed: str) -> list[str]:
     """What is said of the German texts with some of them changed; an empty key stands for the loader's tooltip."""
-    return problems(GERMAN | {LOADER if key == "tooltip" else key: said for key, said in changed.items()}, TREES, ["cfg"])
+    return problems(
+        GERMAN | {LOADER if key == "tooltip" else key: said for key, said in changed.items()}, TREES, ["cfg"]
+    )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -51,7 +53,9 @@ def test_a_language_has_the_keys_of_english_and_other_words(language: str) -> No
     for name, tree in english().items():
         there = load(ROOT / "locales" / language / name)
         assert keys(there) == keys(tree)
-        same = [text for text, said in zip(leaves(tree), leaves(there), strict=True) if text == said and text.endswith(".")]
+        same = [
+            text for text, said in zip(leaves(tree), leaves(there), strict=True) if text == said and text.endswith(".")
+        ]
         assert set(same) <= set(KEPT)
 
 
