@@ -84,8 +84,9 @@ class GuardedAsModel(io.ComfyNode):
             **found_by("unwrap model", "to model", "convert"),
             display_name="Guarded Model as MODEL",
             category=CATEGORY,
-            description="For packs that only take MODEL (detailers, upscalers). The MODEL stays guarded: nodes that "
-            "would merge, save or drop the LoRAs stop with an error.",
+            is_deprecated=True,
+            description="Deprecated: Guard gives a guarded MODEL at once. For packs that only take MODEL (detailers, "
+            "upscalers). The MODEL stays guarded: nodes that would merge, save or drop the LoRAs stop with an error.",
             inputs=[GuardedSocket.Input("guarded_model", tooltip="From Guard Model.")],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The guarded model as a MODEL.")],
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from . import leaving
@@ -61,11 +62,14 @@ class NodeFacts:
 class Files(Protocol):
     """What is known of files by their names in the drop-downs; of LoRAs the first two.
 
-    ``sha256``: None where there is no such file; ``unsigned``: why a key's signature does not hold, "" where it does;
-    ``uploaded``: the folder that requests can write to from which weights of this name would be read, or None.
+    ``sha256``: None where there is no such file; ``values``: SHA-256 of its tensors; ``unsigned``: why a signature of a
+    key does not hold, "" where it does; ``uploaded``: the folder that requests can write to from which weights of this
+    name would be read, or None.
     """
 
     def sha256(self, node_type: str, name: str) -> str | None: ...
+
+    def values(self, node_type: str, name: str) -> str: ...
 
     def unsigned(self, node_type: str, name: str, key: str) -> str: ...
 
@@ -361,7 +365,8 @@ class _Graph:
             yield "guard.required", f"loads LoRAs into {named(loose)} beside the guard", remedy
         elif isinstance(lora := _literal(self.graph[name], "lora_name"), str):
             sha256 = self.files.sha256(TASK, lora)  # where there is no such file, the server says so
-            if sha256 is not None and (said := task_refused(self.policy, lora, sha256)):
+            values = partial(self.files.values, TASK, lora)
+            if sha256 is not None and (said := task_refused(self.policy, lora, sha256, values)):
                 yield said
 
     def _models(self, name: str) -> Iterator[Said]:
@@ -446,7 +451,7 @@ class _Graph:
         elif kind in (SAFETY, TASK) and isinstance(lora := _literal(self.graph[name], "lora_name"), str):
             if (sha256 := self.files.sha256(kind, lora)) is None:
                 yield "nodes", f"there is no LoRA file {lora!r}", "choose one of the list"
-            elif kind == TASK and (said := task_refused(policy, lora, sha256)):
+            elif kind == TASK and (said := task_refused(policy, lora, sha256, partial(self.files.values, kind, lora))):
                 yield said
         elif kind == SETTINGS:
             threshold = _literal(self.graph[name], "threshold")

@@ -23,7 +23,8 @@ from comfy_execution.utils import get_executing_context
 from ...gate.finding import Detector
 from ...gate.gate import Outcome
 from ...gate.settings import Settings
-from ...modular_lora.errors import GuardError
+from ...modular_lora.errors import GuardError, LoraFileError
+from ...modular_lora.files.cache import kept_lora
 from ...modular_lora.guard.build import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
 from ...modular_lora.provenance import keys, ledger, signing
 from ...modular_lora.provenance.attestation import Attestation, LoraRecord
@@ -110,6 +111,19 @@ def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
     return ask
 
 
+def values_sha256(path: Path) -> str:
+    """SHA-256 of a LoRA file's tensors; "" where it cannot be read as one, which its loader says."""
+    try:
+        return kept_lora(path).values_sha256
+    except LoraFileError:
+        return ""
+
+
+def _values(sha256: str) -> str:
+    path = _paths.get(sha256)
+    return values_sha256(path) if path else ""
+
+
 def check_guarded(guarded: patcher.GuardedModel, clip, safety: Safety, tasks: Tasks) -> None:
     """RefusedError where a guard that was just built is not what the policy asks for, on U-Net or text encoder."""
     if current() is not None:
@@ -140,7 +154,7 @@ def check_built(state: patcher.GuardState, tasks: Tasks) -> None:
     for item in tasks:
         if not item.lora.pending:
             _paths.put(item.lora.sha256, item.lora.path)
-    rules.check_tasks(policy, state.record)
+    rules.check_tasks(policy, state.record, _values)
     found = (warning for _, result in state.part.interference for warning in result.warnings)
     if policy.guard.interference_is_error and (bad := next(found, None)):
         raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
@@ -157,7 +171,7 @@ def _check_contamination(tasks: Tasks) -> None:
 
 def check_run(policy: OperatorPolicy, run: Attestation) -> None:
     """See rules.check_run."""
-    rules.check_run(policy, run, _unsigned_by(policy))
+    rules.check_run(policy, run, _unsigned_by(policy), _values)
 
 
 def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
@@ -165,7 +179,7 @@ def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool)
     found = ledger.known(picture)
     gate = found.gate
     accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
-    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)
+    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested, _values)
 
 
 def tightened(settings: Settings, detector: Detector) -> Settings:

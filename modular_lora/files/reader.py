@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -140,6 +140,19 @@ class LoraFile:
             what = f"{self.name}: tensor {shown(unknown[0])}"
             raise LoraFileError(f"{what}: its dtype is not known: save the file without it")
         return {name: self.stored.tensor(name) for name in self.stored.entries}
+
+    @cached_property
+    def values_sha256(self) -> str:
+        """SHA-256 of all tensors, whatever they are called: the same for a file that was saved again, or renamed."""
+        each = sorted(f"{entry.dtype} {entry.shape} {self._bytes(entry)}" for entry in self._entries())
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+    def _entries(self) -> Iterable[Entry]:
+        return () if self.stored is None else self.stored.entries.values()
+
+    def _bytes(self, entry: Entry) -> str:
+        assert self.stored is not None
+        return hashlib.sha256(self.stored.data[entry.start : entry.end].numpy().data).hexdigest()
 
     @property
     def roles(self) -> Mapping[str, Mapping[str, str]]:

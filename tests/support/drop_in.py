@@ -41,7 +41,7 @@ def guarded(graph: dict, behind: str = "ckpt", safety: str = SAFETY, strength: f
 
 
 def moved(before: dict, after: dict) -> set[str]:
-    """Types of the links that are others now; AssertionError where more than one node came, or another value changed."""
+    """Types of the links that are others now; AssertionError where more than one node came or a value changed."""
     assert set(after) - set(before) == {"guard"}
     assert set(before) <= set(after)
     found = set()
@@ -82,8 +82,8 @@ GUARD_MODEL, AS_MODEL = "ModularLoraGuardModel", "ModularLoraGuardedAsModel"
 def translated(graph: dict, savers: bool = True) -> dict | None:
     """A graph with Guard Model as one with Guard, loaders of LoRAs behind it, and ComfyUI's own nodes.
 
-    Whatever else it holds stays. ``savers``: Save Attested Image becomes Save Image as well. None where handles of LoRAs
-    go another way than from loader to guard, which has nothing that corresponds to it.
+    Whatever else it holds stays. ``savers``: Save Attested Image becomes Save Image as well. None where handles of
+    LoRAs go another way than from loader to guard, which has nothing that corresponds to it.
     """
     if not isinstance(graph, dict) or not all(map(_is_node, graph.values())):
         return None

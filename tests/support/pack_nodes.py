@@ -1,4 +1,4 @@
-"""Nodes that call ComfyUI as other packs' do: loaders of LoRAs, one that samples and decodes by itself, a ControlNet."""
+"""Nodes that call ComfyUI as other packs' do: loaders of LoRAs, one that samples and decodes, a ControlNet."""
 
 from __future__ import annotations
 

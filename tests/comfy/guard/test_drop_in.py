@@ -252,12 +252,12 @@ def test_the_safety_lora_in_disguise_is_known_by_its_direction(comfy, run_graph,
 
 
 def test_what_cancels_it_together_is_refused_when_it_samples(comfy, run_graph, loras):
-    """A LoRA that is half noise, half the safety LoRA: once is enough left, twice is not."""
+    """A LoRA with the safety LoRA in it under noise of twice its size: once enough of it is left, twice not."""
     tensors, noise = load_file(loras.folder / SAFETY), load_file(loras.folder / TASK)
     mixed = {}
     for name in sorted({k.partition(".")[0] for k in tensors}):
         up, down = (f"{name}.lora_{half}.weight" for half in ("up", "down"))
-        mixed[up] = torch.cat([-tensors[up], noise[up]], 1)
+        mixed[up] = torch.cat([-tensors[up], 2 * noise[up]], 1)
         mixed[down] = torch.cat([tensors[down], noise[down]])
     save_file(mixed, loras.folder / "mixed.safetensors")
     comfy.folder_paths.filename_list_cache.clear()

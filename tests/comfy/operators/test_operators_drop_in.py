@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.drop_in import guarded, ordinary
 from support.graphs import GraphError, node
 from support.operator_graphs import required, stopped
@@ -54,6 +55,23 @@ def test_a_denied_file_is_refused_by_its_sha256_when_queued_and_when_it_runs(ope
     assert "is denied" in operator.queue(graph(52, (TASK, 0.7)))["lora0"]
     stopped(operator, graph(52, (TASK, 0.7)), "is denied")
     operator.run(graph(53, (OTHER, 0.7)))
+
+
+@pytest.mark.parametrize("rule", ["deny", "allow"])
+def test_a_file_that_was_saved_again_is_the_same_lora(comfy, operator, sha256, loras, rule):
+    """By the SHA-256 of its tensors, which stands in the policy in the place of the file's."""
+    values = comfy.host_files.read_lora(loras.folder / TASK).values_sha256
+    save_file(load_file(loras.folder / TASK), loras.folder / "again.safetensors", {"note": "saved again"})
+    comfy.folder_paths.filename_list_cache.clear()
+    assert sha256("again.safetensors") != sha256(TASK)
+    operator.write(required(sha256("safety.safetensors")) + f'[tasks]\n{rule} = ["{values}"]\n')
+    made = graph(58, ("again.safetensors", 0.7))
+    if rule == "allow":
+        operator.run(made)
+        assert "not allowed" in operator.queue(graph(59, (OTHER, 0.7)))["lora0"]
+    else:
+        assert "is denied" in operator.queue(made)["lora0"]
+        stopped(operator, made, "is denied")
 
 
 def test_where_files_are_allowed_what_is_of_no_file_is_refused(operator, sha256):

@@ -30,12 +30,8 @@ def ordinary(**changes: dict) -> dict:
 
 def test_an_ordinary_graph_behind_guard_is_not_refused() -> None:
     assert refused(ordinary()) == {}
-    assert (
-        refused(
-            ordinary(sigmas=node("BasicScheduler", model=["lora", 0]), show=node("PreviewAny", source=["sigmas", 0]))
-        )
-        == {}
-    )
+    sigmas = {"sigmas": node("BasicScheduler", model=["lora", 0]), "show": node("PreviewAny", source=["sigmas", 0])}
+    assert refused(ordinary(**sigmas)) == {}
 
 
 @pytest.mark.parametrize("link", ["model", "clip"])
@@ -77,6 +73,12 @@ def test_the_safety_lora_on_the_node_must_be_the_one_that_is_required(name: str,
     graph["guard"]["inputs"] |= {"lora_name": "task.safetensors", "safety_lora": ["safety", 0]}
     graph["safety"] = node("ModularLoraLoadSafety", lora_name="safety.safetensors", strength=1.0)
     assert refused(graph) == {}
+
+
+def test_a_file_that_was_saved_again_is_known_by_its_tensors() -> None:
+    values = "d" * 64
+    assert refused(ordinary(), f'[tasks]\nallow = ["{values}"]') == {}
+    assert refused(ordinary(), f'[tasks]\ndeny = ["{values}"]') == {"lora": {"tasks.deny"}}
 
 
 @pytest.mark.parametrize("rule", ["deny", "allow"])
