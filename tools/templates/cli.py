@@ -1,7 +1,7 @@
 """The command: ``workflows/*.json`` with room for every node, ``workflows/*.jpg``, and ``subgraphs/*.json``.
 
-It needs what ``run.py test`` has set up, by the same variables: ComfyUI, the demo world, a Chromium with playwright-core,
-and the newest front end.
+It needs what ``run.py test`` has set up, by the same variables: ComfyUI, the demo world, a Chromium with
+playwright-core, and the newest front end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..bootstrap.paths import PACK_NAME, ROOT
+from ..bootstrap.paths import ROOT
 from ..demo import base
 from ..demo.client import Client
 from ..demo.server import Server
@@ -31,6 +31,7 @@ from .graph import blueprint, to_prompt, workflow
 
 WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 SCRIPT = ROOT / "tests" / "support" / "front_end" / "template.mjs"
+TITLE = "Modular LoRA Guard"  # of the templates in the template browser: locales/en/main.json
 SECONDS = 900  # for one run on busy cores
 
 Json = dict[str, Any]
@@ -99,7 +100,7 @@ def visit(folder: Path, names: Sequence[str], front_end: str | None, nodes2: boo
     shots = folder / f"shots-{nodes2}"
     shots.mkdir(exist_ok=True)
     with running(folder, front_end) as server:
-        asked: Json = {"url": server.url, "pack": PACK_NAME, "folder": str(shots), "nodes2": nodes2, "help": None}
+        asked: Json = {"url": server.url, "pack": TITLE, "folder": str(shots), "nodes2": nodes2, "help": None}
         asked |= {"workflows": list(names), "run": list(names), "seconds": SECONDS}
         command = [os.environ["MODULAR_LORA_NODE"], str(SCRIPT), json.dumps(asked)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
