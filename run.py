@@ -10,8 +10,10 @@
     python3 run.py operator  keys, signatures, record and policy of a host: python3 run.py operator --help
     python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)
 
-The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
-or comfy-cli's default workspace names is used instead; nothing is written into it.
+The first run makes an environment of its own in .run/ (delete the folder to start afresh) with ComfyUI 0.3.75, which is
+a year old (26 November 2025): the newest that a package registry has whole. --comfyui-git REF takes a newer one, where
+git reaches its repository. A ComfyUI that COMFYUI_PATH or comfy-cli's default workspace names is used instead; nothing
+is written into it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
+    which = common.add_mutually_exclusive_group()
+    which.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
+    which.add_argument(
+        "--comfyui-git", metavar="REF", help="ComfyUI at this tag, branch or commit, beside the pinned one"
+    )
     demo = commands.add_parser(
         "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
     )
@@ -193,7 +199,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return check.run_check(PYTEST, rest)
     if options.command == "demo":
         check_writable(options.output.expanduser().resolve(), "--output")
-    host = comfyui.find(bundled=options.bundled)
+    host = comfyui.find(bundled=options.bundled, ref=options.comfyui_git)
     say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
     if options.command == "demo":
         return run_demo(host, options)

@@ -13,6 +13,7 @@ RUN = ROOT / ".run"  # everything that run.py makes; safe to delete
 VENV = RUN / "venv"
 LOGS = RUN / "logs"
 COMFYUI = RUN / "comfyui"
+FROM_GIT = RUN / "from-git"  # ComfyUI as --comfyui-git names it, a folder a name
 WORLD_ASSETS = ROOT / "tools" / "world" / "assets"  # not in the registry's archive (.comfyignore)
 WORLD = RUN / "world"  # the demo checkpoint, expanded
 BROWSER = RUN / "browser"

@@ -56,7 +56,6 @@ function drawnGraph(dialog) {
     return [x, y, box.width / scale, box.height / scale];
   };
   const drawnPictures = (id) => [...document.querySelectorAll(`[data-node-id="${id}"] img`)];
-  const read = (html) => new DOMParser().parseFromString(html, "text/html").body.textContent; // what a report says
   const node = (one) => ({
     id: Number(one.id), // a number in front end 1.32, a text in later ones
     type: one.type,
@@ -69,7 +68,7 @@ function drawnGraph(dialog) {
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
     pictures: (one.imgs?.length ? one.imgs : drawnPictures(one.id)).map((image) => [image.naturalWidth, image.naturalHeight]),
-    report: read(one.widgets?.find((widget) => widget.name === "$$node-text-preview")?.value ?? "") || null,
+    report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.value || null,
     outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });
   return {

@@ -30,7 +30,7 @@ async function run(page, name) {
 function read(dialog) {
   const fields = [...document.querySelectorAll("textarea, input")].map((one) => one.value);
   const reports = window.app.graph.nodes.flatMap((node) =>
-    (node.widgets ?? []).filter((widget) => widget.name === "$$node-text-preview").map((widget) => widget.value),
+    (node.widgets ?? []).filter((widget) => widget.name === "modular_lora_report").map((widget) => widget.value),
   );
   return {
     ...window.modularLoraRun,

@@ -59,7 +59,7 @@ def test_the_packages_are_installed_once_and_never_into_an_existing_comfyui(
     monkeypatch.setattr(paths, "VENV", tmp_path / "venv")
     monkeypatch.setattr(paths, "SIGNATURE_PACKAGES", tmp_path / "beside")
     for _ in range(2):
-        found = environment.ensure_signatures(Path("python"), bundled=bundled)
+        found = environment.ensure_signatures(environment.python_of(paths.VENV), bundled=bundled)
     beside = [] if bundled else ["--target", str(tmp_path / "beside")]
     assert asked == [[*beside, *environment.SIGNATURES]]
     assert found == ({} if bundled else {"PYTHONPATH": str(tmp_path / "beside")})
