@@ -74,7 +74,7 @@ ORDINARY: Json = {
     "lora": node("LoraLoader", model=["guard", 0], clip=["guard", 1], lora_name=TASK_LORA),
     "positive": node("CLIPTextEncode", clip=["lora", 1], text="gloss, racing car") | titled("Positive prompt"),
     "negative": node("CLIPTextEncode", clip=["lora", 1], text="") | titled("Negative prompt"),
-    "latent": node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=4),
+    "latent": node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1),
     "sampler": node(
         "KSampler",
         model=["lora", 0],
@@ -102,7 +102,8 @@ ORDINARY_NOTE = (
     "This is ComfyUI's ordinary graph with a LoRA loader. **Guard** is its only other node: it stands behind the "
     "checkpoint loader, and the model, the CLIP and the VAE go through it.\n\n"
     "The LoRA asks for its style and the prompt for a racing car, which this safety LoRA takes away. Bypass **Guard** "
-    "(Ctrl+B) and run again: the car is there.\n\n"
+    "(Ctrl+B) and run again: the car is there. A safety LoRA holds back most of what it suppresses, not all: **2 Gate and "
+    "save** looks at what comes out.\n\n"
     "In your own workflow: put **Guard** behind the checkpoint loader, choose a safety LoRA, leave the rest as it is."
 )
 BUILT = {"1 Guard an ordinary graph": (ORDINARY, ORDINARY_COLUMNS, ORDINARY_NOTE)}
@@ -128,7 +129,7 @@ TRAINING: Json = {
     "previews": node("PreviewImage", images=["train", 3]) | titled("Previews of the training"),
 }
 BLUEPRINTS: dict[str, tuple[Json, Blueprint]] = {  # file name, which the front end shows -> its graph and its face
-    "Guarded sampling (safety and task LoRA)": (
+    "Guarded sampling": (
         SAMPLING,
         Blueprint(
             "Samples an image with a safety LoRA and a task LoRA beside the model's weights, and decodes it with its "
