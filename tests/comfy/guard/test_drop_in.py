@@ -227,9 +227,7 @@ def test_the_safety_lora_by_another_loader_is_refused_there(run_graph, kind, str
 
 
 def test_the_safety_lora_before_it_is_refused_at_the_node(run_graph):
-    refused(
-        run_graph, guarded(ordinary((SAFETY, -0.3)), behind="lora0"), "values of the safety LoRA", "ModularLoraGuard"
-    )
+    refused(run_graph, guarded(ordinary((SAFETY, -0.3)), behind="lora0"), "lora.both-roles", "ModularLoraGuard")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -296,7 +294,7 @@ def test_whole_weights_hooks_and_saving_are_refused(run_graph):
     hooked = {"strength": 1.0, "set_cond_area": "default", "hooks": ["hook", 0]}
     graph["hooked"] = node("ConditioningSetProperties", cond_NEW=["pos", 0], **hooked)
     graph["sample"]["inputs"]["positive"] = ["hooked", 0]
-    refused(run_graph, graph, "model.refused", "KSampler", "add_hook_patches")
+    refused(run_graph, graph, ("model.refused", "model.patched"), "KSampler", "LoRA hook")
 
 
 def test_a_clone_that_drops_the_guard_is_refused_when_it_samples(run_graph):
