@@ -17,7 +17,7 @@ import comfy.sd
 import torch
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
-from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.errors import GuardError, HandleError, shown
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -462,6 +462,12 @@ def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", b
     if isinstance(patcher, GuardMixin):
         raise GuardError(
             f"{what} is guarded already: connect all LoRAs to one Guard Model.", code="model.guarded-already"
+        )
+    if swapped := pending.swapping(patcher.patches):
+        raise GuardError(
+            f"{what} brings a LoRA that swaps modules ({len(swapped)} changes of the kind {pending.SWAPPING!r}, first "
+            f"{shown(swapped[0])}), where a branch would be lost: leave out the node that loads it.",
+            code="model.swaps-modules",
         )
     if patcher.patches and not accept_merged:
         found = pending.of(patcher)

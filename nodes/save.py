@@ -145,9 +145,11 @@ def _saved(
                 refusal=refused("unfit", problem, REMEDY) if problem else None,
             )
         )
-    came = ", ".join(dict.fromkeys(name for one in found for name in one.through))
-    more = f"unattested ones passed through {came}" if came else ""
-    return io.NodeOutput(ui=answer(line, more, verdicts, images=list(written)))
+    edited = ", ".join(dict.fromkeys(name for one in found for name in one.edits))
+    passed = ", ".join(dict.fromkeys(name for one in found for name in one.through))
+    more = [f"edited on the way by {edited}"] * bool(edited)
+    more += [f"unattested ones passed through {passed}"] * bool(passed)
+    return io.NodeOutput(ui=answer(line, "\n".join(more), verdicts, images=list(written)))
 
 
 def on_merged(found: Iterable[Known]) -> str:

@@ -172,7 +172,8 @@ class _Server:
         if event == "executed" and "text" in (data["output"] or {}):
             self.texts[data["node"]] = "\n\n".join(data["output"]["text"])
         elif event == "modular_lora.report":
-            shown = (data["above"], self.texts.get(data["node"])) if "above" in data else (data["text"],)
+            over = data.get("above") or data.get("run")
+            shown = (over, self.texts.get(data["node"])) if over else (data["text"],)
             self.texts[data["node"]] = "\n\n".join(filter(None, shown))
 
     def send_progress_text(self, text, node_id, sid=None):

@@ -17,7 +17,7 @@ from . import environment, paths
 from .console import RunError, say
 from .process import child_environment, output_of, run_logged
 
-REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
+REPOSITORY = "https://github.com/Comfy-Org/ComfyUI"
 VARIABLE = "COMFYUI_GIT"  # another repository: a mirror's address, or a folder
 REF = re.compile(r"\w[\w./+-]*")  # a tag, a branch, a whole commit
 AUDIO = "torchaudio"  # asks for PyTorch, which is there: installed without what it asks for

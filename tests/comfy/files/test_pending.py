@@ -314,6 +314,30 @@ def check_kept(said: str, comfy, loaded, loras) -> None:
     assert "1 weights before the guard" in handle.report
 
 
+@pytest.mark.parametrize("accept_merged", [False, True])
+@pytest.mark.parametrize("place", ["weight", "module"])
+def test_a_lora_that_swaps_modules_is_refused_by_name(place: str, accept_merged: bool, comfy, loaded, loras):
+    """A stand-in for what ComfyUI 0.38 has: patches of the kind "config", which no version at hand applies."""
+    model = stock(loaded[0], loras.folder / TASK, 0.5)
+    key = next(iter(model.patches))
+    named = key if place == "weight" else key.removesuffix(".weight")
+    model.patches[named] = [*model.patches.get(named, []), (1.0, ("config", ({"in_features": 4},)), 1.0, None, None)]
+    g = comfy.host_guard
+    safety = (g.SafetyLora(comfy.host_files.read_lora(loras.folder / SAFETY), 1.0),)
+    with pytest.raises(Exception, match=r"swaps modules.*'config'.*leave out the node"):
+        comfy.host.guard(model, None, safety, (), accept_merged, g.GuardLimits())
+
+
+def test_a_lora_that_swaps_modules_is_not_taken_by_a_guarded_model(comfy, loaded, loras):
+    handle, _ = guard(comfy, loaded[0], loras.folder / SAFETY)
+    patcher = comfy.host.unwrap(handle)
+    with pytest.raises(Exception, match="cannot"):
+        patcher.add_patches({"diffusion_model.input_blocks.0.0": ("config", ({},))}, 1.0)
+    patcher.patches["diffusion_model.input_blocks.0.0"] = [(1.0, ("config", ({},)), 1.0, None, None)]
+    with pytest.raises(Exception, match="a LoRA or merge in its weights"):
+        patcher.guard_begin()
+
+
 def test_a_change_of_what_takes_no_branch_stays_merged(comfy, loaded, loras):
     clip = loaded[1].clone()
     name = next(key for key in clip.cond_stage_model.state_dict() if key.endswith("position_embedding.weight"))

@@ -68,7 +68,8 @@ def test_an_ordinary_graph_with_one_node_more(comfy, judged, sha256):
     assert run.firings == run.layers * run.evaluations
     assert run.vae_sha256
     shown = comfy.server.texts["guard"]  # the run's own report, on the node
-    assert shown.startswith("guarded: ")
+    assert "Guarded: the safety LoRA ran in all " in shown
+    assert "\nguarded: " in shown
     assert f"task {TASK} at 0.7 / 0" in shown
 
 

@@ -12,7 +12,7 @@ import pytest
 from modular_lora_guard import version
 from modular_lora_guard.modular_lora.options import tomllib
 from modular_lora_guard.modular_lora.util import atomic
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, links, paths, process
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, front_end, links, paths, process
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base, server
 from modular_lora_guard.tools.world import DETECTOR_ONNX
@@ -262,6 +262,35 @@ def test_a_missing_browser_gives_a_reason_instead(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(browser, "find_chromium", lambda: None)
     monkeypatch.setattr(browser.sys, "platform", "darwin")
     assert "chromium not found" in browser.ensure()["MODULAR_LORA_NO_BROWSER"]
+
+
+def test_the_second_front_end_lies_in_a_folder_of_its_own_and_is_installed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(environment, "pip", lambda python, title, given: asked.append([*map(str, given)]))
+    monkeypatch.setattr(paths, "RUN", tmp_path)
+    monkeypatch.setattr(paths, "FRONT_ENDS", tmp_path / "front-ends")
+    for _ in range(2):
+        found = front_end.ensure(Path("python"))
+    folder = tmp_path / "front-ends" / front_end.VERSION
+    wanted = f"comfyui-frontend-package=={front_end.VERSION}"
+    assert asked == [["--no-deps", "--target", str(folder), wanted]]
+    assert found == {"MODULAR_LORA_FRONT_END": str(folder / "comfyui_frontend_package" / "static")}
+
+
+def test_a_second_front_end_that_cannot_be_had_gives_a_reason_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(python: Path, title: str, given: list[str]) -> None:
+        raise RunError("front end: exit code 1.\nlines")
+
+    monkeypatch.setattr(environment, "pip", pip)
+    monkeypatch.setattr(paths, "RUN", tmp_path)
+    monkeypatch.setattr(paths, "FRONT_ENDS", tmp_path / "front-ends")
+    (reason,) = front_end.ensure(Path("python")).values()
+    assert "exit code 1. The browser's tests run on ComfyUI's own front end alone" in reason
+    assert front_end.ensure(Path("python")).keys() == {"MODULAR_LORA_NO_FRONT_END"}
 
 
 def test_every_comfyui_has_a_base_directory_of_its_own(tmp_path: Path) -> None:
