@@ -203,7 +203,9 @@ def attach(
     limits = limits or GuardLimits()
     patcher._check_types(model, clip, node)
     if not isinstance(vae, comfy.sd.VAE | None):
-        raise GuardError(f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.")
+        raise GuardError(
+            f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.", code="input.wrong-type"
+        )
     check_roles(safety, ())
     given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
     for one, _, what in given:
