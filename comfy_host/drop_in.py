@@ -32,6 +32,7 @@ from ..modular_lora.guard.build import (
     text_digest,
 )
 from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary, run_line
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
@@ -44,7 +45,7 @@ from .functional import measured
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
-from .node_report import show_on
+from .node_report import show_run
 from .patcher import PACK, GuardedClipMixin, GuardMixin, GuardState, dress, encoded, guarded_class
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
@@ -58,6 +59,7 @@ class Trio(NamedTuple):
     clip: Any
     vae: Any
     report: str
+    summary: str  # what of it is read on the node
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class DropInMixin(GuardMixin):
 
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
-            show_on(self.guard_shared.node_id, format_attestation(result))
+            show_run(self.guard_shared.node_id, f"{run_line(result)}\n{format_attestation(result)}")
 
     def get_ram_usage(self):
         """0.3.75's cache asks it of every result, also of those whose branches nobody needs yet."""
@@ -193,7 +195,7 @@ def attach(
         node_id: Of a node that shows what each run says of itself.
 
     Returns:
-        The guarded three, and the report.
+        The guarded three, the report and its summary.
 
     Raises:
         GuardError: Where the model cannot be guarded, or a LoRA in front cannot be kept beside its weights.
@@ -201,7 +203,9 @@ def attach(
     limits = limits or GuardLimits()
     patcher._check_types(model, clip, node)
     if not isinstance(vae, comfy.sd.VAE | None):
-        raise GuardError(f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.")
+        raise GuardError(
+            f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.", code="input.wrong-type"
+        )
     check_roles(safety, ())
     given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
     for one, _, what in given:
@@ -213,12 +217,12 @@ def attach(
     plain = _clip_of(clip, bare[1]) if clip else None
     shared = _Shared(safety, limits, bare[0], plain, node_id)
     made = [_drop_in(s.base.clone(), s, shared, some) for s, some in zip(sides, added, strict=True)]
-    report = _report(made, shared)
+    report, summary = _report(made, shared)
     text = None
     if clip:
         text = _clip_of(clip, made[1])
         text.__class__ = guarded_class(type(text), DropInClipMixin)
-    return Trio(made[0], text, bound(vae) if vae is not None else None, report)
+    return Trio(made[0], text, bound(vae) if vae is not None else None, report, summary)
 
 
 def _without(one, found: pending.Pending):
@@ -310,20 +314,17 @@ def _measured(
     return measured(shared.model, shared.clip, parts, shared.safety, tasks, base_sha256)
 
 
-def _report(made: list[DropInMixin], shared: _Shared) -> str:
-    """What stands on the node before anything runs; GuardError for a safety LoRA that does not apply whole."""
+def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
+    """What is known before anything runs, and what of it is read on the node.
+
+    GuardError for a safety LoRA that does not apply whole.
+    """
     states = [one.guard_state for one in made]
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
     check_coverage(tuple(_safety_lines(part) for part in parts), shared.clip is not None)
-    lines = [
-        format_guard(
-            record.base_family,
-            record.base_sha256,
-            parts,
-            notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None),
-        )
-    ]
+    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None))
+    lines = [format_guard(record.base_family, record.base_sha256, parts, remarks)]
     if not any(one.guard_added for one in made[1:]):
         found = _measured(shared, parts[0], tuple(a.task for a in made[0].guard_added), record.base_sha256)
         names = {s.lora.sha256: s.lora.name for s in shared.safety}
@@ -331,8 +332,8 @@ def _report(made: list[DropInMixin], shared: _Shared) -> str:
         lines.append(format_functional(found, record))
     size = sum(one.branches.size(compute_dtype(one)) for one in made)
     lines.append(format_memory(size, len(guard_cache.guards), guard_cache.guards.size))
-    lines.append("LoRAs that are loaded behind this node are kept beside the weights as well, and counted when it runs")
-    return "\n".join(lines)
+    behind = "LoRAs that are loaded behind this node are kept beside the weights as well, and counted when it runs"
+    return "\n".join([*lines, behind]), f"{guard_summary(parts, remarks)}\n{behind}"
 
 
 def _safety_lines(part: GuardedPart) -> GuardedPart:

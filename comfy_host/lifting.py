@@ -96,7 +96,8 @@ def refuse(what: str, key: str, how: str) -> None:
     """GuardError for a change that cannot be kept beside the weights."""
     raise GuardError(
         f"The guarded model {how} {what} (first of {key}), which cannot be kept beside the weights: "
-        f"{_OUT if 'merge' in what or 'model_as_lora' in what else _LEAVE}."
+        f"{_OUT if 'merge' in what or 'model_as_lora' in what else _LEAVE}.",
+        code="model.not-kept",
     )
 
 

@@ -31,9 +31,9 @@ def show_above(node: str, text: str, client: str | None) -> None:
         PromptServer.instance.send_sync(EVENT, {"node": node, "above": text}, client)
 
 
-def show_on(node_id: str, text: str) -> None:
-    """The same on a node that does not run at the moment."""
-    PromptServer.instance.send_progress_text(as_html(text), node_id)
+def show_run(node: str, text: str) -> None:
+    """Put what a run says of itself above the report of a node that has ended."""
+    PromptServer.instance.send_sync(EVENT, {"node": node, "run": text}, PromptServer.instance.client_id)
 
 
 def as_html(text: str) -> str:

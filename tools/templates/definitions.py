@@ -102,8 +102,8 @@ ORDINARY_NOTE = (
     "This is ComfyUI's ordinary graph with a LoRA loader. **Guard** is its only other node: it stands behind the "
     "checkpoint loader, and the model, the CLIP and the VAE go through it.\n\n"
     "The LoRA asks for its style and the prompt for a racing car, which this safety LoRA takes away. Bypass **Guard** "
-    "(Ctrl+B) and run again: the car is there. A safety LoRA holds back most of what it suppresses, not all: **2 Gate and "
-    "save** looks at what comes out.\n\n"
+    "(Ctrl+B) and run again: the car is there. A safety LoRA holds back most of what it suppresses, not all: **2 Gate "
+    "and save** looks at what comes out.\n\n"
     "In your own workflow: put **Guard** behind the checkpoint loader, choose a safety LoRA, leave the rest as it is."
 )
 BUILT = {"1 Guard an ordinary graph": (ORDINARY, ORDINARY_COLUMNS, ORDINARY_NOTE)}
