@@ -13,6 +13,7 @@ import pytest
 from modular_lora_guard.tools.bootstrap.paths import ROOT
 from modular_lora_guard.tools.locales.cli import from_schemas
 from modular_lora_guard.tools.locales.texts import LANGUAGES
+from modular_lora_guard.tools.templates.graph import VIRTUAL, to_prompt
 from modular_lora_guard.tools.world import (
     ASSETS,
     DATA_SET,
@@ -25,8 +26,6 @@ from modular_lora_guard.tools.world import (
 from PIL import Image
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-VIRTUAL = {"MarkdownNote", "Note"}  # drawn by the front end alone
-SEEDS = {"seed", "noise_seed"}  # of samplers: the widget "control after generate" follows, with no input of its own
 FEW = {  # in place of a workflow's own
     "steps": 2,
     "max_train_steps": 2,
@@ -73,25 +72,6 @@ def schemas(comfy) -> dict[str, Json]:
 def inputs(schema: Json) -> dict[str, Json]:
     """Input name -> options, required and optional."""
     return {k: v[1] for s in ("required", "optional") for k, v in schema["input"].get(s, {}).items()}
-
-
-def to_prompt(workflow: Json) -> Json:
-    """A front-end workflow as the API graph that the front end would queue."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    return {str(n["id"]): _node(n, links) for n in workflow["nodes"] if n["type"] not in VIRTUAL}
-
-
-def _node(node: Json, links: dict[int, list]) -> Json:
-    values = iter(node.get("widgets_values", []))
-    given: Json = {}
-    for slot in node.get("inputs", []):
-        if "widget" in slot:
-            given[slot["name"]] = next(values)
-            if slot["name"] in SEEDS and "Train" not in node["type"]:
-                next(values)
-        elif slot["link"] is not None:
-            given[slot["name"]] = links[slot["link"]]
-    return {"class_type": node["type"], "inputs": given}
 
 
 def test_there_are_workflows() -> None:
