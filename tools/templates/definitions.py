@@ -74,7 +74,7 @@ ORDINARY: Json = {
     "lora": node("LoraLoader", model=["guard", 0], clip=["guard", 1], lora_name=TASK_LORA),
     "positive": node("CLIPTextEncode", clip=["lora", 1], text="gloss, racing car") | titled("Positive prompt"),
     "negative": node("CLIPTextEncode", clip=["lora", 1], text="") | titled("Negative prompt"),
-    "latent": node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1),
+    "latent": node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=4),
     "sampler": node(
         "KSampler",
         model=["lora", 0],
