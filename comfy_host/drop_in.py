@@ -41,11 +41,12 @@ from .bound_vae import bound
 from .control_inputs import widen
 from .enforcement import policy as policies
 from .functional import measured
+from .hooked_loras import HookedMixin
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
 from .node_report import show_on
-from .patcher import PACK, GuardedClipMixin, GuardMixin, GuardState, dress, encoded, guarded_class
+from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
 _encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
@@ -71,7 +72,7 @@ class _Shared:
     node_id: str  # of the node that shows what runs say; "" where there is none
 
 
-class DropInMixin(GuardMixin):
+class DropInMixin(HookedMixin):
     """In front of a ModelPatcher's class: what ``add_patches`` brings becomes task LoRAs, made into branches when used.
 
     Attributes:
@@ -105,18 +106,15 @@ class DropInMixin(GuardMixin):
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""
-        weights, taken, entries = self.model.state_dict(), [], {}
-        for key in patches:
-            name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
-            if name in weights:
-                taken.append(key)
-                entry = (strength_patch, patches[key], strength_model, offset, function)
-                entries.setdefault(name, []).append(entry)
+        taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
         if (added := lifting.handed(self.guard_side, self.guard_added, entries)) is not None:
             with self.use_ejected():  # a model that is loaded already gets the new branches
                 self.guard_added = (*self.guard_added, added)
                 self.guard_built = self._guard_seat = None
         return taken
+
+    def guard_with(self, more: tuple[Added, ...]) -> GuardState:
+        return _build(self.guard_side, self.guard_shared, (*self.guard_added, *more))
 
     def guard_record(self, conds: dict[str, list[dict]]) -> Attestation:
         """With the task LoRAs of the text encoders that made the conditionings, and functional strength with these."""
@@ -150,6 +148,7 @@ def _drop_in(fresh, side: Side, shared: _Shared, added: tuple[Added, ...], built
     fresh.guard_side, fresh.guard_shared, fresh.guard_added = side, shared, added
     fresh.guard_built = built if fresh.model is side.base.model else None
     fresh._guard_seat = None
+    fresh.guard_hooked, fresh._guard_sets, fresh._guard_acting = {}, {}, ()
     return fresh
 
 

@@ -147,6 +147,10 @@ class GuardMixin(KeptMixin, MemoryMixin):
         """The attestation of a run with these conditionings, its counts still empty."""
         return self.guard_state.record
 
+    def guard_acted(self, record: Attestation) -> Attestation:
+        """The same after the run, with what acted in parts of it alone."""
+        return record
+
     def guard_ended(self, result: Attestation) -> None:
         """A run has ended well."""
 
@@ -242,7 +246,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     outside = ledger.starts_outside(streams(latent_image, **kwargs), record)
     executor.original = run.around(executor.original)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run.result, complete = _attested(record, state.part, run, hashes, outside)
+    run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, outside)
     if complete:
         ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
     patcher.guard_ended(run.result)
