@@ -31,7 +31,8 @@ from ..modular_lora.guard.build import (
     notes,
     text_digest,
 )
-from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
+from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary, run_text
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
@@ -45,11 +46,14 @@ from .hooked_loras import HookedMixin
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
-from .node_report import show_on
+from .node_report import leave_on
 from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
 _encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
+
+
+BEHIND = "LoRAs that are loaded behind this node are counted when it samples."
 
 
 class Trio(NamedTuple):
@@ -59,6 +63,7 @@ class Trio(NamedTuple):
     clip: Any
     vae: Any
     report: str
+    summary: str  # its first lines, in plain words
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class _Shared:
     model: Any  # patcher as it came
     clip: Any  # CLIP as it came, or None
     node_id: str  # of the node that shows what runs say; "" where there is none
+    summary: str = ""  # what it shows before them
 
 
 class DropInMixin(HookedMixin):
@@ -129,7 +135,7 @@ class DropInMixin(HookedMixin):
 
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
-            show_on(self.guard_shared.node_id, format_attestation(result))
+            leave_on(self.guard_shared.node_id, f"{run_text(result)}\n\n{self.guard_shared.summary}")
 
     def get_ram_usage(self):
         """0.3.75's cache asks it of every result, also of those whose branches nobody needs yet."""
@@ -192,7 +198,7 @@ def attach(
         node_id: Of a node that shows what each run says of itself.
 
     Returns:
-        The guarded three, and the report.
+        The guarded three, the report, and what is worth reading of it.
 
     Raises:
         GuardError: Where the model cannot be guarded, or a LoRA in front cannot be kept beside its weights.
@@ -212,12 +218,14 @@ def attach(
     plain = _clip_of(clip, bare[1]) if clip else None
     shared = _Shared(safety, limits, bare[0], plain, node_id)
     made = [_drop_in(s.base.clone(), s, shared, some) for s, some in zip(sides, added, strict=True)]
-    report = _report(made, shared)
+    report, summary = _report(made, shared)
+    for one in made:
+        one.guard_shared = replace(shared, summary=summary)
     text = None
     if clip:
         text = _clip_of(clip, made[1])
         text.__class__ = guarded_class(type(text), DropInClipMixin)
-    return Trio(made[0], text, bound(vae) if vae is not None else None, report)
+    return Trio(made[0], text, bound(vae) if vae is not None else None, report, summary)
 
 
 def _without(one, found: pending.Pending):
@@ -241,7 +249,9 @@ def _build(side: Side, shared: _Shared, added: Iterable[Added]) -> GuardState:
     key = guard_cache.part_key(side.part, side.base, side.safety, tasks, side.limits)
     if (built := guard_cache.guards.get(key)) is None:
         part = _part(side, every, tasks)
-        built = guard_cache.guards.put(key, guard_cache.Built(part, None, _record(shared, side, part, tasks), "", ""))
+        built = guard_cache.guards.put(
+            key, guard_cache.Built(part, None, _record(shared, side, part, tasks), "", "", "")
+        )
     state = GuardState(built.model, built.record, frozenset(), text_digest(side.safety))
     policies.check_built(state, tasks)
     return state
@@ -309,20 +319,14 @@ def _measured(
     return measured(shared.model, shared.clip, parts, shared.safety, tasks, base_sha256)
 
 
-def _report(made: list[DropInMixin], shared: _Shared) -> str:
-    """What stands on the node before anything runs; GuardError for a safety LoRA that does not apply whole."""
+def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
+    """The report, and what stands on the node; GuardError for a safety LoRA that does not apply whole."""
     states = [one.guard_state for one in made]
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
     check_coverage(tuple(_safety_lines(part) for part in parts), shared.clip is not None)
-    lines = [
-        format_guard(
-            record.base_family,
-            record.base_sha256,
-            parts,
-            notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None),
-        )
-    ]
+    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None))
+    lines = [format_guard(record.base_family, record.base_sha256, parts, remarks)]
     if not any(one.guard_added for one in made[1:]):
         found = _measured(shared, parts[0], tuple(a.task for a in made[0].guard_added), record.base_sha256)
         names = {s.lora.sha256: s.lora.name for s in shared.safety}
@@ -330,8 +334,7 @@ def _report(made: list[DropInMixin], shared: _Shared) -> str:
         lines.append(format_functional(found, record))
     size = sum(one.branches.size(compute_dtype(one)) for one in made)
     lines.append(format_memory(size, len(guard_cache.guards), guard_cache.guards.size))
-    lines.append("LoRAs that are loaded behind this node are kept beside the weights as well, and counted when it runs")
-    return "\n".join(lines)
+    return "\n".join(lines), f"{guard_summary(parts, remarks)}\n{BEHIND}"
 
 
 def _safety_lines(part: GuardedPart) -> GuardedPart:

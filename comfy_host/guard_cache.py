@@ -25,6 +25,7 @@ class Built:
     record: Attestation
     text_digest: str
     report: str
+    summary: str
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now."""

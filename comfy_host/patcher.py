@@ -30,19 +30,20 @@ from ..modular_lora.guard.build import (
 )
 from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary
 from ..modular_lora.provenance import attestation as attest
-from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance import edits, ledger
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
-from . import guard_cache, pending
+from . import guard_cache, pending, running
 from .control_inputs import widen
 from .functional import measured
 from .guarded_run import GuardedRun
 from .introspection import clip_info, family, is_current, model_info, model_sha256
 from .measurement import measured_eagerly
 from .memory import MemoryMixin, compute_dtype
-from .run import GenerateMixin, KeptMixin, streams, watch
+from .run import GenerateMixin, KeptMixin, given_out, streams, watch
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
@@ -72,10 +73,10 @@ class GuardState:
 class GuardedModel:
     """What a GUARDED_MODEL socket carries: opaque, so that a detour into a MODEL input fails with a clear error."""
 
-    __slots__ = ("_patcher", "report")
+    __slots__ = ("_patcher", "report", "summary")
 
-    def __init__(self, patcher, report: str):
-        self._patcher, self.report = patcher, report
+    def __init__(self, patcher, report: str, summary: str):
+        self._patcher, self.report, self.summary = patcher, report, summary
 
     def __deepcopy__(self, memo):
         return self  # a switch that copies its inputs must not copy the model
@@ -235,7 +236,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     record = patcher.guard_record(executor.class_obj.conds)
-    _silence_previews(callback)
+    weighted = _weighted(executor.class_obj.conds) if state.text_digest else ()
+    if not running.shows_previews():
+        _silence_previews(callback)
+    kept = _Denoised(callback)
     run = patcher.guard_run = GuardedRun(
         patcher.guard_seat,
         steps=max(1, sigmas.shape[-1] - 1),
@@ -243,23 +247,41 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         content=tensor_sha256(noise).encode(),
         may_be_empty=sigmas.shape[-1] <= 1,
     )
-    outside = ledger.starts_outside(streams(latent_image, **kwargs), record)
+    start = edits.start(streams(latent_image, **kwargs), denoise_mask, record)
     executor.original = run.around(executor.original)
-    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, outside)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
+    run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, start)
+    run.result = run.result.of(weighted=weighted)
     if complete:
         ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
+        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted)
     patcher.guard_ended(run.result)
     return output
 
 
+class _Denoised:
+    """Around a sampler's callback: keeps the last x0, which SamplerCustomAdvanced and its like give out as well."""
+
+    def __init__(self, callback: Callable | None):
+        self._callback, self._x0 = callback, None
+
+    def __call__(self, step, x0, *args, **kwargs):
+        self._x0 = x0
+        return self._callback(step, x0, *args, **kwargs)
+
+    def latents(self, model, **kwargs) -> Iterator[torch.Tensor]:
+        """The last x0 as those nodes give it out (SamplerCustomAdvanced.execute), latent by latent."""
+        if self._x0 is not None:
+            yield from given_out(model, self._x0.cpu(), **kwargs)
+
+
 def _attested(
-    record: Attestation, part: GuardedPart, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
+    record: Attestation, part: GuardedPart, run: GuardedRun, embeddings_sha256: tuple[str, ...], start: edits.Start
 ) -> tuple[Attestation, bool]:
     """The attestation of a run that has ended, and whether its latents may have it."""
     evaluations, firings, idle = run.counts or (0, 0, 0)
     complete = evaluations > 0 and part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = attest.guarded_status(record.base_had_merged_loras, outside) if complete else "not sampled"
+    status = attest.guarded_status(record.base_had_merged_loras, start.outside) if complete else "not sampled"
     result = record.of(
         status=status,
         embeddings_sha256=embeddings_sha256,
@@ -270,11 +292,11 @@ def _attested(
         acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},
         measured_evaluations=run.measured,
     )
-    return result, complete
+    return result.edited(start.edits if complete else ()), complete
 
 
 def _silence_previews(callback: Callable | None) -> None:
-    """No picture before the gate: empties latent_preview.prepare_callback's previewer."""
+    """No image before the gate: empties latent_preview.prepare_callback's previewer."""
     cells = getattr(callback, "__closure__", None) or ()
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
@@ -293,11 +315,18 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
             for tensor in encoded(entry) if state.text_digest else ():
                 if not ledger.was_made_under(tensor, state.text_digest):
                     raise GuardError(
-                        f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
-                        "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
-                        "nodes that change the embeddings (ConditioningAverage and style models may stay)."
+                        f"The {name} conditioning was not made by the guarded CLIP alone, as far as can be told, and "
+                        "the safety LoRA has a text-encoder half: encode every prompt with the guard's CLIP output; a "
+                        "node that weights or mixes embeddings may stay where it is given that CLIP, or conditionings "
+                        "of that CLIP, and no other, and encodes with all of it."
                     )
     return tuple(hashes)
+
+
+def _weighted(conds: dict[str, list[dict]]) -> tuple[str, ...]:
+    """Types of the nodes that weighted or mixed embeddings of these conditionings."""
+    tensors = (tensor for entries in conds.values() for entry in entries for tensor in encoded(entry))
+    return tuple(dict.fromkeys(name for tensor in tensors for name in ledger.weighted_by(tensor)))
 
 
 def encoded(entry: dict) -> Iterator[torch.Tensor]:
@@ -367,20 +396,20 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
     memory = format_memory(size, len(guard_cache.guards), guard_cache.guards.size)
-    return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
+    return GuardedModel(guarded, f"{built.report}\n{memory}", built.summary), clip
 
 
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> guard_cache.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
-    remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
+    remarks = list(notes(safety, tasks, record.base_sha256, merged, clip is not None))
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
     check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)
     record = record.of(functional_strength=functional.strengths, functional_not_measured=functional.unmeasured)
     report += "\n" + format_functional(functional, record)
-    return guard_cache.Built(parts[0], text, record, text_digest(safety), report)
+    return guard_cache.Built(parts[0], text, record, text_digest(safety), report, guard_summary(parts, remarks))
 
 
 def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:

@@ -16,7 +16,7 @@ from ..modular_lora.validation import STRICT, from_json, raises
 from .errors import GateError
 from .finding import Detector, Finding
 
-Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
+Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "withhold", "empty"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 GROWTH = 1.2  # default of labels that are masked: detectors' boxes sit tight
 MOST_CELLS = 16

@@ -7,9 +7,10 @@ import math
 from comfy_api.latest import io
 
 from ..comfy_host import drop_in
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.model_folders import SAFETY_FOLDERS, lora_names, lora_path
-from ..comfy_host.node_report import CATEGORY, blocked, show
+from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.files.cache import kept_sha256
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles, missing, read
@@ -82,7 +83,7 @@ class Guard(io.ComfyNode):
         safety = (own, *handles(safety_lora, SafetyLora))
         made = drop_in.attach(model, clip, vae, safety, node_id=cls.hidden.unique_id or "")
         policies.check_attached(made.model, made.clip, safety)
-        show(cls, made.report)
+        line, _, more = made.summary.partition("\n")
         text = made.clip if clip is not None else blocked(NONE.format("CLIP"))
         pictures = made.vae if vae is not None else blocked(NONE.format("VAE"))
-        return io.NodeOutput(made.model, text, pictures, made.report)
+        return io.NodeOutput(made.model, text, pictures, f"{line}\n{made.report}", ui=answer(line, more))

@@ -7,7 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
-from ..comfy_host import conditioning, origins
+from ..comfy_host import conditioning, following, origins
 from ..comfy_host.enforcement import hooks
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
@@ -34,6 +34,7 @@ class ModularLoraExtension(ComfyExtension):
         register_folders()
         hooks.register()
         conditioning.register()
+        following.register()
         origins.register()
         return [
             Guard,

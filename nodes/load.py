@@ -17,7 +17,7 @@ from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from .sockets import SafetySocket, StackSocket, TaskSocket
+from .sockets import SafetySocket, StackSocket, TaskSocket, rarely
 
 SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
     "refuse if they differ": "refuse",
@@ -48,36 +48,40 @@ class LoadSafetyLora(io.ComfyNode):
             category=f"{CATEGORY}/load",
             description="Loads a safety LoRA for Guard Model. It is kept outside the weights, and must apply to every "
             "layer that it names.",
-            inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    lora_names(*SAFETY_FOLDERS),
-                    tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Strength on U-Net and text encoder; must be above 0.",
-                ),
-                io.String.Input(
-                    "expected_sha256",
-                    default="",
-                    optional=True,
-                    tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
-                ),
-                SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
-                io.Combo.Input(
-                    "scale",
-                    list(SCALES),
-                    default=next(iter(SCALES)),
-                    optional=True,
-                    tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
-                    "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
-                ),
-            ],
+            inputs=rarely(
+                [
+                    io.Combo.Input(
+                        "lora_name",
+                        lora_names(*SAFETY_FOLDERS),
+                        tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
+                    ),
+                    io.Float.Input(
+                        "strength",
+                        default=1.0,
+                        min=-10.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="Strength on U-Net and text encoder; must be above 0.",
+                    ),
+                    io.String.Input(
+                        "expected_sha256",
+                        default="",
+                        optional=True,
+                        tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
+                    ),
+                    SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
+                    io.Combo.Input(
+                        "scale",
+                        list(SCALES),
+                        default=next(iter(SCALES)),
+                        optional=True,
+                        tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
+                        "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
+                    ),
+                ],
+                "expected_sha256",
+                "scale",
+            ),
             outputs=[
                 SafetySocket.Output("safety_lora_out", display_name="safety_lora", tooltip="All safety LoRAs so far.")
             ],
@@ -111,30 +115,37 @@ class LoadTaskLora(io.ComfyNode):
             display_name="Load Task LoRA",
             category=f"{CATEGORY}/load",
             description="Loads a task LoRA (style, character, ...) for Guard Model. It is kept outside the weights.",
-            inputs=[
-                io.Combo.Input(
-                    "lora_name", lora_names(*TASK_FOLDERS), tooltip="Task LoRA (.safetensors) from the loras folder."
-                ),
-                io.Float.Input(
-                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength on the U-Net."
-                ),
-                io.Float.Input(
-                    "strength_clip",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Strength on the text encoder.",
-                ),
-                io.String.Input(
-                    "block_weights",
-                    default="",
-                    optional=True,
-                    tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
-                ),
-                TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
-                StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."),
-            ],
+            inputs=rarely(
+                [
+                    io.Combo.Input(
+                        "lora_name",
+                        lora_names(*TASK_FOLDERS),
+                        tooltip="Task LoRA (.safetensors) from the loras folder.",
+                    ),
+                    io.Float.Input(
+                        "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength on the U-Net."
+                    ),
+                    io.Float.Input(
+                        "strength_clip",
+                        default=1.0,
+                        min=-10.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="Strength on the text encoder.",
+                    ),
+                    io.String.Input(
+                        "block_weights",
+                        default="",
+                        optional=True,
+                        tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
+                    ),
+                    TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
+                    StackSocket.Input(
+                        "lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."
+                    ),
+                ],
+                "block_weights",
+            ),
             outputs=[
                 TaskSocket.Output(
                     "task_lora_out", display_name="task_lora", tooltip="All task LoRAs so far, for Guard Model."

@@ -176,6 +176,13 @@ class Record:
 
 
 @dataclass(frozen=True, config=CLOSED)
+class History:
+    """How much of what the nodes answer stands in ``/history``, which ComfyUI shows to everybody who asks for it."""
+
+    verdict: Literal["full", "brief", "none"] = "full"
+
+
+@dataclass(frozen=True, config=CLOSED)
 class Tables:
     """The whole file."""
 
@@ -186,6 +193,7 @@ class Tables:
     gate: Gate = field(default_factory=Gate)
     nodes: Nodes = field(default_factory=Nodes)
     record: Record = field(default_factory=Record)
+    history: History = field(default_factory=History)
     keys: Named[Text] = _named()
 
 

@@ -161,9 +161,10 @@ def check_picture(
     """
     if attested:
         if run is None or not (run.status.startswith("guarded") or (gate is not None and gate.changed)):
-            what = "an image that no guarded run made, or that was edited since, would leave"
+            what = "an image that no guarded run made, or that passed through a node nobody vouches for, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
-        check_run(policy, run, unsigned, values)
+        for one in run.runs:  # of an image that was put together of several
+            check_run(policy, one, unsigned, values)
     if not policy.gate.required:
         return
     if gate is None or not accepted:

@@ -51,6 +51,11 @@ EXTRA_NODES = (
     "nodes_latent",
     "nodes_cond",
     "nodes_slg",
+    "nodes_images",
+    "nodes_mask",
+    "nodes_post_processing",
+    "nodes_upscale_model",
+    "nodes_rebatch",
 )
 
 sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lora_guard; support, shared by the tests
@@ -161,7 +166,13 @@ class _Server:
         self.client_id, self.last_node_id, self.last_prompt_id, self.messages, self.texts = "test", None, None, [], {}
 
     def send_sync(self, event, data, sid=None):
+        """What web/report.js shows on a node is kept with what else is read there."""
         self.messages.append((event, data))
+        if event == "executed" and "text" in (data["output"] or {}):
+            self.texts[data["node"]] = "\n\n".join(data["output"]["text"])
+        elif event == "modular_lora.report":
+            shown = (data["above"], self.texts.get(data["node"])) if "above" in data else (data["text"],)
+            self.texts[data["node"]] = "\n\n".join(filter(None, shown))
 
     def send_progress_text(self, text, node_id, sid=None):
         """The front end puts the text into the page as HTML; kept is what is read there."""

@@ -53,6 +53,8 @@ def test_no_unguarded_picture_comes_out(ground: Ground, one: Attempt, record_pro
     if one.outcome == "invalid":
         assert ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers)
         return
+    if ground.seen.invalid and all("invalid_prompt_id" in said for said in ground.seen.invalid):
+        return  # ComfyUI 0.33 refuses such an id itself, before a policy is asked
     assert ground.seen.refused, ground.seen.invalid
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:

@@ -129,6 +129,14 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
     return pictures.pixels(place(decoded.image), flipped), mask
 
 
+def summary(report: DatasetReport) -> str:
+    """The report in one line, which names nothing."""
+    training, stops, found = len(report.pictures) - report.regularisation, len(report.problems), len(report.findings)
+    verdict = f"{stops} problem{'s' * (stops != 1)} would stop a training" if stops else "nothing stops a training"
+    more = f"; {found} kind{'s' * (found != 1)} of finding" if found else ""
+    return f"{training} images to train on: {verdict}{more}."
+
+
 def format_report(report: DatasetReport) -> str:
     """The report as plain text; at most ten names a line of findings."""
     lines = [f"Data set {Path(report.source).name}"]

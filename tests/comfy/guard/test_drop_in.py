@@ -66,9 +66,13 @@ def test_an_ordinary_graph_with_one_node_more(comfy, judged, sha256):
     assert [one.sha256 for one in run.loras] == [sha256(SAFETY), sha256(TASK)]
     assert run.firings == run.layers * run.evaluations
     assert run.vae_sha256
-    shown = comfy.server.texts["guard"]  # the run's own report, on the node
-    assert shown.startswith("guarded: ")
-    assert f"task {TASK} at 0.7 / 0" in shown
+
+
+def test_the_node_shows_each_run_with_the_loras_behind_it(comfy, run_graph):
+    run_graph(guarded(ordinary((TASK, 0.7))))
+    said = [data["text"] for event, data in comfy.server.messages if event == "modular_lora.report" and "text" in data]
+    assert said[-1].startswith("Guarded: the safety LoRA ran in all 2 evaluations of the model. 1 task LoRA.")
+    assert f"{TASK} at 0.7 / 0" in said[-1]
 
 
 @pytest.mark.parametrize("behind", ["ckpt", "lora0", "lora1"])

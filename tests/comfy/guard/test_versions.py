@@ -348,7 +348,7 @@ def previews(monkeypatch) -> list:
     return drawn
 
 
-def test_stock_sampler_draws_no_live_preview_of_a_guarded_model(previews, run_graph, loras):
+def test_stock_sampler_draws_no_live_preview_of_a_guarded_model_before_a_gate(previews, run_graph, loras):
     graph = models()
     graph["plain"] = sampler(["ckpt", 0], seed=77)
     graph["showplain"] = node("PreviewAny", source=["plain", 0])
@@ -358,8 +358,14 @@ def test_stock_sampler_draws_no_live_preview_of_a_guarded_model(previews, run_gr
     graph = models()
     graph["sample"] = sampler(["asmodel", 0], seed=78)
     graph["show"] = node("PreviewAny", source=["sample", 0])
+    graph["gate"] = node("ModularLoraGate", images=["decode", 0])  # it need not run
+    graph["decode"] = node("VAEDecode", samples=["sample", 0], vae=["ckpt", 2])
     run_graph(graph)
     assert not previews
+    del graph["gate"]
+    graph["sample"]["inputs"]["seed"] = 80
+    run_graph(graph)
+    assert previews
 
 
 def test_previews_are_off_through_the_callback_for_several_latents(comfy, previews, whole):

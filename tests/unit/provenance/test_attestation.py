@@ -247,7 +247,7 @@ def test_an_attestation_survives_json():
     fields = json.loads(sampled.to_json())
     assert "\n" not in sampled.to_json()
     fields["loras"] = tuple(LoraRecord(**item) for item in fields["loras"])
-    fields["embeddings_sha256"] = tuple(fields["embeddings_sha256"])
+    fields |= {name: tuple(fields[name]) for name in ("embeddings_sha256", "weighted", "edits", "others")}
     assert Attestation(**fields) == sampled
 
 

@@ -373,25 +373,3 @@ def test_the_project_file_names_every_package_of_the_pack() -> None:
         if file.relative_to(paths.ROOT).parts[0] not in (".run", "tests", "benchmarks")
     }
     assert set(project["tool"]["setuptools"]["packages"]) == {"modular_lora_guard", *found}
-
-
-def test_the_registrys_archive_leaves_out_what_users_do_not_need_and_nothing_else() -> None:
-    git = ["git", "-C", str(paths.ROOT), "ls-files"]
-    answer = subprocess.run([*git, "-i", "-c", "-X", ".comfyignore"], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip("not a git clone")
-    names = answer.stdout.splitlines()
-    left = {name.partition("/")[0] for name in names}
-    assert {"tests", ".ci"} <= left
-    assert not left & {
-        "__init__.py",
-        "nodes",
-        "modular_lora",
-        "pyproject.toml",
-        "requirements.txt",
-        "LICENSE",
-        "NOTICE",
-    }
-    of_tools = {"/".join(name.split("/")[:3]) for name in names if name.startswith("tools/")}
-    assert {name for name in of_tools if not name.startswith("tools/benchmarks/")} == {"tools/world/assets"}
-    assert len(of_tools) > 1
