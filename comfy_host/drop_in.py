@@ -48,12 +48,16 @@ from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
 from .node_report import leave_on
 from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
+from .run import GenerateMixin
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
 _encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
 
 
 BEHIND = "LoRAs that are loaded behind this node are counted when it samples."
+
+
+BESIDE = "beside the guard: remove that node; LoRAs may come from Load LoRA and loaders that work as it does"
 
 
 class Trio(NamedTuple):
@@ -86,6 +90,7 @@ class DropInMixin(HookedMixin):
         guard_added: The LoRAs that were put onto this clone, in order.
     """
 
+    guard_beside = BESIDE
     guard_side: Side
     guard_shared: _Shared
     guard_added: tuple[Added, ...]
@@ -137,6 +142,12 @@ class DropInMixin(HookedMixin):
         if self.guard_shared.node_id:
             leave_on(self.guard_shared.node_id, f"{run_text(result)}\n\n{self.guard_shared.summary}")
 
+    def set_injections(self, *args, **kwargs):
+        raise GuardError(
+            "A guarded model cannot take another loader's injections (set_injections): load the LoRA with Load LoRA, "
+            "which the guard keeps beside the weights."
+        )
+
     def get_ram_usage(self):
         """0.3.75's cache asks it of every result, also of those whose branches nobody needs yet."""
         return self.model_size() if self.guard_built is not None else super(MemoryMixin, self).model_size()
@@ -165,6 +176,11 @@ class DropInClipMixin(GuardedClipMixin):
         clone = super(GuardedClipMixin, self).clone(*args, **kwargs)
         clone.__class__ = type(self)
         return clone
+
+    def generate(self, tokens, *args, **kwargs):
+        if not self.patcher.guard_state.part.layers:
+            return super(GenerateMixin, self).generate(tokens, *args, **kwargs)
+        return super().generate(tokens, *args, **kwargs)
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         state = self.patcher.guard_state
@@ -210,7 +226,7 @@ def attach(
     check_roles(safety, ())
     given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
     for one, _, what in given:
-        patcher._check_incoming(one, True, what)
+        patcher._check_incoming(one, True, what, beside=BESIDE)
     before = [pending.of(one) for one, _, _ in given]
     bare = [_without(one, found) for (one, _, _), found in zip(given, before, strict=True)]
     sides = [Side(part, base, safety, limits) for base, (_, part, _) in zip(bare, given, strict=True)]

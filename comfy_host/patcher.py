@@ -94,7 +94,7 @@ def unwrap(value: object):
     if not isinstance(patcher, GuardMixin):
         raise GuardError(
             f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
-            "output of Guard Model."
+            "output of Guard or Guard Model."
         )
     return patcher.clone()
 
@@ -109,6 +109,7 @@ def _refused(name: str, what: str, remedy: str) -> Callable:
 _LORA = "use Load Task LoRA instead of that node"  # before Guard Model it is refused as well
 _BEFORE = "do this before Guard Model"
 _BASE = "connect the unguarded checkpoint to that node instead"
+_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 
 
 class GuardMixin(KeptMixin, MemoryMixin):
@@ -117,6 +118,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
     guard_state: GuardState
     guard_seat: Attachment
     guard_run: GuardedRun | None  # the latest; clones have runs of their own
+    guard_beside = _BESIDE  # remedy for what a node put beside the guard
     branches = property(lambda self: self.guard_state.part.branches)
 
     add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _LORA)
@@ -196,7 +198,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
         """Verify that nothing was put beside the guard, attach the branches, start a run. Raises GuardError."""
         self.guard_run = run = run or GuardedRun(self.guard_seat)
         run.can_start = False
-        _check_clean(self, self.guard_state.patches, "The guarded model")
+        _check_clean(self, self.guard_state.patches, "The guarded model", self.guard_beside)
         self.guard_seat.attach()
         self.guard_seat.verify()
         self.branches.to(self.load_device, compute_dtype(self))
@@ -232,7 +234,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE)."""
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
-        raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
+        raise GuardError("A node on the way took the guard off this model: remove it; sample what the guard gives.")
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     record = patcher.guard_record(executor.class_obj.conds)
@@ -438,7 +440,6 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
 
 _MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
 _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
-_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 
 
 def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:

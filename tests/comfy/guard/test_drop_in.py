@@ -129,6 +129,17 @@ def test_the_text_encoders_half_is_kept_beside_its_weights_too(judged, loras):
 # What samples and decodes
 
 
+def test_a_second_safety_lora_comes_through_its_socket(comfy, run_graph):
+    graph = guarded(ordinary((TASK, 0.7)))
+    graph["more"] = node("ModularLoraLoadSafety", lora_name=OTHER, strength=0.5)
+    graph["guard"]["inputs"]["safety_lora"] = ["more", 0]
+    ours = run_graph(graph)["decode"][0].clone()
+    (run,) = [comfy.ledger.known(image).run for image in ours]
+    assert {(one.name, one.strength_model) for one in run.safety} == {(SAFETY, 1.0), (OTHER, 0.5)}
+    merge = run_graph(merged(ordinary((TASK, 0.7), (OTHER, 0.5))))["decode"][0]
+    assert (ours - merge).abs().max() <= LEVEL
+
+
 def test_a_hires_fix_with_a_second_sampler(judged):
     graph = ordinary((TASK, 0.7))
     graph["larger"] = node(
@@ -310,6 +321,16 @@ def test_values_that_are_not_finite_are_refused_at_their_loader(comfy, run_graph
     save_file(tensors, loras.folder / "broken.safetensors")
     comfy.folder_paths.filename_list_cache.clear()
     refused(run_graph, guarded(ordinary(("broken.safetensors", 0.5))), "not finite", "LoraLoader")
+
+
+def test_a_safety_lora_with_a_text_encoder_half_needs_the_clip(run_graph):
+    graph = guarded(ordinary(), safety="safety_te.safetensors")
+    del graph["guard"]["inputs"]["clip"]
+    for name in ("pos", "neg"):
+        graph[name]["inputs"]["clip"] = ["ckpt", 1]
+    refused(run_graph, graph, "no CLIP is connected", "ModularLoraGuard")
+    graph["guard"]["inputs"]["clip"] = ["ckpt", 1]
+    refused(run_graph, graph, "guarded CLIP", "KSampler")
 
 
 def test_two_guards_in_a_row_are_refused(run_graph):
