@@ -445,7 +445,7 @@ _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, w
 def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
     """``merged`` and ``beside`` are the remedies of the node that asks."""
     if isinstance(patcher, GuardMixin):
-        raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
+        raise GuardError(f"{what} is guarded already: take one of the two guards out.")
     if patcher.patches and not accept_merged:
         found = pending.of(patcher)
         kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
