@@ -31,8 +31,8 @@ from ..modular_lora.guard.build import (
     notes,
     text_digest,
 )
-from ..modular_lora.guard.report import format_functional, format_guard, format_memory
-from ..modular_lora.guard.summary import guard_summary, run_text
+from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary, run_line
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
@@ -46,15 +46,12 @@ from .hooked_loras import HookedMixin
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
-from .node_report import leave_on
+from .node_report import show_run
 from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
 from .run import GenerateMixin
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
 _encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
-
-
-BEHIND = "LoRAs that are loaded behind this node are counted when it samples."
 
 
 BESIDE = "beside the guard: remove that node; LoRAs may come from Load LoRA and loaders that work as it does"
@@ -67,7 +64,7 @@ class Trio(NamedTuple):
     clip: Any
     vae: Any
     report: str
-    summary: str  # its first lines, in plain words
+    summary: str  # what of it is read on the node
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ class _Shared:
     model: Any  # patcher as it came
     clip: Any  # CLIP as it came, or None
     node_id: str  # of the node that shows what runs say; "" where there is none
-    summary: str = ""  # what it shows before them
 
 
 class DropInMixin(HookedMixin):
@@ -140,12 +136,13 @@ class DropInMixin(HookedMixin):
 
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
-            leave_on(self.guard_shared.node_id, f"{run_text(result)}\n\n{self.guard_shared.summary}")
+            show_run(self.guard_shared.node_id, f"{run_line(result)}\n{format_attestation(result)}")
 
     def set_injections(self, *args, **kwargs):
         raise GuardError(
             "A guarded model cannot take another loader's injections (set_injections): load the LoRA with Load LoRA, "
-            "which the guard keeps beside the weights."
+            "which the guard keeps beside the weights.",
+            code="model.refused",
         )
 
     def get_ram_usage(self):
@@ -171,6 +168,11 @@ def _drop_in(fresh, side: Side, shared: _Shared, added: tuple[Added, ...], built
 
 class DropInClipMixin(GuardedClipMixin):
     """In front of ComfyUI's CLIP: as GuardedClipMixin, with the LoRAs that loaders put onto it."""
+
+    @property
+    def text_digest(self) -> str:
+        """The same; nothing is built for it."""
+        return text_digest(self.patcher.guard_side.safety)
 
     def clone(self, *args, **kwargs):
         clone = super(GuardedClipMixin, self).clone(*args, **kwargs)
@@ -214,7 +216,7 @@ def attach(
         node_id: Of a node that shows what each run says of itself.
 
     Returns:
-        The guarded three, the report, and what is worth reading of it.
+        The guarded three, the report and its summary.
 
     Raises:
         GuardError: Where the model cannot be guarded, or a LoRA in front cannot be kept beside its weights.
@@ -222,7 +224,9 @@ def attach(
     limits = limits or GuardLimits()
     patcher._check_types(model, clip, node)
     if not isinstance(vae, comfy.sd.VAE | None):
-        raise GuardError(f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.")
+        raise GuardError(
+            f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.", code="input.wrong-type"
+        )
     check_roles(safety, ())
     given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
     for one, _, what in given:
@@ -235,8 +239,6 @@ def attach(
     shared = _Shared(safety, limits, bare[0], plain, node_id)
     made = [_drop_in(s.base.clone(), s, shared, some) for s, some in zip(sides, added, strict=True)]
     report, summary = _report(made, shared)
-    for one in made:
-        one.guard_shared = replace(shared, summary=summary)
     text = None
     if clip:
         text = _clip_of(clip, made[1])
@@ -336,7 +338,10 @@ def _measured(
 
 
 def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
-    """The report, and what stands on the node; GuardError for a safety LoRA that does not apply whole."""
+    """What is known before anything runs, and what of it is read on the node.
+
+    GuardError for a safety LoRA that does not apply whole.
+    """
     states = [one.guard_state for one in made]
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
@@ -350,7 +355,8 @@ def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
         lines.append(format_functional(found, record))
     size = sum(one.branches.size(compute_dtype(one)) for one in made)
     lines.append(format_memory(size, len(guard_cache.guards), guard_cache.guards.size))
-    return "\n".join(lines), f"{guard_summary(parts, remarks)}\n{BEHIND}"
+    behind = "LoRAs that are loaded behind this node are kept beside the weights as well, and counted when it runs"
+    return "\n".join([*lines, behind]), f"{guard_summary(parts, remarks)}\n{behind}"
 
 
 def _safety_lines(part: GuardedPart) -> GuardedPart:

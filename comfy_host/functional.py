@@ -44,6 +44,8 @@ _tokens: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded modul
 class _CannotEvaluateError(GuardError):
     """The base by itself gives no prediction for a prompt and a small latent."""
 
+    code = "functional.no-prediction"
+
 
 def measured(model, clip, parts: Sequence[GuardedPart], safety: Safety, tasks: Tasks, base_sha256: str) -> Functional:
     """The functional strength of every safety LoRA in a guard that was just built, or why there is none.

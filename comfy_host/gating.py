@@ -44,7 +44,10 @@ def checked(gate: object) -> Gate:
         detector = detectors.make(default_detector())
         return Gate(detector, policies.tightened(settings.defaults(detector), detector))
     if not isinstance(gate, Gate):
-        raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
+        raise GuardError(
+            f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.",
+            code="gate-settings.not-connected",
+        )
     return gate
 
 
@@ -107,7 +110,9 @@ def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
     """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
     if any(outcome_of(picture[None], reporting(gate)).flags):
-        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another image.")
+        raise GateError(
+            f"replacement: {gate.detector.name} flags it too: connect another image.", code="gate.replacement-flagged"
+        )
 
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Outcome, i: int, withheld: bool) -> str:

@@ -53,7 +53,9 @@ class HookedMixin(GuardMixin):
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_hook_patches; errors as of add_patches."""
         if self.guard_side.is_text:
-            raise GuardError("A guarded CLIP cannot take a LoRA hook (add_hook_patches): remove the hook.")
+            raise GuardError(
+                "A guarded CLIP cannot take a LoRA hook (add_hook_patches): remove the hook.", code="model.hooks"
+            )
         taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
         if (added := lifting.handed(self.guard_side, self.guard_added, entries, alone=False)) is not None:
             self.guard_hooked[hook.hook_ref] = added

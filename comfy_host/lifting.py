@@ -75,6 +75,8 @@ def waiting(side: Side, found: pending.Pending) -> tuple[Added, ...]:
 
 def entries_of(model, patches: Mapping, strength: float, strength_model: float) -> tuple[list, pending.Patches]:
     """The keys of ``patches`` that a loaded model has, and their entries as ModelPatcher.patches has them."""
+    if swapped := pending.swapping({key: [(strength, value)] for key, value in patches.items()}):
+        refuse(f"a change of the kind {pending.SWAPPING!r}", swapped[0], "was given")
     weights, taken, entries = model.state_dict(), [], pending.Patches()
     for key in patches:
         name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
@@ -109,7 +111,8 @@ def refuse(what: str, key: str, how: str) -> None:
     """GuardError for a change that cannot be kept beside the weights."""
     raise GuardError(
         f"The guarded model {how} {what} (first of {key}), which cannot be kept beside the weights: "
-        f"{_OUT if 'merge' in what or 'model_as_lora' in what else _LEAVE}."
+        f"{_OUT if 'merge' in what or 'model_as_lora' in what else _LEAVE}.",
+        code="model.not-kept",
     )
 
 

@@ -21,19 +21,19 @@ def show_progress(node: type[io.ComfyNode], text: str) -> None:
 def leave(node: type[io.ComfyNode], text: str) -> None:
     """Leave a report on a node that ends without an answer (answers.py); web/report.js shows it."""
     if node.hidden and node.hidden.unique_id:
-        leave_on(node.hidden.unique_id, text)
-
-
-def leave_on(node: str, text: str) -> None:
-    """The same on a node that has run already, in the place of its report."""
-    server = PromptServer.instance
-    server.send_sync(EVENT, {"node": node, "text": text}, server.client_id)
+        server = PromptServer.instance
+        server.send_sync(EVENT, {"node": node.hidden.unique_id, "text": text}, server.client_id)
 
 
 def show_above(node: str, text: str, client: str | None) -> None:
     """Put a text above the report of a node that has ended; where there is no client, nobody reads it."""
     if client:
         PromptServer.instance.send_sync(EVENT, {"node": node, "above": text}, client)
+
+
+def show_run(node: str, text: str) -> None:
+    """Put what a run says of itself above the report of a node that has ended."""
+    PromptServer.instance.send_sync(EVENT, {"node": node, "run": text}, PromptServer.instance.client_id)
 
 
 def as_html(text: str) -> str:

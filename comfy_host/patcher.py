@@ -17,7 +17,7 @@ import comfy.sd
 import torch
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
-from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.errors import GuardError, HandleError, shown
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -94,14 +94,18 @@ def unwrap(value: object):
     if not isinstance(patcher, GuardMixin):
         raise GuardError(
             f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
-            "output of Guard or Guard Model."
+            "output of Guard or Guard Model.",
+            code="model.not-guarded",
         )
     return patcher.clone()
 
 
 def _refused(name: str, what: str, remedy: str) -> Callable:
     def refuse(self, *args, **kwargs):
-        raise GuardError(f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.")
+        raise GuardError(
+            f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.",
+            code="model.refused",
+        )
 
     return refuse
 
@@ -160,13 +164,17 @@ class GuardMixin(KeptMixin, MemoryMixin):
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):
             raise GuardError(
-                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node."
+                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node.",
+                code="model.replaced",
             )
         super().add_object_patch(name, obj)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **kwargs):
         if force_patch_weights:  # what 0.3.75 asks for just before it saves a model
-            raise GuardError(f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.")
+            raise GuardError(
+                f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.",
+                code="model.refused",
+            )
         return super().partially_load(device_to, extra_memory, force_patch_weights=False, **kwargs)
 
     def inject_model(self):
@@ -183,7 +191,10 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def pre_run(self):
         if self.guard_run is None or not self.guard_run.can_start:
-            raise GuardError("This sampler left out the guard's own check: sample with a node that uses a guider.")
+            raise GuardError(
+                "This sampler left out the guard's own check: sample with a node that uses a guider.",
+                code="run.unchecked",
+            )
         self.guard_begin(self.guard_run)
         super().pre_run()
         if self.guard_state.text_digest:
@@ -234,7 +245,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE)."""
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
-        raise GuardError("A node on the way took the guard off this model: remove it; sample what the guard gives.")
+        raise GuardError(
+            "A node on the way took the guard off this model: remove it; sample what the guard gives.",
+            code="model.guard-taken-off",
+        )
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     record = patcher.guard_record(executor.class_obj.conds)
@@ -320,7 +334,8 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
                         f"The {name} conditioning was not made by the guarded CLIP alone, as far as can be told, and "
                         "the safety LoRA has a text-encoder half: encode every prompt with the guard's CLIP output; a "
                         "node that weights or mixes embeddings may stay where it is given that CLIP, or conditionings "
-                        "of that CLIP, and no other, and encodes with all of it."
+                        "of that CLIP, and no other, and encodes with all of it.",
+                        code="conditioning.not-guarded",
                     )
     return tuple(hashes)
 
@@ -343,6 +358,11 @@ def encoded(entry: dict) -> Iterator[torch.Tensor]:
 class GuardedClipMixin(GenerateMixin):
     """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
 
+    @property
+    def text_digest(self) -> str:
+        """Digest of the safety LoRAs' text-encoder half; "" where they have none."""
+        return self.patcher.guard_state.text_digest
+
     def clone(self, *args, **kwargs):
         return _wrap_clip(super().clone(*args, **kwargs), self.patcher.guard_state)
 
@@ -358,7 +378,9 @@ class GuardedClipMixin(GenerateMixin):
 
     def encode_from_tokens_scheduled(self, *args, **kwargs):
         if self.patcher.forced_hooks is not None:
-            raise GuardError("A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.")
+            raise GuardError(
+                "A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.", code="model.hooks"
+            )
         return super().encode_from_tokens_scheduled(*args, **kwargs)
 
     get_sd = _refused("get_sd", "be saved", _BASE)
@@ -435,7 +457,10 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
     kinds = (model, comfy.model_patcher.ModelPatcher, "MODEL"), (clip, comfy.sd.CLIP | None, "CLIP")
     for got, kind, name in kinds:
         if not isinstance(got, kind):
-            raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
+            raise GuardError(
+                f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.",
+                code="input.wrong-type",
+            )
 
 
 _MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
@@ -445,12 +470,20 @@ _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, w
 def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
     """``merged`` and ``beside`` are the remedies of the node that asks."""
     if isinstance(patcher, GuardMixin):
-        raise GuardError(f"{what} is guarded already: take one of the two guards out.")
+        raise GuardError(f"{what} is guarded already: take one of the two guards out.", code="model.guarded-already")
+    if swapped := pending.swapping(patcher.patches):
+        raise GuardError(
+            f"{what} brings a LoRA that swaps modules ({len(swapped)} changes of the kind {pending.SWAPPING!r}, first "
+            f"{shown(swapped[0])}), where a branch would be lost: leave out the node that loads it.",
+            code="model.swaps-modules",
+        )
     if patcher.patches and not accept_merged:
         found = pending.of(patcher)
         kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
         remedy = merged or (_MERGE if found.why else _PENDING)
-        raise GuardError(f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.")
+        raise GuardError(
+            f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.", code="model.merged"
+        )
     _check_clean(patcher, frozenset(patcher.patches), what, beside)
 
 
@@ -468,7 +501,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BES
         "copies of its model on more GPUs (MultiGPU CFG Split)": bool(patcher.additional_models.get("multigpu")),
     }
     for problem in (name for name, present in found.items() if present):
-        raise GuardError(f"{what} carries {problem} {beside}.")
+        raise GuardError(f"{what} carries {problem} {beside}.", code="model.patched")
 
 
 def common_ksampler(patcher, *settings, **options):

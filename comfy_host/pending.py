@@ -26,6 +26,9 @@ Patches = dict[str, list[tuple]]  # as ModelPatcher holds them
 ROLES = dict(kind.host for kind in FORMATS if kind.host)
 
 
+SWAPPING = "config"  # kind of a patch by which ComfyUI 0.38 swaps modules; 0.33 and before log it and go on
+
+
 @dataclass(frozen=True)
 class Pending:
     """What a MODEL or CLIP is to take into its weights: sums that can be taken out, and what must stay."""
@@ -73,6 +76,11 @@ def of(patcher) -> Pending:
     if hasattr(patcher.model, "diffusion_model"):
         return _sorted(patcher.patches, model_info(patcher))
     return _sorted(patcher.patches, clip_info(SimpleNamespace(patcher=patcher, cond_stage_model=patcher.model)))
+
+
+def swapping(patches: Mapping[str, list[tuple]]) -> list[str]:
+    """What is to be given another module instead of another weight: it could lose a branch, or run without one."""
+    return [key for key, entries in patches.items() if any(_pair(entry[1])[0] == SWAPPING for entry in entries)]
 
 
 def tasks(model: Pending, clip: Pending) -> Tasks:

@@ -86,7 +86,8 @@ class Job:
         if most > 1 and len(self.latent["samples"]) > 1:
             raise GuardError(
                 f"A ControlNet has {most} hint images for one batch, and retries draw single images: give it one "
-                "hint, or set max_tries to 1."
+                "hint, or set max_tries to 1.",
+                code="retries.hints",
             )
 
 

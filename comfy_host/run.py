@@ -111,5 +111,6 @@ def check_even(branches, before: dict[str, int]) -> None:
         first = short[0] if short else next(iter(fired), "none")
         raise GuardError(
             f"The guard's branches did not all run while text was generated: {len(short) or len(fired)} of "
-            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one."
+            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one.",
+            code="run.short",
         )

@@ -39,7 +39,10 @@ def run(pictures: np.ndarray, detector: Detector, settings: Settings, replacemen
     replacement = actions.checked_replacement(replacement) if settings.action == "replace" else None
     findings = tuple(detector.detect(pictures))
     if len(findings) != len(pictures):
-        raise GateError(f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.")
+        raise GateError(
+            f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.",
+            code="gate.findings",
+        )
     blocked = tuple(map(settings.blocked, findings))
     flags = tuple(map(bool, blocked))
     if settings.action == "block" and any(flags):

@@ -51,9 +51,15 @@ class Settings:
             for label in getattr(self, name):
                 if label not in detector.labels:
                     known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
-                    raise GateError(f"{name}: {detector.name} knows no label {label!r}: it knows {known}.")
+                    raise GateError(
+                        f"{name}: {detector.name} knows no label {label!r}: it knows {known}.",
+                        code="gate.unknown-label",
+                    )
         if not self.block:
-            raise GateError(f"block: no label of {detector.name} is blocked, so nothing is guarded: name one.")
+            raise GateError(
+                f"block: no label of {detector.name} is blocked, so nothing is guarded: name one.",
+                code="gate.nothing-blocked",
+            )
 
     def blocked(self, finding: Finding) -> tuple[str, ...]:
         """Labels of the block set that are found."""

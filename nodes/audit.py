@@ -206,7 +206,9 @@ def _options(folder: Path, values: Mapping[str, Any]) -> AuditOptions:
     """The audit's options; prompts given as text are written to files beside the pictures."""
     extra = options.parse(values.get("more_options", ""))
     if refused := sorted(set(extra) - set(MORE)):
-        raise GuardError(f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.")
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.", code="audit.option-refused"
+        )
     ours: dict[str, Any] = {"output_dir": str(folder), "seed": values["first_seed"]}
     ours |= {option: (str(path),) for option, path in _loras(values).items()}
     for cell in CELLS:
@@ -246,7 +248,10 @@ def _prompt_file(name: str | None) -> Path | None:
     if name in (None, NONE):
         return None
     if name not in _prompt_files():
-        raise GuardError(f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.")
+        raise GuardError(
+            f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.",
+            code="audit.no-prompts-file",
+        )
     return input_folder() / name
 
 

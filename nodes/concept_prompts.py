@@ -62,7 +62,8 @@ class WriteConceptPrompts(io.ComfyNode):
             )
         if not NAME.fullmatch(output_name) or output_name.endswith("."):
             raise GuardError(
-                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file."
+                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file.",
+                code="name.not-plain",
             )
         folder = model_folder(SAFETY_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,10 @@ class GateSettings(io.ComfyNode):
             chosen = replace(chosen, action=action)
         chosen.check(made)
         if chosen.action == "replace" and replacement is None:
-            raise GateError('replacement: the action is "replace" and there is no image to put in: connect one.')
+            raise GateError(
+                'replacement: the action is "replace" and there is no image to put in: connect one.',
+                code="gate.no-replacement",
+            )
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
@@ -171,7 +174,8 @@ def _detector(name: str, classifier: str, labels: str, providers: tuple[str, ...
     files = {"weights": _file("classifier", classifier), "labels": _file("labels", labels)}
     if missing := [what for what, path in files.items() if path is None]:
         raise GateError(
-            f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it."
+            f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it.",
+            code="gate.no-file-chosen",
         )
     return detectors.make(name, providers, **files)
 

@@ -190,7 +190,9 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
     if isinstance(value, tuple) and all(isinstance(item, kind) for item in value):
         return value
     role = "Safety" if kind is SafetyLora else "Task"
-    raise GuardError(f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.")
+    raise GuardError(
+        f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.", code="input.wrong-type"
+    )
 
 
 def stack_name(task: TaskLora) -> str:
@@ -208,7 +210,7 @@ def _stacked(row: Row) -> TaskLora:
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
-        raise LoraFileError(f"{row.place}: {error}") from error
+        raise LoraFileError(f"{row.place}: {error}", code=error.code) from error
     return TaskLora(read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
 
 

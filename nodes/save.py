@@ -54,7 +54,10 @@ class SaveAttestedImage(io.ComfyNode):
         found = [known(image) for image in images]
         missing = sum(not k.guarded for k in found)
         if missing and unattested == "refuse":
-            raise GuardError(f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.")
+            raise GuardError(
+                f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.",
+                code="save.unattested",
+            )
         results = save(cls, images, found, filename_prefix, Style())
         said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
         said += f"; {missing} {EDITED}" * bool(missing)
@@ -111,7 +114,7 @@ class SaveGatedImage(io.ComfyNode):
         problems = [_problem(k, save_flagged) for k in found]
         counts = ", ".join(f"{n} {problem}" for problem, n in Counter(filter(None, problems)).items())
         if counts and unfit == "refuse":
-            raise GuardError(f"{counts} of {len(found)} images: nothing is saved; {REMEDY}.")
+            raise GuardError(f"{counts} of {len(found)} images: nothing is saved; {REMEDY}.", code="save.refused")
         fit = [i for i, problem in enumerate(problems) if problem is None]
         written = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
         skipped = f"; left out: {counts}" if counts else ""
@@ -142,9 +145,11 @@ def _saved(
                 refusal=refused("unfit", problem, REMEDY) if problem else None,
             )
         )
-    came = ", ".join(dict.fromkeys(name for one in found for name in one.through))
-    more = f"unattested ones passed through {came}" if came else ""
-    return io.NodeOutput(ui=answer(line, more, verdicts, images=list(written)))
+    edited = ", ".join(dict.fromkeys(name for one in found for name in one.edits))
+    passed = ", ".join(dict.fromkeys(name for one in found for name in one.through))
+    more = [f"edited on the way by {edited}"] * bool(edited)
+    more += [f"unattested ones passed through {passed}"] * bool(passed)
+    return io.NodeOutput(ui=answer(line, "\n".join(more), verdicts, images=list(written)))
 
 
 def on_merged(found: Iterable[Known]) -> str:

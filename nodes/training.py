@@ -95,7 +95,10 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
             values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
-        raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.",
+            code="train.option-refused",
+        )
     return options.load(cls, None, values | extra | ours)
 
 

@@ -40,10 +40,12 @@ class Refusal:
 
 
 class RefusedError(GuardError):
-    """A policy's refusal while a graph runs."""
+    """A policy's refusal while a graph runs; the code is ``refused.`` and the policy's key."""
+
+    code = "refused"
 
     def __init__(self, rule: str, reason: str, remedy: str):
-        super().__init__(f"{reason} (policy: {rule}): {remedy}.")
+        super().__init__(f"{reason} (policy: {rule}): {remedy}.", code=f"refused.{rule}")
         self.rule = rule
 
 

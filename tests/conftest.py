@@ -62,7 +62,7 @@ sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lo
 from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
-from support.graphs import GraphError, save_lora  # noqa: E402
+from support.graphs import GraphError, keeping_code, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
@@ -84,6 +84,7 @@ def pytest_runtest_setup() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="long trials whole; without it, samples with fixed seeds")
+    parser.addoption("--update-messages", action="store_true", help="write tests/unit/snapshots/messages.txt anew")
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +172,8 @@ class _Server:
         if event == "executed" and "text" in (data["output"] or {}):
             self.texts[data["node"]] = "\n\n".join(data["output"]["text"])
         elif event == "modular_lora.report":
-            shown = (data["above"], self.texts.get(data["node"])) if "above" in data else (data["text"],)
+            over = data.get("above") or data.get("run")
+            shown = (over, self.texts.get(data["node"])) if over else (data["text"],)
             self.texts[data["node"]] = "\n\n".join(filter(None, shown))
 
     def send_progress_text(self, text, node_id, sid=None):
@@ -277,7 +279,7 @@ def run_graph(comfy):
         executor.execute(graph, "test", {"client_id": "test"}, outputs)
         failed = next((d for e, d in comfy.server.messages if e == "execution_error"), None)
         if failed:
-            raise GraphError("execution", failed["exception_message"], failed["node_type"])
+            raise GraphError("execution", failed["exception_message"], failed["node_type"], executor.code)
         return {n: _outputs(executor, n) for n in graph}
 
     return run
@@ -286,7 +288,7 @@ def run_graph(comfy):
 def new_executor(comfy):
     """A PromptExecutor with an empty cache."""
     execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-    return execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
+    return keeping_code(execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes))
 
 
 async def _value(awaitable):

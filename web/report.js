@@ -1,21 +1,35 @@
 // Shows what a node of this pack reports, in a read-only field on the node.
 //
-// A node sends its report as `text` of its output, with which the server answers in the `executed` message, in /history,
-// and again for a node whose result was cached. No front end draws it for nodes of other packs. The report is always a
-// field's value: names, prompts and captions in it are anybody's words, and never become HTML.
+// A node sends its report as `text` of its output, with which the server answers in the `executed` message and again for
+// a node whose result was cached. No front end draws it for nodes of other packs. The report is always a field's value:
+// names, prompts and captions in it are anybody's words, and never become HTML.
 //
-// It is not saved with the workflow: a file that somebody hands on must not claim a run that never was. After a reload
-// of the page the reports of this browser tab's last runs come from the server's history.
+// It is not saved with the workflow: a file that somebody hands on must not claim a run that never was. The browser's tab
+// keeps the latest report of each node of each workflow, for when the workflow is left and come back to, and for when
+// the page is loaded anew.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const OURS = "ModularLora"; // how our node types begin
 const NAME = "modular_lora_report"; // of the widget
 const EVENT = "modular_lora.report"; // of the server: a report of a node without output, or what stands above one
-const MOST = 64; // of the last runs that are looked through
 const UNNAMED = "00000000-0000-0000-0000-000000000000"; // the id of a workflow that has none
 const LINE = 16; // pixels
 const LEAST = 3, TALLEST = 12; // lines that are seen without scrolling
+
+const said = new WeakMap(); // node -> {report, run, above}: what it says itself, and of the run behind it
+
+const root = () => app.rootGraph ?? app.graph;
+const isOurs = (node) => Boolean(node?.type?.startsWith(OURS));
+
+// The field
+
+// About how many lines a text takes in a node of a width in pixels.
+function linesOf(text, width) {
+  const characters = Math.max(20, (width - 40) / 6.5);
+  const count = String(text).split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / characters)), 0);
+  return Math.min(TALLEST, Math.max(LEAST, count));
+}
 
 function fieldOf(node) {
   const found = node.widgets?.find((widget) => widget.name === NAME);
@@ -35,75 +49,87 @@ function fieldOf(node) {
   return widget;
 }
 
-// About how many lines a text takes in a node of a width in pixels.
-function linesOf(text, width) {
-  const characters = Math.max(20, (width - 40) / 6.5);
-  const count = String(text).split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / characters)), 0);
-  return Math.min(TALLEST, Math.max(LEAST, count));
-}
-
-function show(node, text) {
-  if (!node?.type?.startsWith(OURS) || typeof text !== "string" || !text) return;
+function draw(node) {
+  const { report, run, above } = said.get(node) ?? {};
+  const text = [above, run, report].filter(Boolean).join("\n\n");
+  if (!text && !node.widgets?.some((widget) => widget.name === NAME)) return;
   fieldOf(node).value = text;
   const [, height] = node.computeSize();
   if (height > node.size[1]) node.setSize([node.size[0], height]);
   node.setDirtyCanvas?.(true, true);
 }
 
-const reports = new WeakMap(); // node -> its report, without what was put above it
-
-function report(node, text) {
-  if (node && typeof text === "string" && text) reports.set(node, text);
-  show(node, text);
-}
-
-function showOutput(node, output) {
-  if (Array.isArray(output?.text)) report(node, output.text.filter((one) => typeof one === "string").join("\n\n"));
-}
-
-function showMessage({ node: place, text, above }) {
-  const node = nodeAt(place);
-  if (typeof above === "string" && node) show(node, [above, reports.get(node)].filter(Boolean).join("\n\n"));
-  else report(node, text);
-}
+// What is kept
 
 // A node by its place in the open workflow: "7"; "12:7" as the server names, "UUID:7" as the front end names what lies
 // in a subgraph.
 function nodeAt(place) {
   const steps = String(place).split(":");
-  let graph = app.rootGraph ?? app.graph;
+  let graph = root();
   const own = graph.subgraphs?.get(steps[0]);
   if (own) return own.getNodeById(steps[1]);
-  for (const id of steps.slice(0, -1)) {
-    graph = graph?.getNodeById(id)?.subgraph;
-  }
+  for (const id of steps.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
   return graph?.getNodeById(steps.at(-1));
 }
 
-function showAll(outputs) {
-  for (const [place, output] of Object.entries(outputs ?? {})) showOutput(nodeAt(place), output);
+function everyNode() {
+  const graphs = [root(), ...(root().subgraphs?.values() ?? [])];
+  return graphs.flatMap((graph) => graph.nodes.filter(isOurs));
 }
 
-// The latest report of each node of the open workflow from the last runs of this tab.
-async function showLastRuns() {
-  const id = (app.rootGraph ?? app.graph)?.id;
-  if (!id || id === UNNAMED || !api.clientId) return;
-  const answer = await api.fetchApi(`/history?max_items=${MOST}`);
-  if (!answer.ok) return;
-  const runs = Object.values(await answer.json()); // the oldest first; a run leaves out what it took from the cache
-  const mine = runs.filter(({ prompt }) => {
-    const extra = prompt?.[3] ?? {};
-    return extra.client_id === api.clientId && extra.extra_pnginfo?.workflow?.id === id;
-  });
-  if ((app.rootGraph ?? app.graph)?.id === id) mine.forEach(({ outputs }) => showAll(outputs));
+function keyOf(node) {
+  const id = root()?.id;
+  if (!id || id === UNNAMED) return null;
+  return `${EVENT} ${id} ${node.graph && node.graph !== root() ? `${node.graph.id}:` : ""}${node.id}`;
 }
 
-const looked = new Set(); // workflows whose last runs were looked for
+function change(node, changes) {
+  const now = { ...said.get(node), ...changes };
+  said.set(node, now);
+  const key = keyOf(node);
+  try {
+    if (key) sessionStorage.setItem(key, JSON.stringify(now));
+  } catch {
+    // the browser's room for it is used up: it stays on the node alone
+  }
+  draw(node);
+}
+
+function recall(node) {
+  const kept = keyOf(node) && sessionStorage.getItem(keyOf(node));
+  if (!kept || said.has(node)) return;
+  said.set(node, JSON.parse(kept));
+  draw(node);
+}
+
+// What comes in
+
+function showOutput(node, output) {
+  if (!isOurs(node) || !Array.isArray(output?.text)) return;
+  change(node, { report: output.text.filter((one) => typeof one === "string").join("\n\n") });
+}
+
+function showMessage({ node: place, text, run, above }) {
+  const node = nodeAt(place);
+  if (!isOurs(node)) return;
+  if (typeof above === "string") change(node, { above });
+  if (typeof run === "string") change(node, { run });
+  if (typeof text === "string") change(node, { report: text });
+}
+
+// What was said of the run before; the next one begins.
+function forgetRun() {
+  for (const node of everyNode()) {
+    const { run, above } = said.get(node) ?? {};
+    if (run || above) change(node, { run: "", above: "" });
+  }
+}
 
 app.registerExtension({
   name: "ModularLora.Report",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => showMessage(detail));
+    api.addEventListener("execution_start", forgetRun);
   },
   beforeRegisterNodeDef(type, definition) {
     if (!definition.name.startsWith(OURS)) return;
@@ -113,15 +139,11 @@ app.registerExtension({
       showOutput(this, output);
     };
   },
-  onNodeOutputsUpdated: showAll, // another workflow's tab, a run that is opened from the queue
-  async afterConfigureGraph() {
-    const id = (app.rootGraph ?? app.graph)?.id;
-    if (looked.has(id)) return; // the front end remembers what came since
-    looked.add(id);
-    try {
-      await showLastRuns();
-    } catch (error) {
-      console.warn("Modular LoRA Guard: the last runs' reports cannot be shown:", error);
-    }
+  onNodeOutputsUpdated(outputs) {
+    // a run that is opened from the queue
+    for (const [place, output] of Object.entries(outputs ?? {})) showOutput(nodeAt(place), output);
+  },
+  afterConfigureGraph() {
+    everyNode().forEach(recall);
   },
 });

@@ -288,7 +288,8 @@ class Attachment:
         if (lost := self._lost()) or not self.attached:
             raise GuardError(
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
-                "another node replaced their forward; remove it, or put it before Guard Model."
+                "another node replaced their forward; remove it, or put it before Guard Model.",
+                code="run.branches-lost",
             )
 
 
@@ -353,5 +354,6 @@ def _refuse_foreign_forward(path: str, module: nn.Module, former: object) -> Non
     if getattr(former, "__func__", None) is not type(module).forward:
         raise GuardError(
             f"Layer {path} already has a replaced forward ({type(former).__name__}): the guard would stack on another "
-            "pack's hook; remove that node, or load its LoRA with Load Task LoRA."
+            "pack's hook; remove that node, or load its LoRA with Load Task LoRA.",
+            code="layer.replaced-forward",
         )

@@ -71,7 +71,8 @@ class FusedLayer:
         if dtype not in COMPUTE:
             raise GuardError(
                 f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
-                "or option that quantises activations outside the layers."
+                "or option that quantises activations outside the layers.",
+                code="layer.activations",
             )
         self._drop([k for k in self._fused if k[0] == roles])
         return [t for t in self.terms if t.role in roles]

@@ -97,7 +97,9 @@ def _plain(tensor: Tensor, what: str) -> Tensor:
     tensor = tensor.detach().to("cpu")
     tensor = tensor if tensor.dtype in DTYPES.values() else tensor.float()
     if not tensor.float().isfinite().all():
-        raise LoraFileError(f"{what} holds values that are not finite: train or convert the LoRA again")
+        raise LoraFileError(
+            f"{what} holds values that are not finite: train or convert the LoRA again", code="file.not-finite"
+        )
     return tensor
 
 
@@ -119,5 +121,6 @@ def check_not_safety(safety: tuple[LoraFile, Match], pending: tuple[LoraFile, Ma
     if len(digests) == 2 and digests[0] == digests[1]:
         raise GuardError(
             f"{pending[0].name} holds the values of the safety LoRA {safety[0].name}, so one can cancel the other: "
-            "leave it out of the loader before the guard."
+            "leave it out of the loader before the guard.",
+            code="lora.both-roles",
         )

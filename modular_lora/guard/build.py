@@ -64,7 +64,8 @@ class SafetyLora:
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise GuardError(
                 f"Safety LoRA {self.lora.name}: strength {self.strength} must be above 0: 0 disables it and a "
-                "negative value inverts it; take the node out if you do not want it."
+                "negative value inverts it; take the node out if you do not want it.",
+                code="lora.strength",
             )
         check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 
@@ -80,7 +81,9 @@ class TaskLora:
 
     def __post_init__(self):
         if not (math.isfinite(self.strength_model) and math.isfinite(self.strength_clip)):
-            raise GuardError(f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.")
+            raise GuardError(
+                f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.", code="lora.strength"
+            )
 
 
 Safety = tuple[SafetyLora, ...]
@@ -130,12 +133,15 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
         if item.lora.sha256 in shas:
             raise GuardError(
                 f"{item.lora.name} is the safety LoRA and a task LoRA at once, so one can cancel the other: "
-                "take it out of the task LoRAs."
+                "take it out of the task LoRAs.",
+                code="lora.both-roles",
             )
     shas += [t.lora.sha256 for t in tasks]
     for lora in (lora for lora in loras if not lora.lifted):  # a chain of other packs' loaders may load a file twice
         if shas.count(lora.sha256) > 1:
-            raise GuardError(f"{lora.name} is loaded more than once: load it once, with the strength you want.")
+            raise GuardError(
+                f"{lora.name} is loaded more than once: load it once, with the strength you want.", code="lora.twice"
+            )
 
 
 @no_collection()  # a full one takes 0.3 s in ComfyUI
@@ -220,10 +226,11 @@ def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
         if first.role == "safety" and first.elsewhere and not has_clip:
             raise GuardError(
                 f"Safety LoRA {first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect "
-                "the checkpoint's CLIP to the guard and encode the prompts with the CLIP that it gives."
+                "the checkpoint's CLIP to the guard and encode the prompts with the CLIP that it gives.",
+                code="guard.no-clip",
             )
         if not any(line.matched for line in lines):
-            raise GuardError(_applies_nowhere(lines, has_clip))
+            raise GuardError(_applies_nowhere(lines, has_clip), code="lora.applies-nowhere")
 
 
 def _applies_nowhere(lines: tuple[LoraLine, ...], has_clip: bool) -> str:
@@ -327,7 +334,9 @@ def _interference(safety: Applied, applied: Sequence[Applied], policy: GuardLimi
 def _check_net_strength(safety: Applied, result: Interference, policy: GuardLimits) -> None:
     floor = policy.net_strength_floor
     if not result.net_strength >= floor:  # not a number is too little
-        raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
+        raise GuardError(
+            cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"), code="guard.net-strength"
+        )
 
 
 def _line(a: Applied, family: str) -> LoraLine:

@@ -34,5 +34,6 @@ def check_disguise(safety: Applied, others: Sequence[Applied], result: Interfere
             raise GuardError(
                 f"{other.lora.name} is the safety LoRA {safety.lora.name} in another file or of another strength: the "
                 f"cosine of what both change is {cosine:.2f}, and task LoRAs of other origin stay below {LIKE:g}; so "
-                "one can cancel the other: leave it out, and set the strength at the safety LoRA itself."
+                "one can cancel the other: leave it out, and set the strength at the safety LoRA itself.",
+                code="lora.both-roles",
             )

@@ -51,7 +51,10 @@ def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes,
     run is the caller's decision (sentence: `cancelled`). Raises GuardError for a safety LoRA without any effect.
     """
     if not safety:
-        raise GuardError("safety LoRA: has 0 matched layers, nothing to compare: use a LoRA made for this base")
+        raise GuardError(
+            "safety LoRA: has 0 matched layers, nothing to compare: use a LoRA made for this base",
+            code="guard.nothing-to-compare",
+        )
     compared = compare(safety, [changes for _, changes, _ in others])
     found = {p.layer: p for group in compared for p in group.pairs([strength for _, _, strength in others])}
     pairs = [found[key] for key in safety]

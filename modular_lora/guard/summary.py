@@ -45,14 +45,6 @@ def run_line(a: Attestation) -> str:
     return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}.{edited}"
 
 
-def run_text(a: Attestation) -> str:
-    """The same, and the task LoRAs with their strengths on model and text encoder, one a line."""
-    tasks = [lora for lora in a.loras if lora.role == "task"]
-    blocks = (f" ({lora.block_weights})" * bool(lora.block_weights) for lora in tasks)
-    lines = (f"{lora.name} at {lora.strength_model:g} / {lora.strength_clip:g}" for lora in tasks)
-    return "\n".join((run_line(a), *map("".join, zip(lines, blocks, strict=True))))
-
-
 _LIMITS = (  # words, and what stands in a status; see provenance.attestation.guarded_status
     (", on a base with merged LoRAs or models", "merged base"),
     (", from a start that no guarded run made", "outside start"),

@@ -152,7 +152,8 @@ class Run:
         if not total and not may_be_empty:
             raise GuardError(
                 "The guarded model was never evaluated although there were steps to sample: another node put a "
-                "different model in its place; remove it."
+                "different model in its place; remove it.",
+                code="run.never-evaluated",
             )
         idle = sum(not firings[path] for path in self.branches.varying) if total else 0
         return Counts(total, sum(firings.values()), idle)
@@ -170,10 +171,12 @@ class Run:
             raise GuardError(
                 f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
                 f"in {counts} evaluations; nodes that skip layers or evaluations (EasyCache, TeaCache, skip-layer "
-                "guidance) cannot be used with a guarded model: remove them."
+                "guidance) cannot be used with a guarded model: remove them.",
+                code="run.short",
             )
         if any(evaluations.values()) and firings and not any(firings.values()):
             raise GuardError(
                 "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
-                "LoRA that acts on layers of every run."
+                "LoRA that acts on layers of every run.",
+                code="run.idle",
             )

@@ -25,6 +25,7 @@ TEXTS = {  # by node type: the first line
     "ModularLoraSaveImage": "1 of 1 images attested",
     "ModularLoraInterference": "A net strength of 1.001 is left beside 1 task LoRA.",
 }
+ABOVE = "1 of 1 images (ModularLoraSaveImage save-0): guarded"
 AGAIN = set(TEXTS) - {"ModularLoraGuardModel", "ModularLoraKSampler"}  # ComfyUI does not look behind what is cached
 LOOKS = [(front_end, nodes2) for front_end in ("pinned", "newest") for nodes2 in (False, True)]
 NAMES = [f"{front_end}, {'Nodes 2.0' if nodes2 else 'classic'}" for front_end, nodes2 in LOOKS]
@@ -47,13 +48,15 @@ def visits(front_end: str, folder: Path) -> list[Json]:
     need_browser()
     world = DemoWorld.at(Path(WORLD or ""))
     base.prepare(folder / "base", checkpoint=world.checkpoint, loras=world.loras, safety=world.safety)
-    task = folder / "base" / "models" / "loras" / "strange.safetensors"
-    save_file(load_file(world.task), task, {"modular_lora.trained_on": HOSTILE})
     log, found = folder / "log", []
     with Server(Path(COMFYUI or ""), sys.executable, folder / "base", log=log, cpu=True, extra=options) as server:
         for nodes2 in (False, True):
             shots = folder / f"nodes2-{nodes2}"
             shots.mkdir()
+            task = (
+                folder / "base" / "models" / "loras" / f"strange-{nodes2}.safetensors"
+            )  # nothing comes from the cache
+            save_file(load_file(world.task), task, {"modular_lora.trained_on": f"{HOSTILE}{nodes2}"})
             (shots / "graph.json").write_text(json.dumps(graph(world, task.name, int(nodes2))), encoding="utf-8")
             given = {"url": server.url, "nodes2": nodes2, "graph": str(shots / "graph.json"), "folder": str(shots)}
             found.append(visit("reports.mjs", json.dumps(given), timeout=900))
@@ -77,7 +80,13 @@ def seen(request: pytest.FixtureRequest) -> Json:
 
 
 def texts(state: Json) -> dict[str, str]:
-    return {one["type"]: one["text"] for one in state["reports"]}
+    """Reports by node type; the guard's without the line above it, which `above` gives."""
+    return {one["type"]: one["text"].rpartition("\n\n")[2] for one in state["reports"]}
+
+
+def above(state: Json) -> str:
+    guard = next(one["text"] for one in state["reports"] if one["type"] == "ModularLoraGuardModel")
+    return guard.rpartition("\n\n")[0]
 
 
 def test_every_node_shows_its_report_when_the_job_has_ended(seen: Json) -> None:
@@ -85,11 +94,12 @@ def test_every_node_shows_its_report_when_the_job_has_ended(seen: Json) -> None:
     assert {kind: text.splitlines()[0] for kind, text in texts(seen["first"]).items()} == TEXTS
     assert all(one["fixed"] for one in seen["first"]["reports"]), "nobody writes into it"
     assert all(one["drawn"] for one in seen["first"]["reports"])
+    assert above(seen["first"]) == ABOVE
 
 
 def test_line_breaks_are_kept_and_words_are_only_words(seen: Json) -> None:
     text = texts(seen["first"])["ModularLoraGuardModel"]
-    assert text.splitlines()[1].startswith("note: task strange.safetensors says that it was trained on more than W0")
+    assert text.splitlines()[1].startswith("note: task strange-")
     assert HOSTILE in text
     for state in ("first", "back", "cached", "reloaded"):
         assert (seen[state]["ran"], seen[state]["foreign"]) == (None, []), state
@@ -99,6 +109,7 @@ def test_the_reports_are_there_again_after_another_workflow_and_after_a_reload(s
     assert seen["elsewhere"]["reports"] == []
     for state in ("back", "cached", "reloaded"):
         assert texts(seen[state]) == texts(seen["first"]), state
+        assert above(seen[state]) == ABOVE, state
 
 
 def test_the_reports_are_neither_saved_nor_queued(seen: Json) -> None:

@@ -234,5 +234,5 @@ def test_a_policy_cuts_down_what_the_history_tells(
     for name in OUTPUT:
         for one in ours[name][KEY]:
             jsonschema.validate(one, SCHEMA)
-    assert ours["withheld"][KEY][0]["refusal"] == {"rule": "gate.withhold", "code": None}
+    assert ours["withheld"][KEY][0]["refusal"] == {"rule": "gate.withhold", "code": "gate.blocked"}
     assert ours["save-0"]["text"] == ["1 of 1 images attested"]

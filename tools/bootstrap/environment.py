@@ -124,7 +124,10 @@ def ensure_ours() -> None:
     """RunError where `.run` is no folder, or is one that another clone made and may be using."""
     run = paths.RUN
     if run.is_symlink() and not run.exists():
-        raise RunError(f"{run} is a link to {os.readlink(run)}, which is not there: remove the link.")
+        raise RunError(
+            f"{run} is a link to {os.readlink(run)}, which is not there: remove the link.",
+            code="command.link-to-nothing",
+        )
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; the environment goes there: move the file away.")
     if not run.is_dir() or not any(run.iterdir()):
@@ -136,7 +139,8 @@ def ensure_ours() -> None:
         raise RunError(
             f"{run} is not made as this clone needs it, and it is {'a link' if run.is_symlink() else 'shared'} "
             f"({run.resolve()}, made for {maker or 'another clone'}): nothing was changed there. Remove the link to "
-            "get an environment of your own, or bring both clones to the same commit."
+            "get an environment of your own, or bring both clones to the same commit.",
+            code="command.shared",
         )
 
 
@@ -151,7 +155,9 @@ def hold(*, alone: bool) -> None:
         fcntl.flock(_lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         what = "must be installed anew, and another command is using it" if alone else "is just being installed"
-        raise RunError(f"{paths.RUN} {what}: end the other command, or wait for it, and try again.") from error
+        raise RunError(
+            f"{paths.RUN} {what}: end the other command, or wait for it, and try again.", code="command.in-use"
+        ) from error
     except OSError:
         return  # not ours to write, or a file system without locks: then nothing here can be changed either
 

@@ -17,7 +17,7 @@ from . import environment, paths
 from .console import RunError, say
 from .process import child_environment, output_of, run_logged
 
-REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
+REPOSITORY = "https://github.com/Comfy-Org/ComfyUI"
 VARIABLE = "COMFYUI_GIT"  # another repository: a mirror's address, or a folder
 REF = re.compile(r"\w[\w./+-]*")  # a tag, a branch, a whole commit
 AUDIO = "torchaudio"  # asks for PyTorch, which is there: installed without what it asks for
@@ -37,7 +37,10 @@ def ensure(ref: str, variables: Mapping[str, str] = os.environ) -> tuple[Path, P
         RunError: git is missing, the repository cannot be reached, it has no such ``ref``, or that is no ComfyUI.
     """
     if not REF.fullmatch(ref) or ".." in ref:
-        raise RunError(f"--comfyui-git {ref!r}: no name of a tag, branch or commit. Give one, for instance v0.33.0.")
+        raise RunError(
+            f"--comfyui-git {ref!r}: no name of a tag, branch or commit. Give one, for instance v0.33.0.",
+            code="command.git-ref",
+        )
     repository = variables.get(VARIABLE, "").strip() or REPOSITORY
     home = paths.FROM_GIT / re.sub(r"[^\w.+-]", "_", ref)
     source = home / SOURCE
@@ -63,7 +66,10 @@ def _fetch(repository: str, ref: str, source: Path) -> None:
     """ComfyUI at ``ref`` in ``source``, whole or not at all."""
     git = shutil.which("git")
     if git is None:
-        raise RunError("--comfyui-git needs git, which is not installed here: install it, or set COMFYUI_PATH instead.")
+        raise RunError(
+            "--comfyui-git needs git, which is not installed here: install it, or set COMFYUI_PATH instead.",
+            code="command.no-git",
+        )
     remedy = (
         f"Look at the lines above: is the network there, and has {repository} a {ref}? {VARIABLE} may name another "
         "repository; COMFYUI_PATH takes a ComfyUI that you have."
@@ -84,7 +90,10 @@ def _fetch(repository: str, ref: str, source: Path) -> None:
             )
         missing = [name for name in ("main.py", "comfy", "requirements.txt") if not (part / name).exists()]
         if missing:
-            raise RunError(f"{repository}, {ref}: no ComfyUI ({', '.join(missing)} not there). Name its repository.")
+            raise RunError(
+                f"{repository}, {ref}: no ComfyUI ({', '.join(missing)} not there). Name its repository.",
+                code="command.no-comfyui",
+            )
 
 
 def _install(pinned: Path, home: Path, requirements: Path) -> None:

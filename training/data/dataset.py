@@ -119,7 +119,9 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
     """
     data = picture.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
+        raise PictureError(
+            f"{picture.path}: has changed since the data set was read: start again.", code="image.changed"
+        )
     decoded = decode(data)
     place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
     image = decoded.alpha if picture.subset.alpha_mask else None

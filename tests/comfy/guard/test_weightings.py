@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.graphs import GraphError, guarded_graph, node
+from support.errors import refuses
+from support.graphs import guarded_graph, node
 
 
 @pytest.fixture
@@ -49,5 +50,5 @@ def test_what_another_clip_has_a_share_in_is_refused(way, comfy, run_graph, lora
     else:  # a text encoder that the node has loaded by itself
         own = comfy.nodes.CheckpointLoaderSimple().load_checkpoint("world.safetensors")[1]
         monkeypatch.setattr(comfy.nodes.NODE_CLASS_MAPPINGS["WeighWords"], "hidden_clip", own)
-    with pytest.raises(GraphError, match="positive conditioning was not made by the guarded CLIP alone"):
+    with refuses("conditioning.not-guarded", "positive"):
         run_graph(graph)

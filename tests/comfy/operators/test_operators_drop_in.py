@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from safetensors.torch import load_file, save_file
 from support.drop_in import guarded, ordinary
-from support.graphs import GraphError, node
+from support.errors import refuses
+from support.graphs import node
 from support.operator_graphs import required, stopped
 from support.pack_nodes import NODES
 
@@ -53,7 +54,7 @@ def test_another_safety_lora_on_the_node_is_refused(enforced):
 def test_a_denied_file_is_refused_by_its_sha256_when_queued_and_when_it_runs(operator, sha256):
     operator.write(required(sha256("safety.safetensors")) + f'[tasks]\ndeny = ["{sha256(TASK)}"]\n')
     assert "is denied" in operator.queue(graph(52, (TASK, 0.7)))["lora0"]
-    stopped(operator, graph(52, (TASK, 0.7)), "is denied")
+    stopped(operator, graph(52, (TASK, 0.7)), "refused.tasks.deny")
     operator.run(graph(53, (OTHER, 0.7)))
 
 
@@ -71,7 +72,7 @@ def test_a_file_that_was_saved_again_is_the_same_lora(comfy, operator, sha256, l
         assert "not allowed" in operator.queue(graph(59, (OTHER, 0.7)))["lora0"]
     else:
         assert "is denied" in operator.queue(made)["lora0"]
-        stopped(operator, made, "is denied")
+        stopped(operator, made, "refused.tasks.deny")
 
 
 def test_where_files_are_allowed_what_is_of_no_file_is_refused(operator, sha256):
@@ -81,19 +82,19 @@ def test_where_files_are_allowed_what_is_of_no_file_is_refused(operator, sha256)
     made = graph(55)
     made["scaled"] = node("PackScalingLoader", model=["guard", 0], lora_name=TASK, factor=0.5)
     made["sample"]["inputs"]["model"] = ["scaled", 0]
-    stopped(operator, made, "its file is not known")
+    stopped(operator, made, "refused.tasks.allow")
 
 
 def test_a_loader_in_front_and_a_plain_clip_are_refused_as_they_run(enforced):
     made = graph(56, (TASK, 0.7))
     made["lora0"]["inputs"]["clip"] = ["ckpt", 1]
     assert "beside the guard" in enforced.queue(made)["lora0"]
-    stopped(enforced, made, "not behind Guard")
+    stopped(enforced, made, "refused.guard.required", "Guard")
 
 
 def test_what_the_stock_vae_decodes_does_not_leave(enforced):
     made = graph(57, (TASK, 0.7))
     made["decode"]["inputs"]["vae"] = ["ckpt", 2]
     assert "save" in enforced.queue(made)
-    with pytest.raises(GraphError, match="no guarded run made"):
+    with refuses("refused.open.unattested"):
         enforced.run_graph(copy.deepcopy(made) | {"plain": node("VAEDecode", samples=["latent", 0], vae=["ckpt", 2])})

@@ -8,11 +8,11 @@ import importlib
 import json
 
 import numpy as np
-import pytest
 from aiohttp.test_utils import make_mocked_request
 from PIL import Image
 from support.edit_graphs import edit, sources
-from support.graphs import GraphError, decode, node, sampler
+from support.errors import refuses
+from support.graphs import decode, node, sampler
 from support.operator_graphs import stopped
 
 KEY = "modular_lora_images"
@@ -125,7 +125,7 @@ def test_under_a_policy_a_named_edit_may_leave_and_what_is_not_vouched_for_may_n
     assert [one["said"] for one in entries(comfy, "policy_edited")] == ["guarded; edited: ImageScale"] * 2
     graph["load"] = node("LoadBeside", image=["decode", 0], file=1)
     graph["whole"]["inputs"]["images"] = ["load", 0]
-    stopped(enforced, graph, "open.unattested")
+    stopped(enforced, graph, "refused.open.unattested")
 
 
 def test_under_a_policy_every_run_behind_an_image_must_satisfy_it(enforced, run_graph, loras):
@@ -136,5 +136,5 @@ def test_under_a_policy_every_run_behind_an_image_must_satisfy_it(enforced, run_
     graph["sample2"]["inputs"]["model"] = ["guard2", 0]
     graph["both"] = edit("ImageStitch", {"image1": ["decode", 0], "image2": ["decode2", 0]})
     graph["save"] = node("SaveImage", images=["both", 0], filename_prefix="two")
-    with pytest.raises(GraphError, match="is missing"):
+    with refuses("refused.guard.required"):
         enforced.run_graph(graph)

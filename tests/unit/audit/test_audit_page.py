@@ -19,9 +19,9 @@ from modular_lora_guard.audit import figures, page, plots, report, sheet, words
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
 from modular_lora_guard.gate.statistics import Rate, newcombe, wilson
-from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 from support.audit_toys import judge
+from support.errors import refuses
 from support.reports import MARGIN, SETTINGS, hostile
 
 HOSTILE = "<script>alert('$x_1$')</script> & \"q\" \x00\n]]>"
@@ -176,7 +176,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert report.read(tmp_path / "report.json") == found
     for text in ("", "{}", '{"form": 1}', "[]", '{"form": 2, "rows": 3}'):
         (tmp_path / "report.json").write_text(text)
-        with pytest.raises(GuardError, match=r"report\.json: is no report of this version"):
+        with refuses("audit.report-unreadable", "report.json"):
             report.read(tmp_path / "report.json")
 
 

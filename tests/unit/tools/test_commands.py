@@ -27,6 +27,7 @@ from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import server
 from modular_lora_guard.tools.world import ASSETS, evidence
 from modular_lora_guard.training import cli as training
+from support.errors import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -314,7 +315,7 @@ def fake(tmp_path: Path, port: int) -> server.Server:
 
 def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path, other: int) -> None:
     made = fake(tmp_path, other)
-    with pytest.raises(RunError, match=f"port {other} "):
+    with refuses("command.port", other):
         made.start()
     assert not made.log.exists()
 
@@ -325,12 +326,12 @@ def test_a_server_that_was_not_started_by_us_is_never_announced_as_ours(
     monkeypatch.setattr(server, "ensure_free", lambda port: None)  # the other one came just after we had looked
     made = fake(tmp_path, other)
     assert made.answers()
-    with pytest.raises(RunError, match="gave no answer"):
+    with refuses("command.no-answer"):
         made.start(timeout=3)
 
 
 def test_a_port_beyond_all_ports_is_refused() -> None:
-    with pytest.raises(RunError, match="port 70000 "):
+    with refuses("command.port", "70000"):
         server.ensure_free(70_000)
     with socket.socket() as one:
         one.bind((server.HOST, 0))
@@ -400,7 +401,7 @@ def test_a_linked_run_folder_that_does_not_fit_is_refused_and_left_alone(
 ) -> None:
     other = second(installed, monkeypatch, "a\nb\n")
     (other / ".run").symlink_to(installed / ".run")
-    with pytest.raises(RunError, match="nothing was changed there"):
+    with refuses("command.shared"):
         environment.ensure_bundled()
     assert (installed / ".run" / "comfyui" / "copy.stamp").exists()
 
@@ -408,7 +409,7 @@ def test_a_linked_run_folder_that_does_not_fit_is_refused_and_left_alone(
 def test_a_link_that_leads_nowhere_is_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = second(installed, monkeypatch)
     (other / ".run").symlink_to(installed / "gone")
-    with pytest.raises(RunError, match="which is not there"):
+    with refuses("command.link-to-nothing"):
         environment.ensure_bundled()
 
 
@@ -420,7 +421,7 @@ def test_a_run_folder_of_ones_own_is_not_changed_while_a_command_uses_it(
     user = os.open(installed / ".run" / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(user, fcntl.LOCK_SH)
-        with pytest.raises(RunError, match="another command is using it"):
+        with refuses("command.in-use"):
             environment.ensure_bundled()
     finally:
         os.close(user)

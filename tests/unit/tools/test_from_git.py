@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from modular_lora_guard.tools.bootstrap import comfyui, environment, from_git, paths
 from modular_lora_guard.tools.bootstrap.console import RunError
+from support.errors import refuses
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
 
@@ -98,20 +99,26 @@ def test_a_whole_commit_is_a_name_too(asked: list[list[str]], repository: Path) 
 
 
 @pytest.mark.parametrize(
-    ("ref", "source", "words"),
+    ("ref", "source", "code", "named"),
     [
-        ("v9.9.9", None, "git fetch"),
-        ("master", "nowhere", "COMFYUI_GIT may name another repository"),
-        ("--upload-pack=x", None, "no name of a tag"),
-        ("../up", None, "no name of a tag"),
+        ("v9.9.9", None, "command.exit-code", "git fetch"),
+        ("master", "nowhere", "command.exit-code", "COMFYUI_GIT"),
+        ("--upload-pack=x", None, "command.git-ref", ""),
+        ("../up", None, "command.git-ref", ""),
     ],
 )
 def test_what_cannot_be_had_is_named_with_a_remedy_and_leaves_nothing(
-    ref: str, source: str | None, words: str, asked: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ref: str,
+    source: str | None,
+    code: str,
+    named: str,
+    asked: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if source:
         monkeypatch.setenv(from_git.VARIABLE, str(tmp_path / source))
-    with pytest.raises(RunError, match=words):
+    with refuses(code, ref, named):
         comfyui.find(bundled=False, ref=ref)
     assert not list(paths.FROM_GIT.glob("*/comfyui*"))
     assert not asked
@@ -120,13 +127,13 @@ def test_what_cannot_be_had_is_named_with_a_remedy_and_leaves_nothing(
 def test_another_repository_is_no_comfyui(asked: list[list[str]], repository: Path) -> None:
     git(repository, "rm", "-q", "-r", "comfy")
     git(repository, "commit", "-q", "-m", "something else")
-    with pytest.raises(RunError, match=r"no ComfyUI \(comfy not there\)"):
+    with refuses("command.no-comfyui", "comfy"):
         comfyui.find(bundled=False, ref="master")
 
 
 def test_without_git_the_remedy_is_another_way(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(from_git.shutil, "which", lambda name: None)
-    with pytest.raises(RunError, match="set COMFYUI_PATH instead"):
+    with refuses("command.no-git", "COMFYUI_PATH"):
         comfyui.find(bundled=False, ref="master")
 
 
