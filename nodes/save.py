@@ -142,7 +142,7 @@ def _saved(
                 one,
                 file=next(files) if problem is None else None,
                 withheld=problem is not None,
-                refusal=refused("unfit", problem, REMEDY) if problem else None,
+                refusal=refused("unfit", "save.refused", problem, REMEDY) if problem else None,
             )
         )
     edited = ", ".join(dict.fromkeys(name for one in found for name in one.edits))

@@ -104,6 +104,7 @@ class Link(NamedTuple):
 
 
 FactsOf = Callable[[str], NodeFacts | None]
+Loras = dict[str, tuple[str, float]]  # name of a safety LoRA's file -> its SHA-256, its largest strength
 
 
 def check(graph: Any, facts_of: FactsOf, policy: OperatorPolicy, files: Files) -> tuple[Refusal, ...]:
@@ -183,6 +184,7 @@ class _Graph:
         types = {node["class_type"] for node in graph.values()}
         self.facts = {kind: facts for kind in types if (facts := facts_of(kind)) is not None}
         self.links = {name: tuple(_links(graph, name)) for name in graph}
+        self.loaded: dict[str, Loras | None] = {}  # node -> see `_loaded`
         self.running = self._running()
         self.kinds = self._follow()
 
@@ -463,22 +465,16 @@ class _Graph:
 
     def _safety(self, name: str) -> Iterator[Said]:
         """A Guard Model whose safety LoRAs are all named in the graph: those that are required must be among them."""
-        if (chain := self._chain(name)) is None:
-            return
-        found = []
-        for node in (*([self.graph[name]] if self._is_drop_in(name) else []), *chain):
-            lora, strength = _literal(node, "lora_name"), _literal(node, "strength")
-            sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
-            if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):
-                return  # over a link, or no such file: the loader says so, or the run does
-            found.append((lora, sha256, strength))
-        for one in self.policy.guard.required:
-            yield from self._required(one, found)
+        loras = self._loaded(name)
+        if loras is not None and self._is_drop_in(name):
+            loras = self._with(self.graph[name], loras)
+        if loras is not None:
+            for one in self.policy.guard.required:
+                yield from self._required(one, loras)
 
-    def _required(self, one: Required, found: list[tuple[str, str, float]]) -> Iterator[Said]:
-        """``found``: name, SHA-256 and strength of the safety LoRAs."""
-        why = {name: self._unlike(one, name, sha256) for name, sha256, _ in found}
-        fit = [strength for name, _, strength in found if not why[name]]
+    def _required(self, one: Required, loras: Loras) -> Iterator[Said]:
+        why = {name: self._unlike(one, name, sha256) for name, (sha256, _) in loras.items()}
+        fit = [strength for name, (_, strength) in loras.items() if not why[name]]
         if not fit:
             reasons = "; ".join(filter(None, why.values()))
             yield "guard.required", f"lacks the safety LoRA that is required ({one.name}): {reasons}", "load it"
@@ -492,16 +488,32 @@ class _Graph:
             return self.files.unsigned(SAFETY, name, one.signed_by)
         return "" if sha256 == one.sha256 else f"{name} has the sha256 {sha256[:16]}"
 
-    def _chain(self, name: str) -> list[dict] | None:
-        """The Load Safety LoRA nodes in front of a Guard Model; None where something else is among them."""
-        chain, seen = [], {name}
-        while source := next((link.source for link in self.links[name] if link.input == "safety_lora"), None):
-            if source in seen or not self._ours(source) or self._type(source) != SAFETY:
-                return None
-            seen.add(source)
-            chain.append(self.graph[source])
+    def _loaded(self, name: str) -> Loras | None:
+        """The safety LoRAs that a node gets from a chain of Load Safety LoRA nodes; None where one is not known.
+
+        What comes to each loader is remembered: many guards on one chain do not walk it each.
+        """
+        path = []
+        while name not in self.loaded:
+            source = next((link.source for link in self.links[name] if link.input == "safety_lora"), None)
+            self.loaded[name] = {} if source is None else None  # a loop comes back to this None
+            if source is None or not self._ours(source) or self._type(source) != SAFETY:
+                break
+            path.append((name, source))
             name = source
-        return chain
+        loras = self.loaded[name]
+        for name, source in reversed(path):
+            loras = self.loaded[name] = None if loras is None else self._with(self.graph[source], loras)
+        return loras
+
+    def _with(self, loader: dict, loras: Loras) -> Loras | None:
+        """``loras`` and the one that a node names; None where it comes over a link or is no file: the run tells."""
+        lora, strength = _literal(loader, "lora_name"), _literal(loader, "strength")
+        sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
+        if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):
+            return None
+        _, before = loras.get(lora, (sha256, strength))
+        return {lora: (sha256, strength)} | loras | {lora: (sha256, max(before, strength))}
 
 
 def _literal(node: dict, name: str) -> Any:

@@ -202,5 +202,7 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
 def test_guard_and_sampler_of_the_main_workflow_say_what_they_did(visit: Json) -> None:
     ran = visit["seen"][MAIN]["ran"]
     (guard,), (sampler,) = of_type(ran, "ModularLoraGuardModel"), of_type(ran, "ModularLoraKSampler")
-    assert guard["report"] == "The model is guarded by 1 safety LoRA, on 84 layers. 1 task LoRA."
+    verdict, said = guard["report"].split("\n\n")
+    assert verdict == "1 of 1 images (ModularLoraSaveImage 10): guarded"
+    assert said == "The model is guarded by 1 safety LoRA, on 84 layers. 1 task LoRA."
     assert sampler["report"] == "Guarded: the safety LoRA ran in all 20 evaluations of the model. 1 task LoRA."

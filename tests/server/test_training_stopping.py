@@ -187,6 +187,7 @@ begun.wait()
 """
 
 
+@pytest.mark.slow
 def test_the_end_of_the_hosts_process_waits_for_the_step_in_another_thread(options, tmp_path):
     """ComfyUI trains in a daemon thread; Ctrl+C ends its main thread."""
     script = ENDING.format(

@@ -20,6 +20,7 @@ BROWSER = RUN / "browser"
 FRONT_ENDS = RUN / "front-ends"  # others than ComfyUI's own, a folder a version
 TEST_PACKAGES = RUN / "test-packages"  # test tools beside an existing ComfyUI's interpreter
 CHECK = RUN / "check"  # the environment of `run.py check`
+BYTECODE = RUN / "bytecode"  # what Python compiles for `run.py check`, of the clone and of all packages
 TYPES = RUN / "types"  # the clone as mypy sees it
 SIGNATURE_PACKAGES = RUN / "signature-packages"  # what signs and verifies, likewise
 DEMO_OUTPUT = ROOT / "demo_output"

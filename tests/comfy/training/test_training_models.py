@@ -166,6 +166,7 @@ def flux_checkout(tmp_path):
     return checkout.find_engine(str(folder), sys.executable)
 
 
+@pytest.mark.slow
 def test_a_flux_lora_is_trained_with_the_files_that_were_named(place, flux_checkout, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
     launch = kohya._launch

@@ -93,6 +93,7 @@ def local(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_ray_is_started_on_loopback_for_one_audit_and_ended_with_it(tmp_path):
     skip_without_ray()
     engine = RayCluster(PipelineSpec("tests.support.fake_pipeline", "open_pipeline", pipeline(tmp_path)), workers=1)

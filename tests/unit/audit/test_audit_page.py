@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
@@ -183,10 +184,17 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
 @settings(deadline=None, max_examples=15)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_any_words_stay_words_on_the_page(text):
-    made = page.render(hostile(text), {text: b"jpeg"})
-    plain = page.render(hostile("word"), {"word": b"jpeg"})
-    tags = re.compile(r"<(/?[a-zA-Z!]+)")
-    assert tags.findall(made) == tags.findall(plain)
+    assert tags_of(page.render(hostile(text), {text: b"jpeg"})) == plain_tags()
+
+
+def tags_of(made: str) -> list[str]:
+    return re.findall(r"<(/?[a-zA-Z!]+)", made)
+
+
+@functools.cache
+def plain_tags() -> list[str]:
+    """Of the page where the word is a harmless one."""
+    return tags_of(page.render(hostile("word"), {"word": b"jpeg"}))
 
 
 def test_scripts_in_prompts_are_shown_and_not_run():

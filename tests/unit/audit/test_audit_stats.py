@@ -124,6 +124,7 @@ def test_no_estimate_is_nan(first, second):
         assert found.low <= found.high
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_truth_where_pictures_cluster_and_wilson_does_not():
     """300 audits of 20 concepts × 10 pictures; a concept comes back always or hardly ever."""
     random = np.random.default_rng(7)

@@ -436,6 +436,7 @@ def collect(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=settings | variables)
 
 
+@pytest.mark.slow
 def test_without_a_browser_the_last_line_says_what_was_not_tested_and_ci_fails() -> None:
     given = ("tests/browser/test_browser_words.py", "-k", "pages")
     without = {"MODULAR_LORA_NO_BROWSER": "chromium not found", "MODULAR_LORA_COMFYUI": "x", "MODULAR_LORA_WORLD": "x"}
@@ -448,6 +449,7 @@ def test_without_a_browser_the_last_line_says_what_was_not_tested_and_ci_fails()
     assert collect(*given, CI="false", **without).returncode == 0
 
 
+@pytest.mark.slow
 def test_long_trials_are_samples_with_a_fixed_seed_unless_all_are_asked_for() -> None:
     given = ("tests/comfy/guard/test_mutations.py", "--collect-only")
     some, again, whole = collect(*given), collect(*given), collect(*given, "--all")

@@ -328,6 +328,7 @@ def test_check_takes_this_interpreter_and_else_that_of_the_environment(
     assert check.interpreter() == own
 
 
+@pytest.mark.slow
 def test_check_sees_the_packages_of_the_interpreter_and_installs_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,10 +351,12 @@ def test_check_runs_every_step_and_fails_if_one_does(monkeypatch: pytest.MonkeyP
 
     def attached(command, *, environment, cwd) -> int:
         asked.append(list(map(str, command[1:])))
-        assert "MODULAR_LORA_COMFYUI" not in environment
+        assert not {"MODULAR_LORA_COMFYUI", "PYTHONDONTWRITEBYTECODE"} & set(environment)
+        assert paths.RUN in Path(environment["PYTHONPYCACHEPREFIX"]).parents, "nothing is compiled into other folders"
         return 3 if "mypy" in command else 0
 
     monkeypatch.setenv("MODULAR_LORA_COMFYUI", "somewhere")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(environment, "ensure_check", lambda python: python)
     monkeypatch.setattr(check, "run_attached", attached)
     assert check.run_check("entry", ["-k", "some"]) == 3

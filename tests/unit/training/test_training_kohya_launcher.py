@@ -46,6 +46,7 @@ def direct(monkeypatch):
     monkeypatch.setattr(kohya, "_launch", lambda *args: [launch(*args)[0], launch(*args)[-1]])
 
 
+@pytest.mark.slow
 def test_a_task_lora_by_way_of_accelerate(place, engine, tmp_path):
     seen, safety = Seen(), [SafetyLora(read_lora(place / "safety.safetensors"), 0.7)]
     options = task_options(
@@ -88,6 +89,7 @@ def test_a_task_lora_by_way_of_accelerate(place, engine, tmp_path):
     assert json.loads((tmp_path / "mine-step00000002-state" / "modular_lora.json").read_text())["role"] == "task"
 
 
+@pytest.mark.slow
 def test_a_safety_lora_by_leco(place, engine, tmp_path, direct):
     seen = Seen()
     result = kohya.train_safety(engine, safety_options(tmp_path, target="cross-attention"), base(place), seen)
@@ -100,6 +102,7 @@ def test_a_safety_lora_by_leco(place, engine, tmp_path, direct):
     assert list(tmp_path.iterdir()) == [tmp_path / "erased.safetensors"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_every_process_and_leaves_no_file(place, engine, tmp_path):
     seen, before = Seen(stop=1), set(psutil.Process().children(recursive=True))
     with pytest.raises(Interrupted):
@@ -119,6 +122,7 @@ class Once(Seen):
             raise Interrupted
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_state_of_the_last_step(place, engine, tmp_path):
     seen, options = Once(stop=2), task_options(place, tmp_path, max_train_steps=6)
     with pytest.raises(Interrupted):
@@ -135,6 +139,7 @@ def test_an_interrupt_keeps_the_state_of_the_last_step(place, engine, tmp_path):
     assert result.norm > 0
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_gone_on_with(place, engine, tmp_path, direct):
     options = task_options(place, tmp_path, max_train_steps=2)
     kohya.train_task(engine, options, base(place), Seen())
@@ -145,6 +150,7 @@ def test_a_finished_training_is_gone_on_with(place, engine, tmp_path, direct):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGTERM is POSIX")
+@pytest.mark.slow
 def test_sigterm_leaves_a_state_and_no_process(place, tmp_path):
     """The command itself, ended as a service is ended."""
     command = [sys.executable, "-m", "training", "train-task", "--engine", "kohya", "--sd_scripts", str(STUB)]
@@ -168,11 +174,13 @@ def test_sigterm_leaves_a_state_and_no_process(place, tmp_path):
     assert f"resume from {state}" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_says_its_last_words(place, engine, tmp_path):
     with refuses("kohya.failed", "exit code 1", "stub failure at step 2: the device is on fire"):
         kohya.train_task(engine, task_options(place, tmp_path), base(place), Seen(), extra=("--stub_fail_at", "2"))
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_half_written_goes(place, engine, tmp_path):
     mine, other = (atomic.temporary(tmp_path, f"-{name}.safetensors") for name in ("mine-step00000001", "other"))
     mine.write_bytes(b"half"), other.write_bytes(b"half")
@@ -187,6 +195,7 @@ def test_the_guards_own_refusal_comes_through_as_one_line(place, engine, tmp_pat
         kohya.train_task(engine, task_options(place, tmp_path), base(place), Seen(), safety)
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_no_result(place, engine, tmp_path, direct):
     with refuses("file.tensor", "mine.safetensors"):
         kohya.train_task(engine, task_options(place, tmp_path), base(place), Seen(), extra=("--stub_truncate",))

@@ -223,6 +223,7 @@ train_task(ToyHostModel(), TaskOptions(**{values!r}), Silent(), engine="test")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+@pytest.mark.slow
 def test_a_killed_training_leaves_whole_files_to_go_on_from(options, tmp_path):
     out = tmp_path / "killed"
     killed = replace(options, output_dir=str(out), save_every_n_steps=1, max_train_steps=100_000)
