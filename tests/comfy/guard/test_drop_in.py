@@ -301,15 +301,6 @@ def test_whole_weights_and_saving_are_refused(run_graph):
     graph = guarded(ordinary())
     graph["weights"] = node("ModelSave", model=["guard", 0], filename_prefix="w")
     refused(run_graph, graph, "model.refused", "ModelSave")
-<<<<<<< HEAD
-=======
-    graph = guarded(ordinary())
-    graph["hook"] = node("CreateHookLora", lora_name=TASK, strength_model=1.0, strength_clip=0.0)
-    hooked = {"strength": 1.0, "set_cond_area": "default", "hooks": ["hook", 0]}
-    graph["hooked"] = node("ConditioningSetProperties", cond_NEW=["pos", 0], **hooked)
-    graph["sample"]["inputs"]["positive"] = ["hooked", 0]
-    refused(run_graph, graph, ("model.refused", "model.patched"), "KSampler", "LoRA hook")
->>>>>>> main
 
 
 def test_a_clone_that_drops_the_guard_is_refused_when_it_samples(run_graph):
