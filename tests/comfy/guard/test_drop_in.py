@@ -411,7 +411,7 @@ def test_a_model_as_a_lora_hook_and_hooks_on_the_clip_are_refused_by_name(run_gr
         "SetClipHooks", clip=["lora0", 1], hooks=["hook", 0], apply_to_conds=True, schedule_clip=False
     )
     graph["pos"]["inputs"]["clip"] = ["clip_hooks", 0]
-    refused(run_graph, graph, "model.hooks", "CLIPTextEncode")
+    refused(run_graph, graph, "model.hooks", "SetClipHooks")
 
 
 # What it costs, and what stays
