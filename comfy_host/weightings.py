@@ -64,9 +64,10 @@ def watching(name: str, inputs: Mapping[str, list]) -> Iterator[_Watch]:
     """Watch a node of this type run on these inputs."""
     values = [leaf for some in inputs.values() for value in some for leaf in _leaves(value)]
     clips = [value for value in values if isinstance(value, comfy.sd.CLIP)]
-    found = {clip.patcher.guard_state.text_digest if isinstance(clip, GuardedClipMixin) else None for clip in clips}
+    found = {clip.text_digest if isinstance(clip, GuardedClipMixin) else None for clip in clips}
     found |= {ledger.embeddings.get(row) for value in values for row in embedding_rows(value)}
-    watch = _Watch(name, found.pop() if len(found) == 1 and not _loads(name, inputs) else None, clips)
+    bound = len(found) == 1 and not _loads(name, inputs)
+    watch = _Watch(name, (found.pop() or None) if bound else None, clips)  # "": no safety LoRA acts on text
     with _noting(watch.ran) if clips else contextlib.nullcontext():
         yield watch
 
