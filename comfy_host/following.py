@@ -106,7 +106,7 @@ def _node(original: Callable) -> Callable:
         if facts.is_output:
             found = told.note(prompt, unique_id, name, input_data_all)
             input_data_all, kwargs = told.with_entry(found, name, facts, input_data_all, kwargs)
-        with weightings.watching(name, input_data_all) as texts:
+        with weightings.watching(name, facts, input_data_all) as texts:
             made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
 
         def after(outputs: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import numpy as np
 from aiohttp.test_utils import make_mocked_request
 from PIL import Image
+from support.drop_in import guarded, ordinary
 from support.edit_graphs import edit, sources
 from support.errors import refuses
 from support.graphs import decode, node, sampler
@@ -138,3 +139,20 @@ def test_under_a_policy_every_run_behind_an_image_must_satisfy_it(enforced, run_
     graph["save"] = node("SaveImage", images=["both", 0], filename_prefix="two")
     with refuses("refused.guard.required"):
         enforced.run_graph(graph)
+
+
+def test_an_ordinary_graph_with_a_hires_fix_behind_guard_is_told_the_same(comfy, loras):
+    graph = guarded(ordinary(("task.safetensors", 0.7)))
+    graph["bigger"] = edit("LatentUpscale", {"samples": ["sample", 0]})
+    graph["second"] = sampler(graph["sample"]["inputs"]["model"], latent_image=["bigger", 0], denoise=0.5)
+    graph["decode2"] = node("VAEDecode", samples=["second", 0], vae=["guard", 2])
+    graph["scaled"] = edit("ImageScaleBy", {"image": ["decode2", 0]})
+    for name, images in (("save", "decode"), ("save2", "decode2"), ("save3", "scaled")):
+        graph[name] = node("SaveImage", images=[images, 0], filename_prefix=f"dropin_{name}_")
+    run(comfy, graph, "dropin")
+    assert [one["status"] for name in ("save", "save2") for one in entries(comfy, f"dropin_{name}_")] == ["guarded"] * 2
+    assert [one["said"] for one in entries(comfy, "dropin_save3_")] == ["guarded; edited: ImageScaleBy"]
+    assert comfy.server.texts["guard"].splitlines()[:2] == [
+        "2 of 3 images (SaveImage save, SaveImage save2): guarded",
+        "1 of 3 images (SaveImage save3): guarded; edited: ImageScaleBy",
+    ]
