@@ -33,6 +33,7 @@ NODE_IDS = {
     "ModularLoraDecodeTiled",
     "ModularLoraSaveImage",
     "ModularLoraInterference",
+    "ModularLoraMakeSafety",
     "ModularLoraTrainTask",
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",
