@@ -26,7 +26,16 @@ from ..modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
-from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
+from .metadata_keys import (
+    CONCEPT_KEY,
+    DATASET_KEY,
+    ENGINE_KEY,
+    INITIALISATION_KEY,
+    LEAKS,
+    PRESERVED_KEY,
+    PROJECTED_KEY,
+    SAFETY_KEY,
+)
 from .model import Prediction
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
@@ -87,6 +96,8 @@ def metadata(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str
     if isinstance(options, SafetyOptions):
         found[CONCEPT_KEY] = ", ".join(options.concept)
         found[concept.PROMPTS_KEY] = concept.trained((*options.concept, *options.synonyms))
+        if options.preserve and options.preserve_weight:
+            found[PRESERVED_KEY] = json.dumps(list(options.preserve))
     if made.dataset:
         found |= _dataset(made.dataset)
     if options.no_dataset_metadata:

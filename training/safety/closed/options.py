@@ -54,7 +54,9 @@ class MakeOptions:
         ge=0,
     )
     rounds: int = opt(ROUNDS, "rece: rounds of finding what brings the concept back", gt=0)
-    network_dim: int = opt(128, "largest rank; beyond it the nearest change of this rank is taken; 0: no limit", ge=0)
+    network_dim: int = opt(
+        0, "largest rank; beyond it the nearest change of this rank is taken; 0: what comes out, exactly", ge=0
+    )
     save_precision: SavePrecision = opt("float", "type of the saved LoRA: fp16, bf16, float")
     no_dataset_metadata: bool = opt(False, "leave the output's name out of the file's metadata")
 
