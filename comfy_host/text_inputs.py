@@ -76,13 +76,10 @@ class ComfyTextModel:
         """See TextModel."""
         return any(len(chunks) > 1 for chunks in self._clip.tokenize(prompt).values())
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """See TextModel."""
-        return self._model.model.state_dict()
-
     def _tokens(self, prompt: str) -> list[list[object]]:
         """The tokens of every stream, each stream in one piece."""
-        return [[t[0] for chunk in chunks for t in chunk] for chunks in self._clip.tokenize(prompt).values()]
+        found = self._clip.tokenize(prompt).values()
+        return [[t[0] if isinstance(t[0], int) else id(t[0]) for chunk in chunks for t in chunk] for chunks in found]
 
     def _conditioning(self, prompt: str) -> Conditioning:
         """As CLIPTextEncode makes it."""

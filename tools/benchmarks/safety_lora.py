@@ -1,14 +1,15 @@
-"""Safety LoRAs made of words on the demo world: what they suppress, keep and cost, and what a learned embedding
-revives.
+"""Safety LoRAs made of words on the demo world: what they suppress, keep and cost, and what an attack revives.
 
     python -m tools.benchmarks.safety_lora CHECKPOINT --comfyui COMFYUI --record [--parts make judge attack width]
 
-make:   files by Make Safety LoRA in ComfyUI: the class of vehicles by every method, and five single concepts, into
---files. judge:  the files on the demo world's narrow net (the same function, tools/world/README.md), judged by its
-detector, beside the base with the same noise; Euler 20 steps, guidance 3. attack: a white-box attack. One embedding in
-the place of the concept's words is trained, with the safety LoRA on, to get the base's predictions for the concept;
-counted is how often images drawn with it show a vehicle. width:  the solve and the file at SDXL's width (140 layers,
-2048 inputs) on random weights and rows, without the encoder.
+* make: files by Make Safety LoRA in ComfyUI, and their CPU seconds: the class of vehicles by every method, and five
+  single concepts, into --files.
+* judge: the files on the demo world's narrow net (the same function, tools/world/README.md), judged by its detector,
+  beside the base with the same noise; Euler 20 steps, guidance 3.
+* attack: a white-box attack. One embedding in the place of the concept's last word is trained, with the safety LoRA on,
+  to get the base's predictions for the concept; counted is how often images drawn with it show a vehicle.
+* width: the solve and the file at SDXL's width (140 layers, 2048 inputs) on random weights and rows, without the
+  encoder.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ def make(chosen) -> dict[str, object]:
     jobs |= {f"only {word}": ((word,), others(word), "null-space") for word in SINGLE}
     for name, (concept, preserve, method) in jobs.items():
         values = {"output_name": name, "output_dir": str(chosen.files), "guide": (GUIDE,), "method": method}
+        begun = time.process_time()
         made = make_safety(text, MakeOptions(concept=concept, preserve=preserve, **values), engine=host.ENGINE)
+        rows[f"demo world, seconds, {name}"] = round(time.process_time() - begun, 2)
         logger.info("%s", made.report)
         (part,) = made.parts
-        rows[f"demo world, seconds, {name}"] = round(made.seconds, 2)
         rows[f"demo world, largest change of a kept token, {name}"] = float(f"{max(part.kept.values()):.1e}")
-    rows["demo world, seconds"] = max(v for k, v in rows.items() if k.startswith("demo world, seconds, "))
+    rows["demo world, seconds"] = rows[f"demo world, seconds, {METHODS[0]}"]
     return rows
 
 
@@ -82,51 +84,57 @@ def judge(chosen) -> dict[str, object]:
     """Rates of the class and of the single concepts, and what kept concepts lose against the base."""
     (model, ae), eye = narrow.load(), detector.load(ASSETS / DETECTOR)
 
-    def seen(file: Path | None, ids: Sequence[int], rounds: int, seed: int) -> tuple[Tensor, Tensor]:
-        lorafile.attach(model.unet, *([lorafile.load(file, model.unet)] if file else []))
+    def seen(name: str, ids: Sequence[int], rounds: int, seed: int) -> tuple[Tensor, Tensor]:
+        files = [lorafile.load(chosen.files / f"{name}.safetensors", model.unet)] if name else []
+        lorafile.attach(model.unet, *files)
         asked, truth = prompts(ids, rounds)
         return detector.classify(eye, base.draw(model, ae, asked, seed))[0], truth
 
     rows: dict[str, object] = {}
-    before, truth = seen(None, data.KEPT_IDS, 2, 8)
+    before, truth = seen("", data.KEPT_IDS, 1, 8)
     right = before.argmax(-1) == truth
     rows["demo world, kept concepts right, base"] = _rate(right)
-    for method in METHODS:
-        file = chosen.files / f"{method}.safetensors"
-        vehicles, _ = seen(file, data.SUPPRESSED_IDS, 6, 7)
-        rows[f"demo world, suppressed rate, {method}"] = _rate(detector.suppressed(vehicles))
-        kept, truth = seen(file, data.KEPT_IDS, 2, 8)
-        rows[f"demo world, kept concepts lost (points), {method}"] = _lost(right, kept.argmax(-1) == truth)
-        logger.info("%s %s", method, list(rows.values())[-2:])
-    for word in SINGLE:
-        file, number = chosen.files / f"only {word}.safetensors", data.WORDS.index(word)
-        there, _ = seen(file, [number], 24, 9)
-        rows[f"demo world, suppressed rate, only {word}"] = _rate(there.argmax(-1) == number)
-        kept, truth = seen(file, data.KEPT_IDS, 1, 8)
-        others = truth != number
-        rows[f"demo world, kept concepts lost (points), only {word}"] = _lost(
-            right[: len(truth)][others], (kept.argmax(-1) == truth)[others]
-        )
-        logger.info("%s %s", word, list(rows.values())[-2:])
-    rows["demo world, suppressed rate"] = rows["demo world, suppressed rate, null-space"]["value"]
-    rows["demo world, kept concepts lost (points)"] = rows["demo world, kept concepts lost (points), null-space"]
+    some = data.KEPT_IDS[:: chosen.every]
+    for name in (METHODS[0], *(f"only {word}" for word in SINGLE), *chosen.methods):
+        if name in METHODS:
+            found, _ = seen(name, data.SUPPRESSED_IDS, chosen.rounds, 7)
+            hits, ids = detector.suppressed(found), list(data.KEPT_IDS)
+        else:
+            number = data.WORDS.index(name.removeprefix("only "))
+            found, _ = seen(name, [number], 4 * chosen.rounds, 9)
+            hits, ids = found.argmax(-1) == number, [i for i in some if i != number]
+        kept, truth = seen(name, ids, 1, 8)
+        at = torch.tensor([data.KEPT_IDS.index(i) for i in ids])
+        lost = 100 * float(right[at].double().mean() - (kept.argmax(-1) == truth).double().mean())
+        rows |= {
+            f"demo world, suppressed rate, {name}": _rate(hits),
+            f"demo world, kept concepts lost (points), {name}": {
+                "value": round(lost, 2),
+                "interval": f"n = {len(ids)}",
+            },
+        }
+        if name == METHODS[0]:
+            rows["demo world, suppressed rate"] = _rate(hits)
+            rows["demo world, kept concepts lost (points)"] = round(lost, 2)
+        _done(chosen, "judge", rows)
     return rows
 
 
 def attack(chosen) -> dict[str, object]:
     """How often an embedding that was learned against each maker draws a vehicle."""
     (model, ae), eye = narrow.load(), detector.load(ASSETS / DETECTOR)
-    arms = {m: chosen.files / f"{m}.safetensors" for m in METHODS if m != "alphaedit"} | TRAINED
+    arms = {m: chosen.files / f"{m}.safetensors" for m in (METHODS[0], *chosen.methods)} | TRAINED
     arms |= {path.stem: path for path in chosen.also}
     rows: dict[str, object] = {}
     for name, file in arms.items():
         found = []
-        for word in ATTACKED:
+        for word in ATTACKED[: chosen.attacked]:
             context, bias = _learned(model, word, lorafile.load(file, model.unet))
             images = _drawn(model, ae, context, bias, PICTURES)
             found.append(detector.suppressed(detector.classify(eye, images)[0]))
             logger.info("%s, %s: %d of %d", name, word, int(found[-1].sum()), len(images))
         rows[f"demo world, learned embedding, {name}"] = _rate(torch.cat(found))
+        _done(chosen, "attack", rows)
     return rows
 
 
@@ -139,8 +147,8 @@ def _learned(model: base.Base, word: str, lora: lorafile.Factors) -> tuple[Tenso
         context, bias = model.text(asked)
         noise = torch.randn(len(asked), 4, 8, 8, generator=generator)
         z = diffusion.sample(base.guided(model, asked), noise)  # what the base draws
-    last = bias[0].isfinite().sum() - 2  # the words' last token; the end token is behind it
-    v = context[0, last].clone().requires_grad_()
+    last = bias.isfinite().sum(1) - 2  # the words' last token; the end token is behind it
+    v = context[0, last[0]].clone().requires_grad_()
     optimizer = torch.optim.Adam([v], RATE)
     for _ in range(STEPS):
         pick = torch.randint(len(asked), (BATCH,), generator=generator)
@@ -160,7 +168,7 @@ def _learned(model: base.Base, word: str, lora: lorafile.Factors) -> tuple[Tenso
 
 
 def _with(context: Tensor, last: Tensor, v: Tensor) -> Tensor:
-    at = F.one_hot(last, context.shape[1])[None, :, None]
+    at = F.one_hot(last, context.shape[1])[:, :, None]  # styles tokens 1
     return context * (1 - at) + v * at
 
 
@@ -234,8 +242,11 @@ def _rate(hits: Tensor) -> dict[str, object]:
     return {"value": round(float(hits.double().mean()), 4), "interval": f"{low:.3f} to {high:.3f}, n = {len(hits)}"}
 
 
-def _lost(before: Tensor, after: Tensor) -> float:
-    return round(100 * float(before.double().mean() - after.double().mean()), 2)
+def _done(chosen, part: str, rows: dict[str, object]) -> None:
+    """Say, and record, what is measured so far: a part takes long."""
+    told = {"judge": f" --rounds {chosen.rounds} --every {chosen.every}", "attack": f" --attacked {chosen.attacked}"}
+    command = f"python -m tools.benchmarks.safety_lora CHECKPOINT --parts {part}{told.get(part, '')}"
+    finish(rows, "safety_lora.json", command, chosen.record)
 
 
 PARTS = {"make": make, "judge": judge, "attack": attack, "width": width}
@@ -245,18 +256,17 @@ def main() -> None:
     made = parser(__doc__, "safety_lora.json", checkpoint=True, threads=True)
     made.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     made.add_argument("--files", type=Path, default=Path("demo_output") / "safety_lora", help="folder of the files")
+    made.add_argument("--methods", nargs="*", choices=METHODS, default=["uce", "rece"], help="judged besides")
+    made.add_argument("--rounds", type=int, default=6, help="judge: images a vehicle")
+    made.add_argument("--every", type=int, default=1, help="judge: of the single concepts, every so many kept concepts")
+    made.add_argument("--attacked", type=int, default=len(ATTACKED), help="attack: concepts")
     made.add_argument("--also", type=Path, nargs="*", default=[], help="further safety LoRAs to attack")
     chosen = made.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(chosen.threads)
     chosen.files.mkdir(parents=True, exist_ok=True)
     for part in chosen.parts:
-        finish(
-            PARTS[part](chosen),
-            "safety_lora.json",
-            f"python -m tools.benchmarks.safety_lora CHECKPOINT --parts {part}",
-            chosen.record,
-        )
+        _done(chosen, part, PARTS[part](chosen))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....modular_lora.errors import GuardError
 from ....modular_lora.files.reader import LoraFile
 from ....modular_lora.places import check_writable
-from ... import output
+from ... import contamination, output
 from ...model import Prediction
 from ..metadata import safety_metadata
 from .edit import Edit
@@ -62,9 +62,6 @@ class TextModel(Protocol):
     def too_long(self, prompt: str) -> bool:
         """Whether the encoder does not take a prompt in one piece."""
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """The base's weights under the guard's keys."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -95,6 +92,8 @@ class Made:
 def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_name: str = "") -> Made:
     """Make a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError."""
     check_writable(options.output_dir, "output_dir")
+    known = contamination.known_bases()
+    contamination.check_base(base_name or model.family, model.base_sha256, {}, (), known=known)
     found = named(model.found, options.layers)
     onto = {
         template.replace(PLACE, prompt): template.replace(PLACE, guide) if guide else EMPTY

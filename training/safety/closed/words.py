@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ....modular_lora.options import OptionError
+
 Tokens = Literal["all", "subject", "last"]
 EMPTY = ""
 PLACE = "{}"  # of the concept in a template
@@ -54,10 +56,15 @@ def pair(concept: Encoded, guide: Encoded, tokens: Tokens) -> tuple[Tensor, Tens
 
     last: the last token of the words onto the guide's last (UCE; SPEED for one thing). subject: every token of the
     words onto the guide's at the same place, onto its last one where the guide has fewer. all: what comes behind the
-    words as well (SPEED for nudity), where an encoder with attention has gathered what the prompt says.
+    words as well (SPEED for nudity), where an encoder with attention has gathered what the prompt says. A pooled row is
+    the whole prompt's.
     """
-    n = len(concept.rows)
-    if tokens == "all" and not (concept.spans and guide.spans):
+    n, known = len(concept.rows), bool(concept.spans and guide.spans)
+    if tokens != "all" and not known and n > 1:
+        raise OptionError(
+            f"tokens {tokens}: where the words are among this text encoder's {n} rows is not known: use tokens all."
+        )
+    if not known:
         places = list(zip(range(n), [min(i, len(guide.rows) - 1) for i in range(n)], strict=True))
     else:
         places = []
