@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.training.safety.closed.words import Encoded, distinct, held, pair, presets, span
+from modular_lora_guard.training.safety.closed.everything_else import LISTS
+from modular_lora_guard.training.safety.closed.words import Encoded, distinct, held, pair, span
 
 START, END, PAD = 900, 901, 902
 
@@ -70,7 +71,7 @@ def test_a_column_counts_once():
 
 
 def test_lists_hold_thirty_prompts_each_and_all_of_them():
-    lists = presets()
+    lists = LISTS
     assert set(lists) == {"things", "people", "places", "styles", "all"}
     assert all(len(set(found)) == 30 for name, found in lists.items() if name != "all")
     assert set(lists["all"]) == {text for name, found in lists.items() if name != "all" for text in found}

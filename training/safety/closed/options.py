@@ -9,9 +9,10 @@ from pydantic.dataclasses import dataclass
 from ....modular_lora.options import OptionError, Texts, opt
 from ....modular_lora.validation import STRICT, raises
 from ...options import SavePrecision
+from .everything_else import LISTS
 from .null_space import THRESHOLD
 from .rece import ROUNDS
-from .words import PLACE, Tokens, presets
+from .words import PLACE, Tokens
 
 Method = Literal["null-space", "alphaedit", "uce", "rece"]
 EverythingElse = Literal["none", "things", "people", "places", "styles", "all"]
@@ -87,7 +88,7 @@ class MakeOptions:
     @property
     def kept(self) -> tuple[str, ...]:
         """Prompts to preserve, those of the chosen list that do not name the concept included."""
-        listed = () if self.everything_else == "none" else presets()[self.everything_else]
+        listed = () if self.everything_else == "none" else LISTS[self.everything_else]
         names = [text.lower() for text in self.erased]
         own = [text for text in listed if not any(_names(text.lower(), name) for name in names)]
         return tuple(dict.fromkeys((*(text for text in self.preserve if text.strip()), *own)))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +14,6 @@ from ....modular_lora.options import OptionError
 Tokens = Literal["all", "subject", "last"]
 EMPTY = ""
 PLACE = "{}"  # of the concept in a template
-PRESETS = Path(__file__).with_name("everything_else.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +22,6 @@ class Encoded:
 
     rows: Tensor  # tokens d, float64
     spans: tuple[tuple[int, int], ...]  # first row of the words, and the row behind them; () where that is not known
-
-
-@cache
-def presets() -> Mapping[str, tuple[str, ...]]:
-    """Lists of prompts for what people mean by "everything else", by name."""
-    return {name: tuple(found) for name, found in json.loads(PRESETS.read_text(encoding="utf-8")).items()}
 
 
 def span(tokens: Sequence[object], empty: Sequence[object]) -> tuple[int, int] | None:
