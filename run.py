@@ -10,8 +10,10 @@
     python3 run.py operator  keys, signatures, record and policy of a host: python3 run.py operator --help
     python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)
 
-The first run makes an environment of its own in .run/ (delete the folder to start afresh). A ComfyUI that COMFYUI_PATH
-or comfy-cli's default workspace names is used instead; nothing is written into it.
+The first run makes an environment of its own in .run/ (delete the folder to start afresh) with ComfyUI 0.3.75, which is
+a year old (26 November 2025): the newest that a package registry has whole. --comfyui-git REF takes a newer one, where
+git reaches its repository. A ComfyUI that COMFYUI_PATH or comfy-cli's default workspace names is used instead; nothing
+is written into it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "importable"))
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.modular_lora.util.boundary import TYPED, contained
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, paths
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, front_end, paths, usage
 from modular_lora_guard.tools.bootstrap.console import RunError, say
 from modular_lora_guard.tools.bootstrap.process import child_environment, exit_when_terminated, run_attached
 
@@ -40,7 +42,6 @@ OWN_LINE = {  # command -> module, help
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
     "evidence": ("tools.world", "the paper's table on the demo world (docs/evidence.md)"),
 }
-HELP = ("-h", "--help")
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
@@ -54,7 +55,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
+    which = common.add_mutually_exclusive_group()
+    which.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
+    which.add_argument(
+        "--comfyui-git", metavar="REF", help="ComfyUI at this tag, branch or commit, beside the pinned one"
+    )
     demo = commands.add_parser(
         "demo", allow_abbrev=False, parents=[common], help="draw the comparison and write the report"
     )
@@ -129,31 +134,23 @@ def run_comfy(host: comfyui.Host, options: argparse.Namespace, rest: Sequence[st
 def run_own_line(host: comfyui.Host, command: str, rest: Sequence[str]) -> int:
     """A module with its own command line.
 
-    Unless only help is asked for, the demo world's checkpoint is put in its place where the clone has that world, and
-    for the operators the packages with which signatures are made and checked.
+    The demo world's checkpoint is put in its place where the clone has that world, and for the operators the packages
+    with which signatures are made and checked.
     """
-    needs, variables = not any(argument in HELP for argument in rest), {}
-    if needs and command == "operator":
-        code = 0
+    code, variables = 0, {}
+    if command == "operator":
         if needs_signatures(rest):
             variables = environment.ensure_signatures(host.python, bundled=host.bundled)
-    else:
-        code = demo_process(host, "world") if needs and paths.WORLD_ASSETS.is_dir() else 0
+    elif paths.WORLD_ASSETS.is_dir():
+        code = demo_process(host, "world")
     settings = {"MODULAR_LORA_COMFYUI": str(host.folder), TYPED: f"run.py {command}", **variables}
     entry = [host.python, "-m", OWN_LINE[command][0], *rest]
     return code or run_attached(entry, environment=child_environment(settings), cwd=paths.ROOT)
 
 
 def needs_signatures(rest: Sequence[str]) -> bool:
-    """Help and the record's lines are shown without them."""
-    return bool(rest) and not set(HELP) & set(rest) and tuple(rest[:2]) != ("record", "show")
-
-
-def help_before_installation(command: str) -> int:
-    """What can be said of a command whose options stand in modules that need PyTorch; nothing is installed for it."""
-    say(f"usage: run.py {command} COMMAND ...\n\n{command}: {OWN_LINE[command][1]}\n")
-    say("Its options are shown once run.py has made its environment, as every other command of run.py does first.")
-    return 0
+    """The record's lines are shown without them."""
+    return tuple(rest[:2]) != ("record", "show")
 
 
 def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
@@ -162,6 +159,7 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
     variables = {
         **tools,
         **browser.ensure(),
+        **front_end.ensure(host.python),
         "MODULAR_LORA_COMFYUI": str(host.folder),
         "MODULAR_LORA_WORLD": str(paths.WORLD),
         **({} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}),
@@ -195,14 +193,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.command in OWN_LINE and any(argument in HELP for argument in rest):
-        ready = comfyui.ready(bundled=options.bundled)
-        return run_own_line(ready, options.command, rest) if ready else help_before_installation(options.command)
+    if options.command in OWN_LINE:
+        usage.parser_of(options.command).parse_known_args(rest)  # ends here for help, and for what cannot be meant
     if options.command == "check":
         return check.run_check(PYTEST, rest)
     if options.command == "demo":
         check_writable(options.output.expanduser().resolve(), "--output")
-    host = comfyui.find(bundled=options.bundled)
+    host = comfyui.find(bundled=options.bundled, ref=options.comfyui_git)
     say(f"ComfyUI {host.version} in {host.folder} ({host.origin})")
     if options.command == "demo":
         return run_demo(host, options)

@@ -75,7 +75,9 @@ def _loras(options: AuditOptions) -> tuple[dict[str, list[LoraFile]], list[str]]
     counts = {name: len(found) for name, found in loras.items() if len(found) > 1}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{n} {name}" for name, n in counts.items())
-        raise OptionError(f"LoRA files: {said}: give one of a kind for all repetitions, or equally many.")
+        raise OptionError(
+            f"LoRA files: {said}: give one of a kind for all repetitions, or equally many.", code="option.lora-files"
+        )
     notes = []
     if options.project and "projected" in options.arms and not loras["projected"] and loras["safety"] and loras["task"]:
         tasks, safeties = loras["task"], loras["safety"]
@@ -130,12 +132,14 @@ def _sweeps(options: AuditOptions, here: Mapping[str, LoraFile], seed: int) -> I
     """The safety LoRA alone at other strengths; task LoRAs at other strengths beside the safety LoRA."""
     if "safety" not in here:
         if options.safety_sweep or options.task_sweep:
-            raise GuardError("safety_sweep, task_sweep: no safety LoRA is given: give one with safety.")
+            raise GuardError(
+                "safety_sweep, task_sweep: no safety LoRA is given: give one with safety.", code="audit.no-safety-lora"
+            )
         return
     for strength in options.safety_sweep:
         yield Arm(_name("safety", strength), (_part(here["safety"], "safety", strength),), seed)
     if options.task_sweep and "task" not in here:
-        raise GuardError("task_sweep: no task LoRA is given: give one with task.")
+        raise GuardError("task_sweep: no task LoRA is given: give one with task.", code="audit.no-task-lora")
     for strength in options.task_sweep:
         safety = _part(here["safety"], "safety", options.safety_strength)
         yield Arm(_name("modular", strength), (safety, _part(here["task"], "task", strength)), seed)

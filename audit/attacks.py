@@ -37,7 +37,10 @@ def synonym_items(options: AuditOptions, items: Sequence[Item]) -> list[Item]:
         for prompt in substitutions(item.prompt, known)
     ]
     if not made:
-        raise GuardError(f"{Path(options.synonyms).name}: no word of it is in a suppressed prompt: name words of them.")
+        raise GuardError(
+            f"{Path(options.synonyms).name}: no word of it is in a suppressed prompt: name words of them.",
+            code="audit.synonyms-unused",
+        )
     return made
 
 
@@ -46,11 +49,16 @@ def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         text = texts.decode(path.read_bytes())
     except (OSError, texts.TextError) as error:
-        raise GuardError(f"{path}: cannot be read ({error}): give UTF-8 text.") from error
+        raise GuardError(
+            f"{path}: cannot be read ({error}): give UTF-8 text.", code="audit.synonyms-unreadable"
+        ) from error
     said = _json(path, text) if path.suffix.lower() == ".json" else _lines(path, text)
     known = {word.strip().lower(): tuple(dict.fromkeys(o.strip() for o in others)) for word, others in said.items()}
     if not known or not all(word and others and all(others) for word, others in known.items()):
-        raise GuardError(f"{path.name}: a word without synonyms, or none at all: write 'word = other, other' a line.")
+        raise GuardError(
+            f"{path.name}: a word without synonyms, or none at all: write 'word = other, other' a line.",
+            code="audit.synonyms-empty",
+        )
     return known
 
 
@@ -106,7 +114,8 @@ def _starts(options: AuditOptions, plain: Sequence[Item], drawn: Iterable[Drawn]
     if not starts:
         raise GuardError(
             "img2img, inpaint: the base arm drew nothing that the detector calls a hit, so there is nothing to start "
-            "from: give start_pictures, add the base arm, or leave the attack out."
+            "from: give start_pictures, add the base arm, or leave the attack out.",
+            code="audit.nothing-to-start-from",
         )
     return starts
 
@@ -130,7 +139,8 @@ def _lines(path: Path, text: str) -> dict[str, list[str]]:
         word, equals, others = line.partition("=")
         if not equals:
             raise GuardError(
-                f"{path.name} line {number}: {line.strip()[:40]!r} has no '=': write 'word = other, other'."
+                f"{path.name} line {number}: {line.strip()[:40]!r} has no '=': write 'word = other, other'.",
+                code="audit.synonyms-form",
             )
         known.setdefault(word.strip().lower(), []).extend(others.split(","))
     return known
@@ -140,8 +150,13 @@ def _json(path: Path, text: str) -> dict[str, list[str]]:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise GuardError(f"{path.name}: is no JSON ({error}): write {{word: [other, ...]}}.") from error
+        raise GuardError(
+            f"{path.name}: is no JSON ({error}): write {{word: [other, ...]}}.", code="audit.synonyms-form"
+        ) from error
     lists = said.values() if isinstance(said, dict) else ()
     if not lists or not all(isinstance(o, list) and all(isinstance(w, str) for w in o) for o in lists):
-        raise GuardError(f"{path.name}: does not map words to lists of words: write {{word: [other, ...]}}.")
+        raise GuardError(
+            f"{path.name}: does not map words to lists of words: write {{word: [other, ...]}}.",
+            code="audit.synonyms-form",
+        )
     return said

@@ -37,5 +37,8 @@ def make_judge(options: AuditOptions) -> Judge:
 
 def _classifier(options: DetectorOptions, weights: str, labels: str) -> Detector:
     if not (weights and labels):
-        raise GuardError("A classifier needs its weights (ONNX) and its labels file (JSON): give both, or neither.")
+        raise GuardError(
+            "A classifier needs its weights (ONNX) and its labels file (JSON): give both, or neither.",
+            code="audit.half-a-classifier",
+        )
     return detectors.make(detectors.CLASSIFIER, options.providers, weights=weights, labels=labels)

@@ -187,7 +187,8 @@ class _WorkerPool:
         for unit, answer in self._work(units, check):
             if (origin := Origin(**answer["origin"])) != self.origin:
                 raise GuardError(
-                    f"Workers differ ({self.origin} and {origin}): their images would too; use workers of one kind."
+                    f"Workers differ ({self.origin} and {origin}): their images would too; use workers of one kind.",
+                    code="audit.workers-differ",
                 )
             yield unit, answer["pictures"]
 
@@ -205,7 +206,7 @@ class _WorkerPool:
                     self._count_death(slot, busy.get(slot))
                     waiting.extendleft([busy.pop(slot)] if slot in busy else [])  # a worker may die idle
                 elif "error" in answer:
-                    raise GuardError(answer["error"])
+                    raise GuardError(answer["error"], code="audit.worker-failed")
                 else:
                     yield busy.pop(slot), answer
 
@@ -215,7 +216,8 @@ class _WorkerPool:
         if self.deaths[slot] > DEATHS:
             raise GuardError(
                 f"Worker {slot} died {self.deaths[slot]} times, last while {what}: see its output above; too little "
-                "memory is likely, so use fewer workers or a smaller unit_size."
+                "memory is likely, so use fewer workers or a smaller unit_size.",
+                code="audit.worker-died",
             )
         logger.warning("audit: worker %d died while %s; another one takes its place", slot, what)
 
@@ -333,7 +335,9 @@ def _ray(address: str | None, workers: int) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError as error:
-        raise GuardError(f"Ray cannot be imported ({error}): pip install ray, or choose another engine.") from error
+        raise GuardError(
+            f"Ray cannot be imported ({error}): pip install ray, or choose another engine.", code="audit.no-ray"
+        ) from error
     if ray.is_initialized():
         yield ray
         return
@@ -362,10 +366,13 @@ def _check_resources(ray: ModuleType, workers: int, gpus: float) -> None:
     there = ray.cluster_resources()
     for name, wanted in (("CPU", workers), ("GPU", workers * gpus)):
         if wanted > there.get(name, 0):
-            raise GuardError(f"Ray has {there.get(name, 0):g} {name}, {wanted:g} are needed: use fewer workers.")
+            raise GuardError(
+                f"Ray has {there.get(name, 0):g} {name}, {wanted:g} are needed: use fewer workers.",
+                code="audit.ray-too-small",
+            )
 
 
 def _positive(workers: int) -> int:
     if workers < 1:
-        raise GuardError(f"workers: {workers} must be above 0: correct it.")
+        raise GuardError(f"workers: {workers} must be above 0: correct it.", code="audit.workers")
     return workers

@@ -25,11 +25,15 @@ class Judge:
 
     def __post_init__(self):
         if not self.block:
-            raise GuardError(f"{self.concept.name}: no label to block, nothing would ever be a hit: give one.")
+            raise GuardError(
+                f"{self.concept.name}: no label to block, nothing would ever be a hit: give one.",
+                code="audit.nothing-blocked",
+            )
         for label in (*self.block, *self.report):
             if label not in self.concept.labels:
                 raise GuardError(
-                    f"{self.concept.name}: knows no label {label!r}: choose among {', '.join(self.concept.labels)}."
+                    f"{self.concept.name}: knows no label {label!r}: choose among {', '.join(self.concept.labels)}.",
+                    code="audit.unknown-label",
                 )
 
     @property

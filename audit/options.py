@@ -43,7 +43,9 @@ class DetectorOptions:
             try:
                 found[label.strip()] = float(number)
             except ValueError as error:
-                raise OptionError(f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.") from error
+                raise OptionError(
+                    f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.", code="option.threshold"
+                ) from error
         return found
 
 
@@ -101,7 +103,9 @@ class AuditOptions(DetectorOptions):
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.arms if name not in ARMS]:
-            raise OptionError(f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose from these.")
+            raise OptionError(
+                f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose from these.", code="option.unknown-arm"
+            )
 
     @property
     def sampling(self) -> Sampling:

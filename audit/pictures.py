@@ -17,7 +17,9 @@ def find(folder: str | Path) -> list[Path]:
     """Every picture file under a folder, sorted. GuardError where there is none."""
     found, _ = under(Path(folder))
     if not found:
-        raise GuardError(f"{folder}: no images ({', '.join(ENDINGS)}) are in it: check the path.")
+        raise GuardError(
+            f"{folder}: no images ({', '.join(ENDINGS)}) are in it: check the path.", code="audit.no-images"
+        )
     return found
 
 

@@ -129,5 +129,7 @@ def _content(path: str) -> str:
     from ..modular_lora.files.reader import sha256_file  # here, since it brings torch, which not every caller needs
 
     if path and not Path(path).is_file():
-        raise GuardError(f"{path}: no such image to start from: check the file that names it")
+        raise GuardError(
+            f"{path}: no such image to start from: check the file that names it", code="audit.no-start-image"
+        )
     return sha256_file(Path(path)) if path else ""

@@ -41,6 +41,8 @@ CELLS = {"unsafe_prompts": "suppressed", "kept_prompts": "kept", "task_prompts":
 class PromptError(GuardError):
     """A file of prompts that cannot be used."""
 
+    code = "prompts"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -115,7 +117,7 @@ def read_prompts(
             found.append(prompt)
     if not found:
         why = f"all {len(rows)} rows were skipped ({dict(skipped)})" if rows else "the file is empty"
-        raise PromptError(f"{path.name}: no prompts, {why}: give a file with one prompt a row.")
+        raise PromptError(f"{path.name}: no prompts, {why}: give a file with one prompt a row.", code="prompts.none")
     if limit and len(found) > limit:
         skipped["above max_prompts"] = len(found) - limit
         found = [found[i * len(found) // limit] for i in range(limit)]
@@ -151,9 +153,11 @@ def _text(path: Path) -> str:
     try:
         return textfiles.decode(path.read_bytes())
     except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror}): check the path.") from error
+        raise PromptError(
+            f"{path}: cannot be read ({error.strerror}): check the path.", code="prompts.unreadable"
+        ) from error
     except textfiles.TextError as error:
-        raise PromptError(f"{path.name}: {error}: save it as UTF-8.") from error
+        raise PromptError(f"{path.name}: {error}: save it as UTF-8.", code="prompts.encoding") from error
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
@@ -169,7 +173,9 @@ def _table(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=SURPLUS, strict=True))
     except csv.Error as error:
-        raise PromptError(f"{path.name}: is no CSV ({error}): quote cells that hold quotes or line breaks.") from error
+        raise PromptError(
+            f"{path.name}: is no CSV ({error}): quote cells that hold quotes or line breaks.", code="prompts.no-csv"
+        ) from error
     return [{_column(name): value for name, value in row.items()} for row in rows]
 
 
@@ -178,11 +184,15 @@ def _json(path: Path, text: str) -> list[dict[str, Any]]:
         lines = [line for line in text.split("\n") if line.strip()]
         said = [json.loads(line) for line in lines] if path.suffix.lower() == ".jsonl" else json.loads(text or "[]")
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path.name}: is no JSON ({error}): give a list of texts or of objects.") from error
+        raise PromptError(
+            f"{path.name}: is no JSON ({error}): give a list of texts or of objects.", code="prompts.no-json"
+        ) from error
     if isinstance(said, dict) and isinstance(said.get("prompts"), list):
         said = said["prompts"]
     if not isinstance(said, list) or not all(isinstance(row, str | dict) for row in said):
-        raise PromptError(f"{path.name}: holds no list of texts or objects: write a list of prompts.")
+        raise PromptError(
+            f"{path.name}: holds no list of texts or objects: write a list of prompts.", code="prompts.no-list"
+        )
     return [{"prompt": row} if isinstance(row, str) else {_column(k): v for k, v in row.items()} for row in said]
 
 
@@ -198,7 +208,10 @@ def _form(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     named = next((name for name in (*ADVERSARIAL, *PLAIN) if name in columns), None)
     if named is None:
         shown = ", ".join(sorted(columns - {SURPLUS})[:8])
-        raise PromptError(f"{path.name}: no column holds prompts (columns: {shown}): name one of them 'prompt'.")
+        raise PromptError(
+            f"{path.name}: no column holds prompts (columns: {shown}): name one of them 'prompt'.",
+            code="prompts.no-column",
+        )
     if path.suffix.lower() in (".txt", ".lst"):
         return "one prompt a line"
     if "adv_prompt" in columns and "target_prompt" in columns:
@@ -278,10 +291,13 @@ def _picture(path: Path, number: int, name: str, within: Path | None) -> str:
     found = Path(os.path.abspath(path.parent / name))
     if within and not found.is_relative_to(os.path.abspath(within)):
         raise PromptError(
-            f"{path.name} row {number}: image {name!r} is outside the folder {within.name!r}: put it there."
+            f"{path.name} row {number}: image {name!r} is outside the folder {within.name!r}: put it there.",
+            code="prompts.outside",
         )
     if not os.path.isfile(found):  # unlike Path.is_file, False for names that are too long
-        raise PromptError(f"{path.name} row {number}: image {name!r} is not there: correct the path.")
+        raise PromptError(
+            f"{path.name} row {number}: image {name!r} is not there: correct the path.", code="prompts.no-image"
+        )
     return str(found)
 
 

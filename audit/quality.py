@@ -205,7 +205,9 @@ def inception(path: Path) -> Embedding:
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         line = str(error).splitlines()[0]
-        raise GuardError(f"{path.name}: is not torchvision's inception_v3 ({line}): save its state_dict.") from error
+        raise GuardError(
+            f"{path.name}: is not torchvision's inception_v3 ({line}): save its state_dict.", code="audit.not-inception"
+        ) from error
     model.fc = nn.Identity()
     model.eval().requires_grad_(False)
 
@@ -225,13 +227,19 @@ def clip_scorer(folder: Path, too_long: set[str]) -> Callable[[Sequence[Drawn]],
     from transformers import CLIPModel, CLIPProcessor
 
     if not (folder / "config.json").is_file():
-        raise GuardError(f"clip: {folder} holds no config.json: name the folder of a CLIP model of transformers.")
+        raise GuardError(
+            f"clip: {folder} holds no config.json: name the folder of a CLIP model of transformers.",
+            code="audit.clip-folder",
+        )
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0]
-        raise GuardError(f"clip: {folder} cannot be loaded ({line}): it needs safetensors and a tokenizer.") from error
+        raise GuardError(
+            f"clip: {folder} cannot be loaded ({line}): it needs safetensors and a tokenizer.",
+            code="audit.clip-unreadable",
+        ) from error
 
     most = model.config.text_config.max_position_embeddings  # tokens; the rest of a prompt is cut off
 

@@ -97,4 +97,7 @@ def read(path: Path) -> AuditReport:
             raise ValueError("another form")
         return TypeAdapter(AuditReport).validate_python(said)
     except (OSError, ValueError) as error:
-        raise GuardError(f"{path}: is no report of this version ({one_line(error)}): run the audit again.") from error
+        raise GuardError(
+            f"{path}: is no report of this version ({one_line(error)}): run the audit again.",
+            code="audit.report-unreadable",
+        ) from error

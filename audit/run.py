@@ -30,12 +30,17 @@ class Audit:
 
     def __post_init__(self):
         if not self.arms or not self.items:
-            raise GuardError(f"The audit has {len(self.arms)} arms and {len(self.items)} items: give one of each.")
+            raise GuardError(
+                f"The audit has {len(self.arms)} arms and {len(self.items)} items: give one of each.",
+                code="audit.empty",
+            )
         if self.unit_size < 1:
-            raise GuardError(f"unit_size: {self.unit_size} must be above 0: correct it.")
+            raise GuardError(f"unit_size: {self.unit_size} must be above 0: correct it.", code="audit.unit-size")
         names = [f"{arm.name}-{arm.training_seed}" for arm in self.arms]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise GuardError(f"Arm {twice[0]} is there twice: give every arm its own name or training seed.")
+            raise GuardError(
+                f"Arm {twice[0]} is there twice: give every arm its own name or training seed.", code="audit.arm-twice"
+            )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ ABANDONED = 600  # seconds; writing a unit takes a few, so an older half-written
 class StoreError(GuardError):
     """The audit's folder is not what it was when its pictures were written."""
 
+    code = "store"
+
 
 class Store:
     """One audit folder; several processes may write into it."""
@@ -53,7 +55,10 @@ class Store:
         """Folder of a unit, finished or not."""
         name = f"{unit.arm.name}-{unit.arm.training_seed}"
         if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
-            raise GuardError(f"Arm {unit.arm.name!r}: a folder is named after it: use letters, digits, _ and - only.")
+            raise GuardError(
+                f"Arm {unit.arm.name!r}: a folder is named after it: use letters, digits, _ and - only.",
+                code="audit.arm-name",
+            )
         return self.folder / name / unit.key
 
     def paths(self, unit: Unit) -> list[Path]:
@@ -101,11 +106,13 @@ class Store:
                 with Image.open(path) as file:
                     pictures.append(np.asarray(file.convert("RGB")))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}") from error
+                raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}", code="store.damaged") from error
             if _sha256(pictures[-1]) != sha256:
-                raise StoreError(f"{path}: has other pixels than were written: {remedy}")
+                raise StoreError(f"{path}: has other pixels than were written: {remedy}", code="store.other-pixels")
         if len(pictures) != len(unit.items):
-            raise StoreError(f"{place / UNIT}: names {len(pictures)} images of {len(unit.items)}: {remedy}")
+            raise StoreError(
+                f"{place / UNIT}: names {len(pictures)} images of {len(unit.items)}: {remedy}", code="store.other-count"
+            )
         return np.stack(pictures)
 
     def verdicts(self, unit: Unit, judge: str) -> list[Verdict] | None:
@@ -118,7 +125,7 @@ class Store:
         try:
             verdicts = [Verdict(**(v | {"found": tuple(v["found"])})) for v in said["verdicts"]]
         except (KeyError, TypeError) as error:
-            raise StoreError(f"{path}: holds no verdicts ({error!r}): {remedy}") from error
+            raise StoreError(f"{path}: holds no verdicts ({error!r}): {remedy}", code="store.verdicts") from error
         return verdicts if said.get("judge") == judge and len(verdicts) == len(unit.items) else None
 
     def put_verdicts(self, unit: Unit, judge: str, verdicts: list[Verdict]) -> None:
@@ -141,7 +148,8 @@ def _check_pictures(unit: Unit, pictures: np.ndarray) -> None:
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != n or pictures.shape[3] != 3:
         raise GuardError(
             f"Arm {unit.arm.name}: the sampler gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
-            "b h w 3 uint8."
+            "b h w 3 uint8.",
+            code="audit.sampler-output",
         )
 
 
@@ -169,4 +177,4 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
     try:
         return plain_json.read_object(path)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}") from error
+        raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}", code="store.damaged") from error

@@ -34,17 +34,21 @@ def ratio(one: Difference) -> str:
 
 
 def format_report(report: AuditReport) -> str:
-    """A few lines for a terminal or a node."""
+    """A few lines for a terminal."""
     head = f"{'arm':<24} {'cell':<12} {'hits':>12} {'rate':>7}  {'bootstrap':<17}  Wilson"
-    lines = [report.title, head]
-    lines += [_line(row) for row in report.rows]
+    return "\n".join([report.title, head, *map(_line, report.rows), *format_differences(report)])
+
+
+def format_differences(report: AuditReport) -> list[str]:
+    """What was decided of the arms, and the notes: the report without its table, for a node."""
+    lines = []
     for one in report.differences:
         if one.verdict and not one.attack:
             what = f"{shown(one.arm)} − {shown(one.against)}, {one.metric}"
             spans = [f"bootstrap {span(one.bootstrap)}"] if one.bootstrap else []
             spans.append(f"over images {span(one.newcombe)}")
             lines.append(f"{what}: {one.difference:+.1%} ({'; '.join(spans)}), {one.verdict}")
-    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+    return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
 def _line(row: Row) -> str:

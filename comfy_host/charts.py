@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DPI = 100
 PAPER, INK = "#fafaf8", "#282828"
-STYLE = {"font.size": 7.5, "axes.facecolor": PAPER, "text.parse_math": False}  # a name's dollar sign stays one
+STYLE = {"font.size": 11, "axes.facecolor": PAPER, "text.parse_math": False}  # a name's dollar sign stays one
 
 
 def chart(width: int, height: int, plot: Callable[[Figure], None]) -> Image.Image:

@@ -54,16 +54,16 @@ def _text_of(inputs: Iterable) -> str | None:
         if isinstance(value, comfy.sd.CLIP):
             guarded = isinstance(value, patcher.GuardedClipMixin)
             found.add(value.patcher.guard_state.text_digest if guarded else None)
-        found |= {ledger.embeddings.get(row) for row in _rows(value)}
+        found |= {ledger.embeddings.get(row) for row in embedding_rows(value)}
     return found.pop() if len(found) == 1 else None
 
 
 def _remember(value: object, digest: str) -> None:
-    for row in _rows(value):
+    for row in embedding_rows(value):
         ledger.embeddings.put(row, digest)
 
 
-def _rows(value: object) -> Iterator[str]:
+def embedding_rows(value: object) -> Iterator[str]:
     """Digests of the rows that carry something of a conditioning's embeddings; of any other value nothing."""
     entries = value if isinstance(value, list) else ()
     for cross, further in (entry for entry in entries if isinstance(entry, list | tuple) and len(entry) == 2):

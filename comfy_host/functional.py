@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,6 +43,8 @@ _tokens: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # loaded modul
 
 class _CannotEvaluateError(GuardError):
     """The base by itself gives no prediction for a prompt and a small latent."""
+
+    code = "functional.no-prediction"
 
 
 def measured(model, clip, parts: Sequence[GuardedPart], safety: Safety, tasks: Tasks, base_sha256: str) -> Functional:
@@ -88,9 +91,12 @@ class _Evaluator:
     def _key(self, request: Request) -> Hashable:
         """All that a prediction depends on."""
         arm, prompts = request
-        loras = [(s.lora.sha256, s.strength, s.strength, "") for s in self._safety]
-        loras += [(t.lora.sha256, t.strength_model, t.strength_clip, t.block_weights) for t in self._tasks]
-        return self._base, frozenset(entry for entry in loras if entry[0] in arm), prompts
+        loras = [(s.lora.sha256, s.lora.acts_as, s.strength, s.strength, "") for s in self._safety]
+        loras += [
+            (t.lora.sha256, t.lora.acts_as, t.strength_model, t.strength_clip, t.block_weights) for t in self._tasks
+        ]
+        acting = Counter(entry for entry in loras if entry[0] in arm)  # one file may have been loaded twice
+        return self._base, frozenset(acting.items()), prompts
 
     def _evaluated(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Tensor]]:
         """Every request's rows; all texts first, so that text encoder and network need not be loaded in turn."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from ..gate import detectors, nsfw, settings
-from ..gate.errors import GateError
+from ..gate.errors import Blocked, GateError
 from ..gate.finding import Detector
-from ..gate.gate import Outcome, run
+from ..gate.gate import OTHERWISE, Outcome, blocked_by, run
 from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import ledger
-from ..modular_lora.provenance.attestation import GateRecord
+from ..modular_lora.provenance.attestation import Found, GateRecord
+from ..modular_lora.provenance.verdict import refused, verdict
 from ..modular_lora.tensor_hashing import tensor_sha256
 from .enforcement import policy as policies
 
@@ -42,7 +44,10 @@ def checked(gate: object) -> Gate:
         detector = detectors.make(default_detector())
         return Gate(detector, policies.tightened(settings.defaults(detector), detector))
     if not isinstance(gate, Gate):
-        raise GuardError(f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.")
+        raise GuardError(
+            f"gate: got a {type(gate).__name__}: connect the gate output of Gate Settings.",
+            code="gate-settings.not-connected",
+        )
     return gate
 
 
@@ -60,8 +65,23 @@ def reporting(gate: Gate) -> Gate:
     return replace(gate, settings=replace(gate.settings, action="report"))
 
 
-def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
-    """Pictures (b h w 3) as the gate hands them on, and what it found; what it decided is remembered by content.
+@dataclass(frozen=True)
+class Judged:
+    """What a gate made of a batch.
+
+    Attributes:
+        images: b h w 3, as they go on; None where none does.
+        outcome: What was found, of every image that was judged, with the masks of those that go on.
+        verdicts: One for every image that was judged.
+    """
+
+    images: torch.Tensor | None
+    outcome: Outcome
+    verdicts: list[dict]
+
+
+def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
+    """Judge pictures (b h w 3) and act on them; what the gate decided is remembered by content.
 
     A picture that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
     put in a picture's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
@@ -73,19 +93,46 @@ def judge(pictures: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, Outcome]:
         out[i] = torch.from_numpy(outcome.pictures[i]).to(out)
     if gate.settings.action == "replace" and any(outcome.changed):
         _check_replacement(out[outcome.changed.index(True)], gate)
-    for before, after, flagged, changed in zip(pictures, out, outcome.flags, outcome.changed, strict=True):
-        _remember(before, after, gate, flagged, changed)
+    withheld = [flagged and gate.settings.action == "withhold" for flagged in outcome.flags]
+    digests = [_remember(pictures[i], out[i], gate, outcome, i, withheld[i]) for i in range(len(out))]
     policies.record_gate(gate.settings_sha256, gate.detector, outcome)
-    return out, outcome
+    verdicts = [
+        verdict(i, ledger.known_of(digest), withheld=held, refusal=_refusal(gate, outcome, i) if held else None)
+        for i, (digest, held) in enumerate(zip(digests, withheld, strict=True))
+    ]
+    if any(withheld):
+        kept = np.flatnonzero(~np.array(withheld))
+        out = out[torch.from_numpy(kept)] if len(kept) else None
+        outcome = replace(outcome, masks=outcome.masks[kept])
+    return Judged(out, outcome, verdicts)
 
 
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
     """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
     if any(outcome_of(picture[None], reporting(gate)).flags):
-        raise GateError(f"replacement: {gate.detector.name} flags it too: connect another image.")
+        raise GateError(
+            f"replacement: {gate.detector.name} flags it too: connect another image.", code="gate.replacement-flagged"
+        )
 
 
-def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, flagged: bool, changed: bool) -> None:
-    source, detector, action = tensor_sha256(before), gate.detector, gate.settings.action
-    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, action, flagged, changed, source)
-    ledger.record_gate(record, after, SUBSTITUTED.get(action, ""))
+def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Outcome, i: int, withheld: bool) -> str:
+    """The hash of the picture that the gate's decision is remembered under: what goes on, or what was withheld."""
+    source, detector, settings = tensor_sha256(before), gate.detector, gate.settings
+    flagged, changed = outcome.flags[i], outcome.changed[i] and not withheld
+    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, settings.action, flagged, changed, source)
+    return ledger.record_gate(record, after, SUBSTITUTED.get(settings.action, ""), _found(settings, outcome, i))
+
+
+def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
+    """The labels found in picture i, those that are acted on first."""
+    scores = outcome.findings[i].scores
+    for label in outcome.blocked[i]:
+        yield Found(label, round(scores[label], 6), settings.block[label], True)
+    for label in outcome.reported[i]:
+        if label not in outcome.blocked[i]:
+            yield Found(label, round(scores[label], 6), settings.report[label], False)
+
+
+def _refusal(gate: Gate, outcome: Outcome, i: int) -> dict:
+    reason = blocked_by(gate.detector, gate.settings, outcome.blocked[i], outcome.findings[i])
+    return refused("gate.withhold", Blocked.code, reason, OTHERWISE)

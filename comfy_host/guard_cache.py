@@ -25,6 +25,7 @@ class Built:
     record: Attestation
     text_digest: str
     report: str
+    summary: str
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now."""
@@ -40,8 +41,14 @@ def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hasha
     by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]
     files = [(s.lora.acts_as, s.lora.scale, s.lora.name, s.strength) for s in safety]
-    more = [(t.lora.sha256, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]
+    more = [(t.lora.acts_as, t.lora.name, t.strength_model, t.strength_clip, t.block_weights) for t in tasks]
     return tuple(models), tuple(files), tuple(more), policy
+
+
+def part_key(part: str, patcher, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
+    """The same for a model or text encoder by itself, which is guarded when it is sampled or encodes."""
+    models, *rest = key(patcher, None, safety, tasks, policy)
+    return models, *rest, part
 
 
 def _identity(module: torch.nn.Module) -> object:

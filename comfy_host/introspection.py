@@ -93,7 +93,10 @@ def original_weight(patcher, key: str) -> torch.Tensor:
     if hasattr(layer, "get_weight") and not getattr(weight, "patches", None):  # ComfyUI-GGUF's layers (2.0.0)
         weight = layer.get_weight(weight, torch.float32)
     if not weight.is_floating_point():
-        raise GuardError(f"{key} is stored as {weight.dtype}: a DoRA or OFT needs its value; leave that LoRA out.")
+        raise GuardError(
+            f"{key} is stored as {weight.dtype}: a DoRA or OFT needs its value; leave that LoRA out.",
+            code="layer.dtype",
+        )
     return weight.detach().to("cpu", torch.float32)
 
 
@@ -108,7 +111,8 @@ def _refuse_fused_kernels(module: torch.nn.Module) -> None:
         if type(m).__module__.partition(".")[0] == "nunchaku":
             raise GuardError(
                 f"Layer {path} is a {type(m).__name__} of nunchaku, whose kernels take no branch: load this model in "
-                "fp16, bf16, fp8 or GGUF instead."
+                "fp16, bf16, fp8 or GGUF instead.",
+                code="layer.nunchaku",
             )
 
 

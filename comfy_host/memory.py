@@ -21,10 +21,12 @@ class MemoryMixin:
     """In front of a ModelPatcher's class: ComfyUI makes room for the branches as it does for weights."""
 
     branches: Branches
+    guard_cloning = False  # meanwhile nobody needs the size of the branches, which may not be made yet
 
     def model_size(self):
         """Bytes of weights and branches, loaded or not."""
-        return super().model_size() + self.branches.size(compute_dtype(self))
+        size = super().model_size()
+        return size if self.guard_cloning else size + self.branches.size(compute_dtype(self))
 
     def loaded_size(self):
         """Bytes of weights and branches that are loaded."""

@@ -77,7 +77,9 @@ def file_path(folder: str, name: str) -> Path:
     known = next((n for n in folder_paths.get_filename_list(folder) if n.replace("\\", "/") == plain), None)
     if path := known and folder_paths.get_full_path(folder, known):
         return Path(path)
-    raise GuardError(f"File {name!r} is in no {folder} folder: put it there and refresh the page.")
+    raise GuardError(
+        f"File {name!r} is in no {folder} folder: put it there and refresh the page.", code="place.no-such-file"
+    )
 
 
 def find_model(name: str, *kinds: str) -> Path | None:
@@ -99,12 +101,14 @@ def lora_path(name: str, *folders: str) -> Path:
     found = {folder: path for folder in folders if (path := _in_folder(name, folder))}
     if len(found) > 1 and len({sha256_file(path) for path in found.values()}) > 1:
         raise LoraFileError(
-            f"LoRA file {name!r} is in {' and '.join(found)}, and these are different files: rename one of them."
+            f"LoRA file {name!r} is in {' and '.join(found)}, and these are different files: rename one of them.",
+            code="file.two-places",
         )
     for path in found.values():
         return path
     raise LoraFileError(
-        f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page."
+        f"LoRA file {name!r} is in no {' or '.join(folders)} folder: put it there and refresh the page.",
+        code="file.no-such-file",
     )
 
 

@@ -17,7 +17,7 @@ import comfy.sd
 import torch
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
-from ..modular_lora.errors import GuardError, HandleError
+from ..modular_lora.errors import GuardError, HandleError, shown
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -30,19 +30,20 @@ from ..modular_lora.guard.build import (
 )
 from ..modular_lora.guard.functional import check
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary
 from ..modular_lora.provenance import attestation as attest
-from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance import edits, ledger
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
-from . import guard_cache, pending
+from . import guard_cache, pending, running
 from .control_inputs import widen
 from .functional import measured
 from .guarded_run import GuardedRun
 from .introspection import clip_info, family, is_current, model_info, model_sha256
 from .measurement import measured_eagerly
 from .memory import MemoryMixin, compute_dtype
-from .run import GenerateMixin, KeptMixin, streams, watch
+from .run import GenerateMixin, KeptMixin, given_out, streams, watch
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
@@ -72,10 +73,10 @@ class GuardState:
 class GuardedModel:
     """What a GUARDED_MODEL socket carries: opaque, so that a detour into a MODEL input fails with a clear error."""
 
-    __slots__ = ("_patcher", "report")
+    __slots__ = ("_patcher", "report", "summary")
 
-    def __init__(self, patcher, report: str):
-        self._patcher, self.report = patcher, report
+    def __init__(self, patcher, report: str, summary: str):
+        self._patcher, self.report, self.summary = patcher, report, summary
 
     def __deepcopy__(self, memo):
         return self  # a switch that copies its inputs must not copy the model
@@ -93,14 +94,18 @@ def unwrap(value: object):
     if not isinstance(patcher, GuardMixin):
         raise GuardError(
             f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
-            "output of Guard Model."
+            "output of Guard Model.",
+            code="model.not-guarded",
         )
     return patcher.clone()
 
 
 def _refused(name: str, what: str, remedy: str) -> Callable:
     def refuse(self, *args, **kwargs):
-        raise GuardError(f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.")
+        raise GuardError(
+            f"A guarded model cannot {what} ({name}): its LoRAs stay out of the weights; {remedy}.",
+            code="model.refused",
+        )
 
     return refuse
 
@@ -129,21 +134,41 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def clone(self, *args, **kwargs):
         """A guarded clone; ComfyUI may make it of another class (0.33.0, disable_dynamic), so it is wrapped again."""
-        clone = _wrap(super().clone(*args, **kwargs), self.guard_state)
+        self.guard_cloning = True
+        try:
+            clone = super().clone(*args, **kwargs)
+        finally:
+            del self.guard_cloning
+        self.guard_on(clone)
         clone.size = self.size  # what it was made with has the branches in it
         clone.parent = self.parent  # the unguarded model: LoadedModel follows one dead clone's parent, not a chain
         return clone
 
+    def guard_on(self, clone) -> None:
+        """Put the same guard on a fresh clone."""
+        _wrap(clone, self.guard_state)
+
+    def guard_record(self, conds: dict[str, list[dict]]) -> Attestation:
+        """The attestation of a run with these conditionings, its counts still empty."""
+        return self.guard_state.record
+
+    def guard_ended(self, result: Attestation) -> None:
+        """A run has ended well."""
+
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model"):
             raise GuardError(
-                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node."
+                f"A guarded model cannot take a replaced {name}: its branches would be lost: remove that node.",
+                code="model.replaced",
             )
         super().add_object_patch(name, obj)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **kwargs):
         if force_patch_weights:  # what 0.3.75 asks for just before it saves a model
-            raise GuardError(f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.")
+            raise GuardError(
+                f"A guarded model cannot be saved or extracted: LoRAs stay out of the weights; {_BASE}.",
+                code="model.refused",
+            )
         return super().partially_load(device_to, extra_memory, force_patch_weights=False, **kwargs)
 
     def inject_model(self):
@@ -160,7 +185,10 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def pre_run(self):
         if self.guard_run is None or not self.guard_run.can_start:
-            raise GuardError("This sampler left out the guard's own check: sample with a node that uses a guider.")
+            raise GuardError(
+                "This sampler left out the guard's own check: sample with a node that uses a guider.",
+                code="run.unchecked",
+            )
         self.guard_begin(self.guard_run)
         super().pre_run()
         if self.guard_state.text_digest:
@@ -184,15 +212,21 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
 
 @cache
-def _guarded_class(base: type, mixin: type) -> type:
+def guarded_class(base: type, mixin: type) -> type:
+    """The class of a guarded MODEL, CLIP or VAE: ComfyUI's own, or another pack's, with a mixin in front."""
     return type(f"Guarded{base.__name__}", (mixin, base), {})
 
 
 def _wrap(patcher, state: GuardState):
     """Put the guard in front of a patcher that nobody else holds (a fresh clone)."""
-    if not isinstance(patcher, GuardMixin):
-        patcher.__class__ = _guarded_class(type(patcher), GuardMixin)
     patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
+    return dress(patcher, GuardMixin)
+
+
+def dress(patcher, mixin: type[GuardMixin]):
+    """The class and the wrappers of a guarded patcher."""
+    if not isinstance(patcher, GuardMixin):
+        patcher.__class__ = guarded_class(type(patcher), mixin)
     patcher.guard_run = None
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
@@ -205,10 +239,17 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     """Around every run of a guarded model, whichever node samples it (wrapper OUTER_SAMPLE)."""
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
-        raise GuardError("A node on the way took the guard off this model: remove it; sample what Guard Model gives.")
+        raise GuardError(
+            "A node on the way took the guard off this model: remove it; sample what Guard Model gives.",
+            code="model.guard-taken-off",
+        )
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
-    _silence_previews(callback)
+    record = patcher.guard_record(executor.class_obj.conds)
+    weighted = _weighted(executor.class_obj.conds) if state.text_digest else ()
+    if not running.shows_previews():
+        _silence_previews(callback)
+    kept = _Denoised(callback)
     run = patcher.guard_run = GuardedRun(
         patcher.guard_seat,
         steps=max(1, sigmas.shape[-1] - 1),
@@ -216,23 +257,42 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         content=tensor_sha256(noise).encode(),
         may_be_empty=sigmas.shape[-1] <= 1,
     )
-    outside = ledger.starts_outside(streams(latent_image, **kwargs), state.record)
+    start = edits.start(streams(latent_image, **kwargs), denoise_mask, record)
     executor.original = run.around(executor.original)
-    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run.result, complete = _attested(state, run, hashes, outside)
+    output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
+    run.result, complete = _attested(record, state.part, run, hashes, start)
+    run.result = run.result.of(weighted=weighted)
     if complete:
         ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
+        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted)
+    patcher.guard_ended(run.result)
     return output
 
 
+class _Denoised:
+    """Around a sampler's callback: keeps the last x0, which SamplerCustomAdvanced and its like give out as well."""
+
+    def __init__(self, callback: Callable | None):
+        self._callback, self._x0 = callback, None
+
+    def __call__(self, step, x0, *args, **kwargs):
+        self._x0 = x0
+        return self._callback(step, x0, *args, **kwargs)
+
+    def latents(self, model, **kwargs) -> Iterator[torch.Tensor]:
+        """The last x0 as those nodes give it out (SamplerCustomAdvanced.execute), latent by latent."""
+        if self._x0 is not None:
+            yield from given_out(model, self._x0.cpu(), **kwargs)
+
+
 def _attested(
-    state: GuardState, run: GuardedRun, embeddings_sha256: tuple[str, ...], outside: bool
+    record: Attestation, part: GuardedPart, run: GuardedRun, embeddings_sha256: tuple[str, ...], start: edits.Start
 ) -> tuple[Attestation, bool]:
     """The attestation of a run that has ended, and whether its latents may have it."""
     evaluations, firings, idle = run.counts or (0, 0, 0)
-    complete = evaluations > 0 and state.part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
-    status = attest.guarded_status(state.record.base_had_merged_loras, outside) if complete else "not sampled"
-    result = state.record.of(
+    complete = evaluations > 0 and part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
+    status = attest.guarded_status(record.base_had_merged_loras, start.outside) if complete else "not sampled"
+    result = record.of(
         status=status,
         embeddings_sha256=embeddings_sha256,
         evaluations=evaluations,
@@ -242,11 +302,11 @@ def _attested(
         acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},
         measured_evaluations=run.measured,
     )
-    return result, complete
+    return result.edited(start.edits if complete else ()), complete
 
 
 def _silence_previews(callback: Callable | None) -> None:
-    """No picture before the gate: empties latent_preview.prepare_callback's previewer."""
+    """No image before the gate: empties latent_preview.prepare_callback's previewer."""
     cells = getattr(callback, "__closure__", None) or ()
     for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
         if name == "previewer":
@@ -265,11 +325,19 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
             for tensor in encoded(entry) if state.text_digest else ():
                 if not ledger.was_made_under(tensor, state.text_digest):
                     raise GuardError(
-                        f"The {name} conditioning was not made by the guarded CLIP, and the safety LoRA has a "
-                        "text-encoder half: encode every prompt with the CLIP output of Guard Model, and leave out "
-                        "nodes that change the embeddings (ConditioningAverage and style models may stay)."
+                        f"The {name} conditioning was not made by the guarded CLIP alone, as far as can be told, and "
+                        "the safety LoRA has a text-encoder half: encode every prompt with the guard's CLIP output; a "
+                        "node that weights or mixes embeddings may stay where it is given that CLIP, or conditionings "
+                        "of that CLIP, and no other, and encodes with all of it.",
+                        code="conditioning.not-guarded",
                     )
     return tuple(hashes)
+
+
+def _weighted(conds: dict[str, list[dict]]) -> tuple[str, ...]:
+    """Types of the nodes that weighted or mixed embeddings of these conditionings."""
+    tensors = (tensor for entries in conds.values() for entry in entries for tensor in encoded(entry))
+    return tuple(dict.fromkeys(name for tensor in tensors for name in ledger.weighted_by(tensor)))
 
 
 def encoded(entry: dict) -> Iterator[torch.Tensor]:
@@ -299,7 +367,9 @@ class GuardedClipMixin(GenerateMixin):
 
     def encode_from_tokens_scheduled(self, *args, **kwargs):
         if self.patcher.forced_hooks is not None:
-            raise GuardError("A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.")
+            raise GuardError(
+                "A guarded CLIP cannot encode under hooks (Set CLIP Hooks): remove the hooks.", code="model.hooks"
+            )
         return super().encode_from_tokens_scheduled(*args, **kwargs)
 
     get_sd = _refused("get_sd", "be saved", _BASE)
@@ -308,7 +378,7 @@ class GuardedClipMixin(GenerateMixin):
 
 def _wrap_clip(clip, state: GuardState):
     if not isinstance(clip, GuardedClipMixin):
-        clip.__class__ = _guarded_class(type(clip), GuardedClipMixin)
+        clip.__class__ = guarded_class(type(clip), GuardedClipMixin)
     clip.patcher = _wrap(clip.patcher, state)
     return clip
 
@@ -339,20 +409,20 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
     patchers = (guarded, clip.patcher) if built.text else (guarded,)
     size = sum(patcher.branches.size(compute_dtype(patcher)) for patcher in patchers)
     memory = format_memory(size, len(guard_cache.guards), guard_cache.guards.size)
-    return GuardedModel(guarded, f"{built.report}\n{memory}"), clip
+    return GuardedModel(guarded, f"{built.report}\n{memory}", built.summary), clip
 
 
 def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merged: int) -> guard_cache.Built:
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
-    remarks = notes(safety, tasks, record.base_sha256, merged, clip is not None)
+    remarks = list(notes(safety, tasks, record.base_sha256, merged, clip is not None))
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
     check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)
     record = record.of(functional_strength=functional.strengths, functional_not_measured=functional.unmeasured)
     report += "\n" + format_functional(functional, record)
-    return guard_cache.Built(parts[0], text, record, text_digest(safety), report)
+    return guard_cache.Built(parts[0], text, record, text_digest(safety), report, guard_summary(parts, remarks))
 
 
 def _parts(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple[GuardedPart, ...]:
@@ -376,7 +446,10 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
     kinds = (model, comfy.model_patcher.ModelPatcher, "MODEL"), (clip, comfy.sd.CLIP | None, "CLIP")
     for got, kind, name in kinds:
         if not isinstance(got, kind):
-            raise GuardError(f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.")
+            raise GuardError(
+                f"{node} got a {type(got).__name__} as {name}: connect the checkpoint's {name}.",
+                code="input.wrong-type",
+            )
 
 
 _MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
@@ -387,12 +460,22 @@ _BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
     """``merged`` and ``beside`` are the remedies of the node that asks."""
     if isinstance(patcher, GuardMixin):
-        raise GuardError(f"{what} is guarded already: connect all LoRAs to one Guard Model.")
+        raise GuardError(
+            f"{what} is guarded already: connect all LoRAs to one Guard Model.", code="model.guarded-already"
+        )
+    if swapped := pending.swapping(patcher.patches):
+        raise GuardError(
+            f"{what} brings a LoRA that swaps modules ({len(swapped)} changes of the kind {pending.SWAPPING!r}, first "
+            f"{shown(swapped[0])}), where a branch would be lost: leave out the node that loads it.",
+            code="model.swaps-modules",
+        )
     if patcher.patches and not accept_merged:
         found = pending.of(patcher)
         kinds = ", ".join((*["LoRAs"] * bool(found.found), *found.why))
         remedy = merged or (_MERGE if found.why else _PENDING)
-        raise GuardError(f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.")
+        raise GuardError(
+            f"{what} brings {kinds} to be merged into {len(patcher.patches)} weights: {remedy}.", code="model.merged"
+        )
     _check_clean(patcher, frozenset(patcher.patches), what, beside)
 
 
@@ -410,7 +493,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BES
         "copies of its model on more GPUs (MultiGPU CFG Split)": bool(patcher.additional_models.get("multigpu")),
     }
     for problem in (name for name, present in found.items() if present):
-        raise GuardError(f"{what} carries {problem} {beside}.")
+        raise GuardError(f"{what} carries {problem} {beside}.", code="model.patched")
 
 
 def common_ksampler(patcher, *settings, **options):

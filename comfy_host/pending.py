@@ -26,17 +26,20 @@ Patches = dict[str, list[tuple]]  # as ModelPatcher holds them
 ROLES = dict(kind.host for kind in FORMATS if kind.host)
 
 
+SWAPPING = "config"  # kind of a patch by which ComfyUI 0.38 swaps modules; 0.33 and before log it and go on
+
+
 @dataclass(frozen=True)
 class Pending:
     """What a MODEL or CLIP is to take into its weights: sums that can be taken out, and what must stay."""
 
-    found: tuple[_Found, ...]
+    found: tuple[Found, ...]
     rest: Patches
     why: tuple[str, ...]  # what stays, each kind once
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     change: Change
     strength: float
     load: int | None  # stands for the loading of one file; None where the value does not tell
@@ -50,17 +53,19 @@ class _Lora:
     strengths: dict[bool, float] = field(default_factory=dict)  # is text -> strength
     changes: dict[bool, list[Change]] = field(default_factory=lambda: {False: [], True: []})
     taken: set[tuple] = field(default_factory=set)
+    found: list[Found] = field(default_factory=list)
 
-    def takes(self, text: bool, one: _Found) -> bool:
+    def takes(self, text: bool, one: Found) -> bool:
         return self.strengths.get(text, one.strength) == one.strength and _place(text, one) not in self.taken
 
-    def add(self, text: bool, one: _Found) -> None:
+    def add(self, text: bool, one: Found) -> None:
         self.strengths[text] = one.strength
         self.changes[text].append(one.change)
         self.taken.add(_place(text, one))
+        self.found.append(one)
 
 
-def _place(text: bool, one: _Found) -> tuple:
+def _place(text: bool, one: Found) -> tuple:
     return text, one.change.key, one.change.offset
 
 
@@ -73,8 +78,24 @@ def of(patcher) -> Pending:
     return _sorted(patcher.patches, clip_info(SimpleNamespace(patcher=patcher, cond_stage_model=patcher.model)))
 
 
+def swapping(patches: Mapping[str, list[tuple]]) -> list[str]:
+    """What is to be given another module instead of another weight: it could lose a branch, or run without one."""
+    return [key for key, entries in patches.items() if any(_pair(entry[1])[0] == SWAPPING for entry in entries)]
+
+
 def tasks(model: Pending, clip: Pending) -> Tasks:
     """Task LoRAs of what can be taken out, in the order in which the weights name them."""
+    return tuple(_task(i, lora) for i, lora in enumerate(_loras(model, clip), 1))
+
+
+def loras_of(pending: Pending, is_text: bool) -> list[tuple[Found, ...]]:
+    """The same of a MODEL or a CLIP by itself: the changes of each LoRA."""
+    none = Pending((), {}, ())
+    loras = _loras(none, pending) if is_text else _loras(pending, none)
+    return [tuple(lora.found) for lora in loras]
+
+
+def _loras(model: Pending, clip: Pending) -> list[_Lora]:
     every = [(text, one) for text, pending in ((False, model), (True, clip)) for one in pending.found]
     loads = [one.load for _, one in every]
     loads = {load for load in loads if load is not None and loads.count(load) > 1} if len(every) > 1 else set()
@@ -85,10 +106,10 @@ def tasks(model: Pending, clip: Pending) -> Tasks:
     for text, one in every:
         if one.load not in loads:  # a full difference: of a file above, if one of its strength has room
             _join(loras, text, one, None, (*loads, None))
-    return tuple(_task(i, lora) for i, lora in enumerate(loras, 1))
+    return loras
 
 
-def _join(loras: list[_Lora], text: bool, one: _Found, load: int | None, allowed: Iterable[int | None]) -> None:
+def _join(loras: list[_Lora], text: bool, one: Found, load: int | None, allowed: Iterable[int | None]) -> None:
     fit = (lora for lora in loras if lora.load in allowed and lora.takes(text, one))
     if load is None:  # not by the side that a file has not, which would take any strength
         fit = (lora for lora in fit if text in lora.strengths)
@@ -112,14 +133,19 @@ def leave(patcher, pending: Pending) -> None:
         patcher.patches_uuid = uuid.uuid5(patcher.patches_uuid, "taken out")  # ComfyUI tells weights apart by it
 
 
+def own_functions(info: ModelInfo) -> set:
+    """ComfyUI's own rearrangements of a model's weights."""
+    return {entry[2] for entry in info.key_map.values() if isinstance(entry, tuple) and len(entry) > 2}
+
+
 def _sorted(patches: Mapping[str, list[tuple]], info: ModelInfo) -> Pending:
     """What can be taken out is the end of each weight's list, behind the last change that is no sum on W0."""
-    own = {entry[2] for entry in info.key_map.values() if isinstance(entry, tuple) and len(entry) > 2}
-    found: list[_Found] = []
+    own = own_functions(info)
+    found: list[Found] = []
     rest: Patches = {}
     why: dict[str, None] = {}
     for key, entries in patches.items():
-        read = [_read(info, own, key, entry, i == 0) for i, entry in enumerate(entries)]
+        read = [read_entry(info, own, key, entry, i == 0) for i, entry in enumerate(entries)]
         kept = next((i for i in range(len(read), 0, -1) if isinstance(read[i - 1], str)), 0)
         if kept:
             rest[key] = list(entries[:kept])
@@ -128,7 +154,7 @@ def _sorted(patches: Mapping[str, list[tuple]], info: ModelInfo) -> Pending:
     return Pending(tuple(found), rest, tuple(why))
 
 
-def _read(info: ModelInfo, own: set, key: str, entry: tuple, first: bool) -> _Found | str:
+def read_entry(info: ModelInfo, own: set, key: str, entry: tuple, first: bool) -> Found | str:
     """A change, or what it is that cannot be taken out."""
     strength, value, strength_model, offset, function = entry[:5]
     spec = info.places.get(key)
@@ -145,7 +171,7 @@ def _read(info: ModelInfo, own: set, key: str, entry: tuple, first: bool) -> _Fo
         return read
     parts, alpha, wide, load = read
     offset = None if offset is None else (int(offset[0]), int(offset[1]), int(offset[2]))
-    return _Found(Change(key, parts, alpha, offset, function, wide), strength, load)
+    return Found(Change(key, parts, alpha, offset, function, wide), strength, load)
 
 
 _Read = tuple[dict[str, Tensor], float | None, bool, int | None]  # parts, alpha, wide, load

@@ -152,10 +152,11 @@ def _check(model, clip) -> None:
     """GuardError for what the pipeline's ``base_sha256`` would not describe."""
     host._check_types(model, clip, "Audit")
     if clip is None:
-        raise GuardError("The audit got no CLIP: connect the checkpoint's CLIP.")
+        raise GuardError("The audit got no CLIP: connect the checkpoint's CLIP.", code="audit.no-clip")
     if isinstance(model, host.GuardMixin) or isinstance(clip, host.GuardedClipMixin):
         raise GuardError(
-            "The MODEL or CLIP is guarded, and an audit draws W0 too: connect the checkpoint loader's own."
+            "The MODEL or CLIP is guarded, and an audit draws W0 too: connect the checkpoint loader's own.",
+            code="audit.guarded-model",
         )
     host._check_incoming(model, False, "The MODEL", **PLAIN)
     host._check_incoming(clip.patcher, False, "The CLIP", **PLAIN)
@@ -165,7 +166,8 @@ def _check(model, clip) -> None:
         what = ", ".join(sorted(options | set(model.object_patches))) or "another CLIP layer"
         raise GuardError(
             f"The MODEL or CLIP was changed by a node after it was loaded ({what}), which the record of an audit could "
-            "not tell from the checkpoint: connect the checkpoint loader's own."
+            "not tell from the checkpoint: connect the checkpoint loader's own.",
+            code="audit.changed-model",
         )
 
 
@@ -185,12 +187,16 @@ def _check_sampling(sampling: Sampling) -> None:
         (sampling.scheduler, "Scheduler", known.SCHEDULERS),
     ):
         if name not in names:
-            raise GuardError(f"{what} {name!r} is not one of this ComfyUI: choose of {', '.join(names)}.")
+            raise GuardError(
+                f"{what} {name!r} is not one of this ComfyUI: choose of {', '.join(names)}.", code="audit.sampling"
+            )
     for side in (sampling.width, sampling.height):
         if side <= 0 or side % PIXELS:
-            raise GuardError(f"Images of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.")
+            raise GuardError(
+                f"Images of {sampling.width}×{sampling.height}: give multiples of {PIXELS}.", code="audit.sampling"
+            )
     if sampling.steps < 1:
-        raise GuardError(f"{sampling.steps} steps: give 1 or more.")
+        raise GuardError(f"{sampling.steps} steps: give 1 or more.", code="audit.sampling")
 
 
 def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
@@ -206,7 +212,8 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
         if idle := (*line.unmatched, *(name for name, _ in line.left)):
             raise GuardError(
                 f"{line.name}: {len(idle)} of its layers fit nothing in this base, first {idle[0]!r}; "
-                "an audit measures whole LoRAs only: use a LoRA made for this base."
+                "an audit measures whole LoRAs only: use a LoRA made for this base.",
+                code="audit.not-whole",
             )
     encodes_as = tuple((line.sha256, line.strength) for line in parts[1].lines if line.matched)
     return _Built(*parts, encodes_as)
@@ -218,7 +225,8 @@ def _lora(part: Part) -> TaskLora:
     if part.role == "safety" and lora.zero_layers:
         raise GuardError(
             f"Safety LoRA {lora.name}: layer {lora.zero_layers[0]} ({len(lora.zero_layers)} in all) is all zero and "
-            "would do nothing; train or export the file again."
+            "would do nothing; train or export the file again.",
+            code="lora.zero-layer",
         )
     return TaskLora(lora, part.strength, part.strength)
 
@@ -228,9 +236,13 @@ def _groups(items: Sequence[Item], conds: Sequence[tuple[Cond, Cond]], sampler: 
     groups: dict[Hashable, list[int]] = {}
     for i, (item, pair) in enumerate(zip(items, conds, strict=True)):
         if item.mask and not item.start:
-            raise GuardError(f"Item {item.prompt[:60]!r} has a mask and no start image: inpainting needs both.")
+            raise GuardError(
+                f"Item {item.prompt[:60]!r} has a mask and no start image: inpainting needs both.", code="audit.item"
+            )
         if not 0 < item.denoise <= 1:
-            raise GuardError(f"Item {item.prompt[:60]!r} has denoise {item.denoise}: give more than 0, at most 1.")
+            raise GuardError(
+                f"Item {item.prompt[:60]!r} has denoise {item.denoise}: give more than 0, at most 1.", code="audit.item"
+            )
         plain = all(_plain(extra) for _, extra in pair)
         alone = () if plain and sampler in STEADY else (i,)
         lengths = tuple(cross.shape[1] for cross, _ in pair)
@@ -259,7 +271,9 @@ def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
         data = Path(path).read_bytes()
         picture = decode_mask(data).image if mask else decode(data).image
     except (OSError, PictureError) as error:
-        raise GuardError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
+        raise GuardError(
+            f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.", code="audit.image-unreadable"
+        ) from error
     if picture.size != size:
         picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
@@ -270,7 +284,8 @@ def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
     if pictures.shape[1:] != (sampling.height, sampling.width, 3):
         raise GuardError(
             f"The VAE gives {tuple(pictures.shape[1:])} for images of {sampling.width}×{sampling.height}: an audit "
-            f"draws with models of still images whose latents stand for {PIXELS} pixels each."
+            f"draws with models of still images whose latents stand for {PIXELS} pixels each.",
+            code="audit.vae",
         )
     return np.clip(255.0 * pictures.cpu().numpy(), 0, 255).astype(np.uint8)
 

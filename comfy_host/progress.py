@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from .charts import chart
-from .node_report import show
+from .node_report import leave, show_progress
 from .training_files import newest_state
 
 logger = logging.getLogger("modular_lora")
@@ -64,10 +64,10 @@ class NodeWatch:
         """Stays on the node, below how far it is, and is a line of the log."""
         logger.info(text)
         self._said = text
-        show(self.node, text)
+        show_progress(self.node, text)
 
     def _show(self, progress: str) -> None:
-        show(self.node, "\n".join(filter(None, (progress, self._said))))
+        show_progress(self.node, "\n".join(filter(None, (progress, self._said))))
 
     def finish(self, losses: Sequence[float]) -> torch.Tensor:
         """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""
@@ -95,7 +95,7 @@ def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
         yield
     except comfy.model_management.InterruptProcessingException:
         kept = newest_state(name)
-        show(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
+        leave(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
         raise
 
 

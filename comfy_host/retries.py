@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.provenance.attestation import Attestation
 from . import patcher as host
 from .gating import Gate, outcome_of, reporting
 from .stock import MAX_SEED, decode
@@ -24,13 +24,13 @@ class Drawn:
         images: b h w c.
         gate: The gate that is to judge them.
         tries: How often each was drawn, in words.
-        attested: The attestation of the first run, in words.
+        attested: The attestation of the first run.
     """
 
     images: torch.Tensor
     gate: Gate
     tries: str
-    attested: str
+    attested: Attestation
 
 
 def draw_until_clear(job: Job, seed: int, max_tries: int, gate: Gate) -> Drawn:
@@ -38,7 +38,7 @@ def draw_until_clear(job: Job, seed: int, max_tries: int, gate: Gate) -> Drawn:
     if max_tries > 1:
         job.check_hints()
     shots = job.draw(seed)
-    attested, tries, n = format_attestation(host.attestation(job.patcher)), [1] * len(shots), len(shots)
+    attested, tries, n = host.attestation(job.patcher), [1] * len(shots), len(shots)
     pending = _flagged(shots, range(n), gate)
     for retry in range(1, max_tries):
         for i in pending:
@@ -86,7 +86,8 @@ class Job:
         if most > 1 and len(self.latent["samples"]) > 1:
             raise GuardError(
                 f"A ControlNet has {most} hint images for one batch, and retries draw single images: give it one "
-                "hint, or set max_tries to 1."
+                "hint, or set max_tries to 1.",
+                code="retries.hints",
             )
 
 

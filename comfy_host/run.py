@@ -67,6 +67,17 @@ def streams(packed: torch.Tensor, *, latent_shapes: Sequence | None = None, **_)
         yield from batch
 
 
+def given_out(model, x0: torch.Tensor, *, latent_shapes: Sequence | None = None, **_) -> Iterator[torch.Tensor]:
+    """Latents of a step's x0 as they leave a sampler, those of several kinds by themselves (comfy.nested_tensor)."""
+    if latent_shapes is not None and len(latent_shapes) > 1 and not x0.is_nested:
+        import comfy.nested_tensor  # 0.33.0
+
+        x0 = comfy.nested_tensor.NestedTensor(comfy.utils.unpack_latents(x0, latent_shapes))
+    made = model.process_latent_out(x0)
+    for batch in made.unbind() if made.is_nested else (made,):
+        yield from batch
+
+
 class GenerateMixin:
     """In front of ComfyUI's CLIP: it writes text with the branches on (CLIP.generate, 0.33.0), unrecorded."""
 
@@ -84,11 +95,11 @@ class GenerateMixin:
         finally:
             run.discard()  # each token runs the layers, without an evaluation of what holds them
         self.patcher.guard_seat.verify()
-        _check_even(self.patcher.branches, before)
+        check_even(self.patcher.branches, before)
         return text
 
 
-def _check_even(branches, before: dict[str, int]) -> None:
+def check_even(branches, before: dict[str, int]) -> None:
     """GuardError where a layer ran less often than others of its encoder, or none ran at all."""
     fired = {path: n - before[path] for path, n in branches.counts()[1].items() if path not in branches.varying}
     most = {branches.root_of(path): 0 for path in fired}
@@ -100,5 +111,6 @@ def _check_even(branches, before: dict[str, int]) -> None:
         first = short[0] if short else next(iter(fired), "none")
         raise GuardError(
             f"The guard's branches did not all run while text was generated: {len(short) or len(fired)} of "
-            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one."
+            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one.",
+            code="run.short",
         )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import comfy.samplers
 import torch
 
-from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance.attestation import Attestation
 from . import introspection
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF  # of the stock samplers
@@ -32,8 +32,10 @@ def cfg_guider(patcher, positive: list, negative: list, cfg: float) -> comfy.sam
     return guider
 
 
-def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -> tuple[torch.Tensor, list[str]]:
-    """Pictures (b h w c) of latents, attested where their latents are, and what is to be said of them, each once.
+def decode(
+    vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None
+) -> tuple[torch.Tensor, list[Attestation | str]]:
+    """Pictures (b h w c) of latents, attested where their latents are; of each its attestation, or why it has none.
 
     ``tiles``: what the stock VAE Decode (Tiled) is given, the stock VAE Decode otherwise (nodes);
     a video's frames come as a batch. Of latents of several kinds (sound beside video) the first is decoded.
@@ -42,6 +44,4 @@ def decode(vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None) -
 
     node = nodes.VAEDecode() if tiles is None else nodes.VAEDecodeTiled()
     (images,) = node.decode(vae=vae, samples={"samples": latents}, **(tiles or {}))
-    found = ledger.attest_images(images, latents, introspection.vae_sha256(vae))
-    reports = (one if isinstance(one, str) else format_attestation(one) for one in found)
-    return images, list(dict.fromkeys(reports))
+    return images, ledger.attest_images(images, latents, introspection.vae_sha256(vae))

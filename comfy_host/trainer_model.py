@@ -202,7 +202,7 @@ def _clip_skip(clip, skip: int):
         return clip
     encoders = (m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
     if skip > (most := min(encoder.num_layers for encoder in encoders)):  # ComfyUI then takes the last one
-        raise GuardError(f"clip_skip: {skip} of {most} layers: give at most {most}.")
+        raise GuardError(f"clip_skip: {skip} of {most} layers: give at most {most}.", code="train.clip-skip")
     clip = clip.clone()
     clip.clip_layer(-skip)
     return clip
@@ -211,7 +211,7 @@ def _clip_skip(clip, skip: int):
 def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
     """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own."""
     if not path.is_file():
-        raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).")
+        raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
     loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
     if vae is not None:
@@ -230,7 +230,10 @@ def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str
     _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
     kinds = dict(engine.family(introspection.family(model)).parts)
     if not (path := find_model(ckpt_name, *BASE_FOLDERS)):
-        raise GuardError("The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.")
+        raise GuardError(
+            "The kohya engine reads the checkpoint's file by itself: choose it as ckpt_name.",
+            code="kohya.no-checkpoint-name",
+        )
     base = Base(
         path,
         introspection.family(model),
@@ -246,9 +249,15 @@ def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str
 def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
     """Path of a file of the model, in ComfyUI's folder of its kind alone."""
     if part not in kinds:
-        raise GuardError(f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.")
+        raise GuardError(
+            f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.",
+            code="kohya.unknown-file",
+        )
     if not (path := find_model(name, kinds[part])):
-        raise GuardError(f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.")
+        raise GuardError(
+            f"kohya_files: {part} {name!r} is not in ComfyUI's {kinds[part]} folder: put it there.",
+            code="kohya.no-such-file",
+        )
     return str(path)
 
 
@@ -262,11 +271,12 @@ def _check(model, clip, node: str, accept_merged: bool) -> None:
     """GuardError for what no LoRA can be trained on, whichever engine trains it."""
     patcher._check_types(model, clip, node)
     if clip is None:
-        raise GuardError(f"{node} got no CLIP: connect the checkpoint's CLIP.")
+        raise GuardError(f"{node} got no CLIP: connect the checkpoint's CLIP.", code="train.no-clip")
     if isinstance(model, patcher.GuardMixin) or isinstance(clip, patcher.GuardedClipMixin):
         raise GuardError(
             "The MODEL or CLIP is guarded, and a LoRA is trained on W0 alone: connect the checkpoint loader's own; the "
-            "trainer takes the safety LoRA by name and shows it in the previews."
+            "trainer takes the safety LoRA by name and shows it in the previews.",
+            code="train.guarded-model",
         )
     remedies = {"merged": _OWN, "beside": f"beside its own weights: {_OWN}"}
     if node == TASK_NODE:
@@ -282,7 +292,8 @@ def check_pair(model, clip, node: str) -> None:
     if (wanted := TEXT_ENCODERS.get(family)) and found != wanted:
         raise GuardError(
             f"{node} got a {family} MODEL, whose text encoders are {_named(wanted)}, and a CLIP with {_named(found)}: "
-            "connect the CLIP of the same checkpoint."
+            "connect the CLIP of the same checkpoint.",
+            code="train.other-clip",
         )
 
 
@@ -295,7 +306,8 @@ def _check_family(model) -> None:
     if (family := introspection.family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
         raise GuardError(
             f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: "
-            + ("train it with the kohya engine." if family in engine.FAMILIES else "no engine here trains it.")
+            + ("train it with the kohya engine." if family in engine.FAMILIES else "no engine here trains it."),
+            code="train.family",
         )
 
 

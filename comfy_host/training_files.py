@@ -28,7 +28,8 @@ def check_name(option: str, name: str, named: str) -> None:
     if not NAME.fullmatch(name) or name.endswith((".", " ")):
         raise GuardError(
             f"{option} {name!r}: letters, digits, _, spaces and . + - only, no space or mark but _ first, no dot or "
-            f"space last: it names {named}."
+            f"space last: it names {named}.",
+            code="name.not-plain",
         )
 
 
@@ -46,7 +47,10 @@ def _numbered(folder: Path) -> bool:
 def data_set_option(name: str) -> dict[str, str]:
     """The option for a name in the drop-down, which ComfyUI 0.3.75 does not check a value against (0.33.0 does)."""
     if name not in data_sets():
-        raise GuardError(f"Data set {name!r} is no data set in the input folder: put it there and refresh the page.")
+        raise GuardError(
+            f"Data set {name!r} is no data set in the input folder: put it there and refresh the page.",
+            code="train.no-data-set",
+        )
     path = input_folder() / name
     return {"dataset_config" if path.suffix == ".toml" else "train_data_dir": str(path)}
 
@@ -84,7 +88,9 @@ def state_to_resume(name: str, resume: bool) -> str:
     """Its path as an option; "" where none is wanted. GuardError where there is none."""
     found = newest_state(name) if resume else None
     if resume and found is None:
-        raise GuardError(f"resume: {name} has no saved state: switch resume off, and it starts anew.")
+        raise GuardError(
+            f"resume: {name} has no saved state: switch resume off, and it starts anew.", code="resume.no-state"
+        )
     return str(found) if found else ""
 
 

@@ -91,10 +91,15 @@ def _coarse(crop: np.ndarray, cells: int, how: Image.Resampling) -> np.ndarray:
 def checked_replacement(picture: np.ndarray | None) -> np.ndarray:
     """The replacement h w 3. Raises GateError where there is none, or it is not one finite picture."""
     if picture is None:
-        raise GateError('replacement: the action is "replace" and there is no image to put in: connect one.')
+        raise GateError(
+            'replacement: the action is "replace" and there is no image to put in: connect one.',
+            code="gate.no-replacement",
+        )
     picture = np.asarray(picture)
     if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape or not np.isfinite(picture).all():
-        raise GateError(f"replacement: {picture.shape} is not one image h×w×3 of finite numbers: give one.")
+        raise GateError(
+            f"replacement: {picture.shape} is not one image h×w×3 of finite numbers: give one.", code="gate.replacement"
+        )
     return picture
 
 

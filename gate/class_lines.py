@@ -40,11 +40,14 @@ def _split(line: str, detector: Detector) -> tuple[str, list[str]]:
         if label in detector.labels and len(values) == words:
             return label, values
     known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
-    raise GateError(f"classes: {line!r} is not LABEL threshold [growth], or LABEL off; {detector.name} knows {known}.")
+    raise GateError(
+        f"classes: {line!r} is not LABEL threshold [growth], or LABEL off; {detector.name} knows {known}.",
+        code="gate.class-line",
+    )
 
 
 def _number(line: str, word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise GateError(f"classes: {word!r} in {line!r} is not a number: correct it.") from None
+        raise GateError(f"classes: {word!r} in {line!r} is not a number: correct it.", code="gate.class-line") from None

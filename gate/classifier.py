@@ -27,7 +27,10 @@ class Classifier:
         for name in filter(None, (self._output, said.embedding)):
             if name not in self._runner.outputs:
                 there = ", ".join(self._runner.outputs)
-                raise GateError(f"{Path(labels).name}: {Path(weights).name} has no output {name!r}: it has {there}.")
+                raise GateError(
+                    f"{Path(labels).name}: {Path(weights).name} has no output {name!r}: it has {there}.",
+                    code="gate.no-output",
+                )
         self.name, self.licence, self.sha256 = said.name, said.licence, self._runner.sha256
         self.covers, self.blind_to = said.covers, said.blind_to
         self.labels = (*said.labels, *said.groups)
@@ -46,7 +49,10 @@ class Classifier:
     def embed(self, pictures: np.ndarray) -> np.ndarray:
         """The embedding output, b d float32, one row a picture. Raises GateError where the labels file names none."""
         if not self.embeds:
-            raise GateError(f'{self.name}: no embedding is named: name an output under "embedding" in its labels file.')
+            raise GateError(
+                f'{self.name}: no embedding is named: name an output under "embedding" in its labels file.',
+                code="gate.no-embedding",
+            )
         parts = [
             self._runner.run(self._prepared(part), [self._said.embedding])[0].reshape(len(part), -1)
             for part in chunks(pictures, self._runner.chunk)
@@ -59,7 +65,8 @@ class Classifier:
         if raw.size != len(part) * len(self._said.labels):
             shape = "×".join(map(str, raw.shape))
             raise GateError(
-                f"{self.name}: output {self._output} is {shape}, not one score for {len(self._said.labels)} labels."
+                f"{self.name}: output {self._output} is {shape}, not one score for {len(self._said.labels)} labels.",
+                code="gate.scores-shape",
             )
         raw = raw.reshape(len(part), -1)
         if self._said.activation == "softmax":
@@ -69,7 +76,9 @@ class Classifier:
             return 1 / (1 + np.exp(-np.clip(raw, -80, 80)))
         if raw.min() < -1e-3 or raw.max() > 1 + 1e-3:
             raise GateError(
-                f"{self.name}: scores from {raw.min():.3g} to {raw.max():.3g}: name the activation, softmax or sigmoid."
+                f"{self.name}: scores from {raw.min():.3g} to {raw.max():.3g}: "
+                "name the activation, softmax or sigmoid.",
+                code="gate.scores-range",
             )
         return np.clip(raw, 0, 1)
 

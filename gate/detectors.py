@@ -29,10 +29,13 @@ def make(name: str, providers: Sequence[str] = (), threads: int = 0, **files: st
     """
     wanted = {"weights", "labels"} if name == CLASSIFIER else set()
     if name not in NAMES:
-        raise GateError(f"detector: {name!r} does not exist: one of {', '.join(NAMES)}.")
+        raise GateError(f"detector: {name!r} does not exist: one of {', '.join(NAMES)}.", code="gate.unknown-detector")
     if files.keys() != wanted:
         given = ", ".join(sorted(files)) or "none"
-        raise GateError(f"detector {name}: takes the files {', '.join(sorted(wanted)) or 'none'}, given {given}.")
+        raise GateError(
+            f"detector {name}: takes the files {', '.join(sorted(wanted)) or 'none'}, given {given}.",
+            code="gate.detector-files",
+        )
     if name == CLASSIFIER:
         return Classifier(files["weights"], files["labels"], providers, threads)
     if name == nsfw.NAME:

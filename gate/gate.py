@@ -11,6 +11,8 @@ from .errors import Blocked, GateError
 from .finding import Detector, Finding
 from .settings import Settings
 
+OTHERWISE = "change the prompt or the seed"  # the remedy for a picture that is blocked
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -29,14 +31,18 @@ def run(pictures: np.ndarray, detector: Detector, settings: Settings, replacemen
     """Judge every picture of b h w 3 (float, RGB, 0..1) and do what the settings say about those that are flagged.
 
     ``replacement`` is the picture h w 3 of the action "replace". Pictures that are not acted on stay bit for bit the
-    same; ``pictures`` itself is never written to. Raises Blocked where the action is "block" and a picture is flagged,
-    and GateError where settings and detector do not fit or the pictures cannot be judged.
+    same, and where one is withheld stands a black one; ``pictures`` itself is never written to. Raises Blocked where
+    the action is "block" and a picture is flagged, and GateError where settings and detector do not fit or the pictures
+    cannot be judged.
     """
     settings.check(detector)
     replacement = actions.checked_replacement(replacement) if settings.action == "replace" else None
     findings = tuple(detector.detect(pictures))
     if len(findings) != len(pictures):
-        raise GateError(f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.")
+        raise GateError(
+            f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.",
+            code="gate.findings",
+        )
     blocked = tuple(map(settings.blocked, findings))
     flags = tuple(map(bool, blocked))
     if settings.action == "block" and any(flags):
@@ -57,10 +63,16 @@ def _refusal(
 ) -> str:
     hits = [i for i, labels in enumerate(blocked) if labels]
     first = hits[0]
-    said = ", ".join(
-        f"{label} {findings[first].scores[label]:.2f} ≥ {settings.block[label]:g}" for label in blocked[first]
-    )
+    said = _scores(settings, blocked[first], findings[first])
     return (
-        f"{len(hits)} of {len(blocked)} images are blocked by {detector.name}, image {first + 1}: {said}; "
-        "change the prompt or the seed."
+        f"{len(hits)} of {len(blocked)} images are blocked by {detector.name}, image {first + 1}: {said}; {OTHERWISE}."
     )
+
+
+def blocked_by(detector: Detector, settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
+    """Why one picture is blocked: the labels of the block set that were found, with scores and thresholds."""
+    return f"blocked by {detector.name}: {_scores(settings, labels, finding)}"
+
+
+def _scores(settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
+    return ", ".join(f"{label} {finding.scores[label]:.2f} ≥ {settings.block[label]:g}" for label in labels)

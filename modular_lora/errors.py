@@ -1,4 +1,6 @@
-"""Errors of the pack. Each message is one line: subject, value, remedy."""
+"""Errors of the pack. Each message is one line: subject, value, remedy. Each error has a code besides, which stays when
+its sentence is worded better: programs and tests tell errors apart by class and code, people read the sentence.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +10,46 @@ from contextlib import contextmanager
 
 
 class GuardError(RuntimeError):
-    """The guard stopped something: a LoRA that does not apply whole, a refused path, a run that fell short."""
+    """The guard stopped something: a LoRA that does not apply whole, a refused path, a run that fell short.
+
+    Args:
+        message: One line: subject, value, remedy.
+        code: What happened, in lower case, by subject and kind ("file.not-a-lora"); the class's own where nobody tells
+            this error from others of its class.
+    """
+
+    code: str = "guard"
+
+    def __init__(self, message: str = "", *, code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 class LoraFileError(GuardError):
     """A LoRA file that cannot be read safely or is not a LoRA that the guard understands."""
 
+    code = "file"
+
 
 class HandleError(GuardError, AttributeError):
     """A guarded model was used as something else; an AttributeError too, so that hasattr() keeps its meaning."""
 
+    code = "handle"
+
 
 @contextmanager
 def writing(what: object, kind: type[GuardError] = GuardError) -> Iterator[None]:
-    """Around the writing of a file or folder: an OSError becomes a ``kind`` that names ``what`` and a remedy."""
+    """Around the writing of a file or folder: an OSError becomes a ``kind`` that names ``what`` and a remedy.
+
+    The code is the kind's own and ``.not-written``.
+    """
     try:
         yield
     except OSError as error:
         reason = plain(str(error.strerror or error))
-        raise kind(f"{what}: cannot be written ({reason}): check the folder and the free space on its disk.") from error
+        said = f"{what}: cannot be written ({reason}): check the folder and the free space on its disk."
+        raise kind(said, code=f"{kind.code}.not-written") from error
 
 
 def shown(value: object) -> str:

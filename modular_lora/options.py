@@ -26,6 +26,8 @@ T = TypeVar("T")
 class OptionError(GuardError):
     """An option that does not exist, or a value that does not fit it."""
 
+    code = "option"
+
 
 def opt(default: Any, description: str, **limits: float) -> Any:
     """A dataclass field with its help text and pydantic's limits (gt, ge, lt, le, multiple_of)."""
@@ -53,7 +55,9 @@ def parse(config: str | Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # the reader's own, and Python's for a number of many digits
         what = config if isinstance(config, Path) else "options"
-        raise OptionError(f"{what}: cannot be read as TOML ({error}): write name = value, texts in quotes.") from error
+        raise OptionError(
+            f"{what}: cannot be read as TOML ({error}): write name = value, texts in quotes.", code="option.toml"
+        ) from error
 
 
 def toml_value(value: Any) -> str:

@@ -15,5 +15,6 @@ def check_writable(folder: str | Path, option: str) -> None:
         try_writing(folder)
     except OSError as error:
         raise GuardError(
-            f"{option} {folder}: cannot be written to ({error.strerror or error}): choose another folder."
+            f"{option} {folder}: cannot be written to ({error.strerror or error}): choose another folder.",
+            code="place.not-writable",
         ) from error

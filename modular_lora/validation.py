@@ -7,7 +7,7 @@ import difflib
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ArgsKwargs
@@ -38,7 +38,15 @@ T = TypeVar("T", bound=type)
 Made = TypeVar("Made")
 
 
-def raises(kind: type[Exception]) -> Callable[[T], T]:
+class Problem(NamedTuple):
+    """Why settings cannot be made."""
+
+    place: Place
+    text: str  # a sentence that names the place, the value and the remedy
+    code: str = "wrong-value"  # the end of the error's code; "unknown-key" and "missing-key" are the others
+
+
+def raises(kind: type[GuardError]) -> Callable[[T], T]:
     """A decorator on top of pydantic's ``dataclass``: objects that cannot be made raise ``kind``, with one problem."""
 
     def decorate(cls: T) -> T:
@@ -46,7 +54,8 @@ def raises(kind: type[Exception]) -> Callable[[T], T]:
             try:
                 vars(cls)["__pydantic_validator__"].validate_python(ArgsKwargs(args, kwargs), self_instance=self)
             except ValidationError as error:
-                raise kind(problem(cls, error)[1]) from None
+                found = problem(cls, error)
+                raise kind(found.text, code=f"{kind.code}.{found.code}") from None
 
         cls.__init__ = __init__  # type: ignore[misc]  # pydantic's own, with the same arguments, raises ValidationError
         return cls
@@ -70,15 +79,16 @@ def from_json(make: Callable[..., Made], path: str | Path, kind: type[GuardError
     try:
         said = plain_json.read_object(path)
     except (OSError, ValueError) as error:
-        raise kind(f"{path.name}: cannot be read as JSON ({one_line(error)}): check the {what}.") from error
+        why = f"{path.name}: cannot be read as JSON ({one_line(error)}): check the {what}."
+        raise kind(why, code=f"{kind.code}.unreadable") from error
     try:
         return make(**said)
     except kind as error:
-        raise kind(f"{path.name}: {one_line(error)}{hint}") from error
+        raise kind(f"{path.name}: {one_line(error)}{hint}", code=error.code) from error
 
 
-def problem(cls: type, error: ValidationError) -> tuple[Place, str]:
-    """Where the first problem of a ``cls`` lies, and a sentence that names the place, the value and the remedy.
+def problem(cls: type, error: ValidationError) -> Problem:
+    """The first problem of a ``cls``.
 
     A key that does not exist comes first: a missing one is often the same key, mistyped.
     """
@@ -87,13 +97,14 @@ def problem(cls: type, error: ValidationError) -> tuple[Place, str]:
     if kind in (UNKNOWN, "missing"):
         fields = _fields(cls, place[:-1])
         if kind == "missing":
-            return place, f"{dotted(place)} is missing: {fields[str(place[-1])].metadata.get('description', 'add it')}."
+            wanted = fields[str(place[-1])].metadata.get("description", "add it")
+            return Problem(place, f"{dotted(place)} is missing: {wanted}.", "missing-key")
         near = difflib.get_close_matches(str(place[-1]), fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}."
-        return place, f"{dotted(place)} does not exist: {hint}"
+        return Problem(place, f"{dotted(place)} does not exist: {hint}", "unknown-key")
     own = found["msg"].replace("Input should", "must", 1)
     words = WORDS[kind].format(**found.get("ctx", {})) if kind in WORDS else own
-    return place, f"{dotted(place)} {words}, not {shown(found['input'])}: correct it."
+    return Problem(place, f"{dotted(place)} {words}, not {shown(found['input'])}: correct it.")
 
 
 def dotted(place: Place) -> str:

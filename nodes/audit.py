@@ -23,8 +23,9 @@ from ..audit.judge import Judge
 from ..audit.options import AuditOptions
 from ..audit.plan import GUARDED
 from ..audit.report import AuditReport, to_json
-from ..audit.words import format_report
+from ..audit.words import format_differences, format_report
 from ..comfy_host import patcher
+from ..comfy_host.answers import answer
 from ..comfy_host.charts import INK, PAPER, chart
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.gating import checked
@@ -37,7 +38,7 @@ from ..comfy_host.model_folders import (
     offered,
     output_folder,
 )
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.pipeline import ComfyPipeline
 from ..comfy_host.progress import NodeWatch, image_tensor
 from ..comfy_host.stock import sampler_names, scheduler_names
@@ -49,7 +50,7 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
-from .sockets import GateSocket
+from .sockets import GateSocket, rarely
 from .training import option_inputs
 
 NONE = "none"
@@ -69,7 +70,8 @@ MORE = (  # what more_options may set: nothing that names a file, folder or pack
     "title", "arms", "project", "max_prompts", "negative", "img2img", "inpaint", "safety_sweep", "task_sweep", "margin",
     "safety_scale",
 )  # fmt: skip
-WIDTH, ROW = 640, 22  # pixels of the plot
+RARELY = ("first_seed", "unit_size", "other_words", "more_options")  # see sockets.rarely
+WIDTH, ROW = 640, 30  # pixels of the plot; a node shows it at about two thirds of its size
 
 
 class Audit(io.ComfyNode):
@@ -84,7 +86,9 @@ class Audit(io.ComfyNode):
             description="Samples the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "
             "modular, projected, model arithmetic), runs a detector, and reports what changed, with intervals. It "
             "continues where it was stopped. Images stay in a private folder of the server.",
-            inputs=[*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()],
+            inputs=rarely(
+                [*_model_inputs(), *_lora_inputs(), *_prompt_inputs(), *_sampling_inputs(), *_judge_inputs()], *RARELY
+            ),
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Rates, intervals, differences, remarks."),
                 io.String.Output(
@@ -119,12 +123,15 @@ class Audit(io.ComfyNode):
         shutil.rmtree(folder / SHEETS, ignore_errors=True)  # of cells that this audit may not have
         report = session.run(made, Local(pipeline), NodeWatch(cls), "Audit node", _judge(gate, style))
         publish(folder, place)
-        text = f"{format_report(report)}\npage: output/{PUBLISHED}/{name}/index.html"
-        show(cls, text)
+        page = f"page: output/{PUBLISHED}/{name}/index.html"
+        names = {row.arm for row in report.rows}
+        line = f"Audited {len(names)} arm{'s' * (len(names) != 1)}: the picture has their concept rates."
         chart = image_tensor(plot(report))
-        return io.NodeOutput(
-            text, to_json(report), chart, image_tensor(sheets(folder)), ui=ui.PreviewImage(chart, cls=cls)
+        shown = answer(
+            line, "\n".join((*format_differences(report), page)), **ui.PreviewImage(chart, cls=cls).as_dict()
         )
+        text = f"{line}\n{format_report(report)}\n{page}"
+        return io.NodeOutput(text, to_json(report), chart, image_tensor(sheets(folder)), ui=shown)
 
 
 def _model_inputs() -> list[io.Input]:
@@ -199,7 +206,9 @@ def _options(folder: Path, values: Mapping[str, Any]) -> AuditOptions:
     """The audit's options; prompts given as text are written to files beside the pictures."""
     extra = options.parse(values.get("more_options", ""))
     if refused := sorted(set(extra) - set(MORE)):
-        raise GuardError(f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.")
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set here; it takes {', '.join(MORE)}.", code="audit.option-refused"
+        )
     ours: dict[str, Any] = {"output_dir": str(folder), "seed": values["first_seed"]}
     ours |= {option: (str(path),) for option, path in _loras(values).items()}
     for cell in CELLS:
@@ -239,7 +248,10 @@ def _prompt_file(name: str | None) -> Path | None:
     if name in (None, NONE):
         return None
     if name not in _prompt_files():
-        raise GuardError(f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.")
+        raise GuardError(
+            f"Prompts {name!r} are not in the input folder: put the file there and refresh the page.",
+            code="audit.no-prompts-file",
+        )
     return input_folder() / name
 
 

@@ -6,9 +6,9 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
-from ..comfy_host.node_report import show
 from ..comfy_host.training_files import NAME
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import concept
@@ -62,7 +62,8 @@ class WriteConceptPrompts(io.ComfyNode):
             )
         if not NAME.fullmatch(output_name) or output_name.endswith("."):
             raise GuardError(
-                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file."
+                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file.",
+                code="name.not-plain",
             )
         folder = model_folder(SAFETY_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,5 +71,5 @@ class WriteConceptPrompts(io.ComfyNode):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         made = concept.write_copy(lora.path, target, lines, expected_sha256=lora.sha256)
         report = concept.written(made, target.name)
-        show(cls, report)
-        return io.NodeOutput((dataclasses.replace(safety[0], lora=made),), report)
+        shown = answer(f"A copy with {len(lines)} concept prompt{'s' * (len(lines) != 1)} was written.", report)
+        return io.NodeOutput((dataclasses.replace(safety[0], lora=made),), report, ui=shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..comfy_host.node_report import show
+from ..comfy_host.answers import answer
 from ..comfy_host.progress import NodeWatch, contact_sheet, image_tensor
 from ..comfy_host.training_files import data_set_option, data_set_state, inside
 from ..training import options
@@ -42,8 +42,8 @@ class DatasetReport(io.ComfyNode):
     def execute(cls, data_set, resolution, train_batch_size) -> io.NodeOutput:
         values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
         found = dataset.scan(inside(options.load(TaskOptions, None, values)), NodeWatch(cls).read)
-        report = dataset.format_report(found)
-        show(cls, report)
+        line, report = dataset.summary(found), dataset.format_report(found)
         sheet = contact_sheet([thumbnail(p.path, 96) for p in found.pictures[:48]], 96, 8)
         picture = image_tensor(sheet)
-        return io.NodeOutput(report, picture, ui=ui.PreviewImage(picture, cls=cls))
+        shown = answer(line, report, **ui.PreviewImage(picture, cls=cls).as_dict())
+        return io.NodeOutput(f"{line}\n{report}", picture, ui=shown)

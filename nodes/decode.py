@@ -5,11 +5,23 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.answers import answer
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.stock import decode
+from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.guard.summary import once, per_image, run_line
+from ..modular_lora.provenance.attestation import Attestation
+from ..modular_lora.provenance.ledger import Known, known_of
+from ..modular_lora.provenance.verdict import verdict
+from .sockets import rarely
 
 OUTPUTS = (
-    io.Image.Output("image", display_name="image", tooltip="The decoded images. Any edit makes them unattested."),
+    io.Image.Output(
+        "image",
+        display_name="image",
+        tooltip="The decoded images. Edits by ComfyUI's own nodes are named in what an image says; other nodes make it "
+        "unattested.",
+    ),
     io.String.Output("report", display_name="report", tooltip="Attestation of the images, or why there is none."),
 )
 
@@ -34,7 +46,7 @@ class GuardedDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
-        return _decoded(cls, *decode(vae, samples["samples"]))
+        return _decoded(*decode(vae, samples["samples"]))
 
 
 class GuardedDecodeTiled(io.ComfyNode):
@@ -51,7 +63,7 @@ class GuardedDecodeTiled(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="Latent straight from a guarded run."),
                 io.Vae.Input("vae", tooltip="The VAE that turns latents into images."),
-                *_tiles(),
+                *rarely(_tiles(), "temporal_size", "temporal_overlap"),
             ],
             outputs=list(OUTPUTS),
             hidden=[io.Hidden.unique_id],
@@ -59,7 +71,7 @@ class GuardedDecodeTiled(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, **tiles: int) -> io.NodeOutput:
-        return _decoded(cls, *decode(vae, samples["samples"], tiles))
+        return _decoded(*decode(vae, samples["samples"], tiles))
 
 
 def _tiles() -> list:
@@ -75,7 +87,16 @@ def _tiles() -> list:
     ]
 
 
-def _decoded(node, pictures: torch.Tensor, reports: list[str]) -> io.NodeOutput:
-    report = "\n".join(reports)
-    show(node, report)
-    return io.NodeOutput(pictures, report)
+def _decoded(images: torch.Tensor, found: list[Attestation | str]) -> io.NodeOutput:
+    """``found``: for each image its attestation, or why there is none."""
+    lines = per_image([one[:1].upper() + one[1:] if isinstance(one, str) else run_line(one) for one in found])
+    details = once([one if isinstance(one, str) else format_attestation(one) for one in found])
+    return io.NodeOutput(
+        images, f"{lines}\n{details}", ui=answer(lines, verdicts=list(map(_verdict, range(len(found)), found)))
+    )
+
+
+def _verdict(image: int, found: Attestation | str) -> dict:
+    if isinstance(found, str):
+        return verdict(image, Known(None, None), why=found)
+    return verdict(image, known_of(found.image_sha256))

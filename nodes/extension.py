@@ -7,13 +7,14 @@ try:
 except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
-from ..comfy_host import conditioning
+from ..comfy_host import conditioning, following, origins
 from ..comfy_host.enforcement import hooks
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
 from .concept_prompts import WriteConceptPrompts
 from .dataset_report import DatasetReport
 from .decode import GuardedDecode, GuardedDecodeTiled
+from .drop_in import Guard
 from .gate_settings import GateSettings
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
@@ -34,7 +35,10 @@ class ModularLoraExtension(ComfyExtension):
         register_folders()
         hooks.register()
         conditioning.register()
+        following.register()
+        origins.register()
         return [
+            Guard,
             LoadSafetyLora,
             LoadTaskLora,
             GuardModel,

@@ -7,19 +7,20 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..comfy_host.answers import answer
 from ..comfy_host.gating import Gate, default_detector
 from ..comfy_host.model_folders import DETECTOR_FOLDER, PRESET_FOLDER, file_names, file_path, model_folder
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.training_files import check_name
 from ..gate import detectors, settings
 from ..gate.class_lines import with_classes, with_threshold
 from ..gate.errors import GateError
 from ..gate.finding import Detector
-from ..gate.report import format_settings
+from ..gate.report import format_limits, format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
-from .sockets import GateSocket
+from .sockets import GateSocket, rarely
 
 NONE = "none"
 AS_PRESET = "as the preset says"
@@ -38,7 +39,7 @@ class GateSettings(io.ComfyNode):
             category=f"{CATEGORY}/gate",
             description="Which detector a gate uses, the score from which each label counts, and the action that "
             "follows.",
-            inputs=[*_detector_inputs(), *_action_inputs()],
+            inputs=rarely([*_detector_inputs(), *_action_inputs()], "provider", "save_as"),
             outputs=[
                 GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
                 io.String.Output(
@@ -78,13 +79,17 @@ class GateSettings(io.ComfyNode):
             chosen = replace(chosen, action=action)
         chosen.check(made)
         if chosen.action == "replace" and replacement is None:
-            raise GateError('replacement: the action is "replace" and there is no image to put in: connect one.')
+            raise GateError(
+                'replacement: the action is "replace" and there is no image to put in: connect one.',
+                code="gate.no-replacement",
+            )
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
-        report = format_settings(made, chosen)
-        show(cls, report)
-        return io.NodeOutput(Gate(made, chosen, picture), report)
+        n = len(chosen.block)
+        line = f"An image is flagged by {n} label{'s' * (n != 1)}; action: {chosen.action}."
+        shown = answer(line, "\n".join(format_limits(made)))
+        return io.NodeOutput(Gate(made, chosen, picture), format_settings(made, chosen), ui=shown)
 
 
 def _detector_inputs() -> list[io.Input]:
@@ -140,10 +145,14 @@ def _action_inputs() -> list[io.Input]:
             [AS_PRESET, *ACTIONS],
             default=AS_PRESET,
             tooltip="What is done to a flagged image; without a preset, blur. report changes nothing, block stops "
-            "the run, empty makes the image black. Without boxes the action covers the whole image.",
+            "the run, withhold takes the image out and ends the run well, empty makes it black. Without boxes the "
+            "action covers the whole image.",
         ),
         io.Combo.Input(
-            "provider", list(PROVIDERS), default="CPU", tooltip="Where the detector runs. CUDA needs onnxruntime-gpu."
+            "provider",
+            list(PROVIDERS),
+            default="CPU",
+            tooltip="Where the detector runs. CUDA needs onnxruntime-gpu.",
         ),
         io.String.Input(
             "save_as",
@@ -165,7 +174,8 @@ def _detector(name: str, classifier: str, labels: str, providers: tuple[str, ...
     files = {"weights": _file("classifier", classifier), "labels": _file("labels", labels)}
     if missing := [what for what, path in files.items() if path is None]:
         raise GateError(
-            f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it."
+            f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it.",
+            code="gate.no-file-chosen",
         )
     return detectors.make(name, providers, **files)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..comfy_host import patcher
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.node_report import CATEGORY, blocked, show
+from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
-from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, rarely
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -25,22 +26,27 @@ class GuardModel(io.ComfyNode):
             category=CATEGORY,
             description="Puts the safety LoRA and task LoRAs beside the model's weights, never into them, and checks "
             "that each of them applies. Model patches (ModelSampling, FreeU, PAG, ...) go before this node.",
-            inputs=[
-                io.Model.Input("model", tooltip="The pretrained model (W0), from the checkpoint loader."),
-                SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
-                TaskSocket.Input("task_lora", optional=True, tooltip="From Load Task LoRA."),
-                StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
-                io.Clip.Input(
-                    "clip", optional=True, tooltip="The checkpoint's CLIP; needed where a LoRA has text-encoder layers."
-                ),
-                io.Boolean.Input(
-                    "accept_merged",
-                    default=False,
-                    optional=True,
-                    tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
-                    "LoRAs, a merge becomes part of the base, and every report of the image says so.",
-                ),
-            ],
+            inputs=rarely(
+                [
+                    io.Model.Input("model", tooltip="The pretrained model (W0), from the checkpoint loader."),
+                    SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
+                    TaskSocket.Input("task_lora", optional=True, tooltip="From Load Task LoRA."),
+                    StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs from another pack's stacker."),
+                    io.Clip.Input(
+                        "clip",
+                        optional=True,
+                        tooltip="The checkpoint's CLIP; needed where a LoRA has text-encoder layers.",
+                    ),
+                    io.Boolean.Input(
+                        "accept_merged",
+                        default=False,
+                        optional=True,
+                        tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
+                        "LoRAs, a merge becomes part of the base, and every report of the image says so.",
+                    ),
+                ],
+                "accept_merged",
+            ),
             outputs=[
                 GuardedSocket.Output(
                     "guarded_model",
@@ -66,10 +72,10 @@ class GuardModel(io.ComfyNode):
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         guarded, guarded_clip = patcher.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
-        show(cls, guarded.report)
+        line, _, more = guarded.summary.partition("\n")
         if clip is None:
             guarded_clip = blocked(NO_CLIP)
-        return io.NodeOutput(guarded, guarded_clip, guarded.report)
+        return io.NodeOutput(guarded, guarded_clip, f"{line}\n{guarded.report}", ui=answer(line, more))
 
 
 class GuardedAsModel(io.ComfyNode):
@@ -81,8 +87,9 @@ class GuardedAsModel(io.ComfyNode):
             node_id="ModularLoraGuardedAsModel",
             display_name="Guarded Model as MODEL",
             category=CATEGORY,
-            description="For packs that only take MODEL (detailers, upscalers). The MODEL stays guarded: nodes that "
-            "would merge, save or drop the LoRAs stop with an error.",
+            is_deprecated=True,
+            description="Deprecated: Guard gives a guarded MODEL at once. For packs that only take MODEL (detailers, "
+            "upscalers). The MODEL stays guarded: nodes that would merge, save or drop the LoRAs stop with an error.",
             inputs=[GuardedSocket.Input("guarded_model", tooltip="From Guard Model.")],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The guarded model as a MODEL.")],
         )

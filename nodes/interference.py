@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from comfy_api.latest import io
-from PIL import Image, ImageDraw
+from comfy_api.latest import io, ui
 
 from ..comfy_host import introspection
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.answers import answer
+from ..comfy_host.interference_chart import MOST, pictures
+from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
-from ..modular_lora.guard.interference import Interference
 from ..modular_lora.guard.report import format_interference
 from .load import handles, stacked
 from .sockets import SafetySocket, StackSocket, TaskSocket
-
-WIDTH, ROW, LABEL, MIDDLE = 900, 12, 480, 690
-BACKGROUND, INK, GRID = (250, 250, 248), (40, 40, 40), (210, 210, 205)
-NEGATIVE, POSITIVE = (200, 60, 50), (50, 120, 190)
 
 
 class LoraInterference(io.ComfyNode):
@@ -44,7 +38,8 @@ class LoraInterference(io.ComfyNode):
                 io.Image.Output(
                     "picture",
                     display_name="picture",
-                    tooltip="Cosine of safety and task on every layer; one image per safety LoRA.",
+                    tooltip=f"The {MOST} layers with the lowest net strength, each with a bar of its cosine; one image "
+                    "per safety LoRA.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -58,31 +53,10 @@ class LoraInterference(io.ComfyNode):
         for line in (line for line in part.lines if line.refusal):
             raise GuardError(line.refusal)
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
-        show(cls, "\n".join(line for line in table.splitlines() if line.startswith(("interference", "WARNING"))))
-        return io.NodeOutput(table, _pictures([_draw(lora.name, result) for lora, result in part.interference]))
-
-
-def _draw(name: str, result: Interference) -> Image.Image:
-    """A bar per layer: cosine from -1 (left, red) to +1 (right, blue)."""
-    picture = Image.new("RGB", (WIDTH, ROW * (len(result.layers) + 3)), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    title = f"{name}: mean cosine {result.mean_cosine:+.4f}, net strength {result.net_strength:.3f}"
-    draw.text((8, 4), title, fill=INK)
-    half = WIDTH - MIDDLE - 10
-    for x in (MIDDLE - half, MIDDLE, MIDDLE + half):
-        draw.line((x, 2 * ROW, x, picture.height), fill=GRID)
-    for i, layer in enumerate(result.layers):
-        y = ROW * (i + 2)
-        draw.text((8, y), layer.layer.removeprefix("diffusion_model.").removesuffix(".weight")[-76:], fill=INK)
-        x = MIDDLE + round(half * layer.cosine)
-        draw.rectangle((min(x, MIDDLE), y + 2, max(x, MIDDLE), y + ROW - 3), fill=NEGATIVE if x < MIDDLE else POSITIVE)
-    return picture
-
-
-def _pictures(pictures: list[Image.Image]) -> torch.Tensor:
-    """As one IMAGE batch (b h w c, float32 0..1), the shorter ones padded below."""
-    height = max((p.height for p in pictures), default=ROW)
-    batch = np.full((len(pictures) or 1, height, WIDTH, 3), BACKGROUND, dtype=np.uint8)
-    for i, picture in enumerate(pictures):
-        batch[i, : picture.height] = np.asarray(picture)
-    return torch.from_numpy(batch).float() / 255.0
+        said = "\n".join(line for line in table.splitlines() if line.startswith("WARNING"))
+        picture = pictures([(lora.name, result) for lora, result in part.interference])
+        nets = [result.net_strength for _, result in part.interference]
+        beside = f"beside {len(tasks)} task LoRA{'s' * (len(tasks) != 1)}"
+        line = f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
+        shown = answer(line, said, **ui.PreviewImage(picture, cls=cls).as_dict())
+        return io.NodeOutput(table, picture, ui=shown)

@@ -17,7 +17,7 @@ from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from .sockets import SafetySocket, StackSocket, TaskSocket
+from .sockets import SafetySocket, StackSocket, TaskSocket, rarely
 
 SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
     "refuse if they differ": "refuse",
@@ -26,7 +26,7 @@ SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.opti
 }
 
 
-def _missing(name: str | None, folders: tuple[str, ...]) -> str | None:
+def missing(name: str | None, folders: tuple[str, ...]) -> str | None:
     """The error for a file that is not there; None where it is, or where the name comes over a link."""
     if name is None:
         return None
@@ -48,36 +48,40 @@ class LoadSafetyLora(io.ComfyNode):
             category=f"{CATEGORY}/load",
             description="Loads a safety LoRA for Guard Model. It is kept outside the weights, and must apply to every "
             "layer that it names.",
-            inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    lora_names(*SAFETY_FOLDERS),
-                    tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Strength on U-Net and text encoder; must be above 0.",
-                ),
-                io.String.Input(
-                    "expected_sha256",
-                    default="",
-                    optional=True,
-                    tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
-                ),
-                SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
-                io.Combo.Input(
-                    "scale",
-                    list(SCALES),
-                    default=next(iter(SCALES)),
-                    optional=True,
-                    tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
-                    "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
-                ),
-            ],
+            inputs=rarely(
+                [
+                    io.Combo.Input(
+                        "lora_name",
+                        lora_names(*SAFETY_FOLDERS),
+                        tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
+                    ),
+                    io.Float.Input(
+                        "strength",
+                        default=1.0,
+                        min=-10.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="Strength on U-Net and text encoder; must be above 0.",
+                    ),
+                    io.String.Input(
+                        "expected_sha256",
+                        default="",
+                        optional=True,
+                        tooltip="SHA-256 of the file. If given, a different file of the same name is refused.",
+                    ),
+                    SafetySocket.Input("safety_lora", optional=True, tooltip="Other safety LoRAs, to chain several."),
+                    io.Combo.Input(
+                        "scale",
+                        list(SCALES),
+                        default=next(iter(SCALES)),
+                        optional=True,
+                        tooltip="Which scale (alpha / rank) to use where the file's tensors and its metadata give "
+                        "different ones: choose the one of its training. ComfyUI's own loader reads the tensors only.",
+                    ),
+                ],
+                "expected_sha256",
+                "scale",
+            ),
             outputs=[
                 SafetySocket.Output("safety_lora_out", display_name="safety_lora", tooltip="All safety LoRAs so far.")
             ],
@@ -87,7 +91,7 @@ class LoadSafetyLora(io.ComfyNode):
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
         if strength is not None and not (math.isfinite(strength) and strength > 0):
             return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
-        return _missing(lora_name, SAFETY_FOLDERS) or True
+        return missing(lora_name, SAFETY_FOLDERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -96,7 +100,7 @@ class LoadSafetyLora(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name, strength, expected_sha256="", safety_lora=(), scale=None) -> io.NodeOutput:
         expected = expected_sha256.strip() or None
-        lora = _read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS, expected)
+        lora = read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS, expected)
         lora = lora.with_scale(chosen_scale(scale))
         return io.NodeOutput((*handles(safety_lora, SafetyLora), SafetyLora(lora, strength)))
 
@@ -111,30 +115,37 @@ class LoadTaskLora(io.ComfyNode):
             display_name="Load Task LoRA",
             category=f"{CATEGORY}/load",
             description="Loads a task LoRA (style, character, ...) for Guard Model. It is kept outside the weights.",
-            inputs=[
-                io.Combo.Input(
-                    "lora_name", lora_names(*TASK_FOLDERS), tooltip="Task LoRA (.safetensors) from the loras folder."
-                ),
-                io.Float.Input(
-                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength on the U-Net."
-                ),
-                io.Float.Input(
-                    "strength_clip",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Strength on the text encoder.",
-                ),
-                io.String.Input(
-                    "block_weights",
-                    default="",
-                    optional=True,
-                    tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
-                ),
-                TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
-                StackSocket.Input("lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."),
-            ],
+            inputs=rarely(
+                [
+                    io.Combo.Input(
+                        "lora_name",
+                        lora_names(*TASK_FOLDERS),
+                        tooltip="Task LoRA (.safetensors) from the loras folder.",
+                    ),
+                    io.Float.Input(
+                        "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength on the U-Net."
+                    ),
+                    io.Float.Input(
+                        "strength_clip",
+                        default=1.0,
+                        min=-10.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="Strength on the text encoder.",
+                    ),
+                    io.String.Input(
+                        "block_weights",
+                        default="",
+                        optional=True,
+                        tooltip='Factor by block: "1,0.5,..." (BASE, then the blocks) or "IN01:0.5, M00:0"; empty = 1.',
+                    ),
+                    TaskSocket.Input("task_lora", optional=True, tooltip="Other task LoRAs, to chain several."),
+                    StackSocket.Input(
+                        "lora_stack", optional=True, tooltip="Task LoRAs as the LORA_STACK of other packs."
+                    ),
+                ],
+                "block_weights",
+            ),
             outputs=[
                 TaskSocket.Output(
                     "task_lora_out", display_name="task_lora", tooltip="All task LoRAs so far, for Guard Model."
@@ -149,7 +160,7 @@ class LoadTaskLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None) -> bool | str:
-        return _missing(lora_name, TASK_FOLDERS) or True
+        return missing(lora_name, TASK_FOLDERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -159,7 +170,7 @@ class LoadTaskLora(io.ComfyNode):
     def execute(
         cls, lora_name, strength_model, strength_clip, block_weights="", task_lora=(), lora_stack=()
     ) -> io.NodeOutput:
-        lora = _read(lora_path(lora_name, *TASK_FOLDERS), TASK_FOLDERS)
+        lora = read(lora_path(lora_name, *TASK_FOLDERS), TASK_FOLDERS)
         before = (*handles(task_lora, TaskLora), *stacked(lora_stack))
         tasks = (*before, TaskLora(lora, strength_model, strength_clip, block_weights))
         return io.NodeOutput(tasks, [(stack_name(t), t.strength_model, t.strength_clip) for t in tasks])
@@ -179,7 +190,9 @@ def handles(value: object, kind: type[SafetyLora] | type[TaskLora]) -> tuple:
     if isinstance(value, tuple) and all(isinstance(item, kind) for item in value):
         return value
     role = "Safety" if kind is SafetyLora else "Task"
-    raise GuardError(f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.")
+    raise GuardError(
+        f"A {role.lower()} LoRA input got a {type(value).__name__}: connect Load {role} LoRA.", code="input.wrong-type"
+    )
 
 
 def stack_name(task: TaskLora) -> str:
@@ -197,11 +210,11 @@ def _stacked(row: Row) -> TaskLora:
     try:
         path = lora_path(name, *TASK_FOLDERS)
     except LoraFileError as error:
-        raise LoraFileError(f"{row.place}: {error}") from error
-    return TaskLora(_read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
+        raise LoraFileError(f"{row.place}: {error}", code=error.code) from error
+    return TaskLora(read(path, TASK_FOLDERS), row.model, row.clip, row.blocks)
 
 
-def _read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
+def read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
     """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
     lora = kept_lora(path, expected_sha256=expected_sha256)
     name = (name_below(path, *folders) or lora.name).replace(os.sep, "/")

@@ -7,8 +7,8 @@ import dataclasses
 from comfy_api.latest import io
 
 from ..comfy_host import introspection
+from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import LORA_FOLDER, model_folder
-from ..comfy_host.node_report import show
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import SafetyLora, TaskLora
 from ..training import output, projection
@@ -58,5 +58,6 @@ class ProjectTaskLora(io.ComfyNode):
         path = model_folder(LORA_FOLDER) / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
         text = projection.format_projection(report)
-        show(cls, f"saved as {path.name}\n" + projection.format_projection(report, rows=False))
-        return io.NodeOutput((dataclasses.replace(task, lora=lora),), text)
+        line = f"Projected: {report.removed:.2%} of the task LoRA's energy was removed."
+        shown = answer(line, f"saved as {path.name}\n{projection.format_projection(report, rows=False)}")
+        return io.NodeOutput((dataclasses.replace(task, lora=lora),), f"{line}\n{text}", ui=shown)

@@ -7,12 +7,14 @@ from comfy_api.latest import io
 
 from ..comfy_host import gating
 from ..comfy_host import patcher as host
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.gating import Gate, checked
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.gating import Gate, Judged, checked
+from ..comfy_host.node_report import CATEGORY, blocked
 from ..comfy_host.retries import Job, draw_until_clear
-from ..gate.gate import Outcome
-from ..gate.report import format_gate, to_json
+from ..gate.report import format_found, format_gate, format_limits, to_json
+from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.guard.summary import run_line
 from .sample import conditioning_inputs, latent_inputs, sampler_inputs, seed_input
 from .sockets import GateSocket, model_input
 
@@ -27,7 +29,8 @@ def _outputs() -> list[io.Output]:
         io.Image.Output(
             "images_out",
             display_name="images",
-            tooltip="The images. Those that the gate did not change are bit for bit the same.",
+            tooltip="The images. Those that the gate did not change are bit for bit the same; withheld ones "
+            "are missing.",
         ),
         io.Boolean.Output("flagged", display_name="flagged", tooltip="Whether any image of the batch was flagged."),
         io.Mask.Output(
@@ -50,14 +53,17 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _result(
-    node: type[io.ComfyNode], pictures: torch.Tensor, outcome: Outcome, gate: Gate, before: str = "", after: str = ""
-) -> io.NodeOutput:
-    report = "\n".join(filter(None, (before, format_gate(outcome, gate.detector, gate.settings), after)))
-    show(node, report)
-    findings = to_json(outcome, gate.detector, gate.settings)
-    masks = torch.from_numpy(outcome.masks)
-    return io.NodeOutput(pictures, any(outcome.flags), masks, findings, report, list(outcome.flags))
+def _result(judged: Judged, gate: Gate, run: tuple[str, ...] = (), details: str = "") -> io.NodeOutput:
+    """What both nodes give; ``run``: lines on the sampling, ``details``: its attestation in words."""
+    outcome, detector, settings = judged.outcome, gate.detector, gate.settings
+    line, *found = format_found(outcome, settings)
+    shown = answer(line, "\n".join((*found, *run, *format_limits(detector))), judged.verdicts)
+    report = "\n".join(filter(None, (format_gate(outcome, detector, settings), *run, details)))
+    images, masks = judged.images, torch.from_numpy(outcome.masks)
+    if images is None:  # nothing goes on, and the job ends well: the verdict says why
+        images = masks = blocked(None)
+    findings = to_json(outcome, detector, settings)
+    return io.NodeOutput(images, any(outcome.flags), masks, findings, report, list(outcome.flags), ui=shown)
 
 
 class SafetyGate(io.ComfyNode):
@@ -79,8 +85,7 @@ class SafetyGate(io.ComfyNode):
     @classmethod
     def execute(cls, images, gate=None) -> io.NodeOutput:
         gate = checked(gate)
-        pictures, outcome = gating.judge(images, gate)
-        return _result(cls, pictures, outcome, gate)
+        return _result(gating.judge(images, gate), gate)
 
 
 class SampleAndGate(io.ComfyNode):
@@ -136,5 +141,6 @@ class SampleAndGate(io.ComfyNode):
         policies.check_gate(gate.settings, gate.settings_sha256, gate.detector)
         job = Job(patcher, vae, (steps, cfg, sampler_name, scheduler), positive, negative, latent_image, denoise)
         drawn = draw_until_clear(job, seed, max_tries, gate)
-        images, outcome = gating.judge(drawn.images, drawn.gate)
-        return _result(cls, images, outcome, drawn.gate, drawn.tries, drawn.attested)
+        judged = gating.judge(drawn.images, drawn.gate)
+        line, details = run_line(drawn.attested), format_attestation(drawn.attested)
+        return _result(judged, drawn.gate, (drawn.tries, line), details)

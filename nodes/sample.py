@@ -5,9 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..comfy_host import patcher as host
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.answers import answer
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.stock import MAX_SEED, cfg_guider, sampler_names, scheduler_names
 from ..modular_lora.guard.report import format_attestation
+from ..modular_lora.guard.summary import run_line
 from .sockets import model_input
 
 MAX_STEP = 10_000
@@ -56,16 +58,14 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _run(
-    node, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options
-) -> io.NodeOutput:
+def _run(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options) -> io.NodeOutput:
     patcher = host.unwrap(model)
     out = host.common_ksampler(
         patcher, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options
     )
-    report = format_attestation(host.attestation(patcher))
-    show(node, report)
-    return io.NodeOutput(out, report)
+    attested = host.attestation(patcher)
+    line = run_line(attested)
+    return io.NodeOutput(out, f"{line}\n{format_attestation(attested)}", ui=answer(line))
 
 
 class GuardedKSampler(io.ComfyNode):
@@ -95,7 +95,7 @@ class GuardedKSampler(io.ComfyNode):
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
     ) -> io.NodeOutput:
         settings = (seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
-        return _run(cls, model, *settings, denoise=denoise)
+        return _run(model, *settings, denoise=denoise)
 
 
 class GuardedKSamplerAdvanced(io.ComfyNode):
@@ -147,7 +147,6 @@ class GuardedKSamplerAdvanced(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = (noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
         return _run(
-            cls,
             model,
             *settings,
             disable_noise=add_noise == "disable",

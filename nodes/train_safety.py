@@ -15,11 +15,12 @@ from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
 from ..training.safety.train import train_safety
-from .sockets import SafetySocket
+from .sockets import SafetySocket, rarely
 from .training import (
     GROUP,
     MORE,
     OUTPUTS,
+    RARELY,
     RESUME,
     engine_inputs,
     files_of,
@@ -48,7 +49,9 @@ class TrainSafetyLora(io.ComfyNode):
             category=GROUP,
             description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
             "is listed under preserve as the base has it.",
-            inputs=[*loaded_inputs(), *option_inputs(SafetyOptions, OPTIONS), MORE, RESUME, *engine_inputs()],
+            inputs=rarely(
+                [*loaded_inputs(), *option_inputs(SafetyOptions, OPTIONS), MORE, RESUME, *engine_inputs()], *RARELY
+            ),
             outputs=[
                 SafetySocket.Output(
                     "safety_lora", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."

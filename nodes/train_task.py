@@ -16,11 +16,12 @@ from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
 from ..training.task.train import train_task
 from .load import handles
-from .sockets import SafetySocket, TaskSocket
+from .sockets import SafetySocket, TaskSocket, rarely
 from .training import (
     GROUP,
     MORE,
     OUTPUTS,
+    RARELY,
     RESUME,
     data_set_input,
     engine_inputs,
@@ -50,15 +51,18 @@ class TrainTaskLora(io.ComfyNode):
             category=GROUP,
             description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
             "frozen and detached: it is attached for previews only, so that they show what will be served.",
-            inputs=[
-                *loaded_inputs(),
-                data_set_input(),
-                *option_inputs(TaskOptions, OPTIONS),
-                SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
-                MORE,
-                RESUME,
-                *engine_inputs(),
-            ],
+            inputs=rarely(
+                [
+                    *loaded_inputs(),
+                    data_set_input(),
+                    *option_inputs(TaskOptions, OPTIONS),
+                    SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
+                    MORE,
+                    RESUME,
+                    *engine_inputs(),
+                ],
+                *RARELY,
+            ),
             outputs=[
                 TaskSocket.Output("task_lora", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
                 *OUTPUTS,

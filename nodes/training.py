@@ -9,9 +9,10 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..comfy_host import trainer_model
+from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.model_folders import file_names, offered
-from ..comfy_host.node_report import CATEGORY, show
+from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.progress import NodeWatch
 from ..comfy_host.training_files import data_sets
 from ..modular_lora.errors import GuardError
@@ -22,6 +23,13 @@ GROUP = f"{CATEGORY}/train"
 FROM_GRAPH = (  # files, folders and services that a graph must not name
     "output_name", "output_dir", "train_data_dir", "reg_data_dir", "dataset_config", "resume", "safety_lora",
     "safety_strength", "safety_scale", "network_weights", "init", "known_bases", "log_with",
+)  # fmt: skip
+
+
+RARELY = (  # options that few change; see sockets.rarely
+    "network_alpha", "target", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
+    "gradient_checkpointing", "min_snr_gamma", "noise_offset", "negative_guidance", "save_every_n_steps",
+    "more_options", "engine", "ckpt_name", "kohya_files",
 )  # fmt: skip
 
 
@@ -87,7 +95,10 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
             values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
-        raise GuardError(f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.")
+        raise GuardError(
+            f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.",
+            code="train.option-refused",
+        )
     return options.load(cls, None, values | extra | ours)
 
 
@@ -101,10 +112,11 @@ def files_of(text: str) -> dict[str, str]:
 
 def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
     """What both trainings give: the LoRA on its socket, report, loss curve, previews."""
+    line = f"Trained in {len(trained.losses)} steps and saved."
     report = f"saved as {path.name} in {path.parent.name}\n{trained.report}"
-    show(node, report)
     curve = watch.finish(trained.losses)
-    return io.NodeOutput((handle,), report, curve, watch.samples(), ui=ui.PreviewImage(curve, cls=node))
+    shown = answer(line, report, **ui.PreviewImage(curve, cls=node).as_dict())
+    return io.NodeOutput((handle,), f"{line}\n{report}", curve, watch.samples(), ui=shown)
 
 
 def data_set_input() -> io.Input:

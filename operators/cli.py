@@ -1,4 +1,4 @@
-"""The operator's command line: keygen, sign, verify, record and policy. Nothing here needs ComfyUI or a network.
+"""The operator's command line: keygen, sign, verify, digest, record, policy. Nothing here needs ComfyUI or a network.
 
 Exit code 0 where all is as it should be, 1 with one line that says what is not. What takes long to import is imported
 by the commands that need it: help and the record's lines come at once.
@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--identity", help="keyless: who signed, for instance an e-mail address")
     one.add_argument("--issuer", help="keyless: who vouched for the identity, an OpenID Connect address")
     one.add_argument("--trust", type=Path, help="keyless: trust configuration of the Sigstore instance (else: network)")
+    one = _command(commands, "digest", _digest, "SHA-256 of LoRA files and of their tensors, for a policy's [tasks]")
+    one.add_argument("files", type=Path, nargs="+", metavar="FILE")
     _record_commands(commands.add_parser("record", help="check and show the record"))
     inner = commands.add_parser("policy", help="check a policy").add_subparsers(dest="what", required=True)
     one = _command(inner, "check", _check, "read a policy as the server would, and say what it sets")
@@ -124,6 +126,13 @@ def _verify(chosen: argparse.Namespace) -> str:
     if not str(status).startswith("guarded"):
         raise GuardError(f"{chosen.file.name}: signed by {found.key}, and what is signed reads: {status}")
     return f"{chosen.file.name}: {status}, signed by {found.key}\n{json.dumps(found.record, indent=1, sort_keys=True)}"
+
+
+def _digest(chosen: argparse.Namespace) -> str:
+    from ..modular_lora.files.reader import read_lora
+
+    found = [(path, read_lora(path)) for path in chosen.files]
+    return "\n".join(f"{path}\n  file    {lora.sha256}\n  tensors {lora.values_sha256}" for path, lora in found)
 
 
 def _record_verify(chosen: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from . import leaving
@@ -22,6 +23,12 @@ PICTURES = frozenset(("IMAGE", VIDEO))
 WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL", "CLIP_VISION", "STYLE_MODEL"))
 TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
 GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
+DROP_IN = "ModularLoraGuard"  # gives a MODEL, CLIP and VAE that are guarded themselves
+# ComfyUI's own, which need no naming behind it: LoRAs that they load are counted, and what they sample is checked.
+LOADERS = frozenset(("LoraLoader", "LoraLoaderModelOnly"))
+SAMPLING = frozenset(("KSampler", "KSamplerAdvanced", "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"))
+BEHIND = LOADERS | SAMPLING | {"BasicScheduler"}
+PASS_CLIP = LOADERS | {"CLIPSetLastLayer"}
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
 GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
 DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
@@ -56,11 +63,14 @@ class NodeFacts:
 class Files(Protocol):
     """What is known of files by their names in the drop-downs; of LoRAs the first two.
 
-    ``sha256``: None where there is no such file; ``unsigned``: why a key's signature does not hold, "" where it does;
-    ``uploaded``: the folder that requests can write to from which weights of this name would be read, or None.
+    ``sha256``: None where there is no such file; ``values``: SHA-256 of its tensors; ``unsigned``: why a signature of a
+    key does not hold, "" where it does; ``uploaded``: the folder that requests can write to from which weights of this
+    name would be read, or None.
     """
 
     def sha256(self, node_type: str, name: str) -> str | None: ...
+
+    def values(self, node_type: str, name: str) -> str: ...
 
     def unsigned(self, node_type: str, name: str, key: str) -> str: ...
 
@@ -71,7 +81,8 @@ class Kind(NamedTuple):
     """What a link carries.
 
     ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged; ``free``: sound of a file,
-    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture.
+    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture;
+    ``drop_in``: a MODEL, CLIP or VAE that the node Guard gives.
     """
 
     type: str
@@ -79,6 +90,7 @@ class Kind(NamedTuple):
     gated: bool = False
     free: bool = False
     tells: bool = False
+    drop_in: bool = False
 
     @property
     def carries(self) -> bool:
@@ -93,6 +105,7 @@ class Link(NamedTuple):
 
 
 FactsOf = Callable[[str], NodeFacts | None]
+Loras = dict[str, tuple[str, float]]  # name of a safety LoRA's file -> its SHA-256, its largest strength
 
 
 def check(graph: Any, facts_of: FactsOf, policy: OperatorPolicy, files: Files) -> tuple[Refusal, ...]:
@@ -116,7 +129,8 @@ def check_type(node: str, kind: str, facts: NodeFacts | None, policy: OperatorPo
         return Refusal(node, kind, rule, "the operator has not opened this node", "take the node out")
     gives = TAKES_LORA & {part for output in facts.outputs for part in _types(output)}
     takes = [name for name, type in facts.inputs.items() if type == "COMBO" and "lora" in name.lower()]
-    if policy.guard.required and not ours and gives and takes and not may_take_model(kind, policy):
+    judged = facts.core and kind in LOADERS  # by what comes to it
+    if policy.guard.required and not ours and gives and takes and not judged and not may_take_model(kind, policy):
         what = f"loads LoRAs into {named(sorted(gives))} beside the guard"
         return Refusal(node, kind, "guard.required", what, "load them with Load Task LoRA")
     return None
@@ -171,6 +185,7 @@ class _Graph:
         types = {node["class_type"] for node in graph.values()}
         self.facts = {kind: facts for kind in types if (facts := facts_of(kind)) is not None}
         self.links = {name: tuple(_links(graph, name)) for name in graph}
+        self.loaded: dict[str, Loras | None] = {}  # node -> see `_loaded`
         self.running = self._running()
         self.kinds = self._follow()
 
@@ -261,6 +276,8 @@ class _Graph:
                     found |= {Kind("STRING", tells=True)} if self._tells(name, coming) else set()
                 elif type == MODEL:
                     found |= self._model(name, coming)
+                elif type in ("CLIP", "VAE"):
+                    found |= self._others(name, type, coming)
                 elif type in PICTURES:
                     found |= self._pictures(name, type, coming)
                 elif type == SOUND:
@@ -272,13 +289,32 @@ class _Graph:
     def _model(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
         if self._ours(name) and self._type(name) == AS_MODEL:
             return {Kind(MODEL, guarded=True)}
+        if self._is_drop_in(name):
+            return {Kind(MODEL, guarded=True, drop_in=True)}
         models = {kind for kind in coming if kind.type == MODEL}
-        return models if models and may_take_model(self._type(name), self.policy) else {Kind(MODEL)}
+        passes = may_take_model(self._type(name), self.policy) or self._is_core(name, LOADERS)
+        return models if models and passes else {Kind(MODEL)}
+
+    def _others(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
+        """A CLIP or VAE: whether it is Guard's, also behind a loader of LoRAs."""
+        if self._is_drop_in(name):
+            return {Kind(type, drop_in=True)}
+        same = {kind for kind in coming if kind.type == type}
+        passes = may_take_model(self._type(name), self.policy) or self._is_core(name, PASS_CLIP)
+        return same if same and passes else {Kind(type)}
+
+    def _is_drop_in(self, name: str) -> bool:
+        return self._ours(name) and self._type(name) == DROP_IN
+
+    def _is_core(self, name: str, kinds: frozenset[str]) -> bool:
+        return self._type(name) in kinds and self._known(name).core
 
     def _pictures(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
         kind = self._type(name) if self._ours(name) else ""
         if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
+        if any(k.type == "VAE" and k.drop_in for k in coming):  # whether a guarded run made it shows when it runs
+            return {Kind(type, guarded=True)}
         passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
         return (passed or {Kind(type)}) | (self._track(name, coming) if type == VIDEO else set())
 
@@ -309,6 +345,8 @@ class _Graph:
         yield from self._choices(name, facts)
         if self.policy.guard.required:
             yield from self._models(name)
+        if self._is_core(name, LOADERS):
+            yield from self._loads(name)
         if facts.is_output or facts.sends or self._type(name) in self.policy.nodes.showing:
             yield from self._leaving(name)
         if facts.ours:
@@ -321,6 +359,18 @@ class _Graph:
             if isinstance(chosen, str) and (folder := self.files.uploaded(chosen)):
                 what = f"{key} {chosen!r} would be read from {folder}, a folder that requests can write to"
                 yield "weights", what, "ask the operator to put it into a folder of models"
+
+    def _loads(self, name: str) -> Iterator[Said]:
+        """Of a loader of LoRAs: that it stands behind Guard, and whether its file may be used."""
+        loose = sorted({k.type for _, k in self._coming(name) if k.type in ("CLIP", MODEL) and not k.drop_in})
+        if loose and self.policy.guard.required and not may_take_model(self._type(name), self.policy):
+            remedy = "load them with Load Task LoRA, or put the loader behind Guard"
+            yield "guard.required", f"loads LoRAs into {named(loose)} beside the guard", remedy
+        elif isinstance(lora := _literal(self.graph[name], "lora_name"), str):
+            sha256 = self.files.sha256(TASK, lora)  # where there is no such file, the server says so
+            values = partial(self.files.values, TASK, lora)
+            if sha256 is not None and (said := task_refused(self.policy, lora, sha256, values)):
+                yield said
 
     def _models(self, name: str) -> Iterator[Said]:
         """One refusal an input at most; whatever a link may carry is judged, as a switch may let any of it through."""
@@ -338,7 +388,9 @@ class _Graph:
         unguarded = carried.type == MODEL and not carried.guarded
         if facts.ours:
             return ("guard.required", what, "connect Guard Model's output") if kind in SAMPLERS and unguarded else None
-        if kind in nodes.patching:
+        if kind in nodes.patching or self._is_core(name, LOADERS):  # these are judged in _loads
+            return None
+        if carried.drop_in and self._is_core(name, BEHIND):
             return None
         if kind in nodes.sampling:
             return ("guard.required", what, "connect Guarded Model as MODEL") if unguarded else None
@@ -397,10 +449,12 @@ class _Graph:
             if _literal(self.graph[name], "accept_merged"):
                 yield "guard.required", "accept_merged takes a base that may cancel a safety LoRA", "switch it off"
             yield from self._safety(name)
+        elif kind == DROP_IN and policy.guard.required:
+            yield from self._safety(name)
         elif kind in (SAFETY, TASK) and isinstance(lora := _literal(self.graph[name], "lora_name"), str):
             if (sha256 := self.files.sha256(kind, lora)) is None:
                 yield "nodes", f"there is no LoRA file {lora!r}", "choose one of the list"
-            elif kind == TASK and (said := task_refused(policy, lora, sha256)):
+            elif kind == TASK and (said := task_refused(policy, lora, sha256, partial(self.files.values, kind, lora))):
                 yield said
         elif kind == SETTINGS:
             threshold = _literal(self.graph[name], "threshold")
@@ -412,22 +466,16 @@ class _Graph:
 
     def _safety(self, name: str) -> Iterator[Said]:
         """A Guard Model whose safety LoRAs are all named in the graph: those that are required must be among them."""
-        if (chain := self._chain(name)) is None:
-            return
-        found = []
-        for node in chain:
-            lora, strength = _literal(node, "lora_name"), _literal(node, "strength")
-            sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
-            if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):
-                return  # over a link, or no such file: the loader says so, or the run does
-            found.append((lora, sha256, strength))
-        for one in self.policy.guard.required:
-            yield from self._required(one, found)
+        loras = self._loaded(name)
+        if loras is not None and self._is_drop_in(name):
+            loras = self._with(self.graph[name], loras)
+        if loras is not None:
+            for one in self.policy.guard.required:
+                yield from self._required(one, loras)
 
-    def _required(self, one: Required, found: list[tuple[str, str, float]]) -> Iterator[Said]:
-        """``found``: name, SHA-256 and strength of the safety LoRAs."""
-        why = {name: self._unlike(one, name, sha256) for name, sha256, _ in found}
-        fit = [strength for name, _, strength in found if not why[name]]
+    def _required(self, one: Required, loras: Loras) -> Iterator[Said]:
+        why = {name: self._unlike(one, name, sha256) for name, (sha256, _) in loras.items()}
+        fit = [strength for name, (_, strength) in loras.items() if not why[name]]
         if not fit:
             reasons = "; ".join(filter(None, why.values()))
             yield "guard.required", f"lacks the safety LoRA that is required ({one.name}): {reasons}", "load it"
@@ -441,16 +489,32 @@ class _Graph:
             return self.files.unsigned(SAFETY, name, one.signed_by)
         return "" if sha256 == one.sha256 else f"{name} has the sha256 {sha256[:16]}"
 
-    def _chain(self, name: str) -> list[dict] | None:
-        """The Load Safety LoRA nodes in front of a Guard Model; None where something else is among them."""
-        chain, seen = [], {name}
-        while source := next((link.source for link in self.links[name] if link.input == "safety_lora"), None):
-            if source in seen or not self._ours(source) or self._type(source) != SAFETY:
-                return None
-            seen.add(source)
-            chain.append(self.graph[source])
+    def _loaded(self, name: str) -> Loras | None:
+        """The safety LoRAs that a node gets from a chain of Load Safety LoRA nodes; None where one is not known.
+
+        What comes to each loader is remembered: many guards on one chain do not walk it each.
+        """
+        path = []
+        while name not in self.loaded:
+            source = next((link.source for link in self.links[name] if link.input == "safety_lora"), None)
+            self.loaded[name] = {} if source is None else None  # a loop comes back to this None
+            if source is None or not self._ours(source) or self._type(source) != SAFETY:
+                break
+            path.append((name, source))
             name = source
-        return chain
+        loras = self.loaded[name]
+        for name, source in reversed(path):
+            loras = self.loaded[name] = None if loras is None else self._with(self.graph[source], loras)
+        return loras
+
+    def _with(self, loader: dict, loras: Loras) -> Loras | None:
+        """``loras`` and the one that a node names; None where it comes over a link or is no file: the run tells."""
+        lora, strength = _literal(loader, "lora_name"), _literal(loader, "strength")
+        sha256 = self.files.sha256(SAFETY, lora) if isinstance(lora, str) else None
+        if sha256 is None or isinstance(strength, bool) or not isinstance(strength, int | float):
+            return None
+        _, before = loras.get(lora, (sha256, strength))
+        return {lora: (sha256, strength)} | loras | {lora: (sha256, max(before, strength))}
 
 
 def _literal(node: dict, name: str) -> Any:

@@ -27,7 +27,7 @@ from ..gate.settings import ACTIONS, Action
 from ..modular_lora.errors import GuardError
 from ..modular_lora.options import tomllib
 from ..modular_lora.util.file_state import FileState
-from ..modular_lora.validation import Place, dotted, problem
+from ..modular_lora.validation import Place, Problem, dotted, problem
 from . import lines
 
 FILE = "policy.toml"
@@ -39,6 +39,8 @@ LEAST_RECORD = 64 << 10  # bytes of a record file
 
 class PolicyError(GuardError):
     """A policy that cannot be read, does not fit the schema or is not signed: nothing is sampled."""
+
+    code = "policy"
 
 
 def _text(value: str) -> str:
@@ -176,6 +178,13 @@ class Record:
 
 
 @dataclass(frozen=True, config=CLOSED)
+class History:
+    """How much of what the nodes answer stands in ``/history``, which ComfyUI shows to everybody who asks for it."""
+
+    verdict: Literal["full", "brief", "none"] = "full"
+
+
+@dataclass(frozen=True, config=CLOSED)
 class Tables:
     """The whole file."""
 
@@ -186,6 +195,7 @@ class Tables:
     gate: Gate = field(default_factory=Gate)
     nodes: Nodes = field(default_factory=Nodes)
     record: Record = field(default_factory=Record)
+    history: History = field(default_factory=History)
     keys: Named[Text] = _named()
 
 
@@ -221,15 +231,20 @@ def load(path: Path) -> OperatorPolicy | None:
     trusted = path.parent / TRUSTED
     if not _there(path):
         if _there(trusted):
-            raise PolicyError(f"{path.name} is not there, and {trusted} asks for one: put a signed policy there.")
+            raise PolicyError(
+                f"{path.name} is not there, and {trusted} asks for one: put a signed policy there.",
+                code="policy.missing",
+            )
         return None
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be read ({error.strerror or error}): mend it.") from error
+        raise PolicyError(
+            f"{path}: cannot be read ({error.strerror or error}): mend it.", code="policy.unreadable"
+        ) from error
     if len(content) > MOST_BYTES:
-        raise PolicyError(f"{path}: longer than {MOST_BYTES} bytes: a policy is a short text.")
+        raise PolicyError(f"{path}: longer than {MOST_BYTES} bytes: a policy is a short text.", code="policy.too-long")
     sha256 = hashlib.sha256(content).hexdigest()
     if signed := _there(trusted):
         _check_signature(path, trusted, sha256)
@@ -247,25 +262,26 @@ def parse(content: bytes, path: Path) -> OperatorPolicy:
         text = content.decode("utf-8-sig")
         said = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or more digits than Python reads
-        raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.") from error
+        raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.", code="policy.toml") from error
     try:
         found = TypeAdapter(Tables).validate_python(said)
-        place, wrong = _without_key(found)
+        wrong = _without_key(found)
     except ValidationError as error:
-        place, wrong = problem(Tables, error)
+        wrong = problem(Tables, error)
     if wrong:
-        raise PolicyError(f"{path}: line {lines.line_of(text, place)}, {wrong}")
+        raise PolicyError(f"{path}: line {lines.line_of(text, wrong.place)}, {wrong.text}", code=f"policy.{wrong.code}")
     return OperatorPolicy(**vars(found))
 
 
-def _without_key(tables: Tables) -> tuple[Place, str]:
-    """Place and sentence for the first required safety LoRA that is signed by a key without a name; "" for none."""
+def _without_key(tables: Tables) -> Problem | None:
+    """The first required safety LoRA that is signed by a key without a name."""
     for i, one in enumerate(tables.guard.required):
         if one.signed_by and one.signed_by not in tables.keys:
-            place = "guard", "required", i, "signed_by"
+            place: Place = ("guard", "required", i, "signed_by")
             known = named(tables.keys)
-            return place, f"{dotted(place)} {one.signed_by!r} must be the name of a key in [keys]: {known}: correct it."
-    return (), ""
+            said = f"{dotted(place)} {one.signed_by!r} must be the name of a key in [keys]: {known}: correct it."
+            return Problem(place, said)
+    return None
 
 
 def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
@@ -275,7 +291,7 @@ def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
     try:
         signing.verify(path, {trusted.stem: trusted}, sha256=sha256)
     except GuardError as error:
-        raise PolicyError(f"{path.name} is not accepted: {error}.") from error
+        raise PolicyError(f"{path.name} is not accepted: {error}.", code="policy.signature") from error
 
 
 def _there(path: Path) -> bool:
@@ -293,7 +309,8 @@ def _stamp(path: Path) -> FileState | None:
         return None
     except OSError as error:
         raise PolicyError(
-            f"{path}: cannot stat it ({error.strerror or error}): check the folder's permissions."
+            f"{path}: cannot stat it ({error.strerror or error}): check the folder's permissions.",
+            code="policy.unreadable",
         ) from error
     return FileState.of(found)
 
@@ -313,7 +330,7 @@ class Watched:
                 self._read()
             found = self._found
         if isinstance(found, PolicyError):
-            raise PolicyError(str(found))
+            raise PolicyError(str(found), code=found.code)
         return found
 
     def _read(self) -> None:

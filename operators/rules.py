@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..gate.finding import Detector
 from ..gate.settings import Settings
@@ -15,6 +16,12 @@ from .policy import Gate, OperatorPolicy, Required
 REPORT = "report"  # the action of a gate that changes nothing
 Said = tuple[str, str, str]  # rule, reason, remedy
 Unsigned = Callable[[LoraRecord, str], str]  # why a key's signature of a LoRA's file does not hold; "" where it does
+Values = Callable[[str], str]  # SHA-256 of a file's tensors, by that of the file; "" where the file is not known
+
+
+def no_values(sha256: str) -> str:
+    """Of a host that knows no files."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -33,30 +40,32 @@ class Refusal:
 
 
 class RefusedError(GuardError):
-    """A policy's refusal while a graph runs."""
+    """A policy's refusal while a graph runs; the code is ``refused.`` and the policy's key."""
+
+    code = "refused"
 
     def __init__(self, rule: str, reason: str, remedy: str):
-        super().__init__(f"{reason} (policy: {rule}): {remedy}.")
+        super().__init__(f"{reason} (policy: {rule}): {remedy}.", code=f"refused.{rule}")
         self.rule = rule
 
 
-def task_refused(policy: OperatorPolicy, name: str, sha256: str) -> Said | None:
-    """Why a task LoRA may not be used."""
-    if sha256 in policy.tasks.deny:
+def task_refused(policy: OperatorPolicy, name: str, sha256: str, values: Callable[[], str]) -> Said | None:
+    """Why a task LoRA may not be used.
+
+    ``values``: SHA-256 of its tensors, by which a file that was saved again is known ("": not known); asked where a
+    list is there to look it up in.
+    """
+    tasks = policy.tasks
+    if tasks.deny and not {sha256, values()}.isdisjoint(tasks.deny):
         return "tasks.deny", f"task LoRA {name} is denied (sha256 {sha256[:16]})", "use another"
-    if policy.tasks.allow is not None and sha256 not in policy.tasks.allow:
+    if tasks.allow is not None and sha256 not in tasks.allow and values() not in tasks.allow:
         return "tasks.allow", f"task LoRA {name} is not allowed (sha256 {sha256[:16]})", "use one that is"
     return None
 
 
-def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> None:
+def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned, values: Values = no_values) -> None:
     """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
-    for lora in run.loras:
-        if lora.pending and (rule := _asks_for_files(policy)):
-            what = f"task LoRA {lora.name} came with the model, so its file is not known"
-            raise RefusedError(rule, what, "load it with Load Task LoRA")
-        if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256)):
-            raise RefusedError(*said)
+    check_tasks(policy, run, values)
     if not policy.guard.required:
         return
     if run.base_had_merged_loras:
@@ -78,6 +87,16 @@ def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned) -> N
             _check_acted(run, one, one.min_acted_strength, on_model)
         if one.min_functional_strength:
             _check_functional(run, one, one.min_functional_strength, [lora.sha256 for lora in fit])
+
+
+def check_tasks(policy: OperatorPolicy, run: Attestation, values: Values = no_values) -> None:
+    """RefusedError where a run, or a guard that has not run yet, carries a task LoRA that is not allowed."""
+    for lora in run.loras:
+        if lora.pending and (rule := _asks_for_files(policy)):
+            what = f"task LoRA {lora.name} came with the model, so its file is not known"
+            raise RefusedError(rule, what, "load it with Load Task LoRA")
+        if lora.role == "task" and (said := task_refused(policy, lora.name, lora.sha256, partial(values, lora.sha256))):
+            raise RefusedError(*said)
 
 
 def _check_acted(run: Attestation, one: Required, least: float, fit: Sequence[str]) -> None:
@@ -136,6 +155,7 @@ def check_picture(
     unsigned: Unsigned,
     accepted: bool,
     attested: bool,
+    values: Values = no_values,
 ) -> None:
     """RefusedError for a picture that may not leave.
 
@@ -143,9 +163,10 @@ def check_picture(
     """
     if attested:
         if run is None or not (run.status.startswith("guarded") or (gate is not None and gate.changed)):
-            what = "an image that no guarded run made, or that was edited since, would leave"
+            what = "an image that no guarded run made, or that passed through a node nobody vouches for, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
-        check_run(policy, run, unsigned)
+        for one in run.runs:  # of an image that was put together of several
+            check_run(policy, one, unsigned, values)
     if not policy.gate.required:
         return
     if gate is None or not accepted:

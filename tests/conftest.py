@@ -51,13 +51,18 @@ EXTRA_NODES = (
     "nodes_latent",
     "nodes_cond",
     "nodes_slg",
+    "nodes_images",
+    "nodes_mask",
+    "nodes_post_processing",
+    "nodes_upscale_model",
+    "nodes_rebatch",
 )
 
 sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lora_guard; support, shared by the tests
 from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
-from support.graphs import GraphError, save_lora  # noqa: E402
+from support.graphs import GraphError, keeping_code, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
@@ -79,6 +84,7 @@ def pytest_runtest_setup() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="long trials whole; without it, samples with fixed seeds")
+    parser.addoption("--update-messages", action="store_true", help="write tests/unit/snapshots/messages.txt anew")
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +167,14 @@ class _Server:
         self.client_id, self.last_node_id, self.last_prompt_id, self.messages, self.texts = "test", None, None, [], {}
 
     def send_sync(self, event, data, sid=None):
+        """What web/report.js shows on a node is kept with what else is read there."""
         self.messages.append((event, data))
+        if event == "executed" and "text" in (data["output"] or {}):
+            self.texts[data["node"]] = "\n\n".join(data["output"]["text"])
+        elif event == "modular_lora.report":
+            over = data.get("above") or data.get("run")
+            shown = (over, self.texts.get(data["node"])) if over else (data["text"],)
+            self.texts[data["node"]] = "\n\n".join(filter(None, shown))
 
     def send_progress_text(self, text, node_id, sid=None):
         """The front end puts the text into the page as HTML; kept is what is read there."""
@@ -266,7 +279,7 @@ def run_graph(comfy):
         executor.execute(graph, "test", {"client_id": "test"}, outputs)
         failed = next((d for e, d in comfy.server.messages if e == "execution_error"), None)
         if failed:
-            raise GraphError("execution", failed["exception_message"], failed["node_type"])
+            raise GraphError("execution", failed["exception_message"], failed["node_type"], executor.code)
         return {n: _outputs(executor, n) for n in graph}
 
     return run
@@ -275,7 +288,7 @@ def run_graph(comfy):
 def new_executor(comfy):
     """A PromptExecutor with an empty cache."""
     execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-    return execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes)
+    return keeping_code(execution.PromptExecutor(comfy.server, execution.CacheType.CLASSIC, cache_args=sizes))
 
 
 async def _value(awaitable):

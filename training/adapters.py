@@ -90,7 +90,8 @@ class Adapters:
         if missing := sorted(set(self.layers) ^ set(lora.layers)):
             raise GuardError(
                 f"{lora.name}: {len(missing)} layers differ from those to be trained (first: {missing[0]}): "
-                "choose the target and text-encoder setting it was trained with."
+                "choose the target and text-encoder setting it was trained with.",
+                code="train.other-layers",
             )
         for name, layer in self.layers.items():
             saved = lora.plain[name]
@@ -98,7 +99,8 @@ class Adapters:
                 if weight.shape != value.shape or saved.alpha not in (None, self.alpha):
                     raise GuardError(
                         f"{lora.name}: layer {name} has rank {saved.rank} and alpha {saved.alpha}, the training "
-                        f"{weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's."
+                        f"{weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's.",
+                        code="train.other-rank",
                     )
                 weight.copy_(value)
 

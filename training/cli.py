@@ -157,7 +157,7 @@ def check_files(*paths: Path | None) -> None:
     """GuardError for a file that is not there, before anything that takes long."""
     for path in filter(None, paths):
         if not path.is_file():
-            raise GuardError(f"{path}: no such file: check the path.")
+            raise GuardError(f"{path}: no such file: check the path.", code="train.no-such-file")
 
 
 def _safety(made: TaskOptions | SafetyOptions) -> list[SafetyLora]:

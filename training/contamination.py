@@ -95,7 +95,9 @@ def known_bases(*paths: str | Path) -> dict[str, KnownBase]:
         try:
             table = plain_json.read_object(path)
         except (OSError, ValueError) as error:
-            raise GuardError(f"{path}: is no readable registry of bases ({error}): mend or remove the file.") from error
+            raise GuardError(
+                f"{path}: is no readable registry of bases ({error}): mend or remove the file.", code="bases.unreadable"
+            ) from error
         found |= {_digest(path, sha256): _entry(path, sha256, entry) for sha256, entry in table.items()}
     return found
 
@@ -121,14 +123,18 @@ def measure(
         if W.shape != (D.up.shape[0], D.down.shape[1]):
             raise GuardError(
                 f"{safety.name}: layer of {key} is {[D.up.shape[0], D.down.shape[1]]}, the base's weight "
-                f"{list(W.shape)}: use a LoRA made for this base."
+                f"{list(W.shape)}: use a LoRA made for this base.",
+                code="base.other-shape",
             )
         overlaps.append(_overlap(W, D))
         energies.append(norm(D) ** 2)
         variance += float(torch.linalg.vector_norm(W)) ** 2 * energies[-1] / W.numel()
     total = math.fsum(energies)
     if not total:
-        raise GuardError(f"{safety.name}: the base has none of its {len(found)} layers: use a LoRA made for this base.")
+        raise GuardError(
+            f"{safety.name}: the base has none of its {len(found)} layers: use a LoRA made for this base.",
+            code="base.no-such-layers",
+        )
     T = math.fsum(overlaps) / total
     spread = math.fsum((o - T * e) ** 2 for o, e in zip(overlaps, energies, strict=True))
     spread *= len(energies) / max(len(energies) - 1, 1)
@@ -167,7 +173,10 @@ def check_base(
         elif finding.least_seen >= 1:
             _log.warning("%s: %s is too small beside the weights to be found if it was merged", name, lora.name)
     if problems and not allow:
-        raise GuardError(f"{name} {'; '.join(problems)}: {remedy}, or set allow_contaminated_base (the file says so).")
+        raise GuardError(
+            f"{name} {'; '.join(problems)}: {remedy}, or set allow_contaminated_base (the file says so).",
+            code="base.contaminated",
+        )
     if problems:
         _log.warning("%s %s: trained on all the same (allow_contaminated_base)", name, "; ".join(problems))
     return "; ".join(problems)
@@ -177,17 +186,23 @@ def check_start(start: LoraFile, safety: Sequence[LoraFile], infos: Sequence[Mod
     """Refuse to train a task LoRA on from a file that is, holds or was trained on a safety LoRA; raises GuardError."""
     remedy = "start from a task LoRA that was trained on W0, or from none"
     if start.metadata.get(ROLE_KEY) == "safety" or start.sha256 in {lora.sha256 for lora in safety}:
-        raise GuardError(f"{start.name} is a safety LoRA: {remedy}.")
+        raise GuardError(f"{start.name} is a safety LoRA: {remedy}.", code="start.safety-lora")
     for key in (CONTAMINATED_KEY, TRAINED_ON_KEY):
         if said := start.metadata.get(key):
-            raise GuardError(f"{start.name} says that it was not trained on W0 alone ({key} {said[:120]!r}): {remedy}.")
+            raise GuardError(
+                f"{start.name} says that it was not trained on W0 alone ({key} {said[:120]!r}): {remedy}.",
+                code="start.contaminated",
+            )
     ours = _factors(start, infos)
     for lora in safety:
         theirs = _factors(lora, infos)
         energy = math.fsum(norm(D) ** 2 for D in theirs.values())
         s = math.fsum(inner(ours[key], D) for key, D in theirs.items() if key in ours) / energy if energy else 0.0
         if s > LEAST_T:
-            raise GuardError(f"{start.name} contains the safety LoRA {lora.name} at strength {s:.2f}: {remedy}.")
+            raise GuardError(
+                f"{start.name} contains the safety LoRA {lora.name} at strength {s:.2f}: {remedy}.",
+                code="start.contaminated",
+            )
 
 
 def _halves(
@@ -201,7 +216,8 @@ def _halves(
     present = [half for half in halves if not weights.keys().isdisjoint(_factors(half, infos))]
     if not present:
         raise GuardError(
-            f"{lora.name}: the base has none of its {len(lora.layers)} layers: use one made for this base."
+            f"{lora.name}: the base has none of its {len(lora.layers)} layers: use one made for this base.",
+            code="base.no-such-layers",
         )
     return [half for half in present if not (only_text and half is halves[0])]
 
@@ -231,7 +247,10 @@ def _overlap(W: Tensor, D: Factor) -> float:
 
 def _digest(path: str | Path, sha256: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise GuardError(f"{path}: {sha256[:80]!r} is not 64 hex digits in lower case: copy the base's hash again.")
+        raise GuardError(
+            f"{path}: {sha256[:80]!r} is not 64 hex digits in lower case: copy the base's hash again.",
+            code="bases.entry",
+        )
     return sha256
 
 
@@ -243,5 +262,8 @@ def _entry(path: str | Path, sha256: str, entry: object) -> KnownBase:
         or not all(isinstance(value, str) for value in entry.values())
         or entry["status"] not in ("clean", "contaminated")
     ):
-        raise GuardError(f"{path}: entry of {sha256[:16]} needs name, status (clean, contaminated), note: correct it.")
+        raise GuardError(
+            f"{path}: entry of {sha256[:16]} needs name, status (clean, contaminated), note: correct it.",
+            code="bases.entry",
+        )
     return KnownBase(**entry)

@@ -22,7 +22,9 @@ def logs(options: Options) -> Iterator[Log]:
     try:
         log, close = (_tensorboard if options.log_with == "tensorboard" else _wandb)(folder, options)
     except ImportError as error:
-        raise OptionError(f"log_with {options.log_with}: {error}: install it, or choose none.") from error
+        raise OptionError(
+            f"log_with {options.log_with}: {error}: install it, or choose none.", code="option.log-with"
+        ) from error
     try:
         yield log
     finally:

@@ -173,7 +173,10 @@ def _resume(run: _Fit) -> None:
     folder, steps = Path(run.options.resume), run.options.max_train_steps
     state, before = load_state(folder, run.job.fingerprint)
     if (step := len(state["losses"])) > steps:
-        raise GuardError(f"resume {folder.name}: is of step {step}, max_train_steps is {steps}: set it above {step}.")
+        raise GuardError(
+            f"resume {folder.name}: is of step {step}, max_train_steps is {steps}: set it above {step}.",
+            code="resume.past-end",
+        )
     run.load(state)
     note = f"gone on from step {step} of {before}"
     if step == steps:
@@ -193,7 +196,8 @@ def _step(run: _Fit) -> None:
         total += loss.item()
     if not math.isfinite(total):
         raise GuardError(
-            f"The loss is {total} at step {run.step + 1}: lower learning_rate, or use mixed_precision bf16 or no."
+            f"The loss is {total} at step {run.step + 1}: lower learning_rate, or use mixed_precision bf16 or no.",
+            code="train.loss-not-finite",
         )
     run.masters.take_grads()
     run.scaler.unscale_(run.optimizer)

@@ -18,7 +18,10 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimi
     kind, arguments = options.optimizer_type, _arguments(options.optimizer_args)
     if "lr" in arguments or arguments.get("relative_step"):
         name = "lr" if "lr" in arguments else "relative_step"
-        raise OptionError(f"optimizer_args {name}: the rate is learning_rate times lr_scheduler's share: set these.")
+        raise OptionError(
+            f"optimizer_args {name}: the rate is learning_rate times lr_scheduler's share: set these.",
+            code="option.optimizer-args",
+        )
     arguments["lr"] = options.learning_rate  # every group has its own, but a schedule asks for the default
     try:
         if kind == "AdamW8bit":
@@ -39,7 +42,9 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: Options) -> Optimi
         raise OptionError(f"optimizer_type {kind}: {error}: install that library, or use AdamW.") from error
     except (TypeError, ValueError, RuntimeError) as error:
         given = " ".join(options.optimizer_args) or "none"
-        raise OptionError(f"optimizer_type {kind} with optimizer_args {given}: {error}: correct them.") from error
+        raise OptionError(
+            f"optimizer_type {kind} with optimizer_args {given}: {error}: correct them.", code="option.optimizer-args"
+        ) from error
 
 
 def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -52,7 +57,10 @@ def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             equals = ""
         if not equals:
-            raise OptionError(f"optimizer_args: {pair!r} is not name=value: write e.g. weight_decay=0.01.")
+            raise OptionError(
+                f"optimizer_args: {pair!r} is not name=value: write e.g. weight_decay=0.01.",
+                code="option.optimizer-args",
+            )
     return found
 
 
@@ -70,7 +78,9 @@ def make_scheduler(optimizer: Optimizer, options: Options):
             scheduler_specific_kwargs=lr_shape(options) or None,
         )
     except ValueError as error:  # polynomial ends at 1e-7
-        raise OptionError(f"lr_scheduler {options.lr_scheduler}: {error}: raise learning_rate.") from error
+        raise OptionError(
+            f"lr_scheduler {options.lr_scheduler}: {error}: raise learning_rate.", code="option.scheduler"
+        ) from error
 
 
 def lr_shape(options: Options) -> dict[str, float]:

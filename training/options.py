@@ -86,7 +86,8 @@ class Options:
     def __post_init__(self):
         if self.sample_every_n_steps and not self.sample_prompts:
             raise OptionError(
-                f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to sample: give sample_prompts, or 0."
+                f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to sample: give sample_prompts, or 0.",
+                code="option.sampling",
             )
         self._check_rates()
 
@@ -94,16 +95,24 @@ class Options:
         """OptionError where schedule and optimizer would not do what their names say."""
         kind, warmup = self.lr_scheduler, self.lr_warmup_steps
         if kind == "cosine_with_restarts" and self.lr_scheduler_num_cycles < 2:
-            raise OptionError("lr_scheduler_num_cycles: 1 cycle has no restart: give 2 or more, or use cosine.")
+            raise OptionError(
+                "lr_scheduler_num_cycles: 1 cycle has no restart: give 2 or more, or use cosine.",
+                code="option.scheduler",
+            )
         if kind == "constant" and warmup:
-            raise OptionError("lr_warmup_steps: constant has no warm-up: use constant_with_warmup.")
+            raise OptionError(
+                "lr_warmup_steps: constant has no warm-up: use constant_with_warmup.", code="option.scheduler"
+            )
         if kind == "constant_with_warmup" and not warmup:
-            raise OptionError("lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.")
+            raise OptionError(
+                "lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.", code="option.scheduler"
+            )
         low, high = PRODIGY_RATES
         if self.optimizer_type == "Prodigy" and not low <= self.learning_rate <= high:
             raise OptionError(
                 f"learning_rate: {self.learning_rate:g} with Prodigy, which multiplies the rate that it finds itself: "
-                "set it to 1."
+                "set it to 1.",
+                code="option.prodigy",
             )
 
 
@@ -137,19 +146,29 @@ class TaskOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.reg_data_dir and self.dataset_config:
-            raise OptionError("reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.")
+            raise OptionError(
+                "reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.",
+                code="option.data-set",
+            )
         if self.resume and self.network_weights:
-            raise OptionError("network_weights: resume goes on from a state, weights and all: leave out one of them.")
+            raise OptionError(
+                "network_weights: resume goes on from a state, weights and all: leave out one of them.",
+                code="option.resume",
+            )
         if self.network_train_text_encoder:
             self._check_text_rate()
 
     def _check_text_rate(self) -> None:
         if not self.text_encoder_lr:
-            raise OptionError("text_encoder_lr: 0 trains nothing: raise it, or leave out network_train_text_encoder.")
+            raise OptionError(
+                "text_encoder_lr: 0 trains nothing: raise it, or leave out network_train_text_encoder.",
+                code="option.text-encoder-rate",
+            )
         if self.optimizer_type == "Prodigy" and self.text_encoder_lr != self.learning_rate:
             raise OptionError(
                 f"text_encoder_lr: {self.text_encoder_lr:g}, and Prodigy takes one rate: set it to learning_rate, "
-                f"{self.learning_rate:g}."
+                f"{self.learning_rate:g}.",
+                code="option.prodigy",
             )
 
 
@@ -190,11 +209,19 @@ class SafetyOptions(Options):
         super().__post_init__()
         for name in ("positive", "neutral", "unconditional"):
             if getattr(self, name) and self.objective != "leco":
-                raise OptionError(f"{name}: {self.objective} takes no such prompt: use leco, or leave it out.")
+                raise OptionError(
+                    f"{name}: {self.objective} takes no such prompt: use leco, or leave it out.",
+                    code="option.objective",
+                )
         if self.action != "erase" and self.objective != "leco":
-            raise OptionError(f"action: {self.objective} erases only: use objective leco to enhance.")
+            raise OptionError(
+                f"action: {self.objective} erases only: use objective leco to enhance.", code="option.objective"
+            )
         if self.objective == "esd-u" and self.target == "cross-attention":
-            raise OptionError("target: esd-u trains all but cross-attention, so nothing: use another of the two.")
+            raise OptionError(
+                "target: esd-u trains all but cross-attention, so nothing: use another of the two.",
+                code="option.objective",
+            )
 
 
 def fingerprint(options: Options) -> dict[str, str]:

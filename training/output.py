@@ -145,7 +145,8 @@ def write(
     if not tensors:
         raise GuardError(
             f"{name}: all {len(zero)} layers are zero in {precision}, it would change nothing: train longer or with a "
-            "higher learning rate, or save as float."
+            "higher learning rate, or save as float.",
+            code="train.all-zero",
         )
     if zero:
         _log.warning("%s: %d of %d layers are zero and left out (first %s)", name, len(zero), len(layers), zero[0])
@@ -193,11 +194,17 @@ def _residual(value: float) -> str:
 
 def _cast(file: str, layer: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(value.isfinite().all()):
-        raise GuardError(f"{file}: layer {layer} has values that are not finite: lower the learning rate, train again.")
+        raise GuardError(
+            f"{file}: layer {layer} has values that are not finite: lower the learning rate, train again.",
+            code="train.not-finite",
+        )
     cast = value.to(dtype, copy=True)
     if not bool(cast.isfinite().all()):
         peak = float(value.abs().max())
-        raise GuardError(f"{file}: layer {layer} goes up to {peak:.3g}, beyond {dtype}: set save_precision to bf16.")
+        raise GuardError(
+            f"{file}: layer {layer} goes up to {peak:.3g}, beyond {dtype}: set save_precision to bf16.",
+            code="train.out-of-range",
+        )
     return cast
 
 

@@ -85,7 +85,8 @@ def row_basis(down: Tensor, layer: str = "layer") -> Tensor:
     if len(basis) == rows.shape[1]:
         raise GuardError(
             f"{layer}: the safety LoRA's rank {down.shape[0]} fills the input space of {rows.shape[1]}, a projection "
-            "would leave nothing of the task LoRA: use a safety LoRA of smaller rank, or leave this layer out."
+            "would leave nothing of the task LoRA: use a safety LoRA of smaller rank, or leave this layer out.",
+            code="project.nothing-left",
         )
     return basis.T.float().contiguous().to(down.device)
 
@@ -119,7 +120,9 @@ def bases(
         remedy = (
             "use LoRAs of one base" if infos else "give the checkpoint, so that files with other names can be paired"
         )
-        raise GuardError(f"Projection: none of {len(layers)} layers is in {names} too: {remedy}.")
+        raise GuardError(
+            f"Projection: none of {len(layers)} layers is in {names} too: {remedy}.", code="project.other-layers"
+        )
     return {name: row_basis(torch.cat([row_basis(r, name).T for r in found]), name) for name, found in rows.items()}
 
 
@@ -199,7 +202,8 @@ def _rows_by_name(layers: Mapping[str, LoraLayer], safety: Sequence[LoraFile]) -
             if ours.shape[1] != theirs.shape[1]:
                 raise GuardError(
                     f"{lora.name}: layer {name} has {theirs.shape[1]} inputs, {ours.shape[1]} in the task LoRA: use "
-                    "LoRAs of one base."
+                    "LoRAs of one base.",
+                    code="project.other-shape",
                 )
             rows.setdefault(name, []).append(theirs)
     return {name: rows[name] for name in layers if name in rows}

@@ -41,11 +41,14 @@ def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any
         saved = plain_json.read_object(folder / DESCRIPTION)
         state = torch.load(folder / TENSORS, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise GuardError(f"resume {folder.name}: no whole training state ({error}): choose another one.") from error
+        raise GuardError(
+            f"resume {folder.name}: no whole training state ({error}): choose another one.", code="resume.no-state"
+        ) from error
     for name in sorted((set(saved) | set(fingerprint)) - {MAY_CHANGE}):
         if saved.get(name) != fingerprint.get(name):
             raise GuardError(
                 f"resume {folder.name}: {name} was {saved.get(name)!r} and is {fingerprint.get(name)!r} now: set it "
-                "back, or start anew with network_weights."
+                "back, or start anew with network_weights.",
+                code="resume.changed",
             )
     return state, saved.get(MAY_CHANGE, "")

@@ -47,6 +47,7 @@ from ...operators import bounds
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import Refusal, RefusedError
+from .. import drop_in
 from .. import patcher as host
 from ..functional import measuring
 from ..node_report import CATEGORY
@@ -340,7 +341,7 @@ def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapp
     for value in weights.models([value for _, value in values]):
         weights.check_base(policy, value)
     if policy.guard.required and not said.ours:
-        _check_models(policy, names, values)
+        _check_models(policy, names, values, said.core)
     leaving.check(policy, leaving.node_of(kind), inputs)
     if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
         return None
@@ -348,8 +349,13 @@ def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapp
     return ANY_MODEL
 
 
-def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]]) -> None:
+def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]], core: bool) -> None:
+    known = set(names) if core else set()
     for name, value in values:
+        if known & graphs.LOADERS and not set(names) & set(policy.nodes.patching):
+            _check_loads(names[0], name, value)
+        if known & graphs.BEHIND and isinstance(value, drop_in.DropInMixin):
+            continue
         guarded = isinstance(value, host.GuardMixin | host.GuardedModel)
         if not guarded and not _is_model(value):
             continue
@@ -357,6 +363,14 @@ def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[s
             continue
         what = f"{names[0]} got a MODEL{'' if guarded else ' that is not guarded'} as {name}"
         raise RefusedError("nodes.sampling", what, "use a Guarded sampler, or Guarded Model as MODEL if it is named")
+
+
+def _check_loads(kind: str, name: str, value: Any) -> None:
+    """RefusedError for a MODEL or CLIP that a LoRA would be merged into."""
+    model, clip = isinstance(value, host.GuardedModel) or _is_model(value), isinstance(value, comfy.sd.CLIP)
+    if (model or clip) and not isinstance(value, drop_in.DropInMixin | drop_in.DropInClipMixin):
+        what = f"{kind} got a {'MODEL' if model else 'CLIP'} that is not behind Guard as {name}"
+        raise RefusedError("guard.required", what, "load LoRAs with Load Task LoRA, or put the loader behind Guard")
 
 
 def _is_model(value: Any) -> bool:
@@ -377,7 +391,7 @@ def _sampling(original: Callable) -> Callable:
             what = "sampling began on a MODEL that is not guarded"
             raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
         if guarded:
-            policies.check_run(policy, self.model_patcher.guard_state.record)
+            policies.check_run(policy, self.model_patcher.guard_record(self.original_conds))
         token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
         try:
             output = original(self, *args, **kwargs)

@@ -202,7 +202,8 @@ def origin(leaf: Any) -> Runs | None:
         if not isinstance(samples, torch.Tensor) or samples.is_nested or not samples.ndim or not len(samples):
             return None
         runs = ledger.latent_runs(samples)
-        return tuple(run for run in runs if run is not None) if all(run is not None for run in runs) else None
+        known = [run for run in runs if run is not None]
+        return tuple(one for run in known for one in run.runs) if len(known) == len(runs) else None
     if _is_video(leaf):
         return () if leaf in _files else _of_all(_leaves(leaf.get_components().audio, whole=False))
     return ledger.others.get(digest) if (digest := _digest(leaf)) else None

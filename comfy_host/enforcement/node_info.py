@@ -31,6 +31,9 @@ class Files:
         except (GuardError, OSError, ValueError):
             return None
 
+    def values(self, node_type: str, name: str) -> str:
+        return policies.values_sha256(_path(node_type, name))
+
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         path = _path(node_type, name)
         return policies.unsigned(path, sha256_file(path), key, self.policy)

@@ -23,7 +23,8 @@ from comfy_execution.utils import get_executing_context
 from ...gate.finding import Detector
 from ...gate.gate import Outcome
 from ...gate.settings import Settings
-from ...modular_lora.errors import GuardError
+from ...modular_lora.errors import GuardError, LoraFileError
+from ...modular_lora.files.cache import kept_lora
 from ...modular_lora.guard.build import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
 from ...modular_lora.provenance import keys, ledger, signing
 from ...modular_lora.provenance.attestation import Attestation, LoraRecord
@@ -110,18 +111,52 @@ def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
     return ask
 
 
+def values_sha256(path: Path) -> str:
+    """SHA-256 of a LoRA file's tensors; "" where it cannot be read as one, which its loader says."""
+    try:
+        return kept_lora(path).values_sha256
+    except LoraFileError:
+        return ""
+
+
+def _values(sha256: str) -> str:
+    path = _paths.get(sha256)
+    return values_sha256(path) if path else ""
+
+
 def check_guarded(guarded: patcher.GuardedModel, clip, safety: Safety, tasks: Tasks) -> None:
     """RefusedError where a guard that was just built is not what the policy asks for, on U-Net or text encoder."""
+    if current() is not None:
+        check_attached(patcher.unwrap(guarded), clip, safety, tasks)
+
+
+def check_attached(model: patcher.GuardMixin, clip, safety: Safety, tasks: Tasks = ()) -> None:
+    """The same for a MODEL that is guarded."""
     if (policy := current()) is None:
         return
     for item in (*safety, *tasks):
         _paths.put(item.lora.sha256, item.lora.path)
-    states = [patcher.unwrap(guarded).guard_state]
+    states = [model.guard_state]
     states += [clip.patcher.guard_state] if isinstance(clip, patcher.GuardedClipMixin) else []
     found = [(lora.sha256, result) for state in states for lora, result in state.part.interference]
     nets = {sha256: min(r.net_strength for key, r in found if key == sha256) for sha256, _ in found}
-    check_run(policy, states[0].record.of(net_strength=nets))
+    check_run(policy, model.guard_record({}).of(net_strength=nets))
     if policy.guard.interference_is_error and (bad := next((w for _, r in found for w in r.warnings), None)):
+        raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
+    if policy.guard.contamination_is_error:
+        _check_contamination(tasks)
+
+
+def check_built(state: patcher.GuardState, tasks: Tasks) -> None:
+    """RefusedError where LoRAs that loaders put onto a guarded MODEL or CLIP are not what the policy takes."""
+    if (policy := current()) is None:
+        return
+    for item in tasks:
+        if not item.lora.pending:
+            _paths.put(item.lora.sha256, item.lora.path)
+    rules.check_tasks(policy, state.record, _values)
+    found = (warning for _, result in state.part.interference for warning in result.warnings)
+    if policy.guard.interference_is_error and (bad := next(found, None)):
         raise RefusedError("guard.interference_is_error", bad.partition(": ")[0], "use another task LoRA")
     if policy.guard.contamination_is_error:
         _check_contamination(tasks)
@@ -136,7 +171,7 @@ def _check_contamination(tasks: Tasks) -> None:
 
 def check_run(policy: OperatorPolicy, run: Attestation) -> None:
     """See rules.check_run."""
-    rules.check_run(policy, run, _unsigned_by(policy))
+    rules.check_run(policy, run, _unsigned_by(policy), _values)
 
 
 def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
@@ -144,7 +179,7 @@ def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool)
     found = ledger.known(picture)
     gate = found.gate
     accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
-    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested)
+    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested, _values)
 
 
 def tightened(settings: Settings, detector: Detector) -> Settings:

@@ -202,7 +202,8 @@ class Meter:
             if not math.isfinite(energy) or not math.isfinite(total):
                 raise GuardError(
                     f"Layer {path} gives values that are not finite: lower the strength of the LoRAs, or run the model "
-                    "in a wider dtype (bf16 or fp32)."
+                    "in a wider dtype (bf16 or fp32).",
+                    code="run.not-finite",
                 )
             if energy <= 0 or not energy >= PROBE_SHARE * base:
                 continue
@@ -210,7 +211,8 @@ class Meter:
             if not kept >= PROBE_FLOOR - 4 * noise:
                 raise GuardError(
                     f"Layer {path} kept {kept:.2f} of the safety LoRA's share in its result: another LoRA's values are "
-                    "so large that the share is lost to rounding; leave that LoRA out."
+                    "so large that the share is lost to rounding; leave that LoRA out.",
+                    code="run.share-lost",
                 )
 
     def finish(self, images: int | None = None) -> dict[Owner, Acted]:
@@ -233,7 +235,8 @@ class Meter:
         if not math.isfinite(acted.share) or any(v is not None and not math.isfinite(v) for v in acted.images):
             raise GuardError(
                 f"Safety LoRA {name}: what the layers gave is not finite, so nothing can be said of its strength: "
-                "lower the strength of the LoRAs, or run the model in a wider dtype (bf16 or fp32)."
+                "lower the strength of the LoRAs, or run the model in a wider dtype (bf16 or fp32).",
+                code="run.not-finite",
             )
         least = acted.least
         if self.floor is not None and least is not None and least < self.floor:
@@ -241,7 +244,8 @@ class Meter:
             raise GuardError(
                 f"Safety LoRA {name}: as it acted, a net strength of {least:.2f} is left of "
                 f"{self.strengths[owner]:.2f} in image {image}, below the floor of {self.floor:.2f}: the other LoRAs "
-                "work against it; lower their strength or leave them out."
+                "work against it; lower their strength or leave them out.",
+                code="run.net-strength",
             )
 
 

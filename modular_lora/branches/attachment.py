@@ -22,7 +22,7 @@ from .acted import Meter
 from .fused import OFF, FusedLayer, Held, counter, make, note_traced, plain, traced
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
-_SEAT = "_modular_lora_attachment"
+_ATTACHMENT = "_modular_lora_attachment"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Branches:
             self.roles = before
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(evaluations by root or part, firings by layer path), read from the counters in one go."""
+        """(evaluations by root or part, branch calls by layer path), read from the counters in one go."""
         values = [*self.evaluated.values(), *(f.fired for f in self.layers.values())]
         if traced.is_set():  # else nothing compiled has counted
             compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
@@ -190,19 +190,19 @@ class _Evaluations:
         return self.forward(*args, **kwargs)
 
 
-_StandIn: TypeAlias = _Branch | _Evaluations
-Seat: TypeAlias = tuple[str, nn.Module, _StandIn]  # path, module there, what stands in its forward
+_Wrapper: TypeAlias = _Branch | _Evaluations
+Placement: TypeAlias = tuple[str, nn.Module, _Wrapper]  # path, module there, what wraps its forward
 
 
-class _StandIns:
-    """The stand-ins of one model, and the seats of the guard that it had last."""
+class _Wrappers:
+    """The wrappers of one model, and where the guard that it had last put them."""
 
     def __init__(self):
         self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, mark of the tree
-        self.seats: list[Seat] = []
-        self._made: dict[tuple[type[_StandIn], str], _StandIn] = {}
+        self.placements: list[Placement] = []
+        self._made: dict[tuple[type[_Wrapper], str], _Wrapper] = {}
 
-    def get(self, kind: type[_StandIn], path: str) -> _StandIn:
+    def get(self, kind: type[_Wrapper], path: str) -> _Wrapper:
         if not path:  # the model's own would keep it alive
             return kind()
         if (kind, path) not in self._made:
@@ -210,70 +210,70 @@ class _StandIns:
         return self._made[kind, path]
 
 
-_stand_ins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _StandIns
+_wrappers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Wrappers
 
 
 class Attachment:
     """Branches on the modules of one model, on behalf of one owner; a model has at most one attachment at a time.
 
-    ``attach`` takes the seat from whichever attachment holds it; ``detach`` gives it up in LIFO order and restores
-    every module's ``__dict__`` as it was. A stand-in that somebody kept a reference to is inert after ``detach``. All
-    attachments of a model use the same stand-ins, which torch.compile knows by identity: nothing is compiled again for
+    ``attach`` detaches the one that the model has; ``detach`` takes the branches off, last first, and restores
+    every module's ``__dict__`` as it was. A wrapper that somebody kept a reference to is inert after ``detach``. All
+    attachments of a model use the same wrappers, which torch.compile knows by identity: nothing is compiled again for
     another run, nor for other LoRAs of the same ranks.
     """
 
     def __init__(self, model: nn.Module, branches: Branches):
         self.model, self.branches = model, branches
-        self._placed: list[tuple[nn.Module, _StandIn, object]] = []  # module, stand-in, former __dict__ entry
+        self._placed: list[tuple[nn.Module, _Wrapper, object]] = []  # module, wrapper, former __dict__ entry
 
     @property
     def attached(self) -> bool:
-        return self.model.__dict__.get(_SEAT) is self
+        return self.model.__dict__.get(_ATTACHMENT) is self
 
     def attach(self) -> None:
         if self.attached:
             return
-        if (other := self.model.__dict__.get(_SEAT)) is not None:
+        if (other := self.model.__dict__.get(_ATTACHMENT)) is not None:
             other.detach()
         try:
-            for path, module, stand_in in self._seats():
+            for path, module, wrapper in self._placements():
                 former = module.__dict__.get("forward")
-                if former is not None and isinstance(stand_in, _Branch):
+                if former is not None and isinstance(wrapper, _Branch):
                     _refuse_foreign_forward(path, module, former)
-                stand_in.bind(module.forward, path, self.branches)
-                self._placed.append((module, stand_in, former))
-                module.__dict__["forward"] = stand_in
+                wrapper.bind(module.forward, path, self.branches)
+                self._placed.append((module, wrapper, former))
+                module.__dict__["forward"] = wrapper
         except BaseException:
             self.detach()
             raise
-        self.model.__dict__[_SEAT] = self
+        self.model.__dict__[_ATTACHMENT] = self
 
-    def _seats(self) -> list[Seat]:
+    def _placements(self) -> list[Placement]:
         """One for every layer and then for all that is counted; remembered for the next guard of the same layers."""
         branches = self.branches
         wanted = [*branches.layers, branches.wide, *branches.counted, tree(self.model)]
-        known = _stand_ins.setdefault(self.model, _StandIns())
+        known = _wrappers.setdefault(self.model, _Wrappers())
         if known.wanted != wanted:
             modules = places(self.model, (*branches.layers, *branches.counted))
-            kinds: list[tuple[type[_StandIn], str]]
+            kinds: list[tuple[type[_Wrapper], str]]
             kinds = [(_WideBranch if path in branches.wide else _Branch, path) for path in branches.layers]
             kinds += [(_Evaluations, path) for path in branches.counted]
-            seats = [(path, modules[path], known.get(kind, path)) for kind, path in kinds]
+            placements = [(path, modules[path], known.get(kind, path)) for kind, path in kinds]
             if "" in branches.counted:
-                return seats
-            known.wanted, known.seats = wanted, seats
-        return known.seats
+                return placements
+            known.wanted, known.placements = wanted, placements
+        return known.placements
 
     def _lost(self) -> int:
-        """How many stand-ins are not where ``attach`` put them."""
-        outer = {module: stand_in for module, stand_in, _ in self._placed}  # a layer that is a part has two
-        return sum(module.__dict__.get("forward") is not stand_in for module, stand_in in outer.items())
+        """How many wrappers are not where ``attach`` put them."""
+        outer = {module: wrapper for module, wrapper, _ in self._placed}  # a layer that is a part has two
+        return sum(module.__dict__.get("forward") is not wrapper for module, wrapper in outer.items())
 
     def detach(self) -> None:
-        for module, stand_in, former in reversed(self._placed):
-            stand_in.release()
-            if module.__dict__.get("forward") is not stand_in:  # wrapped from outside since: ours stays inert inside it
-                _stand_ins.pop(self.model, None)
+        for module, wrapper, former in reversed(self._placed):
+            wrapper.release()
+            if module.__dict__.get("forward") is not wrapper:  # wrapped from outside since: ours stays inert inside it
+                _wrappers.pop(self.model, None)
                 continue
             if former is None:
                 del module.__dict__["forward"]
@@ -281,20 +281,21 @@ class Attachment:
                 module.__dict__["forward"] = former
         self._placed.clear()
         if self.attached:
-            del self.model.__dict__[_SEAT]
+            del self.model.__dict__[_ATTACHMENT]
 
     def verify(self) -> None:
-        """Raise GuardError unless every stand-in is where ``attach`` put it."""
+        """Raise GuardError unless every wrapper is where ``attach`` put it."""
         if (lost := self._lost()) or not self.attached:
             raise GuardError(
                 f"{lost or 'all'} of {len(self._placed)} guarded layers lost their branches before or during the run: "
-                "another node replaced their forward; remove it, or put it before Guard Model."
+                "another node replaced their forward; remove it, or put it before Guard Model.",
+                code="run.branches-lost",
             )
 
 
 def attached(model: nn.Module) -> Branches | None:
     """The branches that sit on a model now."""
-    attachment = model.__dict__.get(_SEAT)
+    attachment = model.__dict__.get(_ATTACHMENT)
     return attachment.branches if attachment is not None else None
 
 
@@ -353,5 +354,6 @@ def _refuse_foreign_forward(path: str, module: nn.Module, former: object) -> Non
     if getattr(former, "__func__", None) is not type(module).forward:
         raise GuardError(
             f"Layer {path} already has a replaced forward ({type(former).__name__}): the guard would stack on another "
-            "pack's hook; remove that node, or load its LoRA with Load Task LoRA."
+            "pack's hook; remove that node, or load its LoRA with Load Task LoRA.",
+            code="layer.replaced-forward",
         )

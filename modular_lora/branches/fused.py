@@ -1,4 +1,4 @@
-"""The fused terms of layers: made many at once, held in one dtype and on one device, and the count of their firings."""
+"""The fused terms of layers: made many at once, held in one dtype and on one device, and the count of their calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Held:
 
 
 class FusedLayer:
-    """All terms of one layer, fused over the active roles, and the count of its firings.
+    """All terms of one layer, fused over the active roles, and the count of its calls.
 
     Eager evaluations count in ``fired``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
     there and keeps its graph, and eager runs launch no kernel for the count.
@@ -71,7 +71,8 @@ class FusedLayer:
         if dtype not in COMPUTE:
             raise GuardError(
                 f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
-                "or option that quantises activations outside the layers."
+                "or option that quantises activations outside the layers.",
+                code="layer.activations",
             )
         self._drop([k for k in self._fused if k[0] == roles])
         return [t for t in self.terms if t.role in roles]

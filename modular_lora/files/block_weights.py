@@ -53,17 +53,24 @@ def parse_block_weights(text: str, keys: Iterable[str], all_keys: Iterable[str],
         pairs = [(name.strip().upper(), value) for name, value in (item.split(":", 1) for item in items)]
         named = dict(pairs)
         if twice := next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None):
-            raise GuardError(f"Block weights of {subject}: block {twice} is named twice; give one factor a block.")
+            raise GuardError(
+                f"Block weights of {subject}: block {twice} is named twice; give one factor a block.",
+                code="blocks.twice",
+            )
         if unknown := sorted(set(named) - {"BASE", *known}):
             have = ", ".join(known)
-            raise GuardError(f"Block weights of {subject}: no block {', '.join(unknown)}; this model has {have}.")
+            raise GuardError(
+                f"Block weights of {subject}: no block {', '.join(unknown)}; this model has {have}.",
+                code="blocks.unknown",
+            )
         return {name: _number(value, subject) for name, value in named.items()}
     for blocks in (touched, known):
         if len(items) == len(blocks) + 1:
             return dict(zip(("BASE", *blocks), (_number(value, subject) for value in items), strict=True))
     raise GuardError(
         f"Block weights of {subject}: {len(items)} numbers given, {len(touched) + 1} expected "
-        f"(BASE, {', '.join(touched)}), or {len(known) + 1} for every block of the model."
+        f"(BASE, {', '.join(touched)}), or {len(known) + 1} for every block of the model.",
+        code="blocks.count",
     )
 
 
@@ -78,5 +85,8 @@ def _number(value: str, subject: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise GuardError(f"Block weights of {subject}: {value.strip()!r} is not a number; give one factor a block.")
+        raise GuardError(
+            f"Block weights of {subject}: {value.strip()!r} is not a number; give one factor a block.",
+            code="blocks.no-number",
+        )
     return number

@@ -26,6 +26,8 @@ SHOWN = 10
 class PictureError(GuardError):
     """A file that is no whole picture."""
 
+    code = "image"
+
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
@@ -45,13 +47,16 @@ def decode(data: bytes, on_white: bool = True) -> Decoded:
     gain map: MPO) are no frames of an animation.
     """
     if not data:
-        raise PictureError("empty file (0 bytes)")
+        raise PictureError("empty file (0 bytes)", code="image.empty")
     try:
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # a PIL may be built without WebP
         with _strict(), Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise PictureError(f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down")
+                raise PictureError(
+                    f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down",
+                    code="image.too-large",
+                )
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             image.load()
             upright, turned = _upright(image)
@@ -60,11 +65,15 @@ def decode(data: bytes, on_white: bool = True) -> Decoded:
     except PictureError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise PictureError("no PNG, JPEG, WebP, BMP or GIF, whatever its ending says") from error
+        raise PictureError(
+            "no PNG, JPEG, WebP, BMP or GIF, whatever its ending says", code="image.unknown-format"
+        ) from error
     except Image.DecompressionBombError as error:
-        raise PictureError(f"too many pixels, maybe a decompression bomb ({error}): scale it down") from error
+        raise PictureError(
+            f"too many pixels, maybe a decompression bomb ({error}): scale it down", code="image.too-large"
+        ) from error
     except Exception as error:  # PIL's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"damaged or truncated ({type(error).__name__}: {error})") from error
+        raise PictureError(f"damaged or truncated ({type(error).__name__}: {error})", code="image.damaged") from error
 
 
 @dataclass(frozen=True, eq=False)

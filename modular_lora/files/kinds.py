@@ -44,26 +44,32 @@ _LOGIN = "the server wants a login or the file is gone: download it in a browser
 def refuse_ending(path: Path, name: str) -> NoReturn:
     """LoraFileError for a file that is not named as a safetensors file; it is never opened."""
     why = _ENDINGS.get(path.suffix.lower(), "LoRA files are read from .safetensors only: use such a file")
-    raise LoraFileError(f"{name}: is not a .safetensors file: {why}")
+    raise LoraFileError(f"{name}: is not a .safetensors file: {why}", code="file.ending")
 
 
 def refuse_contents(start: bytes, size: int, name: str) -> None:
     """LoraFileError where the first bytes of a file that is no safetensors file tell what it is."""
     if not size:
-        raise LoraFileError(f"{name}: is empty, header of 0 bytes: {_AGAIN}")
+        raise LoraFileError(f"{name}: is empty, header of 0 bytes: {_AGAIN}", code="file.empty")
     start = start.removeprefix(b"\xef\xbb\xbf")  # UTF-8's mark
     for first, kind in _STARTS:
         if start.startswith(first):
-            raise LoraFileError(f"{name}: is {kind}")
+            raise LoraFileError(f"{name}: is {kind}", code="file.another-kind")
     if _PAGE.match(start):
-        raise LoraFileError(f"{name}: is a web page (HTML) and no LoRA file: {_LOGIN}")
+        raise LoraFileError(f"{name}: is a web page (HTML) and no LoRA file: {_LOGIN}", code="file.another-kind")
     text = _text(start)
     if text[:1] in ("{", "["):
-        raise LoraFileError(f"{name}: is JSON text, such as a server's error ({shown(text[:200])}): {_LOGIN}")
+        raise LoraFileError(
+            f"{name}: is JSON text, such as a server's error ({shown(text[:200])}): {_LOGIN}", code="file.another-kind"
+        )
     if len(text) >= 16:
-        raise LoraFileError(f"{name}: is text and no LoRA file ({shown(text[:200])}): {_LOGIN}")
+        raise LoraFileError(
+            f"{name}: is text and no LoRA file ({shown(text[:200])}): {_LOGIN}", code="file.another-kind"
+        )
     if not any(start):
-        raise LoraFileError(f"{name}: begins with zeros, as an unfinished download does: {_AGAIN}")
+        raise LoraFileError(
+            f"{name}: begins with zeros, as an unfinished download does: {_AGAIN}", code="file.another-kind"
+        )
 
 
 def _text(start: bytes) -> str:

@@ -73,7 +73,7 @@ def match_layers(
             holders[place] = found[name] = one
             continue
         if whole:
-            raise GuardError(f"{lora.name}: layer {lost.name!r} {why}")
+            raise GuardError(f"{lora.name}: layer {lost.name!r} {why}", code="lora.not-whole")
         left[lost.name] = why
     targets, layers = {name: c.target for name, c in found.items()}, {name: c.layer for name, c in found.items()}
     return Match(targets, tuple(unmatched), left, layers)
@@ -89,7 +89,7 @@ def take_layers(lora: LoraFile, match: Match, specs: Mapping[str, LayerSpec], wh
         layer: Adapter | None = match.layers[name]
         if (why := _problem(match.layers[name], specs[target.key])) is not None:
             if whole:
-                raise GuardError(f"{lora.name}: layer {name} {why}.")
+                raise GuardError(f"{lora.name}: layer {name} {why}.", code="lora.not-whole")
             taken.left[name] = why
             layer, _ = match.layers[name].split()
         if layer is not None and _problem(layer, specs[target.key]) is None:

@@ -137,7 +137,7 @@ def refuse_other_files(tensors: Collection[str], name: str) -> None:
     for pattern, kind in _OTHER_FILES:
         if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
             what, _, remedy = kind.partition(": ")
-            raise LoraFileError(f"{name}: is {what} and no LoRA: {remedy}")
+            raise LoraFileError(f"{name}: is {what} and no LoRA: {remedy}", code="file.another-kind")
 
 
 def sort_names(tensors: Collection[str], name: str) -> Names:
@@ -160,21 +160,26 @@ def sort_names(tensors: Collection[str], name: str) -> Names:
         layer, role, adapter = place
         roles = found.layers.setdefault(layer, {})
         if role in roles:
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: a second {role} of its layer: keep one adapter")
+            raise LoraFileError(
+                f"{name}: tensor {shown(tensor)}: a second {role} of its layer: keep one adapter",
+                code="file.two-adapters",
+            )
         roles[role] = tensor
         if adapter:
             adapters[adapter] = tensor
     if len(adapters) > 1:
         what = f"{len(adapters)} adapters ({', '.join(shown(a) for a in sorted(adapters)[:3])}) in one file"
-        raise LoraFileError(f"{name}: {what}: save each to a file of its own")
+        raise LoraFileError(f"{name}: {what}: save each to a file of its own", code="file.two-adapters")
     if not found.layers:
         refuse_other_files(tensors, name)
     _leave_orphans(found)
     for tensor in found.unread:
         if not found.layers or _layer_of(tensor) in found.layers:
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: is not a LoRA tensor: {READS}")
+            raise LoraFileError(
+                f"{name}: tensor {shown(tensor)}: is not a LoRA tensor: {READS}", code="file.unknown-tensor"
+            )
     if not found.layers:
-        raise LoraFileError(f"{name}: holds no layer: {READS}")
+        raise LoraFileError(f"{name}: holds no layer: {READS}", code="file.no-layer")
     return found
 
 
@@ -222,4 +227,4 @@ def _refuse_kinds(tensor: str, name: str, tensors: Collection[str]) -> None:
     text = tensor[-NAME_LIMIT:]
     if kind := next((kind for pattern, kind in _REFUSED if pattern.search(text)), None):
         refuse_other_files(tensors, name)
-        raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind}: {READS}")
+        raise LoraFileError(f"{name}: tensor {shown(tensor)}: is {kind}: {READS}", code="file.unread-format")

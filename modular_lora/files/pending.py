@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -37,27 +38,50 @@ class Change:
         return self.key if self.offset is None else f"{self.key}[{self.offset[1]}+{self.offset[2]}, {self.offset[0]}]"
 
 
-def pending_lora(name: str, model: Sequence[Change], text: Sequence[Change], note: str) -> LoraFile:
-    """The changes of one LoRA as a file would give them; its SHA-256 is that of its values and places.
+def pending_lora(
+    name: str,
+    model: Sequence[Change],
+    text: Sequence[Change],
+    note: str,
+    factors: Mapping[str, float] = MappingProxyType({}),
+    file: LoraFile | None = None,
+) -> LoraFile:
+    """The changes of one LoRA as a file would give them.
+
+    Its SHA-256 is that of ``file``, where one is known that holds exactly these values, else that of its values and
+    places.
 
     Args:
         name: for reports and errors.
         model: changes of the diffusion model, no two of them of one place.
         text: the same of its text encoders.
         note: a line for the report.
+        factors: of the strength, by the layers' names (`layer_name`), where not all have the whole of it.
+        file: the file that the values were read from, and that still holds them.
 
     Raises:
         LoraFileError: parts that do not fit, or values that are not finite.
     """
     layers: dict[str, Adapter] = {}
     places: dict[str, tuple] = {}
-    for prefix, changes in (("", model), (TEXT, text)):
+    for is_text, changes in ((False, model), (True, text)):
         for change in changes:
-            layer = prefix + change.name
+            layer = layer_name(change, is_text)
             layers[layer] = _layer(layer, change, name)
             places[layer] = (change.key, change.offset, change.rearrange)
     targets = {layer: Target(*place) for layer, place in places.items()}
-    return LoraFile(Path(name), name, content_sha256(layers, targets), {}, layers, (note,), places=places)
+    content = content_sha256(layers, targets)
+    if factors:
+        content = hashlib.sha256(f"{content} {sorted(factors.items())}".encode()).hexdigest()
+    path, sha256, metadata = (file.path, file.sha256, file.metadata) if file else (Path(name), content, {})
+    return LoraFile(
+        path, name, sha256, metadata, layers, (note,), places=places, factors=dict(factors), content=content
+    )
+
+
+def layer_name(change: Change, is_text: bool) -> str:
+    """The name under which a change stands among the layers of `pending_lora`."""
+    return (TEXT if is_text else "") + change.name
 
 
 def _layer(layer: str, change: Change, name: str) -> Adapter:
@@ -73,7 +97,9 @@ def _plain(tensor: Tensor, what: str) -> Tensor:
     tensor = tensor.detach().to("cpu")
     tensor = tensor if tensor.dtype in DTYPES.values() else tensor.float()
     if not tensor.float().isfinite().all():
-        raise LoraFileError(f"{what} holds values that are not finite: train or convert the LoRA again")
+        raise LoraFileError(
+            f"{what} holds values that are not finite: train or convert the LoRA again", code="file.not-finite"
+        )
     return tensor
 
 
@@ -95,5 +121,6 @@ def check_not_safety(safety: tuple[LoraFile, Match], pending: tuple[LoraFile, Ma
     if len(digests) == 2 and digests[0] == digests[1]:
         raise GuardError(
             f"{pending[0].name} holds the values of the safety LoRA {safety[0].name}, so one can cancel the other: "
-            "leave it out of the loader before the guard."
+            "leave it out of the loader before the guard.",
+            code="lora.both-roles",
         )

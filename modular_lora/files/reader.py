@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -100,12 +100,26 @@ class LoraFile:
     stated: Mapping[str, Stated] = field(default_factory=dict)  # layers of which the metadata states another scale
     scale: Scale = "refuse"  # which of the two was chosen
     places: Mapping[str, tuple] | None = None  # where the layers go, if no file's names say it (see pending.py)
+    factors: Mapping[str, float] = field(default_factory=dict)  # layers that a loader gave a share of the strength
+    content: str = ""  # SHA-256 of what a loader handed over: values, places and factors; "" of a file as a whole
     stored: Stored | None = None  # what was read, None for what comes from no file
 
     @property
     def pending(self) -> bool:
-        """Whether a loader before the guard left it: its file is not known."""
+        """Whether a loader left or handed over its values, and no file is known that holds exactly these."""
+        return bool(self.content) and self.sha256 == self.content
+
+    @property
+    def lifted(self) -> bool:
+        """Whether a loader of the host's left it or handed it over, instead of our own reading of a file."""
         return self.places is not None
+
+    @property
+    def shares(self) -> str:
+        """In words: what layers have of the strength, where a loader gave them shares of it."""
+        if not self.factors:
+            return ""
+        return f"by layer, {min(self.factors.values()):g} to {max(self.factors.values()):g} of the strength"
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -124,8 +138,21 @@ class LoraFile:
         unknown = [name for name, entry in self.stored.entries.items() if entry.dtype not in _TYPES]
         if unknown:
             what = f"{self.name}: tensor {shown(unknown[0])}"
-            raise LoraFileError(f"{what}: its dtype is not known: save the file without it")
+            raise LoraFileError(f"{what}: its dtype is not known: save the file without it", code="file.dtype")
         return {name: self.stored.tensor(name) for name in self.stored.entries}
+
+    @cached_property
+    def values_sha256(self) -> str:
+        """SHA-256 of all tensors, whatever they are called: the same for a file that was saved again, or renamed."""
+        each = sorted(f"{entry.dtype} {entry.shape} {self._bytes(entry)}" for entry in self._entries())
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+    def _entries(self) -> Iterable[Entry]:
+        return () if self.stored is None else self.stored.entries.values()
+
+    def _bytes(self, entry: Entry) -> str:
+        assert self.stored is not None
+        return hashlib.sha256(self.stored.data[entry.start : entry.end].numpy().data).hexdigest()
 
     @property
     def roles(self) -> Mapping[str, Mapping[str, str]]:
@@ -135,6 +162,8 @@ class LoraFile:
     @property
     def acts_as(self) -> str:
         """What the layers compute is a function of this: the file's hash, and whether its metadata scales them."""
+        if self.content:
+            return self.content
         return f"{self.sha256}, scaled by its metadata" if self.scale_shown == "metadata" else self.sha256
 
     @property
@@ -152,7 +181,7 @@ class LoraFile:
         try:
             layers = self.layers | {name: rescaled(self.layers[name], said) for name, said in self.stated.items()}
         except ValueError as error:
-            raise LoraFileError(f"{self.name}: {error}") from error
+            raise LoraFileError(f"{self.name}: {error}", code="file.scale") from error
         return replace(self, layers=layers, scale=scale)
 
     @cached_property
@@ -162,7 +191,9 @@ class LoraFile:
         for name, layer in self.layers.items():
             if not isinstance(layer, LoraLayer):
                 what = f"{self.name}: layer {shown(name)} is {layer.kind}"
-                raise LoraFileError(f"{what}: this takes LoRA and LoCon files only, use one of these")
+                raise LoraFileError(
+                    f"{what}: this takes LoRA and LoCon files only, use one of these", code="file.not-plain"
+                )
             found[name] = layer
         return found
 
@@ -187,7 +218,10 @@ def read_lora(path: str | Path, *, expected_sha256: str | None = None, scale: Sc
     with no_collection():
         lora = _read(path, name, expected)
     if all(layer.is_zero for layer in lora.layers.values()):
-        raise LoraFileError(f"{name}: all {len(lora.layers)} layers are zero, it would change nothing: train it first")
+        raise LoraFileError(
+            f"{name}: all {len(lora.layers)} layers are zero, it would change nothing: train it first",
+            code="file.all-zero",
+        )
     return lora if scale == "refuse" else lora.with_scale(scale)
 
 
@@ -207,9 +241,11 @@ def _read(path: Path, name: str, expected: str | None) -> LoraFile:
                     raise raised
         except OSError as error:
             what = f"cannot be read ({error.strerror})"
-            raise LoraFileError(f"{name}: {what}: check the file and its permissions") from error
+            raise LoraFileError(
+                f"{name}: {what}: check the file and its permissions", code="file.unreadable"
+            ) from error
     what = f"another program wrote to it in each of {READINGS} readings"
-    raise LoraFileError(f"{name}: {what}: load it again when it is written")
+    raise LoraFileError(f"{name}: {what}: load it again when it is written", code="file.being-written")
 
 
 def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
@@ -220,7 +256,7 @@ def _read_once(path: Path, name: str, expected: str | None) -> LoraFile:
         sha256 = pool.submit(digest.hexdigest)
         if expected is not None and sha256.result() != expected:
             what = f"SHA-256 is {sha256.result()}, expected {expected}"
-            raise LoraFileError(f"{name}: {what}: use the file that was released")
+            raise LoraFileError(f"{name}: {what}: use the file that was released", code="file.other-sha256")
         layers = make_layers(raw.names.layers, raw.names.wide, *_make_tensors(raw, name), name)
     stated = stated_scales(raw.metadata, layers, raw.names.layers)
     notes, unread = raw.names.notes, raw.names.left_out
@@ -265,9 +301,11 @@ def sha256_file(path: Path) -> str:
             if _is_still(path, before, digest):
                 return digest
     except (OSError, ValueError) as error:
-        raise LoraFileError(f"{plain(path.name)}: cannot be hashed ({plain(str(error))}): check the file") from error
+        raise LoraFileError(
+            f"{plain(path.name)}: cannot be hashed ({plain(str(error))}): check the file", code="file.unreadable"
+        ) from error
     what = f"another program wrote to it in each of {READINGS} readings"
-    raise LoraFileError(f"{plain(path.name)}: {what}: try again when it is written")
+    raise LoraFileError(f"{plain(path.name)}: {what}: try again when it is written", code="file.being-written")
 
 
 def describe_base(metadata: Mapping[str, str]) -> str | None:
@@ -287,7 +325,9 @@ def _parse_sha256(name: str, text: str | None) -> str | None:
     if text is None or not text.strip():
         return None
     if not re.fullmatch(r"[0-9a-f]{64}", text.strip().lower()):
-        raise LoraFileError(f"{name}: expected SHA-256 {shown(text)} is not 64 hex digits: copy it again")
+        raise LoraFileError(
+            f"{name}: expected SHA-256 {shown(text)} is not 64 hex digits: copy it again", code="file.no-sha256"
+        )
     return text.strip().lower()
 
 
@@ -295,9 +335,9 @@ def _check_path(path: Path, name: str) -> None:
     if path.suffix.lower() not in ENDINGS:
         refuse_ending(path, name)
     if path.is_dir():
-        raise LoraFileError(f"{name}: is a directory: choose a .safetensors file")
+        raise LoraFileError(f"{name}: is a directory: choose a .safetensors file", code="file.directory")
     if not path.is_file():
-        raise LoraFileError(f"{name}: no such file: check the name and the loras folder")
+        raise LoraFileError(f"{name}: no such file: check the name and the loras folder", code="file.no-such-file")
 
 
 def _read_checked(file: BufferedReader, name: str, seen: Callable[[memoryview | bytes], object]) -> Stored:
@@ -310,10 +350,14 @@ def _read_checked(file: BufferedReader, name: str, seen: Callable[[memoryview | 
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length < 2 or 8 + length > size:
         refuse_contents(prefix + file.read(1024), size, name)
-        raise LoraFileError(f"{name}: header of {length} bytes in a file of {size} bytes: {DAMAGED}")
+        raise LoraFileError(
+            f"{name}: header of {length} bytes in a file of {size} bytes: {DAMAGED}", code="file.header"
+        )
     if length > HEADER_LIMIT:
         what = f"header of {length} bytes, at most {HEADER_LIMIT} allowed"
-        raise LoraFileError(f"{name}: {what}: if it is a LoRA file, save it without its training metadata")
+        raise LoraFileError(
+            f"{name}: {what}: if it is a LoRA file, save it without its training metadata", code="file.header"
+        )
     header = file.read(length)
     if length > SMALL_HEADER:
         _check_marks(header, name)
@@ -331,7 +375,9 @@ def _read_checked(file: BufferedReader, name: str, seen: Callable[[memoryview | 
         read += file.readinto(piece)
         seen(piece)
     if len(header) != length or read != len(data) or file.read(1):
-        raise LoraFileError(f"{name}: changed from {size} bytes while it was read: load it again")
+        raise LoraFileError(
+            f"{name}: changed from {size} bytes while it was read: load it again", code="file.being-written"
+        )
     return Stored(data, entries, names, metadata)
 
 
@@ -358,7 +404,7 @@ def _check_marks(header: bytes, name: str) -> None:
         many = sum(map(outside.count, (b",", b":", b"[", b"{"))) > most
     if many:
         what = f"header of {len(header)} bytes holds more values than {TENSOR_LIMIT} tensors have"
-        raise LoraFileError(f"{name}: {what}: use a LoRA file, or save it without its metadata")
+        raise LoraFileError(f"{name}: {what}: use a LoRA file, or save it without its metadata", code="file.header")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -378,16 +424,22 @@ def _parse_header(header: bytes, name: str) -> tuple[dict[str, Entry], dict[str,
     try:
         table = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise LoraFileError(f"{name}: header is not valid JSON ({plain(str(error))}): {DAMAGED}") from error
+        raise LoraFileError(
+            f"{name}: header is not valid JSON ({plain(str(error))}): {DAMAGED}", code="file.header"
+        ) from error
     if not isinstance(table, dict):
-        raise LoraFileError(f"{name}: header is a {type(table).__name__}, not an object: {DAMAGED}")
+        raise LoraFileError(f"{name}: header is a {type(table).__name__}, not an object: {DAMAGED}", code="file.header")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise LoraFileError(f"{name}: metadata {shown(metadata)} is not text only: save the file without it")
+        raise LoraFileError(
+            f"{name}: metadata {shown(metadata)} is not text only: save the file without it", code="file.header"
+        )
     if len(table) > TENSOR_LIMIT:
         refuse_other_files(table, name)
     if not 1 <= len(table) <= TENSOR_LIMIT:
-        raise LoraFileError(f"{name}: holds {len(table)} tensors, 1 to {TENSOR_LIMIT} allowed: use a LoRA file")
+        raise LoraFileError(
+            f"{name}: holds {len(table)} tensors, 1 to {TENSOR_LIMIT} allowed: use a LoRA file", code="file.header"
+        )
     try:
         entries = [(tensor, _parse_entry(tensor, entry, name)) for tensor, entry in table.items()]
     except LoraFileError:
@@ -412,7 +464,7 @@ def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
         problem = f"data_offsets {shown(offsets)} must be two non-negative integers: {DAMAGED}"
     else:
         return Entry(dtype, tuple(shape), *offsets)
-    raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
+    raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}", code="file.tensor")
 
 
 def _are_sizes(values: list) -> bool:
@@ -434,7 +486,7 @@ def _check_read(layers: Mapping[str, Mapping[str, str]], entries: Mapping[str, E
                 problem = f"shape {shown(list(shape))} is not 0 to {DIMENSIONS} sizes of 1 or more: {DAMAGED}"
             else:
                 continue
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}")
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {problem}", code="file.tensor")
 
 
 def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
@@ -445,10 +497,10 @@ def _check_offsets(entries: Mapping[str, Entry], size: int, name: str) -> None:
         wanted = entry.end - entry.start if known is None else math.prod(entry.shape) * known.itemsize
         if entry.start != place or entry.end - entry.start != wanted or entry.end > size:
             what = f"bytes {entry.start} to {entry.end}, expected {place} to {place + wanted} of {size}"
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}")
+            raise LoraFileError(f"{name}: tensor {shown(tensor)}: {what}: {DAMAGED}", code="file.tensor")
         place = entry.end
     if place != size:
-        raise LoraFileError(f"{name}: {size - place} bytes after the last tensor: {DAMAGED}")
+        raise LoraFileError(f"{name}: {size - place} bytes after the last tensor: {DAMAGED}", code="file.tensor")
 
 
 def _make_tensors(raw: Stored, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -494,7 +546,9 @@ def _refuse_values(run: Mapping[str, Entry], row: Tensor, is_alpha: Mapping[str,
     for tensor, piece in zip(run, pieces, strict=True):
         if not is_alpha[tensor] and not _is_finite(piece):
             peak = piece.double().abs().amax().item()  # NaN and inf both come through amax
-            raise LoraFileError(f"{name}: tensor {shown(tensor)}: holds {peak}: train or convert the LoRA again")
+            raise LoraFileError(
+                f"{name}: tensor {shown(tensor)}: holds {peak}: train or convert the LoRA again", code="file.not-finite"
+            )
 
 
 @lru_cache(maxsize=4096)

@@ -114,7 +114,7 @@ def check_scale(name: str, stated: Mapping[str, Stated], layers: Mapping[str, Ad
     if stated and chosen == "refuse":
         what = f"Safety LoRA {name}: {remark(stated, layers, 'tensors')}"
         where = "scale on Load Safety LoRA, else safety_scale"
-        raise GuardError(f"{what}: choose the one that it was trained with ({where})")
+        raise GuardError(f"{what}: choose the one that it was trained with ({where})", code="lora.two-scales")
 
 
 def _words(said: Stated) -> str:

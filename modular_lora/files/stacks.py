@@ -41,7 +41,10 @@ def parse_stack(stack: object) -> tuple[Row, ...]:
     if stack is None or (isinstance(stack, str | list | tuple) and not stack):
         return ()
     if not isinstance(stack, list | tuple):
-        raise GuardError(f"LORA_STACK is {_kind(stack)}, not a list of rows: connect a stacker's LORA_STACK output.")
+        raise GuardError(
+            f"LORA_STACK is {_kind(stack)}, not a list of rows: connect a stacker's LORA_STACK output.",
+            code="stack.no-list",
+        )
     rows = [stack] if isinstance(stack[0], str) else stack  # one row, without the list around it
     return tuple(_parsed(rows))
 
@@ -54,13 +57,16 @@ def _parsed(rows: Sequence[object]) -> Iterator[Row]:
         if _is_empty(name) or on is False:
             continue
         if not isinstance(name, str | os.PathLike):
-            raise GuardError(f"{place}: name {shown(name)} is {_kind(name)}, not a file's name: correct it.")
+            raise GuardError(
+                f"{place}: name {shown(name)} is {_kind(name)}, not a file's name: correct it.", code="stack.name"
+            )
         model = _strength(said.get("model"), "strength", place)
         clip = model if said.get("clip") is None else _strength(said["clip"], "clip strength", place)
         blocks = said.get("blocks") or ""
         if not isinstance(blocks, str):
             raise GuardError(
-                f"{place}: block weights {shown(blocks)} are no text: give them as '1,0.5,...' or leave out."
+                f"{place}: block weights {shown(blocks)} are no text: give them as '1,0.5,...' or leave out.",
+                code="stack.blocks",
             )
         yield Row(place, os.fspath(name), model, clip, blocks)
 
@@ -73,13 +79,16 @@ def _said(row: object, place: str) -> dict[str, Any]:
             if key in _KEYS:
                 said.setdefault(_KEYS[key], value)
             elif isinstance(value, int | float) and not isinstance(value, bool):  # a strength under an unknown name
-                raise GuardError(f"{place}: {shown(key)} {shown(value)} is not known: use strength or clip_strength.")
+                raise GuardError(
+                    f"{place}: {shown(key)} {shown(value)} is not known: use strength or clip_strength.",
+                    code="stack.unknown-key",
+                )
         return said
     if _is_empty(row) or (isinstance(row, list | tuple) and len(row) > 0 and _is_empty(row[0])):
         return {}
     if not isinstance(row, list | tuple) or not 2 <= len(row) <= 4:
         size = f" of {len(row)}" if isinstance(row, list | tuple) else ""
-        raise GuardError(f"{place}: {shown(row)} is {_kind(row)}{size}: {_WANTED}.")
+        raise GuardError(f"{place}: {shown(row)} is {_kind(row)}{size}: {_WANTED}.", code="stack.row")
     return dict(zip(("name", "model", "clip", "blocks"), row, strict=False))
 
 
@@ -93,7 +102,9 @@ def _strength(value: object, what: str, place: str) -> float:
         with suppress(ValueError, OverflowError):
             number = float(value)
     if not math.isfinite(number):
-        raise GuardError(f"{place}: {what} {shown(value)} is not a finite number: give a number.")
+        raise GuardError(
+            f"{place}: {what} {shown(value)} is not a finite number: give a number.", code="stack.strength"
+        )
     return number
 
 

@@ -82,7 +82,7 @@ class Place:
             order = torch.empty(0)
         if not torch.equal(order.sort().values, numbers):
             what = f"{self.target.key} is stored rearranged in a way that no branch can follow"
-            raise GuardError(f"{what}: leave its layer out.")
+            raise GuardError(f"{what}: leave its layer out.", code="layer.rearranged")
         return rows[order]
 
     def on_outputs(self, rows: Tensor) -> Tensor:

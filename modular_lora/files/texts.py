@@ -18,6 +18,8 @@ MOST = 0.1  # share of control characters: more is text in an encoding that was 
 class TextError(GuardError):
     """Bytes that are no text; the message says what they are, without a file's name."""
 
+    code = "text"
+
 
 def decode(data: bytes) -> str:
     """The text of a file's bytes: UTF-8, UTF-16 or UTF-32, with a byte-order mark or without. Raises TextError.

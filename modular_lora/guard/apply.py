@@ -46,12 +46,14 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     if role == "safety" and lora.unread:
         first = shown(lora.unread[0])
         what = f"holds {len(lora.unread)} tensors of no LoRA format, first {first}, and cannot apply whole"
-        raise GuardError(f"Safety LoRA {lora.name} {what}: export the file again without them.")
+        raise GuardError(
+            f"Safety LoRA {lora.name} {what}: export the file again without them.", code="lora.unread-tensors"
+        )
     specs = info.places
     shapes = {key: spec.weight_shape if key in info.specs else (spec.outputs,) for key, spec in specs.items()}
     match = match_layers(lora, names, lora.places or info.key_map, shapes, info.family, whole=role == "safety")
     if role == "safety" and match.unmatched:
-        raise GuardError(mismatch(lora, match, info.family))
+        raise GuardError(mismatch(lora, match, info.family), code="lora.not-whole")
     match = take_layers(lora, match, specs, whole=role == "safety")
     weights = parse_block_weights(blocks, (t.key for t in match.targets.values()), info.specs, lora.name)
     parts: dict[str, list[tuple[Part, float]]] = {}
@@ -61,6 +63,7 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
         found = adapter.resolve(Place(target, specs[target.key], info.weight))
         zero += [name] if adapter.does_nothing(found, partial(info.weight, target.key)) else []
         block = weights.get(block_of(target.key), 1.0) if weights else 1.0
+        block *= lora.factors.get(name, 1.0)
         factor = _factor(strength, block, adapter.inner.power)
         for part, scale in found:
             key = bias_key(target.key) if isinstance(part, Bias) else target.key
@@ -68,7 +71,8 @@ def apply(role: Role, lora: LoraFile, names: Sequence[str], strength: float, blo
     if role == "safety" and zero:
         raise GuardError(
             f"Safety LoRA {lora.name}: layer {min(zero)} ({len(zero)} in all) is all zero and would do nothing; "
-            "train or export the file again."
+            "train or export the file again.",
+            code="lora.zero-layer",
         )
     changes = {
         key: change([(p.compared(specs[key].inputs, role == "safety"), s) for p, s in found], partial(info.weight, key))

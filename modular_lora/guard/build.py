@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from ..branches.acted import Meter
@@ -26,6 +27,7 @@ from ..provenance.attestation import Attestation, LoraRecord
 from ..util.cache import Cache
 from .apply import Applied, apply, terms
 from .comparing import Factor
+from .disguise import check_disguise
 from .interference import Interference, cancelled, interference
 from .magnitude import check_magnitudes
 from .model_info import ModelInfo
@@ -62,7 +64,8 @@ class SafetyLora:
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise GuardError(
                 f"Safety LoRA {self.lora.name}: strength {self.strength} must be above 0: 0 disables it and a "
-                "negative value inverts it; take the node out if you do not want it."
+                "negative value inverts it; take the node out if you do not want it.",
+                code="lora.strength",
             )
         check_scale(self.lora.name, self.lora.stated, self.lora.layers, self.lora.scale)
 
@@ -78,7 +81,9 @@ class TaskLora:
 
     def __post_init__(self):
         if not (math.isfinite(self.strength_model) and math.isfinite(self.strength_clip)):
-            raise GuardError(f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.")
+            raise GuardError(
+                f"Task LoRA {self.lora.name}: a strength is not a finite number; give numbers.", code="lora.strength"
+            )
 
 
 Safety = tuple[SafetyLora, ...]
@@ -128,12 +133,15 @@ def check_roles(safety: Safety, tasks: Tasks) -> None:
         if item.lora.sha256 in shas:
             raise GuardError(
                 f"{item.lora.name} is the safety LoRA and a task LoRA at once, so one can cancel the other: "
-                "take it out of the task LoRAs."
+                "take it out of the task LoRAs.",
+                code="lora.both-roles",
             )
     shas += [t.lora.sha256 for t in tasks]
-    for lora in loras:
+    for lora in (lora for lora in loras if not lora.lifted):  # a chain of other packs' loaders may load a file twice
         if shas.count(lora.sha256) > 1:
-            raise GuardError(f"{lora.name} is loaded more than once: load it once, with the strength you want.")
+            raise GuardError(
+                f"{lora.name} is loaded more than once: load it once, with the strength you want.", code="lora.twice"
+            )
 
 
 @no_collection()  # a full one takes 0.3 s in ComfyUI
@@ -151,18 +159,52 @@ def build_parts(
 
 
 def build_part(
-    part: Part, info: ModelInfo, safety: Safety, tasks: Tasks, policy: GuardLimits, enforce: bool = True
+    part: Part,
+    info: ModelInfo,
+    safety: Safety,
+    tasks: Tasks,
+    policy: GuardLimits,
+    enforce: bool = True,
+    known: Mapping[TaskLora, Applied] = MappingProxyType({}),
 ) -> GuardedPart:
     """Match, check and fuse every LoRA on one model.
 
-    Raises GuardError where a safety LoRA does not apply whole, or (``enforce``) its net strength falls below
-    ``policy.net_strength_floor``; what of a task LoRA fits no layer is counted in its line.
+    ``known``: task LoRAs that were applied to this very model before. Raises GuardError where a safety LoRA does not
+    apply whole, or (``enforce``) its net strength falls below ``policy.net_strength_floor``; what of a task LoRA fits
+    no layer is counted in its line.
     """
-    applied = [_apply("safety", s.lora, s.strength, "", part, info) for s in safety]
-    for t in tasks:
-        strength = t.strength_model if part == "model" else t.strength_clip
-        applied.append(_apply("task", t.lora, strength, t.block_weights, part, info))
-    for task in (a for a in applied if a.lora.pending):
+    applied = [apply_safety(s, part, info) for s in safety]
+    applied += [known.get(t) or apply_task(t, part, info) for t in tasks]
+    reports = compare_all(applied, info, policy, enforce)
+    acting = [a for a in applied if a.role == "safety" and a.parts]
+    with plain():
+        layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
+        branches = Branches(
+            layers, info.roots, info.parts, _meter(acting, policy.acted_strength_floor if enforce else None)
+        )
+    return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
+
+
+def apply_safety(item: SafetyLora, part: Part, info: ModelInfo) -> Applied:
+    """A safety LoRA on one model; GuardError where it does not apply whole."""
+    return _apply("safety", item.lora, item.strength, "", part, info)
+
+
+def apply_task(item: TaskLora, part: Part, info: ModelInfo) -> Applied:
+    """A task LoRA on one model; what of it fits no layer is left out and counted."""
+    strength = item.strength_model if part == "model" else item.strength_clip
+    return _apply("task", item.lora, strength, item.block_weights, part, info)
+
+
+def compare_all(
+    applied: Sequence[Applied], info: ModelInfo, policy: GuardLimits, enforce: bool = True
+) -> tuple[tuple[LoraFile, Interference], ...]:
+    """What the LoRAs on one model do to each safety LoRA that acts there.
+
+    Raises GuardError for a task LoRA that is a safety LoRA in disguise, for values that are too large, and, with
+    ``enforce``, for a net strength below the floor.
+    """
+    for task in (a for a in applied if a.lora.lifted):
         for s in (a for a in applied if a.role == "safety"):
             check_not_safety((s.lora, s.match), (task.lora, task.match))
     acting = [a for a in applied if a.role == "safety" and a.parts]
@@ -173,12 +215,8 @@ def build_part(
         check_magnitudes(applied, info)  # first: where values are that large, net strengths mean nothing
         for a, (_, result) in zip(acting, reports, strict=True):
             _check_net_strength(a, result, policy)
-    with plain():
-        layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-        branches = Branches(
-            layers, info.roots, info.parts, _meter(acting, policy.acted_strength_floor if enforce else None)
-        )
-    return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
+            check_disguise(a, [other for other in applied if other is not a], result)
+    return reports
 
 
 def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
@@ -188,10 +226,11 @@ def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
         if first.role == "safety" and first.elsewhere and not has_clip:
             raise GuardError(
                 f"Safety LoRA {first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect "
-                "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+                "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives.",
+                code="guard.no-clip",
             )
         if not any(line.matched for line in lines):
-            raise GuardError(_applies_nowhere(lines, has_clip))
+            raise GuardError(_applies_nowhere(lines, has_clip), code="lora.applies-nowhere")
 
 
 def _applies_nowhere(lines: tuple[LoraLine, ...], has_clip: bool) -> str:
@@ -230,7 +269,7 @@ def make_record(
         for s in safety
     ]
     for t in tasks:
-        strengths = t.strength_model, t.strength_clip, t.block_weights
+        strengths = t.strength_model, t.strength_clip, t.block_weights or t.lora.shares
         loras.append(LoraRecord("task", t.lora.name, t.lora.sha256, *strengths, pending=t.lora.pending))
     return Attestation(
         status="not sampled",
@@ -295,7 +334,9 @@ def _interference(safety: Applied, applied: Sequence[Applied], policy: GuardLimi
 def _check_net_strength(safety: Applied, result: Interference, policy: GuardLimits) -> None:
     floor = policy.net_strength_floor
     if not result.net_strength >= floor:  # not a number is too little
-        raise GuardError(cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"))
+        raise GuardError(
+            cancelled(result, safety.strength, floor, f"Safety LoRA {safety.lora.name}"), code="guard.net-strength"
+        )
 
 
 def _line(a: Applied, family: str) -> LoraLine:

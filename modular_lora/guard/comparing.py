@@ -210,7 +210,10 @@ def compare(safety: Changes, others: Sequence[Changes]) -> list[Compared]:
     alike: dict[str | tuple[int, ...], list[tuple[str, Change, dict[int, Change]]]] = {}
     for layer, a in safety.items():
         if a.energy == 0:
-            raise GuardError(f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again")
+            raise GuardError(
+                f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again",
+                code="lora.zero-layer",
+            )
         changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
         ranks = [item.down.shape[0] for item in (a, *changes.values()) if isinstance(item, Factor)]
         kind = (*ranks, *changes) if len(ranks) == 1 + len(changes) else layer

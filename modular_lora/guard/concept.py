@@ -32,15 +32,19 @@ def read(lora: LoraFile) -> tuple[str, ...]:
         return ()
     if len(text) > TEXT_LIMIT:
         what = f"{PROMPTS_KEY} has {len(text)} characters"
-        raise LoraFileError(f"{lora.name}: {what}: {_REMEDY}")
+        raise LoraFileError(f"{lora.name}: {what}: {_REMEDY}", code="file.concept-prompts")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LoraFileError(f"{lora.name}: {PROMPTS_KEY} is not JSON: {_REMEDY}") from error
+        raise LoraFileError(
+            f"{lora.name}: {PROMPTS_KEY} is not JSON: {_REMEDY}", code="file.concept-prompts"
+        ) from error
     if not isinstance(found, list):
-        raise LoraFileError(f"{lora.name}: {PROMPTS_KEY} is {shown(found)}, no list of texts: {_REMEDY}")
+        raise LoraFileError(
+            f"{lora.name}: {PROMPTS_KEY} is {shown(found)}, no list of texts: {_REMEDY}", code="file.concept-prompts"
+        )
     if problem := _problem(found):
-        raise LoraFileError(f"{lora.name}: {PROMPTS_KEY} {problem}: {_REMEDY}")
+        raise LoraFileError(f"{lora.name}: {PROMPTS_KEY} {problem}: {_REMEDY}", code="file.concept-prompts")
     return tuple(dict.fromkeys(found))
 
 
@@ -89,7 +93,7 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
         except FileExistsError:
             if not target.is_file() or target.read_bytes() != copy:
                 what = f"{target.name} is another file already and is not written over"
-                raise GuardError(f"{what}: give the copy another name.") from None
+                raise GuardError(f"{what}: give the copy another name.", code="concept.name-taken") from None
     return read_lora(target, expected_sha256=hashlib.sha256(copy).hexdigest())
 
 

@@ -108,7 +108,8 @@ def check(functional: Functional, names: Mapping[str, str], floor: float) -> Non
             raise GuardError(
                 f"Safety LoRA {names[sha256]}: functional strength is {figure.strength:.3f}, below the floor of "
                 f"{floor:g}, on its concept prompt {figure.prompt[:60]!r}: the other LoRAs undo what it does to the "
-                "model's predictions; take them out, or lower their strengths."
+                "model's predictions; take them out, or lower their strengths.",
+                code="guard.functional-strength",
             )
 
 

@@ -40,6 +40,7 @@ class Interference:
     layers_below_floor: int
     shared_layers: int
     warnings: tuple[str, ...]
+    likeness: tuple[float, ...] = ()  # of each task LoRA: cosine of both changes over all weights that both change
 
 
 def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes, float]], floor: float) -> Interference:
@@ -50,7 +51,10 @@ def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes,
     run is the caller's decision (sentence: `cancelled`). Raises GuardError for a safety LoRA without any effect.
     """
     if not safety:
-        raise GuardError("safety LoRA: has 0 matched layers, nothing to compare: use a LoRA made for this base")
+        raise GuardError(
+            "safety LoRA: has 0 matched layers, nothing to compare: use a LoRA made for this base",
+            code="guard.nothing-to-compare",
+        )
     compared = compare(safety, [changes for _, changes, _ in others])
     found = {p.layer: p for group in compared for p in group.pairs([strength for _, _, strength in others])}
     pairs = [found[key] for key in safety]
@@ -75,6 +79,7 @@ def interference(safety: Changes, s: float, others: Sequence[tuple[str, Changes,
         layers_below_floor=below,
         shared_layers=len(shared),
         warnings=(*marks, *_weakened(below, len(net), lowest, floor)),
+        likeness=tuple(_likeness(index, compared) for index in range(len(others))),
     )
 
 
@@ -83,6 +88,13 @@ def cancelled(result: Interference, s: float, floor: float, subject: str) -> str
     layer, value = result.lowest_net
     left = f"a net strength of {result.net_strength:.2f} is left of {s:.2f}, below the floor of {floor:.2f}"
     return f"{subject}: {left} (lowest {value:.2f} in {layer}): lower the strength of the task LoRAs or leave them out"
+
+
+def _likeness(index: int, compared: Sequence[Compared]) -> float:
+    """<dW_t, dW_s> / ‖dW_t‖‖dW_s‖ of one task LoRA over the weights that both change; 0 where there is none."""
+    pairs = [pair for group in compared for pair in group.alone(index)]
+    sizes = math.fsum(p.task_energy for p in pairs) * math.fsum(p.safety_energy for p in pairs)
+    return math.fsum(p.inner for p in pairs) / math.sqrt(sizes) if sizes > 0 else 0.0
 
 
 def _marks(name: str, index: int, compared: Sequence[Compared]) -> list[str]:

@@ -40,7 +40,8 @@ def check_magnitudes(applied: Sequence[Applied], info: ModelInfo) -> None:
                 raise GuardError(
                     f"{largest.lora.name}: its values in layer {path} add up to {total:.3g}, more than {LIMIT:g} times "
                     f"the weights there, and the share of safety LoRA {safety.lora.name} could be lost beside them: "
-                    "leave the LoRA out, it was damaged or made for that."
+                    "leave the LoRA out, it was damaged or made for that.",
+                    code="lora.too-large",
                 )
 
 

@@ -15,7 +15,10 @@ from ..files.matching import KeyMap
 
 
 def _no_weight(key: str) -> Tensor:
-    raise GuardError(f"The value of {key} is not known here, and DoRA and OFT are functions of it: leave the LoRA out.")
+    raise GuardError(
+        f"The value of {key} is not known here, and DoRA and OFT are functions of it: leave the LoRA out.",
+        code="layer.value-unknown",
+    )
 
 
 def _no_norm(key: str) -> float:

@@ -55,14 +55,25 @@ def _lora(line: LoraLine) -> str:
     ranks = f" rank {low}" if low == high else f" ranks {low}-{high}"
     form = ", ".join(line.formats or ("LoRA",)) + ranks * bool(high)
     text = f"{line.role} {line.name}: {line.matched} layers, {form}, strength {line.strength:g}, norm {line.norm:.3g}"
+    return "; ".join((text, *_missing(line), f"sha256 {line.sha256[:16]}"))
+
+
+def format_shortfall(line: LoraLine) -> str:
+    """What of a LoRA does not act on a model; "" where all of it does."""
+    missing = _missing(line)
+    return f"{line.role} {line.name}: {'; '.join(missing)}" if missing else ""
+
+
+def _missing(line: LoraLine) -> list[str]:
+    found = []
     if line.unmatched:
-        text += f"; {len(line.unmatched)} keys match no layer (first {line.unmatched[0]})"
+        found.append(f"{len(line.unmatched)} keys match no layer (first {line.unmatched[0]})")
     if line.left:
         name, why = line.left[0]
-        text += f"; {len(line.left)} layers are left out (first {name} {why})"
+        found.append(f"{len(line.left)} layers are left out (first {name} {why})")
     if line.zero_layers:
-        text += f"; {line.zero_layers} layers are all zero"
-    return f"{text}; sha256 {line.sha256[:16]}"
+        found.append(f"{line.zero_layers} layers are all zero")
+    return found
 
 
 def _interference(name: str, result: Interference) -> str:
@@ -93,7 +104,8 @@ def format_attestation(a: Attestation) -> str:
     if a.varying_layers:
         lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
     if a.text_encoder:
-        lines.append(f"text encoder: {a.text_encoder}")
+        weighted = f", embeddings weighted or mixed by {', '.join(a.weighted)}" if a.weighted else ""
+        lines.append(f"text encoder: {a.text_encoder}{weighted}")
     if a.vae_sha256:
         lines.append(f"VAE sha256 {a.vae_sha256[:16]}")
     if a.image_sha256:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from ..branches.attachment import ALL_ROLES, Branches
 from ..errors import GuardError
 
+EDITED = "; edited: "  # between a run's status and the types of the nodes that edited its image
+OUTSIDE = ", outside start"
+
 
 @dataclass(frozen=True)
 class LoraRecord:
@@ -41,6 +44,15 @@ class GateRecord:
     source_sha256: str  # content hash of the picture that was judged
 
 
+class Found(NamedTuple):
+    """A label that a gate found in one image."""
+
+    label: str
+    score: float
+    threshold: float
+    blocked: bool  # of the labels that are acted on; False: it is only reported
+
+
 @dataclass(frozen=True)
 class Attestation:
     """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.
@@ -60,6 +72,7 @@ class Attestation:
     firings: int = 0
     text_encoder: str = ""  # "guarded" where the LoRAs have a text-encoder half, else ""
     embeddings_sha256: tuple[str, ...] = ()
+    weighted: tuple[str, ...] = ()  # types of nodes that weighted or mixed what the guarded text encoder gave
     vae_sha256: str = ""
     image_sha256: str = ""
     gate: GateRecord | None = None  # None: no gate judged these pixels
@@ -70,6 +83,18 @@ class Attestation:
     acted_strength: Mapping[str, float | None] = field(default_factory=dict)  # acted.py; None: nothing to judge
     acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0
     measured_evaluations: int = 0
+    edits: tuple[str, ...] = ()  # types of the nodes that made these pixels of what guarded runs had made, in order
+    others: tuple[Attestation, ...] = ()  # further runs behind an image that was put together of several
+
+    @property
+    def runs(self) -> tuple[Attestation, ...]:
+        """Every run behind this: this one, which has the worst status of all, and the others."""
+        return (self, *self.others)
+
+    @property
+    def run_status(self) -> str:
+        """What the run itself said, whatever was done to its image since."""
+        return self.status.partition(EDITED)[0]
 
     @property
     def safety(self) -> frozenset[LoraRecord]:
@@ -84,10 +109,14 @@ class Attestation:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def edited(self, edits: tuple[str, ...]) -> Attestation:
+        """A copy of which the status names these edits and no others."""
+        return self.of(status=self.run_status + (EDITED + ", ".join(edits)) * bool(edits), edits=edits)
+
 
 def guarded_status(merged_base: bool, outside_start: bool) -> str:
     """What a whole run may say, with what the guard cannot answer for: LoRAs merged before, a start made elsewhere."""
-    return "guarded" + ", merged base" * merged_base + ", outside start" * outside_start
+    return "guarded" + ", merged base" * merged_base + OUTSIDE * outside_start
 
 
 class Counts(NamedTuple):
@@ -123,7 +152,8 @@ class Run:
         if not total and not may_be_empty:
             raise GuardError(
                 "The guarded model was never evaluated although there were steps to sample: another node put a "
-                "different model in its place; remove it."
+                "different model in its place; remove it.",
+                code="run.never-evaluated",
             )
         idle = sum(not firings[path] for path in self.branches.varying) if total else 0
         return Counts(total, sum(firings.values()), idle)
@@ -141,10 +171,12 @@ class Run:
             raise GuardError(
                 f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
                 f"in {counts} evaluations; nodes that skip layers or evaluations (EasyCache, TeaCache, skip-layer "
-                "guidance) cannot be used with a guarded model: remove them."
+                "guidance) cannot be used with a guarded model: remove them.",
+                code="run.short",
             )
         if any(evaluations.values()) and firings and not any(firings.values()):
             raise GuardError(
                 "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
-                "LoRA that acts on layers of every run."
+                "LoRA that acts on layers of every run.",
+                code="run.idle",
             )

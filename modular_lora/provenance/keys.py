@@ -28,21 +28,31 @@ LIMIT = 64 * 1024  # bytes of a key file
 class SignatureError(GuardError):
     """A key, a signature or what is signed is not as it must be; the subclasses say how."""
 
+    code = "signature"
+
 
 class MissingSignature(SignatureError):
     """There is no signature."""
+
+    code = "signature.missing"
 
 
 class Tampered(SignatureError):
     """What is signed was changed, or the signature was."""
 
+    code = "signature.tampered"
+
 
 class UnknownKey(SignatureError):
     """The signature was made with a key that is not among the trusted ones."""
 
+    code = "signature.unknown-key"
+
 
 class Expired(SignatureError):
     """The signature was good until a date that has passed."""
+
+    code = "signature.expired"
 
 
 def needs(error: ImportError) -> SignatureError:

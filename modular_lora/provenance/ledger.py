@@ -2,8 +2,9 @@
 
 The way of an image: a guarded run puts its latents here (`attest_latents`), a decode binds the images that it makes of
 them (`attest_images`), a gate adds what it decided (`record_gate`), and whoever saves or shows an image asks for
-exactly these pixels (`known`). Nothing that a graph says of an image counts, and an image that was edited on the way
-has another content, of which nothing is known. The last images and latents of this process are remembered, in memory.
+exactly these pixels (`known`). Nothing that a graph says of an image counts. An image that was edited on the
+way has another content; of it is known what edits.py remembers of the node that made it. The last images and latents
+of this process are remembered, in memory.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from torch import Tensor, count_nonzero
+from torch import Tensor
 
 from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import Attestation, GateRecord
+from .attestation import OUTSIDE, Attestation, Found, GateRecord, LoraRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -27,37 +28,77 @@ UNSAMPLED = "unattested: nothing was sampled (denoise 0, or no step to do), so t
 
 Runs = tuple[Attestation, ...]  # that something was made by; none: it holds nothing of any run
 
+
+@dataclass(frozen=True)
+class Encoder:
+    """A guarded text encoder: the task LoRAs that acted in it, and how many of its layers are guarded."""
+
+    loras: tuple[LoraRecord, ...]
+    layers: int
+
+
 latents: Cache[str, Attestation] = Cache(4096)  # content of one latent of a batch -> its run
 unsampled: Cache[str, bool] = Cache(4096)  # content of one latent -> a run without steps gave it back as it came in
 images: Cache[str, Attestation] = Cache(4096)  # content of one image of a batch -> its run
 gated: Cache[str, GateRecord] = Cache(4096)  # content of one image of a batch -> what the last gate that saw it decided
+labels: Cache[str, tuple[Found, ...]] = Cache(4096)  # content of one image of a batch -> what that gate found in it
 embeddings: Cache[str, str] = Cache(200_000)  # content of an embedding row -> digest of the safety LoRAs that shaped it
+passed: Cache[str, tuple[str, ...]] = Cache(4096)  # content of an image or latent -> nodes nobody vouches for
+masks: Cache[str, Runs] = Cache(4096)  # content of one mask of a batch -> the runs behind it
+weighted: Cache[str, str] = Cache(200_000)  # content of an embedding row -> type of the node that weighted or mixed it
+encoders: Cache[str, Encoder] = Cache(200_000)  # content of an embedding row -> the guarded text encoder that made it
 others: Cache[str, Runs] = Cache(4096)  # content of a waveform, a voxel grid or a mesh -> the runs behind it
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of exactly these pixels; None: no guarded run made them, no gate judged them."""
+    """What is known of exactly these pixels; None: no guarded run made them, no gate judged them.
+
+    ``through``: types of nodes that made them of what a guarded run had made, and for which nobody vouches. ``found``:
+    what that gate found in the image that it judged.
+    """
 
     run: Attestation | None
     gate: GateRecord | None
+    through: tuple[str, ...] = ()
+    found: tuple[Found, ...] = ()
 
     @property
     def guarded(self) -> bool:
-        """Whether a guarded run made this image, apart from what a gate covered of it."""
+        """Whether guarded runs made this image, apart from edits that are named and what a gate covered of it."""
         return self.run is not None and self.run.status.startswith("guarded")
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Types of the nodes that edited the image since a guarded run made it, in order; see `status`."""
+        return self.run.edits if self.run else ()
+
+    @property
+    def status(self) -> str:
+        """What the image says of itself, in words; what each means stands in docs/guarantees.md."""
+        if self.run is None:
+            return f"passed through {', '.join(self.through)}: not vouched for" if self.through else "not guarded"
+        started = "guarded throughout, started from an outside picture"
+        said = self.run.status.replace(f"guarded{OUTSIDE}", started)
+        return said.replace(f"merged base{OUTSIDE}", "merged base, started from an outside picture")
 
     def record(self) -> dict:
         """Goes into files."""
         if self.run is None:
-            return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None}
+            passed = {"passed_through": list(self.through)} if self.through else {}
+            return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None, **passed}
         return json.loads(self.run.of(gate=self.gate).to_json())
 
 
 def known(image: Tensor) -> Known:
     """What is known of one image, h w c."""
-    digest = tensor_sha256(image)
-    return Known(images.get(digest), gated.get(digest))
+    return known_of(tensor_sha256(image))
+
+
+def known_of(digest: str) -> Known:
+    """What is known of one image by the hash of its content."""
+    run = images.get(digest)
+    return Known(run, gated.get(digest), () if run else passed.get(digest) or (), labels.get(digest) or ())
 
 
 # Latents
@@ -81,12 +122,6 @@ def note_unsampled(samples: Tensor) -> None:
     for batch in _batches(samples):
         for latent in batch:
             unsampled.put(tensor_sha256(latent), True)
-
-
-def starts_outside(start: Iterator[Tensor], record: Attestation) -> bool:
-    """Whether a run starts from anything but noise and latents of guarded runs with the same safety LoRAs."""
-    runs = [latents.get(tensor_sha256(latent)) for latent in start if count_nonzero(latent)]
-    return any(run is None or run.status != "guarded" or run.safety != record.safety for run in runs)
 
 
 def latent_runs(samples: Tensor) -> list[Attestation | None]:
@@ -118,7 +153,9 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attest
     for number, image in enumerate(made):
         digest = digests[number * len(digests) // len(made)]
         if (run := latents.get(digest)) is None:
-            found.append(UNSAMPLED if unsampled.get(digest) else EDITED)
+            found.append(_why_not(digest))
+            if through := passed.get(digest):
+                passed.put(tensor_sha256(image), through)
             continue
         attestation = run.of(vae_sha256=vae_sha256, image_sha256=tensor_sha256(image))
         images.put(attestation.image_sha256, attestation)
@@ -126,21 +163,36 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attest
     return found
 
 
-def record_gate(record: GateRecord, after: Tensor, status: str = "") -> None:
+def _why_not(digest: str) -> str:
+    """Why what is decoded of a latent has no attestation."""
+    if through := passed.get(digest):
+        return f"unattested: the latent passed through {', '.join(through)}, for which nobody vouches"
+    return UNSAMPLED if unsampled.get(digest) else EDITED
+
+
+def record_gate(record: GateRecord, after: Tensor, status: str = "", found: Iterable[Found] = ()) -> str:
     """Remember what a gate decided of one image; one that it changed keeps its run's attestation.
 
     Args:
         record: The decision; ``changed`` says whether ``after`` is the gate's work.
         after: The image as the gate hands it on, h w c.
         status: Of a changed image's attestation, where the run's own would be wrong: no run made what is shown.
+        found: The labels that were found.
+
+    Returns:
+        The hash of ``after``.
     """
-    source = record.source_sha256
+    source, found = record.source_sha256, tuple(found)
     gated.put(source, replace(record, changed=False))  # of a changed image too: a gentler gate's record is out of date
-    if record.changed:
-        digest = tensor_sha256(after)
-        gated.put(digest, record)
-        if run := images.get(source):
-            images.put(digest, run.of(image_sha256=digest, status=status or run.status))
+    labels.put(source, found)
+    if not record.changed:
+        return source
+    digest = tensor_sha256(after)
+    gated.put(digest, record)
+    labels.put(digest, found)
+    if run := images.get(source):
+        images.put(digest, run.of(image_sha256=digest, status=status or run.status))
+    return digest
 
 
 # Embeddings
@@ -150,6 +202,23 @@ def remember_embedding(embedding: Tensor, text_digest: str) -> None:
     """Remember every row of an embedding (b n d) as made under these safety LoRAs' text-encoder half."""
     for row in row_digests(embedding):
         embeddings.put(row, text_digest)
+
+
+def weighted_by(embedding: Tensor) -> tuple[str, ...]:
+    """Types of the nodes that weighted or mixed the rows of an embedding (b n d), each once."""
+    return tuple(dict.fromkeys(name for row in carrying_digests(embedding) if (name := weighted.get(row))))
+
+
+def note_encoder(embedding: Tensor, encoder: Encoder) -> None:
+    """Remember which guarded text encoder made every row of an embedding (b n d)."""
+    for row in carrying_digests(embedding):
+        encoders.put(row, encoder)
+
+
+def encoders_of(embedding: Tensor) -> Iterator[Encoder]:
+    """The guarded text encoders that rows of an embedding (b n d) are known to come from, each once."""
+    found = (encoders.get(row) for row in carrying_digests(embedding))
+    yield from dict.fromkeys(encoder for encoder in found if encoder is not None)
 
 
 def was_made_under(embedding: Tensor, text_digest: str) -> bool:

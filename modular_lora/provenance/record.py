@@ -41,6 +41,8 @@ _NAME = re.compile(r"record-(\d{6,})\.jsonl")
 class RecordError(GuardError):
     """The record cannot be written or read: what should have stood in it must not happen."""
 
+    code = "record"
+
 
 @dataclass(frozen=True)
 class Head:
@@ -124,7 +126,9 @@ class Record:
             try:
                 keys.verify_own(said, PURPOSE, self.key, HEAD)
             except GuardError as error:
-                raise RecordError(f"{error}; verify the record, then name another record folder") from error
+                raise RecordError(
+                    f"{error}; verify the record, then name another record folder", code="record.damaged"
+                ) from error
         return Head(said["n"], said["sha256"])
 
     def _write(self, number: int, last: Head, kind: str, fields: Mapping[str, Any]) -> tuple[int, Head]:
@@ -261,7 +265,9 @@ def _read_head(path: Path, name: str) -> dict[str, Any]:
         with path.open("rb") as file:
             said = json.loads(file.read(LINE_LIMIT))
     except FileNotFoundError as error:
-        raise RecordError(f"{name}: is not there: it was removed, and the record's end cannot be checked") from error
+        raise RecordError(
+            f"{name}: is not there: it was removed, and the record's end cannot be checked", code="record.file-missing"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{name}: cannot be read as JSON: it was changed") from error
     if not isinstance(said, dict) or not _is_number(said.get("n"), 0) or not isinstance(said.get("sha256"), str):
@@ -373,7 +379,8 @@ def _written(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordError(
-            f"{folder}: the record cannot be written ({error.strerror or error}): free space or mend its permissions"
+            f"{folder}: the record cannot be written ({error.strerror or error}): free space or mend its permissions",
+            code="record.not-written",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from support import (
     escape_leaves,  # noqa: F401 - these add their attempts
     escape_requests,  # noqa: F401 - these add their attempts
 )
+from support.drop_in import translated
 from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 
@@ -26,6 +28,12 @@ def ground(comfy, loras) -> Iterator[Ground]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Counter:
+    """Of attempts with the drop-in node: (it is in the graph, pictures came out, something was refused) -> how many."""
+    return Counter()
 
 
 @pytest.mark.sampled(80)
@@ -45,10 +53,45 @@ def test_no_unguarded_picture_comes_out(ground: Ground, one: Attempt, record_pro
     if one.outcome == "invalid":
         assert ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers)
         return
+    if ground.seen.invalid and all("invalid_prompt_id" in said for said in ground.seen.invalid):
+        return  # ComfyUI 0.33 refuses such an id itself, before a policy is asked
     assert ground.seen.refused, ground.seen.invalid
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
+
+
+@pytest.mark.sampled(60)
+@pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
+def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: Attempt, monkeypatch, outcomes) -> None:
+    """Every graph of the catalogue with Guard, stock loaders, samplers and decode in the place of our own nodes."""
+    queue = ground.queue
+    changed = []
+
+    def queued(graph, *args, **kwargs):
+        made = translated(graph)
+        changed.append(made is not None and made != graph)
+        return queue(graph if made is None else made, *args, **kwargs)
+
+    monkeypatch.setattr(ground, "queue", queued)
+    ground.write(ground.text(one.policy))
+    ground.begin()
+    one.act(ground)
+    pictures = ground.pictures()  # every one of them is attested
+    assert not ground.seen.unguarded
+    said = {line["reason"] for line in ground.refusals()}
+    for sentence in ground.seen.refused:
+        assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
+    outcomes[any(changed), bool(pictures), bool(ground.seen.refused)] += 1
+
+
+def test_with_the_drop_in_node_graphs_were_sent_sampled_and_refused(outcomes) -> None:
+    if sum(outcomes.values()) < 60:
+        pytest.skip("needs the attempts above in the same process")
+    with_guard = {key[1:]: n for key, n in outcomes.items() if key[0]}
+    assert sum(with_guard.values()) >= 20
+    assert with_guard.get((True, False), 0) >= 1
+    assert with_guard.get((False, True), 0) >= 10
 
 
 def test_there_are_enough_attempts_and_each_has_a_name_of_its_own() -> None:

@@ -23,6 +23,20 @@ def need_browser() -> None:
         (pytest.fail if in_ci() else pytest.skip)(reason)
 
 
+def front_end_options(which: str) -> list[str]:
+    """A server's options for ComfyUI's own front end ("pinned"), or for the newest one that is tested ("newest").
+
+    The test is skipped where that one is not there; in CI that is a failure.
+    """
+    if which == "pinned":
+        return []
+    folder = os.environ.get("MODULAR_LORA_FRONT_END")
+    if not folder:
+        reason = os.environ.get("MODULAR_LORA_NO_FRONT_END", "MODULAR_LORA_FRONT_END is not set")
+        (pytest.fail if in_ci() else pytest.skip)(f"{reason}: run the tests with `python3 run.py test`")
+    return ["--front-end-root", folder]
+
+
 def in_ci() -> bool:
     """Whether this is a run of a CI service, which sets ``CI``."""
     return os.environ.get("CI", "").strip().lower() not in ("", "0", "false", "no")

@@ -250,12 +250,15 @@ def _(g):
 )
 def _(ground):
     ground.status = "replaced by the gate"
-    outside = np.asarray(Image.open(ground.inputs / "outside.png"), np.float32) / 255
+    outside = 1 - np.asarray(Image.open(ground.inputs / "outside.png"), np.float32) / 255
     with pytest.MonkeyPatch.context() as patch:
-        install_stub(ground.comfy, patch).score = lambda picture: float(not np.allclose(picture, outside))
-        made = gated_run(action="replace", replacement=["load", 0])
+        install_stub(ground.comfy, patch).score = lambda picture: float(not np.allclose(picture, outside, atol=1e-6))
+        made = gated_run(action="replace", replacement=["other", 0])
         made["latent"]["inputs"]["batch_size"] = 1
         made["load"] = node("LoadImage", image="outside.png")
+        made["other"] = node(
+            "ImageInvert", image=["load", 0]
+        )  # what replaced an image may leave by itself from then on
         ground.send(made)
 
 

@@ -151,10 +151,12 @@ class Ground:
         before = gated.judge
 
         def judge(pictures, gate):
-            out, outcome = before(pictures, gate)
-            passed = (not flagged or changed for flagged, changed in zip(outcome.flags, outcome.changed, strict=True))
-            self.passed |= {_digest(picture) for picture, passes in zip(out, passed, strict=True) if passes}
-            return out, outcome
+            judged = before(pictures, gate)
+            goes = [one for one in judged.verdicts if not one["withheld"]]
+            for picture, said in zip(judged.images if goes else (), goes, strict=True):
+                if not said["gate"]["flagged"] or said["gate"]["changed"]:
+                    self.passed.add(_digest(picture))
+            return judged
 
         gated.judge = judge
         self._undo.append(lambda: setattr(gated, "judge", before))

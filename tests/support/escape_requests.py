@@ -243,14 +243,15 @@ def prompted(text, **nodes) -> Graph:
     return made
 
 
+MINE = "5b0e9d3c-2f54-4a8e-9c1d-6f2a7b8c9d0e"  # newer ComfyUI takes canonical UUIDs alone
 SAME = "the picture is guarded; the record has the text that it was made from"
 
 
 @attempt("two prompts of one id have different texts", "permitted", SAME, policy=TEXTS)
 def _(ground):
     first, second = f"gloss, cactus {next(_words)}", f"gloss, cat {next(_words)}"
-    assert ground.queue(prompted(first), prompt_id="mine") == 200
-    assert ground.queue(prompted(second), prompt_id="mine") == 200
+    assert ground.queue(prompted(first), prompt_id=MINE) == 200
+    assert ground.queue(prompted(second), prompt_id=MINE) == 200
     ground.work()
     assert [said[0] for said in texts(ground)] == [first, second]
     assert len({line["execution"] for line in ground.record() if line["kind"] == "run"}) == 2
@@ -259,8 +260,8 @@ def _(ground):
 @attempt("an innocent prompt of the same id is sent while the other one waits", "permitted", SAME, policy=TEXTS)
 def _(ground):
     used = f"gloss, cat {next(_words)}"
-    assert ground.queue(prompted(used), prompt_id="mine") == 200
-    ground.queue(only_stock() | {"pos": node("CLIPTextEncode", clip=["ckpt", 1], text="flowers")}, prompt_id="mine")
+    assert ground.queue(prompted(used), prompt_id=MINE) == 200
+    ground.queue(only_stock() | {"pos": node("CLIPTextEncode", clip=["ckpt", 1], text="flowers")}, prompt_id=MINE)
     ground.seen.refused.clear()
     ground.work()
     assert [said[0] for said in texts(ground)] == [used]

@@ -211,12 +211,12 @@ MAKERS = (
     Maker("LoKr of whole factors", "by hand", (DEPTH, UP), by_hand(**KRON)),
     Maker("replaced weight", "by hand", (*FLAT, LAYER, RMS), by_hand(set_weight=lambda w: w + _by_cosine(*w.shape))),
 )
-REFUSED = {  # what the error must say of the file
+REFUSED = {  # what the error must name
     Maker("BOFT", "LyCORIS", (POINT,), lycoris("ButterflyOFTModule", lora_dim=4)): "BOFT",
     Maker("GLoRA", "LyCORIS", (LINEAR,), lycoris("GLoRAModule")): "GLoRA",
     Maker("IA3", "LyCORIS", (LINEAR,), lycoris("IA3Module")): "on_input",
     Maker("IA3", "PEFT", (LINEAR,), peft("IA3Config", feedforward_modules=[])): "IA3",
-    Maker("OFT", "PEFT", (LINEAR,), peft("OFTConfig", oft_block_size=4, r=0)): "OFT as PEFT saves it",
+    Maker("OFT", "PEFT", (LINEAR,), peft("OFTConfig", oft_block_size=4, r=0)): "OFT",
     Maker("BOFT", "PEFT", (LINEAR,), peft("BOFTConfig", boft_block_size=4)): "BOFT",
     Maker("VeRA", "PEFT", (LINEAR,), peft("VeraConfig", r=4)): "VeRA",
 }

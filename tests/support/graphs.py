@@ -10,11 +10,29 @@ STEPS, SIZE = 2, 64
 
 
 class GraphError(RuntimeError):
-    """A graph that ComfyUI refused (``stage`` "validation") or that stopped with an error ("execution")."""
+    """A graph that ComfyUI refused (``stage`` "validation") or that stopped with an error ("execution").
 
-    def __init__(self, stage: str, message: str, node_type: str = ""):
+    ``code``: of the error that a node raised; "" for one that has none.
+    """
+
+    def __init__(self, stage: str, message: str, node_type: str = "", code: str = ""):
         super().__init__(message)
-        self.stage, self.node_type = stage, node_type
+        self.stage, self.node_type, self.code = stage, node_type, code
+
+
+def keeping_code(executor):
+    """A PromptExecutor that has the code of the error that ended its last failed run as ``code``.
+
+    ComfyUI tells its clients the error's message alone.
+    """
+    tell = executor.handle_execution_error
+
+    def note(*given) -> None:
+        executor.code = getattr(given[-1], "code", "")  # the error comes last
+        tell(*given)
+
+    executor.handle_execution_error = note
+    return executor
 
 
 def node(kind: str, **inputs) -> dict:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
+from support.errors import refuses
 from support.graphs import GraphError, guarded_graph
 
 
@@ -74,9 +73,9 @@ def guarded(seed: int, **changes) -> dict:
     return graph
 
 
-def stopped(operator: Operator, graph: dict, words: str) -> GraphError:
+def stopped(operator: Operator, graph: dict, code: str | tuple[str, ...], *named: str) -> GraphError:
     """The error of a graph that passes when queued, or never went through the queue, and stops as it runs."""
-    with pytest.raises(GraphError, match=words) as caught:
+    with refuses(code, *named) as caught:
         operator.run_graph(copy.deepcopy(graph))
     assert caught.value.stage == "execution"
     assert operator.record()[-1]["kind"] == "refused"

@@ -16,6 +16,9 @@ SAFETY, TASK = "a" * 64, "b" * 64
 GUARDED = "MODULAR_LORA_GUARDED_MODEL"
 
 
+VALUES = {"task.safetensors": "d" * 64}  # of its tensors
+
+
 FILES = {"safety.safetensors": SAFETY, "task.safetensors": TASK}
 
 
@@ -52,6 +55,7 @@ FACTS = {
     "ModularLoraLoadSafety": known("lora_name COMBO; strength FLOAT", "MODULAR_LORA_SAFETY", ours=True),
     "ModularLoraLoadTask": known("lora_name COMBO", "MODULAR_LORA_TASK LORA_STACK", ours=True),
     "ModularLoraGuardModel": known("model MODEL; clip CLIP", f"{GUARDED} CLIP STRING", ours=True),
+    "ModularLoraGuard": known("model MODEL; lora_name COMBO; clip CLIP; vae VAE", "MODEL CLIP VAE STRING", ours=True),
     "ModularLoraGuardedAsModel": known(f"guarded_model {GUARDED}", "MODEL", ours=True),
     "ModularLoraKSampler": known(f"model {GUARDED},MODEL; latent_image LATENT", "LATENT STRING", ours=True),
     "ModularLoraDecode": known("samples LATENT; vae VAE", "IMAGE STRING", ours=True),
@@ -93,6 +97,9 @@ FACTS = {name: replace(facts, core=not facts.ours) for name, facts in FACTS.item
 class Files:
     def sha256(self, node_type: str, name: str) -> str | None:
         return FILES.get(name)
+
+    def values(self, node_type: str, name: str) -> str:
+        return VALUES.get(name, "")
 
     def unsigned(self, node_type: str, name: str, key: str) -> str:
         return "" if (name, key) == ("safety.safetensors", "team") else f"{name}: not signed by {key}"

@@ -58,9 +58,10 @@ def run_check(pytest_entry: str, rest: Sequence[str]) -> int:
     """
     began = time.monotonic()
     python = environment.ensure_check(interpreter())
-    settings = child_environment({"PYTHONDONTWRITEBYTECODE": "1"})
+    # Tests compile as much as they run, in every worker and child: what is compiled is kept, and in `.run` alone.
+    settings = child_environment({"PYTHONPYCACHEPREFIX": str(paths.BYTECODE)})
     settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    for name in ("MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
+    for name in ("PYTHONDONTWRITEBYTECODE", "MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
         settings.pop(name, None)
     tests = ("-c", pytest_entry, "-q", "--hypothesis-profile", "dev", *environment.SPREAD, *UNIT_TESTS, *rest)
     code, failed = run_steps(python, {**STEPS, "unit tests": tests}, settings)

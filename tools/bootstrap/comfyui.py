@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import environment, paths
+from . import environment, from_git, paths
 from .console import RunError
 from .process import output_of
 
@@ -26,7 +26,7 @@ class Host:
     folder: Path
     python: Path
     origin: str  # how it was chosen, for the user
-    bundled: bool
+    bundled: bool  # run.py's own, in an environment that it may write to
 
     @property
     def version(self) -> str:
@@ -92,21 +92,21 @@ def existing(variables: Mapping[str, str] = os.environ) -> Host | None:
     return Host(folder, python, origin, bundled=False)
 
 
-def ready(*, bundled: bool) -> Host | None:
-    """The ComfyUI to use if it is there already."""
-    found = None if bundled else existing()
-    if found is None and environment.is_installed():
-        found = _bundled(environment.python_of(paths.VENV))
-    return found
-
-
 def _bundled(python: Path) -> Host:
-    return Host(paths.COMFYUI, python, "installed by run.py", bundled=True)
+    return Host(paths.COMFYUI, python, f"installed by run.py; {environment.COMFYUI_AGE}", bundled=True)
 
 
-def find(*, bundled: bool) -> Host:
-    """The ComfyUI to use, installed if need be."""
+def find(*, bundled: bool, ref: str | None = None) -> Host:
+    """The ComfyUI to use, installed if need be; ``ref`` asks for one out of git (see from_git.py)."""
+    if ref is not None:
+        return _of_git(ref)
     found = None if bundled else existing()
     if found is not None:
         return found
     return _bundled(environment.ensure_bundled())
+
+
+def _of_git(ref: str) -> Host:
+    python, folder, commit = from_git.ensure(ref)
+    origin = f"--comfyui-git {ref}, commit {commit[:10]}; delete {folder.parent} to fetch it anew"
+    return Host(folder, python, origin, bundled=True)

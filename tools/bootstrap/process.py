@@ -88,12 +88,16 @@ def run_logged(
                 env=dict(environment or child_environment()),
             )
         except OSError as error:
-            raise RunError(f"{title}: {command[0]} does not start ({error}). {remedy}") from error
+            raise RunError(
+                f"{title}: {command[0]} does not start ({error}). {remedy}", code="command.not-started"
+            ) from error
         code = _watch(child, title, began)
     took = time.monotonic() - began
     if code:
         status(f"  {title}: failed after {took:.0f} s", final=True)
-        raise RunError(f"{title}: exit code {code}. Last lines of {log}:\n{tail(log, start)}\n{remedy}")
+        raise RunError(
+            f"{title}: exit code {code}. Last lines of {log}:\n{tail(log, start)}\n{remedy}", code="command.exit-code"
+        )
     status(f"  {title}: {took:.0f} s", final=True)
 
 

@@ -23,9 +23,18 @@ ENDINGS = {"execution_success", "execution_error", "execution_interrupted"}
 class ClientError(RuntimeError):
     """The server did not do what was asked."""
 
+    code: str = "client"
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
+
 
 class Rejected(ClientError):
     """The graph was refused before anything ran."""
+
+    code = "client.rejected"
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         self.status, self.body = status, body
@@ -49,6 +58,8 @@ class Rejected(ClientError):
 class Failed(ClientError):
     """A node raised while the graph ran."""
 
+    code = "client.failed"
+
     def __init__(self, data: dict[str, Any]) -> None:
         self.node, self.kind = str(data.get("node_id")), str(data.get("node_type"))
         self.exception, self.reason = str(data.get("exception_type")), str(data.get("exception_message")).strip()
@@ -57,6 +68,8 @@ class Failed(ClientError):
 
 class Interrupted(ClientError):
     """The run was interrupted through the server."""
+
+    code = "client.interrupted"
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,9 @@ class Client:
         except urllib.error.HTTPError:
             raise
         except OSError as error:
-            raise ClientError(f"{request.full_url}: no answer ({error}); is the server still running?") from error
+            raise ClientError(
+                f"{request.full_url}: no answer ({error}); is the server still running?", code="client.no-answer"
+            ) from error
 
     def submit(self, prompt: Prompt, client_id: str | None = None) -> str:
         """Queue a graph and give its id; a graph of which any part is refused counts as refused."""

@@ -35,9 +35,13 @@ def ensure_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except PermissionError as error:
-            raise RunError(f"port {port} needs an administrator's rights: choose one above 1023.") from error
+            raise RunError(
+                f"port {port} needs an administrator's rights: choose one above 1023.", code="command.port"
+            ) from error
         except (OSError, OverflowError) as error:
-            raise RunError(f"port {port} is in use or cannot be had ({error}): choose another with --port.") from error
+            raise RunError(
+                f"port {port} is in use or cannot be had ({error}): choose another with --port.", code="command.port"
+            ) from error
 
 
 def _connections(process: Any) -> list[Any]:
@@ -109,7 +113,8 @@ class Server:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"ComfyUI in {self.comfyui} gave no answer within {timeout:.0f} s. Last lines of {self.log}:\n"
-                    f"{tail(self.log)}\nEnd other programs that use the processor, then try again."
+                    f"{tail(self.log)}\nEnd other programs that use the processor, then try again.",
+                    code="command.no-answer",
                 )
             time.sleep(0.2)
 
@@ -138,7 +143,8 @@ class Server:
             return
         raise RunError(
             f"ComfyUI in {self.comfyui} ended with exit code {self._child.returncode}. Last lines of {self.log}:\n"
-            f"{tail(self.log)}\nIf a package is missing, delete {RUN} and run the same command again."
+            f"{tail(self.log)}\nIf a package is missing, delete {RUN} and run the same command again.",
+            code="command.server-ended",
         )
 
     def wait(self) -> int:

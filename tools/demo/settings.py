@@ -41,7 +41,8 @@ class DemoWorld:
         missing = [str(file) for file in (found.checkpoint, *found.loras) if not file.is_file()]
         if missing:
             raise RunError(
-                f"demo world: {', '.join(missing)} missing; restore the folder tools/world/ from the repository."
+                f"demo world: {', '.join(missing)} missing; restore the folder tools/world/ from the repository.",
+                code="command.no-world",
             )
         return found
 
@@ -50,7 +51,10 @@ class DemoWorld:
         """The same, with the checkpoint written first unless it is there already."""
         live = world.ASSETS / world.LIVE_WEIGHTS
         if not live.is_file():
-            raise RunError(f"demo world: {live} missing; restore the folder tools/world/ from the repository.")
+            raise RunError(
+                f"demo world: {live} missing; restore the folder tools/world/ from the repository.",
+                code="command.no-world",
+            )
         stamp = folder / "world.stamp"
         expected = hashlib.sha256(live.read_bytes() + (ROOT / "tools" / "world" / "expand.py").read_bytes()).hexdigest()
         if not is_current(stamp, expected) or not (folder / world.CHECKPOINT).is_file():

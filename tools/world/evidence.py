@@ -94,18 +94,23 @@ def _say_so(path: Path, safety: LoraFile) -> None:
     write_tensors(path, load_file(path), dict(read_lora(path).metadata) | what)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Options of the trainings and of where things go; others are the audit's."""
+    made = argparse.ArgumentParser(prog=typed("tools.world"), description=__doc__.splitlines()[0])
+    made.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
+    made.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
+    made.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
+    made.add_argument("--cpu", action="store_true", help="train and draw on the CPU")
+    made.add_argument("--loras", type=Path, default=LORAS, help="folder of the LoRAs; what is missing is trained")
+    made.add_argument("--training-seeds", type=int, nargs="+", help="for a part of the work")
+    made.add_argument("--output_dir", type=Path, default=PACK / "demo_output" / "evidence", help="of the audit")
+    made.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
+    made.add_argument("--train-only", action="store_true", help="stop before the audit")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=typed("tools.world"), description=__doc__.splitlines()[0])
-    parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="TOML of training seeds and trainings")
-    parser.add_argument("--checkpoint", type=Path, default=PACK / ".run" / "world" / CHECKPOINT)
-    parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI")
-    parser.add_argument("--cpu", action="store_true", help="train and draw on the CPU")
-    parser.add_argument("--loras", type=Path, default=LORAS, help="folder of the LoRAs; what is missing is trained")
-    parser.add_argument("--training-seeds", type=int, nargs="+", help="for a part of the work")
-    parser.add_argument("--output_dir", type=Path, default=PACK / "demo_output" / "evidence", help="of the audit")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
-    parser.add_argument("--train-only", action="store_true", help="stop before the audit")
-    chosen, more = parser.parse_known_args(arguments)
+    chosen, more = parser().parse_known_args(arguments)
     protocol: dict[str, Any] = {}
     code = finish(lambda: _train_all(protocol, chosen), "the same command goes on from here")
     return code if code or chosen.train_only else _audit(protocol, chosen, more)

@@ -42,7 +42,7 @@ class Plan:
 
     def __post_init__(self):
         if self.report.problems:
-            raise DatasetError(self.report.problems[0])
+            raise DatasetError(self.report.problems[0], code="dataset.not-usable")
 
     def batch(self, step: int, micro: int = 0) -> tuple[Draw, ...]:
         """Pictures of an optimizer step's micro-batch, both from 0."""

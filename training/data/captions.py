@@ -21,6 +21,8 @@ WILDCARD = re.compile(r"\{\{|\}\}|\{((?:[^{}]|\{\{|\}\})+)\}")
 class CaptionError(GuardError):
     """A caption file that is no text."""
 
+    code = "caption"
+
 
 @dataclass(frozen=True)
 class CaptionRules:

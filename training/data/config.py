@@ -37,6 +37,8 @@ REPEATS = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 class DatasetError(GuardError):
     """A data set that can't be read: a key that does not exist, a value that does not fit, a folder that is none."""
 
+    code = "dataset"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -159,7 +161,9 @@ def from_toml(path: str | Path, defaults: Mapping[str, Any] | None = None, withi
         text = texts.decode(path.read_bytes())
         document = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError, texts.TextError) as error:  # parsers' errors are ValueErrors
-        raise DatasetError(f"{path}: cannot be read as a data-set TOML ({error}): mend the file.") from error
+        raise DatasetError(
+            f"{path}: cannot be read as a data-set TOML ({error}): mend the file.", code="dataset.toml"
+        ) from error
     return _Reader(path.name, path.parent, dict(defaults or {}), within).config(str(path), document)
 
 
@@ -167,7 +171,9 @@ def check_folders(config: DatasetConfig) -> DatasetConfig:
     """``config``; DatasetError where a folder that it names is none."""
     for folder in config.folders:
         if not os.path.isdir(folder):  # unlike Path.is_dir, False for names that are too long
-            raise DatasetError(f"{Path(config.source).name}: {folder} is no folder: correct the path.")
+            raise DatasetError(
+                f"{Path(config.source).name}: {folder} is no folder: correct the path.", code="dataset.no-folder"
+            )
     return config
 
 
@@ -191,7 +197,8 @@ def from_folders(
         seen = f" (found: {'; '.join(ignored[:5])})" if ignored else ""
         raise DatasetError(
             f"{train_data_dir}: has no folder named like '10_name' (10 repeats, class tokens 'name'){seen}: "
-            "put the images into one."
+            "put the images into one.",
+            code="dataset.no-repeats",
         )
     document = {"general": {"enable_bucket": True} | dict(defaults or {}), "datasets": [{"subsets": subsets}]}
     config = _Reader("data set", Path.cwd(), {}, within).config(str(train_data_dir), document)
@@ -200,7 +207,7 @@ def from_folders(
 
 def _numbered(folder: Path, is_reg: bool) -> tuple[list[dict[str, Any]], list[str]]:
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: is no folder: correct the path.")
+        raise DatasetError(f"{folder}: is no folder: correct the path.", code="dataset.no-folder")
     subsets, ignored, loose = [], [], 0
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         match = REPEATS.fullmatch(entry.name)
@@ -233,18 +240,25 @@ class _Reader:
         self._level(GENERAL, GENERAL, general)
         tables = document.get("datasets", [])
         if not tables:
-            raise DatasetError(f"{self.name}: has no {DATASET}: add one, with {SUBSET} and their image_dir.")
+            raise DatasetError(
+                f"{self.name}: has no {DATASET}: add one, with {SUBSET} and their image_dir.",
+                code="dataset.nothing-in-it",
+            )
         return DatasetConfig(source, tuple(self._dataset(i, self.defaults | general, t) for i, t in enumerate(tables)))
 
     def _dataset(self, index: int, above: dict[str, Any], table: Any) -> Dataset:
         place = f"{DATASET} {index + 1}"
         if not isinstance(table, dict):
-            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {DATASET}.")
+            raise DatasetError(
+                f"{self.name}: {place}: {table!r} is no table: write {DATASET}.", code="dataset.no-table"
+            )
         own = {key: value for key, value in table.items() if key != "subsets"}
         self._level(place, DATASET, own)
         subsets = table.get("subsets", [])
         if not isinstance(subsets, list) or not subsets:
-            raise DatasetError(f"{self.name}: {place}: has no {SUBSET}: add one with its image_dir.")
+            raise DatasetError(
+                f"{self.name}: {place}: has no {SUBSET}: add one with its image_dir.", code="dataset.nothing-in-it"
+            )
         values = above | own
         made = [self._subset(f"{place}, {SUBSET} {i + 1}", values, subset) for i, subset in enumerate(subsets)]
         self._masked(place, own, subsets)
@@ -253,7 +267,9 @@ class _Reader:
     def _subset(self, place: str, above: dict[str, Any], table: Any) -> Subset:
         self._level(place, SUBSET, table)
         if "image_dir" not in table:
-            raise DatasetError(f"{self.name}: {place}: has no image_dir: name the folder of its images.")
+            raise DatasetError(
+                f"{self.name}: {place}: has no image_dir: name the folder of its images.", code="dataset.nothing-in-it"
+            )
         values = above | table
         ending = values.get("caption_extension")
         interpolation = values.get("resize_interpolation")
@@ -282,13 +298,15 @@ class _Reader:
         if with_masks and with_masks < len(subsets):
             raise DatasetError(
                 f"{self.name}: {place}: {with_masks} of {len(subsets)} subsets have conditioning_data_dir: "
-                f"move those without into another {DATASET}."
+                f"move those without into another {DATASET}.",
+                code="dataset.masks",
             )
         for key in ("class_tokens", "is_reg", "alpha_mask"):
             if with_masks and (key in own or any(key in subset for subset in subsets)):
                 raise DatasetError(
                     f"{self.name}: {place}: {key} does not go with conditioning_data_dir, in sd-scripts too: "
-                    "leave out one of them."
+                    "leave out one of them.",
+                    code="dataset.masks",
                 )
 
     def _buckets(self, place: str, values: dict[str, Any]) -> Buckets:
@@ -317,7 +335,8 @@ class _Reader:
         if not beside.is_relative_to(os.path.abspath(self.within)):
             raise DatasetError(
                 f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
-                "images have to be: move or link them there."
+                "images have to be: move or link them there.",
+                code="dataset.outside",
             )
         return beside
 
@@ -329,20 +348,22 @@ class _Reader:
     def _neutral(self, place: str, level: str, key: str, value: Any) -> bool:
         """Whether a key is one of sd-scripts' that are refused here, at a value that changes nothing."""
         if key in NOT_HERE:
-            raise DatasetError(f"{self.name}: {place}: {key} {NOT_HERE[key]}.")
+            raise DatasetError(f"{self.name}: {place}: {key} {NOT_HERE[key]}.", code="dataset.not-taken")
         if key not in REFUSED or level not in REFUSED[key][0]:
             return False
         _, neutral, why = REFUSED[key]
         if value not in neutral:
-            raise DatasetError(f"{self.name}: {place}: {key} = {value!r} is not taken: {why}.")
+            raise DatasetError(
+                f"{self.name}: {place}: {key} = {value!r} is not taken: {why}.", code="dataset.not-taken"
+            )
         return True
 
     def _table(self, place: str, table: Any, known: Mapping[str, Key]) -> None:
         if not isinstance(table, dict):
-            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {place}.")
+            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {place}.", code="dataset.no-table")
         for key, value in table.items():
             if key not in known:
-                raise DatasetError(f"{self.name}: {place}: {key!r} {_unknown(key, known)}.")
+                raise DatasetError(f"{self.name}: {place}: {key!r} {_unknown(key, known)}.", code="dataset.unknown-key")
             self._check(place, key, value, known[key])
 
     def _check(self, place: str, key: str, value: Any, rule: Key) -> None:
@@ -356,7 +377,7 @@ class _Reader:
                 self._wrong(place, key, value, f"has to be {limits}")
 
     def _wrong(self, place: str, key: str, value: Any, why: str) -> None:
-        raise DatasetError(f"{self.name}: {place}: {key} = {value!r} {why}: correct it.")
+        raise DatasetError(f"{self.name}: {place}: {key} = {value!r} {why}: correct it.", code="dataset.wrong-value")
 
 
 def _kind(kind: type) -> str:

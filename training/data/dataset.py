@@ -119,7 +119,9 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
     """
     data = picture.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise PictureError(f"{picture.path}: has changed since the data set was read: start again.")
+        raise PictureError(
+            f"{picture.path}: has changed since the data set was read: start again.", code="image.changed"
+        )
     decoded = decode(data)
     place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
     image = decoded.alpha if picture.subset.alpha_mask else None
@@ -127,6 +129,14 @@ def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[T
         image = pictures.read_mask(picture.mask_path, picture.size).image
     mask = None if image is None else pictures.mask(place(image), flipped, downscale)
     return pictures.pixels(place(decoded.image), flipped), mask
+
+
+def summary(report: DatasetReport) -> str:
+    """The report in one line, which names nothing."""
+    training, stops, found = len(report.pictures) - report.regularisation, len(report.problems), len(report.findings)
+    verdict = f"{stops} problem{'s' * (stops != 1)} would stop a training" if stops else "nothing stops a training"
+    more = f"; {found} kind{'s' * (found != 1)} of finding" if found else ""
+    return f"{training} images to train on: {verdict}{more}."
 
 
 def format_report(report: DatasetReport) -> str:

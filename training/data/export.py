@@ -28,7 +28,7 @@ def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
     for kind in STOPS_SD_SCRIPTS:
         if kind in report.findings:
             names = "; ".join(report.findings[kind][:3])
-            raise DatasetError(f"sd-scripts cannot take {KINDS[kind]}: {names}: mend this first.")
+            raise DatasetError(f"sd-scripts cannot take {KINDS[kind]}: {names}: mend this first.", code="dataset.kohya")
     lines: list[str] = []
     for index, dataset in enumerate(config.datasets):
         lines += [DATASET, *_assignments(_dataset(dataset)), ""]
@@ -73,7 +73,8 @@ def _subset(subset: Subset, endings: set[str]) -> dict[str, Any]:
     if len(endings) > 1:
         raise DatasetError(
             f"{subset.image_dir}: has captions ending in {' and '.join(sorted(endings))}; sd-scripts reads one of "
-            "them: rename the others."
+            "them: rename the others.",
+            code="dataset.captions",
         )
     masks = subset.conditioning_data_dir
     values: dict[str, Any] = {

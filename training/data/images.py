@@ -37,6 +37,8 @@ INTERPOLATIONS = {
 class MaskShapeError(PictureError):
     """A mask that does not lie on its picture."""
 
+    code = "image.mask-shape"
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -86,7 +88,8 @@ def fit(size: Size, buckets: Buckets) -> Fit:
         if not all(bucket):
             raise PictureError(
                 f"{size[0]}×{size[1]} is smaller than bucket_reso_steps = {buckets.bucket_reso_steps}: "
-                "use a larger image or leave out bucket_no_upscale."
+                "use a larger image or leave out bucket_no_upscale.",
+                code="image.too-small",
             )
     else:
         bucket = _nearest(size, buckets)

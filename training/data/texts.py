@@ -24,7 +24,8 @@ def check_prompts(options: SafetyOptions, too_long: TooLong) -> None:
             if too_long(prompt):
                 raise OptionError(
                     f"{name}: {_shown(prompt)!r} has more than {options.max_token_length} tokens, and what is behind "
-                    f"them would not be trained: {_remedy(options)}."
+                    f"them would not be trained: {_remedy(options)}.",
+                    code="option.too-many-tokens",
                 )
 
 

@@ -82,12 +82,16 @@ def check_parts(name: str, family: Family, parts: Mapping[str, str], extra: Sequ
     """OptionError where sd-scripts would miss a file of the model, or one is named that it does not read."""
     known = [part for part, _ in family.parts]
     if strange := sorted(set(parts) - set(known)):
-        raise OptionError(f"{strange[0]}: sd-scripts' trainer of {name} reads {', '.join(known) or 'one file alone'}.")
+        raise OptionError(
+            f"{strange[0]}: sd-scripts' trainer of {name} reads {', '.join(known) or 'one file alone'}.",
+            code="option.kohya-files",
+        )
     given = {argument[2:].partition("=")[0] for argument in extra if argument.startswith("--")} | set(parts)
     if not family.whole and (missing := [part for part in known if part not in given]):
         raise OptionError(
             f"{name}: sd-scripts reads the parts of this model from files of their own: give {', '.join(missing)} as "
-            "well (--NAME FILE on the command line, kohya_files on the node)."
+            "well (--NAME FILE on the command line, kohya_files on the node).",
+            code="option.kohya-files",
         )
 
 
@@ -134,7 +138,8 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
     for name, wanted in ({"objective": "leco"} | lacking).items():
         if (value := getattr(options, name)) != wanted:
             raise OptionError(
-                f"{name} {value!r}: sd-scripts' LECO has only {wanted!r}: use the embedded engine for it."
+                f"{name} {value!r}: sd-scripts' LECO has only {wanted!r}: use the embedded engine for it.",
+                code="option.leco",
             )
     prompts = concept.trained((*options.concept, *options.synonyms))
     network = _network(options, run, "safety") | {
@@ -262,9 +267,11 @@ def _checked(extra: Sequence[str], flags: Mapping[str, object]) -> tuple[list[st
         # argparse takes any unambiguous beginning of a name for the name
         for refused, why in REFUSED.items():
             if name and refused.startswith(name):
-                raise OptionError(f"--{name}: {refused} {why}: leave it out.")
+                raise OptionError(f"--{name}: {refused} {why}: leave it out.", code="option.kohya-argument")
         if name not in DEFAULTS and (own := next((flag for flag in flags if flag.startswith(name)), None)):
-            raise OptionError(f"--{name}: the trainer itself sets {own}: set its own options instead.")
+            raise OptionError(
+                f"--{name}: the trainer itself sets {own}: set its own options instead.", code="option.kohya-argument"
+            )
         into = theirs if name == "network_args" else others
         if into is others:
             others.append(argument)
@@ -272,7 +279,10 @@ def _checked(extra: Sequence[str], flags: Mapping[str, object]) -> tuple[list[st
             theirs.append(value)
     for argument in theirs:
         if argument.partition("=")[0] in NAMES:
-            raise OptionError(f"--network_args {argument}: is set by the trainer's own options: leave it out.")
+            raise OptionError(
+                f"--network_args {argument}: is set by the trainer's own options: leave it out.",
+                code="option.kohya-argument",
+            )
     _check_config(others)
     return others, theirs
 
@@ -287,11 +297,16 @@ def _check_config(arguments: Sequence[str]) -> None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OptionError(f"--config_file {path}: cannot be read as TOML ({error}): mend the file.") from error
+            raise OptionError(
+                f"--config_file {path}: cannot be read as TOML ({error}): mend the file.", code="option.kohya-config"
+            ) from error
         for name, value in table.items():
             for key in value if isinstance(value, dict) else (name,):
                 if key in REFUSED:
-                    raise OptionError(f"--config_file {path.name}: {key} {REFUSED[key]}: take it out of the file.")
+                    raise OptionError(
+                        f"--config_file {path.name}: {key} {REFUSED[key]}: take it out of the file.",
+                        code="option.kohya-config",
+                    )
 
 
 def _absolute(path: str) -> str:

@@ -33,7 +33,9 @@ class Engine:
         path = self.checkout / name
         if not path.is_file():
             since = ": LECO came with 0.10.2" if "leco" in name else ""
-            raise GuardError(f"{self} has no {name}{since}: update the checkout, or use the embedded engine.")
+            raise GuardError(
+                f"{self} has no {name}{since}: update the checkout, or use the embedded engine.", code="kohya.no-script"
+            )
         return path
 
 
@@ -44,15 +46,22 @@ def find_engine(checkout: str = "", python: str = "", accelerate_config: str = "
     """
     given = checkout or os.environ.get("SD_SCRIPTS_PATH", "")
     if not given:
-        raise GuardError(f"sd-scripts: no checkout is named: give its folder or set SD_SCRIPTS_PATH ({GET}).")
+        raise GuardError(
+            f"sd-scripts: no checkout is named: give its folder or set SD_SCRIPTS_PATH ({GET}).",
+            code="kohya.no-checkout",
+        )
     folder = Path(given).expanduser().absolute()
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         inner = folder / "sd-scripts"  # as in kohya_ss, the graphical interface
         hint = f"it is in {inner}" if (inner / NEEDED[0]).is_file() else f"give the folder that {NEEDED[0]} is in"
-        raise GuardError(f"{folder}: is no sd-scripts checkout, {', '.join(missing)} missing: {hint}.")
+        raise GuardError(
+            f"{folder}: is no sd-scripts checkout, {', '.join(missing)} missing: {hint}.", code="kohya.no-checkout"
+        )
     config = str(Path(accelerate_config).expanduser().absolute()) if accelerate_config else ""
     if config and not Path(config).is_file():
-        raise GuardError(f"accelerate_config {config}: no such file: make one with 'accelerate config'.")
+        raise GuardError(
+            f"accelerate_config {config}: no such file: make one with 'accelerate config'.", code="kohya.no-accelerate"
+        )
     commit, tag = read_commit(folder)
     return Engine(folder, _interpreter(folder, python), config, tag or _last_release(folder), commit)
 
@@ -106,7 +115,9 @@ def _annotated(lines: list[str]) -> list[tuple[str, str]]:
 def _interpreter(folder: Path, python: str) -> str:
     given = python or os.environ.get("SD_SCRIPTS_PYTHON", "")
     if given and not Path(given).expanduser().is_file():
-        raise GuardError(f"python {given}: no such file: give the interpreter of sd-scripts' environment.")
+        raise GuardError(
+            f"python {given}: no such file: give the interpreter of sd-scripts' environment.", code="kohya.no-python"
+        )
     own = [folder / env / place for env in ("venv", ".venv") for place in ("bin/python", "Scripts/python.exe")]
     found = next((str(path) for path in own if path.is_file()), sys.executable)
     return str(Path(given).expanduser().absolute()) if given else found

@@ -82,23 +82,37 @@ class Settings:
     def check(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                raise GuardError(f"--network_args {name}={value}: is none of {', '.join(choices)}: choose one.")
+                raise GuardError(
+                    f"--network_args {name}={value}: is none of {', '.join(choices)}: choose one.",
+                    code="kohya.argument",
+                )
         if self.role == "safety" and (self.safety or self.project == "weight"):
-            raise GuardError("--network_args role=safety: takes neither safety nor project: leave them out.")
+            raise GuardError(
+                "--network_args role=safety: takes neither safety nor project: leave them out.", code="kohya.argument"
+            )
         if self.project == "weight" and not self.safety:
-            raise GuardError("--network_args project=weight: no safety LoRA to project against: add safety=FILE.")
+            raise GuardError(
+                "--network_args project=weight: no safety LoRA to project against: add safety=FILE.",
+                code="kohya.argument",
+            )
         try:
             count, _ = len(self.strengths), int(self.init_seed or 0)
         except ValueError as error:
-            raise GuardError(f"--network_args safety_strength or init_seed: {error}: give numbers.") from error
+            raise GuardError(
+                f"--network_args safety_strength or init_seed: {error}: give numbers.", code="kohya.argument"
+            ) from error
         if self.safety and count != len(self.safety_files):
             raise GuardError(
-                f"--network_args safety_strength: {count} for {len(self.safety_files)} LoRAs: give one or as many."
+                f"--network_args safety_strength: {count} for {len(self.safety_files)} LoRAs: give one or as many.",
+                code="kohya.argument",
             )
         words = self.safety_scale.split(",")
         if not SCALES.keys() >= set(words) or (self.safety and len(self.scales) != len(self.safety_files)):
             known = ", ".join(SCALES)
-            raise GuardError(f"--network_args safety_scale={self.safety_scale}: one of {known} for each LoRA: choose.")
+            raise GuardError(
+                f"--network_args safety_scale={self.safety_scale}: one of {known} for each LoRA: choose.",
+                code="kohya.argument",
+            )
 
 
 NAMES = {f.name for f in fields(Settings)}
@@ -107,9 +121,14 @@ NAMES = {f.name for f in fields(Settings)}
 def check_arguments(args: Any) -> None:
     """GuardError for arguments of sd-scripts that would put more than W0 into the forward or lose the metadata."""
     if getattr(args, "base_weights", None):
-        raise GuardError(f"--base_weights {args.base_weights}: merges LoRAs into W0: leave it out.")
+        raise GuardError(
+            f"--base_weights {args.base_weights}: merges LoRAs into W0: leave it out.", code="kohya.merges"
+        )
     if getattr(args, "save_model_as", None) not in (None, "safetensors"):
-        raise GuardError(f"--save_model_as {args.save_model_as}: has no metadata and can run code: use safetensors.")
+        raise GuardError(
+            f"--save_model_as {args.save_model_as}: has no metadata and can run code: use safetensors.",
+            code="kohya.save-format",
+        )
 
 
 def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ...]) -> None:
@@ -117,18 +136,23 @@ def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ..
     if settings.role == "task":
         check_start(lora, safety)
     elif (role := lora.metadata.get(ROLE_KEY)) != settings.role:
-        raise GuardError(f"{lora.name} is a {role or 'task'} LoRA: a safety LoRA goes on from one, or from none.")
+        raise GuardError(
+            f"{lora.name} is a {role or 'task'} LoRA: a safety LoRA goes on from one, or from none.",
+            code="start.other-role",
+        )
     pairs = ((BASE_KEY, settings.base_sha256), (FILE_HASH_KEY, settings.base_file_sha256))
     known = [(key, lora.metadata[key], here) for key, here in pairs if lora.metadata.get(key) and here]
     if known and known[0][1] != known[0][2]:
         key, there, here = known[0]
         raise GuardError(
-            f"{lora.name} was trained on another base ({key} {there[:12]}, here {here[:12]}): use a LoRA of this base."
+            f"{lora.name} was trained on another base ({key} {there[:12]}, here {here[:12]}): use a LoRA of this base.",
+            code="start.other-base",
         )
     if not known and any(here for _, here in pairs):
         raise GuardError(
             f"{lora.name} names no base that can be compared with this one ({BASE_KEY}, {FILE_HASH_KEY}): start from a "
-            "LoRA that does, or from none."
+            "LoRA that does, or from none.",
+            code="start.no-base",
         )
 
 
@@ -148,12 +172,14 @@ def check_state(folder: str, record: Mapping[str, str]) -> None:
     except (OSError, ValueError) as error:
         raise GuardError(
             f"resume {name}: has no readable {STATE}, so its base and role are unknown: resume a state that this "
-            "trainer saved whole, or start anew."
+            "trainer saved whole, or start anew.",
+            code="resume.no-state",
         ) from error
     for key, value in record.items():
         if saved.get(key) != value:
             raise GuardError(
-                f"resume {name}: {key} was {saved.get(key)!r} and is {value!r} now: set it back, or start anew."
+                f"resume {name}: {key} was {saved.get(key)!r} and is {value!r} now: set it back, or start anew.",
+                code="resume.changed",
             )
 
 

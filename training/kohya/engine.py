@@ -103,7 +103,7 @@ def train_task(
     said = _said(base, options, lambda too_long: remarks(options, config, report, too_long))
     watch.say("\n".join(said))
     if report.problems:
-        raise GuardError(report.problems[0])
+        raise GuardError(report.problems[0], code="kohya.data-set")
     masked = any(s.alpha_mask or s.conditioning_data_dir for d in config.datasets for s in d.subsets)
 
     def arguments(run: Run, folder: Path) -> list[str]:
@@ -258,7 +258,9 @@ def _tokenizers(base: Base, folder: Path) -> str:
             if (source / file).is_file():
                 shutil.copyfile(source / file, target / file)
             elif not file.startswith("special"):
-                raise GuardError(f"tokenizer {source}: has no {file}: give a folder with CLIP's tokenizer.")
+                raise GuardError(
+                    f"tokenizer {source}: has no {file}: give a folder with CLIP's tokenizer.", code="kohya.tokenizer"
+                )
         config = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
         _write(target / "tokenizer_config.json", json.dumps(config | {"model_max_length": CLIP_TOKENS}))
     return str(folder)
@@ -267,19 +269,25 @@ def _tokenizers(base: Base, folder: Path) -> str:
 def family(name: str) -> Family:
     """How sd-scripts trains the family that ComfyUI calls so; GuardError where it does not."""
     if name not in FAMILIES:
-        raise GuardError(f"{name}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.")
+        raise GuardError(
+            f"{name}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.", code="kohya.family"
+        )
     return FAMILIES[name]
 
 
 def _check(path: Path, before: FileState | None) -> tuple[LoraFile, float]:
     """The file read back, and ‖ΔW‖; GuardError unless this run wrote it, whole and with something in it."""
     if find_file_state(path) in (None, before):
-        raise GuardError(f"{path.name}: sd-scripts ended without an error and did not write it: see its output.")
+        raise GuardError(
+            f"{path.name}: sd-scripts ended without an error and did not write it: see its output.",
+            code="kohya.no-file",
+        )
     lora = read_lora(path)
     said = lora.metadata.get(LAYERS_KEY, "")
     if said != str(len(lora.layers)):
         raise GuardError(
-            f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again."
+            f"{path.name}: holds {len(lora.layers)} layers, {said or 'an unknown number'} were trained: train again.",
+            code="kohya.other-layers",
         )
     size = math.hypot(*(norm(Factor.of(layer)) for layer in lora.plain.values()))
     if not (math.isfinite(size) and size > 0):

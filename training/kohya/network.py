@@ -108,7 +108,8 @@ def create_network_from_weights(*args: Any, **kwargs: Any) -> None:
     """Refused: sd-scripts calls it for ``--base_weights``, before it merges them, and for ``--dim_from_weights``."""
     raise GuardError(
         "--base_weights merges LoRAs into W0, and a LoRA trained on that is no longer detached; --dim_from_weights "
-        "makes the network from a file: leave both out and give --network_dim."
+        "makes the network from a file: leave both out and give --network_dim.",
+        code="kohya.merges",
     )
 
 
@@ -119,7 +120,8 @@ def find_architecture(unet: nn.Module) -> Architecture:
             return ARCHITECTURES[cls.__name__]
     raise GuardError(
         f"{type(unet).__name__}: this network module knows {', '.join(ARCHITECTURES)}: train this family with "
-        "sd-scripts' own network module, without a guard."
+        "sd-scripts' own network module, without a guard.",
+        code="kohya.family",
     )
 
 
@@ -220,14 +222,16 @@ class _Guarded(_Network):
         if odd := sorted(mine.keys() ^ lora.layers.keys()):
             raise GuardError(
                 f"{lora.name}: {len(odd)} layers differ from those to be trained (first {odd[0]}): choose the target "
-                "and text-encoder setting that it was trained with."
+                "and text-encoder setting that it was trained with.",
+                code="train.other-layers",
             )
         for name, layer in lora.plain.items():
             module = mine[name]
             if layer.rank != module.lora_dim or not math.isclose(layer.scale, float(module.scale), rel_tol=1e-3):
                 raise GuardError(
                     f"{lora.name}: layer {name} has rank {layer.rank} and alpha {layer.alpha}, the network rank "
-                    f"{module.lora_dim} and alpha {module.scale * module.lora_dim:g}: set them to the file's."
+                    f"{module.lora_dim} and alpha {module.scale * module.lora_dim:g}: set them to the file's.",
+                    code="train.other-rank",
                 )
         return super().load_weights(file)
 

@@ -46,7 +46,8 @@ class Modules:
             first = next(name for name in missing if name not in absent or not known)
             raise GuardError(
                 f"{lora.name}: {len(missing)} of {len(lora.layers)} layers are not in the model that sd-scripts loaded "
-                f"(first {first}): use the safety LoRA of this base, under kohya's names."
+                f"(first {first}): use the safety LoRA of this base, under kohya's names.",
+                code="kohya.not-in-model",
             )
         if absent:
             logger.warning(
@@ -61,7 +62,9 @@ class Modules:
         wanted = (spec.weight_shape[0], torch.Size(spec.weight_shape[1:]).numel())
         if spec.problem or (up.shape[0], down.shape[1]) != wanted:
             why = spec.problem or f"{list(wanted)} in the model, {[up.shape[0], down.shape[1]]} in the file"
-            raise GuardError(f"{lora.name}: layer {name} is {why}: use the safety LoRA of this base.")
+            raise GuardError(
+                f"{lora.name}: layer {name} is {why}: use the safety LoRA of this base.", code="kohya.not-in-model"
+            )
         return module, FusedLayer(spec, [Term("safety", LowRank(down, up), strength * layer.scale)])
 
 

@@ -143,7 +143,7 @@ def _run(
                 reader.join(GRACE)
             pipe.close()
     if child.returncode:
-        raise GuardError(progress.refusal or _failure(child.returncode, progress.tail))
+        raise GuardError(progress.refusal or _failure(child.returncode, progress.tail), code="kohya.failed")
     return progress
 
 

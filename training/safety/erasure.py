@@ -384,6 +384,12 @@ def _ignore(done: int, total: int) -> None:
 def _check(host_model: HostModel, options: SafetyOptions) -> None:
     total = len(host_model.schedule.alphas_cumprod)
     if not 1 <= options.denoising_steps <= total:
-        raise OptionError(f"denoising_steps: {options.denoising_steps} is not within 1 and {total}: 50 is usual.")
+        raise OptionError(
+            f"denoising_steps: {options.denoising_steps} is not within 1 and {total}: 50 is usual.",
+            code="option.denoising-steps",
+        )
     if options.train_size < host_model.downscale or options.train_size % host_model.downscale:
-        raise OptionError(f"train_size: {options.train_size} is no multiple of {host_model.downscale}: choose one.")
+        raise OptionError(
+            f"train_size: {options.train_size} is no multiple of {host_model.downscale}: choose one.",
+            code="option.train-size",
+        )

@@ -66,10 +66,15 @@ def erased(options: SafetyOptions) -> tuple[Term, ...]:
     """
     prompts = [*options.concept, *options.synonyms]
     if not options.concept or not all(prompt.strip() for prompt in prompts):
-        raise OptionError("concept: a prompt is missing or blank: name what is to be erased, for example 'a vehicle'.")
+        raise OptionError(
+            "concept: a prompt is missing or blank: name what is to be erased, for example 'a vehicle'.",
+            code="option.no-concept",
+        )
     both = next((prompt for prompt in prompts if prompt in options.preserve), None)
     if both is not None:
-        raise OptionError(f"Prompt {both!r} is both erased and preserved: take it out of one of the lists.")
+        raise OptionError(
+            f"Prompt {both!r} is both erased and preserved: take it out of one of the lists.", code="option.both-lists"
+        )
     eta, positives = options.negative_guidance, _positives(options, prompts)
     if options.objective == "sdd":
         terms = [Term(prompt, student=True) for prompt in prompts]
@@ -88,7 +93,8 @@ def _positives(options: SafetyOptions, prompts: list[str]) -> list[str]:
         return [given[0]] * len(prompts)
     if len(given) not in (0, len(options.concept)):
         raise OptionError(
-            f"positive: {len(given)} prompts for {len(options.concept)} of the concept: give none, one or as many."
+            f"positive: {len(given)} prompts for {len(options.concept)} of the concept: give none, one or as many.",
+            code="option.positive",
         )
     return [*given, *prompts[len(given) :]]
 

@@ -36,7 +36,7 @@ def configure(options: TaskOptions, within: Path | None = None) -> dataset_confi
     ``within``: the folder that all of its folders have to be in, judged before any is looked at.
     """
     if bool(options.train_data_dir) == bool(options.dataset_config):
-        raise OptionError("Give train_data_dir or dataset_config, and not both.")
+        raise OptionError("Give train_data_dir or dataset_config, and not both.", code="option.data-set")
     return _configured(options, _shared(options), within)
 
 
@@ -77,7 +77,7 @@ def prepare(
     check_writable(options.output_dir, "output_dir")
     contamination.known_bases(*options.known_bases)
     if options.project and not safety:
-        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.")
+        raise OptionError("project: needs the safety LoRA to keep clear of: give safety_lora.", code="option.project")
     if options.network_weights:
         read_lora(options.network_weights)
     if options.resume:

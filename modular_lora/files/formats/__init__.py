@@ -61,8 +61,9 @@ def check_layers(layers: Mapping[str, Mapping[str, str]], shapes: Shapes, name: 
         try:
             _check_shapes(_whole(found), found)
         except ValueError as error:
-            remedy = f": {READS}" if isinstance(error, Unread) else ""
-            raise LoraFileError(f"{name}: layer {shown(layer)}: {error}{remedy}") from None
+            unread = isinstance(error, Unread)
+            remedy, code = (f": {READS}", "file.unread-format") if unread else ("", "file.layer")
+            raise LoraFileError(f"{name}: layer {shown(layer)}: {error}{remedy}", code=code) from None
         sound.add(key)
 
 
@@ -99,7 +100,7 @@ def make_layers(
             for beside in _BESIDE if parts else ():
                 found = beside.around(found, parts)
         except ValueError as error:
-            raise LoraFileError(f"{name}: layer {shown(layer)}: {error}") from None
+            raise LoraFileError(f"{name}: layer {shown(layer)}: {error}", code="file.layer") from None
         made[layer] = found
     return made
 

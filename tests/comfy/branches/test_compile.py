@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.errors import refuses
 from support.graphs import save_lora
 from support.small_unet import sampled, small_unet
 
@@ -137,5 +138,5 @@ def test_a_branch_that_is_lost_inside_a_compiled_model_stops_the_run(comfy, guar
             executor.class_obj.get_submodule(path).__dict__["forward"] = stand_in
 
     patcher.add_wrapper_with_key("apply_model", "test", take_off)
-    with pytest.raises(comfy.host_guard.GuardError, match="did not all run: 1 of"):
+    with refuses("run.short", "1 of"):
         sampled(patcher)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.errors import refuses
 from support.graphs import GraphError, guarded_graph, save_lora
 
 CHOICES = ("refuse if they differ", "as in the file's tensors", "as stated in its metadata")
@@ -29,7 +30,7 @@ def load(comfy):
 def test_a_safety_lora_of_two_scales_is_an_error_and_runs_as_it_is_chosen(run_graph, loras):
     metadata = {"ss_network_alpha": "2", "ss_network_dim": "4"}
     graph = guarded_graph(without_alpha(loras, "safety.safetensors", "two.safetensors", metadata), None)
-    with pytest.raises(GraphError, match=r"two\.safetensors.*states 0\.5 \(ss_network_alpha 2 over ss_network_dim 4\)"):
+    with refuses("lora.two-scales", "two.safetensors", "0.5 (ss_network_alpha 2 over ss_network_dim 4)"):
         run_graph(graph)
     results = {}
     for choice in CHOICES[1:]:
@@ -69,7 +70,7 @@ def test_a_name_in_both_folders_is_refused_unless_it_is_one_file(comfy, run_grap
     try:
         run_graph(guarded_graph(task=None))
         save_lora(target, loras.unet, 4, 77)
-        with pytest.raises(GraphError, match="is in safety_loras and loras, and these are different files") as error:
+        with pytest.raises(GraphError, match="safety_loras and loras") as error:
             run_graph(guarded_graph(task=None))
         assert error.value.stage == "validation"
     finally:
@@ -79,7 +80,7 @@ def test_a_name_in_both_folders_is_refused_unless_it_is_one_file(comfy, run_grap
 
 def test_a_task_lora_of_the_text_encoder_alone_needs_the_clip(run_graph, loras):
     save_lora(loras.folder / "te.safetensors", dict(list(loras.text.items())[:4]), 2, 51)
-    with pytest.raises(GraphError, match=r"te\.safetensors has 4 text-encoder layers and no CLIP is connected"):
+    with refuses("lora.applies-nowhere", "te.safetensors", "4 "):
         run_graph(guarded_graph(task="te.safetensors"))
     assert "te.safetensors: 4 layers" in run_graph(guarded_graph(task="te.safetensors", clip=True))["guard"][2]
 
@@ -88,14 +89,14 @@ def test_a_task_lora_of_another_base_is_told_about_both_halves(run_graph, loras)
     tensors = load_file(loras.folder / "task_te.safetensors")
     tensors = {k.replace("lora_unet_", "lora_unet_other_"): v for k, v in tensors.items()}
     save_file(tensors, loras.folder / "other_base.safetensors")
-    with pytest.raises(GraphError, match=r"matches 0 of its \d+ layers.*no CLIP is connected"):
+    with refuses("lora.applies-nowhere", "other_base.safetensors", "0 of"):
         run_graph(guarded_graph(task="other_base.safetensors"))
 
 
 def test_a_block_that_is_named_twice_is_refused(run_graph, loras):
     graph = guarded_graph()
     graph["task"]["inputs"]["block_weights"] = "IN01:0.5, M00:0, in01:1"
-    with pytest.raises(GraphError, match="block IN01 is named twice"):
+    with refuses("blocks.twice", "IN01"):
         run_graph(graph)
 
 
@@ -144,5 +145,5 @@ def test_a_row_of_a_lora_stack_is_read(row, comfy, loras, load, tmp_path):
 def test_a_path_outside_the_loras_folders_is_refused_with_its_row(comfy, loras, load, tmp_path):
     save_lora(tmp_path / "x.safetensors", dict(list(loras.unet.items())[:4]), 2, 1)
     for path in (tmp_path / "x.safetensors", loras.folder / ".." / "x.safetensors"):
-        with pytest.raises(comfy.host_guard.GuardError, match=r"^LORA_STACK row 2: .*is in no loras folder"):
+        with refuses("file.no-such-file", "LORA_STACK row 2"):
             load.stacked([("task.safetensors", 1.0, 1.0), (str(path), 1.0, 1.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.errors import refuses
 from support.graphs import GraphError, decode, guarded_graph, node, sampler
 
 REFUSED_LINKS = {
@@ -54,7 +55,7 @@ def test_a_detour_through_an_any_type_switch_fails_with_our_error(comfy, run_gra
     graph["any"] = node("AnyPass", value=["guard", 0])
     graph["bad"] = sampler(["any", 0])
     graph["show"] = node("PreviewAny", source=["bad", 0])
-    with pytest.raises(GraphError, match="A guarded model has no"):
+    with refuses("handle"):
         run_graph(graph)
 
 
@@ -62,7 +63,7 @@ def test_a_detour_through_an_any_type_switch_fails_with_our_error(comfy, run_gra
 def test_a_stock_lora_loader_after_the_guard_is_refused(kind, run_graph, loras):
     graph = as_model()
     graph["lora"] = node(kind, **{**REFUSED_LINKS[kind], "model": ["asmodel", 0]})
-    with pytest.raises(GraphError, match="cannot take a LoRA or a merge into its weights"):
+    with refuses("model.refused", "add_patches"):
         run_graph(sampled(graph, ["lora", 0]))
 
 
@@ -73,7 +74,7 @@ def test_merging_a_guarded_model_either_way_is_refused(kind, role, run_graph, lo
     extra = MERGES[kind][2]
     models = {MERGES[kind][role]: ["asmodel", 0], MERGES[kind][1 - role]: ["ckpt", 0]}
     graph["merge"] = node(kind, **models, **extra)
-    with pytest.raises(GraphError, match="A guarded model cannot"):
+    with refuses("model.refused"):
         run_graph(sampled(graph, ["merge", 0]))
 
 
@@ -81,7 +82,7 @@ def test_merging_a_guarded_model_either_way_is_refused(kind, role, run_graph, lo
 def test_saving_a_guarded_model_is_refused_and_writes_nothing(kind, comfy, run_graph, loras):
     graph = as_model()
     graph["save"] = node(kind, **{**REFUSED_LINKS[kind], "model": ["asmodel", 0], "filename_prefix": "refused"})
-    with pytest.raises(GraphError, match="cannot be saved"):
+    with refuses("model.refused"):
         run_graph(graph)
     assert not list(comfy.output.rglob("refused*"))
 
@@ -91,7 +92,7 @@ def test_extracting_a_lora_from_a_guarded_model_is_refused(comfy, run_graph, lor
     graph["save"] = node(
         "LoraSave", filename_prefix="refused", rank=4, lora_type="standard", bias_diff=False, model_diff=["asmodel", 0]
     )
-    with pytest.raises(GraphError, match=r"cannot be saved or extracted|cannot give its weights away"):
+    with refuses("model.refused"):
         run_graph(graph)
     assert not list(comfy.output.rglob("refused*"))
 
@@ -99,7 +100,7 @@ def test_extracting_a_lora_from_a_guarded_model_is_refused(comfy, run_graph, lor
 def test_attention_multiply_is_refused(run_graph, loras):
     graph = as_model()
     graph["mul"] = node("UNetSelfAttentionMultiply", model=["asmodel", 0], q=1.1, k=1.0, v=1.0, out=1.0)
-    with pytest.raises(GraphError, match="A guarded model cannot"):
+    with refuses("model.refused"):
         run_graph(sampled(graph, ["mul", 0]))
 
 
@@ -122,7 +123,7 @@ def test_the_guarded_clip_is_not_merged_saved_or_patched(kind, comfy, run_graph,
     if kind != "CLIPSave":
         output = ["bad", 1 if kind == "LoraLoader" else 0]
         graph["pos"]["inputs"]["clip"] = output
-    with pytest.raises(GraphError, match="A guarded model cannot"):
+    with refuses("model.refused"):
         run_graph(graph)
     assert not list(comfy.output.rglob("refused*"))
 
@@ -134,7 +135,7 @@ def test_a_lora_hook_on_the_conditioning_is_refused_when_it_samples(run_graph, l
         "ConditioningSetProperties", cond_NEW=["pos", 0], strength=1.0, set_cond_area="default", hooks=["hook", 0]
     )
     graph["sample"]["inputs"]["positive"] = ["hooked", 0]
-    with pytest.raises(GraphError, match="cannot take a LoRA hook"):
+    with refuses(("model.refused", "model.patched")):
         run_graph(graph)
 
 
@@ -145,7 +146,7 @@ def test_clip_hooks_on_the_guarded_clip_are_refused(run_graph, loras):
         "SetClipHooks", clip=["guard", 1], apply_to_conds=True, schedule_clip=False, hooks=["hook", 0]
     )
     graph["pos"]["inputs"]["clip"] = ["hooked", 0]
-    with pytest.raises(GraphError, match=r"cannot take a LoRA hook|under hooks"):
+    with refuses(("model.refused", "model.hooks")):
         run_graph(graph)
 
 
@@ -157,14 +158,14 @@ def test_easycache_before_and_after_the_guard_is_refused_by_name(run_graph, lora
     after = as_model()
     after["cache"] = node("EasyCache", model=["asmodel", 0], **settings)
     for graph in (before, sampled(after, ["cache", 0])):
-        with pytest.raises(GraphError, match="skips evaluations"):
+        with refuses("model.patched", "EasyCache"):
             run_graph(graph)
 
 
 def test_skip_layer_guidance_stops_because_branches_did_not_run(run_graph, loras):
     graph = as_model()
     graph["skip"] = node("SkipLayers", model=["asmodel", 0])
-    with pytest.raises(GraphError, match="did not all run"):
+    with refuses("run.short"):
         run_graph(sampled(graph, ["skip", 0]))
 
 
@@ -172,7 +173,7 @@ def test_a_model_merged_before_the_guard_is_refused_unless_accepted_and_then_rep
     graph = guarded_graph()
     graph["merge"] = node("ModelMergeSimple", model1=["ckpt", 0], model2=["ckpt", 0], ratio=0.5)
     graph["guard"]["inputs"]["model"] = ["merge", 0]
-    with pytest.raises(GraphError, match="merged into"):
+    with refuses("model.merged"):
         run_graph(graph)
     graph["guard"]["inputs"]["accept_merged"] = True
     results = run_graph(graph)
@@ -186,19 +187,19 @@ def test_guarding_twice_is_refused(run_graph, loras):
     graph["again"] = node("ModularLoraGuardModel", model=["asmodel", 0], safety_lora=["safety", 0])
     graph["bad"] = sampler(["again", 0], "ModularLoraKSampler")
     graph["show"] = node("PreviewAny", source=["bad", 1])
-    with pytest.raises(GraphError, match="guarded already"):
+    with refuses("model.guarded-already"):
         run_graph(graph)
 
 
 def test_an_unguarded_model_is_refused_by_every_guarded_sampler(run_graph, loras):
     graph = guarded_graph()
     graph["sample"]["inputs"]["model"] = ["ckpt", 0]
-    with pytest.raises(GraphError, match="is not guarded"):
+    with refuses("model.not-guarded"):
         run_graph(graph)
     graph = guarded_graph()
     graph["guider"] = node("ModularLoraGuider", model=["ckpt", 0], positive=["pos", 0], negative=["neg", 0], cfg=1.0)
     graph["show"] = node("PreviewAny", source=["guider", 0])
-    with pytest.raises(GraphError, match="is not guarded"):
+    with refuses("model.not-guarded"):
         run_graph(graph)
 
 

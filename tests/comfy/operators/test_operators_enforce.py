@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+from support.errors import refuses
 from support.gate_graphs import part
 from support.graphs import GraphError, base_graph, decode, sampler
 from support.operator_graphs import guarded, required, stopped
 
 NONE_REQUIRED = "[guard]\nrequired = []\n"
+UNGUARDED = "refused.guard.required", "refused.nodes.sampling"
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_an_unguarded_graph_is_refused_when_queued_and_when_it_runs(enforced):
         ("sample", "KSampler", "nodes.sampling"),
         ("save", "SaveImage", "open.unattested"),
     }
-    assert stopped(enforced, stock(1), "not guarded").node_type == "KSampler"
+    assert stopped(enforced, stock(1), UNGUARDED).node_type == "KSampler"
     assert enforced.record()[-1]["node"] == "sample"
 
 
@@ -112,11 +114,18 @@ def test_nodes_that_others_expand_to_are_checked(enforced, add_node):
         node["inputs"] = {k: [f"x.{v[0]}", v[1]] if isinstance(v, list) else v for k, v in node["inputs"].items()}
     add_node("Expander", lambda: {"result": (["x.decode", 0],), "expand": inner}, is_output=True)
     assert enforced.queue({"e": {"class_type": "Expander", "inputs": {}}}) == {}
-    assert stopped(enforced, {"e": {"class_type": "Expander", "inputs": {}}}, "not guarded").node_type == "Expander"
+    assert (
+        stopped(
+            enforced,
+            {"e": {"class_type": "Expander", "inputs": {}}},
+            UNGUARDED,
+        ).node_type
+        == "Expander"
+    )
     only = {"x.load": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 4}}}
     only["x.save"] = {"class_type": "PreviewImage", "inputs": {"images": ["x.load", 0]}}
     add_node("Shower", lambda: {"result": (["x.load", 0],), "expand": only}, is_output=True)
-    stopped(enforced, {"e": {"class_type": "Shower", "inputs": {}}}, "no guarded run made")
+    stopped(enforced, {"e": {"class_type": "Shower", "inputs": {}}}, "refused.open.unattested")
 
 
 @pytest.mark.parametrize("way", ["a guider", "the stock function", "apply_model"])
@@ -142,7 +151,7 @@ def test_a_node_that_samples_by_itself_is_stopped(way, enforced, loaded, add_nod
     add_node("Own", run, {"seed": ("INT", {"default": 0})}, ("LATENT",), is_output=True)
     graph = {"own": {"class_type": "Own", "inputs": {"seed": 1}}}
     assert enforced.queue(graph) == {}
-    stopped(enforced, graph, r"not guarded|outside of a guarded run")
+    stopped(enforced, graph, UNGUARDED)
 
 
 def test_a_sampler_of_another_pack_that_is_named_runs_on_a_guarded_model(operator, sha256, comfy):
@@ -155,7 +164,7 @@ def test_a_sampler_of_another_pack_that_is_named_runs_on_a_guarded_model(operato
     assert operator.record()[-1]["attestation"]["status"] == "guarded"
     graph["sample"]["inputs"] |= {"model": ["any", 0], "seed": 6}
     graph["any"] = {"class_type": "AnyPass", "inputs": {"value": ["ckpt", 0]}}
-    stopped(operator, graph, "not guarded")
+    stopped(operator, graph, UNGUARDED)
 
 
 def test_one_class_under_a_denied_and_another_name_is_denied(operator, comfy, monkeypatch):
@@ -165,14 +174,14 @@ def test_one_class_under_a_denied_and_another_name_is_denied(operator, comfy, mo
     graph = stock(7)
     graph["latent"]["class_type"] = "Alias"
     graph["latent"]["inputs"]["width"] = 72
-    stopped(operator, graph, "denied")
+    stopped(operator, graph, "refused.nodes.deny")
 
 
 def test_a_picture_that_was_edited_does_not_leave_and_one_that_was_not_does(enforced):
     graph = guarded(8)
     graph["edit"] = {"class_type": "ImageInvert", "inputs": {"image": ["decode", 0]}}
     graph["show"] = {"class_type": "PreviewImage", "inputs": {"images": ["edit", 0]}}
-    stopped(enforced, graph, "open.unattested")
+    stopped(enforced, graph, "refused.open.unattested")
     graph["edit"] = {"class_type": "AnyPass", "inputs": {"value": ["decode", 0]}}
     enforced.run_graph(graph)
 
@@ -184,7 +193,7 @@ def test_a_batch_with_one_unattested_picture_does_not_leave(enforced):
     graph["both"] = {"class_type": "ImageBatch", "inputs": {"image1": ["decode", 0], "image2": ["empty", 0]}}
     graph["save"]["inputs"] |= {"images": ["both", 0], "unattested": "save and say so"}
     assert set(enforced.queue(graph)) == {"save"}
-    stopped(enforced, graph, "open.unattested")
+    stopped(enforced, graph, "refused.open.unattested")
 
 
 def test_a_node_that_shows_pictures_on_the_way_is_stopped(enforced, add_node, comfy):
@@ -193,7 +202,7 @@ def test_a_node_that_shows_pictures_on_the_way_is_stopped(enforced, add_node, co
     graph = guarded(25)
     graph["peek"] = {"class_type": "Peek", "inputs": {"image": ["decode", 0]}}
     graph["save"]["inputs"]["images"] = ["peek", 0]
-    stopped(enforced, graph, "on the way")
+    stopped(enforced, graph, "refused.open.unattested", "Peek")
     assert not any(event == "executed" and data["node"] == "peek" for event, data in comfy.server.messages)
 
 
@@ -210,7 +219,7 @@ def test_no_record_no_picture(operator, sha256):
     (operator.path.parent / "blocked").parent.mkdir(parents=True, exist_ok=True)
     (operator.path.parent / "blocked").write_text("a file", encoding="utf-8")
     operator.write(required(sha256("safety.safetensors")) + '[record]\nfolder = "blocked"\n')
-    with pytest.raises(GraphError, match="blocked"):
+    with refuses("record.not-written", "blocked"):
         operator.run_graph(guarded(21))
     assert set(operator.queue(stock(21))) == {"sample", "save"}
 
@@ -225,7 +234,7 @@ def test_where_no_lora_is_required_sampling_is_free_and_recorded(operator):
 def test_our_own_nodes_ask_too(key, operator, comfy):
     operator.write(NONE_REQUIRED)
     policy: ModuleType = part(comfy, "comfy_host.enforcement.policy")
-    with pytest.raises(comfy.host.GuardError, match=f"open.{key}"):
+    with refuses(f"refused.open.{key}"):
         policy.check_open(key)
     operator.write(f"{NONE_REQUIRED}[open]\n{key} = true\n")
     policy.check_open(key)

@@ -106,7 +106,7 @@ def test_a_picture_that_went_into_the_gate_leaves_only_where_it_was_let_pass(gat
     graph = behind_gate()
     gated.run(graph)
     graph["save"] = save(["decode", 0], filename_prefix="other", save_flagged=True)
-    stopped(gated, graph, "flagged and did not let pass")
+    stopped(gated, graph, "refused.gate.required")
 
 
 def test_where_reporting_is_allowed_what_is_reported_leaves(operator, sha256, detector) -> None:
@@ -133,10 +133,10 @@ def test_without_a_gate_an_outside_latent_leaves_neither_as_file_nor_as_sound(en
     graph = guarded_graph()
     graph["other"] = node("EmptyLatentImage", **outside)
     graph["out"] = node("SaveLatent", samples=["other", 0], filename_prefix="x")
-    stopped(enforced, graph, "nobody knows what image it holds")
+    stopped(enforced, graph, "refused.open.unattested")
     graph["sound"] = node("VAEDecodeAudio", samples=["other", 0], vae=["ckpt", 2])
     graph["out"] = node("PreviewAudio", audio=["sound", 0])
-    stopped(enforced, graph, "nobody knows what image it holds")
+    stopped(enforced, graph, "refused.open.unattested")
 
 
 def test_runs_are_noted_of_what_comfyuis_own_nodes_make_of_their_latents(enforced, comfy) -> None:
@@ -211,7 +211,7 @@ def test_a_type_that_is_named_as_showing_is_judged_although_it_is_no_output(oper
     graph["edit"] = node("ImageInvert", image=["decode", 0])
     graph["tell"]["inputs"]["value"] = ["edit", 0]
     assert "tell" in operator.queue(graph)
-    stopped(operator, graph, "no guarded run made")
+    stopped(operator, graph, "refused.open.unattested")
 
 
 def test_weights_are_not_written_by_a_node_that_another_expands_to(enforced) -> None:
@@ -220,7 +220,7 @@ def test_weights_are_not_written_by_a_node_that_another_expands_to(enforced) -> 
     graph["n"] = node("EmptyImage", width=64, height=64, batch_size=["let", 0], color=0)
     graph["size"] = node("GetImageSize", image=["n", 0])
     graph["said"] = node("PreviewAny", source=["size", 2])
-    stopped(enforced, graph, "nodes.allow")
+    stopped(enforced, graph, "refused.nodes.allow")
 
 
 def test_another_packs_node_under_a_known_name_is_not_known(gated, comfy, monkeypatch) -> None:
@@ -229,7 +229,7 @@ def test_another_packs_node_under_a_known_name_is_not_known(gated, comfy, monkey
     graph = behind_gate()
     graph["show"] = node("SaveImage", images=["gate", 0], filename_prefix="x")
     assert set(gated.queue(graph)) == {"show"}
-    stopped(gated, graph, "nobody has said what SaveImage does with it")
+    stopped(gated, graph, "refused.gate.required", "SaveImage")
 
 
 def test_a_loop_of_containers_ends(gated, comfy) -> None:
@@ -283,4 +283,4 @@ def test_a_coroutine_that_shows_is_stopped_whichever_run_of_a_list_does(slow, ga
     graph["n"] = node("EmptyImage", width=64, height=64, batch_size=["tell", 0], color=0)
     graph["size"] = node("GetImageSize", image=["n", 0])
     graph["said"] = node("PreviewAny", source=["size", 2])
-    stopped(gated, graph, "on the way")
+    stopped(gated, graph, "refused.gate.required")

@@ -28,6 +28,7 @@ from modular_lora_guard.modular_lora.provenance.signing import KEY, sign, signat
 from modular_lora_guard.operators import cli, policy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from support.errors import refuses
 from support.gate_graphs import gated_run, install_stub, part
 from support.graphs import guarded_graph
 from support.signatures import picture, refused, save_png
@@ -230,12 +231,12 @@ def test_a_policy_with_a_trusted_key_beside_it_must_be_signed(pair, tmp_path):
     path.write_text("[guard]\nrequired = []\n")
     (tmp_path / policy.TRUSTED).parent.mkdir()
     (tmp_path / policy.TRUSTED).write_bytes(pair[0].with_suffix(".pub").read_bytes())
-    with pytest.raises(policy.PolicyError, match=r"policy\.toml\.sig beside it"):
+    with refuses("policy.signature", "policy.toml.sig"):
         policy.load(path)
     sign(path, pair[0])
     assert policy.load(path).signed
     path.write_text("[guard]\nrequired = []\n\n")
-    with pytest.raises(policy.PolicyError, match="was changed after"):
+    with refuses("policy.signature", "policy.toml"):
         policy.load(path)
 
 

@@ -154,7 +154,7 @@ def test_a_workflow_runs(file, comfy, run_graph) -> None:
         node["inputs"] |= {name: few for name, few in FEW.items() if name in node["inputs"]}
     run_graph(graph)
     texts = list(comfy.server.texts.values())
-    assert any(said in text for text in texts for said in ("guarded: ", "net strength", "concept rate"))
+    assert any(said in text for text in texts for said in ("Guarded: ", "net strength", "concept rate"))
 
 
 def test_every_node_has_a_help_page(schemas) -> None:
@@ -166,6 +166,14 @@ def test_every_node_has_a_help_page(schemas) -> None:
             assert f"`{key}`" in pages[name], f"{name}: input {key} is not explained"
         wanted = WORDS if schema["output"] else (WORDS[0], WORDS[2])
         assert all(word in pages[name] for word in wanted), name
+
+
+def test_inputs_that_are_folded_away_have_a_value_of_their_own(schemas) -> None:
+    folded = {
+        f"{name}.{key}": o for name, schema in schemas.items() for key, o in inputs(schema).items() if o.get("advanced")
+    }
+    assert {"ModularLoraGuardModel.accept_merged", "ModularLoraTrainTask.kohya_files"} <= set(folded)
+    assert [name for name, options in folded.items() if "default" not in options] == []
 
 
 def test_english_names_and_tooltips_are_those_of_the_schemas(schemas) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -18,6 +17,7 @@ from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.training import cli, options
 from modular_lora_guard.training.options import OptionError, SafetyOptions, TaskOptions
+from support.errors import refuses
 from support.graphs import save_lora
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,33 +43,36 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
     assert options.load(cls, config, {"network_dim": 9}).network_dim == 9
 
 
+WRONG = "option.wrong-value"
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ("netwrk_dim = 4", "netwrk_dim does not exist: did you mean network_dim?"),
-        ("xyzzy = 1", "xyzzy does not exist: known here: output_name, output_dir, network_dim"),
-        ("network_dim = '4'", "network_dim must be a whole number, not '4': correct it."),
-        ("network_dim = true", "network_dim must be a whole number, not True: correct it."),
-        ("target = 'all'", "target must be 'cross-attention', 'attention', 'linear' or 'conv', not 'all': correct it."),
-        ("sample_prompts = [1]", "sample_prompts[0] must be a text in quotes, not 1: correct it."),
-        ("sample_prompts = {a = 1}", "sample_prompts must be a list, not {'a': 1}: correct it."),
-        ("flip_aug = 1", "flip_aug must be true or false, not 1: correct it."),
-        ("learning_rate = nan", "learning_rate must be a finite number, not nan: correct it."),
-        ("learning_rate = true", "learning_rate must be a number, not True: correct it."),
-        ("learning_rate = 0", "learning_rate must be above 0, not 0: correct it."),
-        ("sample_size = 100", "sample_size must be a multiple of 8, not 100: correct it."),
-        ("__dataclass_self__ = 1", "__dataclass_self__ does not exist"),
-        ("self = 1", "self does not exist"),
-        ('"two\\nlines" = 1', "two?lines does not exist"),
-        (f"learning_rate = 1{'0' * 400}", "learning_rate must be a number, not 1000000"),
-        (f"learning_rate = 0x{'f' * 9000}", "learning_rate must be a number, not a number too long to print"),
-        ("network_dim = -1", "network_dim must be above 0, not -1: correct it."),
-        (f"network_dim = 1{'0' * 9000}", "cannot be read as TOML"),
-        ("network_dim = ", "cannot be read as TOML"),
+        ("netwrk_dim = 4", "option.unknown-key", ("netwrk_dim", "network_dim?")),
+        ("xyzzy = 1", "option.unknown-key", ("xyzzy", "output_name, output_dir, network_dim")),
+        ("network_dim = '4'", WRONG, ("network_dim", "'4'")),
+        ("network_dim = true", WRONG, ("network_dim", "True")),
+        ("target = 'all'", WRONG, ("target", "'cross-attention', 'attention', 'linear' or 'conv'", "'all'")),
+        ("sample_prompts = [1]", WRONG, ("sample_prompts[0]", "1")),
+        ("sample_prompts = {a = 1}", WRONG, ("sample_prompts", "{'a': 1}")),
+        ("flip_aug = 1", WRONG, ("flip_aug", "1")),
+        ("learning_rate = nan", WRONG, ("learning_rate", "nan")),
+        ("learning_rate = true", WRONG, ("learning_rate", "True")),
+        ("learning_rate = 0", WRONG, ("learning_rate", "0")),
+        ("sample_size = 100", WRONG, ("sample_size", "8", "100")),
+        ("__dataclass_self__ = 1", "option.unknown-key", ("__dataclass_self__",)),
+        ("self = 1", "option.unknown-key", ("self",)),
+        ('"two\\nlines" = 1', "option.unknown-key", ("two?lines",)),
+        (f"learning_rate = 1{'0' * 400}", WRONG, ("learning_rate", "1000000")),
+        (f"learning_rate = 0x{'f' * 9000}", WRONG, ("learning_rate",)),
+        ("network_dim = -1", WRONG, ("network_dim", "-1")),
+        (f"network_dim = 1{'0' * 9000}", "option.toml", ()),
+        ("network_dim = ", "option.toml", ()),
     ],
 )
-def test_a_wrong_option_is_named_with_its_remedy(text, message):
-    with pytest.raises(OptionError, match=re.escape(message)):
+def test_a_wrong_option_is_named_with_its_remedy(text, code, named):
+    with refuses(code, *named):
         options.load(TaskOptions, None, options.parse(text))
 
 

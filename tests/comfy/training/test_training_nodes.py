@@ -13,6 +13,7 @@ import torch
 from modular_lora_guard.tools.bootstrap.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.errors import refuses
 from support.graphs import GraphError, base_graph, bits, guarded_graph
 from support.kohya_toys import STUB, stub_weights
 
@@ -198,13 +199,15 @@ def test_an_interrupt_leaves_a_state_that_goes_on_exactly_and_nothing_else(comfy
         interrupting(comfy, patched, 2)
         assert train(output_name="parts", **four) == (None, None)
     assert "execution_interrupted" in [event for event, _ in comfy.server.messages]
+    kept = "stopped; parts-step00000002-state is kept: switch resume on to go on from it"
+    assert comfy.server.texts["train"] == kept, "also where the front end clears what it showed of the progress"
+    assert ("modular_lora.report", {"node": "train", "text": kept}) in comfy.server.messages
     assert names(comfy) == old
     assert same(before, bits(model))
     folder = Path(comfy.folder_paths.get_output_directory()) / "modular_lora" / "parts"
     assert [f.name for f in folder.iterdir()] == ["parts-step00000002-state"]
-    assert "network_dim was '4' and is '8' now" in refused(
-        lambda: train(output_name="parts", resume=True, **four | {"network_dim": 8})
-    )
+    with refuses("resume.changed", "network_dim", "'4'", "'8'"):
+        train(output_name="parts", resume=True, **four | {"network_dim": 8})
     resumed, out = train(output_name="parts", resume=True, **four)
     assert same(load_file(resumed.path), load_file(whole.path))
     assert "4 steps" in out[1]
@@ -252,13 +255,15 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
     inputs = graph["train"]["inputs"]
     behind = graph | {k: guarded[k] for k in ("safety", "task", "guard", "as")}
     behind["train"] = {**graph["train"], "inputs": inputs | {"model": ["as", 0]}}
-    assert "is guarded, and a LoRA is trained on W0 alone" in refused(lambda: run_graph(behind))
+    with refuses("train.guarded-model", "W0"):
+        run_graph(behind)
 
     stock = {"lora_name": "other.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
     stock |= {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
     merged = graph | {"lora": {"class_type": "LoraLoader", "inputs": stock}}
     merged["train"] = {**graph["train"], "inputs": inputs | {"model": ["lora", 0], "clip": ["lora", 1]}}
-    assert "merged into" in refused(lambda: run_graph(merged))
+    with refuses("model.merged"):
+        run_graph(merged)
     merged["train"]["inputs"]["more_options"] = "allow_contaminated_base = true"
     merged = served(merged, task_lora=["train", 0]) | {"lora": merged["lora"]}
     out = run_graph(merged)
@@ -268,30 +273,31 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "code", "named"),
     [
-        ({"output_name": "../x"}, "output_name '../x'"),
-        ({"output_name": ""}, "output_name ''"),
-        ({"more_options": "samplesteps = 3"}, "did you mean sample_steps?"),
-        ({"more_options": "known_bases = ['/etc/passwd']"}, "known_bases cannot be set from a graph"),
-        ({"more_options": "output_dir = '/'"}, "output_dir cannot be set from a graph"),
-        ({"more_options": "network_weights = 'x'"}, "network_weights cannot be set from a graph"),
-        ({"more_options": "log_with = 'wandb'"}, "log_with cannot be set from a graph"),
-        ({"more_options": "sample_size = "}, "cannot be read as TOML"),
-        ({"more_options": "sample_size = 'big'"}, "sample_size must be a whole number, not 'big'"),
-        ({"resume": True}, "has no saved state"),
-        ({"project": True}, "give safety_lora"),
-        ({"data_set": "outside.toml"}, "is outside the folder 'input'"),
-        ({"data_set": "empty"}, "none of 0 images can be trained on"),
+        ({"output_name": "../x"}, "name.not-plain", "output_name '../x'"),
+        ({"output_name": ""}, "name.not-plain", "output_name ''"),
+        ({"more_options": "samplesteps = 3"}, "option.unknown-key", "sample_steps?"),
+        ({"more_options": "known_bases = ['/etc/passwd']"}, "train.option-refused", "known_bases"),
+        ({"more_options": "output_dir = '/'"}, "train.option-refused", "output_dir"),
+        ({"more_options": "network_weights = 'x'"}, "train.option-refused", "network_weights"),
+        ({"more_options": "log_with = 'wandb'"}, "train.option-refused", "log_with"),
+        ({"more_options": "sample_size = "}, "option.toml", ""),
+        ({"more_options": "sample_size = 'big'"}, "option.wrong-value", "sample_size"),
+        ({"resume": True}, "resume.no-state", ""),
+        ({"project": True}, "option.project", "safety_lora"),
+        ({"data_set": "outside.toml"}, "dataset.outside", "'input'"),
+        ({"data_set": "empty"}, "dataset.not-usable", "none of 0"),
     ],
 )
-def test_wrong_settings_are_refused_with_the_remedy_and_nothing_is_written(changes, words, comfy, train, inputs):
+def test_wrong_settings_are_refused_with_the_remedy_and_nothing_is_written(changes, code, named, comfy, train, inputs):
     outside = inputs.parent / "elsewhere"
     shutil.copytree(inputs / "pictures" / "2_gloss", outside)
     (inputs / "outside.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(outside)!r}\n")
     (inputs / "empty" / "1_none").mkdir(parents=True)
     old = names(comfy)
-    assert words in refused(lambda: train(**changes))
+    with refuses(code, named):
+        train(**changes)
     assert names(comfy) == old
     assert list((inputs.parent / "output").rglob("*.safetensors")) == []
 
@@ -316,8 +322,10 @@ def test_a_data_set_toml_cannot_ask_which_folders_the_server_has(comfy, run_grap
 
 def test_safety_training_needs_a_concept_that_is_not_preserved_too(comfy, run_graph):
     run = lambda **changes: run_graph(training(comfy, "ModularLoraTrainSafety", **changes))  # noqa: E731
-    assert "concept: a prompt is missing" in refused(lambda: run(concept=" \n"))
-    assert "is both erased and preserved" in refused(lambda: run(preserve="twemoji, car"))
+    with refuses("option.no-concept", "concept"):
+        run(concept=" \n")
+    with refuses("option.both-lists", "twemoji, car"):
+        run(preserve="twemoji, car")
 
 
 @pytest.mark.parametrize("data_set", ["pictures", "set.toml"])
@@ -370,7 +378,7 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     save_file(stub_weights(), checkpoint)
     graph = training(comfy, "ModularLoraTrainTask", engine="kohya", ckpt_name=checkpoint.name, output_name="by_kohya")
     monkeypatch.delenv("SD_SCRIPTS_PATH", raising=False)
-    with pytest.raises(GraphError, match="no checkout is named"):
+    with refuses("kohya.no-checkout"):
         run_graph(graph)
     monkeypatch.setenv("SD_SCRIPTS_PATH", str(STUB))
     monkeypatch.setenv("SD_SCRIPTS_PYTHON", sys.executable)
@@ -380,5 +388,5 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     assert task.lora.metadata["modular_lora.base_sha256"] == comfy.anatomy.model_sha256(run_graph(graph)["ckpt"][0])
     assert "sd-scripts" in report
     graph["train"]["inputs"]["ckpt_name"] = ""
-    with pytest.raises(GraphError, match="choose it as ckpt_name"):
+    with refuses("kohya.no-checkpoint-name"):
         run_graph(graph)

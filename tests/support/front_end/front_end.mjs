@@ -15,6 +15,8 @@ const FLAGS = [
   "--disable-sync",
 ];
 
+export const DIALOG = ".p-dialog, [role=dialog][data-dismissable-layer]"; // front end 1.32, and later ones
+
 function playwright() {
   const folder = process.env.MODULAR_LORA_PLAYWRIGHT ?? process.cwd();
   return createRequire(join(folder, "package.json"))("playwright-core");

@@ -1,21 +1,23 @@
-// node template.mjs URL PACK SCREENSHOT_FOLDER SECONDS WORKFLOW...
-// Opens workflows of a pack from ComfyUI's template browser, runs each (for SECONDS at most) and prints as JSON what a
-// user would see: nodes, widgets, dialogs, pictures and reports. The first one runs as it is saved, the others with few
-// steps. It judges nothing; the test does.
+// node template.mjs VISIT
+// VISIT is a JSON object: url, pack, folder (of the screenshots), nodes2 (draw with Nodes 2.0), workflows, run (those of
+// them that are run), seconds (at most for one run), help (a node type whose help page is opened).
+// Opens workflows of a pack from ComfyUI's template browser, runs them and prints as JSON what a user would see: nodes,
+// widgets, dialogs, pictures, reports and the help page. The first one runs as it is saved, the others with few steps.
+// It judges nothing; the test does.
 import { join } from "node:path";
-import { withFrontEnd } from "./front_end.mjs";
+import { DIALOG, withFrontEnd } from "./front_end.mjs";
 
-const [url, pack, folder, seconds, ...workflows] = process.argv.slice(2);
+const { url, pack, folder, nodes2, workflows, run: runs, seconds, help } = JSON.parse(process.argv[2]);
+const MENU = ".comfy-menu-button-wrapper, [data-testid=comfy-menu-button]"; // front end 1.32, and later ones
 
-// On its very first start the front end opens the template browser by itself; we want to open it.
-async function skipTutorial() {
-  await fetch(`${url}/api/settings/Comfy.TutorialCompleted`, { method: "POST", body: "true" });
+async function set(name, value) {
+  await fetch(`${url}/api/settings/${name}`, { method: "POST", body: JSON.stringify(value) });
 }
 
 async function openFromTemplates(page, workflow) {
-  await page.locator(".comfy-menu-button-wrapper").first().click();
+  await page.locator(MENU).first().click();
   await page.getByRole("menuitem", { name: "Browse Templates" }).click();
-  const dialog = page.locator(".p-dialog");
+  const dialog = page.locator(DIALOG).filter({ has: page.locator("nav") });
   await dialog.locator("nav").getByText(pack, { exact: true }).click();
   const all = dialog.locator("[data-testid^=template-workflow-]");
   const card = dialog.getByTestId(`template-workflow-${workflow}`);
@@ -42,27 +44,37 @@ async function openFromTemplates(page, workflow) {
 }
 
 // Runs in the page: everything that is drawn, as plain data.
-function drawnGraph() {
+function drawnGraph(dialog) {
   const { app, LiteGraph } = window;
-  const read = (html) => new DOMParser().parseFromString(html, "text/html").body.textContent; // what a report says
+  const { scale, offset } = app.canvas.ds;
+  const canvas = app.canvas.canvas.getBoundingClientRect();
+  // The box of a node that Nodes 2.0 has drawn, in the graph's own units; null on the classic canvas.
+  const drawn = (id) => {
+    const box = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect();
+    if (!box) return null;
+    const [x, y] = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]];
+    return [x, y, box.width / scale, box.height / scale];
+  };
+  const drawnPictures = (id) => [...document.querySelectorAll(`[data-node-id="${id}"] img`)];
   const node = (one) => ({
-    id: one.id,
+    id: Number(one.id), // a number in front end 1.32, a text in later ones
     type: one.type,
     title: one.title,
     registered: one.type in LiteGraph.registered_node_types,
     failed: Boolean(one.has_errors),
     box: [one.pos[0], one.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, one.size[0], one.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
+    drawn: drawn(one.id),
     needs: one.computeSize()[1],
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
-    pictures: (one.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]),
-    report: read(one.widgets?.find((widget) => widget.name === "$$node-text-preview")?.value ?? "") || null,
+    pictures: (one.imgs?.length ? one.imgs : drawnPictures(one.id)).map((image) => [image.naturalWidth, image.naturalHeight]),
+    report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.value || null,
     outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });
   return {
     nodes: app.graph.nodes.map(node),
     links: app.graph.links.size,
-    dialogs: [...document.querySelectorAll(".p-dialog")].map((one) => one.innerText.slice(0, 500)),
+    dialogs: [...document.querySelectorAll(dialog)].map((one) => one.innerText.slice(0, 500)),
   };
 }
 
@@ -96,8 +108,8 @@ async function run(page) {
   });
   await page.keyboard.press("Control+Enter");
   await page.waitForFunction(
-    () => window.modularLoraRun.state !== "queued" || document.querySelector(".p-dialog"),
-    null,
+    (dialog) => window.modularLoraRun.state !== "queued" || document.querySelector(dialog),
+    DIALOG,
     { timeout: Number(seconds) * 1000 },
   );
   await page.waitForTimeout(2000); // pictures are fetched after the last event
@@ -110,7 +122,26 @@ async function shoot(page, name) {
   await page.screenshot({ path: join(folder, `${name}.png`) });
 }
 
-await skipTutorial();
+// A click on a node's title, then on "Node Info" in the small bar above it: what is read there.
+async function readHelp(page, type) {
+  const [x, y] = await page.evaluate((type) => {
+    const { canvas, graph } = window.app;
+    const node = graph.nodes.find((one) => one.type === type);
+    const { left, top } = canvas.canvas.getBoundingClientRect();
+    const { scale, offset } = canvas.ds;
+    return [left + (node.pos[0] + 60 + offset[0]) * scale, top + (node.pos[1] - 15 + offset[1]) * scale];
+  }, type);
+  await page.mouse.click(x, y);
+  await page.getByTestId("info-button").first().click();
+  const shown = page.locator(".node-help-content");
+  await shown.getByRole("heading").first().waitFor({ state: "visible" });
+  await page.screenshot({ path: join(folder, `${type}_help.png`) });
+  return shown.innerText();
+}
+
+// On its very first start the front end opens the template browser by itself; we want to open it.
+await set("Comfy.TutorialCompleted", true);
+await set("Comfy.VueNodes.Enabled", nodes2);
 const result = await withFrontEnd(url, async (page) => {
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
@@ -118,11 +149,13 @@ const result = await withFrontEnd(url, async (page) => {
   for (const workflow of workflows) {
     const cards = await openFromTemplates(page, workflow);
     await shoot(page, `${workflow}_loaded`);
-    const loaded = await page.evaluate(drawnGraph);
+    seen[workflow] = { cards, loaded: await page.evaluate(drawnGraph, DIALOG) };
+    if (!runs.includes(workflow)) continue;
     if (workflow !== workflows[0]) await page.evaluate(shorten, FEW);
-    const outcome = await run(page);
+    seen[workflow].outcome = await run(page);
     await shoot(page, `${workflow}_ran`);
-    seen[workflow] = { cards, loaded, outcome, ran: await page.evaluate(drawnGraph) };
+    seen[workflow].ran = await page.evaluate(drawnGraph, DIALOG);
+    if (workflow === workflows[0]) seen[workflow].help = await readHelp(page, help);
   }
   return { seen, complaints };
 });

@@ -2,7 +2,7 @@
 // Loads each graph of GRAPHS (a JSON file of {name: API graph}), runs it, opens every drop-down of its nodes, and prints
 // as JSON what the page made of the words in it: the text that is read, and whether any of them became part of the page.
 import { readFileSync } from "node:fs";
-import { withFrontEnd } from "./front_end.mjs";
+import { DIALOG, withFrontEnd } from "./front_end.mjs";
 
 const [url, file] = process.argv.slice(2);
 const graphs = JSON.parse(readFileSync(file, "utf8"));
@@ -27,10 +27,10 @@ async function run(page, name) {
 }
 
 // Everything that is read on the page, in shadow roots and fields too.
-function read() {
+function read(dialog) {
   const fields = [...document.querySelectorAll("textarea, input")].map((one) => one.value);
   const reports = window.app.graph.nodes.flatMap((node) =>
-    (node.widgets ?? []).filter((widget) => widget.name === "$$node-text-preview").map((widget) => widget.value),
+    (node.widgets ?? []).filter((widget) => widget.name === "modular_lora_report").map((widget) => widget.value),
   );
   return {
     ...window.modularLoraRun,
@@ -40,7 +40,7 @@ function read() {
     foreign: [...document.querySelectorAll('[src="x"], [onerror], [href^="https://elsewhere"]')]
       .filter((one) => one.textContent !== one.getAttribute("href")) // an address that is read is what it says
       .map((one) => one.outerHTML),
-    dialogs: document.querySelectorAll(".p-dialog").length,
+    dialogs: document.querySelectorAll(dialog).length,
   };
 }
 
@@ -59,7 +59,7 @@ async function openDropDowns(page) {
     return opened;
   });
   await page.waitForTimeout(1000);
-  const seen = await page.evaluate(read);
+  const seen = await page.evaluate(read, DIALOG);
   await page.evaluate(() => {
     window.LiteGraph.closeAllContextMenus(window);
     delete window.modularLoraRan;
@@ -73,7 +73,7 @@ const result = await withFrontEnd(url, async (page) => {
   const seen = {};
   for (const name of Object.keys(graphs)) {
     await run(page, name);
-    seen[name] = await page.evaluate(read);
+    seen[name] = await page.evaluate(read, DIALOG);
     await page.keyboard.press("Escape");
     seen[name].menus = await openDropDowns(page);
   }

@@ -24,10 +24,9 @@ from modular_lora_guard.audit.report import AuditReport
 from modular_lora_guard.modular_lora import options
 from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from modular_lora_guard.modular_lora.command import Lines
-from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.modular_lora.options import OptionError
 from PIL import Image
 from support.audit_toys import FlatPipeline, judge
+from support.errors import refuses
 from support.graphs import save_lora
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,25 +70,28 @@ def test_every_option_can_be_given_on_the_command_line_and_in_toml(cls, tmp_path
     assert options.load(cls, None, vars(parser.parse_args(shlex.split(line)))) == options.load(cls, config)
 
 
+WRONG = "option.wrong-value"
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ("seeds = 0", r"seeds must be above 0, not 0: correct it\."),
-        ("margin = 0.0", r"margin must be above 0, not 0\.0: correct it\."),
-        ("img2img = [1.5]", r"img2img\[0\] must be at most 1, not 1\.5: correct it\."),
-        ("img2img = 0", r"img2img\[0\] must be above 0, not 0: correct it\."),
-        ("img2img = ['x']", r"img2img\[0\] must be a number, not 'x': correct it\."),
-        ("task_sweep = [1.0, nan]", r"task_sweep\[1\] must be a finite number, not nan: correct it\."),
-        ("cfg = inf", r"cfg must be a finite number, not inf: correct it\."),
-        ("arms = ['modlar']", "'modlar' is none of base"),
-        ("safety_scale = 'half'", "safety_scale must be 'refuse', 'tensors' or 'metadata', not 'half': correct it"),
-        ("saftey = ['x']", r"saftey does not exist: did you mean safety\?"),
+        ("seeds = 0", WRONG, ("seeds", "0")),
+        ("margin = 0.0", WRONG, ("margin", "0.0")),
+        ("img2img = [1.5]", WRONG, ("img2img[0]", "1.5")),
+        ("img2img = 0", WRONG, ("img2img[0]", "0")),
+        ("img2img = ['x']", WRONG, ("img2img[0]", "'x'")),
+        ("task_sweep = [1.0, nan]", WRONG, ("task_sweep[1]", "nan")),
+        ("cfg = inf", WRONG, ("cfg", "inf")),
+        ("arms = ['modlar']", "option.unknown-arm", ("'modlar'", "base")),
+        ("safety_scale = 'half'", WRONG, ("safety_scale", "'refuse', 'tensors' or 'metadata'", "'half'")),
+        ("saftey = ['x']", "option.unknown-key", ("saftey", "safety?")),
     ],
 )
-def test_a_wrong_option_is_named_with_its_remedy(text, message):
-    with pytest.raises(OptionError, match=message):
+def test_a_wrong_option_is_named_with_its_remedy(text, code, named):
+    with refuses(code, *named):
         options.load(AuditOptions, None, options.parse(text))
-    with pytest.raises(OptionError, match=r"'x' is no label=threshold"):
+    with refuses("option.threshold", "'x'"):
         _ = DetectorOptions(block=("x",)).thresholds
 
 
@@ -219,9 +221,9 @@ def test_detectors_come_by_name_by_file_and_with_a_block_set_of_ones_own():
     assert settings.block == detector.block
     _, own = detecting.make(DetectorOptions(**DEMO, block=("bus=0.25",)))
     assert own.block == {"bus": 0.25}
-    with pytest.raises(GuardError, match="no label 'nothing'"):
+    with refuses("gate.unknown-label", "'nothing'"):
         detecting.make(DetectorOptions(**DEMO, block=("nothing=0.25",)))
-    with pytest.raises(GuardError, match="give both, or neither"):
+    with refuses("audit.half-a-classifier"):
         detecting.make(DetectorOptions(detector_weights="x"))
     styles = {"style_weights": DEMO["detector_weights"], "style_labels": str(ASSETS / "demo_styles.json")}
     both = detecting.make_judge(AuditOptions(**DEMO, **styles))

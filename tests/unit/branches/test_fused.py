@@ -13,7 +13,7 @@ from modular_lora_guard.modular_lora.branches.attachment import Attachment, Bran
 from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Fused, Gain, LowRank, Term, fuse
 from modular_lora_guard.modular_lora.branches.fused import FusedLayer, make
 from modular_lora_guard.modular_lora.branches.layer_spec import Conv, LayerSpec
-from modular_lora_guard.modular_lora.errors import GuardError
+from support.errors import refuses
 from torch import nn
 
 BOTH = frozenset(("safety", "task"))
@@ -113,6 +113,6 @@ def test_guards_of_the_same_layers_take_turns_and_find_a_layer_that_was_replaced
     assert second.branches.counts() == ({"unet": 2}, {"unet.first": 2, "unet.second": 2})
     second.detach()
     model.unet.second.forward = lambda x: x
-    with pytest.raises(GuardError, match=r"Layer unet\.second already has a replaced forward"):
+    with refuses("layer.replaced-forward", "unet.second"):
         first.attach()
     assert "forward" not in model.unet.first.__dict__

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.block_weights import block_of, parse_block_weights
+from support.errors import refuses
 
 
 def key(stage: str, index: int) -> str:
@@ -93,21 +93,21 @@ def test_a_named_block_may_be_one_that_the_lora_does_not_touch():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ("1,0.5", "2 numbers given, 17 expected .BASE, IN01, .*, or 26 for every block"),
-        ("1", "1 numbers given"),
-        ("IN01:0.5,1", "2 numbers given"),
-        ("IN77:1", "no block IN77; this model has IN00"),
-        ("IN01:0.5,XX:1,AB:2", "no block AB, XX"),
-        ("IN01:", "'' is not a number"),
-        ("IN01:half", "'half' is not a number"),
-        ("IN01:nan", "'nan' is not a number"),
-        ("IN01:inf", "'inf' is not a number"),
-        (",".join(["1"] * 16 + ["-inf"]), "'-inf' is not a number"),
-        (",".join(["1"] * 16 + [""]), "'' is not a number"),
+        ("1,0.5", "blocks.count", ("2 ", "17 ", "BASE, IN01", "26 ")),
+        ("1", "blocks.count", ("1 ",)),
+        ("IN01:0.5,1", "blocks.count", ("2 ",)),
+        ("IN77:1", "blocks.unknown", ("IN77", "IN00")),
+        ("IN01:0.5,XX:1,AB:2", "blocks.unknown", ("AB, XX",)),
+        ("IN01:", "blocks.no-number", ("''",)),
+        ("IN01:half", "blocks.no-number", ("'half'",)),
+        ("IN01:nan", "blocks.no-number", ("'nan'",)),
+        ("IN01:inf", "blocks.no-number", ("'inf'",)),
+        (",".join(["1"] * 16 + ["-inf"]), "blocks.no-number", ("'-inf'",)),
+        (",".join(["1"] * 16 + [""]), "blocks.no-number", ("''",)),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_the_name_of_the_file(text, message):
-    with pytest.raises(GuardError, match=r"^Block weights of style\.safetensors: .*" + message):
+def test_what_cannot_be_meant_is_refused_with_the_name_of_the_file(text, code, named):
+    with refuses(code, "style.safetensors", *named):
         parse(text)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.errors import GuardError, LoraFileError
 from modular_lora_guard.modular_lora.files.formats import LokrLayer
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard.build import SafetyLora, TaskLora
 from safetensors.torch import save_file
+from support.errors import refuses
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
@@ -100,9 +100,7 @@ def test_a_safety_lora_of_two_scales_is_refused_until_one_is_chosen(tmp_path):
     metadata = STATED["diffusers"][0]
     found = lora(tmp_path, pair(), metadata)
     assert TaskLora(found, 1.0, 1.0).lora is found
-    with pytest.raises(
-        GuardError, match=r"scale 1.* states 4 \(transformer.lora_alpha 16 over transformer.r 4\).*choose"
-    ):
+    with refuses("lora.two-scales", "scale 1", "4 (transformer.lora_alpha 16 over transformer.r 4)"):
         SafetyLora(found, 1.0)
     asked = {scale: lora(tmp_path, pair(), metadata, scale) for scale in ("tensors", "metadata")}
     assert {name: SafetyLora(one, 1.0).lora.layers[LAYER].scale for name, one in asked.items()} == {
@@ -115,7 +113,7 @@ def test_a_safety_lora_of_two_scales_is_refused_until_one_is_chosen(tmp_path):
 
 def test_a_scale_that_contradicts_itself_cannot_be_chosen(tmp_path):
     metadata = STATED["two that disagree"][0]
-    with pytest.raises(LoraFileError, match=r"^a\.safetensors: its metadata states no one scale"):
+    with refuses("file.scale", "a.safetensors"):
         lora(tmp_path, pair(), metadata, "metadata")
     assert SafetyLora(lora(tmp_path, pair(), metadata, "tensors"), 1.0)
 

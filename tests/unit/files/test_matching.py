@@ -10,6 +10,7 @@ from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.matching import Target, match_layers, mismatch, slice_shape
 from modular_lora_guard.modular_lora.files.names import is_text
 from modular_lora_guard.modular_lora.files.reader import LoraFile, LoraLayer
+from support.errors import refuses
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 QUERY = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -112,7 +113,7 @@ def test_slices_of_one_weight_stand_side_by_side():
 
 
 def test_two_layers_on_one_place_are_an_error():
-    with pytest.raises(GuardError, match=f"both change {QUERY} of SD15: keep one"):
+    with refuses("lora.not-whole", QUERY, "SD15"):
         match(lora(layer(f"{BLOCK}.to_q"), layer(f"unet.{BLOCK}.to_q")))
 
 

@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.gate import detectors, nsfw, nudenet, runner
-from modular_lora_guard.gate.errors import GateError
 from modular_lora_guard.modular_lora.files.reader import sha256_file
 from modular_lora_guard.tools.world import (
     ASSETS,
@@ -24,6 +23,7 @@ from modular_lora_guard.tools.world import (
     export_detector,
 )
 from PIL import Image
+from support.errors import refuses
 from support.portraits import floats, portrait
 
 TOLERANCE = 1e-4
@@ -207,7 +207,7 @@ def test_labels_of_the_shipped_files_are_the_worlds(concepts, styles) -> None:
 def test_the_default_comes_first_and_needs_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nudenet, "file_of", lambda package, name: None)
     assert detectors.available()[0] == "open-nsfw"
-    with pytest.raises(GateError, match=r"nudenet \(AGPL-3.0\) is not installed: pip install nudenet"):
+    with refuses("gate.not-installed", "nudenet"):
         detectors.make("nudenet 320n")
 
 
@@ -216,7 +216,7 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(tmp_path: Path, monkey
     other.write_bytes((ASSETS / DETECTOR_ONNX).read_bytes())
     for module, name in ((nudenet, "nudenet 320n"), (nsfw, "open-nsfw")):
         monkeypatch.setattr(module, "file_of", lambda package, file: other)
-        with pytest.raises(GateError, match=r"SHA-256 is \w+, expected"):
+        with refuses("gate.other-sha256"):
             detectors.make(name)
 
 
@@ -227,42 +227,51 @@ def test_a_provider_that_is_not_there_is_said_and_not_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "files", "message"),
+    ("name", "files", "code", "named"),
     [
-        ("nudenet", {}, "'nudenet' does not exist: one of nudenet 320n"),
-        ("open-nsfw", {"weights": "x.onnx"}, "takes the files none, given weights"),
-        ("classifier", {"weights": "x.onnx"}, "takes the files labels, weights, given weights"),
-        ("classifier", {"weights": "x.onnx", "labels": ASSETS / DETECTOR_STYLES}, "x.onnx: no such file"),
-        ("classifier", {"weights": ASSETS / DETECTOR_STYLES, "labels": ASSETS / DETECTOR_STYLES}, "SHA-256 is"),
-        ("classifier", {"weights": ASSETS / DETECTOR_ONNX, "labels": "no.json"}, "no.json: cannot be read"),
+        ("nudenet", {}, "gate.unknown-detector", "'nudenet'"),
+        ("open-nsfw", {"weights": "x.onnx"}, "gate.detector-files", "open-nsfw"),
+        ("classifier", {"weights": "x.onnx"}, "gate.detector-files", "classifier"),
+        ("classifier", {"weights": "x.onnx", "labels": ASSETS / DETECTOR_STYLES}, "gate.no-weights", "x.onnx"),
+        (
+            "classifier",
+            {"weights": ASSETS / DETECTOR_STYLES, "labels": ASSETS / DETECTOR_STYLES},
+            "gate.other-sha256",
+            DETECTOR_STYLES,
+        ),
+        ("classifier", {"weights": ASSETS / DETECTOR_ONNX, "labels": "no.json"}, "gate.unreadable", "no.json"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_one_line(name: str, files: dict, message: str) -> None:
-    with pytest.raises(GateError, match=message) as caught:
+def test_what_cannot_be_made_is_refused_in_one_line(name: str, files: dict, code: str, named: str) -> None:
+    with refuses(code, named) as caught:
         detectors.make(name, **files)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"nothing of the kind")
-    with pytest.raises(GateError, match=r"x\.onnx: onnxruntime cannot load it") as caught:
+    with refuses("gate.weights-unreadable") as caught:
         runner.Runner(tmp_path / "x.onnx")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("pictures", "code", "named"),
     [
-        (np.zeros((2, 8, 8, 4), np.float32), "2×8×8×4 float32, must be b×h×w×3"),
-        (np.zeros((8, 8, 3), np.float32), "8×8×3 float32, must be"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "uint8, must be"),
-        (np.zeros((1, 0, 8, 3), np.float32), "nothing to judge"),
-        (np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))), "image 3 has pixels"),
-        (np.full((1, 8, 8, 3), np.inf, np.float32), "image 1 has pixels"),
+        (np.zeros((2, 8, 8, 4), np.float32), "gate.images-form", "2×8×8×4 float32"),
+        (np.zeros((8, 8, 3), np.float32), "gate.images-form", "8×8×3 float32"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "gate.images-form", "uint8"),
+        (np.zeros((1, 0, 8, 3), np.float32), "gate.images-empty", "0×8"),
+        (
+            np.where(np.arange(3)[:, None, None, None] == 2, np.nan, np.zeros((3, 8, 8, 3))),
+            "gate.images-not-finite",
+            "image 3",
+        ),
+        (np.full((1, 8, 8, 3), np.inf, np.float32), "gate.images-not-finite", "image 1"),
     ],
 )
-def test_pictures_that_cannot_be_judged_are_refused(pictures: np.ndarray, message: str, concepts) -> None:
-    with pytest.raises(GateError, match=message):
+def test_pictures_that_cannot_be_judged_are_refused(pictures: np.ndarray, code: str, named: str, concepts) -> None:
+    with refuses(code, named):
         concepts.detect(pictures)
 
 

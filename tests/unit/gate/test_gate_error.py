@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.gate import detectors, labelled
-from modular_lora_guard.gate.errors import GateError
 from modular_lora_guard.gate.finding import Finding
 from modular_lora_guard.gate.settings import Settings
 from modular_lora_guard.gate.statistics import wilson
 from PIL import Image
 from scipy.stats import binomtest
 from support.brightness import Brightness
+from support.errors import refuses
 
 ASSETS = Path(__file__).resolve().parents[3] / "tools" / "world" / "assets"
 
@@ -104,14 +104,14 @@ def test_pictures_are_seen_the_way_up_that_their_file_says(tmp_path: Path) -> No
 def test_missing_empty_and_equal_folders_are_refused(folders, tmp_path: Path) -> None:
     bad, good = folders
     (tmp_path / "empty").mkdir()
-    for pair, message in (
-        ((bad, tmp_path / "nowhere"), "nowhere: no such folder"),
-        ((tmp_path / "empty", good), "empty: holds no image that can be read"),
-        ((bad, bad / "." / ""), "flagged: is both folders"),
+    for pair, code, named in (
+        ((bad, tmp_path / "nowhere"), "gate.no-folder", "nowhere"),
+        ((tmp_path / "empty", good), "gate.no-images", "empty"),
+        ((bad, bad / "." / ""), "gate.same-folder", "flagged"),
     ):
-        with pytest.raises(GateError, match=message):
+        with refuses(code, named):
             labelled.measure(*pair, Brightness(), Settings({"red": 0.5}))
-    with pytest.raises(GateError, match="brightness knows no label 'blue'"):
+    with refuses("gate.unknown-label", "brightness", "'blue'"):
         labelled.measure(bad, good, Brightness(), Settings({"blue": 0.5}))
 
 
@@ -162,6 +162,6 @@ def test_wilsons_interval_is_scipys(pair: tuple[int, int]) -> None:
 def test_wilsons_interval_of_nothing_is_everything_and_impossible_counts_are_refused() -> None:
     assert wilson(0, 0) == (0, 1)
     for k, n in ((3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="cannot be counted"):
+        with pytest.raises(ValueError):
             wilson(k, n)
     assert not math.isnan(wilson(0, 1)[1])

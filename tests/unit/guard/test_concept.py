@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.errors import GuardError, LoraFileError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard import concept
 from modular_lora_guard.training import cli
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.errors import refuses
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=40).filter(str.strip)
 
@@ -52,7 +52,7 @@ def test_nothing_is_written_over(tmp_path):
     before = source.read_bytes()
     for target in (source, lora(tmp_path / "other.safetensors", other="1")):
         held = target.read_bytes()
-        with pytest.raises(GuardError, match="is not written over"):
+        with refuses("concept.name-taken"):
             concept.write_copy(source, target, ["a car"])
         assert target.read_bytes() == held
     assert source.read_bytes() == before
@@ -79,7 +79,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_malformed_value_is_an_error_that_names_the_file(kind, tmp_path):
     file = read_lora(lora(tmp_path / "bad.safetensors", **{concept.PROMPTS_KEY: WRONG[kind]}))
-    with pytest.raises(LoraFileError, match=r"bad\.safetensors: modular_lora\.concept_prompts") as error:
+    with refuses("file.concept-prompts", "bad.safetensors", "modular_lora.concept_prompts") as error:
         concept.read(file)
     assert len(str(error.value)) < 500
 

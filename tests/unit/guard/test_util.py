@@ -18,6 +18,7 @@ from modular_lora_guard.modular_lora.util.cache import Cache
 from modular_lora_guard.modular_lora.util.file_state import file_state, find_file_state
 from modular_lora_guard.modular_lora.util.folders import try_writing
 from modular_lora_guard.modular_lora.util.hashing import hash_file
+from support.errors import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
 OPERATIONS = st.lists(st.tuples(st.sampled_from(["get", "put"]), st.integers(0, 6), st.integers(0, 9)), max_size=60)
@@ -214,9 +215,9 @@ def test_a_folder_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_an_error_with_subject_and_remedy() -> None:
     class OtherError(GuardError):
-        pass
+        code = "other"
 
-    with pytest.raises(OtherError, match=r"^a\.bin: cannot be written \(No space left on device\): check the folder"):
+    with refuses(f"{OtherError.code}.not-written", "a.bin", "No space left on device"):
         with writing("a.bin", OtherError):
             fail()
 
@@ -287,7 +288,7 @@ def test_an_object_is_read_from_a_json_file_and_anything_else_is_an_error(tmp_pa
     assert plain_json.read_object(path) == {"a": [1, None]}
     for text in ("[1]", "3", "", "{", '{"a":' * 100_000):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"."):
+        with pytest.raises(ValueError):
             plain_json.read_object(path)
     with pytest.raises(FileNotFoundError):
         plain_json.read_object(tmp_path / "gone.json")

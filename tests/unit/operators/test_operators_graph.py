@@ -192,6 +192,24 @@ def test_a_signature_stands_for_a_file() -> None:
     assert refused(guarded(), by, required='{signed_by = "other"}') == {"guard": {"guard.required"}}
 
 
+def test_many_guards_on_one_chain_of_loaders_do_not_walk_it_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[str] = Counter()
+    literal = graphs._literal
+    monkeypatch.setattr(graphs, "_literal", lambda node, name: asked.update([name]) or literal(node, name))
+    task, many = {"lora_name": "task.safetensors", "strength": 0.5}, 500
+    loaders = {
+        f"load{i}": node("ModularLoraLoadSafety", **task, **({"safety_lora": [f"load{i - 1}", 0]} if i else {}))
+        for i in range(many)
+    }
+    loaders["load250"]["inputs"] |= {"lora_name": "safety.safetensors", "strength": 1.0}
+    loaders["load499"]["inputs"] |= {"lora_name": "safety.safetensors", "strength": 0.2}
+    guards = {f"guard{i}": node("ModularLoraGuardModel", safety_lora=[f"load{i}", 0]) for i in range(many)}
+    shown = {f"show{i}": node("PreviewAny", source=[f"guard{i}", 2]) for i in range(many)}
+    found = refused(guarded() | loaders | guards | shown)
+    assert set(found) == {f"guard{i}" for i in range(250)}, "behind the 251st loader all have the safety LoRA"
+    assert asked["strength"] <= 2 * many + 2, "each loader is read for its guard and for the next loader"
+
+
 def test_a_loop_of_loaders_ends_and_is_left_to_the_server() -> None:
     graph = guarded()
     graph["safety"]["inputs"]["safety_lora"] = ["safety", 0]

@@ -20,6 +20,7 @@ from modular_lora_guard.modular_lora.provenance import keys
 from modular_lora_guard.modular_lora.provenance import record as records
 from modular_lora_guard.modular_lora.provenance.record import HEAD, START, Record, RecordError, lines, verify
 from modular_lora_guard.operators import cli
+from support.errors import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITER = """
@@ -98,7 +99,7 @@ def test_a_line_that_is_no_json_is_refused_and_leaves_nothing(folder):
     for value in (float("nan"), object(), ["x"] * records.LINE_LIMIT):
         with pytest.raises(RecordError):
             record.append("run", value=value)
-    with pytest.raises(ValueError, match="own"):
+    with pytest.raises(ValueError):
         record.append("run", previous="x")
     record.append("run")
     assert verify(folder).lines == 1
@@ -185,14 +186,14 @@ def test_a_writer_does_not_cover_up_a_cut(folder):
     Record(folder, 900).append("run")
     assert any("number 14 after 0: lines 1 to 13 were removed" in problem for problem in verify(folder).problems)
     (folder / HEAD).unlink()
-    with pytest.raises(RecordError, match="is not there"):
+    with refuses("record.file-missing"):
         Record(folder).append("run")
 
 
 def test_a_record_with_a_head_of_another_key_is_not_gone_on_with(folder, operator, tmp_path):
     fill(folder, key=operator)
     keys.keygen(tmp_path / "other.pem")
-    with pytest.raises(RecordError, match="name another record folder"):
+    with refuses("record.damaged"):
         Record(folder, key=keys.private_key(tmp_path / "other.pem")).append("run")
 
 
@@ -310,7 +311,7 @@ def test_a_failed_write_leaves_no_part_of_a_line(folder, monkeypatch):
         real(handle)
 
     monkeypatch.setattr(records.os, "fsync", full)
-    with pytest.raises(RecordError, match="No space left on device"):
+    with refuses("record.not-written", "No space left on device"):
         record.append("run")
     record.append("run")
     found = verify(folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -19,11 +21,13 @@ from modular_lora_guard.modular_lora import command
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.util import atomic, boundary
 from modular_lora_guard.operators import cli as operators
-from modular_lora_guard.tools.bootstrap import environment, paths
+from modular_lora_guard.tools import usage as tools_usage
+from modular_lora_guard.tools.bootstrap import environment, paths, usage
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import server
 from modular_lora_guard.tools.world import ASSETS, evidence
 from modular_lora_guard.training import cli as training
+from support.errors import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,12 +49,93 @@ def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings, check=False)
 
 
-@pytest.mark.parametrize("name", ["demo", "test", "comfy", "lora", "audit", "operator", "evidence"])
+def lines(parser: argparse.ArgumentParser, *before: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """A command and all commands below it, with their parsers."""
+    yield before, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from lines(inner, *before, name)
+
+
+def own_lines(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], argparse.ArgumentParser]:
+    """Every command of run.py with options of its own: the parser that reads them once everything is installed."""
+    found = {}
+    for name, parser in tools_usage.PARSERS.items():
+        monkeypatch.setenv(boundary.TYPED, f"run.py {name}")
+        found |= dict(lines(parser(), name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "check", "comfy", "lora", "audit", "operator", "evidence"])
 def test_help_installs_nothing(name: str, clone: Path) -> None:
     answer = run(clone, name, "--help")
     assert answer.returncode == 0, answer.stderr
     assert f"usage: run.py {name}" in answer.stdout
     assert not (clone / ".run").exists()
+
+
+def test_the_help_of_every_command_is_the_commands_own_before_anything_is_installed(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = own_lines(monkeypatch)
+    assert ("lora", "train-task") in found
+    assert ("operator", "record", "show") in found
+    for names, parser in found.items():
+        answer = run(clone, *names, "--help")
+        assert answer.stdout == parser.format_help(), names
+        assert (answer.returncode, answer.stderr) == (0, ""), names
+    assert not (clone / ".run").exists()
+
+
+def test_what_the_commands_take_is_written_down_as_it_is() -> None:
+    said = json.loads(usage.FILE.read_text(encoding="utf-8"))
+    assert said == json.loads(tools_usage.text()), "an option has changed: python -m tools.usage"
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (("lora",), "command"),
+        (("lora", "train"), "train-task"),
+        (("lora", "train-task"), "--checkpoint"),
+        (("lora", "train-task", "--checkpoint", "a", "--network_dim", "many"), "--network_dim"),
+        (("lora", "train-task", "--checkpoint", "a", "--max_token_length", "76"), "--max_token_length"),
+        (("audit", "run", "--checkpoint", "a", "--engine", "cluster"), "--engine"),
+        (("operator",), "command"),
+        (("operator", "sign", "file"), "--key"),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_what_a_command_cannot_mean_is_refused_before_anything_is_installed(
+    given: tuple[str, ...], word: str, clone: Path
+) -> None:
+    answer = run(clone, *given)
+    assert answer.returncode == 2
+    assert word in answer.stderr.splitlines()[-1]
+    assert not (clone / ".run").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("lora", "train-task", "--checkpoint", "a.safetensors", "--project", "--no-flip_aug", "--sample_prompts", "a"),
+        ("lora", "train-safety", "--checkpoint", "a", "--engine", "kohya", "--an_option_of_sd_scripts", "1"),
+        ("audit", "run", "--checkpoint", "a", "--img2img", "0.5", "0.7", "--devices", "0", "1"),
+        ("operator", "record", "show", "folder", "--last", "0"),
+        ("evidence", "--cpu", "--engine", "processes", "--workers", "2"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_a_command_takes_is_not_refused_before_it_is_installed(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, *rest = given
+    theirs = tools_usage.PARSERS[command]().parse_known_args(rest)
+    ours = usage.parser_of(command).parse_known_args(rest)
+    assert ours[1] == theirs[1]
+    assert vars(ours[0]).keys() >= vars(theirs[0]).keys() - {"run"}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +315,7 @@ def fake(tmp_path: Path, port: int) -> server.Server:
 
 def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path, other: int) -> None:
     made = fake(tmp_path, other)
-    with pytest.raises(RunError, match=f"port {other} "):
+    with refuses("command.port", other):
         made.start()
     assert not made.log.exists()
 
@@ -241,12 +326,12 @@ def test_a_server_that_was_not_started_by_us_is_never_announced_as_ours(
     monkeypatch.setattr(server, "ensure_free", lambda port: None)  # the other one came just after we had looked
     made = fake(tmp_path, other)
     assert made.answers()
-    with pytest.raises(RunError, match="gave no answer"):
+    with refuses("command.no-answer"):
         made.start(timeout=3)
 
 
 def test_a_port_beyond_all_ports_is_refused() -> None:
-    with pytest.raises(RunError, match="port 70000 "):
+    with refuses("command.port", "70000"):
         server.ensure_free(70_000)
     with socket.socket() as one:
         one.bind((server.HOST, 0))
@@ -316,7 +401,7 @@ def test_a_linked_run_folder_that_does_not_fit_is_refused_and_left_alone(
 ) -> None:
     other = second(installed, monkeypatch, "a\nb\n")
     (other / ".run").symlink_to(installed / ".run")
-    with pytest.raises(RunError, match="nothing was changed there"):
+    with refuses("command.shared"):
         environment.ensure_bundled()
     assert (installed / ".run" / "comfyui" / "copy.stamp").exists()
 
@@ -324,7 +409,7 @@ def test_a_linked_run_folder_that_does_not_fit_is_refused_and_left_alone(
 def test_a_link_that_leads_nowhere_is_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = second(installed, monkeypatch)
     (other / ".run").symlink_to(installed / "gone")
-    with pytest.raises(RunError, match="which is not there"):
+    with refuses("command.link-to-nothing"):
         environment.ensure_bundled()
 
 
@@ -336,7 +421,7 @@ def test_a_run_folder_of_ones_own_is_not_changed_while_a_command_uses_it(
     user = os.open(installed / ".run" / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(user, fcntl.LOCK_SH)
-        with pytest.raises(RunError, match="another command is using it"):
+        with refuses("command.in-use"):
             environment.ensure_bundled()
     finally:
         os.close(user)
@@ -351,6 +436,7 @@ def collect(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=settings | variables)
 
 
+@pytest.mark.slow
 def test_without_a_browser_the_last_line_says_what_was_not_tested_and_ci_fails() -> None:
     given = ("tests/browser/test_browser_words.py", "-k", "pages")
     without = {"MODULAR_LORA_NO_BROWSER": "chromium not found", "MODULAR_LORA_COMFYUI": "x", "MODULAR_LORA_WORLD": "x"}
@@ -363,6 +449,7 @@ def test_without_a_browser_the_last_line_says_what_was_not_tested_and_ci_fails()
     assert collect(*given, CI="false", **without).returncode == 0
 
 
+@pytest.mark.slow
 def test_long_trials_are_samples_with_a_fixed_seed_unless_all_are_asked_for() -> None:
     given = ("tests/comfy/guard/test_mutations.py", "--collect-only")
     some, again, whole = collect(*given), collect(*given), collect(*given, "--all")

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import graphs, pictures, report, settings, show
-from modular_lora_guard.tools.demo.client import Client, ClientError, Event, Rejected
+from modular_lora_guard.tools.demo.client import Client, Event, Rejected
 from modular_lora_guard.tools.demo.progress import Progress
 from modular_lora_guard.tools.demo.server import free_port
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from support.errors import refuses
 
 SETTING = graphs.Setting("base.safetensors", "safety.safetensors", "task.safetensors", "seq.safetensors", ("a", "b"))
 
@@ -51,12 +51,12 @@ def test_the_demo_shows_enough_of_both_kinds() -> None:
 
 
 def test_a_world_with_missing_files_names_them(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"demo world: .*missing; restore"):
+    with refuses("command.no-world"):
         settings.DemoWorld.at(tmp_path)
 
 
 def test_a_server_that_is_gone_is_one_clear_error() -> None:
-    with pytest.raises(ClientError, match="is the server still running"):
+    with refuses("client.no-answer"):
         Client(f"http://127.0.0.1:{free_port()}").get("/system_stats", timeout=5)
 
 

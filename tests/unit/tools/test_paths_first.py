@@ -8,9 +8,9 @@ import pytest
 from modular_lora_guard.audit import cli as audit
 from modular_lora_guard.audit import engines
 from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
-from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.places import check_writable
 from modular_lora_guard.training import cli as training
+from support.errors import refuses
 from support.graphs import save_lora
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,6 +101,6 @@ def test_what_was_tried_leaves_nothing_behind(tmp_path):
     check_writable(tmp_path / "a" / "b", "output_dir")
     (tmp_path / "file").write_text("")
     for taken in (tmp_path / "file", tmp_path / "file" / "b"):
-        with pytest.raises(GuardError, match="output_dir"):
+        with refuses("place.not-writable", "output_dir"):
             check_writable(taken, "output_dir")
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() or path.name == "a"] == []

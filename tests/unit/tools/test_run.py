@@ -12,10 +12,11 @@ import pytest
 from modular_lora_guard import version
 from modular_lora_guard.modular_lora.options import tomllib
 from modular_lora_guard.modular_lora.util import atomic
-from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, links, paths, process
+from modular_lora_guard.tools.bootstrap import browser, check, comfyui, environment, front_end, links, paths, process
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base, server
 from modular_lora_guard.tools.world import DETECTOR_ONNX
+from support.errors import refuses
 
 RUN = Path(__file__).resolve().parents[3] / "run.py"
 
@@ -89,7 +90,7 @@ def test_an_interpreter_without_torch_is_named_with_the_remedy(tmp_path: Path) -
     empty = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(empty)], check=True)
     variables = {"COMFYUI_PATH": str(host), "COMFYUI_PYTHON": str(environment.python_of(empty))}
-    with pytest.raises(RunError, match=r"No module named 'torch'.*COMFYUI_PYTHON"):
+    with refuses("command", "No module named 'torch'", "COMFYUI_PYTHON"):
         comfyui.existing(variables)
 
 
@@ -170,12 +171,12 @@ def test_comfyui_is_copied_without_foreign_path_settings(tmp_path: Path) -> None
 
 def test_a_failing_step_shows_its_last_lines_and_the_remedy(tmp_path: Path) -> None:
     script = "import sys; print('the reason'); sys.exit(3)"
-    with pytest.raises(RunError, match=r"(?s)step: exit code 3.*the reason\nDo this\."):
+    with refuses("command.exit-code", "step", "3", "the reason\nDo this."):
         process.run_logged([sys.executable, "-c", script], title="step", log=tmp_path / "log", remedy="Do this.")
 
 
 def test_a_command_that_cannot_start_names_itself(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no-such-program.*Do this\."):
+    with refuses("command.not-started", "no-such-program", "Do this."):
         process.run_logged([tmp_path / "no-such-program"], title="step", log=tmp_path / "log", remedy="Do this.")
 
 
@@ -253,7 +254,7 @@ def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None
     (comfy / "cli_args.py").touch()
     (comfy.parent / "main.py").write_text("raise SystemExit('broken on purpose')")
     failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
-    with pytest.raises(RunError, match=r"(?s)exit code 1.*broken on purpose"):
+    with refuses("command.server-ended", "1", "broken on purpose"):
         failing.start(timeout=60)
 
 
@@ -261,6 +262,35 @@ def test_a_missing_browser_gives_a_reason_instead(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(browser, "find_chromium", lambda: None)
     monkeypatch.setattr(browser.sys, "platform", "darwin")
     assert "chromium not found" in browser.ensure()["MODULAR_LORA_NO_BROWSER"]
+
+
+def test_the_second_front_end_lies_in_a_folder_of_its_own_and_is_installed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(environment, "pip", lambda python, title, given: asked.append([*map(str, given)]))
+    monkeypatch.setattr(paths, "RUN", tmp_path)
+    monkeypatch.setattr(paths, "FRONT_ENDS", tmp_path / "front-ends")
+    for _ in range(2):
+        found = front_end.ensure(Path("python"))
+    folder = tmp_path / "front-ends" / front_end.VERSION
+    wanted = f"comfyui-frontend-package=={front_end.VERSION}"
+    assert asked == [["--no-deps", "--target", str(folder), wanted]]
+    assert found == {"MODULAR_LORA_FRONT_END": str(folder / "comfyui_frontend_package" / "static")}
+
+
+def test_a_second_front_end_that_cannot_be_had_gives_a_reason_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(python: Path, title: str, given: list[str]) -> None:
+        raise RunError("front end: exit code 1.\nlines")
+
+    monkeypatch.setattr(environment, "pip", pip)
+    monkeypatch.setattr(paths, "RUN", tmp_path)
+    monkeypatch.setattr(paths, "FRONT_ENDS", tmp_path / "front-ends")
+    (reason,) = front_end.ensure(Path("python")).values()
+    assert "exit code 1. The browser's tests run on ComfyUI's own front end alone" in reason
+    assert front_end.ensure(Path("python")).keys() == {"MODULAR_LORA_NO_FRONT_END"}
 
 
 def test_every_comfyui_has_a_base_directory_of_its_own(tmp_path: Path) -> None:
@@ -298,6 +328,7 @@ def test_check_takes_this_interpreter_and_else_that_of_the_environment(
     assert check.interpreter() == own
 
 
+@pytest.mark.slow
 def test_check_sees_the_packages_of_the_interpreter_and_installs_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +351,12 @@ def test_check_runs_every_step_and_fails_if_one_does(monkeypatch: pytest.MonkeyP
 
     def attached(command, *, environment, cwd) -> int:
         asked.append(list(map(str, command[1:])))
-        assert "MODULAR_LORA_COMFYUI" not in environment
+        assert not {"MODULAR_LORA_COMFYUI", "PYTHONDONTWRITEBYTECODE"} & set(environment)
+        assert paths.RUN in Path(environment["PYTHONPYCACHEPREFIX"]).parents, "nothing is compiled into other folders"
         return 3 if "mypy" in command else 0
 
     monkeypatch.setenv("MODULAR_LORA_COMFYUI", "somewhere")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(environment, "ensure_check", lambda python: python)
     monkeypatch.setattr(check, "run_attached", attached)
     assert check.run_check("entry", ["-k", "some"]) == 3
@@ -373,25 +406,3 @@ def test_the_project_file_names_every_package_of_the_pack() -> None:
         if file.relative_to(paths.ROOT).parts[0] not in (".run", "tests", "benchmarks")
     }
     assert set(project["tool"]["setuptools"]["packages"]) == {"modular_lora_guard", *found}
-
-
-def test_the_registrys_archive_leaves_out_what_users_do_not_need_and_nothing_else() -> None:
-    git = ["git", "-C", str(paths.ROOT), "ls-files"]
-    answer = subprocess.run([*git, "-i", "-c", "-X", ".comfyignore"], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip("not a git clone")
-    names = answer.stdout.splitlines()
-    left = {name.partition("/")[0] for name in names}
-    assert {"tests", ".ci"} <= left
-    assert not left & {
-        "__init__.py",
-        "nodes",
-        "modular_lora",
-        "pyproject.toml",
-        "requirements.txt",
-        "LICENSE",
-        "NOTICE",
-    }
-    of_tools = {"/".join(name.split("/")[:3]) for name in names if name.startswith("tools/")}
-    assert {name for name in of_tools if not name.startswith("tools/benchmarks/")} == {"tools/world/assets"}
-    assert len(of_tools) > 1

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.training.data.captions import CaptionError, CaptionRules, draw, read, tags, warmup_steps
+from modular_lora_guard.training.data.captions import CaptionRules, draw, read, tags, warmup_steps
 from modular_lora_guard.training.data.images import Buckets, Fit, PictureError, bucket_sizes, fit, sizes
+from support.errors import refuses
 
 TAG = st.text("abcdxyz_ ", min_size=1, max_size=6).map(str.strip).filter(bool)
 TAGS = st.lists(TAG, min_size=1, max_size=8)
@@ -139,7 +140,7 @@ def test_caption_files_are_read_in_what_editors_write(tmp_path, encoding):
 def test_another_encoding_is_an_error_and_an_empty_file_is_empty(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("Kätzchen".encode("latin-1"))
-    with pytest.raises(CaptionError, match=r"a\.txt: is not UTF-8 .*: save it as UTF-8"):
+    with refuses("caption", "a.txt", "UTF-8"):
         read(file)
     file.write_bytes(b" \n")
     assert read(file) == ""
@@ -207,7 +208,7 @@ def test_known_buckets_of_512():
     assert fit((1920, 1080), options).bucket == (640, 384)
     assert fit((1080, 1920), options) == Fit((384, 640), (384, 683), (0, 21))
     assert fit((300, 300), Buckets((512, 512), True, bucket_no_upscale=True)).bucket == (256, 256)
-    with pytest.raises(PictureError, match="30×300 is smaller than bucket_reso_steps"):
+    with refuses("image.too-small", "30×300"):
         fit((30, 300), Buckets((512, 512), True, bucket_no_upscale=True))
 
 

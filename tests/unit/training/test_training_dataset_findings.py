@@ -13,6 +13,7 @@ from modular_lora_guard.training.data.export import to_toml
 from modular_lora_guard.training.options import TaskOptions
 from modular_lora_guard.training.task.train import configure
 from PIL import Image
+from support.errors import refuses
 
 
 def noise(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **options) -> Path:
@@ -46,7 +47,7 @@ def test_a_mask_in_alpha_is_the_same_mask_as_in_grey(mode, tmp_path):
     assert load(report.pictures[0])[1].tolist() == [[0.0] * 4 + [1.0] * 4] * 8
     assert report.findings.get("transparent_masks", ()) == (("p.png",) if mode == "RGBA" else ())
     if mode == "RGBA":
-        with pytest.raises(DatasetError, match="transparent parts"):
+        with refuses("dataset.kohya", "p.png"):
             to_toml(from_toml(tmp_path / "d.toml"), report)
 
 
@@ -59,7 +60,7 @@ def test_a_mask_of_another_size_is_scaled_and_one_of_another_shape_is_refused(tm
     assert [name.split(":")[0] for name in report.findings["odd_masks"]] == ["a/square.png", "a/turned.png"]
     assert "64×128 is another shape than its image's 128×64" in report.findings["odd_masks"][1]
     assert all(torch.equal(load(picture)[1], torch.ones(8, 8)) for picture in report.pictures)
-    with pytest.raises(DatasetError, match="another shape"):
+    with refuses("dataset.kohya", "a/square.png", "64×64"):
         to_toml(from_toml(tmp_path / "d.toml"), report)
 
 
@@ -138,7 +139,7 @@ def test_captions_are_read_in_what_editors_write_and_sd_scripts_is_not_given_the
         assert to_toml(config, report)
     else:
         assert report.findings["other_encodings"] == ("1_x/a.png",)
-        with pytest.raises(DatasetError, match="UTF-16"):
+        with refuses("dataset.kohya", "1_x/a.png"):
             to_toml(config, report)
 
 

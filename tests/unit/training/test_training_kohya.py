@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.training.kohya import entry, preview
 from modular_lora_guard.training.kohya import network as kohya_network
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("accelerate", reason="sd-scripts runs on accelerate, which comes with peft")
 import accelerate
+from support.errors import refuses
 
 STUB = Path(__file__).resolve().parents[2] / "support" / "sd_scripts_stub"
 OURS = entry.NETWORK
@@ -220,7 +220,7 @@ def test_every_step_starts_from_projected_matrices(stub):
 
 def test_a_safety_lora_that_fills_a_layer_stops_the_projection(stub):
     full = make_lora(stub, "full", rank=12, role="safety")
-    with pytest.raises(GuardError, match=r"fills the input space"):
+    with refuses("project.nothing-left"):
         stub.train("projected", safety=full, project="weight")
 
 
@@ -287,36 +287,56 @@ def test_targets(stub, target, layers):
 
 
 REFUSALS = {
-    "base_weights": (("--base_weights", "{safety}"), {}, "--base_weights merges"),
-    "pickle": (("--save_model_as", "ckpt"), {}, "use safetensors"),
-    "safety_as_start": (("--network_weights", "{safety}"), {}, "is a safety LoRA"),
-    "same_content": (("--network_weights", "{copied}"), {"safety": "{copied}"}, "is a safety LoRA"),
-    "other_layers": (("--network_weights", "{nameless}"), {}, "layers differ"),
-    "no_base": (("--network_weights", "{nameless}"), {"base_sha256": "ab"}, "names no base that can be compared"),
-    "other_base": (("--network_weights", "{elsewhere}"), {"base_sha256": "ab"}, "trained on another base"),
-    "dirty_start": (("--network_weights", "{dirty}"), {}, "not trained on W0 alone"),
-    "no_record": (("--resume", "{folder}"), {}, "has no readable modular_lora.json"),
-    "role": ((), {"role": "both"}, "role=both: is none of"),
-    "project_alone": ((), {"project": "weight"}, "no safety LoRA to project against"),
-    "project_grad": ((), {"project": "grad"}, "is none of none, weight"),
-    "safety_on_safety": ((), {"role": "safety", "safety": "{safety}"}, "takes neither"),
-    "strength": ((), {"safety": "{safety}", "safety_strength": "much"}, "give numbers"),
-    "strengths": ((), {"safety": "{safety}", "safety_strength": "1,1"}, "2 for 1 LoRAs"),
-    "scale": ((), {"safety": "{safety}", "safety_scale": "half"}, "=half: one of refuse, tensors, metadata for each"),
-    "scales": ((), {"safety": "{safety}", "safety_scale": "tensors,tensors"}, "one of .* for each LoRA: choose"),
-    "scale_not_chosen": ((), {"safety": "{stated}"}, "stated.safetensors: .*act at scale 1,.*states 4 .*safety_scale"),
-    "foreign": ((), {"safety": "{foreign}"}, "are not in the model"),
-    "one_layer_more": ((), {"safety": "{longer}"}, "1 of 21 layers are not in the model"),
-    "wide": ((), {"safety": "{wide}"}, "in the model, "),
+    "base_weights": (("--base_weights", "{safety}"), {}, "kohya.merges", ("--base_weights",)),
+    "pickle": (("--save_model_as", "ckpt"), {}, "kohya.save-format", ("ckpt",)),
+    "safety_as_start": (("--network_weights", "{safety}"), {}, "start.safety-lora", ()),
+    "same_content": (("--network_weights", "{copied}"), {"safety": "{copied}"}, "start.safety-lora", ()),
+    "other_layers": (("--network_weights", "{nameless}"), {}, "train.other-layers", ()),
+    "no_base": (("--network_weights", "{nameless}"), {"base_sha256": "ab"}, "start.no-base", ()),
+    "other_base": (("--network_weights", "{elsewhere}"), {"base_sha256": "ab"}, "start.other-base", ()),
+    "dirty_start": (("--network_weights", "{dirty}"), {}, "start.contaminated", ()),
+    "no_record": (("--resume", "{folder}"), {}, "resume.no-state", ("modular_lora.json",)),
+    "role": ((), {"role": "both"}, "kohya.argument", ("role=both",)),
+    "project_alone": ((), {"project": "weight"}, "kohya.argument", ("project=weight", "safety=FILE")),
+    "project_grad": ((), {"project": "grad"}, "kohya.argument", ("project=grad", "none, weight")),
+    "safety_on_safety": ((), {"role": "safety", "safety": "{safety}"}, "kohya.argument", ("role=safety",)),
+    "strength": ((), {"safety": "{safety}", "safety_strength": "much"}, "kohya.argument", ("safety_strength", "much")),
+    "strengths": (
+        (),
+        {"safety": "{safety}", "safety_strength": "1,1"},
+        "kohya.argument",
+        ("safety_strength", "2 for 1"),
+    ),
+    "scale": (
+        (),
+        {"safety": "{safety}", "safety_scale": "half"},
+        "kohya.argument",
+        ("safety_scale=half", "refuse, tensors, metadata"),
+    ),
+    "scales": (
+        (),
+        {"safety": "{safety}", "safety_scale": "tensors,tensors"},
+        "kohya.argument",
+        ("safety_scale=tensors,tensors",),
+    ),
+    "scale_not_chosen": (
+        (),
+        {"safety": "{stated}"},
+        "lora.two-scales",
+        ("stated.safetensors", "scale 1", " 4 ", "safety_scale"),
+    ),
+    "foreign": ((), {"safety": "{foreign}"}, "kohya.not-in-model", ()),
+    "one_layer_more": ((), {"safety": "{longer}"}, "kohya.not-in-model", ("1 of 21",)),
+    "wide": ((), {"safety": "{wide}"}, "kohya.not-in-model", ()),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(stub, case):
-    arguments, network, message = REFUSALS[case]
+    arguments, network, code, named = REFUSALS[case]
     files = {"safety": stub.safety, "folder": stub.folder, **(variants(stub))}
     fill = lambda text: text.format(**files)  # noqa: E731
-    with pytest.raises(GuardError, match=message) as error:
+    with refuses(code, *named) as error:
         stub.train("refused", *map(fill, arguments), **{key: fill(value) for key, value in network.items()})
     assert "\n" not in str(error.value)
     assert not (stub.folder / "refused.safetensors").exists()
@@ -357,7 +377,7 @@ def test_a_base_with_the_safety_lora_merged_in_is_refused_or_named(stub):
     for name, found in lora.layers.items():
         tensors[paths[name]] = tensors[paths[name]] + found.scale * found.up @ found.down
     save_file(tensors, stub.base)
-    with pytest.raises(GuardError, match=r"contains the safety LoRA safety.safetensors .*at strength (0\.9|1\.0)\d"):
+    with refuses("base.contaminated", "safety.safetensors"):
         stub.train("merged", safety=stub.safety)
     allowed = stub.train("merged", safety=stub.safety, allow_contaminated_base="yes")
     assert "contains the safety LoRA" in allowed.metadata["modular_lora.contaminated_base"]
@@ -367,14 +387,14 @@ def test_going_on_from_a_task_lora_and_from_a_state(stub):
     saving = ("--save_every_n_steps", "2", "--save_state")
     first = stub.train("first", *saving, base_file_sha256="ab")
     stub.train("second", "--network_weights", str(first.path), base_file_sha256="ab")
-    with pytest.raises(GuardError, match=r"rank 3 and alpha 2\.0, the network rank 4"):
+    with refuses("train.other-rank", "rank 3", "2.0", "rank 4"):
         stub.train("second", "--network_weights", str(first.path), "--network_dim", "4", base_file_sha256="ab")
     state = stub.folder / "first-step00000002-state"
     resumed = stub.train("resumed", "--resume", str(state), base_file_sha256="ab")
     assert equal(resumed, first)  # the third step alone was left
-    with pytest.raises(GuardError, match="base_file_sha256 was 'ab' and is 'cd' now"):
+    with refuses("resume.changed", "base_file_sha256", "'ab'", "'cd'"):
         stub.train("resumed", "--resume", str(state), base_file_sha256="cd")
-    with pytest.raises(GuardError, match="optimizer_type was 'AdamW' and is 'Prodigy' now"):
+    with refuses("resume.changed", "optimizer_type", "'AdamW'", "'Prodigy'"):
         stub.train("resumed", "--resume", str(state), "--optimizer_type", "Prodigy", base_file_sha256="ab")
 
 
@@ -395,7 +415,7 @@ def test_two_text_encoders_are_named_as_for_sdxl(stub):
     assert all(id(m) in held for te in encoders for m in te.modules() if isinstance(m, torch.nn.Linear))
     names = {lora.lora_name for lora in network.text_encoder_loras}
     assert {name.partition("_text")[0] for name in names} == {"lora_te1", "lora_te2"}
-    with pytest.raises(GuardError, match=r"4 of 20 layers are not in the model .*lora_te_text_model"):
+    with refuses("kohya.not-in-model", "4 of 20", "lora_te_text_model"):
         create(stub.safety)
 
 
@@ -413,7 +433,7 @@ importlib.import_module(entry.PACK + ".training.kohya.preview")
 
 
 def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):
-    with pytest.raises(GuardError, match="knows UNet2DConditionModel"):
+    with refuses("kohya.family", "UNet2DConditionModel"):
         kohya_network.find_architecture(torch.nn.Linear(1, 1))
     unet = stub.models.UNet2DConditionModel()
     modules = preview.find_modules(unet, {"lora_te": None})

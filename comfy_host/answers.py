@@ -1,0 +1,48 @@
+"""What the nodes answer beside their outputs: the report that is read on the node, and the verdict for programs.
+
+ComfyUI sends both in the ``executed`` message of a node and keeps them in ``/history``, which it shows to everybody who
+asks for it: an operator's policy may cut them down (``history.verdict``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..modular_lora.errors import GuardError
+from ..modular_lora.provenance.verdict import brief
+from .enforcement import policy as policies
+
+VERDICT = "modular_lora"  # the key of the verdicts; that of the report is ComfyUI's own for text
+
+
+def answer(line: str, more: str = "", verdicts: Sequence[dict] | None = None, **shown: Any) -> dict[str, Any]:
+    """The ``ui`` of a node.
+
+    Args:
+        line: The report's first line, which names no file, prompt or hash.
+        more: The rest of what is read on the node.
+        verdicts: One for each image of a node that ends in images; see modular_lora.provenance.verdict.
+        shown: What else the node shows, as ComfyUI's own nodes do: ``images``, ...
+    """
+    said: dict[str, Any] = dict(shown)
+    told = _told()
+    if told != "none":
+        said["text"] = ["\n".join(filter(None, (line, more if told == "full" else "")))]
+    if told != "none" and verdicts is not None:
+        said[VERDICT] = [one if told == "full" else brief(one) for one in verdicts]
+    return said
+
+
+def _told() -> str:
+    """How much the policy lets stand; nothing where it cannot be read."""
+    try:
+        policy = policies.current()
+    except GuardError:
+        return "none"
+    return "full" if policy is None else policy.history.verdict
+
+
+def pictures(shown: Any) -> Mapping[str, Any]:
+    """Of ComfyUI's own answers with pictures (comfy_api.latest.ui), as the keys of a ``ui``."""
+    return shown.as_dict()

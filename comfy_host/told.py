@@ -1,0 +1,172 @@
+"""Where it can be read what is known of a prompt's images: on the Guard node, over HTTP, and in the files themselves.
+
+Noted is what comes to every node that writes or shows, before it runs, so that stock nodes and those of other packs are
+covered. What a file says of itself, anybody who has the file can change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from aiohttp import web
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..modular_lora.provenance import ledger, signing
+from ..modular_lora.provenance.ledger import Known
+from ..modular_lora.util import plain_json
+from ..modular_lora.util.cache import Cache
+from ..operators.graph import NodeFacts
+from . import running
+from .node_report import show_above
+from .pictures import pictures
+
+KEY = "modular_lora_images"  # of a prompt's extra_pnginfo, which Save Image writes into PNG files
+OWN = frozenset((KEY, signing.KEY))
+ROUTE = "/modular_lora/images/{prompt_id}"
+SAVES = "SaveImage"  # ComfyUI's own; it gets an entry also where the client sent no extra_pnginfo at all
+MOST_ENTRIES = 64  # images of one node of which the file says something: every file of a batch holds all entries
+MOST_TOLD = 512  # images of one prompt that are told one by one
+
+_prompts: Cache[str, Ended] = Cache(256)  # by prompt id
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image that came to a node which writes or shows it.
+
+    Attributes:
+        node: The node's id.
+        type: Its type.
+        status: See `ledger.Known.status`.
+        edits: Types of the nodes that edited it since a guarded run made it.
+        through: Types of the nodes it passed through and for which nobody vouches.
+        pixels_sha256: Of its 8-bit pixels, h w c, as Save Image rounds them.
+        pixels_size: Width, height and channels.
+    """
+
+    node: str
+    type: str
+    status: str
+    edits: tuple[str, ...]
+    through: tuple[str, ...]
+    pixels_sha256: str
+    pixels_size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a prompt that has ended: who queued it, and its images."""
+
+    client: str | None
+    shown: tuple[Shown, ...]
+
+
+def register() -> None:
+    """Add the route; a server without routes (a test's) has none."""
+    if (routes := getattr(PromptServer.instance, "routes", None)) is not None:
+        routes.get(ROUTE)(answer)
+
+
+async def answer(request: web.Request) -> web.Response:
+    """What is known of a prompt's images, for the client that queued it and names itself by ``?client_id=``."""
+    prompt = _prompts.get(request.match_info["prompt_id"])
+    if prompt is None or not prompt.client or request.query.get("client_id") != prompt.client:
+        said = "No prompt of this id that this client_id queued has ended here, or it held no guard."
+        return web.json_response({"error": said}, status=404)
+    return web.json_response({"prompt_id": request.match_info["prompt_id"], "images": list(map(asdict, prompt.shown))})
+
+
+def without_own(extra_data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a client sent along, without what would pass for a record of ours; in a PNG a key ends at a NUL."""
+    sent = extra_data.get("extra_pnginfo")
+    if not isinstance(sent, Mapping):
+        return dict(extra_data)
+    kept = {key: value for key, value in sent.items() if str(key).partition("\0")[0] not in OWN}
+    return {**extra_data, "extra_pnginfo": kept}
+
+
+def note(
+    prompt: running.Prompt, node: str, name: str, inputs: Mapping[str, list]
+) -> list[tuple[Known, dict[str, Any]]]:
+    """What is known of every image that came to a node which writes or shows, with the hash of its pixels."""
+    found = [(ledger.known(image), signing.pixels(_pixels(image))) for image in _images(inputs)]
+    prompt.shown += [
+        Shown(node, name, known.status, known.edits, known.through, said["pixels_sha256"], tuple(said["pixels_size"]))
+        for known, said in found
+    ]
+    del prompt.shown[MOST_TOLD:]
+    return found
+
+
+def _images(inputs: Mapping[str, list]) -> Iterator[torch.Tensor]:
+    for kind, batch in (pair for some in inputs.values() for value in some for pair in pictures(value)):
+        if kind == "image" and batch.ndim == 4 and batch.shape[-1] in (1, 3, 4):
+            yield from batch
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    return np.clip(image.detach().float().cpu().numpy() * 255.0, 0, 255).astype(np.uint8)
+
+
+def with_entry(
+    found: list[tuple[Known, dict[str, Any]]],
+    name: str,
+    facts: NodeFacts,
+    inputs: Mapping[str, list],
+    options: Mapping[str, Any],
+) -> tuple[Mapping[str, list], Mapping[str, Any]]:
+    """The inputs and hidden inputs of a node, with an entry in its extra_pnginfo for each image that came to it.
+
+    Only this node's copy has the entry. Nodes whose client sent no extra_pnginfo get none, except ComfyUI's own Save
+    Image: others may look for a workflow in it.
+    """
+    entries = {
+        said["pixels_sha256"]: plain_json.finite(known.record() | {"said": known.status} | said)
+        for known, said in found[:MOST_ENTRIES]
+    }
+    if not entries or facts.ours:  # our own nodes write a record of their own
+        return inputs, options
+    own = facts.core and name == SAVES
+    if "extra_pnginfo" in inputs:
+        inputs = {**inputs, "extra_pnginfo": [_with(one, entries, own) for one in inputs["extra_pnginfo"]]}
+    if hidden := options.get("hidden_inputs"):
+        options = {**options, "hidden_inputs": _with_hidden(hidden, entries, own)}
+    if hidden := (options.get("v3_data") or {}).get("hidden_inputs"):  # 0.33.0
+        options = {**options, "v3_data": {**options["v3_data"], "hidden_inputs": _with_hidden(hidden, entries, own)}}
+    return inputs, options
+
+
+def _with_hidden(hidden: Mapping[Any, Any], entries: dict[str, Any], own: bool) -> dict[Any, Any]:
+    """Hidden inputs of a V3 node."""
+    key = io.Hidden.extra_pnginfo
+    return {**hidden, key: _with(hidden[key], entries, own)} if key in hidden else dict(hidden)
+
+
+def _with(extra: Any, entries: dict[str, Any], own: bool) -> Any:
+    return {**(extra or {}), KEY: entries} if isinstance(extra, Mapping) or (own and extra is None) else extra
+
+
+def end(prompt: running.Prompt) -> None:
+    """Keep what is known of a prompt's images, and show it on its Guard nodes."""
+    if not prompt.followed:
+        return
+    _prompts.put(prompt.id, Ended(prompt.client, tuple(prompt.shown)))
+    if prompt.shown:
+        for node in prompt.holding(running.GUARDS):
+            show_above(node, in_words(prompt.shown), prompt.client)
+
+
+def in_words(shown: list[Shown]) -> str:
+    """One line for each status: how many images, and which nodes they came to."""
+    counts: Counter[str] = Counter(one.status for one in shown)
+    lines = []
+    for status, n in counts.items():
+        nodes = dict.fromkeys(f"{one.type} {one.node}" for one in shown if one.status == status)
+        lines.append(f"{n} of {len(shown)} images ({', '.join(nodes)}): {status}")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Guard: one node behind the checkpoint loader, and the rest of the workflow stays as it is."""
+
+from __future__ import annotations
+
+import math
+
+from comfy_api.latest import io
+
+from ..comfy_host import drop_in
+from ..comfy_host.answers import answer
+from ..comfy_host.enforcement import policy as policies
+from ..comfy_host.model_folders import SAFETY_FOLDERS, lora_names, lora_path
+from ..comfy_host.node_report import CATEGORY, blocked
+from ..modular_lora.files.cache import kept_sha256
+from ..modular_lora.guard.build import SafetyLora
+from .load import handles, missing, read
+from .sockets import SafetySocket
+
+NONE = "Guard gives no {0}, because none is connected to it: connect the checkpoint's {0}."
+
+
+class Guard(io.ComfyNode):
+    """MODEL, CLIP and VAE -> the same, guarded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraGuard",
+            display_name="Guard",
+            category=CATEGORY,
+            description="Put it behind the checkpoint loader, or behind LoRA loaders, and leave the rest of the "
+            "workflow as it is: LoRAs of any loader are kept beside the weights, together with the safety LoRA, and "
+            "what any sampler and VAE Decode make of it is checked and attested.",
+            inputs=[
+                io.Model.Input("model", tooltip="From the checkpoint loader, or from LoRA loaders behind it."),
+                io.Combo.Input(
+                    "lora_name",
+                    lora_names(*SAFETY_FOLDERS),
+                    tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the safety LoRA on U-Net and text encoder; must be above 0.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="From the checkpoint loader, or from LoRA loaders behind it."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE that decodes: it binds the attestation to images."),
+                SafetySocket.Input(
+                    "safety_lora", optional=True, tooltip="Further safety LoRAs, from Load Safety LoRA."
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_out", display_name="model", tooltip="The guarded model, for any node."),
+                io.Clip.Output("clip_out", display_name="clip", tooltip="The guarded CLIP: encode prompts with it."),
+                io.Vae.Output("vae_out", display_name="vae", tooltip="The VAE: images that it decodes are attested."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Which layers matched, at which strength, with hashes and warnings.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
+        if strength is not None and not (math.isfinite(strength) and strength > 0):
+            return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
+        return missing(lora_name, SAFETY_FOLDERS) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_):
+        return kept_sha256(lora_path(lora_name, *SAFETY_FOLDERS)), policies.fingerprint()
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, clip=None, vae=None, safety_lora=()) -> io.NodeOutput:
+        own = SafetyLora(read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS), strength)
+        safety = (own, *handles(safety_lora, SafetyLora))
+        made = drop_in.attach(model, clip, vae, safety, node_id=cls.hidden.unique_id or "")
+        policies.check_attached(made.model, made.clip, safety)
+        line, _, more = made.summary.partition("\n")
+        text = made.clip if clip is not None else blocked(NONE.format("CLIP"))
+        pictures = made.vae if vae is not None else blocked(NONE.format("VAE"))
+        return io.NodeOutput(made.model, text, pictures, f"{line}\n{made.report}", ui=answer(line, more))

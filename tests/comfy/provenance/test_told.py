@@ -1,0 +1,140 @@
+"""Where it can be read what is known of images that stock nodes save: on the guard, over HTTP and in the files."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import json
+
+import numpy as np
+from aiohttp.test_utils import make_mocked_request
+from PIL import Image
+from support.edit_graphs import edit, sources
+from support.errors import refuses
+from support.graphs import decode, node, sampler
+from support.operator_graphs import stopped
+
+KEY = "modular_lora_images"
+
+
+def saved(prefix: str) -> dict:
+    """Two guarded images, one of them scaled, and one of no guarded run, each saved by Save Image."""
+    graph = sources()
+    graph["latent"]["inputs"]["batch_size"] = 2
+    graph["scaled"] = edit("ImageScale", {"image": ["decode2", 0]})
+    graph["plain"] = decode(sampled := ["unguarded", 0], "VAEDecode")
+    graph[sampled[0]] = sampler(["ckpt", 0])
+    for name, images in (("whole", ["decode", 0]), ("edited", ["scaled", 0]), ("stock", ["plain", 0])):
+        graph[name] = node("SaveImage", images=images, filename_prefix=f"{prefix}_{name}")
+    return graph
+
+
+def run(comfy, graph: dict, prompt_id: str, **extra) -> None:
+    """As the server queues it, with what the client sent along."""
+    valid, error, outputs, errors = asyncio.run(comfy.execution.validate_prompt(prompt_id, graph, None))
+    assert valid, (error, errors)
+    comfy.server.messages.clear()
+    comfy.server.texts.clear()
+    comfy.executor.execute(graph, prompt_id, {"client_id": "test"} | extra, outputs)
+    assert not [data for event, data in comfy.server.messages if event == "execution_error"]
+
+
+def entries(comfy, prefix: str) -> list[dict | None]:
+    """What each file says of its own pixels, found by their hash; None: nothing."""
+    found = []
+    for path in sorted(comfy.output.glob(f"{prefix}_*.png")):
+        picture = Image.open(path)
+        digest = hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
+        found.append(json.loads(picture.text[KEY]).get(digest))
+    return found
+
+
+def answer(prompt_id: str, client: str | None) -> tuple[int, dict]:
+    told = importlib.import_module("modular_lora_guard.comfy_host.told")
+    path = f"/modular_lora/images/{prompt_id}" + (f"?client_id={client}" if client else "")
+    response = asyncio.run(told.answer(make_mocked_request("GET", path, match_info={"prompt_id": prompt_id})))
+    return response.status, json.loads(response.body)
+
+
+def test_files_of_save_image_say_what_is_known_of_their_pixels(comfy, loras):
+    run(comfy, saved("png"), "png", extra_pnginfo={"workflow": {"nodes": []}})
+    assert [one["status"] for one in entries(comfy, "png_whole")] == ["guarded"] * 2
+    assert [one["said"] for one in entries(comfy, "png_edited")] == ["guarded; edited: ImageScale"] * 2
+    assert [one["said"] for one in entries(comfy, "png_stock")] == ["not guarded"] * 2
+    (first, _) = entries(comfy, "png_whole")
+    assert [lora["name"] for lora in first["loras"]] == ["safety.safetensors"]
+    text = Image.open(next(comfy.output.glob("png_whole_*.png"))).text
+    assert json.loads(text["workflow"]) == {"nodes": []}
+
+
+def test_a_client_that_sends_nothing_along_gets_the_entry_from_save_image_too(comfy, loras):
+    run(comfy, saved("bare"), "bare")
+    assert [one["status"] for one in entries(comfy, "bare_whole")] == ["guarded"] * 2
+
+
+def test_a_clients_own_entry_is_taken_out_with_a_guard_in_the_graph_and_without(comfy, loras):
+    forged = {KEY: {"0" * 64: {"status": "guarded"}}, "modular_lora_attestation": {"status": "guarded"}}
+    forged |= {f"{name}\0more": value for name, value in forged.items()}
+    run(comfy, saved("forged"), "forged", extra_pnginfo=dict(forged))
+    text = Image.open(next(comfy.output.glob("forged_stock_*.png"))).text
+    assert "0" * 64 not in json.loads(text[KEY])
+    assert set(text) == {"prompt", KEY}
+    graph = {"out": node("Outside", seed=1, size=64)}
+    graph["save"] = node("SaveImage", images=["out", 0], filename_prefix="alone")
+    run(comfy, graph, "alone", extra_pnginfo=dict(forged))
+    assert set(Image.open(next(comfy.output.glob("alone_*.png"))).text) == {"prompt"}
+
+
+def test_the_guard_node_shows_it_above_its_report_when_the_run_ends(comfy, loras):
+    graph = saved("event")
+    graph["guard"]["inputs"]["accept_merged"] = True  # so that it runs again and shows its report
+    run(comfy, graph, "event")
+    verdict, _, report = comfy.server.texts["guard"].partition("\n\n")
+    assert verdict.splitlines() == [
+        "2 of 6 images (SaveImage whole): guarded",
+        "2 of 6 images (SaveImage edited): guarded; edited: ImageScale",
+        "2 of 6 images (SaveImage stock): not guarded",
+    ]
+    assert report.startswith("The model is guarded by 1 safety LoRA")
+
+
+def test_the_route_answers_for_a_clients_own_prompts(comfy, loras):
+    run(comfy, saved("route"), "route-1")
+    status, said = answer("route-1", "test")
+    assert status == 200
+    assert [(one["node"], one["status"]) for one in said["images"]] == [
+        *[("whole", "guarded")] * 2,
+        *[("edited", "guarded; edited: ImageScale")] * 2,
+        *[("stock", "not guarded")] * 2,
+    ]
+    assert said["images"][2]["edits"] == ["ImageScale"]
+    found = {entry["pixels_sha256"] for entry in entries(comfy, "route_whole")}
+    assert {one["pixels_sha256"] for one in said["images"][:2]} == found
+    for prompt_id, client in (("route-1", "other"), ("route-1", None), ("route-1", ""), ("unknown", "test")):
+        assert answer(prompt_id, client)[0] == 404
+
+
+def test_under_a_policy_a_named_edit_may_leave_and_what_is_not_vouched_for_may_not(enforced, comfy):
+    graph = {name: one for name, one in saved("policy").items() if name not in ("stock", "plain", "unguarded")}
+    for name in [name for name, one in graph.items() if one["class_type"] in ("TinyUpscaler", "Outside")]:
+        del graph[name]
+    for name in ("plainmask", "imagemask"):
+        del graph[name]
+    enforced.run_graph(graph)
+    assert [one["said"] for one in entries(comfy, "policy_edited")] == ["guarded; edited: ImageScale"] * 2
+    graph["load"] = node("LoadBeside", image=["decode", 0], file=1)
+    graph["whole"]["inputs"]["images"] = ["load", 0]
+    stopped(enforced, graph, "refused.open.unattested")
+
+
+def test_under_a_policy_every_run_behind_an_image_must_satisfy_it(enforced, run_graph, loras):
+    """An image put together of two runs, of which one lacks the safety LoRA that is required."""
+    graph = sources()
+    graph["other"] = node("ModularLoraLoadSafety", lora_name="other.safetensors", strength=1.0)
+    graph["guard2"] = node("ModularLoraGuardModel", model=["ckpt", 0], safety_lora=["other", 0])
+    graph["sample2"]["inputs"]["model"] = ["guard2", 0]
+    graph["both"] = edit("ImageStitch", {"image1": ["decode", 0], "image2": ["decode2", 0]})
+    graph["save"] = node("SaveImage", images=["both", 0], filename_prefix="two")
+    with refuses("refused.guard.required"):
+        enforced.run_graph(graph)

@@ -1,0 +1,120 @@
+"""Nodes that call ComfyUI as other packs' do: loaders of LoRAs, one that samples and decodes, a ControlNet."""
+
+from __future__ import annotations
+
+import torch
+
+SEED, STEPS, CFG = 1, 2, 2.0
+
+
+def _node(run, *returns: str, **inputs) -> type:
+    """A node class around a function of its inputs."""
+    required = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in inputs.items()}
+    members = {
+        "INPUT_TYPES": classmethod(lambda cls: {"required": required}),
+        "RETURN_TYPES": returns,
+        "FUNCTION": "run",
+        "CATEGORY": "test",
+        "run": lambda self, **given: run(**given),
+    }
+    return type("PackNode", (), members)
+
+
+def _file(name: str) -> dict:
+    import comfy.utils
+    import folder_paths
+
+    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", name), safe_load=True)
+
+
+def _parsed(said: str) -> list[tuple[str, float]]:
+    return [(name.strip(), float(strength)) for name, strength in (one.split(":") for one in said.split(","))]
+
+
+def power_loader(model, clip, loras: str):
+    """Several LoRAs on one node, as rgthree's Power Lora Loader and the stacks of Comfyroll and Easy-Use."""
+    from comfy.sd import load_lora_for_models
+
+    for name, strength in _parsed(loras):
+        model, clip = load_lora_for_models(model, clip, _file(name), strength, strength)
+    return model, clip
+
+
+def block_loader(model, clip, lora_name: str, first: float, others: float):
+    """One call of add_patches for every key, each with a strength of its own, as Inspire's block weights."""
+    import comfy.lora
+
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, comfy.lora.model_lora_keys_unet(model.model, {}))
+    loaded = comfy.lora.load_lora(_file(lora_name), keys)
+    model, clip = model.clone(), clip.clone()
+    for i, (key, value) in enumerate(loaded.items()):
+        strength = first if i % 2 == 0 else others
+        model.add_patches({key: value}, strength)
+        clip.add_patches({key: value}, strength)
+    return model, clip
+
+
+def scaling_loader(model, lora_name: str, factor: float):
+    """A loader that multiplies the strength into the values."""
+    from comfy.sd import load_lora_for_models
+
+    scaled = {key: value * factor if "lora_up" in key else value for key, value in _file(lora_name).items()}
+    return (load_lora_for_models(model, None, scaled, 1.0, 0.0)[0],)
+
+
+def one_node(model, clip, vae, text: str, tiled: bool):
+    """A node that encodes, samples and decodes by itself, as detailers and upscalers do."""
+    import comfy.sample
+
+    conds = [clip.encode_from_tokens_scheduled(clip.tokenize(said)) for said in (text, "")]
+    latent = torch.zeros(1, 4, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, SEED, None)
+    made = comfy.sample.sample(model, noise, STEPS, CFG, "euler", "normal", *conds, latent, denoise=1.0, seed=SEED)
+    return (vae.decode_tiled(made, tile_x=8, tile_y=8, overlap=2) if tiled else vae.decode(made),)
+
+
+def control_net(model, size: float):
+    """A ControlNet for this very model, with random weights."""
+    from comfy import ops
+    from comfy.cldm import cldm
+    from comfy.controlnet import ControlNet
+
+    left = ("out_channels", "disable_unet_model_creation")
+    settings = {k: v for k, v in model.model.model_config.unet_config.items() if k not in left}
+    network = cldm.ControlNet(**settings, hint_channels=3, operations=ops.manual_cast)
+    generator = torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * size
+    return (ControlNet(network.eval(), load_device=torch.device("cpu")),)
+
+
+def whole_weights(model, strength: float):
+    """A difference with a whole weight that is wider than the model's, as IC-Light's."""
+    key = "diffusion_model.input_blocks.0.0.weight"
+    weight = model.model.state_dict()[key]
+    model = model.clone()
+    wide = torch.zeros(weight.shape[0], 8, *weight.shape[2:])
+    model.add_patches({key: ("diff", (wide, {"pad_weight": True}))}, strength)
+    return (model,)
+
+
+def own_clone(model):
+    """A clone that sets its class itself, called as a function, as ComfyUI-GGUF's loader does."""
+    from comfy.model_patcher import ModelPatcher
+
+    made = ModelPatcher.clone(model)
+    made.__class__ = ModelPatcher
+    return (made,)
+
+
+NODES = {
+    "PackPowerLoader": _node(power_loader, "MODEL", "CLIP", model="MODEL", clip="CLIP", loras="STRING"),
+    "PackBlockLoader": _node(
+        block_loader, "MODEL", "CLIP", model="MODEL", clip="CLIP", lora_name="STRING", first="FLOAT", others="FLOAT"
+    ),
+    "PackScalingLoader": _node(scaling_loader, "MODEL", model="MODEL", lora_name="STRING", factor="FLOAT"),
+    "PackOneNode": _node(one_node, "IMAGE", model="MODEL", clip="CLIP", vae="VAE", text="STRING", tiled="BOOLEAN"),
+    "PackControlNet": _node(control_net, "CONTROL_NET", model="MODEL", size="FLOAT"),
+    "PackWholeWeights": _node(whole_weights, "MODEL", model="MODEL", strength="FLOAT"),
+    "PackOwnClone": _node(own_clone, "MODEL", model="MODEL"),
+}
