@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..comfy_host import text_inputs, trainer_model
+from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
-from ..comfy_host.node_report import show
 from ..comfy_host.training_files import published, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora
@@ -60,6 +60,6 @@ class MakeSafetyLora(io.ComfyNode):
         check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
         made_lora = make_safety(text_inputs.opened(model, clip), made, engine=trainer_model.ENGINE)
         path = published(made_lora.lora.path, SAFETY_FOLDER)
+        line = f"A safety LoRA of {len(made_lora.lora.layers)} layers was made."
         report = f"saved as {path.name} in {path.parent.name}\n{made_lora.report}"
-        show(cls, report)
-        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), report)
+        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), f"{line}\n{report}", ui=answer(line, report))

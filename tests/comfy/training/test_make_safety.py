@@ -100,7 +100,7 @@ def test_the_node_makes_a_file_that_erases_and_keeps_where_attention_mixes_token
     assert all(torch.equal(value, plain[key]) for key, value in bits(results["ckpt"][0].model).items())
     path = folders / "safety_loras" / "safety.safetensors"
     assert handle.lora.path == path
-    assert report.startswith("saved as safety.safetensors in safety_loras\n")
+    assert report.startswith("A safety LoRA of 14 layers was made.\nsaved as safety.safetensors in safety_loras\n")
     moved = movement(comfy, loaded, path, ["cat face", "grinning face", "heart", "", "car", "a bus"])
     assert max(moved[p] for p in ("cat face", "grinning face", "heart", "")) < kept
     assert min(moved[p] for p in ("car", "a bus")) > erased
