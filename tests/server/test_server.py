@@ -34,6 +34,7 @@ NODE_IDS = {
     "ModularLoraDecodeTiled",
     "ModularLoraSaveImage",
     "ModularLoraInterference",
+    "ModularLoraMakeSafety",
     "ModularLoraTrainTask",
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",
