@@ -184,6 +184,12 @@ class DropInClipMixin(GuardedClipMixin):
             return super(GenerateMixin, self).generate(tokens, *args, **kwargs)
         return super().generate(tokens, *args, **kwargs)
 
+    @property
+    def guard_encoder(self) -> Encoder:
+        """What is noted of the embeddings that it makes."""
+        state = self.patcher.guard_state
+        return Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
+
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         state = self.patcher.guard_state
         if not state.part.layers:  # nothing acts on it
@@ -191,7 +197,7 @@ class DropInClipMixin(GuardedClipMixin):
                 tokens, return_pooled=return_pooled, return_dict=return_dict
             )
         result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
-        encoder = Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
+        encoder = self.guard_encoder
         every = lifting.joined(self.patcher.guard_side, self.patcher.guard_added)
         _encoding.put((encoder, id(self.cond_stage_model)), (state.part, tuple(added.task for added in every)))
         made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)

@@ -252,7 +252,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     record = patcher.guard_record(executor.class_obj.conds)
-    weighted = _weighted(executor.class_obj.conds) if state.text_digest else ()
+    weighted = _weighted(executor.class_obj.conds)
     if not running.shows_previews():
         _silence_previews(callback)
     kept = _Denoised(callback)
@@ -342,6 +342,8 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
 
 def _weighted(conds: dict[str, list[dict]]) -> tuple[str, ...]:
     """Types of the nodes that weighted or mixed embeddings of these conditionings."""
+    if not len(ledger.weighted):
+        return ()
     tensors = (tensor for entries in conds.values() for entry in entries for tensor in encoded(entry))
     return tuple(dict.fromkeys(name for tensor in tensors for name in ledger.weighted_by(tensor)))
 

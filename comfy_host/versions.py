@@ -121,6 +121,13 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("functional.py:_Evaluator", _RUN, f"{_SAMPLERS}.process_conds", f"{_SAMPLERS}.calc_cond_batch"),
     *_touches("functional.py:_Evaluator", _RUN, "comfy.sampler_helpers.prepare_sampling"),
     *_touches("functional.py:_Evaluator", _RUN, "comfy.model_management.throw_exception_if_processing_interrupted"),
+    # Make Safety LoRA
+    *_touches("text_inputs.py:evaluating", _OLDER, "comfy.sampler_helpers.prepare_sampling"),
+    *_touches("text_inputs.py:evaluating", _OLDER, "comfy.sampler_helpers.convert_cond"),
+    *_touches("text_inputs.py:evaluating", _OLDER, f"{_SAMPLERS}.process_conds", f"{_SAMPLERS}.calc_cond_batch"),
+    *_touches("text_inputs.py:evaluating", _OLDER, f"{_PATCHER}.pre_run", f"{_PATCHER}.cleanup"),
+    *_touches("text_inputs.py:ComfyTextModel", _OLDER, "comfy.sd.CLIP.tokenize"),
+    *_touches("text_inputs.py:ComfyTextModel", _OLDER, "comfy.sd.CLIP.encode_from_tokens_scheduled"),
     *_touches("functional.py:_bare", _RUN, f"{_PATCHER}.model_options", f"{_PATCHER}.callbacks"),
     *_touches("functional.py:_bare", _RUN, f"{_PATCHER}.attachments", f"{_PATCHER}.forced_hooks"),
     *_touches("functional.py:_bare_clip", _RUN, "comfy.sd.CLIP.layer_idx", "comfy.sd.CLIP.tokenizer_options"),

@@ -36,6 +36,7 @@ SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "Mod
 CLOSED = {  # our node type -> key of [open]
     AS_MODEL: "guarded_as_model",
     "ModularLoraAudit": "audit",
+    "ModularLoraMakeSafety": "training",
     "ModularLoraTrainTask": "training",
     "ModularLoraTrainSafety": "training",
     "ModularLoraProjectTask": "training",
