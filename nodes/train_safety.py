@@ -15,6 +15,7 @@ from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
 from ..training.safety.train import train_safety
+from .search_words import found_by
 from .sockets import SafetySocket, rarely
 from .training import (
     GROUP,
@@ -45,6 +46,7 @@ class TrainSafetyLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraTrainSafety",
+            **found_by("train lora", "erase concept", "concept erasure", "unlearning", "esd", "leco", "sdd", "nsfw"),
             display_name="Train Safety LoRA",
             category=GROUP,
             description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "

@@ -16,6 +16,7 @@ from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
 from ..training.task.train import train_task
 from .load import handles
+from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket, rarely
 from .training import (
     GROUP,
@@ -47,6 +48,7 @@ class TrainTaskLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraTrainTask",
+            **found_by("train lora", "lora training", "kohya", "sd-scripts", "fine-tune", "finetune", "dreambooth"),
             display_name="Train Task LoRA",
             category=GROUP,
             description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "

@@ -21,6 +21,7 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
+from ..modular_lora.util.terminal import open_to_all
 from . import inspection, options, output, projection
 from .data import captions, dataset
 from .kohya import engine as kohya
@@ -41,6 +42,7 @@ logger = logging.getLogger("modular_lora")
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, or 1 with one line that says what is wrong and what to do."""
+    open_to_all()
     made = parser()
     parsed, extra = made.parse_known_args(arguments)
     if extra and getattr(parsed, "engine", "") != "kohya":

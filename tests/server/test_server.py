@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import PACK_NAME, ROOT
@@ -243,7 +244,7 @@ def test_the_workflows_are_in_the_template_browser(client: Client) -> None:
     assert expected
     assert set(client.get_json("/workflow_templates").get(PACK_NAME, [])) == expected
     for name in expected:
-        assert client.get_json(f"/api/workflow_templates/{PACK_NAME}/{name}.json")["nodes"]
+        assert client.get_json(f"/api/workflow_templates/{PACK_NAME}/{quote(name)}.json")["nodes"]
 
 
 def test_english_names_are_served_for_every_node(client: Client) -> None:
