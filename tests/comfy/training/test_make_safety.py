@@ -171,7 +171,7 @@ def test_refusals_name_what_is_wrong(comfy, run_graph, change, said):
 
 
 def test_a_guarded_model_is_refused(comfy, run_graph):
-    graph = guarded_graph(task=None, clip=True) | make_graph(comfy, clip=["guard", 1])
+    graph = guarded_graph("safety_te.safetensors", None, True) | make_graph(comfy, clip=["guard", 1])
     with pytest.raises(GraphError, match="guarded, and a LoRA is trained on W0 alone"):
         run_graph(graph)
 
