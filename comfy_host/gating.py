@@ -134,5 +134,5 @@ def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
 
 
 def _refusal(gate: Gate, outcome: Outcome, i: int) -> dict:
-    error = Blocked(blocked_by(gate.detector, gate.settings, outcome.blocked[i], outcome.findings[i]))
-    return refused("gate.withhold", str(error), OTHERWISE, error)
+    reason = blocked_by(gate.detector, gate.settings, outcome.blocked[i], outcome.findings[i])
+    return refused("gate.withhold", Blocked.code, reason, OTHERWISE)

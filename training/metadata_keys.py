@@ -1,6 +1,7 @@
 """Metadata keys of the files that are trained here, apart from what only the pack's own environment can import."""
 
 CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
+PRESERVED_KEY = "modular_lora.preserved_prompts"  # JSON list of prompts that a safety LoRA was to leave alone
 METHOD_KEY = "modular_lora.method"  # how a safety LoRA was made that was not trained
 CONVERTED_KEY = "modular_lora.converted_from"  # name and SHA-256 of the weights that a file was converted from
 BASE_FILE_KEY = "modular_lora.converted_base"  # name and SHA-256 of the W0 that was subtracted from them

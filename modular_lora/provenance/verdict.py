@@ -56,9 +56,9 @@ def verdict(
     return plain_json.finite(said)
 
 
-def refused(rule: str, reason: str, remedy: str, error: BaseException | None = None) -> Json:
-    """Why an image was refused, and what helps; ``error``: what would have been raised, for its code."""
-    return {"rule": rule, "code": getattr(error, "code", None), "reason": reason, "remedy": remedy}
+def refused(rule: str, code: str, reason: str, remedy: str) -> Json:
+    """Why an image was refused, and what helps; ``code``: of the error that would have been raised for it."""
+    return {"rule": rule, "code": code, "reason": reason, "remedy": remedy}
 
 
 def brief(said: Json) -> Json:
