@@ -37,7 +37,10 @@ from modular_lora_guard.tools.bootstrap.process import child_environment, exit_w
 
 WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # our nodes/ would hide ComfyUI's
 OWN_LINE = {  # command -> module, help
-    "lora": ("training", "train-task, train-safety, convert-safety, project, inspect, dataset (docs/training.md)"),
+    "lora": (
+        "training",
+        "make-safety, convert-safety, train-task, train-safety, project, inspect, dataset (docs/training.md)",
+    ),
     "audit": ("audit", "run, page, gate-error (docs/audit.md)"),
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
     "evidence": ("tools.world", "the paper's table on the demo world (docs/evidence.md)"),

@@ -1,5 +1,5 @@
-"""The command line: make-safety, convert-safety, train-task, train-safety, dataset, project, concept-prompts and inspect,
-options as in sd-scripts.
+"""The command line: make-safety, convert-safety, train-task, train-safety, dataset, project, concept-prompts and
+inspect, options as in sd-scripts.
 
 Every option can stand in a TOML file as well (--config), under the same name; the command line goes first.
 """
