@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 COMMAND = "python3 run.py lora convert-safety"
 _UNET = re.compile(
-    r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding)\..*(weight|bias)"
+    r"((down_blocks|up_blocks)\.\d+\.(resnets|attentions|downsamplers|upsamplers)|mid_block\.(resnets|attentions)"
+    r"|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|class_embedding)\..*(weight|bias)"
 )
 _COMPVIS = re.compile(r"(?:model\.)?(?:diffusion_model\.)?(input_blocks|middle_block|output_blocks|time_embed)\..*")
 _ATTENTION = re.compile(r".*\.(attn[12])\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)")

@@ -140,9 +140,10 @@ def refuse_other_files(tensors: Collection[str], name: str) -> None:
         return
     layout = erased.recognise(tensors)
     if layout is not None and not layout.whole:
+        part = "a part of a diffusion model" if layout.convertible else "an eraser with a forward of its own"
         saved = f"{layout.what}, as saved by {layout.named}"
         raise LoraFileError(
-            f"{name}: holds {saved}, and no LoRA: {erased.remedy(layout, name)}", code="file.erased-weights"
+            f"{name}: is {part} ({saved}) and no LoRA: {erased.remedy(layout, name)}", code="file.another-kind"
         )
     for pattern, kind in _OTHER_FILES:
         if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
