@@ -44,12 +44,14 @@ class Factored:
         up, down: the factors; None where a full difference is smaller.
         rank: of them; of the change where it is written whole.
         exact: whether the rest is rounding, or below `EXACT`.
+        low: whether the change has a low rank of its own, larger than this one perhaps.
     """
 
     up: Tensor | None
     down: Tensor | None
     rank: int
     exact: bool
+    low: bool
 
 
 def outside(change: Tensor) -> float:
@@ -72,19 +74,19 @@ def factored(change: Tensor, rounding: Sequence[Rounding], limit: float, most: i
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     energy = values.flip(0).cumsum(0).flip(0)  # energy[r]: of the rest beyond rank r
     rank = _exact_rank(change, values, energy, rounding)
-    exact = rank is not None
+    low = exact = rank is not None
     if rank is None:
         rank = int((energy > (SPARE * limit) ** 2 * energy[0]).sum())
     if most and rank > most:
         rank, exact = most, False
     rank = max(1, rank)
     if rank * (out + width) >= out * width:
-        return Factored(None, None, small, True)
+        return Factored(None, None, small, True, low)
     vectors = vectors[:, :rank]
     root = values[:rank].sqrt().clamp_min(1e-30).sqrt()
     if out <= width:
-        return Factored(vectors * root, (vectors.T @ change) / root[:, None], rank, exact)
-    return Factored((change @ vectors) / root, vectors.T * root[:, None], rank, exact)
+        return Factored(vectors * root, (vectors.T @ change) / root[:, None], rank, exact, low)
+    return Factored((change @ vectors) / root, vectors.T * root[:, None], rank, exact, low)
 
 
 def _exact_rank(change: Tensor, values: Tensor, energy: Tensor, rounding: Sequence[Rounding]) -> int | None:

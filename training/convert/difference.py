@@ -60,7 +60,8 @@ class Part:
     left_out: float = 0.0  # ‖ΔW‖² of embeddings
     rest: float = 0.0  # ‖W0 + UD − W_safe‖²
     ranks: Counter[int] = field(default_factory=Counter)
-    inexact: int = 0  # layers whose rank the limit chose
+    inexact: int = 0  # layers whose rank the limit chose, or the largest rank that was asked for
+    low: int = 0  # layers whose change has a low rank of its own
     full: int = 0  # layers that are written as a full difference
 
     @property
@@ -73,8 +74,8 @@ class Part:
         """What shows that W0 is the one that the eraser started from; "" where nothing does."""
         if self.equal:
             return f"{self.equal} of {self.tensors} weights are W0's own"
-        if self.ranks and not self.inexact and not self.full:
-            return f"every change has a low rank (up to {max(self.ranks)}), which the difference of two bases has not"
+        if self.ranks and self.low == self.ranks.total() + self.full:
+            return "every change has a low rank of its own, which the difference of two bases has not"
         return ""
 
 
@@ -215,6 +216,7 @@ def _matrix(
     """Factors of a weight's change, or the change itself where that is smaller."""
     dtype, flat = DTYPES[o.save_precision], _flat(change)
     made = factored(flat, rounding, o.limit, o.rank)
+    found.low += made.low
     if made.up is None or made.down is None:
         found.full += 1
         whole = change.to(dtype)

@@ -136,7 +136,9 @@ def _part(part: Part) -> list[str]:
     if part.ranks:
         ranks = ", ".join(f"{rank} ({count})" for rank, count in sorted(part.ranks.items()))
         kept = f"{1 - part.rest / part.energy:.2%} of the energy kept"
-        how = f"{part.inexact} of them chosen by the limit, {kept}" if part.inexact else "the rest is rounding"
+        how = (
+            f"{part.inexact} of them chosen by the limit or --rank, {kept}" if part.inexact else "the rest is rounding"
+        )
         lines.append(f"    rank (layers) {ranks}; {how}")
     if part.full:
         lines.append(f"    {part.full} layers are full differences, smaller than factors of their rank")
