@@ -52,8 +52,15 @@ class Record:
         }
         return found | {"dataset_sha256": self.dataset.sha256 if self.dataset else ""}
 
-    def write(self, path: Path, step: int, factors: Factors, bases: Mapping[str, Tensor] | None = None) -> None:
-        """The LoRA as of ``step``; see `output.write`."""
+    def write(
+        self,
+        path: Path,
+        step: int,
+        factors: Factors,
+        bases: Mapping[str, Tensor] | None = None,
+        activity: str = "",
+    ) -> None:
+        """The LoRA as of ``step``; see `output.write` and `output.Provenance.activity`."""
         made = output.Provenance(
             family=self.host_model.family,
             prediction=self.host_model.schedule.prediction,
@@ -67,6 +74,7 @@ class Record:
             contaminated_base=self.contaminated,
             initialisation=f"{self.spec.role}:{self.spec.seed}",
             dataset=self.dataset,
+            activity=activity,
         )
         metadata = output.metadata(self.options, made)
         self.last = output.write(path, factors, metadata, self.options.save_precision, bases)
