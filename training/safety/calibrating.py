@@ -72,8 +72,8 @@ def _measured(
         t = torch.full((noises,), len(host_model.schedule.alphas_cumprod) - 1, device=x.device)
         with _heard(adapters) as energies:
             host_model.predict(x, t, erasure.prompts([prompt] * noises))
-        ratios = [z / y0 for z, y0 in energies.values()]
-        found.append(torch.stack(ratios).double().mean(0).tolist())
+        ratios = [z / y0 for z, y0 in energies.values() if z.any()]  # a layer that is zero is not in the file
+        found.append(torch.stack(ratios).double().mean(0).tolist() if ratios else [0.0] * noises)
     return found
 
 

@@ -61,7 +61,7 @@ def train_safety(
         job = Job(
             groups=[(adapters.parameters(), options.learning_rate)],
             loss=erasure.loss,
-            write=lambda path, step, masters: _write(record, erasure, adapters, masters, path, step, said),
+            write=lambda path, step, masters: _write(record, options, erasure, adapters, masters, path, step, said),
             fingerprint=record.fingerprint,
             after_step=lambda masters: erasure.after_step(masters.values),
             prepare=erasure.prepare,
@@ -84,6 +84,7 @@ def prepare(options: SafetyOptions) -> None:
 
 def _write(
     record: Record,
+    options: SafetyOptions,
     erasure: Erasure,
     adapters: Adapters,
     masters: Masters,
@@ -95,7 +96,7 @@ def _write(
     average = erasure.average
     values = dict(zip(map(id, average.parameters), average.values, strict=True)) if average else {}
     factors = adapters.factors(lambda weight: values.get(id(weight), masters.of(weight)))
-    made = calibration(record.host_model, record.options, adapters, erasure)
+    made = calibration(record.host_model, options, adapters, erasure)
     said[:] = [line for line in said if not line.startswith(CALIBRATION)]
     said.append(f"{CALIBRATION}: {made.line}")
     record.write(path, step, factors, activity=made.metadata)

@@ -15,6 +15,10 @@ from modular_lora_guard.modular_lora.guard import activity
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.tools.world import ASSETS, SAFETY_LORA, TASK_LORA
 from modular_lora_guard.training import cli
+from modular_lora_guard.training.adapters import Spec, adapted
+from modular_lora_guard.training.options import SafetyOptions, load
+from modular_lora_guard.training.safety.calibrating import calibration
+from modular_lora_guard.training.safety.erasure import Erasure
 from PIL import Image
 from support.errors import refuses
 from support.graphs import guarded_graph, node
@@ -203,3 +207,31 @@ def test_the_command_writes_what_the_node_writes(world, comfy, calibrated, tmp_p
     assert "AUC 1.000" in capsys.readouterr().out
     found = activity.read(comfy.host_files.read_lora(made))
     assert found == calibrated.found
+
+
+def test_the_trainer_measures_what_the_guard_measures(world, comfy, calibrated, host):
+    """By other means: hooks on the adapters of the training, with the shipped LoRA's values in them."""
+    pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
+    trainer = importlib.import_module("modular_lora_guard.comfy_host.trainer_model")
+    given = {"concept": list(CONCEPT), "preserve": list(KEPT), "preserve_weight": 2.0, "train_size": 64, "seed": 5}
+    options = load(SafetyOptions, None, given | {"mixed_precision": "no"})
+    loaded = comfy.nodes.CheckpointLoaderSimple().load_checkpoint(CKPT)
+    file = calibrated.plain.lora
+    with trainer.opened(*loaded, options) as opened:
+        layers = {path: name for path, name in opened.unet_names.items() if name in file.layers}
+        first = file.plain[next(iter(layers.values()))]
+        spec = Spec(layers, {}, first.rank, first.alpha, 0.0, 5, "safety")
+        with adapted(opened.unet, opened.text_encoder, spec) as adapters:
+            adapters.load(file)
+            erasure = Erasure(opened, options, adapters.off, adapters.parameters(), relative=False)
+            made = calibration(opened, options, adapters, erasure)
+    assert "AUC 1.000" in made.line
+    said = json.loads(made.metadata)
+    latent = host.latent_of(calibrated.model, 64)
+    other = host.calibrated(
+        calibrated.model, calibrated.clip, calibrated.plain, CONCEPT, KEPT, latent, 2, said["seed"], Silent()
+    )
+    expected = json.loads(activity.encode(other))
+    for name in ("concept", "preserved"):
+        assert said[name].pop("quantiles") == pytest.approx(expected[name].pop("quantiles"), rel=1e-2)
+    assert said == expected
