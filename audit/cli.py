@@ -15,6 +15,7 @@ from typing import Any
 from ..modular_lora import options as optionfile
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
+from ..modular_lora.util.terminal import open_to_all
 from . import engines, gate_error, session
 from .options import AuditOptions
 from .words import format_report
@@ -26,6 +27,7 @@ PAINTER = ("comfy_host.standalone_pipeline", "open_pipeline")
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, or 1 with one line that says what is wrong and what to do."""
+    open_to_all()
     chosen = vars(parser().parse_args(arguments))
     command = {"run": run, "page": page, "gate-error": gate_error.command}[chosen["command"]]
     return finish(lambda: command(chosen | {"said": shlex.join(arguments)}), "the same command goes on from here")

@@ -53,7 +53,7 @@ def _text_of(inputs: Iterable) -> str | None:
     for value in inputs:
         if isinstance(value, comfy.sd.CLIP):
             guarded = isinstance(value, patcher.GuardedClipMixin)
-            found.add(value.patcher.guard_state.text_digest if guarded else None)
+            found.add(value.text_digest if guarded else None)
         found |= {ledger.embeddings.get(row) for row in embedding_rows(value)}
     return found.pop() if len(found) == 1 else None
 

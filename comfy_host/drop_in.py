@@ -42,14 +42,19 @@ from .bound_vae import bound
 from .control_inputs import widen
 from .enforcement import policy as policies
 from .functional import measured
+from .hooked_loras import HookedMixin
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
 from .node_report import show_run
-from .patcher import PACK, GuardedClipMixin, GuardMixin, GuardState, dress, encoded, guarded_class
+from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
+from .run import GenerateMixin
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
 _encoding: Cache[tuple[Encoder, int], tuple[GuardedPart, Tasks]] = Cache(16)
+
+
+BESIDE = "beside the guard: remove that node; LoRAs may come from Load LoRA and loaders that work as it does"
 
 
 class Trio(NamedTuple):
@@ -73,7 +78,7 @@ class _Shared:
     node_id: str  # of the node that shows what runs say; "" where there is none
 
 
-class DropInMixin(GuardMixin):
+class DropInMixin(HookedMixin):
     """In front of a ModelPatcher's class: what ``add_patches`` brings becomes task LoRAs, made into branches when used.
 
     Attributes:
@@ -81,6 +86,7 @@ class DropInMixin(GuardMixin):
         guard_added: The LoRAs that were put onto this clone, in order.
     """
 
+    guard_beside = BESIDE
     guard_side: Side
     guard_shared: _Shared
     guard_added: tuple[Added, ...]
@@ -107,18 +113,15 @@ class DropInMixin(GuardMixin):
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""
-        weights, taken, entries = self.model.state_dict(), [], {}
-        for key in patches:
-            name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
-            if name in weights:
-                taken.append(key)
-                entry = (strength_patch, patches[key], strength_model, offset, function)
-                entries.setdefault(name, []).append(entry)
+        taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
         if (added := lifting.handed(self.guard_side, self.guard_added, entries)) is not None:
             with self.use_ejected():  # a model that is loaded already gets the new branches
                 self.guard_added = (*self.guard_added, added)
                 self.guard_built = self._guard_seat = None
         return taken
+
+    def guard_with(self, more: tuple[Added, ...]) -> GuardState:
+        return _build(self.guard_side, self.guard_shared, (*self.guard_added, *more))
 
     def guard_record(self, conds: dict[str, list[dict]]) -> Attestation:
         """With the task LoRAs of the text encoders that made the conditionings, and functional strength with these."""
@@ -134,6 +137,13 @@ class DropInMixin(GuardMixin):
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
             show_run(self.guard_shared.node_id, f"{run_line(result)}\n{format_attestation(result)}")
+
+    def set_injections(self, *args, **kwargs):
+        raise GuardError(
+            "A guarded model cannot take another loader's injections (set_injections): load the LoRA with Load LoRA, "
+            "which the guard keeps beside the weights.",
+            code="model.refused",
+        )
 
     def get_ram_usage(self):
         """0.3.75's cache asks it of every result, also of those whose branches nobody needs yet."""
@@ -152,16 +162,33 @@ def _drop_in(fresh, side: Side, shared: _Shared, added: tuple[Added, ...], built
     fresh.guard_side, fresh.guard_shared, fresh.guard_added = side, shared, added
     fresh.guard_built = built if fresh.model is side.base.model else None
     fresh._guard_seat = None
+    fresh.guard_hooked, fresh._guard_sets, fresh._guard_acting = {}, {}, ()
     return fresh
 
 
 class DropInClipMixin(GuardedClipMixin):
     """In front of ComfyUI's CLIP: as GuardedClipMixin, with the LoRAs that loaders put onto it."""
 
+    @property
+    def text_digest(self) -> str:
+        """The same; nothing is built for it."""
+        return text_digest(self.patcher.guard_side.safety)
+
     def clone(self, *args, **kwargs):
         clone = super(GuardedClipMixin, self).clone(*args, **kwargs)
         clone.__class__ = type(self)
         return clone
+
+    def generate(self, tokens, *args, **kwargs):
+        if not self.patcher.guard_state.part.layers:
+            return super(GenerateMixin, self).generate(tokens, *args, **kwargs)
+        return super().generate(tokens, *args, **kwargs)
+
+    @property
+    def guard_encoder(self) -> Encoder:
+        """What is noted of the embeddings that it makes."""
+        state = self.patcher.guard_state
+        return Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         state = self.patcher.guard_state
@@ -170,7 +197,7 @@ class DropInClipMixin(GuardedClipMixin):
                 tokens, return_pooled=return_pooled, return_dict=return_dict
             )
         result = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
-        encoder = Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
+        encoder = self.guard_encoder
         every = lifting.joined(self.patcher.guard_side, self.patcher.guard_added)
         _encoding.put((encoder, id(self.cond_stage_model)), (state.part, tuple(added.task for added in every)))
         made = result.values() if return_dict else result if isinstance(result, tuple) else (result,)
@@ -209,7 +236,7 @@ def attach(
     check_roles(safety, ())
     given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
     for one, _, what in given:
-        patcher._check_incoming(one, True, what)
+        patcher._check_incoming(one, True, what, beside=BESIDE)
     before = [pending.of(one) for one, _, _ in given]
     bare = [_without(one, found) for (one, _, _), found in zip(given, before, strict=True)]
     sides = [Side(part, base, safety, limits) for base, (_, part, _) in zip(bare, given, strict=True)]
@@ -246,7 +273,9 @@ def _build(side: Side, shared: _Shared, added: Iterable[Added]) -> GuardState:
     key = guard_cache.part_key(side.part, side.base, side.safety, tasks, side.limits)
     if (built := guard_cache.guards.get(key)) is None:
         part = _part(side, every, tasks)
-        built = guard_cache.guards.put(key, guard_cache.Built(part, None, _record(shared, side, part, tasks), "", ""))
+        built = guard_cache.guards.put(
+            key, guard_cache.Built(part, None, _record(shared, side, part, tasks), "", "", "")
+        )
     state = GuardState(built.model, built.record, frozenset(), text_digest(side.safety))
     policies.check_built(state, tasks)
     return state

@@ -103,10 +103,10 @@ def _node(original: Callable) -> Callable:
         name = _name(prompt, unique_id, kind)
         facts = node_info.facts(kind)
         given = [rows for some in input_data_all.values() for value in some for rows in _rows(value) if facts.outputs]
-        if facts.is_output:
+        if facts.is_output and (name in told.OURS or not facts.ours):  # not what a gate takes out
             found = told.note(prompt, unique_id, name, input_data_all)
             input_data_all, kwargs = told.with_entry(found, name, facts, input_data_all, kwargs)
-        with weightings.watching(name, input_data_all) as texts:
+        with weightings.watching(name, facts, input_data_all) as texts:
             made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
 
         def after(outputs: Any) -> None:

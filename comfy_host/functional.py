@@ -55,7 +55,7 @@ def measured(model, clip, parts: Sequence[GuardedPart], safety: Safety, tasks: T
     """
     files = [s.lora for s in safety]
     if clip is None:
-        return functional.unmeasured(files, "no CLIP is connected to Guard Model")
+        return functional.unmeasured(files, "no CLIP is connected to the guard")
     if any(part.branches.wide for part in parts):
         return functional.unmeasured(files, "a LoRA gives the model inputs that a prompt does not fill")
     evaluator = _Evaluator(model, clip, parts, safety, tasks, base_sha256)

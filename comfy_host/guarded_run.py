@@ -35,6 +35,7 @@ class GuardedRun:
         acted: What each safety LoRA did, as far as it was measured.
         measured: How many evaluations were measured.
         result: The attestation of a run that ended well.
+        others: Parts of the same run in which other branches took the place of these (hooked_loras.py).
     """
 
     seat: Attachment
@@ -49,6 +50,8 @@ class GuardedRun:
     measured: int = 0
     result: Attestation | None = None
     can_start: bool = True
+    others: list[GuardedRun] = field(default_factory=list)
+    _paused: bool = False
     _counting: Run | None = None
     _wrong: Exception | None = None
 
@@ -70,24 +73,53 @@ class GuardedRun:
             rows = partial(evaluation_rows, self.images) if isinstance(self.seat.model, BaseModel) else None
             branches.meter.start(rows, self.steps, self.content, self.prompt)
 
+    @property
+    def running(self) -> bool:
+        """Whether it counts."""
+        return self._counting is not None
+
+    def pause(self) -> None:
+        """Before other branches take the place of these, which must have been on until now."""
+        self.seat.verify()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Take the place back."""
+        self.seat.attach()
+        self._paused = False
+
     def stop(self) -> None:
         """Take the counts while the branches are still on; what is wrong with them is kept for `finish`."""
+        for other in self.others:
+            other.stop()
         counting, self._counting = self._counting, None
         if counting is None:
             return
         meter = self.seat.branches.meter
         try:
-            counts = counting.finish(self.may_be_empty)
-            self.seat.verify()  # what took branches and counter off together leaves equal counts
+            elsewhere = any(other.counts is not None and other.counts.evaluations for other in self.others)
+            counts = counting.finish(self.may_be_empty or elsewhere)
+            if not self._paused:
+                self.seat.verify()  # what took branches and counter off together leaves equal counts
             measured, self.acted = meter.evaluations, meter.finish(self.images)
             self.counts, self.measured = counts, measured
+            self._join()
         except Exception as error:
             self._wrong = error
         finally:
             meter.stop()
 
+    def _join(self) -> None:
+        """Count and judge the parts of a run as one."""
+        for other in (other for other in self.others if other.counts is not None):
+            self.counts = Counts(*(a + b for a, b in zip(self.counts or (0, 0, 0), other.counts or (), strict=True)))
+            self.measured += other.measured
+            self.acted = {owner: one.least_with(other.acted.get(owner)) for owner, one in self.acted.items()}
+
     def finish(self) -> None:
         """Raise what was wrong with the run; one that was not stopped is discarded."""
+        for other in self.others:
+            other.finish()
         if self._counting is not None:
             self.discard()
         self.can_start = False
@@ -97,6 +129,8 @@ class GuardedRun:
 
     def discard(self) -> None:
         """Forget what was counted: a run that an interrupt or error ended is not attested, and no other starts so."""
+        for other in self.others:
+            other.discard()
         if self._counting is not None:
             self.seat.branches.meter.stop()
         self.can_start, self._counting, self._wrong = False, None, None

@@ -73,8 +73,23 @@ def waiting(side: Side, found: pending.Pending) -> tuple[Added, ...]:
     return tuple(_added(side, some) for some in pending.loras_of(found, side.is_text))
 
 
-def handed(side: Side, before: Sequence[Added], entries: pending.Patches) -> Added | None:
+def entries_of(model, patches: Mapping, strength: float, strength_model: float) -> tuple[list, pending.Patches]:
+    """The keys of ``patches`` that a loaded model has, and their entries as ModelPatcher.patches has them."""
+    if swapped := pending.swapping({key: [(strength, value)] for key, value in patches.items()}):
+        refuse(f"a change of the kind {pending.SWAPPING!r}", swapped[0], "was given")
+    weights, taken, entries = model.state_dict(), [], pending.Patches()
+    for key in patches:
+        name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+        if name in weights:
+            taken.append(key)
+            entries.setdefault(name, []).append((strength, patches[key], strength_model, offset, function))
+    return taken, entries
+
+
+def handed(side: Side, before: Sequence[Added], entries: pending.Patches, alone: bool = True) -> Added | None:
     """The LoRA of one call of add_patches, its entries as ModelPatcher.patches has them; None for an empty call.
+
+    ``alone``: it is held against the safety LoRAs by itself, at the strength that it has in the entries.
 
     Raises:
         GuardError: For what is no sum on the weights, by its kind and the first weight, and for a LoRA that may not
@@ -89,7 +104,7 @@ def handed(side: Side, before: Sequence[Added], entries: pending.Patches) -> Add
             if isinstance(read, str):
                 refuse(read, key, "was given")
             found.append(read)
-    return _added(side, tuple(found)) if found else None
+    return _added(side, tuple(found), alone) if found else None
 
 
 def refuse(what: str, key: str, how: str) -> None:
@@ -101,10 +116,10 @@ def refuse(what: str, key: str, how: str) -> None:
     )
 
 
-def _added(side: Side, found: tuple[Found, ...]) -> Added:
+def _added(side: Side, found: tuple[Found, ...], alone: bool = True) -> Added:
     task = _task(side, found)
     added = Added(found, task, origins.path_of(one.change for one in found) or _load(found))
-    if len(found) == 1:
+    if len(found) == 1 or not alone:
         return added  # a layer by itself says nothing of a LoRA: what it is part of is judged when it is whole
     info = side.info()
     applied = apply_task(task, side.part, info)

@@ -95,7 +95,7 @@ def unwrap(value: object):
     if not isinstance(patcher, GuardMixin):
         raise GuardError(
             f"The model ({type(value).__name__}) is not guarded, or a node on the way dropped the guard: connect the "
-            "output of Guard Model.",
+            "output of Guard or Guard Model.",
             code="model.not-guarded",
         )
     return patcher.clone()
@@ -114,6 +114,7 @@ def _refused(name: str, what: str, remedy: str) -> Callable:
 _LORA = "use Load Task LoRA instead of that node"  # before Guard Model it is refused as well
 _BEFORE = "do this before Guard Model"
 _BASE = "connect the unguarded checkpoint to that node instead"
+_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 
 
 class GuardMixin(KeptMixin, MemoryMixin):
@@ -122,6 +123,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
     guard_state: GuardState
     guard_seat: Attachment
     guard_run: GuardedRun | None  # the latest; clones have runs of their own
+    guard_beside = _BESIDE  # remedy for what a node put beside the guard
     branches = property(lambda self: self.guard_state.part.branches)
 
     add_patches = _refused("add_patches", "take a LoRA or a merge into its weights", _LORA)
@@ -152,6 +154,10 @@ class GuardMixin(KeptMixin, MemoryMixin):
     def guard_record(self, conds: dict[str, list[dict]]) -> Attestation:
         """The attestation of a run with these conditionings, its counts still empty."""
         return self.guard_state.record
+
+    def guard_acted(self, record: Attestation) -> Attestation:
+        """The same after the run, with what acted in parts of it alone."""
+        return record
 
     def guard_ended(self, result: Attestation) -> None:
         """A run has ended well."""
@@ -204,7 +210,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
         """Verify that nothing was put beside the guard, attach the branches, start a run. Raises GuardError."""
         self.guard_run = run = run or GuardedRun(self.guard_seat)
         run.can_start = False
-        _check_clean(self, self.guard_state.patches, "The guarded model")
+        _check_clean(self, self.guard_state.patches, "The guarded model", self.guard_beside)
         self.guard_seat.attach()
         self.guard_seat.verify()
         self.branches.to(self.load_device, compute_dtype(self))
@@ -241,13 +247,13 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     patcher = executor.class_obj.model_patcher
     if not isinstance(patcher, GuardMixin):
         raise GuardError(
-            "A node on the way took the guard off this model: remove it; sample what Guard Model gives.",
+            "A node on the way took the guard off this model: remove it; sample what the guard gives.",
             code="model.guard-taken-off",
         )
     state = patcher.guard_state
     hashes = _check_conditioning(executor.class_obj.conds, state)
     record = patcher.guard_record(executor.class_obj.conds)
-    weighted = _weighted(executor.class_obj.conds) if state.text_digest else ()
+    weighted = _weighted(executor.class_obj.conds)
     if not running.shows_previews():
         _silence_previews(callback)
     kept = _Denoised(callback)
@@ -263,7 +269,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     start = edits.start(streams(latent_image, **kwargs), denoise_mask, record)
     executor.original = run.around(executor.original)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
-    run.result, complete = _attested(record, state.part, run, hashes, start)
+    run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, start)
     run.result = run.result.of(weighted=weighted)
     if complete:
         each = activity.of_run(record, (lora for lora, _ in state.part.interference), run.acted, run.level)
@@ -341,6 +347,8 @@ def _check_conditioning(conds: dict[str, list[dict]], state: GuardState) -> tupl
 
 def _weighted(conds: dict[str, list[dict]]) -> tuple[str, ...]:
     """Types of the nodes that weighted or mixed embeddings of these conditionings."""
+    if not len(ledger.weighted):
+        return ()
     tensors = (tensor for entries in conds.values() for entry in entries for tensor in encoded(entry))
     return tuple(dict.fromkeys(name for tensor in tensors for name in ledger.weighted_by(tensor)))
 
@@ -356,6 +364,11 @@ def encoded(entry: dict) -> Iterator[torch.Tensor]:
 
 class GuardedClipMixin(GenerateMixin):
     """In front of ComfyUI's CLIP: encodes with the branches on, counts them, and remembers what it made."""
+
+    @property
+    def text_digest(self) -> str:
+        """Digest of the safety LoRAs' text-encoder half; "" where they have none."""
+        return self.patcher.guard_state.text_digest
 
     def clone(self, *args, **kwargs):
         return _wrap_clip(super().clone(*args, **kwargs), self.patcher.guard_state)
@@ -459,15 +472,12 @@ def _check_types(model, clip, node: str = "Guard Model") -> None:
 
 _MERGE = "leave that node out, or switch accept_merged on: images then read merged base"
 _PENDING = "load them with Load Task LoRA instead, or switch accept_merged on, which takes them as task LoRAs"
-_BESIDE = "beside the guard: remove that node, or use Load Task LoRA"
 
 
 def _check_incoming(patcher, accept_merged: bool, what: str, merged: str = "", beside: str = _BESIDE) -> None:
     """``merged`` and ``beside`` are the remedies of the node that asks."""
     if isinstance(patcher, GuardMixin):
-        raise GuardError(
-            f"{what} is guarded already: connect all LoRAs to one Guard Model.", code="model.guarded-already"
-        )
+        raise GuardError(f"{what} is guarded already: take one of the two guards out.", code="model.guarded-already")
     if swapped := pending.swapping(patcher.patches):
         raise GuardError(
             f"{what} brings a LoRA that swaps modules ({len(swapped)} changes of the kind {pending.SWAPPING!r}, first "

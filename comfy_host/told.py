@@ -31,6 +31,7 @@ from .pictures import pictures
 KEY = "modular_lora_images"  # of a prompt's extra_pnginfo, which Save Image writes into PNG files
 OWN = frozenset((KEY, signing.KEY))
 ROUTE = "/modular_lora/images/{prompt_id}"
+OURS = frozenset(("ModularLoraSaveImage", "ModularLoraSaveGated"))  # of our nodes those that write
 SAVES = "SaveImage"  # ComfyUI's own; it gets an entry also where the client sent no extra_pnginfo at all
 MOST_ENTRIES = 64  # images of one node of which the file says something: every file of a batch holds all entries
 MOST_TOLD = 512  # images of one prompt that are told one by one

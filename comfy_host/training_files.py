@@ -16,7 +16,6 @@ from ..modular_lora.util.file_state import file_state
 from ..training import options
 from ..training.data.config import DatasetConfig
 from ..training.options import TaskOptions
-from ..training.record import Trained
 from ..training.task.train import configure
 from .model_folders import input_folder, model_folder, output_folder
 
@@ -95,13 +94,12 @@ def state_to_resume(name: str, resume: bool) -> str:
     return str(found) if found else ""
 
 
-def published(trained: Trained, folder: str) -> Path:
+def published(lora: Path, folder: str) -> Path:
     """A copy of the LoRA in a model folder under a name of its own, whole or not at all."""
     target = model_folder(folder)
     target.mkdir(parents=True, exist_ok=True)
-    stem = trained.lora.path.stem
-    free = (target / f"{stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
+    free = (target / f"{lora.stem}{f'_{i:03d}' if i else ''}.safetensors" for i in range(10_000))
     path = next(p for p in free if not p.exists())
     with atomic.replacing(path) as part:
-        shutil.copyfile(trained.lora.path, part)
+        shutil.copyfile(lora, part)
     return path

@@ -21,6 +21,8 @@ import comfy.sd1_clip
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import ledger
+from ..modular_lora.provenance.ledger import Encoder
+from ..operators.graph import NodeFacts
 from .conditioning import embedding_rows
 from .patcher import GuardedClipMixin
 from .run import check_even
@@ -33,20 +35,23 @@ FILE = re.compile(
 class _Watch:
     """A node while it runs; ``digest`` None: what it makes is not accepted."""
 
-    def __init__(self, name: str, digest: str | None, clips: list[comfy.sd.CLIP]):
-        self._name, self._digest, self._clips = name, digest, clips
-        self._before = [clip.patcher.branches.counts()[1] for clip in clips] if digest else []
+    def __init__(self, name: str, digest: str | None, clips: list[comfy.sd.CLIP], rows: set[str]):
+        self._name, self._digest, self._clips, self._rows = name, digest, clips, rows
+        self._before = [] if digest is None else [clip.patcher.branches.counts()[1] for clip in clips]
         self.ran: dict[int, Any] = {}  # text encoders by their place in memory, kept so that none takes another's
 
     def end(self, outputs: Any) -> None:
         """Remember what the node made, as made under the same safety LoRAs and weighted by this node."""
         if self._digest is None or not self._whole():
             return
+        encoder = self._encoder()
         for value in _leaves(outputs):
             for row in embedding_rows(value):
                 if ledger.embeddings.get(row) != self._digest:
                     ledger.embeddings.put(row, self._digest)
                     ledger.weighted.put(row, self._name)
+                    if encoder is not None:
+                        ledger.encoders.put(row, encoder)
 
     def _whole(self) -> bool:
         """Whether every guarded encoder ran with all of its branches, and no other encoder ran."""
@@ -58,17 +63,38 @@ class _Watch:
         known = {id(module) for clip in self._clips for module in clip.cond_stage_model.modules()}
         return self.ran.keys() <= known
 
+    def _encoder(self) -> Encoder | None:
+        """The task LoRAs of every text encoder that has a share in what the node made."""
+        found = [ledger.encoders.get(row) for row in self._rows]
+        found = list(filter(None, (*found, *(getattr(clip, "guard_encoder", None) for clip in self._clips))))
+        loras = dict.fromkeys(lora for encoder in found for lora in encoder.loras)
+        return Encoder(tuple(loras), max(encoder.layers for encoder in found)) if found else None
+
 
 @contextlib.contextmanager
-def watching(name: str, inputs: Mapping[str, list]) -> Iterator[_Watch]:
-    """Watch a node of this type run on these inputs."""
-    values = [leaf for some in inputs.values() for value in some for leaf in _leaves(value)]
+def watching(name: str, facts: NodeFacts, inputs: Mapping[str, list]) -> Iterator[_Watch]:
+    """Watch a node of this type run on these inputs; only one that gives conditionings is looked at."""
+    gives = "CONDITIONING" in facts.outputs and not _loads(name, inputs)
+    values = [leaf for some in inputs.values() for value in some for leaf in _leaves(value)] if gives else []
     clips = [value for value in values if isinstance(value, comfy.sd.CLIP)]
-    found = {clip.patcher.guard_state.text_digest if isinstance(clip, GuardedClipMixin) else None for clip in clips}
-    found |= {ledger.embeddings.get(row) for value in values for row in embedding_rows(value)}
-    watch = _Watch(name, found.pop() if len(found) == 1 and not _loads(name, inputs) else None, clips)
+    rows = {row for value in values for row in embedding_rows(value)}
+    watch = _Watch(name, _digest(clips, rows), clips, rows)
     with _noting(watch.ran) if clips else contextlib.nullcontext():
         yield watch
+
+
+def _digest(clips: list[comfy.sd.CLIP], rows: set[str]) -> str | None:
+    """Digest of the safety LoRAs that all of these stand under; None where there are none, or not the same."""
+    found = {clip.text_digest if isinstance(clip, GuardedClipMixin) else None for clip in clips}
+    found |= {ledger.embeddings.get(row) for row in rows}
+    if len(found) != 1 or not (digest := found.pop()):  # "": no safety LoRA acts on text
+        return None
+    try:
+        for clip in clips:
+            clip.patcher.branches.counts()
+    except GuardError:  # its LoRAs may not act together: the encoding says why
+        return None
+    return digest
 
 
 def _loads(name: str, inputs: Mapping[str, list]) -> bool:

@@ -50,6 +50,7 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.file_state import file_state
+from .search_words import found_by
 from .sockets import GateSocket, rarely
 from .training import option_inputs
 
@@ -81,6 +82,7 @@ class Audit(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraAudit",
+            **found_by("evaluate lora", "benchmark", "nsfw", "red team", "safety test", "compare lora", "i2p"),
             display_name="Audit",
             category=f"{CATEGORY}/audit",
             description="Samples the same prompts and seeds with every arm (base, safety LoRA, task LoRA, sequential, "

@@ -14,6 +14,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
+from .search_words import found_by
 from .sockets import SafetySocket
 from .training import GROUP
 
@@ -25,6 +26,7 @@ class WriteConceptPrompts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraConceptPrompts",
+            **found_by("concept prompts", "lora metadata", "functional strength"),
             display_name="Write Concept Prompts",
             category=GROUP,
             description="Writes prompts of the concept that a safety LoRA erases into a copy of its file, so that "

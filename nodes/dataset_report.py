@@ -11,6 +11,7 @@ from ..training import options
 from ..training.data import dataset
 from ..training.data.images import thumbnail
 from ..training.options import TaskOptions
+from .search_words import found_by
 from .training import GROUP, data_set_input, option_inputs
 
 
@@ -21,6 +22,7 @@ class DatasetReport(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraDatasetReport",
+            **found_by("dataset", "captions", "training images", "check data set"),
             display_name="Dataset Report",
             category=GROUP,
             description="Counts and names what a data set holds: images, captions, buckets; broken images, empty "

@@ -14,6 +14,7 @@ from ..modular_lora.guard.summary import once, per_image, run_line
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.provenance.ledger import Known, known_of
 from ..modular_lora.provenance.verdict import verdict
+from .search_words import found_by
 from .sockets import rarely
 
 OUTPUTS = (
@@ -34,6 +35,7 @@ class GuardedDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraDecode",
+            **found_by("vae decode", "decode latent", "attestation"),
             display_name="Guarded VAE Decode",
             category=f"{CATEGORY}/sample",
             description="VAE Decode that binds a guarded run's attestation to the exact pixels that it decodes.",
@@ -57,6 +59,7 @@ class GuardedDecodeTiled(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraDecodeTiled",
+            **found_by("vae decode tiled", "video decode", "attestation"),
             display_name="Guarded VAE Decode (Tiled)",
             category=f"{CATEGORY}/sample",
             description="VAE Decode (Tiled), for large images and video, that binds a guarded run's attestation to the "

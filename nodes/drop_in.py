@@ -14,6 +14,7 @@ from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.files.cache import kept_sha256
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles, missing, read
+from .search_words import found_by
 from .sockets import SafetySocket
 
 NONE = "Guard gives no {0}, because none is connected to it: connect the checkpoint's {0}."
@@ -26,6 +27,9 @@ class Guard(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGuard",
+            **found_by(
+                "safety", "safety lora", "nsfw", "safe mode", "protect", "child safe", "censor", "guardrail", "drop-in"
+            ),
             display_name="Guard",
             category=CATEGORY,
             description="Put it behind the checkpoint loader, or behind LoRA loaders, and leave the rest of the "

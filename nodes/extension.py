@@ -20,6 +20,7 @@ from .gate_settings import GateSettings
 from .guard import GuardedAsModel, GuardModel
 from .interference import LoraInterference
 from .load import LoadSafetyLora, LoadTaskLora
+from .make_safety import MakeSafetyLora
 from .project_task import ProjectTaskLora
 from .safety_gate import SafetyGate, SampleAndGate
 from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
@@ -54,6 +55,7 @@ class ModularLoraExtension(ComfyExtension):
             SampleAndGate,
             SaveGatedImage,
             LoraInterference,
+            MakeSafetyLora,
             TrainTaskLora,
             TrainSafetyLora,
             DatasetReport,

@@ -20,6 +20,7 @@ from ..gate.report import format_limits, format_settings
 from ..gate.settings import ACTIONS
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
+from .search_words import found_by
 from .sockets import GateSocket, rarely
 
 NONE = "none"
@@ -35,6 +36,7 @@ class GateSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGateSettings",
+            **found_by("nsfw", "nudenet", "open-nsfw", "detector", "classifier", "threshold", "censor"),
             display_name="Gate Settings",
             category=f"{CATEGORY}/gate",
             description="Which detector a gate uses, the score from which each label counts, and the action that "

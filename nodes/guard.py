@@ -10,6 +10,7 @@ from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from .load import handles, stacked
+from .search_words import found_by
 from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, rarely
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
@@ -22,6 +23,7 @@ class GuardModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGuardModel",
+            **found_by("apply lora", "lora guard", "safety", "nsfw", "unmerged lora"),
             display_name="Guard Model",
             category=CATEGORY,
             description="Puts the safety LoRA and task LoRAs beside the model's weights, never into them, and checks "
@@ -85,6 +87,7 @@ class GuardedAsModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGuardedAsModel",
+            **found_by("unwrap model", "to model", "convert"),
             display_name="Guarded Model as MODEL",
             category=CATEGORY,
             is_deprecated=True,

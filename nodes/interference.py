@@ -12,6 +12,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
 from ..modular_lora.guard.report import format_interference
 from .load import handles, stacked
+from .search_words import found_by
 from .sockets import SafetySocket, StackSocket, TaskSocket
 
 
@@ -22,6 +23,7 @@ class LoraInterference(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraInterference",
+            **found_by("compare lora", "lora conflict", "cosine", "lora similarity", "analyse lora", "analyze lora"),
             display_name="LoRA Interference",
             category=f"{CATEGORY}/load",
             description="Cosine, energy overlap and net safety strength of safety and task LoRAs on every layer. A "

@@ -17,6 +17,7 @@ from ..modular_lora.files.reader import LoraFile
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.files.stacks import Row, parse_stack
 from ..modular_lora.guard.build import SafetyLora, TaskLora
+from .search_words import found_by
 from .sockets import SafetySocket, StackSocket, TaskSocket, rarely
 
 SCALES: dict[str, Scale] = {  # what stands on the node -> see modular_lora.options.Scale
@@ -44,6 +45,7 @@ class LoadSafetyLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraLoadSafety",
+            **found_by("lora loader", "load lora", "safety lora", "erase concept", "nsfw", "safety"),
             display_name="Load Safety LoRA",
             category=f"{CATEGORY}/load",
             description="Loads a safety LoRA for Guard Model. It is kept outside the weights, and must apply to every "
@@ -112,6 +114,7 @@ class LoadTaskLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraLoadTask",
+            **found_by("lora loader", "load lora", "style lora", "character lora"),
             display_name="Load Task LoRA",
             category=f"{CATEGORY}/load",
             description="Loads a task LoRA (style, character, ...) for Guard Model. It is kept outside the weights.",

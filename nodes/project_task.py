@@ -13,6 +13,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import SafetyLora, TaskLora
 from ..training import output, projection
 from .load import handles
+from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket
 from .training import GROUP
 
@@ -24,6 +25,7 @@ class ProjectTaskLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraProjectTask",
+            **found_by("orthogonal lora", "lora projection", "remove conflict"),
             display_name="Project Task LoRA",
             category=GROUP,
             description="Removes from a task LoRA what acts on the safety LoRA's inputs. On each layer, and for "

@@ -18,6 +18,7 @@ from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.guard.summary import run_line
 from ..modular_lora.provenance.ledger import known
 from .sample import conditioning_inputs, latent_inputs, sampler_inputs, seed_input
+from .search_words import found_by
 from .sockets import GateSocket, model_input
 
 
@@ -75,6 +76,16 @@ class SafetyGate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGate",
+            **found_by(
+                "nsfw",
+                "nudenet",
+                "safety checker",
+                "censor",
+                "nudity",
+                "blur",
+                "moderation",
+                "content filter",
+            ),
             display_name="Safety Gate",
             category=f"{CATEGORY}/gate",
             description="Asks a detector about every image of a batch and acts on those that it flags; the report "
@@ -97,6 +108,7 @@ class SampleAndGate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSampleAndGate",
+            **found_by("nsfw", "nudenet", "safety checker", "retry", "resample", "censor", "moderation"),
             display_name="Guarded Sample and Gate",
             category=f"{CATEGORY}/gate",
             description="Guarded KSampler, Guarded VAE Decode and Safety Gate in one. Flagged images are sampled "

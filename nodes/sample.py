@@ -12,6 +12,7 @@ from ..modular_lora.guard.activity import in_words
 from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.guard.summary import run_line
 from ..modular_lora.provenance.ledger import latent_runs
+from .search_words import found_by
 from .sockets import model_input
 
 MAX_STEP = 10_000
@@ -78,6 +79,7 @@ class GuardedKSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraKSampler",
+            **found_by("ksampler", "safe sampler", "sampler"),
             display_name="Guarded KSampler",
             category=f"{CATEGORY}/sample",
             description="KSampler for a guarded model: the same result as the stock node, and a check that every "
@@ -109,6 +111,7 @@ class GuardedKSamplerAdvanced(io.ComfyNode):
         switch = ["enable", "disable"]
         return io.Schema(
             node_id="ModularLoraKSamplerAdvanced",
+            **found_by("ksampler advanced", "safe sampler", "two passes"),
             display_name="Guarded KSampler (Advanced)",
             category=f"{CATEGORY}/sample",
             description="KSampler (Advanced) for a guarded model, and a check that every branch ran.",
@@ -166,6 +169,7 @@ class GuardedGuider(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraGuider",
+            **found_by("cfg guider", "cfgguider", "sampler custom advanced"),
             display_name="Guarded Guider",
             category=f"{CATEGORY}/sample",
             description="CFG guider on a guarded model, for SamplerCustomAdvanced; the run is checked and attested as "

@@ -13,6 +13,7 @@ from ..comfy_host.saving import ENDINGS, Style, save
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.ledger import EDITED, Known, known
 from ..modular_lora.provenance.verdict import refused, verdict
+from .search_words import found_by
 from .sockets import rarely
 
 UNATTESTED, UNGATED = "unattested", "not gated"
@@ -30,6 +31,7 @@ class SaveAttestedImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSaveImage",
+            **found_by("save image", "save png", "attestation", "provenance", "proof"),
             display_name="Save Attested Image",
             category=f"{CATEGORY}/sample",
             description="Saves PNG files with the attestation in their text; an image that a guarded run did "
@@ -71,6 +73,7 @@ class SaveGatedImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraSaveGated",
+            **found_by("save image", "safe save", "nsfw", "moderation", "jpeg", "webp"),
             display_name="Save Image (Guarded)",
             category=f"{CATEGORY}/gate",
             description="Saves only images that a guarded run made and a gate judged, with the record of both: in "

@@ -15,6 +15,7 @@ from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
 from ..training.safety.train import train_safety
+from .search_words import found_by
 from .sockets import SafetySocket, rarely
 from .training import (
     GROUP,
@@ -45,6 +46,7 @@ class TrainSafetyLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraTrainSafety",
+            **found_by("train lora", "erase concept", "concept erasure", "unlearning", "esd", "leco", "sdd", "nsfw"),
             display_name="Train Safety LoRA",
             category=GROUP,
             description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
@@ -77,5 +79,5 @@ class TrainSafetyLora(io.ComfyNode):
             else:
                 with trainer_model.opened(model, clip, vae, made) as opened:
                     trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)
-        path = published(trained, SAFETY_FOLDER)
+        path = published(trained.lora.path, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)

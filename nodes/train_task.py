@@ -16,6 +16,7 @@ from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
 from ..training.task.train import train_task
 from .load import handles
+from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket, rarely
 from .training import (
     GROUP,
@@ -47,6 +48,7 @@ class TrainTaskLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ModularLoraTrainTask",
+            **found_by("train lora", "lora training", "kohya", "sd-scripts", "fine-tune", "finetune", "dreambooth"),
             display_name="Train Task LoRA",
             category=GROUP,
             description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
@@ -106,5 +108,5 @@ class TrainTaskLora(io.ComfyNode):
             else:
                 with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
                     trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)
-        path = published(trained, LORA_FOLDER)
+        path = published(trained.lora.path, LORA_FOLDER)
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)

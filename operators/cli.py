@@ -16,9 +16,11 @@ from typing import Any
 from ..modular_lora.command import finish, typed
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import keys, record
+from ..modular_lora.util.terminal import open_to_all
 
 
 def main(arguments: Sequence[str]) -> int:
+    open_to_all()
     chosen = parser().parse_args(arguments)
     return finish(lambda: chosen.run(chosen), "nothing was changed")
 

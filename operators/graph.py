@@ -36,6 +36,7 @@ SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "Mod
 CLOSED = {  # our node type -> key of [open]
     AS_MODEL: "guarded_as_model",
     "ModularLoraAudit": "audit",
+    "ModularLoraMakeSafety": "training",
     "ModularLoraTrainTask": "training",
     "ModularLoraTrainSafety": "training",
     "ModularLoraProjectTask": "training",
@@ -384,10 +385,10 @@ class _Graph:
         kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
         if not self._is_model(facts, link, carried):
             return None
-        what = f"{link.input} is a MODEL that did not pass Guard Model (node {link.source}, output {link.slot})"
+        what = f"{link.input} is a MODEL that did not pass a guard (node {link.source}, output {link.slot})"
         unguarded = carried.type == MODEL and not carried.guarded
         if facts.ours:
-            return ("guard.required", what, "connect Guard Model's output") if kind in SAMPLERS and unguarded else None
+            return ("guard.required", what, "connect what the guard gives") if kind in SAMPLERS and unguarded else None
         if kind in nodes.patching or self._is_core(name, LOADERS):  # these are judged in _loads
             return None
         if carried.drop_in and self._is_core(name, BEHIND):
@@ -528,4 +529,5 @@ def _literal(node: dict, name: str) -> Any:
 def _use(kind: str) -> str:
     ours = {"KSampler": "Guarded KSampler", "KSamplerAdvanced": "Guarded KSampler (Advanced)"}
     ours |= {"CFGGuider": "Guarded Guider", "BasicGuider": "Guarded Guider"}
-    return f"use {ours.get(kind, 'a Guarded sampler')}, or ask the operator to name {kind} under [nodes]"
+    behind = "put Guard in front of it, or " if kind in BEHIND else ""
+    return f"{behind}use {ours.get(kind, 'a Guarded sampler')}, or ask the operator to name {kind} under [nodes]"

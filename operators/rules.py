@@ -123,7 +123,7 @@ def _check_functional(run: Attestation, one: Required, least: float, fit: Sequen
     if not measured:
         why = "; ".join(run.functional_not_measured.get(sha256, "no figure was recorded") for sha256 in fit)
         what = f"the functional strength of the safety LoRA that is required ({one.name}) is not measured: {why}"
-        remedy = "connect the checkpoint's CLIP to Guard Model, and use a safety LoRA with concept prompts in its file"
+        remedy = "connect the checkpoint's CLIP to the guard, and use a safety LoRA with concept prompts in its file"
         raise RefusedError("guard.required", what, remedy)
     if not max(measured) >= least:
         what = f"the safety LoRA that is required ({one.name}) has a functional strength of {max(measured):.3f}"

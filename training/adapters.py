@@ -80,6 +80,10 @@ class Adapters:
         pairs = {name: self._pair(layer) for name, layer in self.layers.items()}
         return {n: (_copy(value_of(down)), _copy(value_of(up)), self.alpha) for n, (down, up) in pairs.items()}
 
+    def pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of the layer of this kohya name."""
+        return self._pair(self.layers[name])
+
     @torch.no_grad()
     def load(self, lora: LoraFile) -> None:
         """Go on from a LoRA file; GuardError unless it has the same layers, shapes and alpha."""

@@ -20,12 +20,15 @@ from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
+from ..modular_lora.util.terminal import open_to_all
 from . import inspection, options, output, projection
 from .data import captions, dataset
 from .kohya import engine as kohya
 from .kohya.arguments import FAMILIES
 from .kohya.checkout import find_engine
 from .options import SafetyOptions, TaskOptions
+from .safety.closed import make as closed
+from .safety.closed.options import MakeOptions
 from .safety.train import prepare as prepare_safety
 from .safety.train import train_safety
 from .task.train import configure, train_task
@@ -38,6 +41,7 @@ logger = logging.getLogger("modular_lora")
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, or 1 with one line that says what is wrong and what to do."""
+    open_to_all()
     made = parser()
     parsed, extra = made.parse_known_args(arguments)
     if extra and getattr(parsed, "engine", "") != "kohya":
@@ -48,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         "inspect": inspect,
         "concept-prompts": concept_prompts,
         "calibrate-safety": calibrate_safety,
+        "make-safety": make_safety,
     }.get(chosen["command"], with_options)
     return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
 
@@ -67,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
             _kohya_arguments(command)
         options.add_arguments(command, cls)
+    command = commands.add_parser(
+        "make-safety", help="a safety LoRA made of words in closed form, without training", allow_abbrev=False
+    )
+    command.add_argument("--config", type=Path, metavar="TOML", help="options in a file, under the same names")
+    _model_arguments(command, required=True)
+    command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
+    options.add_arguments(command, MakeOptions)
     command = commands.add_parser("project", help="keep an existing task LoRA clear of a safety LoRA's row space")
     command.add_argument("task", type=Path)
     command.add_argument("safety", type=Path, nargs="+")
@@ -146,6 +158,20 @@ def with_options(chosen: dict) -> str:
         if isinstance(made, SafetyOptions):
             return train_safety(host_model, made, TrainingLines(), **common).report
         return train_task(host_model, made, TrainingLines(), safety, **common).report
+
+
+def make_safety(chosen: dict) -> str:
+    """A safety LoRA made of words."""
+    made = options.load(
+        MakeOptions, chosen["config"], {name: value for name, value in chosen.items() if name not in OWN}
+    )
+    check_files(chosen["checkpoint"], chosen["vae"])
+    if chosen["threads"]:
+        torch.set_num_threads(chosen["threads"])
+    host, texts = comfy_host(chosen), comfy_host(chosen, "text_inputs")
+    model, clip, _ = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], None)
+    text = texts.opened(model, clip)
+    return closed.make_safety(text, made, engine=host.ENGINE, base_name=chosen["checkpoint"].name).report
 
 
 def check_files(*paths: Path | None) -> None:
@@ -236,7 +262,7 @@ class TrainingLines(Lines):
         logger.info(text)
 
 
-def comfy_host(chosen: dict):
-    """The module that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
+def comfy_host(chosen: dict, module: str = "trainer_model"):
+    """The ``module`` that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
     start(chosen["comfyui"], chosen["cpu"])
-    return importlib.import_module("..comfy_host.trainer_model", __package__)
+    return importlib.import_module(f"..comfy_host.{module}", __package__)

@@ -1,6 +1,8 @@
 """Metadata keys of the files that are trained here, apart from what only the pack's own environment can import."""
 
 CONCEPT_KEY = "modular_lora.concept"  # prompts that a safety LoRA erases
+PRESERVED_KEY = "modular_lora.preserved_prompts"  # JSON list of prompts that a safety LoRA was to leave alone
+METHOD_KEY = "modular_lora.method"  # how a safety LoRA was made that was not trained
 SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
 PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05": largest ‖A Q‖ / ‖A‖ of a layer, as saved
 ENGINE_KEY = "modular_lora.engine"

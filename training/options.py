@@ -199,6 +199,11 @@ class SafetyOptions(Options):
     on_policy: bool = opt(False, "draw x_t anew in every step, as the papers do, instead of from a pool")
     pool_size: int = opt(0, "noisy latents in the pool; 0: chosen from prompts and steps", ge=0)
     pool_refresh_every: int = opt(0, "renew the pool every N steps; 0: never", ge=0)
+    init: str = opt("", "safety LoRA file to start from, e.g. one in closed form; else the LoRA starts at zero")
+    robust_steps: int = opt(
+        0, "steps of an attack on the erased prompts' embeddings in every training step, e.g. 5; 0: none", ge=0
+    )
+    robust_size: float = opt(0.3, "how far the attack may move a token's embedding, as a share of its norm", gt=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -26,7 +26,16 @@ from ..modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
-from .metadata_keys import CONCEPT_KEY, DATASET_KEY, ENGINE_KEY, INITIALISATION_KEY, LEAKS, PROJECTED_KEY, SAFETY_KEY
+from .metadata_keys import (
+    CONCEPT_KEY,
+    DATASET_KEY,
+    ENGINE_KEY,
+    INITIALISATION_KEY,
+    LEAKS,
+    PRESERVED_KEY,
+    PROJECTED_KEY,
+    SAFETY_KEY,
+)
 from .model import Prediction
 from .options import Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
@@ -89,6 +98,8 @@ def metadata(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str
         found[CONCEPT_KEY] = ", ".join(options.concept)
         found[activity.KEY] = made.activity
         found[concept.PROMPTS_KEY] = concept.trained((*options.concept, *options.synonyms))
+        if options.preserve and options.preserve_weight:
+            found[PRESERVED_KEY] = json.dumps(list(options.preserve))
     if made.dataset:
         found |= _dataset(made.dataset)
     if options.no_dataset_metadata:
@@ -199,19 +210,19 @@ def _cast(file: str, layer: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _family(made: Provenance) -> tuple[str, str, str]:
-    """ss_base_model_version, architecture and naming of the base; a family that sd-scripts does not know as it is."""
+def base_names(family: str, prediction: Prediction) -> tuple[str, str, str]:
+    """ss_base_model_version, architecture and naming of a base; a family that sd-scripts does not know as it is."""
     for pattern, version, architecture, naming in _FAMILIES:
-        if re.match(pattern, made.family):
-            if made.prediction == "epsilon" or version == "sdxl_base_v1-0":
+        if re.match(pattern, family):
+            if prediction == "epsilon" or version == "sdxl_base_v1-0":
                 return version, architecture, naming
             return f"{version}_v", architecture.replace("v2-512", "v2-768-v"), naming
-    return made.family, made.family, "diffusers"
+    return family, family, "diffusers"
 
 
 def _training(options: Options, made: Provenance) -> dict[str, object]:
     """The ss_* keys that apply, with sd-scripts' values."""
-    version, _, _ = _family(made)
+    version, _, _ = base_names(made.family, made.prediction)
     names = (
         "output_name learning_rate gradient_checkpointing gradient_accumulation_steps max_train_steps lr_warmup_steps "
         "lr_scheduler network_dim network_alpha mixed_precision clip_skip seed training_comment max_grad_norm"
@@ -251,7 +262,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
 
 def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, object]:
     """modelspec.* (sai_model_spec 1.0.1), as sd-scripts fills it in."""
-    _, architecture, naming = _family(made)
+    _, architecture, naming = base_names(made.family, made.prediction)
     size = options.resolution if isinstance(options, TaskOptions) else options.train_size
     return {
         "modelspec.sai_model_spec": "1.0.1",

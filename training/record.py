@@ -52,6 +52,12 @@ class Record:
         }
         return found | {"dataset_sha256": self.dataset.sha256 if self.dataset else ""}
 
+    @property
+    def _initialisation(self) -> str:
+        """What the adapters began as: drawn from role and seed, or from a file."""
+        start = getattr(self.options, "init", "")
+        return f"{self.spec.role}:{self.spec.seed}" + (f", from {Path(start).name}" if start else "")
+
     def write(
         self,
         path: Path,
@@ -72,7 +78,7 @@ class Record:
             base_name=self.base_name,
             safety_sha256=tuple(lora.sha256 for lora in self.safety),
             contaminated_base=self.contaminated,
-            initialisation=f"{self.spec.role}:{self.spec.seed}",
+            initialisation=self._initialisation,
             dataset=self.dataset,
             activity=activity,
         )

@@ -82,6 +82,8 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
 def _of_safety(options: SafetyOptions) -> Iterator[tuple[str, str]]:
     if options.objective == "sdd":
         yield "negative_guidance", "sdd pulls to the model's own answer, without guidance"
+    if not options.robust_steps:
+        yield "robust_size", "robust_steps is 0"
     if not options.preserve_weight:
         yield "preserve", "preserve_weight is 0"
     if options.objective in ("esd-x", "sdd") and options.target != "cross-attention":

@@ -54,9 +54,17 @@ function draw(node) {
   const text = [above, run, report].filter(Boolean).join("\n\n");
   if (!text && !node.widgets?.some((widget) => widget.name === NAME)) return;
   fieldOf(node).value = text;
+  setTimeout(() => redraw(node, text), 100);
   const [, height] = node.computeSize();
   if (height > node.size[1]) node.setSize([node.size[0], height]);
   node.setDirtyCanvas?.(true, true);
+}
+
+// Nodes 2.0 of front end 1.32 does not see that the value of a field has changed: what is read must not be out of date.
+function redraw(node, text) {
+  const fields = document.querySelectorAll(`[data-node-id="${CSS.escape(node.id)}"] textarea`);
+  const own = [...fields].filter((one) => one.readOnly || one.disabled).at(-1);
+  if (own && own.value !== text) own.value = text;
 }
 
 // What is kept

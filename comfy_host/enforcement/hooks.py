@@ -362,7 +362,7 @@ def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[s
         if set(names) & set(policy.nodes.patching) or (guarded and set(names) & set(policy.nodes.sampling)):
             continue
         what = f"{names[0]} got a MODEL{'' if guarded else ' that is not guarded'} as {name}"
-        raise RefusedError("nodes.sampling", what, "use a Guarded sampler, or Guarded Model as MODEL if it is named")
+        raise RefusedError("nodes.sampling", what, "sample a MODEL of Guard, or use a Guarded sampler")
 
 
 def _check_loads(kind: str, name: str, value: Any) -> None:
@@ -389,7 +389,7 @@ def _sampling(original: Callable) -> Callable:
         weights.check_base(policy, self.model_patcher)
         if policy.guard.required and not guarded:
             what = "sampling began on a MODEL that is not guarded"
-            raise RefusedError("guard.required", what, "connect Guard Model's output to a Guarded sampler")
+            raise RefusedError("guard.required", what, "sample what Guard or Guard Model gives")
         if guarded:
             policies.check_run(policy, self.model_patcher.guard_record(self.original_conds))
         token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None

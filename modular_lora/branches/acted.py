@@ -78,6 +78,14 @@ class Acted:
         """The least of all images; None where the safety LoRA had nothing to do in any."""
         return min((value for value in self.images if value is not None), default=None)
 
+    def least_with(self, other: Acted | None) -> Acted:
+        """Of a run in two parts: the lower figure of each image, and the lower share that is not 0."""
+        if other is None:
+            return self
+        pairs = zip(self.images, other.images, strict=True)
+        images = tuple(min((v for v in pair if v is not None), default=None) for pair in pairs)
+        return Acted(images, min((share for share in (self.share, other.share) if share), default=0.0))
+
 
 @dataclass
 class _Layer:

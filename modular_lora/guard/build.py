@@ -226,7 +226,7 @@ def check_coverage(parts: tuple[GuardedPart, ...], has_clip: bool) -> None:
         if first.role == "safety" and first.elsewhere and not has_clip:
             raise GuardError(
                 f"Safety LoRA {first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect "
-                "the checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives.",
+                "the checkpoint's CLIP to the guard and encode the prompts with the CLIP that it gives.",
                 code="guard.no-clip",
             )
         if not any(line.matched for line in lines):
@@ -242,7 +242,7 @@ def _applies_nowhere(lines: tuple[LoraLine, ...], has_clip: bool) -> str:
     if first.elsewhere and not has_clip:
         said.append(
             f"{first.name} has {first.elsewhere} text-encoder layers and no CLIP is connected: connect the "
-            "checkpoint's CLIP to Guard Model and encode the prompts with the CLIP that it gives."
+            "checkpoint's CLIP to the guard and encode the prompts with the CLIP that it gives."
         )
     return " ".join(said)
 

@@ -21,6 +21,7 @@ from . import ledger
 from .attestation import Attestation
 from .ledger import Runs
 
+EVEN = 1e-4  # a mask whose values differ by no more is of one value: resizing it rounds
 MOST_RUNS = 32  # behind one image; of an image that was put together of more, nothing is known
 Kind = Literal["image", "latent", "mask"]
 WORSE = ("guarded", "guarded, outside start", "guarded, merged base", "guarded, merged base, outside start")
@@ -183,22 +184,18 @@ def start(latents: Iterable[Tensor], mask: Tensor | None, record: Attestation) -
 
     Args:
         latents: The latents that it is given, one by one; latents of zeros hold nothing.
-        mask: Where it may change them (b h w or b 1 h w), or None: everywhere. What is kept and what is sampled show
-            the mask's own outlines, so that a mask which is not of one value counts as an image.
+        mask: Where it may change them (... h w), or None: everywhere. What is kept and what is sampled show the mask's
+            own outlines, so that a mask which is not of one value counts as an image from outside. ComfyUI has resized
+            it before, so that its content says nothing of where it comes from.
         record: Of the run that begins; runs with other safety LoRAs count as outside.
     """
     filled = [latent for latent in latents if torch.count_nonzero(latent)]
     runs = [run for latent in filled for run in _runs(tensor_sha256(latent)) or (None,)]
     outside = any(run is None or not _like(run, record) for run in runs)
-    outside |= bool(filled) and mask is not None and _is_outside(mask)
+    outside |= bool(filled) and mask is not None and bool(mask.max() - mask.min() > EVEN)
     found = dict.fromkeys(edit for run in runs if run is not None for edit in run.edits)
     return Start(outside, tuple(edit for edit in found if edit not in RESIZED))
 
 
 def _like(before: Attestation, record: Attestation) -> bool:
     return all(run.run_status == "guarded" and run.safety == record.safety for run in before.runs)
-
-
-def _is_outside(mask: Tensor) -> bool:
-    one_by_one = mask.reshape(-1, *mask.shape[-2:])
-    return any(one.min() != one.max() and source(Row("mask", tensor_sha256(one))).runs is None for one in one_by_one)

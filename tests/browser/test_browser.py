@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from modular_lora_guard.tools.bootstrap.paths import PACK_NAME, ROOT
+from modular_lora_guard.tools.bootstrap.paths import ROOT
 from modular_lora_guard.tools.demo import base
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
@@ -18,7 +18,8 @@ from support import browsers
 from support.browsers import COMFYUI, WORLD, need_browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.server, pytest.mark.slow]
-MAIN = "modular_lora_guard"
+TITLE = "Modular LoRA Guard"  # of the pack's templates in the template browser
+MAIN = "Guarded nodes one by one"
 WORKFLOWS = [MAIN, *sorted(file.stem for file in (ROOT / "workflows").glob("*.json") if file.stem != MAIN)]
 HELPED = "ModularLoraGuardModel"  # the node whose help page is opened
 REPORT = "modular_lora_report"  # the field that web/report.js adds
@@ -59,7 +60,7 @@ def visits(front_end: str, folder: Path) -> Json:
                 continue
             shots = folder / name
             shots.mkdir()
-            visit = {"url": server.url, "pack": PACK_NAME, "folder": str(shots), "nodes2": look.nodes2}
+            visit = {"url": server.url, "pack": TITLE, "folder": str(shots), "nodes2": look.nodes2}
             visit |= {"workflows": look.opened, "run": look.run, "seconds": RUN_SECONDS, "help": HELPED}
             found[name] = browsers.visit("template.mjs", json.dumps(visit), timeout=RUN_SECONDS * len(look.opened))
     return found

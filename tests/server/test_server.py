@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import PACK_NAME, ROOT
@@ -33,6 +34,7 @@ NODE_IDS = {
     "ModularLoraDecodeTiled",
     "ModularLoraSaveImage",
     "ModularLoraInterference",
+    "ModularLoraMakeSafety",
     "ModularLoraTrainTask",
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",
@@ -233,7 +235,7 @@ def test_the_server_answers_while_it_trains(client: Client, setting: graphs.Sett
 
     result = client.run(graph, ask, timeout=300)
     assert set(running.values()) == {1}
-    assert result.text("report").startswith("saved as lora.safetensors in loras")
+    assert result.text("report").startswith("Trained in 4 steps and saved.\nsaved as lora.safetensors in loras")
     with Image.open(io.BytesIO(client.image(result.images("train")[0]))) as curve:
         assert curve.size == (640, 360)
 
@@ -243,7 +245,7 @@ def test_the_workflows_are_in_the_template_browser(client: Client) -> None:
     assert expected
     assert set(client.get_json("/workflow_templates").get(PACK_NAME, [])) == expected
     for name in expected:
-        assert client.get_json(f"/api/workflow_templates/{PACK_NAME}/{name}.json")["nodes"]
+        assert client.get_json(f"/api/workflow_templates/{PACK_NAME}/{quote(name)}.json")["nodes"]
 
 
 def test_english_names_are_served_for_every_node(client: Client) -> None:

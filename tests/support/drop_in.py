@@ -111,8 +111,6 @@ def translated(graph: dict, savers: bool = True) -> dict | None:
             ways[name, 0] = made.pop(name)["inputs"].get("guarded_model", ["none", 0])
         elif one["class_type"] in STOCK:
             made[name]["class_type"] = STOCK[one["class_type"]]
-            if guard and made[name]["inputs"].get("vae") == ["ckpt", 2]:
-                made[name]["inputs"]["vae"] = [guard, 2]
         elif savers and one["class_type"] == "ModularLoraSaveImage":
             made[name]["class_type"] = "SaveImage"
             made[name]["inputs"].pop("unattested", None)
@@ -121,8 +119,12 @@ def translated(graph: dict, savers: bool = True) -> dict | None:
             for _ in range(3):  # Guarded Model as MODEL, behind Guard Model, behind another
                 if isinstance(link, list) and len(link) == 2 and name.partition("_task")[0] != link[0]:
                     link = ways.get((link[0], link[1]), link) if isinstance(link[1], int) else link
-            one["inputs"][key] = link
+            one["inputs"][key] = [guard, 2] if link == ["ckpt", 2] and guard and _decodes(one) else link
     return made
+
+
+def _decodes(one: dict) -> bool:
+    return one["class_type"] in ("VAEDecode", "VAEDecodeTiled")
 
 
 def _is_node(one: object) -> bool:

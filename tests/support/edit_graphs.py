@@ -36,7 +36,11 @@ EDITS: dict[str, tuple[dict[str, str], dict, str]] = {
     ),
     "ImageScaleBy": ({"image": "image"}, {"upscale_method": "bicubic", "scale_by": 1.25}, "image"),
     "ImageScaleToMaxDimension": ({"image": "image"}, {"upscale_method": "area", "largest_size": 56}, "image"),
-    "ImageScaleToTotalPixels": ({"image": "image"}, {"upscale_method": "area", "megapixels": 0.01}, "image"),
+    "ImageScaleToTotalPixels": (
+        {"image": "image"},
+        {"upscale_method": "area", "megapixels": 0.01, "resolution_steps": 1},
+        "image",
+    ),
     "ImageSharpen": ({"image": "image"}, {"sharpen_radius": 1, "sigma": 1.0, "alpha": 0.5}, "image"),
     "ImageStitch": (
         {"image1": "image", "image2": "image"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from ...modular_lora.util.terminal import HANDLER
+
 
 class RunError(RuntimeError):
     """A command cannot go on; the message is what the user reads, the code tells what happened apart."""
@@ -19,7 +21,7 @@ class RunError(RuntimeError):
 def say(text: str = "", *, end: str = "\n") -> None:
     """Write a line to standard output, even where the terminal cannot show every character."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
+    sys.stdout.write((text + end).encode(encoding, HANDLER).decode(encoding))
     sys.stdout.flush()
 
 

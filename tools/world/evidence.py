@@ -31,6 +31,7 @@ from ...modular_lora.errors import writing
 from ...modular_lora.files.reader import LoraFile, read_lora
 from ...modular_lora.guard.build import TRAINED_ON_KEY, SafetyLora
 from ...modular_lora.util import plain_json
+from ...modular_lora.util.terminal import open_to_all
 from ...training.cli import TrainingLines, comfy_host
 from ...training.options import SafetyOptions, TaskOptions
 from ...training.output import write_tensors
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
+    open_to_all()
     chosen, more = parser().parse_known_args(arguments)
     protocol: dict[str, Any] = {}
     code = finish(lambda: _train_all(protocol, chosen), "the same command goes on from here")

@@ -57,9 +57,9 @@ def initial(unet: NarrowUNet, seed: int) -> Factors:
 
 
 def attach(unet: NarrowUNet, *loras: Factors) -> None:
-    """Let ``unet`` use exactly the given LoRAs, added beside the weights."""
+    """Let ``unet`` use exactly the given LoRAs, added beside the weights, on the layers that they have."""
     for name, module in targets(unet).items():
-        module.adapters = [lora[name] for lora in loras]
+        module.adapters = [lora[name] for lora in loras if name in lora]
 
 
 def save(factors: Factors, path: Path, live: int, metadata: dict[str, str]) -> None:
@@ -76,13 +76,16 @@ def save(factors: Factors, path: Path, live: int, metadata: dict[str, str]) -> N
 
 
 def load(path: Path, unet: NarrowUNet) -> Factors:
-    """Live part of a LoRA file for the narrow net, float32."""
+    """Live part of a LoRA file for the narrow net, float32; of the layers that the file has."""
     live = unet.out[0].num_channels
     factors: Factors = {}
     with safe_open(path, "pt") as file:
+        there = set(file.keys())
         for module in targets(unet):
             out, inp = layout.kinds(module)
             key = kohya_name(module)
+            if f"{key}.alpha" not in there:
+                continue
             down = file.get_tensor(f"{key}.lora_down.weight").flatten(1).float()
             up = file.get_tensor(f"{key}.lora_up.weight").flatten(1).float()
             down = down[:, layout.places(inp, live)[0]] if inp else down

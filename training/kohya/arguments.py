@@ -133,7 +133,8 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
 
     OptionError for what else they do not have.
     """
-    lacking = {"pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0}
+    lacking = {"pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0,
+               "init": "", "robust_steps": 0}  # fmt: skip
     for name, wanted in ({"objective": "leco"} | lacking).items():
         if (value := getattr(options, name)) != wanted:
             raise OptionError(

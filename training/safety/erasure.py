@@ -34,7 +34,7 @@ from torch import Tensor
 from ..model import Cond, HostModel
 from ..options import OptionError, SafetyOptions
 from ..seeds import role_seed, step_generator
-from . import pool, sampling, targets
+from . import pool, robust, sampling, targets
 from .pool import FrozenPool, Plan, Pool, Progress
 from .targets import EMPTY, Prompts, Term
 
@@ -134,11 +134,28 @@ class Erasure:
     def loss(self, step: int, micro: int = 0) -> Tensor:
         """Loss of one micro-batch (scalar): erasure + preserve_weight × preservation, in expectation."""
         self.prepare(step)
-        x_t, t, names, wanted, weight = self._batch(self._rows(step, micro))
-        error = (self.network(x_t, t, self.prompts(names)) - wanted).square().mean((1, 2, 3))  # b
+        rows = self._rows(step, micro)
+        x_t, t, names, wanted, weight = self._batch(rows)
+        cond = self.prompts(names)
+        if self.options.robust_steps:
+            cond = self._attacked(x_t, t, cond, [i for i, (role, _) in enumerate(rows) if role == "erase"])
+        error = (self.network(x_t, t, cond) - wanted).square().mean((1, 2, 3))  # b
         if self.profile is not None:
             error = error / self.profile.to(t.device)[pool.place(t, self._total, self.options.denoising_steps)]
         return (weight * error).mean()
+
+    def _attacked(self, x_t: Tensor, t: Tensor, cond: Cond, erased: list[int]) -> Cond:
+        """``cond`` with the rows ``erased`` moved to where they bring the concept back most (robust.py)."""
+        if not erased:
+            return cond
+        x, at, own = x_t[erased], t[erased], cond[erased]
+        with self.adapter_off(), torch.no_grad():
+            brought = self.network(x, at, own)
+        o = self.options
+        found = robust.attacked(self.network, x, at, own, brought, o.robust_steps, o.robust_size)
+        cross = cond.cross.clone()
+        cross[erased] = found.cross.to(cross)
+        return Cond(cross, cond.pooled, cond.sizes)
 
     def after_step(self, values: Sequence[Tensor] | None = None) -> None:
         """After every optimizer step; ``values`` as for :meth:`Average.update`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...modular_lora.files.reader import read_lora
 from ...modular_lora.places import check_writable
 from .. import contamination
 from ..adapters import Adapters, Spec, adapted, select
@@ -12,13 +13,14 @@ from ..data import texts
 from ..loop import Job, Watch, fit
 from ..model import HostModel
 from ..optim import Masters
-from ..options import SafetyOptions
+from ..options import OptionError, SafetyOptions
 from ..previews import Previews
 from ..record import Record, Trained
 from ..state import check_state
 from ..unused import unused
 from .calibrating import calibration
 from .erasure import Erasure, Report
+from .start import start_from
 from .targets import erased, layers_of
 
 ROLE = "safety"
@@ -42,10 +44,13 @@ def train_safety(
     unet = {path: name for path, name in select(host_model.unet_names, options.target).items() if wanted(name)}
     spec = Spec(unet, {}, options.network_dim, options.network_alpha, 0.0, options.seed, ROLE)
     record = Record(host_model, options, spec, engine, base_name, contaminated=contaminated)
+    start = read_lora(options.init) if options.init else None
     with (
         adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
         checkpointed(host_model.unet, options.gradient_checkpointing),
     ):
+        if start is not None:
+            said.append(start_from(adapters, start))
         erasure = Erasure(
             host_model,
             options,
@@ -78,6 +83,10 @@ def prepare(options: SafetyOptions) -> None:
     check_writable(options.output_dir, "output_dir")
     contamination.known_bases(*options.known_bases)
     erased(options)
+    if options.init and not Path(options.init).is_file():
+        raise OptionError(f"init: there is no file {options.init!r}: name a safety LoRA's file.")
+    if options.init and options.resume:
+        raise OptionError("init: resume goes on from a state, weights and all: leave out one of them.")
     if options.resume:
         check_state(Path(options.resume))
 

@@ -163,9 +163,9 @@ def test_half_precision_compute_is_as_near_as_a_stock_merge(dtype, tensors, guar
 
 
 def test_fp8_matrix_products_are_as_near_as_a_stock_merge(tensors, guard, merge, original):
-    import comfy.ops
+    from comfy import ops
 
-    model = load(tensors, dtype=FP8, custom_operations=comfy.ops.fp8_ops)
+    model = load(tensors, dtype=FP8, custom_operations=ops.fp8_ops)
     ours, stock, base = errors(model, guard, merge, original)
     assert base > 0.01  # the activations are rounded to fp8 inside the layer, and only there
     assert ours < 1.5 * base < stock

@@ -127,6 +127,17 @@ def test_the_text_encoders_half_is_kept_beside_its_weights_too(judged, loras):
 # What samples and decodes
 
 
+def test_a_second_safety_lora_comes_through_its_socket(comfy, run_graph):
+    graph = guarded(ordinary((TASK, 0.7)))
+    graph["more"] = node("ModularLoraLoadSafety", lora_name=OTHER, strength=0.8)
+    graph["guard"]["inputs"]["safety_lora"] = ["more", 0]
+    ours = run_graph(graph)["decode"][0].clone()
+    (run,) = [comfy.ledger.known(image).run for image in ours]
+    assert {(one.name, one.strength_model) for one in run.safety} == {(SAFETY, 1.0), (OTHER, 0.8)}
+    merge = run_graph(merged(ordinary((TASK, 0.7), (OTHER, 0.8))))["decode"][0]
+    assert (ours - merge).abs().max() <= LEVEL
+
+
 def test_a_hires_fix_with_a_second_sampler(judged):
     graph = ordinary((TASK, 0.7))
     graph["larger"] = node(
@@ -282,7 +293,7 @@ def test_merges_behind_and_before_it_are_refused_by_name(run_graph, loras):
     refused(run_graph, graph, "model.not-kept", "ModularLoraGuard", "model merge")
 
 
-def test_whole_weights_hooks_and_saving_are_refused(run_graph):
+def test_whole_weights_and_saving_are_refused(run_graph):
     graph = guarded(ordinary())
     graph["light"] = node("PackWholeWeights", model=["guard", 0], strength=1.0)
     graph["sample"]["inputs"]["model"] = ["light", 0]
@@ -290,12 +301,6 @@ def test_whole_weights_hooks_and_saving_are_refused(run_graph):
     graph = guarded(ordinary())
     graph["weights"] = node("ModelSave", model=["guard", 0], filename_prefix="w")
     refused(run_graph, graph, "model.refused", "ModelSave")
-    graph = guarded(ordinary())
-    graph["hook"] = node("CreateHookLora", lora_name=TASK, strength_model=1.0, strength_clip=0.0)
-    hooked = {"strength": 1.0, "set_cond_area": "default", "hooks": ["hook", 0]}
-    graph["hooked"] = node("ConditioningSetProperties", cond_NEW=["pos", 0], **hooked)
-    graph["sample"]["inputs"]["positive"] = ["hooked", 0]
-    refused(run_graph, graph, ("model.refused", "model.patched"), "KSampler", "LoRA hook")
 
 
 def test_a_clone_that_drops_the_guard_is_refused_when_it_samples(run_graph):
@@ -314,6 +319,16 @@ def test_values_that_are_not_finite_are_refused_at_their_loader(comfy, run_graph
     refused(run_graph, guarded(ordinary(("broken.safetensors", 0.5))), "file.not-finite", "LoraLoader")
 
 
+def test_a_safety_lora_with_a_text_encoder_half_needs_the_clip(run_graph):
+    graph = guarded(ordinary(), safety="safety_te.safetensors")
+    del graph["guard"]["inputs"]["clip"]
+    for name in ("pos", "neg"):
+        graph[name]["inputs"]["clip"] = ["ckpt", 1]
+    refused(run_graph, graph, "guard.no-clip", "ModularLoraGuard")
+    graph["guard"]["inputs"]["clip"] = ["ckpt", 1]
+    refused(run_graph, graph, "conditioning.not-guarded", "KSampler")
+
+
 def test_two_guards_in_a_row_are_refused(run_graph):
     graph = guarded(ordinary())
     graph["again"] = node("ModularLoraGuard", model=["guard", 0], lora_name=SAFETY, strength=1.0)
@@ -326,6 +341,77 @@ def test_what_is_not_connected_is_not_given(run_graph):
     del graph["guard"]["inputs"]["vae"]
     with pytest.raises(GraphError, match="Guard gives no VAE"):
         run_graph(graph)
+
+
+# LoRA hooks
+
+
+def hooked(
+    lora: str = TASK, strength: float = 0.8, keyframes: tuple[tuple[float, float], ...] = (), both: bool = False
+):
+    """An ordinary graph with a LoRA hook on its positive conditioning, or on both; keyframes are (strength, start)."""
+    graph = ordinary((OTHER, 0.4))
+    graph["hook"] = node("CreateHookLora", lora_name=lora, strength_model=strength, strength_clip=0.0)
+    last = ["hook", 0]
+    for i, (factor, start) in enumerate(keyframes):
+        before = {"prev_hook_kf": [f"key{i - 1}", 0]} if i else {}
+        graph[f"key{i}"] = node("CreateHookKeyframe", strength_mult=factor, start_percent=start, **before)
+    if keyframes:
+        graph["keyed"] = node("SetHookKeyframes", hooks=last, hook_kf=[f"key{len(keyframes) - 1}", 0])
+        last = ["keyed", 0]
+    for name in ("pos", "neg") if both else ("pos",):
+        properties = {"strength": 1.0, "set_cond_area": "default", "hooks": last}
+        graph[f"{name}_hooked"] = node("ConditioningSetProperties", cond_NEW=[name, 0], **properties)
+        graph["sample"]["inputs"]["positive" if name == "pos" else "negative"] = [f"{name}_hooked", 0]
+    graph["sample"]["inputs"]["steps"] = 4
+    return graph
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_lora_hook_is_kept_beside_the_weights_for_its_conditioning(judged, sha256, both):
+    (run,) = judged(hooked(both=both))
+    assert run.status == "guarded"
+    assert tasks(run) == [(OTHER, 0.4, 0.0, False), (TASK, 0.8, 0.0, False)]
+    assert run.loras[-1].sha256 == sha256(TASK)
+    assert run.loras[-1].block_weights == "by a hook, 0.8 to 0.8 where it acts"
+    assert run.evaluations in ((4, 8) if both else (8,))  # four steps, with the hook and without it apart
+
+
+def test_a_hooks_keyframes_give_a_strength_by_step(judged):
+    (run,) = judged(hooked(keyframes=((1.0, 0.0), (0.25, 0.5))))
+    assert run.loras[-1].block_weights == "by a hook, 0.2 to 0.8 where it acts"
+    assert run.measured_evaluations > 0
+
+
+def test_the_worst_step_of_a_hook_decides(comfy, run_graph, loras):
+    tensors, noise = load_file(loras.folder / SAFETY), load_file(loras.folder / TASK)
+    mixed = {}
+    for name in sorted({k.partition(".")[0] for k in tensors}):
+        up, down = (f"{name}.lora_{half}.weight" for half in ("up", "down"))
+        mixed[up] = torch.cat([-tensors[up], 2 * noise[up]], 1)
+        mixed[down] = torch.cat([tensors[down], noise[down]])
+    save_file(mixed, loras.folder / "hooked.safetensors")
+    comfy.folder_paths.filename_list_cache.clear()
+    safe = hooked("hooked.safetensors", 1.0, ((0.1, 0.0), (0.3, 0.6)))
+    results = run_graph(guarded(safe))
+    (run,) = [comfy.ledger.known(image).run for image in results["decode"][0]]
+    assert 0.65 < min(run.net_strength.values()) < 0.75
+    worst = hooked("hooked.safetensors", 1.0, ((0.1, 0.0), (0.8, 0.6)))
+    refused(run_graph, guarded(worst), "guard.net-strength", "KSampler")
+    refused(run_graph, guarded(hooked(SAFETY, -0.2)), "lora.both-roles", "KSampler")
+    assert run_graph(guarded(ordinary()))["decode"][0] is not None  # nothing of it is left on the layers
+
+
+def test_a_model_as_a_lora_hook_and_hooks_on_the_clip_are_refused_by_name(run_graph):
+    graph = guarded(hooked())
+    graph["hook"] = node("CreateHookModelAsLora", ckpt_name="world.safetensors", strength_model=1.0, strength_clip=0.0)
+    refused(run_graph, graph, "model.not-kept", "KSampler")
+    graph = guarded(hooked())
+    graph["clip_hooks"] = node(
+        "SetClipHooks", clip=["lora0", 1], hooks=["hook", 0], apply_to_conds=True, schedule_clip=False
+    )
+    graph["pos"]["inputs"]["clip"] = ["clip_hooks", 0]
+    refused(run_graph, graph, "model.hooks", "SetClipHooks")
 
 
 # What it costs, and what stays

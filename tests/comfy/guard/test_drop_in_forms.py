@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from modular_lora_guard.comfy_host import drop_in
 from safetensors.torch import load_file, save_file
 from support.errors import refuses
 from support.families import evaluate, make, named
@@ -20,6 +19,8 @@ FUSED = [family for family in IMAGE if family.config in ("Flux", "SD3", "AuraFlo
 
 
 def attached(comfy, model, path):
+    from modular_lora_guard.comfy_host import drop_in
+
     g = comfy.host_guard
     return drop_in.attach(model, None, None, (g.SafetyLora(comfy.host_files.read_lora(path), 1.0),)).model
 

@@ -385,12 +385,11 @@ def test_previews_are_off_through_the_callback_for_several_latents(comfy, previe
 
 
 def test_this_version_calls_what_the_guard_builds_on_as_it_expects():
-    import comfy.samplers
-    import comfy.sd
+    from comfy import samplers, sd
 
-    run = list(inspect.signature(comfy.samplers.CFGGuider.outer_sample).parameters)
+    run = list(inspect.signature(samplers.CFGGuider.outer_sample).parameters)
     assert run[1:7] == ["noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback"]
-    encode = list(inspect.signature(comfy.sd.CLIP.encode_from_tokens).parameters)
+    encode = list(inspect.signature(sd.CLIP.encode_from_tokens).parameters)
     assert encode == ["self", "tokens", "return_pooled", "return_dict"]
-    source = inspect.getsource(comfy.samplers.CFGGuider.sample)
+    source = inspect.getsource(samplers.CFGGuider.sample)
     assert ("def callback(" in source) == ("packed_callback = callback" in source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.drop_in import guarded, ordinary
 from support.errors import refuses
 from support.graphs import guarded_graph, node
 
@@ -18,7 +19,7 @@ def graph() -> dict:
 
 def test_weighted_words_of_the_guarded_clip_are_accepted_and_named(run_graph, loras, graph):
     report = run_graph(graph)["sample"][1]
-    assert report.startswith("guarded: ")
+    assert "\nguarded: " in report
     assert "embeddings weighted or mixed by WeighWords" in report
     graph["sample"]["inputs"]["positive"] = ["pos", 0]
     assert "weighted or mixed" not in run_graph(graph)["sample"][1]
@@ -52,3 +53,18 @@ def test_what_another_clip_has_a_share_in_is_refused(way, comfy, run_graph, lora
         monkeypatch.setattr(comfy.nodes.NODE_CLASS_MAPPINGS["WeighWords"], "hidden_clip", own)
     with refuses("conditioning.not-guarded", "positive"):
         run_graph(graph)
+
+
+def test_behind_guard_they_are_accepted_too_with_the_task_loras_of_the_text_encoder(run_graph, loras, graph):
+    made = guarded(ordinary(("task_te.safetensors", 0.6)), safety="safety_te.safetensors")
+    clip = made["pos"]["inputs"]["clip"]
+    made["pos"] = node("WeighWords", clip=clip, text="(gloss:1.3), a car")
+    made["decode"]["class_type"] = "ModularLoraDecode"
+    made["show"] = node("PreviewAny", source=["decode", 1])
+    report = run_graph(made)["decode"][1]
+    assert "\nguarded: " in report
+    assert "embeddings weighted or mixed by WeighWords" in report
+    assert "task task_te.safetensors at 0.6 / 0.6" in report
+    made["pos"]["inputs"]["clip"] = ["ckpt", 1]
+    with refuses("conditioning.not-guarded", "positive"):
+        run_graph(made)

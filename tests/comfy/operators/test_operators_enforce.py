@@ -40,14 +40,13 @@ def stock(seed: int, **changes) -> dict:
 
 
 def test_without_a_policy_nothing_of_comfyui_is_touched_and_afterwards_nothing_is_left(operator, comfy, sha256):
-    import comfy.model_base
-    import comfy.samplers
+    from comfy import model_base, samplers
 
     def touched() -> list:
         return [
             comfy_execution.get_output_data,
-            comfy.samplers.CFGGuider.sample,
-            comfy.model_base.BaseModel.apply_model,
+            samplers.CFGGuider.sample,
+            model_base.BaseModel.apply_model,
         ]
 
     comfy_execution, known = operator.comfy.execution, operator.comfy.nodes.NODE_CLASS_MAPPINGS
@@ -67,17 +66,17 @@ def test_without_a_policy_nothing_of_comfyui_is_touched_and_afterwards_nothing_i
 
 
 def test_another_packs_wrapper_around_ours_stays_when_the_policy_goes(operator, sha256, monkeypatch):
-    import comfy.samplers
+    from comfy import samplers
 
     operator.write(required(sha256("safety.safetensors")))
-    ours = comfy.samplers.CFGGuider.sample
+    ours = samplers.CFGGuider.sample
     calls = []
 
     def theirs(self, *args, **kwargs):
         calls.append(1)
         return ours(self, *args, **kwargs)
 
-    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", theirs)
+    monkeypatch.setattr(samplers.CFGGuider, "sample", theirs)
     operator.remove()
     operator.run_graph(stock(101))
     assert calls == [1]
@@ -131,19 +130,19 @@ def test_nodes_that_others_expand_to_are_checked(enforced, add_node):
 @pytest.mark.parametrize("way", ["a guider", "the stock function", "apply_model"])
 def test_a_node_that_samples_by_itself_is_stopped(way, enforced, loaded, add_node):
     """It takes no MODEL over a link, so that only what it does shows what it is."""
-    import comfy.samplers
     import torch
+    from comfy import model_management, samplers
 
     def run(seed):
         model, clip, _ = loaded
         latent, made = torch.zeros(1, 4, 8, 8), clip.encode_from_tokens_scheduled(clip.tokenize("x"))
         if way == "apply_model":
-            comfy.model_management.load_models_gpu([model])
+            model_management.load_models_gpu([model])
             return (model.model.apply_model(latent, torch.ones(1), c_crossattn=made[0][0]),)
         if way == "a guider":
-            guider = comfy.samplers.CFGGuider(model)
+            guider = samplers.CFGGuider(model)
             guider.set_conds(made, made)
-            euler = comfy.samplers.sampler_object("euler")
+            euler = samplers.sampler_object("euler")
             return (guider.sample(latent, latent, euler, torch.tensor([1.0, 0.0])),)
         latent = {"samples": latent}
         return enforced.comfy.nodes.common_ksampler(model, seed, 1, 1.0, "euler", "normal", made, made, latent)

@@ -182,11 +182,11 @@ def test_runs_are_noted_of_the_solids_that_comfyuis_own_nodes_make_of_their_late
 def test_a_gate_alone_lets_any_judged_picture_leave_and_shows_none_on_the_way(
     operator, detector, previews, monkeypatch
 ) -> None:
-    import comfy.utils
+    from comfy import utils
 
     shown: list = []
     operator.write(f"[guard]\nrequired = []\n{GATE}{OPEN}")
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: shown.append(preview))
+    monkeypatch.setattr(utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: shown.append(preview))
     graph = behind_gate()
     graph["sample"] = sampler(["ckpt", 0], seed=next(_numbers))
     graph["decode"] = decode(["sample", 0], "VAEDecode")

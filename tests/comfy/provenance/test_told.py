@@ -10,6 +10,7 @@ import json
 import numpy as np
 from aiohttp.test_utils import make_mocked_request
 from PIL import Image
+from support.drop_in import guarded, ordinary
 from support.edit_graphs import edit, sources
 from support.errors import refuses
 from support.graphs import decode, node, sampler
@@ -91,10 +92,10 @@ def test_the_guard_node_shows_it_above_its_report_when_the_run_ends(comfy, loras
     graph["guard"]["inputs"]["accept_merged"] = True  # so that it runs again and shows its report
     run(comfy, graph, "event")
     verdict, _, report = comfy.server.texts["guard"].partition("\n\n")
-    assert verdict.splitlines() == [
-        "2 of 6 images (SaveImage whole): guarded",
+    assert sorted(verdict.splitlines()) == [  # the executor chooses which is saved first
         "2 of 6 images (SaveImage edited): guarded; edited: ImageScale",
         "2 of 6 images (SaveImage stock): not guarded",
+        "2 of 6 images (SaveImage whole): guarded",
     ]
     assert report.startswith("The model is guarded by 1 safety LoRA")
 
@@ -103,14 +104,15 @@ def test_the_route_answers_for_a_clients_own_prompts(comfy, loras):
     run(comfy, saved("route"), "route-1")
     status, said = answer("route-1", "test")
     assert status == 200
-    assert [(one["node"], one["status"]) for one in said["images"]] == [
-        *[("whole", "guarded")] * 2,
+    images = sorted(said["images"], key=lambda one: one["node"])  # the executor chooses which is saved first
+    assert [(one["node"], one["status"]) for one in images] == [
         *[("edited", "guarded; edited: ImageScale")] * 2,
         *[("stock", "not guarded")] * 2,
+        *[("whole", "guarded")] * 2,
     ]
-    assert said["images"][2]["edits"] == ["ImageScale"]
+    assert images[0]["edits"] == ["ImageScale"]
     found = {entry["pixels_sha256"] for entry in entries(comfy, "route_whole")}
-    assert {one["pixels_sha256"] for one in said["images"][:2]} == found
+    assert {one["pixels_sha256"] for one in images[4:]} == found
     for prompt_id, client in (("route-1", "other"), ("route-1", None), ("route-1", ""), ("unknown", "test")):
         assert answer(prompt_id, client)[0] == 404
 
@@ -138,3 +140,18 @@ def test_under_a_policy_every_run_behind_an_image_must_satisfy_it(enforced, run_
     graph["save"] = node("SaveImage", images=["both", 0], filename_prefix="two")
     with refuses("refused.guard.required"):
         enforced.run_graph(graph)
+
+
+def test_an_ordinary_graph_with_a_hires_fix_behind_guard_is_told_the_same(comfy, loras):
+    graph = guarded(ordinary(("task.safetensors", 0.7)))
+    graph["bigger"] = edit("LatentUpscale", {"samples": ["sample", 0]})
+    graph["second"] = sampler(graph["sample"]["inputs"]["model"], latent_image=["bigger", 0], denoise=0.5)
+    graph["decode2"] = node("VAEDecode", samples=["second", 0], vae=["guard", 2])
+    graph["scaled"] = edit("ImageScaleBy", {"image": ["decode2", 0]})
+    for name, images in (("save", "decode"), ("save2", "decode2"), ("save3", "scaled")):
+        graph[name] = node("SaveImage", images=[images, 0], filename_prefix=f"dropin_{name}_")
+    run(comfy, graph, "dropin")
+    assert [one["status"] for name in ("save", "save2") for one in entries(comfy, f"dropin_{name}_")] == ["guarded"] * 2
+    assert [one["said"] for one in entries(comfy, "dropin_save3_")] == ["guarded; edited: ImageScaleBy"]
+    said = {line.partition("): ")[2] for line in comfy.server.texts["guard"].splitlines()[:2]}
+    assert said == {"guarded", "guarded; edited: ImageScaleBy"}

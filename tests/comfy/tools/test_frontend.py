@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.tools.locales.cli import from_schemas
+from modular_lora_guard.tools.locales.texts import LANGUAGES
+from modular_lora_guard.tools.templates.graph import VIRTUAL, to_prompt
 from modular_lora_guard.tools.world import (
     ASSETS,
     DATA_SET,
@@ -23,8 +26,6 @@ from modular_lora_guard.tools.world import (
 from PIL import Image
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-VIRTUAL = {"MarkdownNote", "Note"}  # drawn by the front end alone
-SEEDS = {"seed", "noise_seed"}  # of samplers: the widget "control after generate" follows, with no input of its own
 FEW = {  # in place of a workflow's own
     "steps": 2,
     "max_train_steps": 2,
@@ -73,27 +74,8 @@ def inputs(schema: Json) -> dict[str, Json]:
     return {k: v[1] for s in ("required", "optional") for k, v in schema["input"].get(s, {}).items()}
 
 
-def to_prompt(workflow: Json) -> Json:
-    """A front-end workflow as the API graph that the front end would queue."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    return {str(n["id"]): _node(n, links) for n in workflow["nodes"] if n["type"] not in VIRTUAL}
-
-
-def _node(node: Json, links: dict[int, list]) -> Json:
-    values = iter(node.get("widgets_values", []))
-    given: Json = {}
-    for slot in node.get("inputs", []):
-        if "widget" in slot:
-            given[slot["name"]] = next(values)
-            if slot["name"] in SEEDS and "Train" not in node["type"]:
-                next(values)
-        elif slot["link"] is not None:
-            given[slot["name"]] = links[slot["link"]]
-    return {"class_type": node["type"], "inputs": given}
-
-
 def test_there_are_workflows() -> None:
-    assert ROOT / "workflows" / "modular_lora_guard.json" in WORKFLOWS
+    assert ROOT / "workflows" / "1 Guard an ordinary graph.json" in WORKFLOWS
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
@@ -177,16 +159,30 @@ def test_inputs_that_are_folded_away_have_a_value_of_their_own(schemas) -> None:
 
 
 def test_english_names_and_tooltips_are_those_of_the_schemas(schemas) -> None:
-    names = load("locales/en/nodeDefs.json")
-    assert set(names) == set(schemas)
+    assert load("locales/en/nodeDefs.json") == from_schemas(schemas)
+
+
+def test_english_names_every_category_of_the_node_menu(schemas) -> None:
+    said = load("locales/en/main.json")["nodeCategories"]
+    assert set(said) == {part for schema in schemas.values() for part in schema["category"].split("/")}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translated_tooltip_keeps_the_values_of_its_drop_down(language, schemas) -> None:
+    there, lost = load(f"locales/{language}/nodeDefs.json"), []
     for node, schema in schemas.items():
-        entry = names[node]
-        assert entry["display_name"] == schema["display_name"]
-        assert entry["description"] == schema["description"]
-        assert {k: v["tooltip"] for k, v in entry["inputs"].items()} == {
-            k: options["tooltip"] for k, options in inputs(schema).items()
-        }
-        assert list(entry.get("outputs", {})) == [str(i) for i in range(len(schema["output"]))]
+        for name, options in inputs(schema).items():
+            said = there[node]["inputs"][name]["tooltip"]
+            values = [str(value) for value in choices(schema, name) if len(str(value)) > 1]
+            told = [v for v in values if re.search(rf"(?<![\w-]){re.escape(v)}(?![\w-])", options["tooltip"])]
+            lost += [f"{node}.{name}: {value} not in: {said}" for value in told if value not in said]
+    assert lost == []
+
+
+def choices(schema: Json, name: str) -> list:
+    """The values of an input's drop-down; none where it has none."""
+    (kind, options) = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}[name][:2]
+    return kind if isinstance(kind, list) else options.get("options") or []
 
 
 def test_english_texts_hold_nothing_that_the_front_end_would_interpret() -> None:

@@ -10,9 +10,8 @@ import { DIALOG, withFrontEnd } from "./front_end.mjs";
 const { url, pack, folder, nodes2, workflows, run: runs, seconds, help } = JSON.parse(process.argv[2]);
 const MENU = ".comfy-menu-button-wrapper, [data-testid=comfy-menu-button]"; // front end 1.32, and later ones
 
-async function set(name, value) {
-  await fetch(`${url}/api/settings/${name}`, { method: "POST", body: JSON.stringify(value) });
-}
+const post = (place, said) => fetch(`${url}/api/${place}`, { method: "POST", body: JSON.stringify(said) });
+const set = (name, value) => post(`settings/${name}`, value);
 
 async function openFromTemplates(page, workflow) {
   await page.locator(MENU).first().click();
@@ -142,6 +141,7 @@ async function readHelp(page, type) {
 // On its very first start the front end opens the template browser by itself; we want to open it.
 await set("Comfy.TutorialCompleted", true);
 await set("Comfy.VueNodes.Enabled", nodes2);
+await post("free", { unload_models: true, free_memory: true }); // what an earlier visit ran is to run again
 const result = await withFrontEnd(url, async (page) => {
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
@@ -155,7 +155,7 @@ const result = await withFrontEnd(url, async (page) => {
     seen[workflow].outcome = await run(page);
     await shoot(page, `${workflow}_ran`);
     seen[workflow].ran = await page.evaluate(drawnGraph, DIALOG);
-    if (workflow === workflows[0]) seen[workflow].help = await readHelp(page, help);
+    if (help && workflow === workflows[0]) seen[workflow].help = await readHelp(page, help);
   }
   return { seen, complaints };
 });

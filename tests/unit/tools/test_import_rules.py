@@ -151,3 +151,16 @@ def test_an_import_of_a_higher_layer_is_found(file: str, line: str, found: bool,
     (tmp_path / "core" / file).write_text(line)
     layers = (("low", "low.py"), ("high", "beside"))
     assert {name for name, _ in upward(tmp_path, "core", layers)} == ({f"core/{file}"} if found else set())
+
+
+def test_no_test_imports_comfy_by_the_name_of_the_fixture() -> None:
+    """Checkers of imports take ``comfy.host`` for ComfyUI in a file that has ``import comfy.x`` anywhere."""
+    found = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
+        if not any(argument.arg == "comfy" for one in functions for argument in one.args.args):
+            continue
+        names = [a for one in ast.walk(tree) if isinstance(one, ast.Import) for a in one.names if a.asname is None]
+        found += [f"{file.relative_to(ROOT)}: import {a.name}" for a in names if a.name.split(".")[0] == "comfy"]
+    assert found == [], "write: from comfy import ..."

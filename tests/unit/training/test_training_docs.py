@@ -8,9 +8,11 @@ import re
 import pytest
 from modular_lora_guard.tools.benchmarks import tables
 from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.tools.world import data
 from modular_lora_guard.training import options
 from modular_lora_guard.training.kohya.arguments import FAMILIES
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
+from modular_lora_guard.training.safety.closed.options import MakeOptions
 
 WANTED = (
     "erased concept rate / base rate",
@@ -54,3 +56,14 @@ def test_the_page_names_only_options_that_exist():
     assert given
     theirs = {part for family in FAMILIES.values() for part, _ in family.parts}
     assert given <= known | theirs | {"accelerate_config", "sd_scripts"}
+
+
+def test_the_recipe_of_words_names_every_concept_of_the_demo_world_once():
+    """Every vehicle is erased and every other concept is kept, as the demo world's captions call them."""
+    found = options.load(MakeOptions, ROOT / "tools" / "world" / "recipes" / "make_safety.toml")
+    words = {data.WORDS[i] for i in data.SUPPRESSED_IDS}
+    assert set(found.erased) == words | {"a vehicle"}
+    kept = {data.WORDS[i] for i in data.KEPT_IDS}
+    assert kept - set(found.kept) == set(found.guide) == {"heart"}
+    assert {text.partition(",")[0] for text in found.kept if "," in text} == set(data.STYLES)
+    assert set(found.guides) == {"heart"}

@@ -1,0 +1,109 @@
+"""Making a safety LoRA on a text model of a few numbers: room, thresholds, refusals, and what the file does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from modular_lora_guard.modular_lora.errors import GuardError
+from modular_lora_guard.training.safety.closed.layers import TextInput, TextLayers
+from modular_lora_guard.training.safety.closed.make import make_safety
+from modular_lora_guard.training.safety.closed.options import MakeOptions
+from modular_lora_guard.training.safety.closed.words import Encoded
+
+WIDTH, TOKENS = 24, 4
+LAYERS = ("block.0.to_k", "block.0.to_v", "block.1.to_v")
+
+
+class Words:
+    """A TextModel whose encoder gives every prompt rows of its own, the first one the same for all."""
+
+    family, base_sha256, prediction = "SD15", "0" * 64, "epsilon"
+    found = TextLayers((TextInput(LAYERS, WIDTH, TOKENS),), 0.8, ("block.0.joint",), ())
+
+    def rows(self, prompt: str) -> torch.Tensor:
+        seed = sum(prompt.encode()) * 31 + len(prompt)
+        rows = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows[0] = 1.0
+        return rows * torch.linspace(0.2, 2, WIDTH, dtype=torch.float64)
+
+    def encode(self, prompts, inputs):
+        return [[Encoded(self.rows(prompt), ((1, 3 if prompt else 1),))] * len(inputs) for prompt in prompts]
+
+    def weight(self, path: str) -> torch.Tensor:
+        return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(LAYERS.index(path)))
+
+    def name(self, path: str) -> str:
+        return f"lora_unet_{path.replace('.', '_')}"
+
+    def too_long(self, prompt: str) -> bool:
+        return len(prompt) > 50
+
+
+def make(tmp_path, kept: int, **changes):
+    preserve = tuple(f"kept {i}" for i in range(kept))
+    values = {"concept": ("car",), "guide": ("heart",), "preserve": preserve, "output_dir": str(tmp_path)} | changes
+    return make_safety(Words(), MakeOptions(**values), engine="test")
+
+
+def moved(made, prompt: str) -> float:
+    """Largest ‖ΔW x‖ / ‖W x‖ over tokens and layers, by the file."""
+    model, found = Words(), []
+    for path in LAYERS:
+        layer = made.lora.plain[model.name(path)]
+        W, x = model.weight(path).double(), model.rows(prompt).T
+        found.append((layer.scale * layer.up.double() @ layer.down.double() @ x).norm(dim=0) / (W @ x).norm(dim=0))
+    return float(torch.stack(found).max())
+
+
+def test_with_room_what_is_kept_is_kept_exactly_and_the_report_says_how_much_room(tmp_path):
+    made = make(tmp_path, 3)
+    (part,) = made.parts
+    assert part.exact
+    assert part.kept_rank == 1 + 3 * 5  # the first token once; "", the guide and three prompts
+    assert part.rank == 3
+    assert max(moved(made, p) for p in ("", "heart", "kept 0", "kept 2")) < 1e-6
+    assert moved(made, "car") > 0.5
+    assert f"the kept prompts span 16 of {WIDTH} dimensions" in made.report
+    assert "WARNING: the rest of the text's effect passes by other layers" in made.report
+    assert "left out, since they see text mixed with the image or the timestep: 1 layers" in made.report
+    assert "Not claimed" in made.report
+    told = float(re.search(r"went ([\d.]+) % of the way", made.report)[1])
+    assert told == pytest.approx(100 * part.erased["car"], abs=0.1)
+
+
+def test_without_room_quiet_directions_are_given_up_with_the_change_of_every_prompt(tmp_path):
+    made = make(tmp_path, 20, threshold=0.5)
+    (part,) = made.parts
+    assert not part.exact
+    assert part.kept_rank == WIDTH
+    assert "no room to keep exactly: directions used less than 0.5 were given up" in made.report
+    assert "change of kept prompts: " in made.report
+    for prompt in ("", "heart", "kept 0", "kept 19"):
+        assert moved(made, prompt) == pytest.approx(part.kept[prompt], rel=1e-3)
+    assert max(part.kept.values()) > 1e-4
+    with pytest.raises(GuardError, match=r"kept prompts use 24 of 24 dimensions and leave .* threshold is 0"):
+        make(tmp_path, 20, threshold=0.0)
+    with pytest.raises(GuardError, match="with threshold 1e-06"):
+        make(tmp_path, 20, threshold=1e-6)
+    (regression,) = make(tmp_path, 20, method="uce").parts
+    assert regression.erased["car"] > 0.1
+
+
+def test_a_layer_that_sees_mixed_text_is_refused_by_name(tmp_path):
+    with pytest.raises(GuardError, match=r"'joint' names block.0.joint, whose input is not the text alone"):
+        make(tmp_path, 2, layers=("joint",))
+    only = make(tmp_path, 2, layers=("to_v",))
+    assert sorted(only.lora.layers) == ["lora_unet_block_0_to_v", "lora_unet_block_1_to_v"]
+    with pytest.raises(GuardError, match="is longer than the text encoder takes at once"):
+        make(tmp_path, 2, synonyms=("x" * 51,))
+
+
+def test_templates_and_guides_go_together(tmp_path):
+    made = make(
+        tmp_path, 1, synonyms=("bus",), guide=("heart", "star"), templates=("{}", "a {} here"), everything_else="none"
+    )
+    (part,) = made.parts
+    assert list(part.erased) == ["car", "a car here", "bus", "a bus here"]
+    assert list(part.kept) == ["", "heart", "a heart here", "star", "a star here", "kept 0"]
