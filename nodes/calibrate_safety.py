@@ -17,6 +17,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import activity
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
+from .search_words import found_by
 from .sockets import SafetySocket
 from .training import GROUP
 
@@ -31,6 +32,7 @@ class CalibrateSafetyLora(io.ComfyNode):
             node_id="ModularLoraCalibrateSafety",
             display_name="Calibrate Safety LoRA",
             category=GROUP,
+            **found_by("calibration", "safety activity", "is this prompt about the concept", "lora metadata"),
             description="Measures on your own base how strongly a safety LoRA answers to prompts of its concept and to "
             "prompts that are to be kept, and writes both into a copy of its file. Guarded runs then say whether an "
             "image's prompt is about the concept. The tensors and the original file do not change.",
