@@ -172,6 +172,7 @@ def test_the_samplers_and_the_decode_say_it_and_no_file_does_unless_the_policy_a
     required = f'[guard]\nrequired = [{{sha256 = "{sha256("told.safetensors")}"}}]\n[open]\nunattested = true\n'
     operator.write(required + "[record]\nactivity = true\n[history]\nverdict = 'brief'\n")
     graph["save"]["inputs"]["filename_prefix"] = "told"
+    graph["sample"]["inputs"]["seed"] = 2  # else the decode's answer is kept from before
     run_graph(graph)
     (one,) = record(comfy, "told")["activity"].values()
     assert one["prompt"] == "concept"
