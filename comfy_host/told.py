@@ -52,6 +52,7 @@ class Shown:
         pixels_sha256: Of its 8-bit pixels, h w c, as Save Image rounds them.
         pixels_size: Width, height and channels.
         activity: What the safety LoRAs' activity says of its prompt, in words; "" where it is not known.
+        judged: Whether a calibration gave a verdict on it; where none did, the Guard node does not name the figure.
     """
 
     node: str
@@ -62,6 +63,7 @@ class Shown:
     pixels_sha256: str
     pixels_size: tuple[int, ...]
     activity: str = ""
+    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def note(
             said["pixels_sha256"],
             tuple(said["pixels_size"]),
             activity.in_words([known.run]),
+            known.run is not None and any(one.prompt for one in known.run.activity.values()),
         )
         for known, said in found
     ]
@@ -184,6 +187,6 @@ def in_words(shown: list[Shown]) -> str:
     for status, n in counts.items():
         nodes = dict.fromkeys(f"{one.type} {one.node}" for one in shown if one.status == status)
         lines.append(f"{n} of {len(shown)} images ({', '.join(nodes)}): {status}")
-    said = {one.pixels_sha256: one.activity for one in shown if one.activity}  # an image may come to several nodes
+    said = {one.pixels_sha256: one.activity for one in shown if one.judged}  # an image may come to several nodes
     lines += [f"image {number}: {words}" if len(said) > 1 else words for number, words in enumerate(said.values(), 1)]
     return "\n".join(lines)
