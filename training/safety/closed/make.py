@@ -128,8 +128,8 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
         preserved=[prompt for prompt in kept if prompt],
         rank=max(one.edit.rank for one in solved),
     )
-    path = Path(options.output_dir) / f"{options.output_name}.safetensors"
-    lora = output.write(path, factors, metadata, options.save_precision)
+    file = Path(options.output_dir) / f"{options.output_name}.safetensors"
+    lora = output.write(file, factors, metadata, options.save_precision)
     seconds = time.perf_counter() - started
     parts = tuple(_measured(model, one, lora, onto, kept) for one in solved)
     return Made(lora, parts, seconds, report(lora, options, found, parts, seconds, base_name or model.family))
