@@ -24,7 +24,7 @@ async function addByName(page, name, row) {
   await box.fill(name);
   await page.waitForTimeout(2000); // the list is filled as one types
   await page.screenshot({ path: join(folder, `${name}_search.png`) });
-  await page.keyboard.press("Enter");
+  await page.locator("[role=option], [data-testid=result-item]").first().click();
   await page.waitForFunction((count) => window.app.graph.nodes.length > count, before);
   await page.waitForTimeout(500);
   await page.keyboard.press("Escape");
