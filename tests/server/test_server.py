@@ -39,6 +39,7 @@ NODE_IDS = {
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",
     "ModularLoraProjectTask",
+    "ModularLoraCalibrateSafety",
     "ModularLoraConceptPrompts",
 }
 GUARDED_TYPE = "MODULAR_LORA_GUARDED_MODEL"
