@@ -28,6 +28,8 @@ class GuardedRun:
         steps: How many evaluations of each kind are expected.
         images: How many images are sampled.
         content: What the run starts from; the same content measures the same evaluation.
+        prompt: Which of the guider's conditionings is the prompt; None: no activity is measured.
+        level: How noisy the run's start is, 1 where it starts from noise alone; None: not known.
         may_be_empty: Whether a run without any evaluation is right.
         counts: What was counted; None unless the run ended well.
         acted: What each safety LoRA did, as far as it was measured.
@@ -40,6 +42,8 @@ class GuardedRun:
     steps: int = 1
     images: int = 1
     content: bytes = b""
+    prompt: int | None = None
+    level: float | None = None
     may_be_empty: bool = False
     counts: Counts | None = None
     acted: Mapping[Owner, Acted] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class GuardedRun:
         self._counting = Run(branches)
         if branches.roles == ALL_ROLES:
             rows = partial(evaluation_rows, self.images) if isinstance(self.seat.model, BaseModel) else None
-            branches.meter.start(rows, self.steps, self.content)
+            branches.meter.start(rows, self.steps, self.content, self.prompt)
 
     @property
     def running(self) -> bool:

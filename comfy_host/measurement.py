@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
+from comfy.model_base import BaseModel
 
 from ..modular_lora.branches.acted import EVERY, Rows
 from ..modular_lora.branches.attachment import attached
@@ -24,6 +26,23 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     if rest:
         return tuple((conditionings[0], EVERY) for _ in range(len(x)))
     return tuple((index, row if rows == images else EVERY) for index in conditionings for row in range(rows))
+
+
+def prompt_of(conds: Mapping[str, list]) -> int | None:
+    """The number of the conditioning that is the prompt, as a guider's evaluations count them.
+
+    CFGGuider, BasicGuider and PerpNeg evaluate the positive conditioning first; a guider with a third one between two
+    (DualCFGGuider) does not, and of it nothing is said.
+    """
+    return 0 if "positive" in conds and "middle" not in conds else None
+
+
+def level(model: BaseModel, sigma: torch.Tensor) -> float | None:
+    """A noise level (one number) as a share of the model's timesteps, 1 at the noisiest; None where they have none."""
+    sampling = model.model_sampling
+    most = torch.as_tensor(sampling.sigma_max).reshape(1)
+    top, here = (float(sampling.timestep(value.reshape(1))) for value in (most, sigma.to(most)))
+    return here / top if top > 0 else None
 
 
 def measured_eagerly(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):

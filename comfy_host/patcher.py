@@ -18,6 +18,7 @@ import torch
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError, shown
+from ..modular_lora.guard import activity
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -41,7 +42,7 @@ from .control_inputs import widen
 from .functional import measured
 from .guarded_run import GuardedRun
 from .introspection import clip_info, family, is_current, model_info, model_sha256
-from .measurement import measured_eagerly
+from .measurement import level, measured_eagerly, prompt_of
 from .memory import MemoryMixin, compute_dtype
 from .run import GenerateMixin, KeptMixin, given_out, streams, watch
 
@@ -262,6 +263,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         images=len(noise),
         content=tensor_sha256(noise).encode(),
         may_be_empty=sigmas.shape[-1] <= 1,
+        prompt=prompt_of(executor.class_obj.conds),
+        level=level(patcher.model, sigmas[0]) if len(sigmas) else None,
     )
     start = edits.start(streams(latent_image, **kwargs), denoise_mask, record)
     executor.original = run.around(executor.original)
@@ -269,8 +272,10 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, start)
     run.result = run.result.of(weighted=weighted)
     if complete:
-        ledger.attest_latents(streams(output, **kwargs), run.result, run.acted)
-        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted)
+        each = activity.of_run(record, (lora for lora, _ in state.part.interference), run.acted, run.level)
+        run.result = run.result.of(activity=activity.most(each))
+        ledger.attest_latents(streams(output, **kwargs), run.result, run.acted, each)
+        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted, each)
     patcher.guard_ended(run.result)
     return output
 

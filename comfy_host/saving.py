@@ -48,7 +48,7 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
     for i, (image, picture) in enumerate(zip(images, found, strict=True)):
         stem = name.replace("%batch_num%", str(i))
         counter = max(counter, _next(folder, stem))
-        record, written = plain_json.finite(picture.record()), None
+        record, written = plain_json.finite(picture.record(policies.records_activity())), None
         while written is None:
             path = folder / f"{stem}_{counter:05}_.{ENDINGS[style.format]}"
             with contextlib.suppress(FileExistsError):  # another writer took the name meanwhile

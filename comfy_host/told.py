@@ -17,12 +17,14 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..modular_lora.guard import activity
 from ..modular_lora.provenance import ledger, signing
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.util import plain_json
 from ..modular_lora.util.cache import Cache
 from ..operators.graph import NodeFacts
 from . import running
+from .enforcement import policy as policies
 from .node_report import show_above
 from .pictures import pictures
 
@@ -49,6 +51,8 @@ class Shown:
         through: Types of the nodes it passed through and for which nobody vouches.
         pixels_sha256: Of its 8-bit pixels, h w c, as Save Image rounds them.
         pixels_size: Width, height and channels.
+        activity: What the safety LoRAs' activity says of its prompt, in words; "" where it is not known.
+        judged: Whether a calibration gave a verdict on it; where none did, the Guard node does not name the figure.
     """
 
     node: str
@@ -58,6 +62,8 @@ class Shown:
     through: tuple[str, ...]
     pixels_sha256: str
     pixels_size: tuple[int, ...]
+    activity: str = ""
+    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,17 @@ def note(
     """What is known of every image that came to a node which writes or shows, with the hash of its pixels."""
     found = [(ledger.known(image), signing.pixels(_pixels(image))) for image in _images(inputs)]
     prompt.shown += [
-        Shown(node, name, known.status, known.edits, known.through, said["pixels_sha256"], tuple(said["pixels_size"]))
+        Shown(
+            node,
+            name,
+            known.status,
+            known.edits,
+            known.through,
+            said["pixels_sha256"],
+            tuple(said["pixels_size"]),
+            activity.in_words([known.run]),
+            known.run is not None and any(one.prompt for one in known.run.activity.values()),
+        )
         for known, said in found
     ]
     del prompt.shown[MOST_TOLD:]
@@ -127,8 +143,9 @@ def with_entry(
     Only this node's copy has the entry. Nodes whose client sent no extra_pnginfo get none, except ComfyUI's own Save
     Image: others may look for a workflow in it.
     """
+    told = policies.records_activity()
     entries = {
-        said["pixels_sha256"]: plain_json.finite(known.record() | {"said": known.status} | said)
+        said["pixels_sha256"]: plain_json.finite(known.record(told) | {"said": known.status} | said)
         for known, said in found[:MOST_ENTRIES]
     }
     if not entries or facts.ours:  # our own nodes write a record of their own
@@ -164,10 +181,12 @@ def end(prompt: running.Prompt) -> None:
 
 
 def in_words(shown: list[Shown]) -> str:
-    """One line for each status: how many images, and which nodes they came to."""
+    """One line for each status: how many images, and which nodes they came to; then what is known of their prompts."""
     counts: Counter[str] = Counter(one.status for one in shown)
     lines = []
     for status, n in counts.items():
         nodes = dict.fromkeys(f"{one.type} {one.node}" for one in shown if one.status == status)
         lines.append(f"{n} of {len(shown)} images ({', '.join(nodes)}): {status}")
+    said = {one.pixels_sha256: one.activity for one in shown if one.judged}  # an image may come to several nodes
+    lines += [f"image {number}: {words}" if len(said) > 1 else words for number, words in enumerate(said.values(), 1)]
     return "\n".join(lines)

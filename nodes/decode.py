@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..comfy_host.answers import answer
 from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.stock import decode
+from ..modular_lora.guard.activity import in_words
 from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.guard.summary import once, per_image, run_line
 from ..modular_lora.provenance.attestation import Attestation
@@ -94,9 +95,9 @@ def _decoded(images: torch.Tensor, found: list[Attestation | str]) -> io.NodeOut
     """``found``: for each image its attestation, or why there is none."""
     lines = per_image([one[:1].upper() + one[1:] if isinstance(one, str) else run_line(one) for one in found])
     details = once([one if isinstance(one, str) else format_attestation(one) for one in found])
-    return io.NodeOutput(
-        images, f"{lines}\n{details}", ui=answer(lines, verdicts=list(map(_verdict, range(len(found)), found)))
-    )
+    activity = in_words([None if isinstance(one, str) else one for one in found])
+    shown = answer(lines, activity, verdicts=list(map(_verdict, range(len(found)), found)))
+    return io.NodeOutput(images, "\n".join(filter(None, (lines, details, activity))), ui=shown)
 
 
 def _verdict(image: int, found: Attestation | str) -> dict:

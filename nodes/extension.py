@@ -11,6 +11,7 @@ from ..comfy_host import conditioning, following, origins
 from ..comfy_host.enforcement import hooks
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
+from .calibrate_safety import CalibrateSafetyLora
 from .concept_prompts import WriteConceptPrompts
 from .dataset_report import DatasetReport
 from .decode import GuardedDecode, GuardedDecodeTiled
@@ -60,5 +61,6 @@ class ModularLoraExtension(ComfyExtension):
             DatasetReport,
             ProjectTaskLora,
             WriteConceptPrompts,
+            CalibrateSafetyLora,
             Audit,
         ]

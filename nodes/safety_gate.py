@@ -13,8 +13,10 @@ from ..comfy_host.gating import Gate, Judged, checked
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..comfy_host.retries import Job, draw_until_clear
 from ..gate.report import format_found, format_gate, format_limits, to_json
+from ..modular_lora.guard.activity import in_words
 from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.guard.summary import run_line
+from ..modular_lora.provenance.ledger import known
 from .sample import conditioning_inputs, latent_inputs, sampler_inputs, seed_input
 from .search_words import found_by
 from .sockets import GateSocket, model_input
@@ -155,4 +157,5 @@ class SampleAndGate(io.ComfyNode):
         drawn = draw_until_clear(job, seed, max_tries, gate)
         judged = gating.judge(drawn.images, drawn.gate)
         line, details = run_line(drawn.attested), format_attestation(drawn.attested)
-        return _result(judged, drawn.gate, (drawn.tries, line), details)
+        activity = in_words([known(image).run for image in drawn.images])
+        return _result(judged, drawn.gate, (drawn.tries, *filter(None, (line, activity))), details)

@@ -8,8 +8,10 @@ from ..comfy_host import patcher as host
 from ..comfy_host.answers import answer
 from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.stock import MAX_SEED, cfg_guider, sampler_names, scheduler_names
+from ..modular_lora.guard.activity import in_words
 from ..modular_lora.guard.report import format_attestation
 from ..modular_lora.guard.summary import run_line
+from ..modular_lora.provenance.ledger import latent_runs
 from .search_words import found_by
 from .sockets import model_input
 
@@ -65,8 +67,9 @@ def _run(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, l
         patcher, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, **options
     )
     attested = host.attestation(patcher)
-    line = run_line(attested)
-    return io.NodeOutput(out, f"{line}\n{format_attestation(attested)}", ui=answer(line))
+    line, activity = run_line(attested), in_words(latent_runs(out["samples"]))
+    report = "\n".join(filter(None, (line, format_attestation(attested), activity)))
+    return io.NodeOutput(out, report, ui=answer(line, activity))
 
 
 class GuardedKSampler(io.ComfyNode):

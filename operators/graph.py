@@ -40,6 +40,7 @@ CLOSED = {  # our node type -> key of [open]
     "ModularLoraTrainTask": "training",
     "ModularLoraTrainSafety": "training",
     "ModularLoraProjectTask": "training",
+    "ModularLoraCalibrateSafety": "training",
     "ModularLoraConceptPrompts": "training",
     "ModularLoraDatasetReport": "training",
 }

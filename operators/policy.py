@@ -173,6 +173,7 @@ class Record:
 
     folder: Text = ""
     prompts: StrictBool = False
+    activity: StrictBool = False  # of the safety LoRAs, in record and files: it tells what a prompt was about
     max_bytes: Bytes = 16 << 20
     signing_key: Text = ""  # private key, relative to the policy: signs attestations and the record's head
 

@@ -1,5 +1,4 @@
-"""The command line: make-safety, train-task, train-safety, dataset, project, concept-prompts and inspect, options as
-in sd-scripts.
+"""The command line: training, data sets and LoRA files, options as in sd-scripts.
 
 Every option can stand in a TOML file as well (--config), under the same name; the command line goes first.
 """
@@ -18,7 +17,7 @@ from ..comfy_host.standalone import start
 from ..modular_lora.command import Lines, finish, typed
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import read_lora
-from ..modular_lora.guard import concept
+from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.terminal import open_to_all
@@ -49,8 +48,12 @@ def main(arguments: Sequence[str]) -> int:
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
     command = {
-        "project": project, "inspect": inspect, "concept-prompts": concept_prompts, "make-safety": make_safety
-    }.get(chosen["command"], with_options)  # fmt: skip
+        "project": project,
+        "inspect": inspect,
+        "concept-prompts": concept_prompts,
+        "calibrate-safety": calibrate_safety,
+        "make-safety": make_safety,
+    }.get(chosen["command"], with_options)
     return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
 
 
@@ -90,6 +93,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--prompts_file", type=Path, metavar="TXT", help="UTF-8 text with a concept prompt on each line"
     )
+    command.add_argument("--output", type=Path, required=True, help="the new LoRA file; no file is written over")
+    command = commands.add_parser("calibrate-safety", help="measure a safety LoRA's activity, into a copy of its file")
+    command.add_argument("safety", type=Path)
+    _model_arguments(command, required=True)
+    command.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a concept prompt (those in the file)"
+    )
+    command.add_argument(
+        "--preserve", action="append", default=[], metavar="TEXT", help="a prompt that is to be kept; once for each"
+    )
+    command.add_argument("--prompts_file", type=Path, metavar="TXT", help="UTF-8 text with a concept prompt on a line")
+    command.add_argument("--preserve_file", type=Path, metavar="TXT", help="the same of prompts that are to be kept")
+    command.add_argument("--size", type=int, default=512, help="width and height in pixels (512)")
+    command.add_argument("--noises", type=int, default=2, help="noises for each prompt (2)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noises (0)")
+    command.add_argument("--strength", type=float, default=1.0, help="strength of the safety LoRA (1)")
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file; no file is written over")
     command = commands.add_parser("inspect", help="say what a LoRA file is")
     command.add_argument("lora", type=Path)
@@ -195,6 +214,33 @@ def concept_prompts(chosen: dict) -> str:
     listed = captions.read(chosen["prompts_file"]).splitlines() if chosen["prompts_file"] else []
     made = concept.write_copy(chosen["safety"], chosen["output"], [*chosen["prompt"], *listed])
     return concept.written(made, chosen["output"])
+
+
+def calibrate_safety(chosen: dict) -> str:
+    """A copy of a safety LoRA's file with its activity on a checkpoint, by which a guarded run judges a prompt."""
+    check_files(chosen["safety"], chosen["checkpoint"], chosen["vae"])
+    check_writable(chosen["output"].absolute().parent, "--output")
+    for name, least in (("size", 8), ("noises", 1), ("seed", 0)):
+        if chosen[name] < least:
+            raise GuardError(f"--{name} {chosen[name]}: give at least {least}.", code="activity.option")
+    about, preserved = (
+        [*chosen[one], *(_listed(chosen[file]))]
+        for one, file in (("prompt", "prompts_file"), ("preserve", "preserve_file"))
+    )
+    safety = SafetyLora(read_lora(chosen["safety"]), chosen["strength"])
+    host = comfy_host(chosen)
+    model, clip, _ = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], None)
+    calibrating = importlib.import_module("..comfy_host.calibrating", __package__)
+    latent = calibrating.latent_of(model, chosen["size"])
+    sampled = latent, chosen["noises"], chosen["seed"], TrainingLines()
+    found = calibrating.calibrated(model, clip, safety, about, preserved, *sampled)
+    made = activity.write_copy(safety.lora, chosen["output"], found)
+    return f"{activity.format_copy(made, str(chosen['output']))}\n{activity.format_calibration(found)}"
+
+
+def _listed(path: Path | None) -> list[str]:
+    lines = captions.read(path).splitlines() if path else []
+    return [line.strip() for line in lines if line.strip()]
 
 
 def inspect(chosen: dict) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..modular_lora.errors import GuardError, writing
 from ..modular_lora.files.reader import LoraFile, LoraLayer, read_lora
-from ..modular_lora.guard import concept
+from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
 from .metadata_keys import (
@@ -81,6 +81,7 @@ class Provenance:
     contaminated_base: str = ""  # what `contamination.check_base` returned
     initialisation: str = ""
     dataset: DatasetRecord | None = None
+    activity: str = ""  # a safety LoRA's calibration (modular_lora/guard/activity.py)
 
 
 def metadata(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, str]:
@@ -95,6 +96,7 @@ def metadata(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str
     }
     if isinstance(options, SafetyOptions):
         found[CONCEPT_KEY] = ", ".join(options.concept)
+        found[activity.KEY] = made.activity
         found[concept.PROMPTS_KEY] = concept.trained((*options.concept, *options.synonyms))
         if options.preserve and options.preserve_weight:
             found[PRESERVED_KEY] = json.dumps(list(options.preserve))

@@ -58,8 +58,15 @@ class Record:
         start = getattr(self.options, "init", "")
         return f"{self.spec.role}:{self.spec.seed}" + (f", from {Path(start).name}" if start else "")
 
-    def write(self, path: Path, step: int, factors: Factors, bases: Mapping[str, Tensor] | None = None) -> None:
-        """The LoRA as of ``step``; see `output.write`."""
+    def write(
+        self,
+        path: Path,
+        step: int,
+        factors: Factors,
+        bases: Mapping[str, Tensor] | None = None,
+        activity: str = "",
+    ) -> None:
+        """The LoRA as of ``step``; see `output.write` and `output.Provenance.activity`."""
         made = output.Provenance(
             family=self.host_model.family,
             prediction=self.host_model.schedule.prediction,
@@ -73,6 +80,7 @@ class Record:
             contaminated_base=self.contaminated,
             initialisation=self._initialisation,
             dataset=self.dataset,
+            activity=activity,
         )
         metadata = output.metadata(self.options, made)
         self.last = output.write(path, factors, metadata, self.options.save_precision, bases)

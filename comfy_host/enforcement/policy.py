@@ -80,6 +80,12 @@ def check_open(key: str) -> None:
         raise RefusedError(f"open.{key}", "the operator has not opened this node", "take the node out")
 
 
+def records_activity() -> bool:
+    """Whether files and record may tell of the safety LoRAs' activity (``record.activity``)."""
+    policy = current()
+    return policy is not None and policy.record.activity
+
+
 def fingerprint() -> str:
     """Changes with the policy, so that what was built under another one is built again."""
     try:
@@ -212,6 +218,8 @@ def record_run(
     ``base``: SHA-256 of the files that the diffusion model was made of, where the policy names bases. ``texts``: those
     of the embeddings that it used, and how many rows of these have none that is known.
     """
+    if run is not None and not policy.record.activity:
+        run = run.without_activity()
     said = {"status": "unguarded"} if run is None else asdict(run)
     known, unknown = texts or ((), 0)
     more = {"rows_without_known_text": unknown} if texts is not None else {}

@@ -15,6 +15,12 @@ Where all that acts on a layer is low-rank, one small product hᵀ·h of h = dow
 elsewhere the shares themselves are compared. The evaluations to measure are the first and one drawn with a key of the
 process, which no graph can choose. In the first of a run a probe also compares (y0 + s + t) − (y0 + t), in the layer's
 own dtype, with s in fp64, so that no share can be lost to rounding.
+
+The same sums give each safety LoRA's activity: for one image, in the first evaluation that is measured,
+
+    activity_i = mean over the layers on which i acts of |z_i|² / |y0|²
+
+on the rows of the prompt alone, not on those of the negative one. What it is compared with is in guard/activity.py.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import islice
 from typing import TypeAlias
@@ -60,10 +66,12 @@ class Acted:
     Attributes:
         images: least net strength of every image over the conditionings that were judged; None: nothing to judge.
         share: Σ|z|² / Σ|y0|² over all that was measured.
+        activity: of every image, see the module; None: no row of its prompt was measured.
     """
 
     images: tuple[float | None, ...]
     share: float
+    activity: tuple[float | None, ...] = ()
 
     @property
     def least(self) -> float | None:
@@ -104,6 +112,7 @@ class Meter:
         self.evaluations = 0  # measured since the start of the run
         self._rows_of: Callable[[tuple, dict], Rows] | None = None
         self._steps, self._content = 1, b""
+        self._prompt: int | None = None  # which conditioning is the prompt
         self._seen: dict[tuple, list[int]] = {}  # kind of evaluation -> how many there were, which is drawn
         self._made: list[tuple[Rows, list[_Layer]]] = []
         self._layers: list[_Layer] = []
@@ -111,7 +120,13 @@ class Meter:
         self._probes: list[tuple[str, float, Tensor]] = []  # layer, deviation of a number by rounding
         self._probing = False
 
-    def start(self, rows_of: Callable[[tuple, dict], Rows] | None = None, steps: int = 1, content: bytes = b"") -> None:
+    def start(
+        self,
+        rows_of: Callable[[tuple, dict], Rows] | None = None,
+        steps: int = 1,
+        content: bytes = b"",
+        prompt: int | None = None,
+    ) -> None:
         """Begin a run.
 
         Args:
@@ -119,9 +134,11 @@ class Meter:
             steps: How many evaluations of each kind the run is expected to have; one of them is drawn.
             content: What the run starts from. The same run draws the same evaluation as long as the process lives, so
                 that a compiled model, whose measured evaluations run eagerly, gives the same picture again.
+            prompt: Which of the guider's conditionings is the prompt; None: none, and no activity is measured.
         """
         self.stop()
         self._rows_of, self._steps, self._content, self.running = rows_of, steps, content, bool(self.strengths)
+        self._prompt = prompt if rows_of else None
 
     def stop(self) -> None:
         """Forget the run."""
@@ -233,7 +250,11 @@ class Meter:
             GuardError: Where a figure lies below the floor or is not finite.
         """
         made, self._made, self.running = self._made, [], False
-        found = {owner: _judged(_sums(made, owner), self.strengths[owner], images or 1) for owner in self.strengths}
+        found = {}
+        for owner, strength in self.strengths.items():
+            tables = _tables(made, owner)
+            judged = _judged(_sums(tables), strength, images or 1)
+            found[owner] = replace(judged, activity=_activity(tables, self._prompt, images or 1))
         for owner, acted in found.items():
             self._check(owner, acted)
         return found
@@ -257,24 +278,56 @@ class Meter:
             )
 
 
+Table: TypeAlias = "list[list[float]]"  # <z, z_other>, <z, z>, |y0|² of every row of a layer, or of all as one
 Sums: TypeAlias = "dict[Row | None, list[float]]"  # <z, z_other>, <z, z>, |y0|²; None: of layers without these rows
 
 
-def _sums(made: Sequence[tuple[Rows, Sequence[_Layer]]], owner: Owner) -> Sums:
-    """The three sums of one safety LoRA for every row, over layers and evaluations, in fp64."""
-    sums: Sums = defaultdict(lambda: [0.0, 0.0, 0.0])
+def _tables(made: Sequence[tuple[Rows, Sequence[_Layer]]], owner: Owner) -> list[tuple[Rows, list[Table]]]:
+    """The three figures of one safety LoRA by evaluation, layer and row (or one row for all), in fp64."""
     ups: dict[Fused, Tensor] = {}
-    measured = ((rows, _figures(layer, owner, ups)) for rows, layers in made for layer in layers)
-    found = [(rows, table) for rows, table in measured if table is not None]
-    if not found:
-        return sums
-    device = found[0][1].device
-    values = iter(torch.cat([table.to(device) for _, table in found]).tolist())  # off the device at once
-    for rows, table in found:
-        own = rows if len(table) == len(rows) else [None]
-        for row, three in zip(own, islice(values, len(table)), strict=True):
-            sums[row] = [total + value for total, value in zip(sums[row], three, strict=True)]
+    measured = [(rows, [_figures(layer, owner, ups) for layer in layers]) for rows, layers in made]
+    found = [(rows, [table for table in tables if table is not None]) for rows, tables in measured]
+    every = [table for _, tables in found for table in tables]
+    if not every:
+        return []
+    device = every[0].device
+    values = iter(torch.cat([table.to(device) for table in every]).tolist())  # off the device at once
+    return [(rows, [list(islice(values, len(table))) for table in tables]) for rows, tables in found]
+
+
+def _sums(tables: Sequence[tuple[Rows, Sequence[Table]]]) -> Sums:
+    """The three sums of one safety LoRA for every row, over layers and evaluations."""
+    sums: Sums = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for rows, layers in tables:
+        for table in layers:
+            own = rows if len(table) == len(rows) else [None]
+            for row, three in zip(own, table, strict=True):
+                sums[row] = [total + value for total, value in zip(sums[row], three, strict=True)]
     return sums
+
+
+def _activity(
+    tables: Sequence[tuple[Rows, Sequence[Table]]], prompt: int | None, images: int
+) -> tuple[float | None, ...]:
+    """Mean over layers of |z|² / |y0|² on the rows of the prompt, by image, in the first evaluation that has one.
+
+    An image with several such rows in it (areas with prompts of their own) has the greatest of them.
+    """
+    found: list[float | None] = [None] * images
+    for rows, layers in tables:
+        here: dict[int, float] = {}
+        for place, (conditioning, number) in enumerate(rows):
+            parts = [table[place] for table in layers if len(table) == len(rows)]
+            ratios = [energy / base for _, energy, base in parts if base > 0]
+            if conditioning != prompt or not ratios:
+                continue
+            value = math.fsum(ratios) / len(ratios)
+            for image in [number] if number < images else range(images):
+                here[image] = max(value, here.get(image, value))
+        for image, value in here.items():
+            if found[image] is None:
+                found[image] = value
+    return tuple(found)
 
 
 def _figures(layer: _Layer, owner: Owner, ups: dict[Fused, Tensor]) -> Tensor | None:

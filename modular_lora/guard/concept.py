@@ -64,8 +64,8 @@ def trained(prompts: Sequence[str]) -> str:
     return encode(fit) if fit else ""
 
 
-def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha256: str | None = None) -> LoraFile:
-    """Write ``source`` with these concept prompts, in the place of any it had, to the new file ``target``.
+def copy_with(source: Path, target: Path, key: str, value: str, expected_sha256: str | None = None) -> LoraFile:
+    """Write ``source`` with this entry of metadata, in the place of any it had, to the new file ``target``.
 
     Every tensor keeps its bytes and its place, and all other metadata its value. The copy is whole or not there at
     all. No file is written over; one that is this very copy already is left as it is.
@@ -75,9 +75,9 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
 
     Raises:
         LoraFileError: ``source`` cannot be read as a LoRA.
-        GuardError: the prompts are refused, ``target`` is there already, or it cannot be written.
+        GuardError: ``target`` is there already, or it cannot be written.
     """
-    source, target, value = Path(source), Path(target), encode(prompts)
+    source, target = Path(source), Path(target)
     if target.suffix.lower() not in ENDINGS:
         raise GuardError(f"{target.name}: is no name of a LoRA file: let it end in {ENDINGS[0]}.")
     before = read_lora(source, expected_sha256=expected_sha256)
@@ -85,7 +85,7 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
         data = source.read_bytes()
         if hashlib.sha256(data).hexdigest() != before.sha256:
             raise GuardError(f"{before.name} was written over while it was copied: write the copy again.")
-        copy = _with(data, PROMPTS_KEY, value)
+        copy = _with(data, key, value)
         try:
             with atomic.creating(target, ending=f"-{target.name}", sync=True) as part:  # it is read back as a LoRA file
                 part.write_bytes(copy)
@@ -95,6 +95,20 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
                 what = f"{target.name} is another file already and is not written over"
                 raise GuardError(f"{what}: give the copy another name.", code="concept.name-taken") from None
     return read_lora(target, expected_sha256=hashlib.sha256(copy).hexdigest())
+
+
+def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha256: str | None = None) -> LoraFile:
+    """Write ``source`` with these concept prompts, in the place of any it had, to the new file ``target``.
+
+    See `copy_with`, which raises for file and place.
+
+    Returns:
+        The copy as read back.
+
+    Raises:
+        GuardError: the prompts are refused.
+    """
+    return copy_with(source, target, PROMPTS_KEY, encode(prompts), expected_sha256)
 
 
 def written(lora: LoraFile, path: Path) -> str:

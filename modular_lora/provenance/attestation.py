@@ -54,6 +54,22 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Activity:
+    """How strongly one safety LoRA answered to an image's prompt (branches/acted.py).
+
+    Attributes:
+        value: Mean over its layers of |z|² / |W0·x + b|², at the run's first evaluation.
+        prompt: What the file's calibration says of the prompt: it is about the "concept" or of the "kept" ones, or
+            "undecided" between the two; "" where there is no calibration that fits.
+        why: Why there is none; "" where there is one.
+    """
+
+    value: float
+    prompt: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Attestation:
     """One sampling run. ``status`` begins with "guarded" only where every branch ran in every evaluation.
 
@@ -83,6 +99,7 @@ class Attestation:
     acted_strength: Mapping[str, float | None] = field(default_factory=dict)  # acted.py; None: nothing to judge
     acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0
     measured_evaluations: int = 0
+    activity: Mapping[str, Activity] = field(default_factory=dict)  # of one image; the same keys
     edits: tuple[str, ...] = ()  # types of the nodes that made these pixels of what guarded runs had made, in order
     others: tuple[Attestation, ...] = ()  # further runs behind an image that was put together of several
 
@@ -100,6 +117,10 @@ class Attestation:
     def safety(self) -> frozenset[LoraRecord]:
         """The safety LoRAs, in any order."""
         return frozenset(lora for lora in self.loras if lora.role == "safety")
+
+    def without_activity(self) -> Attestation:
+        """A copy that does not tell what the prompt was about: what files and records have unless a policy asks."""
+        return self.of(activity={}, acted_share={}, others=tuple(one.without_activity() for one in self.others))
 
     def to_json(self) -> str:
         """Compact JSON with sorted keys, the form that goes into PNG text."""

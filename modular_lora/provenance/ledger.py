@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
-from .attestation import OUTSIDE, Attestation, Found, GateRecord, LoraRecord
+from .attestation import OUTSIDE, Activity, Attestation, Found, GateRecord, LoraRecord
 
 EDITED = (
     "unattested: no guarded run made exactly this; it was edited on the way, sampled without the guard, or not sampled"
@@ -82,12 +83,13 @@ class Known:
         said = self.run.status.replace(f"guarded{OUTSIDE}", started)
         return said.replace(f"merged base{OUTSIDE}", "merged base, started from an outside picture")
 
-    def record(self) -> dict:
-        """Goes into files."""
+    def record(self, activity: bool = False) -> dict:
+        """Goes into files; ``activity``: with what the safety LoRAs' activity tells of the prompt."""
         if self.run is None:
             passed = {"passed_through": list(self.through)} if self.through else {}
             return {"status": "unattested", "gate": asdict(self.gate) if self.gate else None, **passed}
-        return json.loads(self.run.of(gate=self.gate).to_json())
+        run = self.run if activity else self.run.without_activity()
+        return json.loads(run.of(gate=self.gate).to_json())
 
 
 def known(image: Tensor) -> Known:
@@ -104,17 +106,25 @@ def known_of(digest: str) -> Known:
 # Latents
 
 
-def attest_latents(made: Iterable[Tensor], run: Attestation, acted: Mapping[Owner, Acted]) -> None:
-    """Remember the latents of a complete run, each with the acted strengths of its own.
+def attest_latents(
+    made: Iterable[Tensor],
+    run: Attestation,
+    acted: Mapping[Owner, Acted],
+    activities: Mapping[str, Sequence[Activity | None]] = MappingProxyType({}),
+) -> None:
+    """Remember the latents of a complete run, each with the acted strengths and activities of its own.
 
     Args:
         made: The latents, one by one; of several that are sampled as one, all of one kind, then all of the next.
         run: The run's attestation.
         acted: See `modular_lora.branches.acted.Meter.finish`.
+        activities: Of every image, by the SHA-256 of the safety LoRA; see `modular_lora.guard.activity.judged`.
     """
     for number, latent in enumerate(made):
         own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
-        latents.put(tensor_sha256(latent), run.of(acted_strength=own))
+        each = {sha256: one[number % len(one)] for sha256, one in activities.items() if one}
+        shown = {sha256: one for sha256, one in each.items() if one is not None}
+        latents.put(tensor_sha256(latent), run.of(acted_strength=own, activity=shown))
 
 
 def note_unsampled(samples: Tensor) -> None:
@@ -125,8 +135,8 @@ def note_unsampled(samples: Tensor) -> None:
 
 
 def latent_runs(samples: Tensor) -> list[Attestation | None]:
-    """The run of each latent of a batch, b ...; None where no guarded run made it."""
-    return [latents.get(tensor_sha256(latent)) for latent in samples]
+    """The run of each latent of a batch, b ... (of nested tensors the first); None where no guarded run made it."""
+    return [latents.get(tensor_sha256(latent)) for latent in _batches(samples)[0]]
 
 
 def _batches(samples: Tensor) -> Sequence[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ..util import plain_json
@@ -100,10 +101,12 @@ def _lora(lora: LoraRecord) -> Json:
 
 
 def _safety(run: Attestation, lora: LoraRecord) -> Json:
-    """With its net strengths by the files, as it acted and as a function; None where there is no figure."""
+    """With its net strengths by the files, as it acted and as a function, and its activity; None: no figure."""
     strengths = (run.net_strength, run.acted_strength, run.functional_strength)
     names = ("net_strength", "acted_strength", "functional_strength")
-    return _lora(lora) | {name: one.get(lora.sha256) for name, one in zip(names, strengths, strict=True)}
+    found = _lora(lora) | {name: one.get(lora.sha256) for name, one in zip(names, strengths, strict=True)}
+    activity = run.activity.get(lora.sha256)
+    return found | {"activity": asdict(activity) if activity else None}
 
 
 def _gate(gate: GateRecord, known: Known) -> Json:

@@ -39,6 +39,7 @@ NODE_IDS = {
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",
     "ModularLoraProjectTask",
+    "ModularLoraCalibrateSafety",
     "ModularLoraConceptPrompts",
 }
 GUARDED_TYPE = "MODULAR_LORA_GUARDED_MODEL"
@@ -234,7 +235,7 @@ def test_the_server_answers_while_it_trains(client: Client, setting: graphs.Sett
 
     result = client.run(graph, ask, timeout=300)
     assert set(running.values()) == {1}
-    assert result.text("report").startswith("saved as lora.safetensors in loras")
+    assert result.text("report").startswith("Trained in 4 steps and saved.\nsaved as lora.safetensors in loras")
     with Image.open(io.BytesIO(client.image(result.images("train")[0]))) as curve:
         assert curve.size == (640, 360)
 

@@ -12,6 +12,7 @@ from support.graphs import node
 PARTS = ("core", "media_api", "media_image", "media_other", "media_video")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what stands behind a seed in the values of a node
+BYPASSED = 4  # mode of a node
 NOTES = ("Note", "MarkdownNote")
 PICTURE, PIXELS, LARGER = "template.png", 64, 96
 LORAS = ("task.safetensors", "other.safetensors")
@@ -32,12 +33,12 @@ def graph_of(path: Path, classes: dict) -> dict:
     said = json.loads(path.read_text(encoding="utf-8"))
     assert not said.get("definitions", {}).get("subgraphs")
     nodes = {one["id"]: one for one in said["nodes"] if one["type"] not in NOTES}
-    assert all(one.get("mode", 0) == 0 for one in nodes.values())
+    assert all(one.get("mode", 0) in (0, BYPASSED) for one in nodes.values())
     links = {link[0]: (link[1], link[2]) for link in said["links"]}
     return {
         f"n{number}": node(one["type"], **_inputs(one, nodes, links, classes))
         for number, one in nodes.items()
-        if one["type"] not in ("PrimitiveNode", "Reroute")
+        if one["type"] not in ("PrimitiveNode", "Reroute") and one.get("mode", 0) != BYPASSED
     }
 
 
@@ -70,6 +71,10 @@ def _source(link: tuple[int, int], nodes: dict, links: dict):
         return source["widgets_values"][0]
     if source["type"] == "Reroute":
         return _source(links[source["inputs"][0]["link"]], nodes, links)
+    if source.get("mode", 0) == BYPASSED:  # the first input of the output's type goes on in its place
+        kind = source["outputs"][link[1]]["type"]
+        taken = next(one["link"] for one in source["inputs"] if one["type"] == kind and one.get("link") is not None)
+        return _source(links[taken], nodes, links)
     return [f"n{link[0]}", link[1]]
 
 

@@ -18,11 +18,13 @@ from ..previews import Previews
 from ..record import Record, Trained
 from ..state import check_state
 from ..unused import unused
+from .calibrating import calibration
 from .erasure import Erasure, Report
 from .start import start_from
 from .targets import erased, layers_of
 
 ROLE = "safety"
+CALIBRATION = "calibration of safety activity"
 
 
 def train_safety(
@@ -64,7 +66,7 @@ def train_safety(
         job = Job(
             groups=[(adapters.parameters(), options.learning_rate)],
             loss=erasure.loss,
-            write=lambda path, step, masters: _write(record, erasure, adapters, masters, path, step),
+            write=lambda path, step, masters: _write(record, options, erasure, adapters, masters, path, step, said),
             fingerprint=record.fingerprint,
             after_step=lambda masters: erasure.after_step(masters.values),
             prepare=erasure.prepare,
@@ -89,10 +91,24 @@ def prepare(options: SafetyOptions) -> None:
         check_state(Path(options.resume))
 
 
-def _write(record: Record, erasure: Erasure, adapters: Adapters, masters: Masters, path: Path, step: int) -> None:
+def _write(
+    record: Record,
+    options: SafetyOptions,
+    erasure: Erasure,
+    adapters: Adapters,
+    masters: Masters,
+    path: Path,
+    step: int,
+    said: list[str],
+) -> None:
+    """The LoRA as of ``step`` with its calibration; ``said`` gets a line on the latter, in the place of the last."""
     average = erasure.average
     values = dict(zip(map(id, average.parameters), average.values, strict=True)) if average else {}
-    record.write(path, step, adapters.factors(lambda weight: values.get(id(weight), masters.of(weight))))
+    factors = adapters.factors(lambda weight: values.get(id(weight), masters.of(weight)))
+    made = calibration(record.host_model, options, adapters, erasure)
+    said[:] = [line for line in said if not line.startswith(CALIBRATION)]
+    said.append(f"{CALIBRATION}: {made.line}")
+    record.write(path, step, factors, activity=made.metadata)
 
 
 def _lines(report: Report) -> list[str]:

@@ -41,7 +41,7 @@ def low_rank(seed: int, rank: int = 2, inputs: int = 8, size: float = 0.3) -> Lo
     return LowRank(torch.randn(rank, inputs, generator=g) * size, torch.randn(8, rank, generator=g) * size)
 
 
-def measured(model, terms: dict[str, list[Term]], x, rows, floor=None, strengths=None, images=2):
+def measured(model, terms: dict[str, list[Term]], x, rows, floor=None, strengths=None, images=2, prompt=0):
     """What the meter says of one evaluation, and the inputs and y0 of every layer."""
     specs = {path: layer_spec(path, model.get_submodule(path)) for path in terms}
     strengths = strengths or {OWNER: 1.0}
@@ -53,7 +53,7 @@ def measured(model, terms: dict[str, list[Term]], x, rows, floor=None, strengths
         for path in terms:  # around the branch, so that x is what the branch sees
             module = model.get_submodule(path)
             module.register_forward_pre_hook(lambda _, args, path=path: seen.update({path: args[0].detach().clone()}))
-        meter.start(lambda *_: rows)
+        meter.start(lambda *_: rows, prompt=prompt)
         with torch.no_grad():
             model(x)
         return meter.finish(images), seen
@@ -119,6 +119,49 @@ def test_the_figure_is_that_of_the_shares_in_fp64_image_by_image(form, second):
         for image in (0, 1):
             each = [reference(found, owner, strength, lambda z, r=row: z[r]) for row in (image, image + 2)]
             assert figures[owner].images[image] == pytest.approx(min(each), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("own", "conv"), [*((form, False) for form in FORMS), ("pairs", True), ("dense", True), ("bias", True)]
+)
+def test_activity_is_the_mean_over_layers_of_the_shares_in_fp64_on_the_prompts_rows(own, conv):
+    """Whatever form the safety LoRA and the task LoRA have; the other conditioning's rows have no part in it."""
+    model = Two(conv)
+    for layer in (model.first, model.second):
+        layer.bias.data.zero_()
+    wide = 72 if conv else 8
+    forms = FORMS | (
+        {
+            "pairs": lambda: [Term("task", low_rank(3, 3, 72), 0.7)],
+            "dense": lambda: [Term("task", Dense(low_rank(4, 2, 72).up @ low_rank(4, 2, 72).down), -0.4)],
+            "bias": lambda: [Term("task", Bias(torch.randn(8) * 0.3), 1.0)],
+        }
+        if conv
+        else {}
+    )
+    safety = [Term("safety", one.part, one.scale, "a") for one in forms[own]()]
+    terms = {path: [*safety, Term("task", low_rank(9, 2, wide), 0.5)] for path in ("first", "second")}
+    x = torch.randn(4, 8, 6, 6) if conv else torch.randn(4, 5, 8)
+    rows = ((1, 0), (1, 1), (0, 0), (0, 1))
+    figures, seen = measured(model, terms, x, rows)
+    found = [shares(model.get_submodule(path), terms[path], seen[path]) for path in terms]
+    for image in (0, 1):
+        ratios = [float((each[OWNER][2 + image] ** 2).sum() / (each["y0"][2 + image] ** 2).sum()) for each in found]
+        assert figures[OWNER].activity[image] == pytest.approx(sum(ratios) / 2, rel=1e-4)
+    assert figures[OWNER].activity[0] != figures[OWNER].activity[1]
+    assert measured(model, terms, x, rows, prompt=None)[0][OWNER].activity == (None, None)
+    assert measured(model, terms, x, ((1, 0),) * 4)[0][OWNER].activity == (None, None)
+
+
+def test_of_several_prompts_of_an_image_the_strongest_counts_and_the_first_evaluation_alone():
+    terms = {p: [Term("safety", low_rank(1), 1.0, "a")] for p in ("first", "second")}
+    x = torch.randn(2, 5, 8)
+    model = Two()
+    apart = measured(model, terms, x, ((0, 0), (0, 1)))[0][OWNER].activity
+    (both,) = measured(model, terms, x, ((0, 0), (0, 0)), images=1)[0][OWNER].activity
+    assert both == max(apart)
+    tables = [(((0, 0),), [[[0.0, 1.0, 4.0]]]), (((0, 0),), [[[0.0, 3.0, 4.0]]])]
+    assert acted._activity(tables, 0, 1) == (0.25,)
 
 
 def test_convolutions_are_measured_alike():

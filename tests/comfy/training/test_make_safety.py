@@ -88,13 +88,8 @@ def movement(comfy, loaded, path, prompts: list[str]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(
-    ("change", "kept", "erased"), [({}, 1e-4, 0.3), ({"method": "uce", "tokens": "subject"}, 0.1, 0.3)]
-)
-def test_the_node_makes_a_file_that_erases_and_keeps_where_attention_mixes_tokens(
-    comfy, run_graph, loaded, folders, change, kept, erased
-):
-    results = run_graph(make_graph(comfy, **change))
+def test_the_node_makes_a_file_that_erases_and_keeps_where_attention_mixes_tokens(comfy, run_graph, loaded, folders):
+    results = run_graph(make_graph(comfy))
     (handle,), report = results["make"]
     plain = bits(loaded[0].model)
     assert all(torch.equal(value, plain[key]) for key, value in bits(results["ckpt"][0].model).items())
@@ -102,15 +97,15 @@ def test_the_node_makes_a_file_that_erases_and_keeps_where_attention_mixes_token
     assert handle.lora.path == path
     assert report.startswith("A safety LoRA of 14 layers was made.\nsaved as safety.safetensors in safety_loras\n")
     moved = movement(comfy, loaded, path, ["cat face", "grinning face", "heart", "", "car", "a bus"])
-    assert max(moved[p] for p in ("cat face", "grinning face", "heart", "")) < kept
-    assert min(moved[p] for p in ("car", "a bus")) > erased
+    assert max(moved[p] for p in ("cat face", "grinning face", "heart", "")) < 1e-4
+    assert min(moved[p] for p in ("car", "a bus")) > 0.3
     told = float(re.search(r"kept tokens moved by at most ([\d.e+-]+)", report).group(1))
-    assert told < kept
+    assert told < 1e-4
     assert float(re.search(r"erased words went ([\d.-]+) %", report).group(1)) > 80
     metadata = handle.lora.metadata
     assert concepts.read(handle.lora) == ("car", "a bus")
     assert metadata["modular_lora.role"] == "safety"
-    assert metadata["modular_lora.method"] == change.get("method", "null-space")
+    assert metadata["modular_lora.method"] == "null-space"
     assert json.loads(metadata["modular_lora.preserved_prompts"]) == ["heart", "cat face", "grinning face"]
     assert metadata["modular_lora.base_sha256"] == comfy.anatomy.model_sha256(loaded[0])
     assert all(name.startswith("lora_unet_") and "attn2_to_" in name for name in handle.lora.layers)
@@ -123,7 +118,7 @@ def test_a_sampler_guarded_with_it_is_attested_and_measured(comfy, run_graph, fo
     del graph["safety"]
     results = run_graph(graph)
     assert "functional strength of safety.safetensors: 1.000" in results["guard"][2]
-    assert results["decode"][1].startswith("guarded: ")
+    assert "guarded: 28 branch calls in 14 layers" in results["decode"][1]
 
 
 def test_every_method_and_choice_of_tokens_makes_a_file(text, tmp_path):
@@ -176,7 +171,7 @@ def test_refusals_name_what_is_wrong(comfy, run_graph, change, said):
 
 
 def test_a_guarded_model_is_refused(comfy, run_graph):
-    graph = guarded_graph(task=None, clip=True) | make_graph(comfy, clip=["guard", 1])
+    graph = guarded_graph("safety_te.safetensors", None, True) | make_graph(comfy, clip=["guard", 1])
     with pytest.raises(GraphError, match="guarded, and a LoRA is trained on W0 alone"):
         run_graph(graph)
 

@@ -128,8 +128,8 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
         preserved=[prompt for prompt in kept if prompt],
         rank=max(one.edit.rank for one in solved),
     )
-    path = Path(options.output_dir) / f"{options.output_name}.safetensors"
-    lora = output.write(path, factors, metadata, options.save_precision)
+    file = Path(options.output_dir) / f"{options.output_name}.safetensors"
+    lora = output.write(file, factors, metadata, options.save_precision)
     seconds = time.perf_counter() - started
     parts = tuple(_measured(model, one, lora, onto, kept) for one in solved)
     return Made(lora, parts, seconds, report(lora, options, found, parts, seconds, base_name or model.family))
@@ -225,11 +225,12 @@ def _measured(model: TextModel, solved: _Solved, lora: LoraFile, onto: Mapping[s
             some.append((W, W))
         else:
             some.append((W, W + factors.scale * factors.up.double() @ factors.down.double()))
-    stay: dict[str, float] = {}
-    for prompt in kept:
-        x = rows[prompt].rows.T
-        moved = (((edited - W) @ x).norm(dim=0) / (W @ x).norm(dim=0).clamp_min(TINY) for W, edited in some)
-        stay[prompt] = max(float(each.max()) for each in moved)
+    every = torch.cat([rows[prompt].rows for prompt in kept])
+    columns, place = torch.unique(every, dim=0, return_inverse=True)  # prompts share most of their tokens
+    x = columns.T
+    moved = [((edited - W) @ x).norm(dim=0) / (W @ x).norm(dim=0).clamp_min(TINY) for W, edited in some]
+    largest = torch.stack(moved).amax(0)[place].split([len(rows[prompt].rows) for prompt in kept])
+    stay = {prompt: float(each.max()) for prompt, each in zip(kept, largest, strict=True)}
     gone: dict[str, float] = {}
     for prompt, guide in onto.items():
         C, G = pair(rows[prompt], rows[guide], "subject" if rows[prompt].spans and rows[guide].spans else "all")
