@@ -32,7 +32,13 @@ ASKED = {
             "steps": 2,
             "cfg": 3.0,
         },
-        GATING: {"action": "report", "filename_prefix": "from_a_blueprint", "threshold": 1.0},
+        GATING: {
+            "detector": "classifier",
+            "classifier": "demo_detector.onnx",
+            "labels": "demo_concepts.json",
+            "action": "report",
+            "filename_prefix": "from_a_blueprint",
+        },
         TRAINING: {
             "data_set": DATA_SET,
             "output_name": "from_a_blueprint",

@@ -170,7 +170,7 @@ def test_the_run_succeeds(seen: Json) -> None:
 
 
 def test_the_picture_is_on_the_save_node(seen: Json) -> None:
-    nodes = of_type(seen["ran"], "ModularLoraSaveImage", "ModularLoraSaveGated", "PreviewImage")
+    nodes = of_type(seen["ran"], "SaveImage", "ModularLoraSaveImage", "ModularLoraSaveGated", "PreviewImage")
     assert nodes
     for node in nodes:
         assert node["pictures"], node

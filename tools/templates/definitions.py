@@ -174,6 +174,8 @@ BLUEPRINTS: dict[str, tuple[Json, Blueprint]] = {  # file name, which the front 
             (
                 ("images", "gate", "images"),
                 ("detector", "settings", "detector"),
+                ("classifier", "settings", "classifier"),
+                ("labels", "settings", "labels"),
                 ("threshold", "settings", "threshold"),
                 ("action", "settings", "action"),
                 ("filename_prefix", "save", "filename_prefix"),

@@ -15,19 +15,24 @@ async function set(name, value) {
   await fetch(`${url}/api/settings/${name}`, { method: "POST", body: JSON.stringify(value) });
 }
 
-// A double click on the empty canvas, the name, Enter.
-async function addByName(page, name, row) {
+// A double click on the empty canvas, the name, a click on the first node that is listed (front end 1.32, and later ones).
+async function addByName(page, name) {
   const before = await page.evaluate(() => window.app.graph.nodes.length);
-  await page.mouse.dblclick(400, 200 + 200 * row);
+  await page.mouse.dblclick(800, 500);
   const box = page.locator(SEARCH).first();
   await box.waitFor({ state: "visible" });
   await box.fill(name);
   await page.waitForTimeout(2000); // the list is filled as one types
   await page.screenshot({ path: join(folder, `${name}_search.png`) });
-  await page.locator("[role=option], [data-testid=result-item]").first().click();
+  await page.locator(".p-autocomplete-option, [data-testid=result-item]").first().click();
   await page.waitForFunction((count) => window.app.graph.nodes.length > count, before);
   await page.waitForTimeout(500);
   await page.keyboard.press("Escape");
+  await page.evaluate(() => {
+    window.app.graph.nodes.at(-1).pos = [0, 5000]; // out of the next one's way, until all are wired
+    window.app.canvas.deselectAll();
+    window.app.canvas.setDirty(true, true);
+  });
 }
 
 // Runs in the page: values, other nodes and links; what stands on the blueprints.
@@ -74,7 +79,7 @@ const result = await withFrontEnd(url, async (page) => {
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
   await page.evaluate(() => window.app.graph.clear());
-  for (const [row, name] of blueprints.entries()) await addByName(page, name, row);
+  for (const name of blueprints) await addByName(page, name);
   const shown = await page.evaluate(wire, visit);
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
   await page.waitForTimeout(1000);
