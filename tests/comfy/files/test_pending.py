@@ -87,7 +87,7 @@ def test_a_lora_before_the_guard_is_counted_and_attested_and_the_picture_is_the_
     assert results["guard"][2].count("task pending LoRA 1 (loaded before the guard): ") == 1
     assert f"{len(loras.unet)} changes of the MODEL" in results["guard"][2]
     assert "base is not W0" not in results["guard"][2]
-    assert results["sample"][1].startswith("guarded: ")
+    assert "\nguarded: " in results["sample"][1]
     with Image.open(max(comfy.output.glob("t_*.png"))) as picture:
         said = json.loads(picture.text["modular_lora_attestation"])
     assert said["status"] == "guarded"
@@ -108,7 +108,7 @@ def test_a_chain_of_loaders_gives_one_task_lora_for_each_also_with_a_handle(run_
     graph["guard"]["inputs"]["task_lora"] = ["task", 0]
     results = run_graph(graph)
     assert error(results) < 1e-4
-    assert [line.strip().partition(":")[0] for line in results["guard"][2].splitlines() if " task " in line][:2] == [
+    assert [line.strip().partition(":")[0] for line in results["guard"][2].splitlines() if line.strip().startswith("task ")][:2] == [
         "task other.safetensors",
         "task pending LoRA 1 (loaded before the guard)",
     ]
@@ -174,7 +174,7 @@ def test_what_is_really_merged_keeps_its_word_wherever_the_picture_is_spoken_of(
     graph["guard"]["inputs"] |= {"model": ["ckpt", 0], "clip": ["ckpt", 1], what: ["merge", 0]}
     results = run_graph(graph)
     assert "the base is not W0" in results["guard"][2]
-    assert results["sample"][1].startswith("guarded, merged base: ")
+    assert "\nguarded, merged base: " in results["sample"][1]
     assert "LoRAs merged before" in results["sample"][1]
     assert "guarded, merged base: " in results["decode"][1]
     assert "1 of 1 images attested, 1 of them on a merged base" in comfy.server.texts["save"]
@@ -192,7 +192,7 @@ def test_a_lora_behind_a_merge_is_still_seen(run_graph, loras):
         run_graph(graph)
     graph["before0"]["inputs"] |= {"lora_name": TASK, "strength_model": 0.5}
     results = run_graph(graph)
-    assert results["sample"][1].startswith("guarded, merged base: ")
+    assert "\nguarded, merged base: " in results["sample"][1]
     assert "task pending LoRA 1" in results["guard"][2]
 
 
@@ -405,7 +405,7 @@ def test_a_policy_that_asks_for_the_file_of_a_task_lora_takes_no_pending_one(res
     operator.write(required(sha256(SAFETY)) + rest.format(sha256(OTHER)) + named)
     stopped(operator, graph, f"refused.{rule}")
     operator.write(required(sha256(SAFETY)) + named)
-    assert operator.run(graph)["sample"][1].startswith("guarded: ")
+    assert "\nguarded: " in operator.run(graph)["sample"][1]
     graph["before0"]["inputs"] |= {"lora_name": SAFETY, "strength_model": -1.0}
     stopped(operator, graph, "lora.both-roles")
 

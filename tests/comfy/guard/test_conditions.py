@@ -234,7 +234,7 @@ def test_a_picture_decoded_in_tiles_comes_from_a_guarded_run_and_is_not_attested
     }
     graph["save"]["inputs"]["unattested"] = "save and say so"
     results = run_graph(graph)
-    assert results["sample"][1].startswith("guarded: ")
+    assert "\nguarded: " in results["sample"][1]
     assert results["decode"][0].shape == (1, 64, 64, 3)
     graph["save"]["inputs"]["unattested"] = "refuse"
     with refuses("save.unattested"):

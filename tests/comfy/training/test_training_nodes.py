@@ -130,10 +130,10 @@ def test_a_trained_task_lora_is_served_at_once_and_the_model_is_what_it_was(comf
     metadata = task.lora.metadata
     assert (metadata["modular_lora.role"], metadata["ss_training_comment"]) == ("task", "a test")
     assert metadata["modular_lora.safety_sha256"] == out["safety"][0][0].lora.sha256
-    assert report.startswith("saved as made.safetensors in loras")
+    assert "\nsaved as made.safetensors in loras" in report
     assert loss.shape == (1, 360, 640, 3)
     assert samples.shape == (2, 64, 64, 3)
-    assert out["sample"][1].startswith("guarded: ")
+    assert "\nguarded: " in out["sample"][1]
     assert comfy.server.texts["save"] == "1 of 1 images attested"
 
 
@@ -370,7 +370,7 @@ def test_a_projected_file_is_clear_of_the_safety_lora_and_served(comfy, run_grap
     for name, layer in task.lora.layers.items():
         A, S = layer.down.flatten(1).double(), safety.lora.layers[name].down.flatten(1).double()
         assert (A @ S.T).norm() < 1e-3 * A.norm() * S.norm()
-    assert out["sample"][1].startswith("guarded: ")
+    assert "\nguarded: " in out["sample"][1]
 
 
 def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_graph, monkeypatch):
