@@ -108,7 +108,8 @@ def test_a_chain_of_loaders_gives_one_task_lora_for_each_also_with_a_handle(run_
     graph["guard"]["inputs"]["task_lora"] = ["task", 0]
     results = run_graph(graph)
     assert error(results) < 1e-4
-    assert [line.strip().partition(":")[0] for line in results["guard"][2].splitlines() if line.strip().startswith("task ")][:2] == [
+    lines = [line.strip() for line in results["guard"][2].splitlines()]
+    assert [line.partition(":")[0] for line in lines if line.startswith("task ")][:2] == [
         "task other.safetensors",
         "task pending LoRA 1 (loaded before the guard)",
     ]
