@@ -197,7 +197,11 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
     for node in audited:
         assert "modular − safety, concept rate" in node["report"]
         assert [width for width, _ in node["pictures"]] == [640], "the plot"
-    assert decoded or gated or audited or of_type(seen["ran"], "ModularLoraInterference")
+    dropped_in = of_type(seen["ran"], "ModularLoraGuard")
+    for node in dropped_in:
+        told = r"(\d) of \1 images \(SaveImage \d+\): guarded\n\nGuarded: the safety LoRA ran in all \d+ evaluations of the model\."
+        assert re.match(told, node["report"])
+    assert decoded or gated or audited or dropped_in or of_type(seen["ran"], "ModularLoraInterference")
 
 
 def test_guard_and_sampler_of_the_main_workflow_say_what_they_did(visit: Json) -> None:
@@ -206,4 +210,6 @@ def test_guard_and_sampler_of_the_main_workflow_say_what_they_did(visit: Json) -
     verdict, said = guard["report"].split("\n\n")
     assert verdict == "1 of 1 images (ModularLoraSaveImage 10): guarded"
     assert said == "The model is guarded by 1 safety LoRA, on 84 layers. 1 task LoRA."
-    assert sampler["report"] == "Guarded: the safety LoRA ran in all 20 evaluations of the model. 1 task LoRA."
+    line, activity = sampler["report"].split("\n")
+    assert line == "Guarded: the safety LoRA ran in all 20 evaluations of the model. 1 task LoRA."
+    assert activity.startswith("the safety LoRA acted on the image, without a verdict: ")  # it has no calibration
