@@ -11,6 +11,7 @@ import copy
 import gc
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -187,7 +188,8 @@ class Judge:
                 claims = self._claims(f"{self.folder}{seed}", name)
                 assert len(claims) == len(results[link[0]][link[1]])
                 if name.startswith("save_") and graph[link[0]]["class_type"] == "ModularLoraDecode":
-                    assert any(line.startswith(GUARDED) for line in results[link[0]][1].split("\n")) == any(claims)
+                    lines = [re.sub(r"^image \d+: ", "", line) for line in results[link[0]][1].split("\n")]
+                    assert any(line.startswith(GUARDED) for line in lines) == any(claims)
                 if any(claims):
                     claimed[name] = (results[link[0]][link[1]], claims)
         if claimed:
