@@ -108,18 +108,20 @@ def translated(graph: dict, savers: bool = True) -> dict | None:
     guard = next((n for n, one in made.items() if one["class_type"] == "ModularLoraGuard"), None)
     for name, one in graph.items():
         if one["class_type"] == AS_MODEL:
-            ways[name, 0] = made.pop(name)["inputs"].get("guarded_model", ["none", 0])
+            ways[name, 0] = made.pop(name)["inputs"].get("guarded_model")
         elif one["class_type"] in STOCK:
             made[name]["class_type"] = STOCK[one["class_type"]]
         elif savers and one["class_type"] == "ModularLoraSaveImage":
             made[name]["class_type"] = "SaveImage"
             made[name]["inputs"].pop("unattested", None)
     for name, one in made.items():
-        for key, link in one["inputs"].items():
+        for key, link in list(one["inputs"].items()):
             for _ in range(3):  # Guarded Model as MODEL, behind Guard Model, behind another
                 if isinstance(link, list) and len(link) == 2 and name.partition("_task")[0] != link[0]:
                     link = ways.get((link[0], link[1]), link) if isinstance(link[1], int) else link
             one["inputs"][key] = [guard, 2] if link == ["ckpt", 2] and guard and _decodes(one) else link
+            if link is None:  # nothing was connected
+                del one["inputs"][key]
     return made
 
 
