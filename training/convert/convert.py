@@ -54,16 +54,6 @@ class Converted:
     report: str
 
 
-@dataclass(frozen=True)
-class _Made:
-    weights: Weights
-    base: Weights
-    method: str
-    parts: tuple[Part, ...]
-    rounded: str
-    residual: float
-
-
 def convert(source: Path, base: Path | None, to: Path, o: ConvertOptions) -> Converted:
     """Write the safety LoRA of published weights.
 
@@ -148,7 +138,7 @@ def _difference(weights: Weights, base: Weights, to: Path, o: ConvertOptions) ->
     residual = math.sqrt(sum(part.rest for part in parts) / sum(part.energy for part in parts))
     report.check_residual(weights, parts, residual, o)
     rounded = str(dtype).removeprefix("torch.") if dtype else ""
-    made = _Made(weights, base, report.method(weights, ours, parts), parts, rounded, residual)
+    made = report.Made(weights, base, report.method(weights, ours, parts), parts, rounded, residual)
     written = write_tensors(to, tensors, _metadata(o, made.method) | _origin(made, hashed, ours, o))
     return Converted(written, made.method, parts, rounded, residual, report.report(to.name, made, o))
 
@@ -183,7 +173,7 @@ def _metadata(o: ConvertOptions, method: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def _origin(made: _Made, hashed: str, ours: Parts, o: ConvertOptions) -> dict[str, str]:
+def _origin(made: report.Made, hashed: str, ours: Parts, o: ConvertOptions) -> dict[str, str]:
     """Metadata of what the file was made of; no base_sha256, which is of W0 as ComfyUI has it and not known here."""
     rank = max((rank for part in made.parts for rank in part.ranks), default=1)
     found = {

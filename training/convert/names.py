@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+
+from torch import Tensor
 
 from .weights import Get, Weights
 
@@ -191,17 +194,25 @@ def _clip(names: Mapping[str, Get]) -> dict[str, Get]:
         if bare in _CLIP_ENDS:
             found[_CLIP_ENDS[bare]] = get
         elif bare == "text_projection":
-            found["text_projection.weight"] = lambda get=get: get().T
+            found["text_projection.weight"] = partial(_transposed, get)
         elif block is None:
             found[bare] = get
         elif block[4] is not None:
             for number, which in enumerate("qkv"):
                 to = f"text_model.encoder.layers.{block[4]}.self_attn.{which}_proj.{block[5]}"
-                found[to] = lambda get=get, number=number: get().chunk(3)[number]
+                found[to] = partial(_third, get, number)
         else:
             inner = _IN_BLOCK.get(block[2], block[2])
             found[f"text_model.encoder.layers.{block[1]}.{inner}.{block[3]}"] = get
     return found
+
+
+def _transposed(get: Get) -> Tensor:
+    return get().T
+
+
+def _third(get: Get, number: int) -> Tensor:
+    return get().chunk(3)[number]
 
 
 def lora_name(part: str, layer: str, second_encoder: bool, width: int) -> str:

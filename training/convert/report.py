@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from ...modular_lora.errors import shown
 from ...modular_lora.files import erased
@@ -17,13 +17,14 @@ FAR, FAR_UNPROVEN = 1.0, 0.1  # of ‖ΔW‖ / ‖W0‖ in a part; the latter wh
 _TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-class Said(Protocol):
-    """What the report shows of a conversion."""
+@dataclass(frozen=True)
+class Made:
+    """A conversion, as the report shows it."""
 
     weights: Weights
     base: Weights
     method: str
-    parts: Sequence[Part]
+    parts: tuple[Part, ...]
     rounded: str
     residual: float
 
@@ -109,7 +110,7 @@ def _remedy(parts: Sequence[Part], o: ConvertOptions) -> str:
     return "save it as float, or give a larger --limit"
 
 
-def report(name: str, said: Said, o: ConvertOptions) -> str:
+def report(name: str, said: Made, o: ConvertOptions) -> str:
     """What came out, as lines."""
     taken = f"rounded to {said.rounded}, which leaves the smaller rest" if said.rounded else "as it is"
     lines = [

@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _file(path: Path) -> tuple[dict[str, dict[str, Get]], bool, tuple[str, ...]]
 def _safetensors(path: Path) -> dict[str, Get]:
     try:
         file = safe_open(path, framework="pt")
-        return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise ConvertError(
             f"{path.name}: cannot be read as safetensors ({one_line(error)}): download it again.",
@@ -185,7 +186,7 @@ def _tensors(held: Mapping[Any, Any], ignored: list[str]) -> dict[str, Get]:
     found: dict[str, Get] = {}
     for key, value in held.items():
         if isinstance(key, str) and isinstance(value, Tensor):
-            found[key] = lambda value=value: value.detach()
+            found[key] = value.detach
         else:
             ignored.append(plain(str(key)))
     return found
