@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from comfy_execution.progress import get_progress_state
-
 GUARDS = frozenset(("ModularLoraGuardModel", "ModularLoraGuard"))  # node types that put the guard on a model
 GATES = frozenset(("ModularLoraGate", "ModularLoraSampleAndGate"))
 
@@ -55,5 +53,7 @@ def shows_previews() -> bool:
     prompt = current.get()
     if prompt is None or prompt.gated or any(prompt.holding(GATES)):
         return False
+    from comfy_execution.progress import get_progress_state  # it needs comfy_api, which an audit's worker has not
+
     grown = get_progress_state().dynprompt  # with the nodes that others have expanded to
     return not any(grown.get_node(name)["class_type"] in GATES for name in grown.all_node_ids())

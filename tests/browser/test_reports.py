@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,10 @@ def seen(request: pytest.FixtureRequest) -> Json:
 
 
 def texts(state: Json) -> dict[str, str]:
-    """Reports by node type; the guard's without the line above it, which `above` gives."""
-    return {one["type"]: one["text"].rpartition("\n\n")[2] for one in state["reports"]}
+    """Reports by node type, without the activity's figure, which goes with the seed; `above` gives what is above."""
+    return {
+        one["type"]: re.sub(r" \(activity [^)]*\)", "", one["text"].rpartition("\n\n")[2]) for one in state["reports"]
+    }
 
 
 def above(state: Json) -> str:

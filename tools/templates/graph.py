@@ -60,7 +60,7 @@ def node(number: int, key: str, given: Json, schema: Json, place: tuple[float, f
         if type_ in WIDGETS and not options.get("forceInput"):
             widgets.append(slot | {"widget": {"name": name}})
             values.append(given["inputs"].get(name, _default(type_, options, schema, name)))
-            values += ["fixed"] if name in SEEDS and "Train" not in given["class_type"] else []
+            values += ["fixed"] if _is_controlled(given["class_type"], name) else []
         else:
             sockets.append(slot)
     names = zip(schema["output"], schema["output_name"], strict=True)
@@ -238,7 +238,7 @@ def _value(target: Json, name: str) -> Any:
     for slot in target["inputs"]:
         if "widget" in slot:
             names += [slot["name"]]
-            names += ["control"] if slot["name"] in SEEDS and "Train" not in target["type"] else []
+            names += ["control"] if _is_controlled(target["type"], slot["name"]) else []
     return target["widgets_values"][names.index(name)]
 
 
@@ -248,13 +248,18 @@ def to_prompt(workflow: Json) -> Json:
     return {str(one["id"]): _entry(one, links) for one in workflow["nodes"] if one["type"] not in VIRTUAL}
 
 
+def _is_controlled(kind: str, name: str) -> bool:
+    """Whether the widget "control after generate" follows; trainings and calibrations keep their seed."""
+    return name in SEEDS and not any(own in kind for own in ("Train", "Calibrate"))
+
+
 def _entry(one: Json, links: dict[int, list[Any]]) -> Json:
     values = iter(one.get("widgets_values", []))
     given: Json = {}
     for slot in one.get("inputs", []):
         if "widget" in slot:
             given[slot["name"]] = next(values)
-            if slot["name"] in SEEDS and "Train" not in one["type"]:
+            if _is_controlled(one["type"], slot["name"]):
                 next(values)
         elif slot["link"] is not None:
             given[slot["name"]] = links[slot["link"]]

@@ -90,7 +90,7 @@ def test_a_task_lora_that_matches_nothing_is_an_error(run_graph, loras):
 def test_a_safety_strength_of_zero_or_below_is_refused_when_queued(strength, run_graph, loras):
     graph = guarded_graph()
     graph["safety"]["inputs"]["strength"] = strength
-    with pytest.raises(GraphError, match=str(strength)) as error:
+    with pytest.raises(GraphError, match=f"strength {strength:g}") as error:
         run_graph(graph)
     assert error.value.stage == "validation"
 
