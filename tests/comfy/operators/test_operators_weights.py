@@ -49,6 +49,7 @@ LOADERS = {  # what core reads weights with (0.3.75 and 0.33.0): node type -> in
     "PhotoMakerLoader": {"photomaker_model_name": "photomaker"},
     "UpscaleModelLoader": {"model_name": "upscale_models"},
     "AudioEncoderLoader": {"audio_encoder_name": "audio_encoders"},
+    "ModularLoraGuard": {"lora_name": "safety_loras"},
     "ModularLoraLoadSafety": {"lora_name": "safety_loras"},
     "ModularLoraLoadTask": {"lora_name": "loras"},
 }
@@ -166,7 +167,8 @@ def test_every_node_that_chooses_weights_is_known_here(core):
         }
         if marks and kind not in ELSEWHERE:
             found[kind] = {name: one.partition("mark_")[2].partition(".")[0] for name, one in marks.items()}
-    found["ModularLoraLoadSafety"] = {"lora_name": "safety_loras"}  # it lists two folders
+    for kind in ("ModularLoraGuard", "ModularLoraLoadSafety"):
+        found[kind] = {"lora_name": "safety_loras"}  # they list two folders
     there = {kind: inputs for kind, inputs in (LOADERS | NEWER).items() if kind in core}
     assert found == there
     assert len(there.keys() & LOADERS.keys()) >= len(LOADERS) - 1  # those of sound need a package that may be missing
