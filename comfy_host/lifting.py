@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,8 +118,9 @@ def refuse(what: str, key: str, how: str) -> None:
 
 
 def _added(side: Side, found: tuple[Found, ...], alone: bool = True) -> Added:
-    task = _task(side, found)
-    added = Added(found, task, origins.path_of(one.change for one in found) or _load(found))
+    path = origins.path_of(one.change for one in found)
+    task = _task(side, found, path)
+    added = Added(found, task, path or _load(found))
     if len(found) == 1 or not alone:
         return added  # a layer by itself says nothing of a LoRA: what it is part of is judged when it is whole
     info = side.info()
@@ -132,13 +134,12 @@ def _load(found: Iterable[Found]) -> Hashable | None:
     return loads.pop() if len(loads) == 1 else None
 
 
-def _task(side: Side, found: Sequence[Found]) -> TaskLora:
+def _task(side: Side, found: Sequence[Found], path: Path | None) -> TaskLora:
     """A LoRA whose strength is the largest of its layers', which have shares of it."""
     changes = [one.change for one in found]
     strength = max((float(one.strength) for one in found), key=abs)
     shares = {layer_name(one.change, side.is_text): one.strength / strength for one in found if strength}
-    file, said = origins.file_of(changes)
-    path = origins.path_of(changes)
+    file, said = origins.file_of(path, changes)
     name = origins.name_of(path) if path else "a LoRA of another loader"
     of = "CLIP" if side.is_text else "MODEL"
     note = f"{len(changes)} changes of the {of}, handed over by another loader: {said}"
@@ -166,7 +167,7 @@ def _room(group: Iterable[Added], one: Added) -> bool:
 
 def _join(side: Side, group: Sequence[Added]) -> Added:
     found = tuple(one for added in group for one in added.found)
-    return Added(found, _task(side, found), group[0].load)
+    return Added(found, _task(side, found, origins.path_of(one.change for one in found)), group[0].load)
 
 
 def known(every: Iterable[Added], info: ModelInfo) -> Iterator[tuple[TaskLora, Applied]]:

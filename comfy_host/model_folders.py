@@ -117,6 +117,11 @@ def _in_folder(name: str, folder: str) -> Path | None:
     return next(filter(None, (find_model(spelling, folder) for spelling in spellings)), None)
 
 
+def shown_name(path: Path, *folders: str) -> str:
+    """The name under which people know a LoRA file: its path below one of these model folders, as two may share one."""
+    return (name_below(path, *folders) or path.name).replace(os.sep, "/")
+
+
 def name_below(path: str | os.PathLike, *folders: str) -> str | None:
     """A path as a name below one of these model folders, links followed if need be; None where it is below none."""
     for as_it_is in (os.path.abspath, os.path.realpath):

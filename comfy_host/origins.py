@@ -21,7 +21,7 @@ from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files.cache import kept_lora
 from ..modular_lora.files.pending import Change
 from ..modular_lora.files.reader import LoraFile
-from .model_folders import SAFETY_FOLDERS, name_below
+from .model_folders import SAFETY_FOLDERS, shown_name
 
 _origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (path, its name in the file)
 
@@ -50,7 +50,7 @@ def _noting(original: Callable) -> Callable:
 
 def name_of(path: Path) -> str:
     """The name under which people know a LoRA file: its path below a folder of LoRAs."""
-    return (name_below(path, *SAFETY_FOLDERS) or path.name).replace(os.sep, "/")
+    return shown_name(path, *SAFETY_FOLDERS)
 
 
 def path_of(changes: Iterable[Change]) -> Path | None:
@@ -59,13 +59,12 @@ def path_of(changes: Iterable[Change]) -> Path | None:
     return found.pop() if len(found) == 1 else None
 
 
-def file_of(changes: Iterable[Change]) -> tuple[LoraFile | None, str]:
-    """(The file that holds exactly these values, and of its layers how many are not among them in words), or why not.
+def file_of(path: Path | None, changes: Iterable[Change]) -> tuple[LoraFile | None, str]:
+    """(The file that holds exactly these values, and of its layers how many are among them in words), or why not.
 
-    A change whose values lie in several files, or that a node worked out, is of no file.
+    A change whose values lie in several files, or that a node worked out, is of no file: see `path_of`.
     """
-    changes = tuple(changes)
-    if (path := path_of(changes)) is None:
+    if path is None:
         return None, "its file is not known, its sha256 is of its values"
     try:
         file = kept_lora(path)

@@ -17,7 +17,7 @@ from ..training import options
 from ..training.data.config import DatasetConfig
 from ..training.options import TaskOptions
 from ..training.task.train import configure
-from .model_folders import input_folder, model_folder, output_folder
+from .model_folders import SAFETY_FOLDER, input_folder, model_folder, output_folder
 
 NUMBERED = re.compile(r"\d+_.*")
 NAME = re.compile(r"[\w][\w .+-]*")
@@ -31,6 +31,18 @@ def check_name(option: str, name: str, named: str) -> None:
             f"space last: it names {named}.",
             code="name.not-plain",
         )
+
+
+def copy_path(output_name: str) -> Path:
+    """Where a copy of a safety LoRA goes; its folder is made. GuardError for a text that cannot name the file."""
+    if not NAME.fullmatch(output_name) or output_name.endswith("."):
+        raise GuardError(
+            f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file.",
+            code="name.not-plain",
+        )
+    folder = model_folder(SAFETY_FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{output_name}.safetensors"
 
 
 def data_sets() -> list[str]:

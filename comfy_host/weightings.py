@@ -37,7 +37,12 @@ class _Watch:
 
     def __init__(self, name: str, digest: str | None, clips: list[comfy.sd.CLIP], rows: set[str]):
         self._name, self._digest, self._clips, self._rows = name, digest, clips, rows
-        self._before = [] if digest is None else [clip.patcher.branches.counts()[1] for clip in clips]
+        self._before: list = []
+        try:
+            if digest is not None:
+                self._before = [clip.patcher.branches.counts()[1] for clip in clips]
+        except GuardError:  # its LoRAs may not act together: the encoding says why
+            self._digest = None
         self.ran: dict[int, Any] = {}  # text encoders by their place in memory, kept so that none takes another's
 
     def end(self, outputs: Any) -> None:
@@ -87,14 +92,7 @@ def _digest(clips: list[comfy.sd.CLIP], rows: set[str]) -> str | None:
     """Digest of the safety LoRAs that all of these stand under; None where there are none, or not the same."""
     found = {clip.text_digest if isinstance(clip, GuardedClipMixin) else None for clip in clips}
     found |= {ledger.embeddings.get(row) for row in rows}
-    if len(found) != 1 or not (digest := found.pop()):  # "": no safety LoRA acts on text
-        return None
-    try:
-        for clip in clips:
-            clip.patcher.branches.counts()
-    except GuardError:  # its LoRAs may not act together: the encoding says why
-        return None
-    return digest
+    return (found.pop() or None) if len(found) == 1 else None  # "": no safety LoRA acts on text
 
 
 def _loads(name: str, inputs: Mapping[str, list]) -> bool:

@@ -9,17 +9,16 @@ from comfy_api.latest import io
 from ..comfy_host.answers import answer
 from ..comfy_host.calibrating import calibrated
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
 from ..comfy_host.progress import NodeWatch
 from ..comfy_host.stock import MAX_SEED
-from ..comfy_host.training_files import NAME
+from ..comfy_host.training_files import copy_path
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import activity
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP
+from .training import GROUP, lines_of
 
 
 class CalibrateSafetyLora(io.ComfyNode):
@@ -84,23 +83,12 @@ class CalibrateSafetyLora(io.ComfyNode):
                 f"Calibrate Safety LoRA got {len(safety)} safety LoRAs: connect one, and calibrate each apart.",
                 code="activity.one-lora",
             )
-        if not NAME.fullmatch(output_name) or output_name.endswith("."):
-            raise GuardError(
-                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file.",
-                code="name.not-plain",
-            )
-        folder = model_folder(SAFETY_FOLDER)
-        folder.mkdir(parents=True, exist_ok=True)
-        about, preserved = (_lines(text) for text in (concept_prompts, preserved_prompts))
+        target = copy_path(output_name)
+        about, preserved = map(lines_of, (concept_prompts, preserved_prompts))
         latent = latent_image["samples"][:1]
         found = calibrated(model, clip, safety[0], about, preserved, latent, noises, seed, NodeWatch(cls))
-        target = folder / f"{output_name}.safetensors"
         made = activity.write_copy(safety[0].lora, target, found)
         report = f"{activity.format_copy(made, target.name)}\n{activity.format_calibration(found)}"
         line = f"A calibrated copy was written, AUC {found.auc:.3f}."
         handle = dataclasses.replace(safety[0], lora=made)
         return io.NodeOutput((handle,), f"{line}\n{report}", ui=answer(line, report))
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -8,15 +8,14 @@ from comfy_api.latest import io
 
 from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
-from ..comfy_host.training_files import NAME
+from ..comfy_host.training_files import copy_path
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import concept
 from ..modular_lora.guard.build import SafetyLora
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP
+from .training import GROUP, lines_of
 
 
 class WriteConceptPrompts(io.ComfyNode):
@@ -62,15 +61,8 @@ class WriteConceptPrompts(io.ComfyNode):
             raise GuardError(
                 f"Write Concept Prompts got {len(safety)} safety LoRAs: connect one, and write each apart."
             )
-        if not NAME.fullmatch(output_name) or output_name.endswith("."):
-            raise GuardError(
-                f"output_name {output_name!r}: letters, digits, space and . _ + - only: it names the file.",
-                code="name.not-plain",
-            )
-        folder = model_folder(SAFETY_FOLDER)
-        folder.mkdir(parents=True, exist_ok=True)
-        lora, target = safety[0].lora, folder / f"{output_name}.safetensors"
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        lora, target = safety[0].lora, copy_path(output_name)
+        lines = lines_of(prompts)
         made = concept.write_copy(lora.path, target, lines, expected_sha256=lora.sha256)
         report = concept.written(made, target.name)
         shown = answer(f"A copy with {len(lines)} concept prompt{'s' * (len(lines) != 1)} was written.", report)

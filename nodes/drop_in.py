@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 from comfy_api.latest import io
 
 from ..comfy_host import drop_in
 from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.model_folders import SAFETY_FOLDERS, lora_names, lora_path
+from ..comfy_host.model_folders import SAFETY_FOLDERS, lora_path
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.files.cache import kept_sha256
 from ..modular_lora.guard.build import SafetyLora
-from .load import handles, missing, read
+from .load import handles, read, safety_inputs, safety_problem
 from .search_words import found_by
 from .sockets import SafetySocket
 
@@ -37,19 +35,7 @@ class Guard(io.ComfyNode):
             "what any sampler and VAE Decode make of it is checked and attested.",
             inputs=[
                 io.Model.Input("model", tooltip="From the checkpoint loader, or from LoRA loaders behind it."),
-                io.Combo.Input(
-                    "lora_name",
-                    lora_names(*SAFETY_FOLDERS),
-                    tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Strength of the safety LoRA on U-Net and text encoder; must be above 0.",
-                ),
+                *safety_inputs("Strength of the safety LoRA on U-Net and text encoder; must be above 0."),
                 io.Clip.Input(
                     "clip", optional=True, tooltip="From the checkpoint loader, or from LoRA loaders behind it."
                 ),
@@ -73,9 +59,7 @@ class Guard(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
-        if strength is not None and not (math.isfinite(strength) and strength > 0):
-            return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
-        return missing(lora_name, SAFETY_FOLDERS) or True
+        return safety_problem(lora_name, strength) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..comfy_host.model_folders import SAFETY_FOLDERS, TASK_FOLDERS, lora_names, lora_path, name_below
+from ..comfy_host.model_folders import SAFETY_FOLDERS, TASK_FOLDERS, lora_names, lora_path, name_below, shown_name
 from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError, LoraFileError
 from ..modular_lora.files.cache import kept_lora, kept_sha256
@@ -38,6 +38,25 @@ def missing(name: str | None, folders: tuple[str, ...]) -> str | None:
     return None
 
 
+def safety_inputs(strength_tooltip: str) -> list[io.Input]:
+    """The file of a safety LoRA and its strength."""
+    return [
+        io.Combo.Input(
+            "lora_name",
+            lora_names(*SAFETY_FOLDERS),
+            tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
+        ),
+        io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=strength_tooltip),
+    ]
+
+
+def safety_problem(lora_name: str | None, strength: float | None) -> str | None:
+    """The error for such a file and strength; None for what comes over a link, and where there is none."""
+    if strength is not None and not (math.isfinite(strength) and strength > 0):
+        return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
+    return missing(lora_name, SAFETY_FOLDERS)
+
+
 class LoadSafetyLora(io.ComfyNode):
     """One safety LoRA; several are chained."""
 
@@ -52,19 +71,7 @@ class LoadSafetyLora(io.ComfyNode):
             "layer that it names.",
             inputs=rarely(
                 [
-                    io.Combo.Input(
-                        "lora_name",
-                        lora_names(*SAFETY_FOLDERS),
-                        tooltip="Safety LoRA (.safetensors) from the safety_loras or loras folder.",
-                    ),
-                    io.Float.Input(
-                        "strength",
-                        default=1.0,
-                        min=-10.0,
-                        max=10.0,
-                        step=0.01,
-                        tooltip="Strength on U-Net and text encoder; must be above 0.",
-                    ),
+                    *safety_inputs("Strength on U-Net and text encoder; must be above 0."),
                     io.String.Input(
                         "expected_sha256",
                         default="",
@@ -91,9 +98,7 @@ class LoadSafetyLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None, strength=None) -> bool | str:
-        if strength is not None and not (math.isfinite(strength) and strength > 0):
-            return f"strength {strength:g} must be above 0: 0 disables the safety LoRA, a negative value inverts it"
-        return missing(lora_name, SAFETY_FOLDERS) or True
+        return safety_problem(lora_name, strength) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -220,5 +225,5 @@ def _stacked(row: Row) -> TaskLora:
 def read(path: Path, folders: tuple[str, ...], expected_sha256: str | None = None) -> LoraFile:
     """A LoRA file under the name that people know it by, its path below the folder: two may have one file name."""
     lora = kept_lora(path, expected_sha256=expected_sha256)
-    name = (name_below(path, *folders) or lora.name).replace(os.sep, "/")
+    name = shown_name(path, *folders)
     return lora if name == lora.name else replace(lora, name=name)

@@ -86,13 +86,18 @@ RESUME = io.Boolean.Input(
 )
 
 
+def lines_of(text: str) -> tuple[str, ...]:
+    """The lines of a widget that hold anything."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
 def gathered(cls: type, values: dict, more: str, **ours: str):
     """Options of a node's inputs; multi-line texts become lists. GuardError or OptionError with the remedy."""
     policies.check_open("training")
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
-            values[name] = tuple(line.strip() for line in value.splitlines() if line.strip())
+            values[name] = lines_of(value)
     extra = options.parse(more)
     if refused := sorted(set(extra) & set(FROM_GRAPH)):
         raise GuardError(
