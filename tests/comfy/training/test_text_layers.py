@@ -104,7 +104,7 @@ def _check_formulas(comfy, model, found, names: dict, rows: list, folder) -> Non
     null, uce, rece = (importlib.import_module(f"{closed}.{name}") for name in ("null_space", "uce", "rece"))
     factors = {}
     for number, one in enumerate(found.inputs):
-        C, G, K = (each[number][:2].T for each in rows)
+        C, G, K = (each[number][each[number].any(1)][:2].T for each in rows)  # Flux 2 fills up with zeros in front
         weights = [comfy.anatomy.original_weight(model, f"{path}.weight").double() for path in one.layers]
         P, rank = null.null_space(K)
         assert rank <= K.shape[1]

@@ -162,6 +162,11 @@ def _solve(
     C, G = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
     K = torch.cat([held(rows[prompt], options.tokens) for prompt in kept], 1)
     every = torch.cat([rows[prompt].rows.T for prompt in kept], 1)  # the null space keeps whole prompts
+    if not bool(C.any()):
+        raise GuardError(
+            f"The tokens of the concept are zero at {one.layers[0]} and {len(one.layers) - 1} more layers, so no edit "
+            "of these layers can move them: name the other layers in layers, or write the concept in other words."
+        )
     columns = distinct(C, G)
     C, G, K, every = C[:, columns], G[:, columns], K[:, distinct(K)], every[:, distinct(every)]
     P, kept_rank = null_space(every)
