@@ -499,7 +499,7 @@ class _Graph:
                     return
 
     def _safety(self, name: str) -> Iterator[Said]:
-        """Of a guard whose safety LoRAs are all named in the graph: those required of some family must be among them."""
+        """Of a guard whose safety LoRAs are all named in the graph: those of some family must be among them."""
         loras = self._loaded(name)
         if loras is not None and self._is_drop_in(name):
             loras = self._with(self.graph[name], loras)

@@ -1,8 +1,8 @@
 """What a person at home sets in one line, without a policy: safety LoRAs that guard every model, and how strictly.
 
 The line stands in the environment variable MODULAR_LORA_GUARD or in the file guard.txt, where an operator's policy
-would lie, which is asked first. It reads ``always: NAME`` or ``family: NAME``, NAME being a file of the folders of safety
-LoRAs and LoRAs. Several names have commas between them, each with the family of models that it is made for:
+would lie, which is asked first. It reads ``always: NAME`` or ``family: NAME``, NAME being a file of the folders of
+safety LoRAs and LoRAs. Several names have commas between them, each with the family of models that it is made for:
 ``always: one.safetensors for SD15, two.safetensors for Flux``.
 """
 

@@ -38,7 +38,7 @@ from ...operators import policy as policies
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import RefusedError
 from .. import patcher
-from ..model_folders import SAFETY_FOLDERS, lora_path
+from ..model_folders import SAFETY_FOLDERS
 
 PROTECTED = "modular_lora"
 UNREAD = "record_unread_policy"  # of refusals under a policy that was never readable: its key cannot sign their record
@@ -91,13 +91,25 @@ def _at_home(place: Path) -> OperatorPolicy | None:
     _lines[asked] = line
     if line is None:
         return None
-    try:
-        sha256 = tuple(sha256_file(lora_path(name, *SAFETY_FOLDERS)) for name, _ in line.loras)
-    except GuardError as error:
-        raise PolicyError(f"{line.where}: {error}", code="policy.home") from error
+    sha256 = tuple(_sha256_at_home(line, name) for name, _ in line.loras)
     if (known := _homes.get((line, sha256))) is None:
         known = _homes.put((line, sha256), home.policy(line, sha256, place))
     return known
+
+
+def _sha256_at_home(line: home.Home, name: str) -> str:
+    """Of a safety LoRA by its name; found without ComfyUI's own search, which asks for the policy itself."""
+    roots = (root for folder in SAFETY_FOLDERS for root in folder_paths.get_folder_paths(folder))
+    paths = [path for root in roots if (path := Path(root, name)).is_file()]
+    try:
+        found = set(map(sha256_file, paths))
+    except GuardError as error:
+        raise PolicyError(f"{line.where}: {error}", code="policy.home") from error
+    if len(found) != 1:
+        several = "in several, with different contents: rename one" if found else "in none: put it there"
+        said = f"{line.where}: {name} is looked for in the folders {' and '.join(SAFETY_FOLDERS)}, and is {several}."
+        raise PolicyError(said, code="policy.home")
+    return found.pop()
 
 
 def check_open(key: str) -> None:
