@@ -78,11 +78,11 @@ def _rebuilt(value: Any, dirty: set[int], made: dict[int, Any]) -> Any:
     """``made``: what there is already, by the ``id`` of what it is in the place of."""
     if id(value) in made or id(value) not in dirty:
         return made.get(id(value), value)
-    if isinstance(value, tuple):
-        items = [_rebuilt(one, dirty, made) for one in value]
-        new = value._make(items) if hasattr(value, "_make") else type(value)(items)
-        return made.setdefault(id(value), new)
     try:
+        if isinstance(value, tuple):
+            items = [_rebuilt(one, dirty, made) for one in value]
+            new = value._make(items) if hasattr(value, "_make") else type(value)(items)
+            return made.setdefault(id(value), new)
         new = made[id(value)] = copy.copy(value)  # first: it may hold itself
     except Exception:  # a class of another pack may refuse to be copied: what it holds stays hidden
         return made.setdefault(id(value), value)

@@ -96,6 +96,8 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("drop_in.py:DropInMixin", _OLDER, f"{_PATCHER}.get_ram_usage"),
     *_touches("hooked_loras.py:HookedMixin", _RUN, f"{_PATCHER}.add_hook_patches", f"{_PATCHER}.patch_hooks"),
     *_touches("hooked_loras.py:HookedMixin", _RUN, f"{_PATCHER}.current_hooks", "comfy.hooks.HookGroup.get_type"),
+    *_touches("drop_in.py:_bare", _OLDER, f"{_PATCHER}.remove_wrappers_with_key"),
+    *_touches("enforcement/attached.py:_had_guard", _OLDER, f"{_PATCHER}.get_wrappers"),
     *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),
     *_touches("bound_vae.py:BoundVaeMixin", _RUN, "comfy.sd.VAE.decode", "comfy.sd.VAE.decode_tiled"),
     *_touches("origins.py:register", _RUN, "comfy.utils.load_torch_file"),

@@ -16,7 +16,6 @@ from typing import Any
 import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
-from comfy_api.internal import _NodeOutputInternal
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files.cache import kept_lora
@@ -71,7 +70,7 @@ def outputs(policy: OperatorPolicy, made: Any) -> Any:
 def _then(policy: OperatorPolicy, task: asyncio.Task) -> asyncio.Task:
     async def guarded() -> Any:
         result = await task
-        if isinstance(result, _NodeOutputInternal):
+        if hasattr(result, "block_execution"):  # a V3 node's
             result.args, result.expand = outputs(policy, result.args), outputs(policy, result.expand)
             return result
         return outputs(policy, result)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from conftest import new_executor
+from PIL import Image
 from support.drop_in import translated, without_node
 from support.errors import refuses
 from support.graphs import GraphError, guarded_graph, keeping_code, sampler, save_lora
@@ -310,11 +310,12 @@ class AttachJudge(DropInJudge):
 
     def run(self, mutant: Mutator, seed: int) -> str:
         guard = next(one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel")
-        some = (
-            f'{{sha256 = "{sha256_of(self.comfy.loras / one["lora_name"])}", file = "{one["lora_name"]}", '
-            f"strength = {float(one['strength'])}, min_net_strength = 0.1, min_acted_strength = 0.0}}"
-            for one in chain(mutant.graph, guard, "safety_lora")
-        )
+        some = []
+        for one in chain(mutant.graph, guard, "safety_lora"):
+            sha256 = hashlib.sha256((self.comfy.loras / one["lora_name"]).read_bytes()).hexdigest()
+            least = "min_net_strength = 0.1, min_acted_strength = 0.0"
+            what = f'sha256 = "{sha256}", file = "{one["lora_name"]}", strength = {float(one["strength"])}'
+            some.append(f"{{{what}, {least}}}")
         text = f'[guard]\nattach = "always"\nrequired = [{", ".join(some)}]\n[open]\nunattested = true\n'
         self.operator.write(text)
         self.own.reset()
