@@ -9,6 +9,7 @@ safety LoRAs and LoRAs. Several names have commas between them, each with the fa
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ FILE = "guard.txt"
 VARIABLE = "MODULAR_LORA_GUARD"
 MOST_BYTES = 4096
 MODES = ("always", "family")
-FOR = " for "  # between a name and the family of its models
+NAMED = re.compile(rf"(.+(?:{'|'.join(map(re.escape, ENDINGS))}))(?:\s+for\s+(\w+))?", re.IGNORECASE)  # file, family
 USE = 'write "always: NAME" or "family: NAME", NAME being a file of the safety_loras or loras folder'
 
 
@@ -80,17 +81,11 @@ def parse(text: str, where: str) -> Home:
     mode, colon, names = lines[0].partition(":")
     if not colon or mode.strip() not in MODES:
         _wrong(where, f"begins with neither {' nor '.join(f'{one}:' for one in MODES)}")
-    loras = tuple(_named(one) for one in names.split(","))
-    if not all(name for name, _ in loras):
-        _wrong(where, "lacks the name of a safety LoRA")
-    if not all(name.lower().endswith(ENDINGS) for name, _ in loras):
-        _wrong(where, "names a safety LoRA that is no .safetensors file")
+    found = [NAMED.fullmatch(one.strip()) for one in names.split(",")]
+    loras = tuple((one[1], one[2] or "") for one in found if one)
+    if len(loras) < len(found):
+        _wrong(where, "names something that is no .safetensors file")
     return Home(mode.strip(), loras, where)
-
-
-def _named(said: str) -> tuple[str, str]:
-    name, _, family = said.strip().rpartition(FOR)
-    return (name.strip(), family.strip()) if name else (family.strip(), "")
 
 
 def _wrong(where: str, what: str) -> NoReturn:
@@ -106,7 +101,7 @@ def policy(home: Home, sha256: Sequence[str], folder: Path) -> OperatorPolicy:
         folder: Where the record goes: into a folder of it.
     """
     required = tuple(
-        Required(sha256=one, file=name, **({"family": family} if family else {}))
+        Required(sha256=one, file=name, family=family) if family else Required(sha256=one, file=name)
         for (name, family), one in zip(home.loras, sha256, strict=True)
     )
     family = home.mode == "family"
