@@ -24,11 +24,11 @@ from ...modular_lora.files.reader import sha256_file
 from ...modular_lora.guard.build import Safety, SafetyLora
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, Required
-from ...operators.rules import RefusedError, no_entry
+from ...operators.rules import RefusedError, no_entry, task_refused
 from .. import drop_in, patcher, values
 from ..bound_vae import BoundVaeMixin, bound
 from ..introspection import family
-from ..model_folders import SAFETY_FOLDER, SAFETY_FOLDERS, lora_files, lora_path, shown_name
+from ..model_folders import SAFETY_FOLDER, SAFETY_FOLDERS, TASK_FOLDERS, lora_files, lora_path, shown_name
 from . import policy as policies
 from .leaving import Node
 
@@ -44,6 +44,14 @@ def is_model(value: Any) -> bool:
 def is_exempt(policy: OperatorPolicy, model: Any) -> bool:
     """Whether a MODEL may be sampled without the guard, for images that a gate then judges."""
     return policy.gates_others and not policy.guard.for_family(family(model))
+
+
+def check_listed(policy: OperatorPolicy, name: str, value: Any) -> None:
+    """RefusedError for a LoRA that is to go onto a model without a guard, and that the policy's lists bar."""
+    if name == "lora_name" and isinstance(value, str):
+        path = lora_path(value, *TASK_FOLDERS)
+        if said := task_refused(policy, value, sha256_file(path), lambda: policies.values_sha256(path)):
+            raise RefusedError(*said)
 
 
 def bare_inputs(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Mapping[str, list]:

@@ -423,7 +423,9 @@ def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[s
     known = set(names) if core else set()
     for name, value in values:
         exempt = policy.gates_others and not isinstance(value, host.GuardMixin)
-        if known & graphs.LOADERS and not set(names) & set(policy.nodes.patching) and not exempt:
+        if known & graphs.LOADERS and exempt:
+            attached.check_listed(policy, name, value)
+        elif known & graphs.LOADERS and not set(names) & set(policy.nodes.patching):
             _check_loads(names[0], name, value)
         if policy.attaches:
             _check_attached(policy, names[0], name, value)
