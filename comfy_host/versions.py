@@ -108,7 +108,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("following.py:_prompt", _RUN, "execution.PromptExecutor.execute_async"),
     *_touches("following.py:_node", _RUN, "execution.get_output_data"),
     *_touches("following.py:EDITS", _RUN, "nodes.NODE_CLASS_MAPPINGS"),
-    *_touches("pictures.py:_is_video", _READ, "comfy_api.latest.VideoFromComponents"),
+    *_touches("pictures.py:is_video", _READ, "comfy_api.latest.VideoFromComponents"),
     *_touches("told.py:register", _READ, "server.PromptServer.routes"),
     *_touches("told.py:with_entry", _RUN, "execution.get_input_data"),
     *_touches("told.py:SAVES", _RUN, "nodes.SaveImage.save_images"),
