@@ -1,7 +1,7 @@
 """A gate without a node: where a policy guards every model, it stands in front of every node that lets images out.
 
-It judges what no gate of the graph has judged: by the best detector that is installed, at thresholds and with an action
-as strict as the policy asks, as Safety Gate without Gate Settings does. Images whose form it does not know (with
+It judges what no gate of the graph has let pass: by the best detector that is installed, at thresholds and with an
+action as strict as the policy asks, as Safety Gate without Gate Settings does. Images whose form it does not know (with
 transparency, in one channel) are left to the check behind it, which lets none of them out.
 """
 

@@ -232,10 +232,11 @@ def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool)
 
 
 def lacks_gate(policy: OperatorPolicy, picture: torch.Tensor) -> bool:
-    """Whether a picture (h w c) leaves only if a gate lets it pass, and none that the policy accepts has judged it."""
+    """Whether a picture (h w c) leaves only if a gate lets it pass, and none that the policy accepts has done so."""
     found = ledger.known(picture)
     asked = policy.gate.required or (policy.gates_others and not found.guarded)
-    return asked and not _is_accepted(policy, found.gate)
+    passed = found.gate is not None and (found.gate.changed or not found.gate.flagged)
+    return asked and not (passed and _is_accepted(policy, found.gate))
 
 
 def _is_accepted(policy: OperatorPolicy, gate: GateRecord | None) -> bool:

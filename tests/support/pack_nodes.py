@@ -224,6 +224,7 @@ NODES = {
     "PackHalfHidingSampler": _node(hiding_sampler, "IMAGE", key="PACK_KEY", model="MODEL"),
     "PackModel": _node(lambda ckpt_name: parts_loader(ckpt_name, 0), "MODEL", ckpt_name="STRING"),
     "PackClip": _node(lambda ckpt_name: parts_loader(ckpt_name, 1), "CLIP", ckpt_name="STRING"),
+    "PackCheckpoint": _node(_loaded, "MODEL", "CLIP", "VAE", ckpt_name="STRING"),
     "PackLateLoader": _async_node(late_loader, "MODEL", "CLIP", "VAE", ckpt_name="STRING"),
     "PackExpandingLoader": _node(expanding_loader, "MODEL", "CLIP", "VAE", "LATENT", ckpt_name="STRING"),
     "PackToy": _node(toy, "MODEL", "CONDITIONING", family="STRING"),

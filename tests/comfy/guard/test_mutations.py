@@ -338,19 +338,18 @@ class AttachJudge(DropInJudge):
         return super()._refusal(error)
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("group", range(GROUPS))
-def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, pictures, operator, group):
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("seed", range(GROUPS * SIZE))
+def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, pictures, operator, seed):
     judge = AttachJudge(operator, comfy, run_graph, world, pictures)
-    for seed in range(group * SIZE, (group + 1) * SIZE):
-        mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
-        if translated(mutant.graph) is None:
-            continue
-        try:
-            judge.run(mutant, seed)
-        except (AssertionError, Exception) as error:
-            made = judge.graph(mutant)
-            raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{json.dumps(made, indent=1)}") from error
+    mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
+    if translated(mutant.graph) is None:
+        return  # handles of LoRAs go a way that has nothing which corresponds to it
+    try:
+        judge.run(mutant, seed)
+    except (AssertionError, Exception) as error:
+        made = json.dumps(judge.graph(mutant), indent=1)
+        raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{made}") from error
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:
