@@ -85,7 +85,7 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     outcomes[any(changed), bool(pictures), bool(ground.seen.refused)] += 1
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(ground: Ground, one: Attempt, monkeypatch) -> None:
     """The same graphs without any node of the guard, and those that cannot be had so as they are."""
