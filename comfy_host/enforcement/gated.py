@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy
 from .. import gating, values
 from ..pictures import is_video
@@ -30,7 +31,14 @@ def inputs(policy: OperatorPolicy, node: Node, given: Mapping[str, list]) -> Map
     asked = policy.attaches and (policy.gate.required or policy.gates_others)
     if not (asked and node.leaves(policy) and node.known(policy)) or node.trusted(policy):
         return given
-    return values.exchange(dict(given), lambda one: _lacks_gate(policy, one), lambda some: _judged(policy, some))
+    pictures = {name: some for name, some in given.items() if _takes_pictures(node.facts.inputs.get(name, ""))}
+    judged = values.exchange(pictures, lambda one: _lacks_gate(policy, one), lambda some: _judged(policy, some))
+    return {**given, **judged}
+
+
+def _takes_pictures(declared: str) -> bool:
+    """Whether a socket is one for images or videos: what another prints or writes of them, no gate sees."""
+    return bool(graphs.PICTURES & {part.strip() for part in declared.split(",")})
 
 
 def _lacks_gate(policy: OperatorPolicy, value: Any) -> bool:
