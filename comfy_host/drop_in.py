@@ -22,8 +22,10 @@ from ..modular_lora.guard import functional
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
+    Part,
     Safety,
     Tasks,
+    apply_safety,
     build_part,
     check_coverage,
     check_roles,
@@ -47,7 +49,17 @@ from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
 from .node_report import show_run
-from .patcher import PACK, GuardedClipMixin, GuardState, dress, encoded, guarded_class
+from .patcher import (
+    APPLY_MODEL,
+    KEY,
+    OUTER_SAMPLE,
+    PACK,
+    GuardedClipMixin,
+    GuardState,
+    dress,
+    encoded,
+    guarded_class,
+)
 from .run import GenerateMixin
 
 # a text encoder's guard and task LoRAs, by what is told of it: functional strength is measured with both halves
@@ -63,8 +75,8 @@ class Trio(NamedTuple):
     model: Any
     clip: Any
     vae: Any
-    report: str
-    summary: str  # what of it is read on the node
+    report: str = ""
+    summary: str = ""  # what of it is read on the node
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,10 @@ class _Shared:
 
     safety: Safety
     limits: GuardLimits
-    model: Any  # patcher as it came
+    model: Any  # patcher as it came, or None
     clip: Any  # CLIP as it came, or None
-    node_id: str  # of the node that shows what runs say; "" where there is none
+    node_id: str = ""  # of the node that shows what runs say
+    by_policy: bool = False  # no node of the graph asked for it
 
 
 class DropInMixin(HookedMixin):
@@ -227,29 +240,119 @@ def attach(
     Raises:
         GuardError: Where the model cannot be guarded, or a LoRA in front cannot be kept beside its weights.
     """
-    limits = limits or GuardLimits()
     patcher._check_types(model, clip, node)
     if not isinstance(vae, comfy.sd.VAE | None):
         raise GuardError(
             f"{node} got a {type(vae).__name__} as VAE: connect the checkpoint's VAE.", code="input.wrong-type"
         )
+    safety = _with_policys(safety, model, clip)
     check_roles(safety, ())
-    given = [(model, "model", "The MODEL")] + ([(clip.patcher, "text", "The CLIP")] if clip else [])
-    for one, _, what in given:
-        patcher._check_incoming(one, True, what, beside=BESIDE)
-    before = [pending.of(one) for one, _, _ in given]
-    bare = [_without(one, found) for (one, _, _), found in zip(given, before, strict=True)]
-    sides = [Side(part, base, safety, limits) for base, (_, part, _) in zip(bare, given, strict=True)]
-    added = [lifting.waiting(side, found) for side, found in zip(sides, before, strict=True)]
-    plain = _clip_of(clip, bare[1]) if clip else None
-    shared = _Shared(safety, limits, bare[0], plain, node_id)
-    made = [_drop_in(s.base.clone(), s, shared, some) for s, some in zip(sides, added, strict=True)]
-    report, summary = _report(made, shared)
-    text = None
-    if clip:
-        text = _clip_of(clip, made[1])
-        text.__class__ = guarded_class(type(text), DropInClipMixin)
-    return Trio(made[0], text, bound(vae) if vae is not None else None, report, summary)
+    made = _guarded(_Shared(safety, limits or GuardLimits(), model, clip, node_id))
+    report, summary = _report([one for one in (made.model, made.clip and made.clip.patcher) if one is not None])
+    return made._replace(vae=bound(vae) if vae is not None else None, report=report, summary=summary)
+
+
+def attach_by_policy(model, clip, safety: Safety) -> Trio:
+    """Guard a MODEL, the CLIP that belongs to it, or one of them alone, where an operator's policy asks for it.
+
+    The half of a safety LoRA that belongs to the other of the two counts as guarded there: that prompts were encoded
+    with it is checked when the model is sampled.
+
+    Args:
+        model: ModelPatcher of a diffusion model, or None.
+        clip: ComfyUI's CLIP, or None.
+        safety: The safety LoRAs, at least one.
+
+    Returns:
+        The guarded ones, without a VAE and a report.
+
+    Raises:
+        GuardError: Where a safety LoRA does not apply whole, or what comes with them cannot be guarded.
+    """
+    made = _guarded(_Shared(safety, GuardLimits(), model, clip, by_policy=True))
+    for one in (one for one in (made.model, made.clip and made.clip.patcher) if one is not None):
+        for item in safety:
+            apply_safety(item, one.guard_side.part, one.guard_side.info())
+    return made
+
+
+def is_by_policy(value: object) -> bool:
+    """Whether a MODEL or CLIP was guarded by `attach_by_policy`."""
+    one = value.patcher if isinstance(value, DropInClipMixin) else value
+    return isinstance(one, DropInMixin) and one.guard_shared.by_policy
+
+
+def without_guard(value):
+    """A MODEL or CLIP that was guarded by `attach_by_policy` as it was before, for nodes that guard it themselves.
+
+    Raises:
+        GuardError: Where loaders have put LoRAs onto it since.
+    """
+    if isinstance(value, DropInClipMixin):
+        made = _clip_of(value, without_guard(value.patcher))
+        made.__class__ = type(value).__bases__[1]
+        return made
+    if value.guard_added:
+        raise GuardError(
+            "This node cannot take LoRAs that a loader put onto a model which the server guards by itself: load them "
+            "with Load Task LoRA, or take out the guard of the graph.",
+            code="model.guarded-already",
+        )
+    return _bare(value)
+
+
+def _bare(guarded: DropInMixin):
+    """A clone of a guarded patcher without its guard and the LoRAs in it."""
+    one = guarded.clone()
+    one.__class__ = type(guarded).__bases__[1]  # as guarded_class has made it
+    for kind in (OUTER_SAMPLE, APPLY_MODEL):
+        one.remove_wrappers_with_key(kind, KEY)
+    for name in [name for name in vars(one) if name.startswith(("guard_", "_guard_"))]:
+        delattr(one, name)
+    one.size = guarded.guard_side.base.size
+    return one
+
+
+def _with_policys(safety: Safety, *given) -> Safety:
+    """The safety LoRAs of a node with those that a policy put onto what came to it; of one file the higher strength."""
+    found = {item.lora.sha256: item for item in safety}
+    if len(found) < len(safety):
+        return safety  # one file twice, which is refused
+    for one in filter(is_by_policy, given):
+        for item in (one.patcher if isinstance(one, DropInClipMixin) else one).guard_shared.safety:
+            own = found.get(item.lora.sha256, item)
+            found[item.lora.sha256] = max(own, item, key=lambda known: known.strength)
+    return tuple(found.values())
+
+
+def _guarded(shared: _Shared) -> Trio:
+    """The MODEL and CLIP of ``shared``, guarded, and with the LoRAs that were put onto them before."""
+    model, clip = shared.model, shared.clip
+    made = _side(model, "model", "The MODEL", shared) if model is not None else (None, ())
+    text = _side(clip.patcher, "text", "The CLIP", shared) if clip is not None else (None, ())
+    plain = _clip_of(clip, text[0].base) if clip is not None else None
+    if isinstance(plain, DropInClipMixin):
+        plain.__class__ = type(clip).__bases__[1]
+    shared = replace(shared, model=made[0] and made[0].base, clip=plain)
+    one, other = (_drop_in(side.base.clone(), side, shared, some) if side else None for side, some in (made, text))
+    if plain is not None:
+        other = _clip_of(plain, other)
+        other.__class__ = guarded_class(type(other), DropInClipMixin)
+    return Trio(one, other, None)
+
+
+def _side(one, part: Part, what: str, shared: _Shared) -> tuple[Side, tuple[Added, ...]]:
+    """What is to be guarded, without what waited in it, and the LoRAs that did.
+
+    What a policy guarded already brings the LoRAs that loaders have put onto it since.
+    """
+    if is_by_policy(one):
+        side = Side(part, _bare(one), shared.safety, shared.limits)
+        return side, tuple(lifting.again(side, added) for added in one.guard_added)
+    patcher._check_incoming(one, True, what, beside=BESIDE)
+    found = pending.of(one)
+    side = Side(part, _without(one, found), shared.safety, shared.limits)
+    return side, lifting.waiting(side, found)
 
 
 def _without(one, found: pending.Pending):
@@ -297,7 +400,8 @@ def _part(side: Side, every: tuple[Added, ...], tasks: Tasks) -> GuardedPart:
 def _record(shared: _Shared, side: Side, part: GuardedPart, tasks: Tasks) -> Attestation:
     """Of a run that has not begun; of a text encoder what its guard knows."""
     base = shared.model
-    return make_record(PACK, family(base), model_sha256(base), False, (part, None), side.safety, tasks)
+    known = (family(base), model_sha256(base)) if base is not None else ("", "")  # of a text encoder by itself
+    return make_record(PACK, *known, False, (part, None), side.safety, tasks)
 
 
 def _with_text(loras: tuple[LoraRecord, ...], encoders: Iterable[Encoder]) -> tuple[LoraRecord, ...]:
@@ -343,12 +447,12 @@ def _measured(
     return measured(shared.model, shared.clip, parts, shared.safety, tasks, base_sha256)
 
 
-def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
+def _report(made: list[DropInMixin]) -> tuple[str, str]:
     """What is known before anything runs, and what of it is read on the node.
 
     GuardError for a safety LoRA that does not apply whole.
     """
-    states = [one.guard_state for one in made]
+    states, shared = [one.guard_state for one in made], made[0].guard_shared
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
     check_coverage(tuple(_safety_lines(part) for part in parts), shared.clip is not None)

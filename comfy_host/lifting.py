@@ -74,6 +74,11 @@ def waiting(side: Side, found: pending.Pending) -> tuple[Added, ...]:
     return tuple(_added(side, some) for some in pending.loras_of(found, side.is_text))
 
 
+def again(side: Side, added: Added) -> Added:
+    """A LoRA that was put onto the same model behind another guard; errors as of `handed`."""
+    return _added(side, added.found)
+
+
 def entries_of(model, patches: Mapping, strength: float, strength_model: float) -> tuple[list, pending.Patches]:
     """The keys of ``patches`` that a loaded model has, and their entries as ModelPatcher.patches has them."""
     if swapped := pending.swapping({key: [(strength, value)] for key, value in patches.items()}):

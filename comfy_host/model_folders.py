@@ -93,6 +93,12 @@ def lora_names(*folders: str) -> list[str]:
     return offered(dict.fromkeys(_names(folders, ENDINGS)))
 
 
+def lora_files(folder: str) -> list[Path]:
+    """The safetensors files in a model folder."""
+    found = (folder_paths.get_full_path(folder, name) for name in _names((folder,), ENDINGS))
+    return [Path(path) for path in found if path]
+
+
 def lora_path(name: str, *folders: str) -> Path:
     """Path of a LoRA file by its name in a drop-down or LORA_STACK.
 

@@ -32,10 +32,10 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
                 waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask"))
             else:
                 waiting.extend(one)
-        elif _is_video(one):
+        elif is_video(one):
             waiting.append(one.get_components().images)
 
 
-def _is_video(value: Any) -> bool:
+def is_video(value: Any) -> bool:
     """Of ComfyUI's own classes, without a file behind it: one of a file holds what no run of this prompt made."""
     return type(value).__name__ == "VideoFromComponents" and type(value).__module__.startswith("comfy_api.")

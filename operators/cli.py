@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ def _record_commands(made: argparse.ArgumentParser) -> None:
     one.add_argument("folder", type=Path, metavar="FOLDER")
     one.add_argument("--kind", choices=record.KINDS, help="only lines of this kind")
     one.add_argument("--last", type=_count, default=20, metavar="N", help="how many, from the end (20); 0 for all")
+    one = _command(inner, "packs", _record_packs, "count refusals of nodes as they ran, by pack and node type")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+
+
+def _record_packs(chosen: argparse.Namespace) -> str:
+    refused = [said for *_, said in record.lines(chosen.folder) if said.get("kind") == "refused" and said.get("pack")]
+    counts = Counter((str(said["pack"]), str(said.get("type", ""))) for said in refused)
+    lines = [f"{n}  {pack}  {kind}" for (pack, kind), n in counts.most_common()]
+    return "\n".join(lines) or "no node was refused as it ran"
 
 
 def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -169,6 +179,7 @@ def _check(chosen: argparse.Namespace) -> str:
             f"{chosen.file}: a policy, SHA-256 {found.sha256}",
             f"signed: {'yes' if found.signed else f'no; it is asked for where {policy.TRUSTED} lies beside it'}",
             f"every sampling must carry: {required}",
+            f"put onto every model: {'yes' if found.attaches else 'no, graphs must do it'}",
             f"record: {found.record_folder}, head and attestations {'signed' if found.signing_key else 'not signed'}",
         ]
     )

@@ -29,8 +29,23 @@ LOADERS = frozenset(("LoraLoader", "LoraLoaderModelOnly"))
 SAMPLING = frozenset(("KSampler", "KSamplerAdvanced", "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"))
 BEHIND = LOADERS | SAMPLING | {"BasicScheduler"}
 PASS_CLIP = LOADERS | {"CLIPSetLastLayer"}
+# ComfyUI's own that a guarded MODEL or CLIP refuses, where every one is guarded: why, and what to do instead.
+NOT_GUARDED = {
+    ("ModelMerge", "CLIPMerge"): ("merges weights", "merge on a server without this rule and load the saved result"),
+    (
+        "UNetSelfAttentionMultiply",
+        "UNetCrossAttentionMultiply",
+        "UNetTemporalAttentionMultiply",
+        "CLIPAttentionMultiply",
+    ): ("multiplies weights", "take the node out"),
+    ("CreateHookModelAsLora", "SetClipHooks"): ("hooks whole models or text encoders", "use Create Hook LoRA"),
+    ("LoraLoaderBypass", "LoraLoaderModelOnlyBypass"): ("puts LoRAs past the guard", "use Load LoRA"),
+    ("EasyCache", "LazyCache"): ("skips evaluations", "take the node out"),
+    ("LoraSave", "TrainLoraNode"): ("extracts or trains weights", "use a server without this rule"),
+}
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
 GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
+PLAINLY = leaving.PLAIN | PICTURES | {LATENT, "MASK", SOUND}  # types that hold no model that could decode
 DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
 SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "ModularLoraGuider", SAMPLE_AND_GATE))
 CLOSED = {  # our node type -> key of [open]
@@ -130,11 +145,16 @@ def check_type(node: str, kind: str, facts: NodeFacts | None, policy: OperatorPo
         return Refusal(node, kind, rule, "the operator has not opened this node", "take the node out")
     gives = TAKES_LORA & {part for output in facts.outputs for part in _types(output)}
     takes = [name for name, type in facts.inputs.items() if type == "COMBO" and "lora" in name.lower()]
-    judged = facts.core and kind in LOADERS  # by what comes to it
+    judged = policy.attaches or (facts.core and kind in LOADERS)  # by what comes to it
     if policy.guard.required and not ours and gives and takes and not judged and not may_take_model(kind, policy):
         what = f"loads LoRAs into {named(sorted(gives))} beside the guard"
         return Refusal(node, kind, "guard.required", what, "load them with Load Task LoRA")
     return None
+
+
+def _not_guarded(kind: str) -> tuple[str, str] | None:
+    """What one of ComfyUI's own types does that no guarded MODEL or CLIP takes, and the remedy."""
+    return next((said for names, said in NOT_GUARDED.items() if kind.startswith(names)), None)
 
 
 def may_take_model(kind: str, policy: OperatorPolicy) -> bool:
@@ -290,7 +310,7 @@ class _Graph:
     def _model(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
         if self._ours(name) and self._type(name) == AS_MODEL:
             return {Kind(MODEL, guarded=True)}
-        if self._is_drop_in(name):
+        if self.policy.attaches or self._is_drop_in(name):
             return {Kind(MODEL, guarded=True, drop_in=True)}
         models = {kind for kind in coming if kind.type == MODEL}
         passes = may_take_model(self._type(name), self.policy) or self._is_core(name, LOADERS)
@@ -298,7 +318,7 @@ class _Graph:
 
     def _others(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
         """A CLIP or VAE: whether it is Guard's, also behind a loader of LoRAs."""
-        if self._is_drop_in(name):
+        if self.policy.attaches or self._is_drop_in(name):
             return {Kind(type, drop_in=True)}
         same = {kind for kind in coming if kind.type == type}
         passes = may_take_model(self._type(name), self.policy) or self._is_core(name, PASS_CLIP)
@@ -315,6 +335,9 @@ class _Graph:
         if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
         if any(k.type == "VAE" and k.drop_in for k in coming):  # whether a guarded run made it shows when it runs
+            return {Kind(type, guarded=True)}
+        others = self.policy.attaches and not self._known(name).core
+        if others and any(k.type not in PLAINLY for k in coming):  # a pipe may hold a model and a VAE
             return {Kind(type, guarded=True)}
         passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
         return (passed or {Kind(type)}) | (self._track(name, coming) if type == VIDEO else set())
@@ -344,7 +367,10 @@ class _Graph:
         """(rule, reason, remedy) of one node that would run."""
         facts = self._known(name)
         yield from self._choices(name, facts)
-        if self.policy.guard.required:
+        if self.policy.attaches:
+            if facts.core and not self.policy.gates_others and (said := _not_guarded(self._type(name))):
+                yield "guard.attach", f"{said[0]}, and every model here is guarded", said[1]
+        elif self.policy.guard.required:
             yield from self._models(name)
         if self._is_core(name, LOADERS):
             yield from self._loads(name)
@@ -404,11 +430,13 @@ class _Graph:
 
     def _leaving(self, name: str) -> Iterator[Said]:
         """Of a node that writes, shows or sends: what may not leave, and weights."""
-        kind, coming = self._type(name), list(self._coming(name))
+        kind, facts, coming = self._type(name), self._known(name), list(self._coming(name))
         if leaving.closed(self.policy) and not leaving.trusted(frozenset((kind,)), self.policy):
             yield from self._unjudged(name, coming)
         allowed = self._ours(name) or kind in (self.policy.nodes.allow or ())
-        if not allowed and (bad := next((k for _, k in coming if k.type in WEIGHTS), None)):
+        held = self.policy.attaches and not facts.core  # a guarded model gives no weights away
+        loose = (k for _, k in coming if k.type in WEIGHTS and not (held and k.drop_in))
+        if not allowed and (bad := next(loose, None)):
             yield "nodes.allow", f"writes or shows weights ({bad.type})", "take the node out"
 
     def _unjudged(self, name: str, coming: list[tuple[Link, Kind]]) -> Iterator[Said]:
@@ -419,11 +447,16 @@ class _Graph:
                 yield leaving.unknown_type(kind, bad[0].input, bad[1].type, policy)
             return
         pictures = [(link, k) for link, k in coming if k.type in PICTURES]
-        if leaving.attested(policy) and (loose := next((link for link, k in pictures if not k.guarded), None)):
+        loose = next((link for link, k in pictures if not k.guarded), None)
+        if loose and leaving.attested(policy) and not policy.gates_others:
             source = f"node {loose.source} ({self._type(loose.source)})"
             what = f"{loose.input} comes from {source}, behind which is an image that no guarded run made"
             yield "open.unattested", what, "connect Guarded VAE Decode"
-        elif policy.gate.required and (loose := next((link for link, k in pictures if not k.gated), None)):
+        elif (
+            policy.gate.required
+            and not policy.attaches
+            and (loose := next((link for link, k in pictures if not k.gated), None))
+        ):
             yield "gate.required", f"{loose.input} shows an image that no gate judged", "put Safety Gate in front"
         for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
             if what:
@@ -450,7 +483,7 @@ class _Graph:
             if _literal(self.graph[name], "accept_merged"):
                 yield "guard.required", "accept_merged takes a base that may cancel a safety LoRA", "switch it off"
             yield from self._safety(name)
-        elif kind == DROP_IN and policy.guard.required:
+        elif kind == DROP_IN and policy.guard.required and not policy.attaches:  # there it adds its own
             yield from self._safety(name)
         elif kind in (SAFETY, TASK) and isinstance(lora := _literal(self.graph[name], "lora_name"), str):
             if (sha256 := self.files.sha256(kind, lora)) is None:
@@ -466,13 +499,14 @@ class _Graph:
                     return
 
     def _safety(self, name: str) -> Iterator[Said]:
-        """A Guard Model whose safety LoRAs are all named in the graph: those that are required must be among them."""
+        """Of a guard whose safety LoRAs are all named in the graph: those of some family must be among them."""
         loras = self._loaded(name)
         if loras is not None and self._is_drop_in(name):
             loras = self._with(self.graph[name], loras)
         if loras is not None:
-            for one in self.policy.guard.required:
-                yield from self._required(one, loras)
+            guard = self.policy.guard
+            sets = filter(None, map(guard.for_family, (*guard.families, "")))  # which it is shows when it runs
+            yield from min(([said for one in some for said in self._required(one, loras)] for some in sets), key=len)
 
     def _required(self, one: Required, loras: Loras) -> Iterator[Said]:
         why = {name: self._unlike(one, name, sha256) for name, (sha256, _) in loras.items()}

@@ -61,6 +61,7 @@ CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 Text = Annotated[StrictStr, AfterValidator(_text)]
 Sha256 = Annotated[StrictStr, AfterValidator(_sha256)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=10)]
+Attached = Annotated[float, Field(strict=True, gt=0, le=10)]
 Threshold = Annotated[float, Field(strict=True, ge=0.001, le=1)]
 Bytes = Annotated[int, Field(strict=True, ge=LEAST_RECORD)]
 # Names that the operator chooses.
@@ -82,6 +83,9 @@ class Required:
 
     sha256: Sha256 = ""
     signed_by: Text = ""  # a name in [keys]
+    family: Text = ""  # of the models that it is made for, as attestations name it; "": all models
+    file: Text = ""  # its name in the folders of safety LoRAs and LoRAs, for ``attach``
+    strength: Attached = 1.0  # at which ``attach`` puts it beside the weights
     min_net_strength: Strength = 0.5
     min_acted_strength: Strength = 0.5
     min_functional_strength: Strength = 0.0  # 0: it need not be measured
@@ -94,18 +98,42 @@ class Required:
     @property
     def name(self) -> str:
         """For sentences."""
-        return f"signed by {self.signed_by}" if self.signed_by else f"sha256 {self.sha256[:16]}"
+        of = f" for {self.family}" if self.family else ""
+        return (f"signed by {self.signed_by}" if self.signed_by else f"sha256 {self.sha256[:16]}") + of
 
 
 @dataclass(frozen=True, config=CLOSED)
 class Guard:
-    """What every sampling must carry, and which warnings of the guard are errors."""
+    """What every sampling must carry, who puts it there, and which warnings of the guard are errors.
+
+    ``attach`` "always": every MODEL, CLIP and VAE that leaves a node is guarded with it, whatever the graph says.
+    ``other_families``: what becomes of models of a family for which nothing is required.
+    """
 
     required: tuple[Required, ...] = _must(
         "the safety LoRAs that every sampling must carry; [] leaves sampling unguarded"
     )
+    attach: Literal["never", "always"] = "never"
+    other_families: Literal["refuse", "gate"] = "refuse"
     interference_is_error: StrictBool = False
     contamination_is_error: StrictBool = False
+
+    def __post_init__(self):
+        if self.attach == "always" and not self.required:
+            raise ValueError('attach = "always" needs a safety LoRA under required')
+        if self.attach == "never" and any(one.file or one.strength != 1 for one in self.required):
+            raise ValueError('required.file and required.strength do something with attach = "always" alone')
+        if self.attach == "never" and self.other_families == "gate":
+            raise ValueError('other_families = "gate" needs attach = "always", which puts the gate there')
+
+    def for_family(self, family: str) -> tuple[Required, ...]:
+        """What models of a family must carry; nothing: they are of another family than all that is named."""
+        return tuple(one for one in self.required if one.family in ("", family))
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Those that are named, each once."""
+        return tuple(dict.fromkeys(one.family for one in self.required if one.family))
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -208,6 +236,17 @@ class OperatorPolicy(Tables):
     sha256: str = ""  # of the file's bytes
     state: str = ""  # changes with the file and with the keys that it names
     signed: bool = False  # by the trusted key beside it
+    home: str = ""  # what a person at home has set, and where (home.py); "": it is an operator's policy
+
+    @property
+    def attaches(self) -> bool:
+        """Whether every MODEL, CLIP and VAE is guarded as it leaves a node."""
+        return self.guard.attach == "always"
+
+    @property
+    def gates_others(self) -> bool:
+        """Whether images that no guarded run made leave where a gate let them pass."""
+        return self.guard.other_families == "gate"
 
     @property
     def record_folder(self) -> Path:
@@ -266,7 +305,7 @@ def parse(content: bytes, path: Path) -> OperatorPolicy:
         raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.", code="policy.toml") from error
     try:
         found = TypeAdapter(Tables).validate_python(said)
-        wrong = _without_key(found)
+        wrong = _without_key(found) or _without_effect(found)
     except ValidationError as error:
         wrong = problem(Tables, error)
     if wrong:
@@ -282,6 +321,15 @@ def _without_key(tables: Tables) -> Problem | None:
             known = named(tables.keys)
             said = f"{dotted(place)} {one.signed_by!r} must be the name of a key in [keys]: {known}: correct it."
             return Problem(place, said)
+    return None
+
+
+def _without_effect(tables: Tables) -> Problem | None:
+    """A gate for images that no guarded run made, where all of these may leave."""
+    if tables.guard.other_families == "gate" and tables.open.unattested:
+        place: Place = ("guard", "other_families")
+        said = f'{dotted(place)} "gate" does nothing where open.unattested is true: take one of the two out.'
+        return Problem(place, said)
     return None
 
 

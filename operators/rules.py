@@ -11,7 +11,7 @@ from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
 from . import bounds
-from .policy import Gate, OperatorPolicy, Required
+from .policy import Gate, OperatorPolicy, Required, named
 
 REPORT = "report"  # the action of a gate that changes nothing
 Said = tuple[str, str, str]  # rule, reason, remedy
@@ -71,7 +71,10 @@ def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned, valu
     if run.base_had_merged_loras:
         what = "LoRAs or models were merged into the base, which may cancel a safety LoRA"
         raise RefusedError("guard.required", what, "connect the checkpoint's own MODEL")
-    for one in policy.guard.required:
+    asked = policy.guard.for_family(run.base_family)
+    if not asked and not policy.gates_others:
+        raise RefusedError(*no_entry(policy, run.base_family))
+    for one in asked:
         why = {lora: _unlike(lora, one, unsigned) for lora in run.safety}
         fit = [lora for lora, reason in why.items() if not reason]
         if not fit:
@@ -87,6 +90,12 @@ def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned, valu
             _check_acted(run, one, one.min_acted_strength, on_model)
         if one.min_functional_strength:
             _check_functional(run, one, one.min_functional_strength, [lora.sha256 for lora in fit])
+
+
+def no_entry(policy: OperatorPolicy, family: str) -> Said:
+    """(rule, reason, remedy) for a model of a family for which no safety LoRA is required."""
+    what = f"no safety LoRA is named for {family}, only for {named(policy.guard.families)}"
+    return "guard.required", what, "use a model of these, or ask the operator to name a safety LoRA for it"
 
 
 def check_tasks(policy: OperatorPolicy, run: Attestation, values: Values = no_values) -> None:
@@ -161,20 +170,23 @@ def check_picture(
 
     ``accepted``: its gate's settings are within the policy; ``attested``: a guarded run must have made it.
     """
+    made = run is not None and (run.status.startswith("guarded") or (gate is not None and gate.changed))
     if attested:
-        if run is None or not (run.status.startswith("guarded") or (gate is not None and gate.changed)):
+        if not made and not policy.gates_others:
             what = "an image that no guarded run made, or that passed through a node nobody vouches for, would leave"
             raise RefusedError("open.unattested", what, "connect Guarded VAE Decode or Safety Gate directly")
-        for one in run.runs:  # of an image that was put together of several
+        for one in run.runs if run is not None and made else ():  # of an image that was put together of several
             check_run(policy, one, unsigned, values)
-    if not policy.gate.required:
+    if not (policy.gate.required or (attested and not made)):
         return
+    rule = "gate.required" if policy.gate.required else "guard.other_families"
+    reports = REPORT in (policy.gate.allowed if policy.gate.required else policy.gate.actions or ())
     if gate is None or not accepted:
         what = "an image would leave that no gate judged as the policy asks"
-        raise RefusedError("gate.required", what, "connect Safety Gate, with nothing behind it that edits")
-    if gate.flagged and not gate.changed and not (gate.action == REPORT and REPORT in policy.gate.allowed):
+        raise RefusedError(rule, what, "connect Safety Gate, with nothing behind it that edits")
+    if gate.flagged and not gate.changed and not (gate.action == REPORT and reports):
         what = f"an image would leave that a gate flagged and did not let pass (action {gate.action})"
-        raise RefusedError("gate.required", what, "take the images that come out of the gate, not those that went in")
+        raise RefusedError(rule, what, "take the images that come out of the gate, not those that went in")
 
 
 def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:

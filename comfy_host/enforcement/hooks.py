@@ -51,17 +51,20 @@ from .. import drop_in
 from .. import patcher as host
 from ..functional import measuring
 from ..node_report import CATEGORY
-from . import leaving, node_info, texts, weights
+from . import attached, gated, leaving, node_info, texts, weights
 from . import policy as policies
 
 LOOK = 1.0  # seconds between looks at the policy
 MOST_TOLD = 50  # refusals of one prompt that are told one by one
 MOST_NODES, MOST_INPUTS = 5000, 30_000  # of a prompt: the server's loop waits while it is checked
 MOST_NAME = 1024  # characters of a node's id, its type and its inputs' names
+HIDDEN = "load it with ComfyUI's own loader, and leave out nodes that make copies of their own"  # where all is guarded
+IN_FORCE = "ModularLoraInForce"
 ANY_MODEL = object()  # what an open training or audit may evaluate
 
 log = logging.getLogger("modular_lora")
 _lock = threading.Lock()
+_attached: list[str] = []  # state of the policy that was last seen to put safety LoRAs onto every model
 _wants_texts: list[bool] = []  # whether the policy that was last looked at asks for texts
 _evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evaluating", default=None)
 
@@ -95,6 +98,35 @@ class ModularLoraRefused(io.ComfyNode):
         raise GuardError(policy)
 
 
+class ModularLoraInForce(io.ComfyNode):
+    """Says in the list of nodes that every model is guarded, and by whom; it exists only while that is so."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=IN_FORCE,
+            display_name=f"In force: {_who()}",
+            category=CATEGORY,
+            description=f"Every model on this server is guarded as it leaves a node: {_who()}. Workflows need no node "
+            "for it. This one gives these words as text.",
+            inputs=[],
+            outputs=[io.String.Output(display_name="in force", tooltip="What is in force, and who says so.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(_who())
+
+
+def _who() -> str:
+    """What is in force for every model; a policy's place is the operator's own."""
+    try:
+        policy = policies.current()
+    except PolicyError:
+        policy = None
+    return policy.home if policy is not None and policy.home else "the operator's policy"
+
+
 def register() -> None:
     """Register the prompt handler and poll the policy file once a second: prompts may be in the queue already."""
     if not hasattr(PromptServer.instance, "add_on_prompt_handler"):
@@ -120,10 +152,12 @@ def watch() -> None:
         found = PolicyError("cannot be read")
     if found is None:
         uninstall()
+        _heed_attached(None)
         return
     policies.retry()
     if install():
-        log.warning("Operator's policy: %s", found if isinstance(found, PolicyError) else f"in force, {found.sha256}")
+        log.warning("%s", _said(found))
+    _heed_attached(found)
     texts_wanted = isinstance(found, OperatorPolicy) and found.record.prompts
     if texts_wanted and not _wants_texts:
         _forget_results()  # embeddings that were made before are bound to no text
@@ -132,6 +166,31 @@ def watch() -> None:
         policies.notice(found if isinstance(found, OperatorPolicy) else None)
     except Exception:  # where it must not be missing, it is asked for again
         log.exception("The policy is not in the record.")
+
+
+def _said(found: OperatorPolicy | PolicyError) -> str:
+    """What is in force, for the server's log."""
+    if isinstance(found, PolicyError):
+        return f"Operator's policy: {found}"
+    if found.home:
+        return f"Modular LoRA Guard: in force for every model: {found.home}"
+    return f"Operator's policy: in force, {found.sha256}{', attached to every model' if found.attaches else ''}"
+
+
+def _heed_attached(found: OperatorPolicy | PolicyError | None) -> None:
+    """Where other safety LoRAs are put onto every model than before, what was made before is not kept.
+
+    While some are, a node type that says so stands in the list of nodes.
+    """
+    now = [found.state] if isinstance(found, OperatorPolicy) and found.attaches else []
+    if now != _attached:
+        _forget_results()
+        _attached[:] = now
+    if now:
+        ModularLoraInForce.RELATIVE_PYTHON_MODULE = node_info.origin()
+        node_info.classes()[IN_FORCE] = ModularLoraInForce
+    else:
+        node_info.classes().pop(IN_FORCE, None)
 
 
 def on_prompt(said: Any) -> Any:
@@ -149,6 +208,7 @@ def on_prompt(said: Any) -> Any:
             uninstall()
             return said
         install()
+        _heed_attached(policy)
         wrong = _too_much(said["prompt"])
         refusals = wrong or graphs.check(said["prompt"], node_info.by_name(), policy, node_info.Files(policy))
         said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4()), "prompt": _plain(said["prompt"])}
@@ -296,16 +356,19 @@ def _node(original: Callable) -> Callable:
     async def get_output_data(prompt_id, unique_id, obj, input_data_all, *args, **kwargs):
         policy, token, showing = None, None, None
         where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(node_info.names(type(obj)))}
+        where["pack"] = node_info.pack(type(obj))
         try:
             if (policy := policies.current()) is not None:
                 node = leaving.node_of(type(obj))
-                token = _evaluating.set(_check_node(policy, unique_id, type(obj), input_data_all))
+                evaluates, input_data_all = _check_node(policy, unique_id, type(obj), input_data_all)
+                token = _evaluating.set(evaluates)
                 showing = leaving.begin(policy, node)
             if policy is None:
                 return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
             with weights.reading() as read:
                 made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
                 weights.end(policy, read, made[0])
+                made = (attached.outputs(policy, made[0]), *made[1:])
                 made = leaving.given_out(policy, node, input_data_all, made)
                 for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
                     task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
@@ -329,8 +392,13 @@ def _failed(policy: OperatorPolicy | None, error: BaseException | None, where: M
         _record_refusal(policy, rule, str(error), **where)
 
 
-def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapping[str, list]) -> object | None:
-    """RefusedError for a node that may not run with what has come to it; ANY_MODEL for an open training or audit."""
+def _check_node(
+    policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapping[str, list]
+) -> tuple[object | None, Mapping[str, list]]:
+    """RefusedError for a node that may not run with what has come to it.
+
+    Returns ANY_MODEL for an open training or audit, and the inputs with what the policy puts there (attached, gated).
+    """
     said, names = node_info.facts(kind), node_info.names(kind) or [kind.__name__]
     refusals = [refusal for name in names if (refusal := graphs.check_type(unique_id, name, said, policy))]
     denied = next((one for one in refusals if one.rule != "nodes.allow"), None)
@@ -342,22 +410,30 @@ def _check_node(policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapp
         weights.check_base(policy, value)
     if policy.guard.required and not said.ours:
         _check_models(policy, names, values, said.core)
-    leaving.check(policy, leaving.node_of(kind), inputs)
+    node = leaving.node_of(kind)
+    inputs = gated.inputs(policy, node, attached.bare_inputs(policy, node, inputs))
+    leaving.check(policy, node, inputs)
     if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
-        return None
+        return None, inputs
     policies.record(policy, "opened", type=names[0], node=unique_id)
-    return ANY_MODEL
+    return ANY_MODEL, inputs
 
 
 def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]], core: bool) -> None:
     known = set(names) if core else set()
     for name, value in values:
-        if known & graphs.LOADERS and not set(names) & set(policy.nodes.patching):
+        exempt = policy.gates_others and not isinstance(value, host.GuardMixin)
+        if known & graphs.LOADERS and exempt:
+            attached.check_listed(policy, name, value)
+        elif known & graphs.LOADERS and not set(names) & set(policy.nodes.patching):
             _check_loads(names[0], name, value)
+        if policy.attaches:
+            _check_attached(policy, names[0], name, value)
+            continue
         if known & graphs.BEHIND and isinstance(value, drop_in.DropInMixin):
             continue
         guarded = isinstance(value, host.GuardMixin | host.GuardedModel)
-        if not guarded and not _is_model(value):
+        if not guarded and not attached.is_model(value):
             continue
         if set(names) & set(policy.nodes.patching) or (guarded and set(names) & set(policy.nodes.sampling)):
             continue
@@ -367,15 +443,19 @@ def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[s
 
 def _check_loads(kind: str, name: str, value: Any) -> None:
     """RefusedError for a MODEL or CLIP that a LoRA would be merged into."""
-    model, clip = isinstance(value, host.GuardedModel) or _is_model(value), isinstance(value, comfy.sd.CLIP)
+    model = isinstance(value, host.GuardedModel) or attached.is_model(value)
+    clip = isinstance(value, comfy.sd.CLIP)
     if (model or clip) and not isinstance(value, drop_in.DropInMixin | drop_in.DropInClipMixin):
         what = f"{kind} got a {'MODEL' if model else 'CLIP'} that is not behind Guard as {name}"
         raise RefusedError("guard.required", what, "load LoRAs with Load Task LoRA, or put the loader behind Guard")
 
 
-def _is_model(value: Any) -> bool:
-    patcher = isinstance(value, comfy.model_patcher.ModelPatcher)
-    return patcher and isinstance(value.model, comfy.model_base.BaseModel)
+def _check_attached(policy: OperatorPolicy, kind: str, name: str, value: Any) -> None:
+    """RefusedError for a MODEL that the guard has not reached although it guards every one."""
+    loose = attached.is_model(value) and not isinstance(value, host.GuardMixin)
+    if loose and not attached.is_exempt(policy, value):
+        what = f"{kind} got a MODEL as {name} that is not guarded: a node on the way hid it, or took the guard off"
+        raise RefusedError("guard.attach", what, HIDDEN)
 
 
 def _sampling(original: Callable) -> Callable:
@@ -387,9 +467,10 @@ def _sampling(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         guarded = isinstance(self.model_patcher, host.GuardMixin)
         weights.check_base(policy, self.model_patcher)
-        if policy.guard.required and not guarded:
+        if policy.guard.required and not guarded and not attached.is_exempt(policy, self.model_patcher):
             what = "sampling began on a MODEL that is not guarded"
-            raise RefusedError("guard.required", what, "sample what Guard or Guard Model gives")
+            remedy = HIDDEN if policy.attaches else "sample what Guard or Guard Model gives"
+            raise RefusedError("guard.required", what, remedy)
         if guarded:
             policies.check_run(policy, self.model_patcher.guard_record(self.original_conds))
         token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
@@ -412,7 +493,7 @@ def _end(patcher: Any, guarded: bool, said: texts.Texts | None) -> None:
     run = host.attestation(patcher) if guarded else None
     if run is not None:
         policies.check_run(policy, run)
-    elif policy.guard.required:
+    elif policy.guard.required and not attached.is_exempt(policy, patcher):
         what = "the policy asks for a guard since this run began"
         raise RefusedError("guard.required", what, "queue it again, guarded")
     policies.record_run(policy, run, base, said if policy.record.prompts else None)

@@ -39,6 +39,7 @@ from ...operators.graph import NodeFacts
 from ...operators.policy import OperatorPolicy
 from ...operators.rules import RefusedError
 from .. import patcher
+from ..bound_vae import BoundVaeMixin
 from . import node_info as facts
 from . import policy as policies
 
@@ -103,12 +104,13 @@ def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Non
     if not node.leaves(policy):
         return
     latent_file = node.facts.core and "SaveLatent" in node.names  # it writes the samples and nothing else
+    held = policy.attaches and not node.facts.core  # a guarded model gives no weights away
     weights_pass = node.facts.ours or node.names & set(policy.nodes.allow or ())
     judged, known = leaving.closed(policy) and not node.trusted(policy), node.known(policy)
     for name, value in ((name, value) for name, some in inputs.items() for value in some):
         for leaf in _leaves(value, whole=judged and not latent_file):
             if isinstance(leaf, WEIGHTS):
-                if not weights_pass:
+                if not weights_pass and not (held and _is_guarded(leaf)):
                     what = f"{min(node.names)} writes or shows weights ({name}, {type(leaf).__name__})"
                     raise RefusedError("nodes.allow", what, "take the node out")
             elif judged and not known:
@@ -119,6 +121,11 @@ def check(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Non
         if judged and own and any(_told.get(text) for text in _texts(value)):
             what = f"{name} lets out text that a node of another pack may have made of an image"
             raise RefusedError(leaving.rule(policy), what, "take the node out")
+
+
+def _is_guarded(leaf: Any) -> bool:
+    """A MODEL, CLIP or VAE as the policy has put it there."""
+    return isinstance(leaf, patcher.GuardMixin | patcher.GuardedClipMixin | BoundVaeMixin)
 
 
 def begin(policy: OperatorPolicy, node: Node) -> contextvars.Token:

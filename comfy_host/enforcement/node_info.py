@@ -63,6 +63,11 @@ def origin() -> str:
     return getattr(classes().get(graphs.GUARD), "RELATIVE_PYTHON_MODULE", PACK)
 
 
+def pack(kind: type) -> str:
+    """Which pack a node class came with, as the loader notes; "comfyui" for ComfyUI's own."""
+    return "comfyui" if _is_core(kind) else str(getattr(kind, "RELATIVE_PYTHON_MODULE", "") or kind.__module__)
+
+
 def facts(kind: type) -> NodeFacts:
     """What a node class says of itself (INPUT_TYPES, RETURN_TYPES, OUTPUT_NODE: V1, and what V3 makes of it)."""
     if kind not in _facts:

@@ -9,6 +9,7 @@ import atexit
 import contextvars
 import datetime
 import logging
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -25,17 +26,19 @@ from ...gate.gate import Outcome
 from ...gate.settings import Settings
 from ...modular_lora.errors import GuardError, LoraFileError
 from ...modular_lora.files.cache import kept_lora
+from ...modular_lora.files.reader import sha256_file
 from ...modular_lora.guard.build import CONTAMINATED_KEY, TRAINED_ON_KEY, Safety, Tasks
 from ...modular_lora.provenance import keys, ledger, signing
-from ...modular_lora.provenance.attestation import Attestation, LoraRecord
+from ...modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
 from ...modular_lora.provenance.record import Record
 from ...modular_lora.util.cache import Cache
 from ...modular_lora.util.file_state import find_file_state
+from ...operators import home, rules
 from ...operators import policy as policies
-from ...operators import rules
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import RefusedError
 from .. import patcher
+from ..model_folders import SAFETY_FOLDERS
 
 PROTECTED = "modular_lora"
 UNREAD = "record_unread_policy"  # of refusals under a policy that was never readable: its key cannot sign their record
@@ -55,6 +58,8 @@ _waiting: deque[tuple[str, str, dict[str, Any]]] = deque()  # policy's SHA-256, 
 _beyond: Counter[str] = Counter()  # rules of refusals for which there was no room among them
 _wake, _writer = threading.Event(), threading.Lock()
 _writing: list[threading.Thread] = []
+_lines: dict[tuple, home.Home | None] = {}  # variable, file, its state -> the line; the last
+_homes: Cache[tuple, OperatorPolicy] = Cache(4)  # line, SHA-256 of its files -> what it asks for
 execution: contextvars.ContextVar[str] = contextvars.ContextVar("modular_lora_execution", default="")  # server's own id
 _last: list = []  # what the record last said of the policy
 _lock = threading.RLock()
@@ -67,10 +72,44 @@ def folder() -> Path:
 
 
 def current() -> OperatorPolicy | None:
-    """The policy in force, None where there is none. Raises PolicyError where it cannot be told: sample nothing."""
+    """The policy in force, what a person at home has set where there is none, or None.
+
+    Raises PolicyError where it cannot be told: sample nothing.
+    """
     path = folder() / policies.FILE
     watched = _watched.get(path) or _watched.setdefault(path, policies.Watched(path))
-    return watched.current()
+    found = watched.current()
+    return _at_home(path.parent) if found is None else found
+
+
+def _at_home(place: Path) -> OperatorPolicy | None:
+    """What one line asks for, its files as they are now; see operators.home."""
+    variable, file = os.environ.get(home.VARIABLE, ""), place / home.FILE
+    asked = (variable, file, find_file_state(file))
+    line = _lines[asked] if asked in _lines else home.read(file, variable)
+    _lines.clear()
+    _lines[asked] = line
+    if line is None:
+        return None
+    sha256 = tuple(_sha256_at_home(line, name) for name, _ in line.loras)
+    if (known := _homes.get((line, sha256))) is None:
+        known = _homes.put((line, sha256), home.policy(line, sha256, place))
+    return known
+
+
+def _sha256_at_home(line: home.Home, name: str) -> str:
+    """Of a safety LoRA by its name; found without ComfyUI's own search, which asks for the policy itself."""
+    roots = (root for folder in SAFETY_FOLDERS for root in folder_paths.get_folder_paths(folder))
+    paths = [path for root in roots if (path := Path(root, name)).is_file()]
+    try:
+        found = set(map(sha256_file, paths))
+    except GuardError as error:
+        raise PolicyError(f"{line.where}: {error}", code="policy.home") from error
+    if len(found) != 1:
+        several = "in several, with different contents: rename one" if found else "in none: put it there"
+        said = f"{line.where}: {name} is looked for in the folders {' and '.join(SAFETY_FOLDERS)}, and is {several}."
+        raise PolicyError(said, code="policy.home")
+    return found.pop()
 
 
 def check_open(key: str) -> None:
@@ -115,6 +154,11 @@ def _unsigned_by(policy: OperatorPolicy) -> rules.Unsigned:
         return unsigned(path, lora.sha256, key, policy) if path else f"the file of {lora.name} is not known"
 
     return ask
+
+
+def known_file(sha256: str, path: Path) -> None:
+    """Remember which file a LoRA is, for its signature."""
+    _paths.put(sha256, path)
 
 
 def values_sha256(path: Path) -> str:
@@ -183,9 +227,20 @@ def check_run(policy: OperatorPolicy, run: Attestation) -> None:
 def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
     """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
     found = ledger.known(picture)
-    gate = found.gate
-    accepted = gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
-    rules.check_picture(policy, found.run, gate, _unsigned_by(policy), accepted, attested, _values)
+    accepted = _is_accepted(policy, found.gate)
+    rules.check_picture(policy, found.run, found.gate, _unsigned_by(policy), accepted, attested, _values)
+
+
+def lacks_gate(policy: OperatorPolicy, picture: torch.Tensor) -> bool:
+    """Whether a picture (h w c) leaves only if a gate lets it pass, and none that the policy accepts has done so."""
+    found = ledger.known(picture)
+    asked = policy.gate.required or (policy.gates_others and not found.guarded)
+    passed = found.gate is not None and (found.gate.changed or not found.gate.flagged)
+    return asked and not (passed and _is_accepted(policy, found.gate))
+
+
+def _is_accepted(policy: OperatorPolicy, gate: GateRecord | None) -> bool:
+    return gate is not None and bool(_gates.get((gate.detector_sha256, gate.settings_sha256, policy.state)))
 
 
 def tightened(settings: Settings, detector: Detector) -> Settings:

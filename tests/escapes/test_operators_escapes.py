@@ -15,7 +15,7 @@ from support import (
     escape_leaves,  # noqa: F401 - these add their attempts
     escape_requests,  # noqa: F401 - these add their attempts
 )
-from support.drop_in import translated
+from support.drop_in import translated, without_node
 from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 
@@ -83,6 +83,35 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
     outcomes[any(changed), bool(pictures), bool(ground.seen.refused)] += 1
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
+def test_nor_does_one_where_every_model_is_guarded_without_a_node(ground: Ground, one: Attempt, monkeypatch) -> None:
+    """The same graphs without any node of the guard, and those that cannot be had so as they are."""
+    queue, put = ground.queue, ground.put
+    required = f'{{sha256 = "{ground.safety}"'
+
+    def attaching(text):
+        if text and required in text:
+            text = text.replace("[guard]\n", '[guard]\nattach = "always"\n', 1)
+            text = text.replace(required, f'{{file = "safety.safetensors", {required[1:]}')
+        put(text)
+
+    def queued(graph, *args, **kwargs):
+        made = translated(graph)
+        return queue(graph if made is None else without_node(made), *args, **kwargs)
+
+    monkeypatch.setattr(ground, "queue", queued)
+    monkeypatch.setattr(ground, "put", attaching)
+    ground.write(ground.text(one.policy))
+    ground.begin()
+    one.act(ground)
+    ground.pictures()  # every one of them is attested
+    assert not ground.seen.unguarded
+    said = {line["reason"] for line in ground.refusals()}
+    for sentence in ground.seen.refused:
+        assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
 
 
 def test_with_the_drop_in_node_graphs_were_sent_sampled_and_refused(outcomes) -> None:

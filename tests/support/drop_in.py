@@ -125,6 +125,20 @@ def translated(graph: dict, savers: bool = True) -> dict | None:
     return made
 
 
+def without_node(graph: dict) -> dict:
+    """A graph without Guard: what came from it comes from what went into it, as where every model is guarded."""
+    made = copy.deepcopy(graph)
+    while name := next((n for n, one in made.items() if one["class_type"] == "ModularLoraGuard"), None):
+        inputs = made.pop(name)["inputs"]
+        for one in made.values():
+            for key, link in list(one["inputs"].items()):
+                if isinstance(link, list) and len(link) == 2 and link[0] == name:
+                    one["inputs"][key] = inputs.get(SOCKETS.get(link[1], ""))
+                    if one["inputs"][key] is None:
+                        del one["inputs"][key]
+    return made
+
+
 def _decodes(one: dict) -> bool:
     return one["class_type"] in ("VAEDecode", "VAEDecodeTiled")
 

@@ -1,6 +1,10 @@
-"""Nodes that call ComfyUI as other packs' do: loaders of LoRAs, one that samples and decodes, a ControlNet."""
+"""Nodes that call ComfyUI as other packs' do: loaders of LoRAs and checkpoints, pipes, samplers, a ControlNet."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +22,17 @@ def _node(run, *returns: str, **inputs) -> type:
         "run": lambda self, **given: run(**given),
     }
     return type("PackNode", (), members)
+
+
+def _async_node(run, *returns: str, **inputs) -> type:
+    """The same around a coroutine."""
+
+    async def execute(self, **given):
+        return await run(**given)
+
+    made = _node(run, *returns, **inputs)
+    made.run = execute
+    return made
 
 
 def _file(name: str) -> dict:
@@ -107,7 +122,112 @@ def own_clone(model):
     return (made,)
 
 
+class Pipe:
+    """What packs hand on between nodes of their own."""
+
+    def __init__(self, **parts):
+        self.parts, self.first = parts, parts.get("model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    model: object
+    rest: tuple
+
+
+class Named(NamedTuple):
+    model: object
+    clip: object
+    vae: object
+
+
+CARRIERS = {
+    "tuple": lambda m, c, v: (m, c, v, None),
+    "named tuple": Named,
+    "list": lambda m, c, v: [m, [c, v]],
+    "dict": lambda m, c, v: {"model": m, "rest": {"clip": c, "vae": v}},
+    "object": lambda m, c, v: Pipe(model=m, clip=c, vae=v),
+    "frozen": lambda m, c, v: Frozen(m, (c, v)),
+}
+_hidden: list = []  # a loader's own cache
+
+
+@functools.cache  # as packs keep what they loaded
+def _loaded(ckpt_name: str) -> tuple:
+    import comfy.sd
+    import folder_paths
+
+    path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+    return comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)[:3]
+
+
+def pipe_loader(ckpt_name: str, form: str):
+    """A checkpoint as one value of a type of the pack's own, as Easy-Use, Impact and Efficiency hand it on."""
+    return (CARRIERS[form](*_loaded(ckpt_name)),)
+
+
+def pipe_sampler(pipe, form: str):
+    """Takes it apart, encodes, samples and decodes by itself."""
+    ways = {"dict": lambda p: (p["model"], *p["rest"].values()), "list": lambda p: (p[0], *p[1])}
+    ways |= {"object": lambda p: (p.first, p.parts["clip"], p.parts["vae"]), "frozen": lambda p: (p.model, *p.rest)}
+    return one_node(*ways.get(form, lambda p: p[:3])(pipe), text="gloss, cat", tiled=False)
+
+
+def hiding_loader(ckpt_name: str):
+    """A loader that keeps the models for the pack's own sampler and gives a name for them."""
+    _hidden[:] = _loaded(ckpt_name)
+    return ("key",)
+
+
+def hiding_sampler(key: str, model=None):
+    _, clip, vae = _hidden
+    return one_node(_hidden[0] if model is None else model, clip, vae, text="gloss, cat", tiled=False)
+
+
+def parts_loader(ckpt_name: str, part: int):
+    """A MODEL, CLIP or VAE alone, as ComfyUI's loaders of single files give them."""
+    return (_loaded(ckpt_name)[part],)
+
+
+async def late_loader(ckpt_name: str):
+    """A coroutine, as newer nodes are."""
+    import asyncio
+
+    await asyncio.sleep(0.01)
+    return _loaded(ckpt_name)
+
+
+def expanding_loader(ckpt_name: str):
+    """A node that expands to others and hands a model on as it is."""
+    from comfy_execution.graph_utils import GraphBuilder
+
+    graph = GraphBuilder()
+    latent = graph.node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    return {"result": (*_loaded(ckpt_name), latent.out(0)), "expand": graph.finalize()}
+
+
+def toy(family: str):
+    """A small model of another family, and a conditioning for it."""
+    from support.families import make
+    from support.families_image import U_NETS
+
+    one = next(one for one in U_NETS if one.name == family)
+    generator = torch.Generator().manual_seed(1)
+    return make(one), [[torch.randn(1, *one.context, generator=generator), {}]]
+
+
 NODES = {
+    "PackPipeLoader": _node(pipe_loader, "PACK_PIPE", ckpt_name="STRING", form="STRING"),
+    "PackPipeSampler": _node(pipe_sampler, "IMAGE", pipe="PACK_PIPE", form="STRING"),
+    "PackHidingLoader": _node(hiding_loader, "PACK_KEY", ckpt_name="STRING"),
+    "PackHidingSampler": _node(hiding_sampler, "IMAGE", key="PACK_KEY"),
+    "PackHalfHidingSampler": _node(hiding_sampler, "IMAGE", key="PACK_KEY", model="MODEL"),
+    "PackModel": _node(lambda ckpt_name: parts_loader(ckpt_name, 0), "MODEL", ckpt_name="STRING"),
+    "PackClip": _node(lambda ckpt_name: parts_loader(ckpt_name, 1), "CLIP", ckpt_name="STRING"),
+    "PackCheckpoint": _node(_loaded, "MODEL", "CLIP", "VAE", ckpt_name="STRING"),
+    "PackLateLoader": _async_node(late_loader, "MODEL", "CLIP", "VAE", ckpt_name="STRING"),
+    "PackExpandingLoader": _node(expanding_loader, "MODEL", "CLIP", "VAE", "LATENT", ckpt_name="STRING"),
+    "PackToy": _node(toy, "MODEL", "CONDITIONING", family="STRING"),
     "PackPowerLoader": _node(power_loader, "MODEL", "CLIP", model="MODEL", clip="CLIP", loras="STRING"),
     "PackBlockLoader": _node(
         block_loader, "MODEL", "CLIP", model="MODEL", clip="CLIP", lora_name="STRING", first="FLOAT", others="FLOAT"

@@ -15,8 +15,9 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import new_executor
 from PIL import Image
-from support.drop_in import translated
+from support.drop_in import translated, without_node
 from support.errors import refuses
 from support.graphs import GraphError, guarded_graph, keeping_code, sampler, save_lora
 from support.mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
@@ -290,6 +291,62 @@ def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
         pytest.skip("needs all mutations of this file in one process")
     assert drop_in_tally["attested"] >= 0.2 * count
     assert drop_in_tally["refused by the guard"] >= 0.1 * count
+
+
+class AttachJudge(DropInJudge):
+    """The same graphs without a node of the guard, under a policy that puts the safety LoRA onto every model."""
+
+    folder = "a"
+
+    def __init__(self, operator, *rest):
+        super().__init__(*rest)
+        self.operator, self.own, self.plain = operator, new_executor(self.comfy), self.executor
+
+    def graph(self, mutant: Mutator) -> Graph:
+        return without_node(super().graph(mutant))
+
+    def run(self, mutant: Mutator, seed: int) -> str:
+        guard = next(one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel")
+        some = []
+        for one in chain(mutant.graph, guard, "safety_lora"):
+            sha256 = hashlib.sha256((self.comfy.loras / one["lora_name"]).read_bytes()).hexdigest()
+            least = "min_net_strength = 0.1, min_acted_strength = 0.0"
+            what = f'sha256 = "{sha256}", file = "{one["lora_name"]}", strength = {float(one["strength"])}'
+            some.append(f"{{{what}, {least}}}")
+        text = f'[guard]\nattach = "always"\nrequired = [{", ".join(some)}]\n[open]\nunattested = true\n'
+        self.operator.write(text)
+        self.own.reset()
+        self.executor = self.own
+        try:
+            return super().run(mutant, seed)
+        finally:
+            self.operator.remove()
+
+    def _references(self, graph: Graph, links: list[list]) -> list[torch.Tensor]:
+        """Without the policy."""
+        self.operator.remove()
+        self.executor = self.plain
+        return super()._references(graph, links)
+
+    def _refusal(self, error: GraphError) -> str:
+        kinds = {d.get("exception_type", "") for e, d in self.comfy.server.messages if e == "execution_error"}
+        if any(kind.endswith("RefusedError") for kind in kinds):
+            return "refused by the guard"
+        return super()._refusal(error)
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("seed", range(GROUPS * SIZE))
+def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, pictures, operator, seed):
+    judge = AttachJudge(operator, comfy, run_graph, world, pictures)
+    mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
+    if translated(mutant.graph) is None:
+        return  # handles of LoRAs go a way that has nothing which corresponds to it
+    try:
+        judge.run(mutant, seed)
+    except (AssertionError, Exception) as error:
+        made = json.dumps(judge.graph(mutant), indent=1)
+        raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{made}") from error
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:

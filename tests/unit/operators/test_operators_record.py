@@ -377,3 +377,12 @@ def test_the_command_says_in_one_line_what_is_wrong(folder, operator, capsys, ca
     assert "record-000001.jsonl line 1" in caplog.messages[0]
     assert cli.main(["record", "verify", str(folder.parent)]) == 1
     assert "holds no record" in caplog.messages[-1]
+
+
+def test_refusals_are_counted_by_pack(folder: Path, capsys) -> None:
+    record = Record(folder, 10_000)
+    for pack, kind in (("packs.one", "Load"), ("packs.two", "Draw"), ("packs.two", "Draw")):
+        record.append("refused", rule="guard.required", reason="x", type=kind, pack=pack)
+    record.append("refused", rule="nodes.deny", reason="when it was queued", type="Draw")
+    assert cli.main(["record", "packs", str(folder)]) == 0
+    assert capsys.readouterr().out.split() == ["2", "packs.two", "Draw", "1", "packs.one", "Load"]
