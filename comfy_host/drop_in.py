@@ -18,7 +18,7 @@ import torch
 
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard import functional
+from ..modular_lora.guard import functional, safety_first
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -34,7 +34,7 @@ from ..modular_lora.guard.build import (
 from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
 from ..modular_lora.guard.summary import guard_summary, run_line
 from ..modular_lora.provenance import ledger
-from ..modular_lora.provenance.attestation import Attestation, LoraRecord
+from ..modular_lora.provenance.attestation import SAFETY_FIRST, Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
 from ..modular_lora.util.cache import Cache
 from . import guard_cache, lifting, patcher, pending
@@ -268,7 +268,8 @@ def _clip_of(clip, with_patcher):
 
 def _build(side: Side, shared: _Shared, added: Iterable[Added]) -> GuardState:
     """The guard on one side with these LoRAs; remembered, as other clones may carry the same."""
-    every = lifting.joined(side, tuple(added))
+    first = side.limits.combine == SAFETY_FIRST
+    every = () if first and side.is_text else lifting.joined(side, tuple(added))
     tasks = tuple(one.task for one in every)
     key = guard_cache.part_key(side.part, side.base, side.safety, tasks, side.limits)
     if (built := guard_cache.guards.get(key)) is None:
@@ -297,7 +298,9 @@ def _part(side: Side, every: tuple[Added, ...], tasks: Tasks) -> GuardedPart:
 def _record(shared: _Shared, side: Side, part: GuardedPart, tasks: Tasks) -> Attestation:
     """Of a run that has not begun; of a text encoder what its guard knows."""
     base = shared.model
-    return make_record(PACK, family(base), model_sha256(base), False, (part, None), side.safety, tasks)
+    return make_record(
+        PACK, family(base), model_sha256(base), False, (part, None), side.safety, tasks, side.limits.combine
+    )
 
 
 def _with_text(loras: tuple[LoraRecord, ...], encoders: Iterable[Encoder]) -> tuple[LoraRecord, ...]:
@@ -352,7 +355,9 @@ def _report(made: list[DropInMixin], shared: _Shared) -> tuple[str, str]:
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
     check_coverage(tuple(_safety_lines(part) for part in parts), shared.clip is not None)
-    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None))
+    if shared.limits.combine == SAFETY_FIRST:
+        safety_first.calibrations(record, [s.lora for s in shared.safety])
+    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None, shared.limits.combine))
     lines = [format_guard(record.base_family, record.base_sha256, parts, remarks)]
     if not any(one.guard_added for one in made[1:]):
         found = _measured(shared, parts[0], tuple(a.task for a in made[0].guard_added), record.base_sha256)

@@ -104,6 +104,7 @@ class Guard:
     required: tuple[Required, ...] = _must(
         "the safety LoRAs that every sampling must carry; [] leaves sampling unguarded"
     )
+    combine: Literal["", "sum", "safety first"] = ""  # how every sampling must put its LoRAs together; "": either
     interference_is_error: StrictBool = False
     contamination_is_error: StrictBool = False
 
