@@ -48,6 +48,8 @@ def calibrations(record: Attestation, safety: Iterable[LoraFile]) -> dict[str, C
     found = {}
     for lora in safety:
         said = activity.fitting(activity.read(lora), record, strengths[lora.sha256], 1.0)
+        if lora.sha256 not in record.net_strength:
+            said = "it acts on the text encoder alone, where no activity is measured"
         if isinstance(said, str):
             raise GuardError(
                 f"Safety first: of safety LoRA {lora.name} it cannot be told where the task LoRAs must give way: "
