@@ -171,8 +171,8 @@ def test_a_prompt_counts_whenever_it_acts_and_the_negative_one_never(scene):
     (scheduled,) = runs(scene, sample(patcher, both, NEGATIVE))
     assert (scheduled.task_share, scheduled.muted_evaluations) == (0.0, 2)
     made = sample(patcher, kept, about)
-    assert torch.equal(made, sample(guarded(scene, combine="sum"), kept, about))
     assert runs(scene, made)[0].task_share == 1.0
+    assert torch.equal(made, sample(guarded(scene, combine="sum"), kept, about))
 
 
 def test_a_batch_under_a_controlnet_is_merged_too(scene):
@@ -228,10 +228,9 @@ def test_loras_of_loaders_and_hooks_behind_the_drop_in_guard_give_way(scene):
     limits = g.GuardLimits(combine="safety first")
     plain = drop_in.attach(scene.model, None, None, (g.SafetyLora(scene.safety, 1.0),), limits).model
     loaded, _ = load_lora_for_models(plain, None, file, TASK, 0.0)
-    assert torch.equal(
-        sample(loaded, batch(*PROMPTS), NEGATIVE, latent(3)),
-        sample(guarded(scene), batch(*PROMPTS), NEGATIVE, latent(3)),
-    )
+    ours, other = (sample(one, batch(*PROMPTS), NEGATIVE, latent(3)) for one in (loaded, guarded(scene)))
+    assert (ours - other).abs().max() < 1e-4 * other.abs().max()
+    assert [run.task_share for run in runs(scene, ours)] == [run.task_share for run in runs(scene, other)]
     alone = guarded(scene, tasks=False)
     hooks = create_hook_lora(lora=file, strength_model=TASK, strength_clip=0.0)
     about, kept = (
