@@ -238,11 +238,13 @@ def test_loras_of_loaders_and_hooks_behind_the_drop_in_guard_give_way(scene):
     about, kept = (
         set_hooks_for_conditioning(PROMPTS[scene.order[place]], hooks=hooks, append_hooks=True) for place in (2, 0)
     )
-    made = sample(plain, about, NEGATIVE)
-    assert torch.equal(made, sample(alone, PROMPTS[scene.order[2]], NEGATIVE))
-    assert runs(scene, made)[0].task_share == 0.0
-    assert any(lora.role == "task" for lora in runs(scene, made)[0].loras)
-    assert not torch.equal(sample(plain, kept, NEGATIVE), sample(alone, PROMPTS[scene.order[0]], NEGATIVE))
+    for positive, place, acts in ((about, 2, False), (kept, 0, True)):  # hooks split an evaluation into two calls
+        made, other = sample(plain, positive, NEGATIVE), sample(alone, PROMPTS[scene.order[place]], NEGATIVE)
+        (run,) = runs(scene, made)
+        assert run.task_share == float(acts)
+        assert any(lora.role == "task" for lora in run.loras)
+        apart = float((made - other).abs().max() / other.abs().max())
+        assert apart > 1e-3 if acts else apart < 1e-5
 
 
 def test_task_loras_do_not_act_in_the_text_encoder(comfy, loaded, loras):
