@@ -25,7 +25,8 @@ def combine_input() -> io.Input:
         "sum: all LoRAs act together. safety first: the task LoRAs of an image give way where the safety LoRA acts on "
         "its prompt; needs a safety LoRA with a calibration (Calibrate Safety LoRA), and one more evaluation a run."
     )
-    return io.Combo.Input("combine", list(COMBINE), default=COMBINE[0], optional=True, tooltip=tip)
+    made = io.Combo.Input("combine", list(COMBINE), default=COMBINE[0], optional=True, tooltip=tip)
+    return rarely([made], made.id)[0]
 
 
 def rarely(inputs: list[io.Input], *names: str) -> list[io.Input]:
