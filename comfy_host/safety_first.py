@@ -30,14 +30,14 @@ LEFT_OUT = ("timestep_start", "timestep_end", "hooks", "default")
 def found_first(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
     """Around a sampler (wrapper SAMPLER_SAMPLE): finds g of every image before its first evaluation."""
     patcher = guider.model_patcher
-    if patcher.branches.gives_way and len(sigmas) > 1:
+    run = getattr(patcher, "guard_run", None)
+    if run is not None and patcher.branches.gives_way and len(sigmas) > 1:
         with_tasks = any(lora.role == "task" for lora in patcher.guard_state.record.loras)
         if with_tasks or getattr(patcher, "guard_hooked", None):
-            found = _found(guider, patcher, noise, extra_args["model_options"])
-            patcher.guard_run.found(found)
+            run.found(_found(guider, patcher, noise, extra_args["model_options"]))
             forget(patcher.model)
         else:
-            patcher.guard_run.shares_are((1.0,) * len(noise))
+            run.shares_are((1.0,) * len(noise))
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 
