@@ -18,7 +18,7 @@ from support.giving_way import activities, calibrated, expected_share
 from support.graphs import save_lora
 
 TASK = 0.6
-ALONE = "Hunyuan 3D 2.1"  # its network takes prompt and negative prompt together alone: no prompt has an activity
+ALONE = "Hunyuan 3D 2.1"  # takes a prompt and a negative prompt in one call only, so a prompt alone has no activity
 FAMILIES = [family for family in (*IMAGE, *DITS, *VIDEOS, *NEWER) if family.name != ALONE]
 NEGATIVE = random_cond(2)
 WIDE = (1e6, 2e6)  # bounds below which every prompt lies
