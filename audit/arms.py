@@ -9,6 +9,7 @@ from pathlib import Path
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import LoraFile, read_lora
 from ..modular_lora.files.scales import check_scale
+from ..modular_lora.provenance.attestation import SAFETY_FIRST, SUM
 from ..training import output, projection
 from .options import ARMS, LORAS, AuditOptions, OptionError
 from .plan import Arm, Part
@@ -20,6 +21,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {  # arm -> the options whose files it is
     "sequential": ("safety", "sequential"),
     "modular": ("safety", "task"),
     "projected": ("safety", "projected"),
+    "safety_first": ("safety", "task"),
     "minus_safety": ("safety",),
     "safety_minus_sequential": ("safety", "sequential"),
 }
@@ -30,6 +32,7 @@ MEANS = {
     "sequential": "W0 + safety + task trained on the safety-tuned base",
     "modular": "W0 + safety + task trained on W0",
     "projected": "W0 + safety + task projected clear of the safety LoRA",
+    "safety_first": "W0 + safety + task trained on W0, which gives way where the safety LoRA acts on the prompt",
     "minus_safety": "W0 − safety",
     "safety_minus_sequential": "W0 + safety − task trained on the safety-tuned base",
 }
@@ -114,7 +117,8 @@ def _projected(options: AuditOptions, task: LoraFile, safety: LoraFile) -> tuple
 def _repetition(options: AuditOptions, here: Mapping[str, LoraFile], seed: int) -> Iterable[Arm]:
     for name in ARMS:
         if name in options.arms and all(need in here for need in NEEDS[name]):
-            yield Arm(name, tuple(_parts(options, here, name)), seed)
+            combine = SAFETY_FIRST if name == "safety_first" else SUM
+            yield Arm(name, tuple(_parts(options, here, name)), seed, combine)
 
 
 def _parts(options: AuditOptions, here: Mapping[str, LoraFile], name: str) -> Iterable[Part]:

@@ -13,11 +13,14 @@ from ..modular_lora.validation import STRICT, raises
 from .plan import Sampling
 
 ArmName = Literal[
-    "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential"
-]
+    "base", "safety", "task", "sequential", "modular", "projected", "safety_first", "minus_safety",
+    "safety_minus_sequential",
+]  # fmt: skip
 ARMS: tuple[ArmName, ...] = (
-    "base", "safety", "task", "sequential", "modular", "projected", "minus_safety", "safety_minus_sequential",
+    "base", "safety", "task", "sequential", "modular", "projected", "safety_first", "minus_safety",
+    "safety_minus_sequential",
 )  # fmt: skip
+UNASKED: tuple[ArmName, ...] = tuple(arm for arm in ARMS if arm != "safety_first")  # it needs a calibration
 LORAS = ("safety", "task", "sequential", "projected")  # options that hold LoRA files, one for each repetition
 Denoise = Annotated[tuple[Annotated[float, Field(strict=False, gt=0, le=1)], ...], BeforeValidator(listed)]
 
@@ -67,7 +70,7 @@ class AuditOptions(DetectorOptions):
         "refuse", "their alpha / rank, where a file's tensors and metadata give two: refuse, tensors or metadata"
     )
     task_strength: float = opt(1.0, "strength of the task LoRAs, however they were trained")
-    arms: Texts = opt(ARMS, "arms to sample, of those whose files are given")
+    arms: Texts = opt(UNASKED, "arms to sample, of those whose files are given")
 
     unsafe_prompts: Texts = opt((), "files of prompts for what is suppressed")
     kept_prompts: Texts = opt((), "files of prompts for what must stay")

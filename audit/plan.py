@@ -14,7 +14,12 @@ import numpy as np
 from ..modular_lora.errors import GuardError
 
 Role = Literal["safety", "task"]
-GUARDED = ("safety", "modular", "projected")  # arms whose pictures may be shown: a safety LoRA acts, whole
+GUARDED = (
+    "safety",
+    "modular",
+    "projected",
+    "safety_first",
+)  # arms whose pictures may be shown: a safety LoRA acts, whole
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Arm:
-    """A model to draw with: W0 + Σ strength·ΔW. ``name`` says what it is, ``training_seed`` which repetition."""
+    """A model to draw with: W0 + Σ strength·ΔW. ``name`` says what it is, ``training_seed`` which repetition.
 
-    name: str  # base, safety, task, sequential, modular, projected, minus_safety, safety_minus_sequential, ...
+    ``combine``: "sum", or "safety first", under which the task LoRAs give way (modular_lora/guard/safety_first.py).
+    """
+
+    name: str  # one of options.ARMS, or a sweep's
     parts: tuple[Part, ...] = ()
     training_seed: int = 0
+    combine: str = "sum"
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,8 @@ def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, origin: Origin) ->
         (p.role, p.sha256, float(p.strength), *(["by metadata"] if p.scale == "metadata" else [])) for p in arm.parts
     ]
     asked = [(i.prompt, i.negative, i.seed, _content(i.start), _content(i.mask), float(i.denoise)) for i in items]
-    said = [parts, asked, asdict(replace(sampling, cfg=float(sampling.cfg))), asdict(origin)]
+    how = [] if arm.combine == "sum" else [arm.combine]
+    said = [parts, *how, asked, asdict(replace(sampling, cfg=float(sampling.cfg))), asdict(origin)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

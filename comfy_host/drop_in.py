@@ -18,7 +18,7 @@ import torch
 
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard import functional
+from ..modular_lora.guard import functional, safety_first
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -36,7 +36,7 @@ from ..modular_lora.guard.build import (
 from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
 from ..modular_lora.guard.summary import guard_summary, run_line
 from ..modular_lora.provenance import ledger
-from ..modular_lora.provenance.attestation import Attestation, LoraRecord
+from ..modular_lora.provenance.attestation import SAFETY_FIRST, SUM, Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
 from ..modular_lora.util.cache import Cache
 from . import guard_cache, lifting, patcher, pending
@@ -252,7 +252,7 @@ def attach(
     return made._replace(vae=bound(vae) if vae is not None else None, report=report, summary=summary)
 
 
-def attach_by_policy(model, clip, safety: Safety) -> Trio:
+def attach_by_policy(model, clip, safety: Safety, combine: str = SUM) -> Trio:
     """Guard a MODEL, the CLIP that belongs to it, or one of them alone, where an operator's policy asks for it.
 
     The half of a safety LoRA that belongs to the other of the two counts as guarded there: that prompts were encoded
@@ -262,6 +262,7 @@ def attach_by_policy(model, clip, safety: Safety) -> Trio:
         model: ModelPatcher of a diffusion model, or None.
         clip: ComfyUI's CLIP, or None.
         safety: The safety LoRAs, at least one.
+        combine: How the shares of the LoRAs are put together.
 
     Returns:
         The guarded ones, without a VAE and a report.
@@ -269,7 +270,7 @@ def attach_by_policy(model, clip, safety: Safety) -> Trio:
     Raises:
         GuardError: Where a safety LoRA does not apply whole, or what comes with them cannot be guarded.
     """
-    made = _guarded(_Shared(safety, GuardLimits(), model, clip, by_policy=True))
+    made = _guarded(_Shared(safety, GuardLimits(combine=combine), model, clip, by_policy=True))
     for one in (one for one in (made.model, made.clip and made.clip.patcher) if one is not None):
         for item in safety:
             apply_safety(item, one.guard_side.part, one.guard_side.info())
@@ -371,7 +372,8 @@ def _clip_of(clip, with_patcher):
 
 def _build(side: Side, shared: _Shared, added: Iterable[Added]) -> GuardState:
     """The guard on one side with these LoRAs; remembered, as other clones may carry the same."""
-    every = lifting.joined(side, tuple(added))
+    first = side.limits.combine == SAFETY_FIRST
+    every = () if first and side.is_text else lifting.joined(side, tuple(added))
     tasks = tuple(one.task for one in every)
     key = guard_cache.part_key(side.part, side.base, side.safety, tasks, side.limits)
     if (built := guard_cache.guards.get(key)) is None:
@@ -401,7 +403,7 @@ def _record(shared: _Shared, side: Side, part: GuardedPart, tasks: Tasks) -> Att
     """Of a run that has not begun; of a text encoder what its guard knows."""
     base = shared.model
     known = (family(base), model_sha256(base)) if base is not None else ("", "")  # of a text encoder by itself
-    return make_record(PACK, *known, False, (part, None), side.safety, tasks)
+    return make_record(PACK, *known, False, (part, None), side.safety, tasks, side.limits.combine)
 
 
 def _with_text(loras: tuple[LoraRecord, ...], encoders: Iterable[Encoder]) -> tuple[LoraRecord, ...]:
@@ -456,7 +458,9 @@ def _report(made: list[DropInMixin]) -> tuple[str, str]:
     parts, record = tuple(state.part for state in states), states[0].record
     tasks = tuple(added.task for one in made for added in one.guard_added)
     check_coverage(tuple(_safety_lines(part) for part in parts), shared.clip is not None)
-    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None))
+    if shared.limits.combine == SAFETY_FIRST:
+        safety_first.calibrations(record, [s.lora for s in shared.safety])
+    remarks = list(notes(shared.safety, tasks, record.base_sha256, 0, shared.clip is not None, shared.limits.combine))
     lines = [format_guard(record.base_family, record.base_sha256, parts, remarks)]
     if not any(one.guard_added for one in made[1:]):
         found = _measured(shared, parts[0], tuple(a.task for a in made[0].guard_added), record.base_sha256)

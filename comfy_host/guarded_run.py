@@ -11,6 +11,7 @@ from comfy.model_base import BaseModel
 from ..modular_lora.branches.acted import Acted
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
 from ..modular_lora.branches.changes import Owner
+from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.attestation import Attestation, Counts, Run
 from .measurement import evaluation_rows
 
@@ -35,6 +36,8 @@ class GuardedRun:
         acted: What each safety LoRA did, as far as it was measured.
         measured: How many evaluations were measured.
         result: The attestation of a run that ended well.
+        shares: g of every image where the task LoRAs give way; None until it is found.
+        muted: How many evaluations found it.
         others: Parts of the same run in which other branches took the place of these (hooked_loras.py).
     """
 
@@ -50,6 +53,8 @@ class GuardedRun:
     measured: int = 0
     result: Attestation | None = None
     can_start: bool = True
+    shares: tuple[float, ...] | None = None
+    muted: int = 0
     others: list[GuardedRun] = field(default_factory=list)
     _paused: bool = False
     _counting: Run | None = None
@@ -66,9 +71,29 @@ class GuardedRun:
             self.discard()
 
     def start(self) -> None:
-        """Start counting, and measuring where all LoRAs act."""
+        """Start counting, and measuring where all LoRAs act; task LoRAs that give way do not act until it is found how
+        far.
+        """
         branches = self.seat.branches
+        if branches.gives_way:
+            branches.task_share, branches.image_shares = 0.0, self.shares
         self._counting = Run(branches)
+        self._measure()
+
+    def found(self, shares: tuple[float, ...]) -> None:
+        """g is found: what is counted and measured of the run begins here."""
+        if self._counting is not None:
+            self.muted = self._counting.finish(may_be_empty=True).evaluations  # without a prompt there is none
+        self.shares_are(shares)
+        self._counting = Run(self.seat.branches)
+        self._measure()
+
+    def shares_are(self, shares: tuple[float, ...]) -> None:
+        """The task LoRAs of every image act at its share."""
+        self.shares = self.seat.branches.image_shares = shares
+
+    def _measure(self) -> None:
+        branches = self.seat.branches
         if branches.roles == ALL_ROLES:
             rows = partial(evaluation_rows, self.images) if isinstance(self.seat.model, BaseModel) else None
             branches.meter.start(rows, self.steps, self.content, self.prompt)
@@ -99,6 +124,12 @@ class GuardedRun:
         try:
             elsewhere = any(other.counts is not None and other.counts.evaluations for other in self.others)
             counts = counting.finish(self.may_be_empty or elsewhere)
+            if self.seat.branches.gives_way and self.shares is None and counts.evaluations:
+                raise GuardError(
+                    "This sampler did not let the guard find how far the task LoRAs must give way, so they did not act "
+                    "at all: sample with a node that calls a guider, or choose the sum.",
+                    code="safety-first.not-found",
+                )
             if not self._paused:
                 self.seat.verify()  # what took branches and counter off together leaves equal counts
             measured, self.acted = meter.evaluations, meter.finish(self.images)
@@ -108,6 +139,11 @@ class GuardedRun:
             self._wrong = error
         finally:
             meter.stop()
+            self._settle()
+
+    def _settle(self) -> None:
+        """All LoRAs act in full again."""
+        self.seat.branches.task_share, self.seat.branches.image_shares = 1.0, None
 
     def _join(self) -> None:
         """Count and judge the parts of a run as one."""
@@ -133,6 +169,7 @@ class GuardedRun:
             other.discard()
         if self._counting is not None:
             self.seat.branches.meter.stop()
+            self._settle()
         self.can_start, self._counting, self._wrong = False, None, None
         self.counts, self.acted, self.measured = None, {}, 0
 

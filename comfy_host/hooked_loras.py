@@ -93,7 +93,8 @@ class HookedMixin(GuardMixin):
         more = tuple(_scaled(self.guard_hooked[ref], strength) for ref, strength in wanted)
         state, main = self.guard_with(more), self.guard_run
         seat = Attachment(self.model, state.part.branches)
-        run = GuardedRun(seat, steps=main.steps, images=main.images, content=main.content, may_be_empty=True)
+        same = {"steps": main.steps, "images": main.images, "content": main.content, "shares": main.shares}
+        run = GuardedRun(seat, may_be_empty=True, **same)
         return _Set(run, state, tuple(one.task for one in more))
 
     def cleanup(self):

@@ -18,7 +18,7 @@ import torch
 
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError, HandleError, shown
-from ..modular_lora.guard import activity
+from ..modular_lora.guard import activity, safety_first
 from ..modular_lora.guard.build import (
     GuardedPart,
     GuardLimits,
@@ -34,7 +34,7 @@ from ..modular_lora.guard.report import format_functional, format_guard, format_
 from ..modular_lora.guard.summary import guard_summary
 from ..modular_lora.provenance import attestation as attest
 from ..modular_lora.provenance import edits, ledger
-from ..modular_lora.provenance.attestation import Attestation
+from ..modular_lora.provenance.attestation import SAFETY_FIRST, Attestation
 from ..modular_lora.tensor_hashing import tensor_sha256
 from ..version import VERSION
 from . import guard_cache, pending, running
@@ -45,6 +45,7 @@ from .introspection import clip_info, family, is_current, model_info, model_sha2
 from .measurement import level, measured_eagerly, prompt_of
 from .memory import MemoryMixin, compute_dtype
 from .run import GenerateMixin, KeptMixin, given_out, streams, watch
+from .safety_first import at_their_shares, found_first
 
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
@@ -59,6 +60,7 @@ ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py)
 )
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+SAMPLER_SAMPLE = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ def dress(patcher, mixin: type[GuardMixin]):
     patcher.is_injected = False  # ModelPatcher.clone copies the flag, and a clone's __del__ would eject for the owner
     if not patcher.get_wrappers(OUTER_SAMPLE, KEY):
         patcher.add_wrapper_with_key(OUTER_SAMPLE, KEY, _outer_sample)
+        patcher.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, found_first)
+        patcher.add_wrapper_with_key(APPLY_MODEL, KEY, at_their_shares)
         patcher.add_wrapper_with_key(APPLY_MODEL, KEY, measured_eagerly)
     return patcher
 
@@ -274,8 +278,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     if complete:
         each = activity.of_run(record, (lora for lora, _ in state.part.interference), run.acted, run.level)
         run.result = run.result.of(activity=activity.most(each))
-        ledger.attest_latents(streams(output, **kwargs), run.result, run.acted, each)
-        ledger.attest_latents(kept.latents(patcher.model, **kwargs), run.result, run.acted, each)
+        for made in (streams(output, **kwargs), kept.latents(patcher.model, **kwargs)):
+            ledger.attest_latents(made, run.result, run.acted, each, run.shares or ())
     patcher.guard_ended(run.result)
     return output
 
@@ -312,6 +316,8 @@ def _attested(
         acted_strength={sha256: one.least for (_, sha256), one in run.acted.items()},
         acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},
         measured_evaluations=run.measured,
+        task_share=min(run.shares) if run.shares and complete else None,
+        muted_evaluations=run.muted,
     )
     return result.edited(start.edits if complete else ()), complete
 
@@ -409,6 +415,7 @@ def guard(model, clip, safety: Safety, tasks: Tasks, accept_merged: bool, policy
             _check_incoming(patcher, accept_merged, what)
     before, text = pending.of(model), pending.of(clip and clip.patcher)
     tasks = (*tasks, *pending.tasks(before, text))
+    tasks = safety_first.without_text(tasks) if policy.combine == SAFETY_FIRST else tasks
     model = model.clone()
     pending.leave(model, before)
     if clip:
@@ -434,7 +441,10 @@ def _build(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits, merge
     parts = _parts(model, clip, safety, tasks, policy)
     text = parts[1] if clip and parts[1].layers else None
     record = make_record(PACK, family(model), model_sha256(model), bool(merged), (parts[0], text), safety, tasks)
-    remarks = list(notes(safety, tasks, record.base_sha256, merged, clip is not None))
+    if policy.combine == SAFETY_FIRST:
+        record = record.of(combine=policy.combine)
+        safety_first.calibrations(record, [s.lora for s in safety])
+    remarks = list(notes(safety, tasks, record.base_sha256, merged, clip is not None, policy.combine))
     report = format_guard(record.base_family, record.base_sha256, parts, remarks)
     functional = measured(model, clip, parts, safety, tasks, record.base_sha256)
     check(functional, {s.lora.sha256: s.lora.name for s in safety}, policy.functional_strength_floor)

@@ -8,10 +8,12 @@ that another node guards is on while an image is sampled, and no image reaches a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -27,8 +29,16 @@ from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.images import PictureError, decode, decode_mask
 from ..modular_lora.files.reader import read_lora
-from ..modular_lora.guard.build import GuardedPart, GuardLimits, ModelInfo, TaskLora, build_part, check_coverage
-from ..modular_lora.provenance.attestation import Run
+from ..modular_lora.guard.build import (
+    GuardedPart,
+    GuardLimits,
+    ModelInfo,
+    SafetyLora,
+    TaskLora,
+    build_part,
+    check_coverage,
+)
+from ..modular_lora.provenance.attestation import SUM, Run
 from ..modular_lora.tensor_hashing import weights_sha256
 from ..modular_lora.util.cache import Cache
 from . import introspection, trainer_model
@@ -61,6 +71,15 @@ class _Built:
     encodes_as: Hashable  # equal for arms whose text encoders are the same
 
 
+@dataclass(frozen=True)
+class _Guarded:
+    """An arm in which task LoRAs give way: what Guard Model makes of it, with no floor."""
+
+    model: Any  # a guarded ModelPatcher
+    clip: Any
+    encodes_as: Hashable
+
+
 class ComfyPipeline:
     """See audit.plan.Pipeline. Raises GuardError for a MODEL or CLIP that is not a checkpoint's own."""
 
@@ -72,7 +91,7 @@ class ComfyPipeline:
         self.base_sha256 = _base_sha256(model, clip, vae)
         self.device, self.dtype = _device_name(model.load_device), str(compute_dtype(model)).removeprefix("torch.")
         self._infos = introspection.model_info(model), introspection.clip_info(clip)
-        self._arms: Cache[Hashable, _Built] = Cache(KEPT_ARMS)
+        self._arms: Cache[Hashable, _Built | _Guarded] = Cache(KEPT_ARMS)
         self._prompts: Cache[Hashable, Cond] = Cache(KEPT_PROMPTS)
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
@@ -80,27 +99,36 @@ class ComfyPipeline:
         _check_sampling(sampling)
         pictures = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
         with torch.inference_mode():  # as ComfyUI's executor runs nodes
-            built = self._arms.get(arm.parts) or self._arms.put(arm.parts, _build(arm, self._infos))
+            key = arm.parts, arm.combine
+            built = self._arms.get(key) or self._arms.put(key, self._build(arm))
             conds = self._encode(built, items)
             for group in _groups(items, conds, sampling.sampler):
                 some = [items[i] for i in group]
                 latent = self._latent(some, sampling)
-                with self._acting(self._model, self._model.model, built.unet):
-                    samples = self._sample(some, [conds[i] for i in group], latent, sampling)
+                samples = self._sample(built, some, [conds[i] for i in group], latent, sampling)
                 pictures[group] = _pixels(self._vae.decode(samples), sampling)
         return pictures
 
-    def _encode(self, built: _Built, items: Sequence[Item]) -> list[tuple[Cond, Cond]]:
+    def _build(self, arm: Arm) -> _Built | _Guarded:
+        if arm.combine == SUM:
+            return _build(arm, self._infos)
+        loras = [(part, _lora(part)) for part in arm.parts]
+        safety = tuple(SafetyLora(one.lora, part.strength) for part, one in loras if part.role == "safety")
+        tasks = tuple(one for part, one in loras if part.role == "task")
+        limits = GuardLimits(-math.inf, -math.inf, -math.inf, arm.combine)
+        made, clip = host.guard(self._model, self._clip, safety, tasks, False, limits)
+        return _Guarded(host.unwrap(made), clip, (arm.combine, *((s.lora.sha256, s.strength) for s in safety)))
+
+    def _encode(self, built: _Built | _Guarded, items: Sequence[Item]) -> list[tuple[Cond, Cond]]:
         """(positive, negative) an item, each prompt alone and once, as CLIPTextEncode does."""
         wanted = dict.fromkeys(text for item in items for text in (item.prompt, item.negative))
         made = {text: self._prompts.get((built.encodes_as, text)) for text in wanted}
         if new := [text for text, cond in made.items() if cond is None]:
-            with self._acting(self._clip.patcher, self._clip.cond_stage_model, built.text):
-                made |= {text: self._prompts.put((built.encodes_as, text), self._cond(text)) for text in new}
+            clip = built.clip if isinstance(built, _Guarded) else self._clip
+            text_part = None if isinstance(built, _Guarded) else built.text
+            with self._acting(self._clip.patcher, self._clip.cond_stage_model, text_part):
+                made |= {text: self._prompts.put((built.encodes_as, text), _cond(clip, text)) for text in new}
         return [(made[item.prompt], made[item.negative]) for item in items]
-
-    def _cond(self, text: str) -> Cond:
-        return tuple(self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))[0])
 
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
         """b c h w: zeros (EmptyLatentImage), or the start pictures' latents, each encoded alone."""
@@ -110,13 +138,25 @@ class ComfyPipeline:
         empty = torch.zeros(len(items), 4, sampling.height // PIXELS, sampling.width // PIXELS)
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
 
-    def _sample(self, items: Sequence[Item], conds: list[tuple[Cond, Cond]], latent: Tensor, by: Sampling) -> Tensor:
+    def _sample(
+        self,
+        built: _Built | _Guarded,
+        items: Sequence[Item],
+        conds: list[tuple[Cond, Cond]],
+        latent: Tensor,
+        by: Sampling,
+    ) -> Tensor:
         """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it."""
         masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
-        with torch.random.fork_rng(_devices(self._model)):  # prepare_noise seeds PyTorch's own generator
+        guarded = isinstance(built, _Guarded)
+        model, part = (built.model, None) if guarded else (self._model, built.unet)
+        with (
+            self._acting(self._model, self._model.model, part),
+            torch.random.fork_rng(_devices(self._model)),
+        ):  # prepare_noise seeds PyTorch's own generator
             noise = torch.cat([comfy.sample.prepare_noise(latent[:1], item.seed) for item in items])
             return comfy.sample.sample(
-                self._model,
+                model,
                 noise,
                 by.steps,
                 by.cfg,
@@ -133,8 +173,14 @@ class ComfyPipeline:
             )
 
     @contextmanager
-    def _acting(self, patcher, module: nn.Module, part: GuardedPart) -> Iterator[None]:
-        """A part's branches on a loaded model; GuardError unless every one of them ran in every evaluation."""
+    def _acting(self, patcher, module: nn.Module, part: GuardedPart | None) -> Iterator[None]:
+        """A part's branches on a loaded model; GuardError unless every one of them ran in every evaluation.
+
+        None: a guarded model looks after its own.
+        """
+        if part is None:
+            yield
+            return
         comfy.model_management.load_models_gpu([patcher])  # takes off what a guarded clone has on it
         part.branches.to(patcher.load_device, compute_dtype(patcher))
         seat = Attachment(module, part.branches)
@@ -217,6 +263,10 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
             )
     encodes_as = tuple((line.sha256, line.strength) for line in parts[1].lines if line.matched)
     return _Built(*parts, encodes_as)
+
+
+def _cond(clip, text: str) -> Cond:
+    return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text))[0])
 
 
 def _lora(part: Part) -> TaskLora:

@@ -10,10 +10,11 @@ from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.model_folders import SAFETY_FOLDERS, lora_path
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.files.cache import kept_sha256
-from ..modular_lora.guard.build import SafetyLora
+from ..modular_lora.guard.build import GuardLimits, SafetyLora
+from ..modular_lora.provenance.attestation import SUM
 from .load import handles, read, safety_inputs, safety_problem
 from .search_words import found_by
-from .sockets import SafetySocket
+from .sockets import SafetySocket, combine_input
 
 NONE = "Guard gives no {0}, because none is connected to it: connect the checkpoint's {0}."
 
@@ -43,6 +44,7 @@ class Guard(io.ComfyNode):
                 SafetySocket.Input(
                     "safety_lora", optional=True, tooltip="Further safety LoRAs, from Load Safety LoRA."
                 ),
+                combine_input(),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="model", tooltip="The guarded model, for any node."),
@@ -66,10 +68,11 @@ class Guard(io.ComfyNode):
         return kept_sha256(lora_path(lora_name, *SAFETY_FOLDERS)), policies.fingerprint()
 
     @classmethod
-    def execute(cls, model, lora_name, strength, clip=None, vae=None, safety_lora=()) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, clip=None, vae=None, safety_lora=(), combine=SUM) -> io.NodeOutput:
         own = SafetyLora(read(lora_path(lora_name, *SAFETY_FOLDERS), SAFETY_FOLDERS), strength)
         safety = (own, *handles(safety_lora, SafetyLora))
-        made = drop_in.attach(model, clip, vae, safety, node_id=cls.hidden.unique_id or "")
+        limits = GuardLimits(combine=combine)
+        made = drop_in.attach(model, clip, vae, safety, limits, node_id=cls.hidden.unique_id or "")
         policies.check_attached(made.model, made.clip, safety)
         line, _, more = made.summary.partition("\n")
         text = made.clip if clip is not None else blocked(NONE.format("CLIP"))

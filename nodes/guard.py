@@ -9,9 +9,10 @@ from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
+from ..modular_lora.provenance.attestation import SUM
 from .load import handles, stacked
 from .search_words import found_by
-from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, rarely
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, combine_input, rarely
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -46,6 +47,7 @@ class GuardModel(io.ComfyNode):
                         tooltip="Accept a MODEL or CLIP that comes from a LoRA loader or a merge: LoRAs become task "
                         "LoRAs, a merge becomes part of the base, and every report of the image says so.",
                     ),
+                    combine_input(),
                 ],
                 "accept_merged",
             ),
@@ -70,9 +72,11 @@ class GuardModel(io.ComfyNode):
         return policies.fingerprint()
 
     @classmethod
-    def execute(cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False) -> io.NodeOutput:
+    def execute(
+        cls, model, safety_lora, task_lora=(), lora_stack=(), clip=None, accept_merged=False, combine=SUM
+    ) -> io.NodeOutput:
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
-        guarded, guarded_clip = patcher.guard(model, clip, safety, tasks, accept_merged, GuardLimits())
+        guarded, guarded_clip = patcher.guard(model, clip, safety, tasks, accept_merged, GuardLimits(combine=combine))
         policies.check_guarded(guarded, guarded_clip, safety, tasks)
         line, _, more = guarded.summary.partition("\n")
         if clip is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..modular_lora.provenance.attestation import COMBINE
+
 SafetySocket = io.Custom("MODULAR_LORA_SAFETY")
 TaskSocket = io.Custom("MODULAR_LORA_TASK")
 GuardedSocket = io.Custom("MODULAR_LORA_GUARDED_MODEL")
@@ -15,6 +17,16 @@ def model_input() -> io.Input:
     """A guarded model, or a MODEL that is checked to be guarded."""
     tip = "Guarded model from Guard Model, or the MODEL of Guarded Model as MODEL; an unguarded MODEL is refused."
     return io.MultiType.Input("model", [GuardedSocket, io.Model], tooltip=tip)
+
+
+def combine_input() -> io.Input:
+    """How the LoRAs beside the weights are put together."""
+    tip = (
+        "sum: all LoRAs act together. safety first: the task LoRAs of an image give way where the safety LoRA acts on "
+        "its prompt; needs a safety LoRA with a calibration (Calibrate Safety LoRA), and one more evaluation a run."
+    )
+    made = io.Combo.Input("combine", list(COMBINE), default=COMBINE[0], optional=True, tooltip=tip)
+    return rarely([made], made.id)[0]
 
 
 def rarely(inputs: list[io.Input], *names: str) -> list[io.Input]:

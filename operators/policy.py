@@ -115,6 +115,7 @@ class Guard:
     )
     attach: Literal["never", "always"] = "never"
     other_families: Literal["refuse", "gate"] = "refuse"
+    combine: Literal["", "sum", "safety first"] = ""  # how every sampling must put its LoRAs together; "": either
     interference_is_error: StrictBool = False
     contamination_is_error: StrictBool = False
 

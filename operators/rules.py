@@ -64,8 +64,13 @@ def task_refused(policy: OperatorPolicy, name: str, sha256: str, values: Callabl
 
 
 def check_run(policy: OperatorPolicy, run: Attestation, unsigned: Unsigned, values: Values = no_values) -> None:
-    """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied."""
+    """RefusedError unless a run carries every safety LoRA that is required, strong enough, and no task LoRA denied,
+    and puts them together as the policy asks.
+    """
     check_tasks(policy, run, values)
+    if policy.guard.combine not in ("", run.combine):
+        what = f"the LoRAs are put together by {run.combine}, and {policy.guard.combine} is required"
+        raise RefusedError("guard.combine", what, f"set combine to {policy.guard.combine} on the guard")
     if not policy.guard.required:
         return
     if run.base_had_merged_loras:

@@ -22,6 +22,7 @@ from ...modular_lora.files.cache import kept_lora
 from ...modular_lora.files.names import is_text
 from ...modular_lora.files.reader import sha256_file
 from ...modular_lora.guard.build import Safety, SafetyLora
+from ...modular_lora.provenance.attestation import SUM
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, Required
 from ...operators.rules import RefusedError, no_entry, task_refused
@@ -109,7 +110,7 @@ def _guarded(policy: OperatorPolicy, loose: list) -> dict[int, Any]:
         clip = clips.pop(0) if together else None
         if is_exempt(policy, model):
             continue
-        made = drop_in.attach_by_policy(model, clip, _of_family(policy, family(model)))
+        made = drop_in.attach_by_policy(model, clip, _of_family(policy, family(model)), policy.guard.combine or SUM)
         found |= {id(model): made.model} | ({id(clip): made.clip} if clip is not None else {})
     return found | {id(clip): _alone(policy, clip) for clip in clips}
 
@@ -125,7 +126,7 @@ def _alone(policy: OperatorPolicy, clip: comfy.sd.CLIP) -> Any:
     why: GuardError | None = None
     for safety in known:
         try:
-            return drop_in.attach_by_policy(None, clip, safety).clip
+            return drop_in.attach_by_policy(None, clip, safety, policy.guard.combine or SUM).clip
         except GuardError as error:
             why = why or error
     if policy.guard.other_families == "gate" or policy.guard.families:

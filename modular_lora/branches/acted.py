@@ -51,12 +51,14 @@ POSITIONS = 32  # least that the probe looks at, where a layer has more and trea
 Row: TypeAlias = "tuple[int, int]"  # which of the guider's conditionings, which image of the batch
 Rows: TypeAlias = "tuple[Row, ...]"  # of the batch dimension of one evaluation
 EVERY = 2**31  # an image's number that stands for every image of the run
+NOBODY = -1  # of a row whose result is not used
 UNKNOWN: Rows = ((0, EVERY),)  # an evaluation whose rows are not told apart
 
 
 def _kind(root: str, rows: Rows) -> tuple:
-    """Evaluations of one kind have the same conditionings of the guider."""
-    return root, *sorted({conditioning for conditioning, _ in rows})
+    """Evaluations of one kind have the same conditionings of the guider, and are for the same images."""
+    whole = all(number != NOBODY for _, number in rows)
+    return root, *sorted({conditioning for conditioning, _ in rows}), *(() if whole else rows)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Meter:
         self.strengths, self.names, self.floor = dict(strengths), dict(names), floor
         self.running = self.measuring = False
         self.evaluations = 0  # measured since the start of the run
+        self.images: frozenset[int] | None = None  # whose rows of an evaluation are used; None: all
         self._rows_of: Callable[[tuple, dict], Rows] | None = None
         self._steps, self._content = 1, b""
         self._prompt: int | None = None  # which conditioning is the prompt
@@ -159,7 +162,10 @@ class Meter:
         self._count(_kind(root, self._rows_for(args, kwargs)))
 
     def _rows_for(self, args: tuple, kwargs: dict) -> Rows:
-        return self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
+        rows = self._rows_of(args, kwargs) if self._rows_of else UNKNOWN
+        if self.images is None:
+            return rows
+        return tuple((conditioning, n if n in self.images else NOBODY) for conditioning, n in rows)
 
     def _count(self, kind: tuple) -> None:
         self._seen.setdefault(kind, [0, self._drawn(kind)])[0] += 1
@@ -195,25 +201,25 @@ class Meter:
         if self._probing:
             self._check_probes()
 
-    def layer(self, path: str, fused: Fused, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's result as ``fused(y, x)`` gives it, measured on the way."""
+    def layer(self, path: str, fused: Fused, y: Tensor, x: Tensor, g: Tensor | None = None) -> Tensor:
+        """The layer's result as ``fused(y, x, g)`` gives it, measured on the way."""
         if not any(role == "safety" for role, _ in fused.owners):
-            return fused(y, x)
+            return fused(y, x, g)
         rows = len(self._rows)
-        h = fused.reduced(x)
+        h = fused.reduced(x, g)
         found = _Layer(fused, _by_rows(y, rows).square())
         if h is not None and fused.low_rank:
             found.grams = _grams(fused, h, rows)
         else:
-            found.inner = _inner(fused, y, x, h, rows)
+            found.inner = _inner(fused, y, x, h, rows, g)
         self._layers.append(found)
         if not self._probing:
-            return fused.apply(y, x, h)
+            return fused.apply(y, x, h, g)
         pick = _positions(fused, x)
         y0, h0 = pick(y).clone(), None if h is None else pick(h)
-        y = fused.apply(y, x, h)
+        y = fused.apply(y, x, h, g)
         rounding = torch.finfo(y.dtype).eps / math.sqrt(max(1, y0.numel()))
-        self._probes.append((path, rounding, _probe(fused, y0, pick(x), h0, pick(y))))
+        self._probes.append((path, rounding, _probe(fused, y0, pick(x), h0, pick(y), g)))
         return y
 
     def _check_probes(self) -> None:
@@ -300,10 +306,17 @@ def _sums(tables: Sequence[tuple[Rows, Sequence[Table]]]) -> Sums:
     sums: Sums = defaultdict(lambda: [0.0, 0.0, 0.0])
     for rows, layers in tables:
         for table in layers:
-            own = rows if len(table) == len(rows) else [None]
-            for row, three in zip(own, table, strict=True):
+            for row, three in _assigned(rows, table):
                 sums[row] = [total + value for total, value in zip(sums[row], three, strict=True)]
     return sums
+
+
+def _assigned(rows: Rows, table: Table) -> list[tuple[Row | None, list[float]]]:
+    """Whose the figures of a layer are; of one without a row for each, in an evaluation for some images, all theirs."""
+    used = [row for row in rows if row[1] != NOBODY]
+    if len(table) == len(rows):
+        return [(row, three) for row, three in zip(rows, table, strict=True) if row[1] != NOBODY]
+    return [(None, table[0])] if len(used) == len(rows) else [(row, table[0]) for row in used]
 
 
 def _activity(
@@ -319,7 +332,7 @@ def _activity(
         for place, (conditioning, number) in enumerate(rows):
             parts = [table[place] for table in layers if len(table) == len(rows)]
             ratios = [energy / base for _, energy, base in parts if base > 0]
-            if conditioning != prompt or not ratios:
+            if conditioning != prompt or number == NOBODY or not ratios:
                 continue
             value = math.fsum(ratios) / len(ratios)
             for image in [number] if number < images else range(images):
@@ -396,10 +409,12 @@ def _grams(fused: Fused, h: Tensor, rows: int) -> Tensor:
     return h.mT @ h[..., : fused.split]
 
 
-def _inner(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, rows: int) -> dict[Owner, tuple[Tensor, Tensor]]:
+def _inner(
+    fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, rows: int, g: Tensor | None = None
+) -> dict[Owner, tuple[Tensor, Tensor]]:
     """<z, z_other> and <z, z> of every row, by safety LoRA, from the shares themselves."""
     parts = _parts(y0, rows)
-    shares = {owner: fused.share(owner, y0, x, h).reshape(parts, -1).float() for owner in fused.owners}
+    shares = {owner: fused.share(owner, y0, x, h, g).reshape(parts, -1).float() for owner in fused.owners}
     total = sum(shares.values())
     found = {}
     for owner, share in shares.items():
@@ -422,14 +437,14 @@ def _positions(fused: Fused, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda t: t[:1]  # it needs an image as a whole
 
 
-def _probe(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, result: Tensor) -> Tensor:
-    """<(y0 + s + t) − (y0 + t), s>, |s|², |y0|² and Σ (y0 + s + t) over some positions of a layer (4).
+def _probe(fused: Fused, y0: Tensor, x: Tensor, h: Tensor | None, result: Tensor, g: Tensor | None = None) -> Tensor:
+    """<(y0 + s + g·t) − (y0 + g·t), s>, |s|², |y0|² and Σ (y0 + s + g·t) over some positions of a layer (4).
 
     The two results are in the layer's own dtype, s in fp64. A value of the result that is not finite makes the last
     sum so, one of s makes |s|² so.
     """
     wide = torch.float64 if y0.device.type in ("cpu", "cuda") else torch.float32  # others may have no fp64
-    without = y0 + fused.share(TASKS, y0, x, h) if TASKS in fused.owners else y0
+    without = y0 + fused.share(TASKS, y0, x, h, g) if TASKS in fused.owners else y0
     single = _single(y0)
     kept = result.to(single) - without.to(single)
     safety, x = fused.only("safety", wide), x.to(wide, memory_format=torch.contiguous_format)

@@ -22,6 +22,7 @@ from .acted import Meter
 from .fused import OFF, FusedLayer, Held, counter, make, note_traced, plain, traced
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
+SAFETY_ALONE: frozenset[str] = frozenset(("safety",))
 _ATTACHMENT = "_modular_lora_attachment"
 
 
@@ -47,6 +48,7 @@ class Branches:
     """The fused layers of one model and the sub-modules (``roots``) whose forward calls are its evaluations.
 
     ``parts``: the sub-modules that do not run exactly once an evaluation; a layer inside runs as often as its part.
+    ``gives_way``: whether the task LoRAs act at a share of their own in each evaluation (``task_share``).
     """
 
     def __init__(
@@ -55,14 +57,18 @@ class Branches:
         roots: tuple[str, ...],
         parts: Mapping[str, Times] | None = None,
         meter: Meter = OFF,
+        gives_way: bool = False,
     ):
-        self.layers, self.roots, self.meter = dict(layers), roots, meter
+        self.layers, self.roots, self.meter, self.gives_way = dict(layers), roots, meter, gives_way
         self.parts = {part: times for part, times in (parts or {}).items() if any(_inside(p, part) for p in layers)}
         self.counted = (*roots, *self.parts)
         self.wide = tuple(path for path, layer in self.layers.items() if layer.spec.narrow is not None)
         self.evaluated = dict.fromkeys(self.counted, 0)
         self.evaluated_compiled = {module: counter() for module in self.counted}
-        self.roles = ALL_ROLES
+        self.roles = self.acting = ALL_ROLES
+        self.g: Tensor | None = None
+        self.image_shares: tuple[float, ...] | None = None  # g of every image of a run; None: not known
+        self._share = 1.0
         self._count: int | None = None
         self._dtype: torch.dtype | None = None
         self._runs_with: dict[str, str] = {}
@@ -75,10 +81,34 @@ class Branches:
     def only(self, *roles: str) -> Iterator[None]:
         """Per-pass switch for audits: only these roles act (safety, task, none = base). No graph input reaches it."""
         before, self.roles = self.roles, frozenset(roles)
+        self._settle()
         try:
             yield
         finally:
             self.roles = before
+            self._settle()
+
+    @property
+    def task_share(self) -> float:
+        """g, at which the task LoRAs act from now on: 1 is the sum, at 0 their path is left out.
+
+        ``acting`` has the roles that compute something meanwhile, ``g`` what t is multiplied by (None: 1).
+        """
+        return self._share
+
+    @task_share.setter
+    def task_share(self, share: float) -> None:
+        if share == self._share:
+            return
+        self._share = share
+        self._settle()
+
+    def _settle(self) -> None:
+        self.acting = self.roles
+        if not self._share:
+            self.acting = SAFETY_ALONE if self.roles == ALL_ROLES else self.roles & SAFETY_ALONE
+        with plain():
+            self.g = None if self._share in (0, 1) else torch.tensor(self._share)
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """(evaluations by root or part, branch calls by layer path), read from the counters in one go."""
@@ -115,10 +145,16 @@ class Branches:
             return
         self._move(device)
         wanted = None if dtype == self._dtype else dtype
-        missing = [layer for layer in self.layers.values() if not layer.holds(self.roles, device, wanted)]
-        make(missing, self.roles, dtype, device)
+        for roles in self._needed:
+            missing = [layer for layer in self.layers.values() if not layer.holds(roles, device, wanted)]
+            make(missing, roles, dtype, device)
         self._dtype = dtype
         self._ready = (*ready, self._held.changes)
+
+    @property
+    def _needed(self) -> tuple[frozenset[str], ...]:
+        """The roles whose terms are held together; a sum from which the tasks can be left out has copies of s."""
+        return (ALL_ROLES, SAFETY_ALONE) if self.gives_way and self.roles == ALL_ROLES else (self.roles,)
 
     def _move(self, device: torch.device) -> None:
         """The compiled counters to ``device``."""
@@ -132,7 +168,8 @@ class Branches:
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all fused weights in ``dtype``, made or not."""
         if self._count is None:
-            self._count = sum(layer.count() for layer in self.layers.values())
+            kinds = (ALL_ROLES, SAFETY_ALONE) if self.gives_way else (ALL_ROLES,)
+            self._count = sum(layer.count(roles) for layer in self.layers.values() for roles in kinds)
         return self._count * dtype.itemsize
 
     def nbytes(self) -> int:
@@ -157,7 +194,7 @@ class _Branch:
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.forward(x, *args, **kwargs)
-        return self.layer.add(y, x, self.branches.roles) if self.live else y
+        return self.layer.add(y, x, self.branches.acting, self.branches.g) if self.live else y
 
 
 class _WideBranch(_Branch):
@@ -165,7 +202,7 @@ class _WideBranch(_Branch):
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = self.forward(x[..., : self.layer.spec.narrow] if self.live else x, *args, **kwargs)
-        return self.layer.add(y, x, self.branches.roles) if self.live else y
+        return self.layer.add(y, x, self.branches.acting, self.branches.g) if self.live else y
 
 
 class _Evaluations:

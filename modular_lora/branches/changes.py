@@ -279,7 +279,9 @@ class _Others:
 
 
 class Fused:
-    """A layer's terms in compute dtype on its device: y = (y0 + s) + t, y0 = W0·x + b computed once.
+    """A layer's terms in compute dtype on its device: y = (y0 + s) + g·t, y0 = W0·x + b computed once.
+
+    g is the task LoRAs' share of an evaluation, None: 1 (attachment.Branches.task_share).
 
     s is the sum of every safety LoRA's share and t that of every task LoRA's, each in tensors of its own. No task
     term is accumulated into a tensor that holds s: floating-point sums lose what is small beside a term that is large,
@@ -326,25 +328,36 @@ class Fused:
         self.has_tasks = TASKS in self.ranks
         self.nbytes = sum(t.nbytes for t in self.tensors)
 
-    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
-        """(y + s) + t for y = W0·x + b; y may be changed in place."""
-        return self.apply(y, x, self.reduced(x))
+    def __call__(self, y: Tensor, x: Tensor, g: Tensor | None = None) -> Tensor:
+        """(y + s) + g·t for y = W0·x + b; y may be changed in place."""
+        return self.apply(y, x, self.reduced(x, g), g)
 
-    def reduced(self, x: Tensor) -> Tensor | None:
-        """h = down·x of all pairs: (..., R), of a convolution (b, R, ...); None where there is no pair."""
+    def reduced(self, x: Tensor, g: Tensor | None = None) -> Tensor | None:
+        """h = down·x of all pairs: (..., R), of a convolution (b, R, ...); None where there is no pair.
+
+        The task LoRAs' rows are multiplied by g.
+        """
         if self.down is None:
             return None
+        h = self._down(x)
+        if g is not None and self.has_tasks:
+            ranks = -1 if self.spec.conv is None else h.dim() - self.down.dim() + 1  # 0 without a batch
+            h.narrow(ranks, self.split, h.shape[ranks] - self.split).mul_(g)
+        return h
+
+    def _down(self, x: Tensor) -> Tensor:
         if self.spec.conv is None:
             return F.linear(x, self.down)
         if self.pointwise and x.is_contiguous() and x.dim() == self.down.dim():
             return (self.down.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:])
         return self.spec.conv(x, self.down)
 
-    def apply(self, y: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
-        """``__call__`` with h = down·x at hand."""
+    def apply(self, y: Tensor, x: Tensor, h: Tensor | None, g: Tensor | None = None) -> Tensor:
+        """``__call__`` with h at hand, as `reduced` gives it for the same g."""
         s = t = None
         if self.others:  # before y changes: gains and rotations read W0·x + b
             s, t = self._sum_of_others(y, x, "safety"), self._sum_of_others(y, x, "task")
+            t = t if t is None or g is None else t * g
         if self.has_tasks and h is not None:
             pair = self._expanded(h, slice(self.split, None), y)
             t = pair if t is None else pair + t
@@ -385,12 +398,16 @@ class Fused:
             y.flatten(2).baddbmm_(up.flatten(1).expand(len(y), -1, -1), h[:, ranks].flatten(2))
         return y
 
-    def share(self, owner: Owner, y0: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
-        """What one owner adds to y0, in a tensor of y0's shape."""
+    def share(self, owner: Owner, y0: Tensor, x: Tensor, h: Tensor | None, g: Tensor | None = None) -> Tensor:
+        """What one owner adds to y0, in a tensor of y0's shape; h as of `apply`."""
+        other = self.others[owner](y0, x) if owner in self.others else None
+        if other is not None and g is not None and owner == TASKS:
+            other = other * g
         if owner not in self.ranks or h is None:
-            return self.others[owner](y0, x).expand_as(y0)
+            assert other is not None
+            return other.expand_as(y0)
         total = self._expanded(h, self.ranks[owner], y0)
-        return (total + self.others[owner](y0, x) if owner in self.others else total).expand_as(y0)
+        return (total if other is None else total + other).expand_as(y0)
 
     @property
     def owners(self) -> tuple[Owner, ...]:

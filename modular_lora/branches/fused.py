@@ -91,26 +91,28 @@ class FusedLayer:
         """Whether the active terms are fused on ``device``; None: in whichever dtype the last activation had."""
         return any(k[0] == roles and k[2] == device and dtype in (None, k[1]) for k in self._fused)
 
-    def count(self) -> int:
-        """How many numbers all terms fused are."""
-        return count(self.spec, self.terms)
+    def count(self, roles: frozenset[str]) -> int:
+        """How many numbers the terms of these roles fused are."""
+        return count(self.spec, [t for t in self.terms if t.role in roles])
 
-    def add(self, y: Tensor, x: Tensor, roles: frozenset[str]) -> Tensor:
-        """(y + s) + t (changes.Fused), in the activation's dtype, whatever the weight is stored in."""
+    def add(self, y: Tensor, x: Tensor, roles: frozenset[str], g: Tensor | None = None) -> Tensor:
+        """(y + s) + g·t (changes.Fused), in the activation's dtype, whatever the weight is stored in.
+
+        A call counts whether or not there is a term of these roles.
+        """
         if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
-            if (fused := self.fused(roles, x.dtype, x.device)) is None:
-                return y
+            fused = self.fused(roles, x.dtype, x.device)
             note_traced()
             self.fired_compiled.add_(1)
-            return fused(y, x)
+            return y if fused is None else fused(y, x, g)
         before, dtype, device, fused = self._last
         if before is not roles or dtype is not x.dtype or device != x.device:
             fused = self.fused(roles, x.dtype, x.device)
             self._last = roles, x.dtype, x.device, fused
+        self.fired += 1
         if fused is None:
             return y
-        self.fired += 1
-        return self.meter.layer(self.spec.path, fused, y, x) if self.meter.measuring else fused(y, x)
+        return self.meter.layer(self.spec.path, fused, y, x, g) if self.meter.measuring else fused(y, x, g)
 
     def nbytes(self) -> int:
         """Bytes of the fused weights that are held now, over all dtypes and devices."""

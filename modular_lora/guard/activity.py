@@ -88,6 +88,13 @@ class Calibration:
             return kept, found
         return (kept + found) / 2, (kept + found) / 2
 
+    def share(self, value: float) -> float:
+        """g of a prompt of this activity (safety_first.py): falls from 1 at the lower bound to 0 at the upper one."""
+        low, high = self.bounds
+        if not value < high:  # not a number is too much
+            return 0.0
+        return 1.0 if value <= low else (high - value) / (high - low)
+
     def says(self, value: float) -> str:
         """ "concept", "kept" or "undecided" of an activity."""
         low, high = self.bounds
@@ -293,7 +300,7 @@ def of_run(
     found = {}
     for (_, sha256), one in acted.items():
         if sha256 in files and any(value is not None for value in one.activity):
-            calibration = _fitting(read(files[sha256]), record, strengths[sha256], level)
+            calibration = fitting(read(files[sha256]), record, strengths[sha256], level)
             found[sha256] = tuple(None if v is None else _judged(v, calibration) for v in one.activity)
     return found
 
@@ -304,10 +311,10 @@ def most(each: Mapping[str, Sequence[Activity | None]]) -> dict[str, Activity]:
     return {sha256: max(some, key=lambda one: one.value) for sha256, some in known.items() if some}
 
 
-def _fitting(
+def fitting(
     calibration: Calibration | str, record: Attestation, strength: float, level: float | None
 ) -> Calibration | str:
-    """The calibration, or why it says nothing of this run."""
+    """The calibration, or why it says nothing of this run; see `of_run`."""
     if isinstance(calibration, str):
         return calibration
     if record.base_had_merged_loras or record.base_sha256 != calibration.base_sha256:
@@ -344,4 +351,8 @@ def in_words(runs: Sequence[Attestation | None]) -> str:
             where = f"image {number}" if len(runs) > 1 else "the image"
             said = _SAID[one.prompt].format(where=where, why=one.why)
             lines.append(f"{name} {said} (activity {one.value:.3g})")
+        if run is not None and run.task_share is not None and run.task_share < 1:
+            where = f"image {number}" if len(runs) > 1 else "the image"
+            how = f"act at a share of {run.task_share:g}" if run.task_share else "do not act"
+            lines.append(f"safety first: the task LoRAs {how} on {where}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from ..files.names import is_text
 from ..files.pending import check_not_safety
 from ..files.reader import LoraFile, no_collection
 from ..files.scales import check_scale
-from ..provenance.attestation import Attestation, LoraRecord
+from ..provenance.attestation import SAFETY_FIRST, SUM, Attestation, LoraRecord
 from ..util.cache import Cache
 from .apply import Applied, apply, terms
 from .comparing import Factor
@@ -42,7 +42,7 @@ TRAINED_ON_KEY = "modular_lora.trained_on"  # file metadata: base and LoRAs that
 
 @dataclass(frozen=True)
 class GuardLimits:
-    """What the guard insists on of every safety LoRA.
+    """What the guard insists on of every safety LoRA, and how it lets the others act beside it.
 
     ``net_strength_floor``: least net strength of the files; ``acted_strength_floor``: of a run (acted.py);
     ``functional_strength_floor``: least functional strength (functional.py) where it is measured.
@@ -51,6 +51,7 @@ class GuardLimits:
     net_strength_floor: float = 0.5
     acted_strength_floor: float = 0.5
     functional_strength_floor: float = 0.2
+    combine: str = SUM  # or "safety first": how the shares of the LoRAs are put together
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def build_part(
     acting = [a for a in applied if a.role == "safety" and a.parts]
     with plain():
         layers = {spec.path: FusedLayer(spec, layer) for spec, layer in terms(applied, info)}
-        branches = Branches(
-            layers, info.roots, info.parts, _meter(acting, policy.acted_strength_floor if enforce else None)
-        )
+        meter = _meter(acting, policy.acted_strength_floor if enforce else None)
+        gives_way = part == "model" and policy.combine == SAFETY_FIRST
+        branches = Branches(layers, info.roots, info.parts, meter, gives_way)
     return GuardedPart(part, branches, tuple(_line(a, info.family) for a in applied), reports)
 
 
@@ -261,6 +262,7 @@ def make_record(
     parts: tuple[GuardedPart, GuardedPart | None],
     safety: Safety,
     tasks: Tasks,
+    combine: str = SUM,
 ) -> Attestation:
     """The attestation of a guard that has not run yet."""
     model, text = parts
@@ -282,11 +284,19 @@ def make_record(
         layers=model.layers,
         varying_layers=len(model.branches.varying),
         text_encoder=f"guarded, {text.layers} layers" if text else "",
+        combine=combine,
     )
 
 
-def notes(safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool) -> Iterator[str]:
+def notes(
+    safety: Safety, tasks: Tasks, base_sha256: str, merged: int, has_clip: bool, combine: str = SUM
+) -> Iterator[str]:
     """What is worth a line on the node and stops nothing."""
+    if combine == SAFETY_FIRST:
+        yield (
+            "safety first: the task LoRAs of an image give way where the safety LoRA acts on its prompt, and do not "
+            "act in the text encoder"
+        )
     if merged:
         yield f"a LoRA or model was merged into {merged} weights before the guard, so the base is not W0"
     for t in tasks:

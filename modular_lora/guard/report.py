@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..provenance.attestation import Attestation, GateRecord, LoraRecord
+from ..provenance.attestation import SAFETY_FIRST, Attestation, GateRecord, LoraRecord
 from .build import GuardedPart, LoraLine
 from .functional import Functional
 from .interference import Interference
@@ -101,6 +101,9 @@ def format_attestation(a: Attestation) -> str:
         *(f"net strength of {r.name}: {_strengths(a, r)}" for r in a.loras if r.role == "safety"),
         *_functional_lines(a),
     ]
+    if a.combine == SAFETY_FIRST:
+        found = f", g found in {a.muted_evaluations} more, without the task LoRAs" * bool(a.muted_evaluations)
+        lines.append(f"safety first: y = (y0 + s) + g·t{found}; task LoRAs do not act in the text encoder")
     if a.varying_layers:
         lines.append(f"{a.varying_layers} layers depend on the inputs of the run, {a.idle_layers} of them did not run")
     if a.text_encoder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..provenance.attestation import Attestation
+from ..provenance.attestation import SAFETY_FIRST, Attestation
 from .build import GuardedPart
 from .report import format_shortfall
 
@@ -42,7 +42,8 @@ def run_line(a: Attestation) -> str:
         ran = "acted on the text encoder alone"
     subject = "the safety LoRA" if len(safety) == 1 else f"{len(safety)} safety LoRAs"
     edited = f" Edited on the way by {', '.join(a.edits)}." if a.edits else ""
-    return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}.{edited}"
+    how = ", safety first" * (a.combine == SAFETY_FIRST)
+    return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}{how}.{edited}"
 
 
 _LIMITS = (  # words, and what stands in a status; see provenance.attestation.guarded_status

@@ -15,6 +15,7 @@ from ..errors import GuardError
 
 EDITED = "; edited: "  # between a run's status and the types of the nodes that edited its image
 OUTSIDE = ", outside start"
+SUM, SAFETY_FIRST = COMBINE = ("sum", "safety first")  # how the shares of the LoRAs are put together
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Attestation:
     acted_share: Mapping[str, float] = field(default_factory=dict)  # energy of the safety share over that of y0
     measured_evaluations: int = 0
     activity: Mapping[str, Activity] = field(default_factory=dict)  # of one image; the same keys
+    combine: str = SUM  # y = (y0 + s) + t, or with g·t (guard/safety_first.py)
+    task_share: float | None = None  # g of one image, of a run the least; None: the sum, or not known
+    muted_evaluations: int = 0  # further ones, without the task LoRAs, that found it
     edits: tuple[str, ...] = ()  # types of the nodes that made these pixels of what guarded runs had made, in order
     others: tuple[Attestation, ...] = ()  # further runs behind an image that was put together of several
 
@@ -120,7 +124,9 @@ class Attestation:
 
     def without_activity(self) -> Attestation:
         """A copy that does not tell what the prompt was about: what files and records have unless a policy asks."""
-        return self.of(activity={}, acted_share={}, others=tuple(one.without_activity() for one in self.others))
+        return self.of(
+            activity={}, acted_share={}, task_share=None, others=tuple(one.without_activity() for one in self.others)
+        )
 
     def to_json(self) -> str:
         """Compact JSON with sorted keys, the form that goes into PNG text."""

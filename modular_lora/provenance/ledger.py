@@ -111,6 +111,7 @@ def attest_latents(
     run: Attestation,
     acted: Mapping[Owner, Acted],
     activities: Mapping[str, Sequence[Activity | None]] = MappingProxyType({}),
+    shares: Sequence[float] = (),
 ) -> None:
     """Remember the latents of a complete run, each with the acted strengths and activities of its own.
 
@@ -119,12 +120,14 @@ def attest_latents(
         run: The run's attestation.
         acted: See `modular_lora.branches.acted.Meter.finish`.
         activities: Of every image, by the SHA-256 of the safety LoRA; see `modular_lora.guard.activity.judged`.
+        shares: Of the task LoRAs on every image, where they give way; see `modular_lora.guard.safety_first`.
     """
     for number, latent in enumerate(made):
         own = {sha256: one.images[number % len(one.images)] for (_, sha256), one in acted.items()}
         each = {sha256: one[number % len(one)] for sha256, one in activities.items() if one}
         shown = {sha256: one for sha256, one in each.items() if one is not None}
-        latents.put(tensor_sha256(latent), run.of(acted_strength=own, activity=shown))
+        share = shares[number % len(shares)] if shares else run.task_share
+        latents.put(tensor_sha256(latent), run.of(acted_strength=own, activity=shown, task_share=share))
 
 
 def note_unsampled(samples: Tensor) -> None:

@@ -90,6 +90,8 @@ def _run(run: Attestation) -> Json:
         "evaluations": run.evaluations,
         "base_sha256": run.base_sha256,
         "image_sha256": run.image_sha256,
+        "combine": run.combine,
+        "task_share": run.task_share,
         "safety_loras": [_safety(run, lora) for lora in run.loras if lora.role == "safety"],
         "task_loras": [_lora(lora) for lora in run.loras if lora.role == "task"],
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from support.encoder_toys import randomise
 from support.families import Family, make, named
 from support.families_image import IMAGE, UNET
 from support.graphs import save_lora
@@ -121,3 +122,27 @@ def make_flux(comfy, folder) -> tuple[Trio, Callable]:
         return sample(model, *change(*conds), {"samples": torch.zeros(1, *FLUX.latent)})
 
     return make_trio(comfy, make(FLUX), folder), run
+
+
+def controlled(control, positive, negative, size: int = 8 * SIZE) -> list:
+    return node(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        control_net=control,
+        image=picture(size),
+        strength=0.8,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+
+
+def control_network():
+    """A toy ControlNet's network for the toy model, every zero convolution filled."""
+    from comfy import ops
+    from comfy.cldm import cldm
+
+    settings = {k: v for k, v in SD15.items() if k not in ("out_channels", "num_heads", "num_head_channels")}
+    network = cldm.ControlNet(**settings, hint_channels=3, num_head_channels=16, operations=ops.manual_cast)
+    randomise(network)
+    return network.eval()

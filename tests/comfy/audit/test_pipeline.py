@@ -102,6 +102,22 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(float) - b.astype(float)).mean())
 
 
+@pytest.mark.parametrize(("bounds", "same"), [((1e-12, 2e-12), "safety"), ((1e6, 2e6), "modular")])
+def test_the_arm_in_which_task_loras_give_way_is_safety_alone_or_modular(bounds, same, comfy, pipeline, loras, loaded):
+    from support.giving_way import calibrated
+
+    read = lambda name: comfy.host_files.read_lora(loras.folder / name)  # noqa: E731
+    sha256, target = comfy.anatomy.model_sha256(loaded[0]), loras.folder / f"arm_{same}.safetensors"
+    told = calibrated(read("safety_te.safetensors"), target, *bounds, sha256)
+    task = read("task.safetensors")
+    parts = Part("safety", str(told.path), told.sha256), Part("task", str(task.path), task.sha256, 0.7)
+    ours = pipeline.draw(Arm("safety_first", parts, combine="safety first"), [item(), item("dog", 2)], SAMPLING)
+    other = pipeline.draw(Arm(same, parts[:1] if same == "safety" else parts), [item(), item("dog", 2)], SAMPLING)
+    assert np.abs(ours.astype(int) - other.astype(int)).max() <= 1
+    left = pipeline.draw(Arm(same, parts if same == "safety" else parts[:1]), [item(), item("dog", 2)], SAMPLING)
+    assert distance(ours, left) > NEAR
+
+
 @pytest.mark.parametrize("prompt", ["gloss, cat", "gloss, (cat:1.4) [dog]", LONG])
 def test_the_base_arm_is_the_stock_graph_bit_for_bit(prompt, pipeline, arms, run_graph):
     graph = base_graph()

@@ -222,7 +222,7 @@ def test_below_the_floor_and_beyond_all_numbers_the_run_stops():
 class Absorbing(Fused):
     """As sums were before they were apart: every term into one tensor."""
 
-    def apply(self, y, x, h):
+    def apply(self, y, x, h, g=None):
         return y.view(-1, 8).addmm_(h.reshape(-1, h.shape[-1]), self.up.t()).view(y.shape)
 
 
@@ -296,7 +296,7 @@ def test_the_probe_looks_at_every_image(layer, image, lost, monkeypatch):
     module = Two()
     module.first, module.second = make(), make()
 
-    def faulty(self, y, x, h):
+    def faulty(self, y, x, h, g=None):
         before, made = y.clone(), apply(self, y, x, h)
         made[image] = torch.nan if lost == "finite" else made[image] - 40 * self.share(OWNER, before, x, h)[image]
         return made

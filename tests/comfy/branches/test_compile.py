@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.errors import refuses
+from support.giving_way import calibrated
 from support.graphs import save_lora
 from support.small_unet import sampled, small_unet
 
@@ -42,14 +43,19 @@ def guard(comfy, model, tmp_path):
             named.setdefault(key, name)
     layers = {name: info.specs[key] for key, name in named.items()}
 
-    def make(rank: int = 4, seed: int = 1):
+    def make(rank: int = 4, seed: int = 1, combine: str = "sum"):
         lora, g = [], comfy.host_guard
         for r, s in ((3, 0), (rank, seed)):
             save_lora(tmp_path / f"{s}.safetensors", layers, r, s, size=0.2)
             lora.append(comfy.host_files.read_lora(tmp_path / f"{s}.safetensors"))
+        if combine != "sum":
+            base_sha256 = comfy.anatomy.model_sha256(model)
+            lora[0] = calibrated(lora[0], tmp_path / "told.safetensors", 0.1, 0.2, base_sha256)
         tasks = (g.TaskLora(lora[1], 0.6, 0.6),)
         return comfy.host.unwrap(
-            comfy.host.guard(model, None, (g.SafetyLora(lora[0], 1.0),), tasks, False, g.GuardLimits())[0]
+            comfy.host.guard(model, None, (g.SafetyLora(lora[0], 1.0),), tasks, False, g.GuardLimits(combine=combine))[
+                0
+            ]
         )
 
     return make
@@ -94,6 +100,22 @@ def test_compiled_and_eager_runs_are_the_same_and_are_counted_alike(comfy, guard
     found = [comfy.host.attestation(p) for p in (patcher, clone)]
     assert found[0].evaluations == found[1].evaluations == 2
     assert found[0].firings == found[1].firings == 2 * len(patcher.branches.layers)
+
+
+def test_task_loras_act_at_their_share_in_compiled_runs_too(comfy, guard, monkeypatch):
+    from modular_lora_guard.modular_lora.guard import safety_first
+
+    patcher, images = guard(combine="safety first"), []
+    for share in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(safety_first, "shares", lambda *_, share=share: (share,))
+        eager, clone = sampled(patcher, steps=4), compiled(patcher)
+        images.append(sampled(clone, steps=4))
+        assert torch.allclose(images[-1], eager, atol=1e-5)
+        found = [comfy.host.attestation(one) for one in (patcher, clone)]
+        assert [one.task_share for one in found] == [share, share]
+        assert found[0].firings == found[1].firings == 4 * len(patcher.branches.layers)
+    assert not torch.allclose(images[0], images[1], atol=1e-2)
+    assert not torch.allclose(images[1], images[2], atol=1e-2)
 
 
 def test_another_lora_of_the_same_rank_compiles_nothing(comfy, guard, counts):

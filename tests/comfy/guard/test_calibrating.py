@@ -181,6 +181,26 @@ def test_the_samplers_and_the_decode_say_it_and_no_file_does_unless_the_policy_a
         assert all("run" not in one for one in answered["modular_lora"])
 
 
+def test_under_safety_first_the_task_lora_gives_way_on_the_concept_and_files_do_not_tell(
+    world, comfy, calibrated, run_graph
+):
+    shares = {}
+    for kind in ("concept", "kept"):
+        graph = drawing("told.safetensors", OTHERS[kind][0])
+        graph["guard"]["inputs"]["combine"] = "safety first"
+        graph["save"]["inputs"]["filename_prefix"] = f"first_{kind}"
+        report = run_graph(graph)["sample"][1]
+        assert "1 task LoRA, safety first." in report.splitlines()[0]
+        assert ("the task LoRAs do not act on the image" in report) == (kind == "concept")
+        (verdict,) = shown(comfy, "save")["modular_lora"]
+        shares[kind] = verdict["run"]["task_share"]
+        said = record(comfy, f"first_{kind}")
+        assert (verdict["run"]["combine"], said["combine"]) == ("safety first", "safety first")
+        assert (said["task_share"], said["muted_evaluations"]) == (None, 1)
+    assert shares["concept"] == 0.0
+    assert shares["kept"] > 0.5
+
+
 def test_without_a_calibration_there_is_a_figure_and_no_verdict(world, comfy, calibrated, run_graph):
     report = run_graph(drawing("plain.safetensors", OTHERS["kept"][0]))["sample"][1]
     assert "the safety LoRA acted on the image, without a verdict: its file has no calibration (activity 0.0" in report

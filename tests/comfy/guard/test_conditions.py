@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.condition_toys import (
-    SD15,
     SIZE,
     assert_kept,
+    control_network,
+    controlled,
     make_flux,
     make_trio,
     node,
@@ -31,33 +32,9 @@ def trio(comfy, tmp_path_factory):
     return make_trio(comfy, toy_unet(), tmp_path_factory.mktemp("conditions"))
 
 
-def controlled(control, positive, negative, size: int = 8 * SIZE) -> list:
-    return node(
-        "ControlNetApplyAdvanced",
-        positive=positive,
-        negative=negative,
-        control_net=control,
-        image=picture(size),
-        strength=0.8,
-        start_percent=0.0,
-        end_percent=1.0,
-    )
-
-
 def steered(control):
     """``sample`` under ControlNetApplyAdvanced."""
     return lambda model: sample(model, *controlled(control, *prompts()))
-
-
-def control_network():
-    """A toy ControlNet's network for the toy model, every zero convolution filled."""
-    from comfy import ops
-    from comfy.cldm import cldm
-
-    settings = {k: v for k, v in SD15.items() if k not in ("out_channels", "num_heads", "num_head_channels")}
-    network = cldm.ControlNet(**settings, hint_channels=3, num_head_channels=16, operations=ops.manual_cast)
-    randomise(network)
-    return network.eval()
 
 
 def test_controlnet_keeps_the_guard(comfy, trio):

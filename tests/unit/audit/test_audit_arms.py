@@ -43,7 +43,8 @@ def files(tmp_path):
 
 
 def test_every_arm_is_the_sum_that_it_is_said_to_be(files):
-    options = AuditOptions(**files(safety=1, task=1, sequential=1, projected=1), safety_strength=0.9, task_strength=0.8)
+    strengths = {"safety_strength": 0.9, "task_strength": 0.8}
+    options = AuditOptions(**files(safety=1, task=1, sequential=1, projected=1), **strengths, arms=ARMS)
     found = from_options(options)
     assert {arm.name: [(Path(p.path).stem, p.role, p.strength) for p in arm.parts] for arm in found.arms} == {
         "base": [],
@@ -52,10 +53,15 @@ def test_every_arm_is_the_sum_that_it_is_said_to_be(files):
         "sequential": [("safety_0", "safety", 0.9), ("sequential_0", "task", 0.8)],
         "modular": [("safety_0", "safety", 0.9), ("task_0", "task", 0.8)],
         "projected": [("safety_0", "safety", 0.9), ("projected_0", "task", 0.8)],
+        "safety_first": [("safety_0", "safety", 0.9), ("task_0", "task", 0.8)],
         "minus_safety": [("safety_0", "safety", -0.9)],
         "safety_minus_sequential": [("safety_0", "safety", 0.9), ("sequential_0", "task", -0.8)],
     }
     assert tuple(arm.name for arm in found.arms) == ARMS == tuple(NEEDS) == tuple(MEANS)
+    assert {arm.combine for arm in found.arms if arm.name != "safety_first"} == {"sum"}
+    assert next(arm for arm in found.arms if arm.name == "safety_first").combine == "safety first"
+    unasked = [arm.name for arm in from_options(replace(options, arms=AuditOptions().arms)).arms]
+    assert unasked == [name for name in ARMS if name != "safety_first"]
     assert not found.notes
     assert found.files["task_0.safetensors"] == read_lora(Path(options.task[0])).sha256
 

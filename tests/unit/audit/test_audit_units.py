@@ -94,6 +94,7 @@ def test_a_key_changes_with_all_that_decides_pixels(tmp_path):
         key(Arm("safety", (replace(PART, strength=0.5),))),
         key(Arm("safety", (replace(PART, role="task"),))),
         key(Arm("safety", (PART, PART))),
+        key(Arm("safety", (PART,), combine="safety first")),
         key(Arm("safety", (PART, replace(PART, strength=2.0)))),
         key(Arm("safety", (replace(PART, strength=2.0), PART))),
         *(key(item=replace(CAT, **{name: value})) for name, value in

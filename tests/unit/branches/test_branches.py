@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches.attachment import Attachment, FusedLayer
+from modular_lora_guard.modular_lora.branches.attachment import ALL_ROLES, Attachment, FusedLayer
 from modular_lora_guard.modular_lora.branches.changes import (
     Bias,
     Dense,
@@ -203,6 +203,28 @@ def test_every_form_of_change_equals_an_explicit_merge_within_rounding(data, see
     assert bool(((y - expected).abs() <= ROUNDINGS * info.eps * bound + info.smallest_normal).all())
 
 
+@property_test
+@given(st.data(), st.integers(0, 2**16), st.sampled_from(DTYPES), st.floats(0.01, 0.99))
+def test_every_form_of_a_task_lora_acts_at_its_share_and_the_safety_lora_whole(data, seed, dtype, share):
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    module = data.draw(modules(grouped=False)).to(dtype)
+    safety, tasks = data.draw(parts(module, generator)), data.draw(parts(module, generator))
+    x, spec = example(module, generator).to(dtype), layer_spec("w", module)
+    layer = FusedLayer(spec, [Term("safety", *one, "a") for one in safety] + [Term("task", *one) for one in tasks])
+    with torch.no_grad():
+        y = layer.add(module(x), x, ALL_ROLES, torch.tensor(share)).double()
+        muted, alone = (
+            made.add(module(x), x, frozenset(("safety",)))
+            for made in (layer, FusedLayer(spec, [Term("safety", *one, "a") for one in safety]))
+        )
+    assert torch.equal(muted, alone)
+    changes = [*safety, *((part, share * scale) for part, scale in tasks)]
+    expected, bound = (evaluate(module, *total(changes, module, size), x, size) for size in (False, True))
+    info = torch.finfo(dtype)
+    assert bool(((y - expected).abs() <= ROUNDINGS * info.eps * bound + info.smallest_normal).all())
+
+
 def evaluate(module: nn.Module, weight: Tensor, bias: Tensor, x: Tensor, absolute: bool) -> Tensor:
     """The module with changes of its weight and bias, in fp64; ``absolute`` sums absolute values."""
     W0 = module.weight.detach().double()
@@ -241,7 +263,10 @@ def test_a_norm_takes_changes_of_its_weight_and_bias(kind):
     if getattr(module, "bias", None) is not None:
         terms.append(Term("task", Bias(shift), -0.4))
     with torch.no_grad():
-        y = FusedLayer(layer_spec("w", module), terms).add(module(x), x, frozenset(("task",)))
+        base, layer = module(x), FusedLayer(layer_spec("w", module), terms)
+        y = layer.add(module(x), x, frozenset(("task",)))
+        part = layer.add(module(x), x, frozenset(("task",)), torch.tensor(0.25))
+        assert torch.allclose(part - base, 0.25 * (y - base), atol=1e-5)
         module.weight += 0.7 * delta.flatten()
         if len(terms) > 1:
             module.bias -= 0.4 * shift

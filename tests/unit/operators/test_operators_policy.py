@@ -366,3 +366,18 @@ def test_of_two_scales_the_one_that_the_policy_names_must_act(acts, named, refus
             check_run(policy, run, lambda *_: "")
     else:
         check_run(policy, run, lambda *_: "")
+
+
+@pytest.mark.parametrize(("asked", "refused"), [("", False), ("safety first", True), ("sum", False)])
+def test_the_way_in_which_loras_are_put_together_is_the_one_that_is_asked_for(asked, refused):
+    from modular_lora_guard.modular_lora.provenance.attestation import Attestation
+    from modular_lora_guard.operators.rules import RefusedError, check_run
+
+    run = Attestation("not sampled", "pack", "SD15", "0" * 64, False, (), {})
+    policy = parse(f'[guard]\nrequired = []\ncombine = "{asked}"'.encode(), Path(FILE))
+    if not refused:
+        return check_run(policy, run, lambda *_: "")
+    with pytest.raises(RefusedError) as error:
+        check_run(policy, run, lambda *_: "")
+    assert error.value.rule == "guard.combine"
+    return check_run(policy, run.of(combine=asked), lambda *_: "")
