@@ -7,16 +7,23 @@ import json
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.guard import activity, concept
-from modular_lora_guard.training import cli
+from modular_lora_guard.modular_lora.guard import concept
 from support.errors import refuses
 from support.graphs import base_graph, guarded_graph, save_lora
 
 CARS, CATS = ("racing car", "a bus"), ("cat face",)
 
 
+@pytest.fixture(scope="module")
+def text(loaded):
+    """The world's text model, for the nodes too: which layers it has is asked once."""
+    return importlib.import_module("modular_lora_guard.comfy_host.text_inputs").opened(*loaded[:2])
+
+
 @pytest.fixture(autouse=True)
-def folders(comfy, loras, tmp_path, monkeypatch):
+def folders(comfy, loras, text, tmp_path, monkeypatch):
+    node = importlib.import_module("modular_lora_guard.nodes.combine_safety")
+    monkeypatch.setattr(node.text_inputs, "opened", lambda model, clip, name: text)
     for kind in ("loras", "safety_loras"):
         (tmp_path / kind).mkdir()
         monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
@@ -55,23 +62,23 @@ def rows(clip, prompt: str) -> torch.Tensor:
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0][0].double()
 
 
-def changes(lora) -> dict[str, torch.Tensor]:
+def changes(lora, info) -> dict[str, torch.Tensor]:
+    """ΔW by the key of the weight, whatever the file calls it."""
     return {
-        n: layer.scale * layer.up.double().flatten(1) @ layer.down.double().flatten(1)
+        info.key_map[n]: layer.scale * layer.up.double().flatten(1) @ layer.down.double().flatten(1)
         for n, layer in lora.plain.items()
     }
 
 
-def test_each_acts_on_its_own_concept_and_the_guard_takes_the_file_whole(comfy, run_graph, loaded, files):
-    words = {"tokens": "subject", "preserve": "grinning face", "more_options": "ridge = 1e-6"}
+def test_each_acts_on_its_own_concept_and_the_guard_takes_the_file_whole(comfy, run_graph, loaded, text, files):
+    words = {"tokens": "subject", "preserve": "grinning face", "more_options": "ridge = 1e-6\ncalibrate = false"}
     results = run_graph(graph(comfy, "cars", "cats", **words))
     (handle,), report = results["combine"]
     assert report.startswith("2 safety LoRAs were combined into one of 14 layers.\nsaved as combined.safetensors in")
     assert handle.lora.path == files / "combined.safetensors"
     read = importlib.import_module("modular_lora_guard.modular_lora.files.reader").read_lora
-    cars, cats = (changes(read(files / f"{name}.safetensors")) for name in ("cars", "cats"))
-    both = changes(handle.lora)
-    text = importlib.import_module("modular_lora_guard.comfy_host.text_inputs").opened(*loaded[:2])
+    cars, cats = (changes(read(files / f"{name}.safetensors"), text.info) for name in ("cars", "cats"))
+    both = changes(handle.lora, text.info)
     spans = {p: text.encode([p], text.found.inputs)[0][0].spans for p in (*CARS, *CATS, "grinning face")}
     with torch.inference_mode():
         own = {p: rows(loaded[1], p)[slice(*spans[p][0])].T for p in spans}
@@ -98,57 +105,29 @@ def test_lists_of_prompts_are_told_apart_by_blank_lines(comfy):
     assert lists(" \n\n") == []
 
 
-@pytest.mark.parametrize(
-    ("names", "change", "code", "named"),
-    [
-        (("cars", "all"), {}, "combine.mixed-input", "all.safetensors"),
-        (("cars",), {}, "combine.too-few", "1 safety LoRA"),
-        (("cars", "cats"), {"concept_prompts": "a\n\nb\n\nc"}, "combine.prompts", "3 lists"),
-        (("cars", "cats"), {"concept_prompts": "cat face\n\n-"}, "combine.same-prompt", "'cat face'"),
-    ],
-)
-def test_refusals_name_what_is_wrong(comfy, run_graph, files, names, change, code, named):
-    with refuses(code, named):
-        run_graph(graph(comfy, *names, **change))
+def test_a_lora_whose_layers_see_more_than_the_text_is_refused_by_name(comfy, run_graph, files):
+    with refuses("combine.mixed-input", "all.safetensors", "diffusion_model."):
+        run_graph(graph(comfy, "cars", "all"))
     assert not (files / "combined.safetensors").exists()
 
 
-def test_the_command_line_writes_the_same_file(comfy, loaded, files, folders, capsys, monkeypatch):
-    texts = importlib.import_module("modular_lora_guard.comfy_host.text_inputs").opened(*loaded[:2])
-    host = importlib.import_module("modular_lora_guard.comfy_host.trainer_model")
-    monkeypatch.setattr(cli, "_text_model", lambda chosen: (host, texts))
-    checkpoint = folders / "any.safetensors"
-    checkpoint.touch()
-    given = ["combine-safety", str(files / "cars.safetensors"), str(files / "cats.safetensors")]
-    given += ["--checkpoint", str(checkpoint), "--output_dir", str(folders / "made"), "--tokens", "last"]
-    given += ["--concept", "--concept", "cat face", "owl", "--strength", "1", "--strength", "0.5", "--no-calibrate"]
-    assert cli.main(given) == 0
-    assert "2 safety LoRAs as one, 14 layers" in capsys.readouterr().out
-    made = comfy.host_files.read_lora(folders / "made" / "combined.safetensors")
-    assert concept.read(made) == ("racing car", "cat face", "a bus", "owl")
-    assert activity.KEY not in made.metadata
-    assert cli.main([*given, "--strength", "2"]) == 1
-    assert "--strength: 3 numbers for 2 files" in capsys.readouterr().err
-
-
-def test_the_calibration_is_what_a_run_measures(comfy, loaded, folders):
-    """Make Safety LoRA's figures from texts alone, beside those that Calibrate Safety LoRA finds with the network."""
+def test_the_calibration_is_what_a_run_measures(comfy, loaded, text, folders):
+    """The activities that the texts alone tell, beside those that Calibrate Safety LoRA finds with the network."""
     closed = "modular_lora_guard.training.safety.closed"
-    make, options = (importlib.import_module(f"{closed}.{name}") for name in ("make", "options"))
-    text = importlib.import_module("modular_lora_guard.comfy_host.text_inputs").opened(*loaded[:2])
-    about = tuple(f"{p} car" for p in ("racing", "red", "fast", "police", "old", "new", "small", "big"))
-    kept = tuple(f"{p} face" for p in ("cat", "dog", "mouse", "lion", "pig", "owl", "grinning"))
+    make, options, ours = (importlib.import_module(f"{closed}.{name}") for name in ("make", "options", "activity"))
+    about = tuple(f"{p} car" for p in ("racing", "red", "police", "old"))
+    kept = ("cat face", "dog face", "mouse face", "owl")
     o = options.MakeOptions(
-        output_dir=str(folders), concept=about, guide=("heart",), preserve=kept, tokens="subject", method="uce"
+        output_dir=str(folders), concept=("car",), guide=("heart",), tokens="subject", method="uce", calibrate=False
     )
-    made = make.make_safety(text, o, engine="test")
-    told = activity.read(made.lora)
+    made = make.make_safety(text, o, engine="test").lora
+    factors = {name: (layer.down, layer.up, layer.alpha) for name, layer in made.plain.items()}
+    inputs = text.found.inputs
+    told = ours.activities(text, inputs, factors, text.encode((*about, *kept), inputs))
     calibrated = importlib.import_module("modular_lora_guard.comfy_host.calibrating").calibrated
-    safety = comfy.host_guard.SafetyLora(made.lora, 1.0)
     watch = importlib.import_module("modular_lora_guard.modular_lora.command").Lines()
-    found = calibrated(*loaded[:2], safety, about, ("heart", *kept), torch.zeros(1, 4, 8, 8), 1, 3, watch)
-    assert (told.base_sha256, told.strength) == (found.base_sha256, found.strength)
-    assert told.concept.quantiles == pytest.approx(found.concept.quantiles, rel=1e-3)
-    assert told.preserved.quantiles == pytest.approx(found.preserved.quantiles, rel=1e-3)
-    assert told.auc == found.auc
-    assert told.auc >= activity.LEAST_AUC
+    safety = comfy.host_guard.SafetyLora(made, 1.0)
+    found = calibrated(*loaded[:2], safety, about, kept, torch.zeros(1, 4, 8, 8), 2, 3, watch)
+    for side, figures in ((found.concept, told[:4]), (found.preserved, told[4:])):
+        assert side.at(0.0) == pytest.approx(min(figures), rel=1e-3)
+        assert side.at(1.0) == pytest.approx(max(figures), rel=1e-3)

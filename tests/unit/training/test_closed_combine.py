@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard import activity, concept
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
-from modular_lora_guard.training import output
+from modular_lora_guard.training import cli, output
 from modular_lora_guard.training.safety.closed.combine import CombineOptions, combine_safety
 from modular_lora_guard.training.safety.closed.fusion import confined, reaches
 from modular_lora_guard.training.safety.closed.make import make_safety
@@ -147,3 +148,23 @@ def test_what_does_not_go_together_is_refused_and_nothing_is_written(tmp_path):
         with refuses(code, *named):
             combine(tmp_path, safety, concepts, **changes)
     assert not (tmp_path / "made").exists()
+
+
+def test_the_command_line_takes_concepts_and_strengths_in_the_files_order(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(cli, "_text_model", lambda chosen: (SimpleNamespace(ENGINE="test"), Words()))
+    for number, prompts in ((0, ("car",)), (1, ("owl",))):
+        random_lora(tmp_path, number, prompts)
+    (tmp_path / "any.safetensors").touch()
+    given = ["combine-safety", str(tmp_path / "0.safetensors"), str(tmp_path / "1.safetensors"), "--checkpoint"]
+    given += [str(tmp_path / "any.safetensors"), "--output_dir", str(tmp_path / "made"), "--tokens", "last"]
+    given += ["--concept", "--concept", "cat", "crow", "--strength", "1", "--strength", "0.5", "--no-calibrate"]
+    assert cli.main(given) == 0
+    assert "2 safety LoRAs as one, 3 layers" in capsys.readouterr().out
+    made = read_lora(tmp_path / "made" / "combined.safetensors")
+    assert concept.read(made) == ("car", "cat", "crow")
+    assert [s["strength"] for s in json.loads(made.metadata["modular_lora.combined_from"])] == [1.0, 0.5]
+    assert made.metadata["ss_sd_model_name"] == "any.safetensors"
+    for wrong in (["--strength", "2"], ["--concept", "x"]):
+        assert cli.main([*given, *wrong]) == 1
+    assert "3 numbers for 2 files" in caplog.text
+    assert "3 lists of concept prompts for 2 LoRAs" in caplog.text

@@ -15,7 +15,14 @@ from modular_lora_guard.modular_lora.files.reader import LoraFile, LoraLayer, re
 from modular_lora_guard.modular_lora.guard.build import ModelInfo
 from modular_lora_guard.training.output import projected_metadata, write_tensors
 from modular_lora_guard.training.projection import (
-    bases, format_projection, output_bases, project, project_file, project_outputs, residual, row_basis,
+    bases,
+    format_projection,
+    output_bases,
+    project,
+    project_file,
+    project_outputs,
+    residual,
+    row_basis,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from support.errors import refuses
