@@ -246,9 +246,11 @@ def format_projection(report: ProjectionReport, rows: bool = True) -> str:
         what = f"{len(unknown)} layers of {name} are not in the model (first {unknown[0]}) and could not be paired"
         lines.append(f"WARNING: {what}: give the CLIP too, or use a LoRA made for this base")
     if lost := [p for p in report.layers if p.removed > MOSTLY]:
+        what = f"WARNING: {len(lost)} layers lost more than {MOSTLY:.0%} of their energy"
         lines.append(
-            f"WARNING: {len(lost)} layers lost more than {MOSTLY:.0%} of their energy, the mark of one random "
-            "initialisation (same seed): retrain the task LoRA with another seed"
+            f"{what}, the mark of one random initialisation (same seed): retrain the task LoRA with another seed"
+            if report.sides == "input"
+            else f"{what} (first {lost[0].layer}), and do little of what they did: look at what comes out"
         )
     if rows:
         lines.append(f"{'layer':<72} {'rank':>5} {'removed':>9} {'residual':>9}")

@@ -1,11 +1,12 @@
 """Safety LoRAs made of words on the demo world: what they suppress, keep and cost, and what an attack revives.
 
-    python -m tools.benchmarks.safety_lora CHECKPOINT --comfyui COMFYUI --record [--parts make judge train attack width]
+    python -m tools.benchmarks.safety_lora CHECKPOINT --comfyui COMFYUI --record [--parts make judge ...]
 
 * make: files by Make Safety LoRA in ComfyUI, and their CPU seconds: the class of vehicles by every method, and five
   single concepts, into --files.
 * judge: the files on the demo world's narrow net (the same function, tools/world/README.md), judged by its detector,
   beside the base with the same noise; Euler 20 steps, guidance 3.
+* sides: the task LoRA projected clear of the safety LoRA's inputs, outputs, or both: what it costs, and what it gives.
 * train: two short trainings (LECO) that start from the null-space file, one of them with robust_steps.
 * attack: a white-box attack. One embedding in the place of the concept's last word is trained, with the safety LoRA on,
   to get the base's predictions for the concept; counted is how often images drawn with it show a vehicle.
@@ -19,15 +20,17 @@ import functools
 import logging
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from modular_lora_guard.gate.statistics import wilson
+from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.util import plain_json
 from modular_lora_guard.modular_lora.util.hashing import hash_file
-from modular_lora_guard.training import cli, options
+from modular_lora_guard.training import cli, options, output, projection
 from modular_lora_guard.training import model as host_models
 from modular_lora_guard.training.safety import train as safety
 from modular_lora_guard.training.safety.closed.layers import TextInput, TextLayers
@@ -36,7 +39,7 @@ from modular_lora_guard.training.safety.closed.options import MakeOptions
 from modular_lora_guard.training.safety.closed.words import Encoded
 from torch import Tensor
 
-from ..world import ASSETS, DETECTOR, SAFETY_LORA, base, data, detector, diffusion, lorafile, narrow
+from ..world import ASSETS, DETECTOR, SAFETY_LORA, TASK_LORA, base, data, detector, diffusion, lorafile, narrow
 from .bench import Silent, finish, parser
 from .erasure import RECIPE
 
@@ -135,6 +138,43 @@ def judge(chosen) -> dict[str, object]:
             rows["demo world, suppressed rate"] = _rate(hits)
             rows["demo world, kept concepts lost (points)"] = round(lost, 2)
         _done(chosen, "judge", rows)
+    return rows
+
+
+def sides(chosen) -> dict[str, object]:
+    """The shipped task LoRA beside the shipped safety LoRA, projected on either side and on both, and as it is."""
+    (model, ae), eye = narrow.load(), detector.load(ASSETS / DETECTOR)
+    guarded = read_lora(ASSETS / SAFETY_LORA)
+    task, attached = read_lora(ASSETS / TASK_LORA), lorafile.load(ASSETS / SAFETY_LORA, model.unet)
+    vehicles, _ = prompts(data.SUPPRESSED_IDS, 2)
+    kept, truth = data.asked(data.KEPT_IDS, True, len(data.KEPT_IDS))
+    rows: dict[str, object] = {}
+    for name in ("none", *typing.get_args(projection.Sides)):
+        file = ASSETS / TASK_LORA
+        if name != "none":
+            file = chosen.files / f"task, {name}.safetensors"
+            tensors, said = projection.project_file(task, [guarded], sides=name)
+            output.write_tensors(file, tensors, output.projected_metadata(task, [guarded], said))
+            rows[f"demo world, task LoRA's energy removed, {name}"] = round(said.removed, 4)
+
+        def drawn(asked: list[str], seed: int, file: Path = file) -> tuple[Tensor, Tensor]:
+            lorafile.attach(model.unet, attached, lorafile.load(file, model.unet))
+            return detector.classify(eye, base.draw(model, ae, asked, seed))
+
+        def right(drawn=drawn) -> Tensor:
+            concepts, styles = drawn(kept, 12)
+            return torch.cat([concepts.argmax(-1) == truth, styles.argmax(-1) == data.TASK_STYLE])
+
+        hits = _counted(
+            chosen, "sides, vehicles", file, lambda drawn=drawn: detector.suppressed(drawn(vehicles, 11)[0])
+        )
+        found, styled = _counted(chosen, "sides, kept", file, right).chunk(2)
+        rows |= {
+            f"demo world, beside a task LoRA, suppressed rate, projected {name}": _rate(hits),
+            f"demo world, beside a task LoRA, kept right in its style, projected {name}": _rate(found),
+            f"demo world, beside a task LoRA, its style found, projected {name}": _rate(styled),
+        }
+        _done(chosen, "sides", rows)
     return rows
 
 
@@ -321,7 +361,7 @@ def _done(chosen, part: str, rows: dict[str, object]) -> None:
     finish(rows, "safety_lora.json", command, chosen.record)
 
 
-PARTS = {"make": make, "judge": judge, "train": train, "attack": attack, "width": width}
+PARTS = {"make": make, "judge": judge, "sides": sides, "train": train, "attack": attack, "width": width}
 
 
 def main() -> None:
