@@ -313,7 +313,7 @@ def _restrict_outputs(up: Tensor, target: Target, shape: tuple[int, ...]) -> Ten
     if target.rearrange is None:
         return up
     numbers = torch.arange(len(up))
-    return up[Place(target, LayerSpec("", shape), up.__getitem__).arranged(numbers).argsort()]
+    return up[Place(target, LayerSpec("", shape), lambda key: up).arranged(numbers).argsort()]
 
 
 def _shapes(info: ModelInfo) -> dict[str, tuple[int, ...]]:

@@ -187,8 +187,8 @@ def train(chosen) -> dict[str, object]:
         model, _ = narrow.load()
         values: dict[str, object] = {"output_name": name, "output_dir": str(chosen.files), "robust_steps": steps}
         values |= {"init": str(chosen.files / f"{METHODS[0]}.safetensors"), "network_dim": 32, "network_alpha": 32}
-        values |= {"max_train_steps": chosen.steps, "train_batch_size": 12, "pool_size": 240, "learning_rate": 1e-3}
-        values |= {"save_every_n_steps": 0, "sample_every_n_steps": 0, "save_precision": "float"}
+        values |= {"max_train_steps": chosen.steps, "train_batch_size": 12, "pool_size": 240, "learning_rate": 3e-3}
+        values |= {"lr_warmup_steps": 4, "save_every_n_steps": 0, "sample_every_n_steps": 0, "save_precision": "float"}
         host_model = narrow.NarrowHostModel(model, host_models.Schedule, host_models.Cond)
         begun = time.process_time()
         made = safety.train_safety(

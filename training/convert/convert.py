@@ -166,13 +166,9 @@ def _of(weights: Weights) -> str:
 
 def _metadata(o: ConvertOptions, to: Path, method: str, **known: Any) -> dict[str, str]:
     """What the file says; no base_sha256, which is of W0 as ComfyUI has it and not known here."""
-    said = {
-        "concept": o.concept,
-        "prompts": o.concept,
-        "title": to.stem,
-        "engine": f"modular-lora-guard {VERSION}, converter",
-    }
-    return safety_metadata(method=f"converted: {method}", **said, **known)
+    engine = f"modular-lora-guard {VERSION}, converter"
+    said = f"converted: {method}"
+    return safety_metadata(method=said, engine=engine, concept=o.concept, prompts=o.concept, title=to.stem, **known)
 
 
 def _origin(made: report.Made, hashed: str, o: ConvertOptions) -> dict[str, str]:

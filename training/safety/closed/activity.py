@@ -8,7 +8,7 @@ figure, and what a guarded run will measure can be written into the file as it i
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import NamedTuple, Protocol
 
@@ -62,7 +62,7 @@ class Said(NamedTuple):
 def chosen(model: Weights, about: Sequence[str], kept: Sequence[str]) -> Prompts:
     """The first `MOST` prompts of either kind; where there are fewer than `LEAST`, everyday sentences beside them."""
     spoken = (sentence.replace(PLACE, prompt) for sentence in SENTENCES for prompt in about)
-    lists = [others(name, about) for name in LISTS if name != "all"]
+    lists = [others(texts, about) for name, texts in LISTS.items() if name != "all"]
     everyday = (text for text in chain(*zip_longest(*lists)) if text)
     found = _filled(model, about, spoken), _filled(model, (p for p in kept if p), everyday)
     return Prompts(found[0], tuple(p for p in found[1] if p not in found[0]))
@@ -129,7 +129,7 @@ def activities(
     return torch.stack(shares).double().mean(0).tolist()
 
 
-def _filled(model: Weights, prompts, more) -> tuple[str, ...]:
+def _filled(model: Weights, prompts: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
     own = tuple(dict.fromkeys(prompts))[:MOST]
     further = (p for p in dict.fromkeys(more) if p not in own and not model.too_long(p))
     return (*own, *(p for p, _ in zip(further, range(max(0, LEAST - len(own))), strict=False)))

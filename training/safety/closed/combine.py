@@ -32,9 +32,10 @@ from ... import contamination, output
 from ...metadata_keys import COMBINED_KEY
 from ...options import SavePrecision
 from ..metadata import safety_metadata
+from . import everything_else
 from .activity import CALIBRATE, Prompts, calibration, chosen
 from .effects import Measured, Solved, measure, report
-from .everything_else import EverythingElse, others
+from .everything_else import EverythingElse
 from .fusion import confined, reaches
 from .layers import TextInput
 from .make import TextModel
@@ -168,7 +169,7 @@ def _prompts(safety: Sequence[SafetyLora], concepts: Sequence[Sequence[str]]) ->
             code="combine.prompts",
         )
     holders: dict[str, str] = {}
-    found = []
+    found: list[tuple[str, ...]] = []
     for one, given in zip(safety, concepts or [()] * len(safety), strict=True):
         texts = tuple(dict.fromkeys(text.strip() for text in given if text.strip())) or concept.read(one.lora)
         if not texts:
@@ -197,7 +198,7 @@ def _kept(prompts: Sequence[Sequence[str]], options: CombineOptions) -> tuple[st
             code="combine.both-lists",
         )
     given = (text for text in options.preserve if text.strip())
-    return tuple(dict.fromkeys((EMPTY, *given, *others(options.everything_else, every))))
+    return tuple(dict.fromkeys((EMPTY, *given, *everything_else.chosen(options.everything_else, every))))
 
 
 def _changes(model: NamedModel, safety: SafetyLora) -> dict[str, Factor]:

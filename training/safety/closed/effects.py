@@ -87,9 +87,12 @@ def measure(
                 x = one.rows[text].rows.T
                 moved = (total @ x).norm(dim=0) / (W @ x).norm(dim=0).clamp_min(TINY)
                 stay[text] = max(stay[text], float(moved.max()))
-    table = [(sums / answer.clamp_min(TINY)).sqrt().tolist() for sums in (alone, combined)]
     held = 1 - (rest / wanted.clamp_min(TINY)).sqrt()
-    return Measured(*(tuple(map(tuple, rows)) for rows in table), held=tuple(held.tolist()), kept=stay)
+    return Measured(_table(alone, answer), _table(combined, answer), tuple(held.tolist()), stay)
+
+
+def _table(sums: Tensor, answer: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, (sums / answer.clamp_min(TINY)).sqrt().tolist()))
 
 
 @dataclass(frozen=True, eq=False)

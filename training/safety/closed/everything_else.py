@@ -37,9 +37,13 @@ LISTS: dict[str, tuple[str, ...]] = {
 LISTS["all"] = tuple(text for found in LISTS.values() for text in found)
 
 
-def others(chosen: EverythingElse, erased: Iterable[str]) -> list[str]:
-    """The prompts of a list that name none of those to be erased."""
-    listed = () if chosen == "none" else LISTS[chosen]
+def chosen(name: EverythingElse, erased: Iterable[str]) -> list[str]:
+    """The prompts of the list of that name, without those that name what is to be erased."""
+    return [] if name == "none" else others(LISTS[name], erased)
+
+
+def others(listed: Iterable[str], erased: Iterable[str]) -> list[str]:
+    """The prompts that name none of those to be erased."""
     names = [text.lower() for text in erased]
     return [text for text in listed if not any(_names(text.lower(), name) for name in names)]
 

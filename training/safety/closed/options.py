@@ -10,7 +10,7 @@ from ....modular_lora.options import OptionError, Texts, opt
 from ....modular_lora.validation import STRICT, raises
 from ...options import SavePrecision
 from .activity import CALIBRATE
-from .everything_else import EverythingElse, others
+from .everything_else import EverythingElse, chosen
 from .null_space import THRESHOLD
 from .rece import ROUNDS
 from .words import PLACE, Tokens
@@ -89,5 +89,5 @@ class MakeOptions:
     @property
     def kept(self) -> tuple[str, ...]:
         """Prompts to preserve, those of the chosen list that do not name the concept included."""
-        own = others(self.everything_else, self.erased)
+        own = chosen(self.everything_else, self.erased)
         return tuple(dict.fromkeys((*(text for text in self.preserve if text.strip()), *own)))
