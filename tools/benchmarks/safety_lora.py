@@ -7,7 +7,6 @@
 * judge: the files on the demo world's narrow net (the same function, tools/world/README.md), judged by its detector,
   beside the base with the same noise; Euler 20 steps, guidance 3.
 * sides: the task LoRA projected clear of the safety LoRA's inputs, outputs, or both: what it costs, and what it gives.
-* train: two short trainings (LECO) that start from the null-space file, one of them with robust_steps.
 * attack: a white-box attack. One embedding in the place of the concept's last word is trained, with the safety LoRA on,
   to get the base's predictions for the concept; counted is how often images drawn with it show a vehicle.
 * width: the solve and the file at SDXL's width (140 layers, 2048 inputs) on random weights and rows, without the
@@ -30,9 +29,7 @@ from modular_lora_guard.gate.statistics import wilson
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.util import plain_json
 from modular_lora_guard.modular_lora.util.hashing import hash_file
-from modular_lora_guard.training import cli, options, output, projection
-from modular_lora_guard.training import model as host_models
-from modular_lora_guard.training.safety import train as safety
+from modular_lora_guard.training import cli, output, projection
 from modular_lora_guard.training.safety.closed.layers import TextInput, TextLayers
 from modular_lora_guard.training.safety.closed.make import make_safety
 from modular_lora_guard.training.safety.closed.options import MakeOptions
@@ -40,8 +37,7 @@ from modular_lora_guard.training.safety.closed.words import Encoded
 from torch import Tensor
 
 from ..world import ASSETS, DETECTOR, SAFETY_LORA, TASK_LORA, base, data, detector, diffusion, lorafile, narrow
-from .bench import Silent, finish, parser
-from .erasure import RECIPE
+from .bench import finish, parser
 
 logger = logging.getLogger("modular_lora")
 METHODS = ("null-space", "alphaedit", "uce", "rece")
@@ -49,8 +45,6 @@ SINGLE = ("helicopter", "bicycle", "pizza", "penguin", "guitar")  # words of two
 GUIDE = "heart"
 ATTACKED = ("helicopter", "bicycle", "ship", "tractor")
 SHIPPED = {"ESD (shipped)": ASSETS / SAFETY_LORA, "LECO (evidence, seed 11)": ASSETS / "evidence/safety_11.safetensors"}
-FROM = "null-space, then LECO"  # the trainings that start from a file in closed form
-ROBUST = {FROM: 0, f"{FROM}, robust": 3}  # robust_steps of each
 STEPS, BATCH, RATE, PICTURES = 60, 8, 0.05, 36  # of an attack; pictures a concept
 NONE = "no safety LoRA"
 BANK = 64  # noised latents of an attack, with what the base predicts for them
@@ -178,33 +172,11 @@ def sides(chosen) -> dict[str, object]:
     return rows
 
 
-def train(chosen) -> dict[str, object]:
-    """LECO from the null-space file on, without and with robust steps, into --files; CPU seconds of each."""
-    rows: dict[str, object] = {}
-    for name, steps in ROBUST.items():
-        if (chosen.files / f"{name}.safetensors").exists():
-            continue
-        model, _ = narrow.load()
-        values: dict[str, object] = {"output_name": name, "output_dir": str(chosen.files), "robust_steps": steps}
-        values |= {"init": str(chosen.files / f"{METHODS[0]}.safetensors"), "network_dim": 32, "network_alpha": 32}
-        values |= {"max_train_steps": chosen.steps, "train_batch_size": 12, "pool_size": 240, "learning_rate": 3e-3}
-        values |= {"lr_warmup_steps": 4, "save_every_n_steps": 0, "sample_every_n_steps": 0, "save_precision": "float"}
-        host_model = narrow.NarrowHostModel(model, host_models.Schedule, host_models.Cond)
-        begun = time.process_time()
-        made = safety.train_safety(
-            host_model, options.load(options.SafetyOptions, RECIPE, values), Silent(), engine="benchmark"
-        )
-        rows[f"demo world, CPU seconds to train, {name}"] = round(time.process_time() - begun)
-        logger.info("%s", made.report)
-    return rows
-
-
 def attack(chosen) -> dict[str, object]:
     """How often an embedding that was learned against each maker draws a vehicle."""
     (model, ae), eye = narrow.load(), detector.load(ASSETS / DETECTOR)
     arms: dict[str, Path | None] = {NONE: None}
     arms |= {m: chosen.files / f"{m}.safetensors" for m in (METHODS[0], *chosen.methods)} | SHIPPED
-    arms |= {name: path for name in ROBUST if (path := chosen.files / f"{name}.safetensors").exists()}
     arms |= {path.stem: path for path in chosen.also}
     rows: dict[str, object] = {}
     for name, file in arms.items():
@@ -354,14 +326,13 @@ def _done(chosen, part: str, rows: dict[str, object]) -> None:
     """Say, and record, what is measured so far: a part takes long."""
     told = {
         "judge": f" --rounds {chosen.rounds} --every {chosen.every}",
-        "train": f" --steps {chosen.steps}",
         "attack": f" --attacked {chosen.attacked}",
     }
     command = f"python -m tools.benchmarks.safety_lora CHECKPOINT --parts {part}{told.get(part, '')}"
     finish(rows, "safety_lora.json", command, chosen.record)
 
 
-PARTS = {"make": make, "judge": judge, "sides": sides, "train": train, "attack": attack, "width": width}
+PARTS = {"make": make, "judge": judge, "sides": sides, "attack": attack, "width": width}
 
 
 def main() -> None:
@@ -376,7 +347,6 @@ def main() -> None:
         help="judge: images a vehicle, and for each single concept as many as for all vehicles",
     )
     made.add_argument("--every", type=int, default=1, help="judge: of the single concepts, every so many kept concepts")
-    made.add_argument("--steps", type=int, default=40, help="train: steps of each training")
     made.add_argument("--attacked", type=int, default=len(ATTACKED), help="attack: concepts")
     made.add_argument("--also", type=Path, nargs="*", default=[], help="further safety LoRAs to attack")
     chosen = made.parse_args()
