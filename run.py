@@ -39,7 +39,8 @@ WITHOUT_CLONE_ON_PATH = "import sys; sys.path[:] = [p for p in sys.path if p]; "
 OWN_LINE = {  # command -> module, help
     "lora": (
         "training",
-        "make-safety, convert-safety, train-task, train-safety, project, inspect, dataset (docs/training.md)",
+        "make-safety, combine-safety, convert-safety, train-task, train-safety, project, inspect, dataset "
+        "(docs/training.md)",
     ),
     "audit": ("audit", "run, page, gate-error (docs/audit.md)"),
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),

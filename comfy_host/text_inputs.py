@@ -42,16 +42,17 @@ class ComfyTextModel:
     def __init__(self, model, clip):
         self._model, self._clip = _bare(model), _bare_clip(clip)
         self.family, self.base_sha256 = introspection.family(model), introspection.model_sha256(model)
-        self._info = introspection.model_info(model)
+        self.info = introspection.model_info(model)
         sampling = model.model.model_sampling
         self.prediction: Prediction = (
             "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
         )
-        self._names = _names(self._info, self.family)
+        self._names = _names(self.info, self.family)
         self._empty = self._tokens(EMPTY)
         words = [span(*streams) for streams in zip(self._tokens(PROBE), self._empty, strict=True)]
         self._places = [found[0] if found else 0 for found in words]  # where a prompt's words begin, in every stream
         self.found, self._shapes = find(self._model, self._conditioning(PROBE), self._names)
+        self.noise = tuple(self._shapes[0][1:]), SEED
 
     def encode(self, prompts: Sequence[str], inputs: Sequence[TextInput]) -> list[list[Encoded]]:
         """See TextModel; all texts first, so that text encoder and network need not be loaded in turn."""
@@ -67,6 +68,11 @@ class ComfyTextModel:
     def weight(self, path: str) -> Tensor:
         """See TextModel."""
         return introspection.original_weight(self._model, f"{path}.weight")
+
+    def bias(self, path: str) -> Tensor | None:
+        """See TextModel."""
+        own = self._model.model.get_submodule(path).bias
+        return None if own is None else introspection.original_weight(self._model, f"{path}.bias")
 
     def name(self, path: str) -> str:
         """See TextModel."""
@@ -88,9 +94,9 @@ class ComfyTextModel:
             return self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
 
 
-def opened(model, clip) -> ComfyTextModel:
-    """The text model of what ComfyUI has loaded; GuardError for what no safety LoRA can be made on."""
-    trainer_model._check(model, clip, NODE, accept_merged=False)
+def opened(model, clip, node: str = NODE) -> ComfyTextModel:
+    """The text model of what ComfyUI has loaded; GuardError, in ``node``'s name, for what it cannot be made of."""
+    trainer_model._check(model, clip, node, accept_merged=False)
     return ComfyTextModel(model, clip)
 
 

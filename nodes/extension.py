@@ -12,6 +12,7 @@ from ..comfy_host.enforcement import hooks
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
 from .calibrate_safety import CalibrateSafetyLora
+from .combine_safety import CombineSafetyLoras
 from .concept_prompts import WriteConceptPrompts
 from .dataset_report import DatasetReport
 from .decode import GuardedDecode, GuardedDecodeTiled
@@ -56,6 +57,7 @@ class ModularLoraExtension(ComfyExtension):
             SaveGatedImage,
             LoraInterference,
             MakeSafetyLora,
+            CombineSafetyLoras,
             TrainTaskLora,
             TrainSafetyLora,
             DatasetReport,

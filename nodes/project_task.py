@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 from comfy_api.latest import io
 
@@ -38,6 +39,14 @@ class ProjectTaskLora(io.ComfyNode):
                 io.Combo.Input(
                     "save_precision", list(output.DTYPES), default="fp16", tooltip="Type of the new file's numbers."
                 ),
+                io.Combo.Input(
+                    "sides",
+                    list(typing.get_args(projection.Sides)),
+                    default="input",
+                    optional=True,
+                    tooltip="What is kept clear: the inputs that the safety LoRA reacts to, the outputs that it "
+                    "writes, or both. Each costs some of the task LoRA.",
+                ),
             ],
             outputs=[
                 TaskSocket.Output("task_lora_out", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
@@ -48,7 +57,7 @@ class ProjectTaskLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, task_lora, safety_lora, save_precision) -> io.NodeOutput:
+    def execute(cls, model, clip, task_lora, safety_lora, save_precision, sides="input") -> io.NodeOutput:
         tasks, safety = handles(task_lora, TaskLora), handles(safety_lora, SafetyLora)
         if len(tasks) != 1:
             raise GuardError(
@@ -56,7 +65,7 @@ class ProjectTaskLora(io.ComfyNode):
             )
         task, loras = tasks[0], [s.lora for s in safety]
         infos = (introspection.model_info(model), introspection.clip_info(clip))
-        tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision])
+        tensors, report = projection.project_file(task.lora, loras, infos, output.DTYPES[save_precision], sides)
         path = model_folder(LORA_FOLDER) / f"{task.lora.path.stem}_projected.safetensors"
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
         text = projection.format_projection(report)

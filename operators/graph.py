@@ -52,6 +52,7 @@ CLOSED = {  # our node type -> key of [open]
     AS_MODEL: "guarded_as_model",
     "ModularLoraAudit": "audit",
     "ModularLoraMakeSafety": "training",
+    "ModularLoraCombineSafety": "training",
     "ModularLoraTrainTask": "training",
     "ModularLoraTrainSafety": "training",
     "ModularLoraProjectTask": "training",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from .kohya.arguments import FAMILIES
 from .kohya.checkout import find_engine
 from .options import SafetyOptions, TaskOptions
 from .safety.closed import make as closed
+from .safety.closed.combine import CombineOptions
+from .safety.closed.combine import combine_safety as combined
 from .safety.closed.options import MakeOptions
 from .safety.train import prepare as prepare_safety
 from .safety.train import train_safety
@@ -55,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         "concept-prompts": concept_prompts,
         "calibrate-safety": calibrate_safety,
         "make-safety": make_safety,
+        "combine-safety": combine_safety,
         "convert-safety": convert_safety,
     }.get(chosen["command"], with_options)
     return finish(lambda: command(chosen), "where a step was done, the line above names the state to resume from")
@@ -82,11 +87,37 @@ def parser() -> argparse.ArgumentParser:
     _model_arguments(command, required=True)
     command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
     options.add_arguments(command, MakeOptions)
-    command = commands.add_parser("project", help="keep an existing task LoRA clear of a safety LoRA's row space")
+    command = commands.add_parser(
+        "combine-safety", help="several safety LoRAs as one file, each on its own concept only", allow_abbrev=False
+    )
+    command.add_argument("safety", type=Path, nargs="+")
+    command.add_argument("--config", type=Path, metavar="TOML", help="options in a file, under the same names")
+    _model_arguments(command, required=True)
+    command.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's own choice)")
+    command.add_argument(
+        "--concept",
+        action="append",
+        nargs="*",
+        default=[],
+        metavar="TEXT",
+        help="prompts of the concept, once for each file in its order; without any: those in that file",
+    )
+    command.add_argument(
+        "--strength", action="append", type=float, default=[], metavar="NUMBER", help="once for each file (1)"
+    )
+    options.add_arguments(command, CombineOptions)
+    command = commands.add_parser("project", help="keep an existing task LoRA clear of a safety LoRA")
     command.add_argument("task", type=Path)
     command.add_argument("safety", type=Path, nargs="+")
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
     command.add_argument("--save_precision", choices=tuple(output.DTYPES), help="type to save in (the file's own)")
+    command.add_argument(
+        "--sides",
+        choices=typing.get_args(projection.Sides),
+        default="input",
+        help="what is kept clear of the safety LoRA: the inputs that it reacts to, the outputs that it writes, or both "
+        "(input)",
+    )
     _model_arguments(command, required=False)
     _convert_arguments(commands)
     command = commands.add_parser("concept-prompts", help="write what a safety LoRA is for into a copy of its file")
@@ -193,12 +224,39 @@ def make_safety(chosen: dict) -> str:
         MakeOptions, chosen["config"], {name: value for name, value in chosen.items() if name not in OWN}
     )
     check_files(chosen["checkpoint"], chosen["vae"])
+    host, text = _text_model(chosen)
+    return closed.make_safety(text, made, engine=host.ENGINE, base_name=chosen["checkpoint"].name).report
+
+
+def combine_safety(chosen: dict) -> str:
+    """Several safety LoRAs as one file."""
+    own = (*OWN, "safety", "concept", "strength")
+    made = options.load(CombineOptions, chosen["config"], {n: value for n, value in chosen.items() if n not in own})
+    check_files(*chosen["safety"], chosen["checkpoint"], chosen["vae"])
+    strengths = chosen["strength"] or [1.0] * len(chosen["safety"])
+    if len(strengths) != len(chosen["safety"]) or not all(map(_above_zero, strengths)):
+        raise GuardError(
+            f"--strength: {len(strengths)} numbers for {len(chosen['safety'])} files, and each must be above 0: give "
+            "one for each file in its order, or none.",
+            code="combine.strength",
+        )
+    safety = [SafetyLora(read_lora(path), by) for path, by in zip(chosen["safety"], strengths, strict=True)]
+    host, text = _text_model(chosen)
+    names = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
+    return combined(text, safety, chosen["concept"], made, **names).report
+
+
+def _above_zero(strength: float) -> bool:
+    return math.isfinite(strength) and strength > 0
+
+
+def _text_model(chosen: dict):
+    """The module for checkpoints, and the checkpoint as a model of texts."""
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
     host, texts = comfy_host(chosen), comfy_host(chosen, "text_inputs")
     model, clip, _ = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], None)
-    text = texts.opened(model, clip)
-    return closed.make_safety(text, made, engine=host.ENGINE, base_name=chosen["checkpoint"].name).report
+    return host, texts.opened(model, clip)
 
 
 def check_files(*paths: Path | None) -> None:
@@ -225,13 +283,13 @@ def _with_kohya(chosen: dict, made: TaskOptions | SafetyOptions, safety: list[Sa
 
 
 def project(chosen: dict) -> str:
-    """The task LoRA's file with its down matrices projected, written to --output."""
+    """The task LoRA's file projected clear of the safety LoRAs, written to --output."""
     check_writable(chosen["output"].absolute().parent, "--output")
     check_files(chosen["checkpoint"], chosen["vae"])
     task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
     infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
-    tensors, report = projection.project_file(task, safety, infos, dtype)
+    tensors, report = projection.project_file(task, safety, infos, dtype, chosen["sides"])
     output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
     return projection.format_projection(report)
 

@@ -111,7 +111,7 @@ def projected_metadata(task: LoraFile, safety: Sequence[LoraFile], report: Proje
     """Metadata of a projected file: the task LoRA's own, with what it is clear of now and how well."""
     before = filter(None, task.metadata.get(SAFETY_KEY, "").split(","))
     shas = dict.fromkeys((*before, *(lora.sha256 for lora in safety)))  # each once, in order
-    return task.metadata | {SAFETY_KEY: ",".join(shas), PROJECTED_KEY: _residual(report.residual)}
+    return task.metadata | {SAFETY_KEY: ",".join(shas), PROJECTED_KEY: report.residuals}
 
 
 def write(

@@ -35,6 +35,7 @@ NODE_IDS = {
     "ModularLoraSaveImage",
     "ModularLoraInterference",
     "ModularLoraMakeSafety",
+    "ModularLoraCombineSafety",
     "ModularLoraTrainTask",
     "ModularLoraTrainSafety",
     "ModularLoraDatasetReport",

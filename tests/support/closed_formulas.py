@@ -51,3 +51,16 @@ def formula_speed(W: Tensor, C: Tensor, G: Tensor, P: Tensor, K2: Tensor, r: flo
 def formula_alpha_edit(W: Tensor, K1: Tensor, R: Tensor, P: Tensor, Kp: Tensor, l2: float) -> Tensor:
     """Δ of arXiv 2410.02355: its code solves (P(K₁K₁ᵀ + K_pK_pᵀ) + L2 I) Δᵀ = P K₁ Rᵀ."""
     return (torch.linalg.inv(P @ (K1 @ K1.T + Kp @ Kp.T) + l2 * _eye(P)) @ P @ K1 @ R.T).T
+
+
+def formula_fusion(W: Tensor, changes: list[Tensor], concepts: list[Tensor], K: Tensor, lambda_: float) -> Tensor:
+    """W* of arXiv 2403.06135's fusion: (λW + Σᵢ (W + ΔWᵢ) Σ c cᵀ + Σ W k kᵀ)(λI + Σ c cᵀ + Σ k kᵀ)⁻¹."""
+    first, second = lambda_ * W, lambda_ * _eye(W)
+    for change, C in zip(changes, concepts, strict=True):
+        for c in C.T:
+            first = first + torch.outer((W + change) @ c, c)
+            second = second + torch.outer(c, c)
+    for k in K.T:
+        first = first + torch.outer(W @ k, k)
+        second = second + torch.outer(k, k)
+    return first @ torch.linalg.inv(second)

@@ -57,3 +57,7 @@ class NarrowHostModel:
 
     def release(self, text: bool) -> None:
         """Nothing: token rows and U-Net are one module."""
+
+    def too_long(self, prompt: str) -> bool:
+        """Whether a prompt has more tokens than `encode` pads to."""
+        return self.model.text([prompt])[0].shape[1] > LENGTH

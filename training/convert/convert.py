@@ -6,11 +6,11 @@ anything is what its authors claim, and what the audit measures.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,11 +18,11 @@ from ...modular_lora.errors import GuardError, shown
 from ...modular_lora.files import erased
 from ...modular_lora.files.names import sort_names
 from ...modular_lora.files.reader import LoraFile
-from ...modular_lora.guard.build import ROLE_KEY
-from ...modular_lora.guard.concept import PROMPTS_KEY, trained
 from ...modular_lora.places import check_writable
-from ..metadata_keys import BASE_FILE_KEY, CONCEPT_KEY, CONVERTED_KEY, METHOD_KEY, RESIDUAL_KEY
+from ...version import VERSION
+from ..metadata_keys import BASE_FILE_KEY, CONVERTED_KEY, RESIDUAL_KEY
 from ..output import write_tensors
+from ..safety.metadata import safety_metadata
 from . import report
 from .difference import ConvertOptions, Difference, Part, rounded_to
 from .errors import ConvertError
@@ -30,7 +30,7 @@ from .names import Parts, by_part, same_names
 from .weights import Get, Weights, open_weights
 
 ADAPTER = "a LoRA in PyTorch's format, as sliders, LECO, SPM and MACE's adapters are saved"
-_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text in cross-attention
+_FAMILIES = {768: "SD15", 1024: "SD20", 2048: "SDXL"}  # by the width of the text in cross-attention
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _saved_again(weights: Weights, lora: Mapping[str, Get], to: Path, o: Convert
             f"{weights.name}: is a LoRA already, in safetensors: load it as it is.", code="convert.is-a-lora"
         )
     tensors = {name: get().contiguous().clone() for name, get in lora.items()}
-    written = write_tensors(to, tensors, {**_metadata(o, ADAPTER), CONVERTED_KEY: _of(weights)})
+    written = write_tensors(to, tensors, _metadata(o, to, ADAPTER, **{CONVERTED_KEY: _of(weights)}))
     said = f"{to.name}: {len(tensors)} tensors of {weights.name} ({ADAPTER}) as they are, {len(written.layers)} layers"
     return Converted(written, ADAPTER, (), "", 0.0, said)
 
@@ -139,7 +139,9 @@ def _difference(weights: Weights, base: Weights, to: Path, o: ConvertOptions) ->
     report.check_residual(weights, parts, residual, o)
     rounded = str(dtype).removeprefix("torch.") if dtype else ""
     made = report.Made(weights, base, report.method(weights, ours, parts), parts, rounded, residual)
-    written = write_tensors(to, tensors, _metadata(o, made.method) | _origin(made, hashed, ours, o))
+    rank = max((rank for part in made.parts for rank in part.ranks), default=1)
+    metadata = _metadata(o, to, made.method, family=_family(ours), rank=rank, **_origin(made, hashed, o))
+    written = write_tensors(to, tensors, metadata)
     return Converted(written, made.method, parts, rounded, residual, report.report(to.name, made, o))
 
 
@@ -162,27 +164,24 @@ def _of(weights: Weights) -> str:
     return f"{weights.name} (sha256 {weights.sha256()})"
 
 
-def _metadata(o: ConvertOptions, method: str) -> dict[str, str]:
-    found = {
-        ROLE_KEY: "safety",
-        METHOD_KEY: f"converted: {method}",
-        CONCEPT_KEY: ", ".join(o.concept),
-        PROMPTS_KEY: trained(o.concept),
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat("T", "seconds"),
-    }
-    return {key: value for key, value in found.items() if value}
+def _metadata(o: ConvertOptions, to: Path, method: str, **known: Any) -> dict[str, str]:
+    """What the file says; no base_sha256, which is of W0 as ComfyUI has it and not known here."""
+    engine = f"modular-lora-guard {VERSION}, converter"
+    said = f"converted: {method}"
+    return safety_metadata(method=said, engine=engine, concept=o.concept, prompts=o.concept, title=to.stem, **known)
 
 
-def _origin(made: report.Made, hashed: str, ours: Parts, o: ConvertOptions) -> dict[str, str]:
-    """Metadata of what the file was made of; no base_sha256, which is of W0 as ComfyUI has it and not known here."""
-    rank = max((rank for part in made.parts for rank in part.ranks), default=1)
-    found = {
+def _origin(made: report.Made, hashed: str, o: ConvertOptions) -> dict[str, str]:
+    """Metadata of what the file was made of."""
+    return {
         CONVERTED_KEY: _of(made.weights),
         BASE_FILE_KEY: f"{made.base.name} (sha256 {hashed}{f', rounded to {made.rounded}' if made.rounded else ''})",
         RESIDUAL_KEY: f"{made.residual:.3g} of |dW|, limit {o.limit:g}",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
     }
+
+
+def _family(ours: Parts) -> str:
+    """ComfyUI's name of the family, "" where the cross-attention's width does not tell it."""
     ends = ("attn2.to_k.weight", "attn2.to_v.weight")
-    width = next((get().shape[-1] for name, get in ours.get("unet", {}).items() if name.endswith(ends)), 0)
-    return found | ({"ss_base_model_version": _VERSIONS[width]} if width in _VERSIONS else {})
+    widths = (get().shape[-1] for name, get in ours.get("unet", {}).items() if name.endswith(ends))
+    return _FAMILIES.get(next(widths, 0), "")

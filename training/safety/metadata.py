@@ -15,11 +15,11 @@ from ..output import base_names
 
 def safety_metadata(
     *,
-    family: str,
-    prediction: Prediction,
-    base_sha256: str,
-    engine: str,
     method: str,
+    family: str = "",
+    prediction: Prediction | None = None,
+    base_sha256: str = "",
+    engine: str = "",
     concept: Sequence[str] = (),
     prompts: Sequence[str] = (),
     preserved: Sequence[str] = (),
@@ -31,11 +31,11 @@ def safety_metadata(
     """Metadata under the keys that the trainers write, text only; what is empty is left out.
 
     Args:
-        family: ComfyUI's name of the base: SD15, SDXL, ...
-        prediction: What the base predicts.
+        method: The method, e.g. "null-space".
+        family: ComfyUI's name of the base: SD15, SDXL, ...; "" where it is not known.
+        prediction: What the base predicts; None where it is not known: the architecture, which names it, is left out.
         base_sha256: modular_lora.util.tensor_hashing.weights_sha256 of W0.
         engine: Name and version of what made the file.
-        method: The method, e.g. "null-space".
         concept: What is erased, in a few words.
         prompts: Prompts of it; the first that fit become the concept prompts.
         preserved: Prompts that are kept.
@@ -44,7 +44,7 @@ def safety_metadata(
         rank: Largest rank of a layer.
         further: Other keys and their values.
     """
-    version, architecture, naming = base_names(family, prediction)
+    version, architecture, naming = base_names(family, prediction or "epsilon") if family else ("", "", "")
     found = {
         ROLE_KEY: "safety",
         BASE_KEY: base_sha256,
@@ -54,17 +54,17 @@ def safety_metadata(
         PROMPTS_KEY: trained(prompts),
         PRESERVED_KEY: json.dumps(list(preserved)) if preserved else "",
         "ss_base_model_version": version,
-        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_v2": str(version.startswith("sd_v2")) if version else "",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank or ""),
         "ss_network_alpha": str(rank or ""),
         "ss_sd_model_name": base_name,
         "ss_output_name": title,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{architecture}/lora" if family and prediction else "",
         "modelspec.implementation": naming,
         "modelspec.title": title or "LoRA",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat("T", "seconds"),
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": {"v_prediction": "v", "epsilon": "epsilon", None: ""}[prediction],
     }
     return {key: value for key, value in (found | further).items() if value}

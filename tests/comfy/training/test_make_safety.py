@@ -14,7 +14,10 @@ from modular_lora_guard.training.safety.closed.options import MakeOptions
 from safetensors.torch import load_file
 from support.graphs import GraphError, base_graph, bits, guarded_graph
 
-VALUES = {"concept": "car", "synonyms": "a bus", "guide": "heart", "preserve": "cat face\ngrinning face"}
+VALUES = {
+    "concept": "car", "synonyms": "a bus", "guide": "heart", "preserve": "cat face\ngrinning face",
+    "more_options": "calibrate = false",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +67,11 @@ def keys_and_values(model, clip, prompts: list[str]) -> dict[str, dict[str, torc
 
 def merged(model, path):
     """The MODEL with ComfyUI's own merge of a file."""
+    from comfy.model_management import unload_all_models
     from comfy.sd import load_lora_for_models
     from comfy.utils import load_torch_file
 
+    unload_all_models()  # a loaded model is merged into already, as far as ComfyUI sees
     patched, _ = load_lora_for_models(model, None, load_torch_file(str(path)), 1.0, 0.0)
     patched.patch_model()
     return patched
@@ -129,7 +134,7 @@ def test_every_method_and_choice_of_tokens_makes_a_file(text, tmp_path):
         for tokens in ("all", "subject", "last"):
             o = options(
                 output_dir=str(tmp_path), concept=("racing car",), guide=("heart",), preserve=("cat face",),
-                method=method, tokens=tokens, rounds=2, network_dim=0,
+                method=method, tokens=tokens, rounds=2, network_dim=0, calibrate=False,
             )  # fmt: skip
             made = make(text, o, engine="test")
             (part,) = made.parts
@@ -145,11 +150,14 @@ def test_every_method_and_choice_of_tokens_makes_a_file(text, tmp_path):
     assert ranks["rece", "subject"] == 6
     assert ranks["null-space", "all"] == 76
     less = make(
-        text, options(output_dir=str(tmp_path), concept=("car",), network_dim=4, save_precision="fp16"), engine="test"
+        text,
+        options(output_dir=str(tmp_path), concept=("car",), network_dim=4, save_precision="fp16", calibrate=False),
+        engine="test",
     )
     assert less.parts[0].rank == 4
     assert {t.shape[0] for n, t in load_file(less.lora.path).items() if n.endswith("lora_down.weight")} == {4}
-    only = make(text, options(output_dir=str(tmp_path), concept=("car",), layers=("to_v",)), engine="test")
+    values = {"output_dir": str(tmp_path), "concept": ("car",), "layers": ("to_v",), "calibrate": False}
+    only = make(text, options(**values), engine="test")
     assert all("to_v" in name for name in only.lora.layers)
 
 

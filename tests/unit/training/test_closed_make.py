@@ -7,38 +7,10 @@ import re
 import pytest
 import torch
 from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.training.safety.closed.layers import TextInput, TextLayers
+from modular_lora_guard.modular_lora.guard import activity
 from modular_lora_guard.training.safety.closed.make import make_safety
 from modular_lora_guard.training.safety.closed.options import MakeOptions
-from modular_lora_guard.training.safety.closed.words import Encoded
-
-WIDTH, TOKENS = 24, 4
-LAYERS = ("block.0.to_k", "block.0.to_v", "block.1.to_v")
-
-
-class Words:
-    """A TextModel whose encoder gives every prompt rows of its own, the first one the same for all."""
-
-    family, base_sha256, prediction = "SD15", "0" * 64, "epsilon"
-    found = TextLayers((TextInput(LAYERS, WIDTH, TOKENS),), 0.8, ("block.0.joint",), ())
-
-    def rows(self, prompt: str) -> torch.Tensor:
-        seed = sum(prompt.encode()) * 31 + len(prompt)
-        rows = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        rows[0] = 1.0
-        return rows * torch.linspace(0.2, 2, WIDTH, dtype=torch.float64)
-
-    def encode(self, prompts, inputs):
-        return [[Encoded(self.rows(prompt), ((1, 3 if prompt else 1),))] * len(inputs) for prompt in prompts]
-
-    def weight(self, path: str) -> torch.Tensor:
-        return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(LAYERS.index(path)))
-
-    def name(self, path: str) -> str:
-        return f"lora_unet_{path.replace('.', '_')}"
-
-    def too_long(self, prompt: str) -> bool:
-        return len(prompt) > 50
+from support.closed_words import LAYERS, WIDTH, Words
 
 
 def make(tmp_path, kept: int, **changes):
@@ -107,3 +79,38 @@ def test_templates_and_guides_go_together(tmp_path):
     (part,) = made.parts
     assert list(part.erased) == ["car", "a car here", "bus", "a bus here"]
     assert list(part.kept) == ["", "heart", "a heart here", "star", "a star here", "kept 0"]
+
+
+def activity_of(model, lora, prompt: str) -> float:
+    """The mean over the layers of |ΔW x|² / |W x + b|², written out token by token in float64."""
+    shares = []
+    for path in LAYERS:
+        layer, W, b = lora.plain[model.name(path)], model.weight(path).double(), model.bias(path)
+        change = layer.scale * layer.up.double() @ layer.down.double()
+        acted = sum(float((change @ x).square().sum()) for x in model.rows(prompt))
+        answer = sum(float((W @ x + (0 if b is None else b)).square().sum()) for x in model.rows(prompt))
+        shares.append(acted / answer)
+    return sum(shares) / len(shares)
+
+
+def test_the_file_says_how_strongly_it_answers_to_its_prompts_and_to_others(tmp_path):
+    made, model = make(tmp_path, 10, synonyms=("bus",), method="uce"), Words()
+    found = activity.read(made.lora)
+    assert (found.latent, found.seed, found.strength, found.base_sha256) == ((4, 16, 8), 7, 1.0, "0" * 64)
+    about = ["car", "bus", "a photo of car", "a photo of bus", "a painting of car", "a painting of bus",
+             "a drawing of car", "a drawing of bus"]  # fmt: skip
+    kept = ["heart", *(f"kept {i}" for i in range(10))]
+    for side, prompts in ((found.concept, about), (found.preserved, kept)):
+        figures = [activity_of(model, made.lora, prompt) for prompt in prompts]
+        assert (side.prompts, side.measured) == (len(prompts), len(prompts))
+        assert side.at(0.0) == pytest.approx(min(figures), rel=1e-4)
+        assert side.at(1.0) == pytest.approx(max(figures), rel=1e-4)
+    assert f"calibration of safety activity: AUC {found.auc:.3f} on 8 prompts" in made.report
+
+
+def test_without_calibration_nothing_is_written_and_one_that_fails_is_told(tmp_path):
+    made = make(tmp_path, 3, calibrate=False)
+    assert activity.KEY not in made.lora.metadata
+    assert "calibration of safety activity: switched off" in made.report
+    weak = make(tmp_path, 3, method="uce", ridge=1e9)
+    assert activity.KEY not in weak.lora.metadata or activity.read(weak.lora).auc >= activity.LEAST_AUC

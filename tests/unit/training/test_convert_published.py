@@ -41,6 +41,10 @@ def product(layer) -> torch.Tensor:
     return (up @ down).reshape(layer.shape) * (1.0 if layer.alpha is None else layer.alpha / layer.rank)
 
 
+def max_rank(lora) -> int:
+    return max((layer.rank for layer in lora.layers.values() if layer.rank), default=1)
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_erased_weights_come_back_as_a_safety_lora(name, base, tmp_path):
     layout = BY_NAME[name]
@@ -64,6 +68,9 @@ def test_erased_weights_come_back_as_a_safety_lora(name, base, tmp_path):
             assert error <= 2 * rounding + 1e-6 * size
     assert lora.metadata["modular_lora.role"] == "safety"
     assert layout.says in lora.metadata[metadata_keys.METHOD_KEY]
+    assert lora.metadata["modelspec.title"] == "out"
+    assert lora.metadata["ss_network_dim"] == lora.metadata["ss_network_alpha"] == str(max_rank(lora))
+    assert not {"modular_lora.base_sha256", "modelspec.prediction_type"} & set(lora.metadata), "not known here"
     assert result.residual <= 0.1
     assert f"{result.residual:.3g}" in lora.metadata[metadata_keys.RESIDUAL_KEY]
 

@@ -14,7 +14,16 @@ from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from modular_lora_guard.modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from modular_lora_guard.modular_lora.guard.build import ModelInfo
 from modular_lora_guard.training.output import projected_metadata, write_tensors
-from modular_lora_guard.training.projection import bases, format_projection, project, project_file, residual, row_basis
+from modular_lora_guard.training.projection import (
+    bases,
+    format_projection,
+    output_bases,
+    project,
+    project_file,
+    project_outputs,
+    residual,
+    row_basis,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 from support.errors import refuses
 from torch import Tensor
@@ -65,6 +74,27 @@ def test_outside_the_row_space_the_task_lora_answers_as_before(layer):
     x -= x @ Q.double() @ Q.double().T
     difference = x @ (project(A_t, Q).double() - A_t.double()).T
     assert float(difference.norm()) <= 16 * EPS * float(A_t.norm() * (x.norm() + 1))
+
+
+@settings(max_examples=80, deadline=None)
+@given(layer=layers(), seed=st.integers(0, 99))
+def test_in_what_the_safety_lora_writes_the_layer_answers_as_safety_alone_to_every_input(layer, seed):
+    A_s, A_t, B_t = layer
+    g = torch.Generator().manual_seed(seed)
+    out, n = B_t.shape[0], A_t.shape[1]
+    assume(out > 1)
+    W0, B_s = torch.randn(out, n, generator=g), torch.randn(out, min(len(A_s), out - 1), generator=g)
+    A_s = A_s[: B_s.shape[1]]
+    B = project_outputs(B_t, row_basis(B_s.T))
+    x = torch.randn(n, 5, generator=g).double()
+    safety = (W0 + B_s @ A_s).double() @ x
+    both = safety + B.double() @ (A_t.double() @ x)
+    assert float((B_s.double().T @ (both - safety)).norm()) <= 64 * EPS * float(
+        B_s.norm() * B_t.norm() * (A_t.double() @ x).norm()
+    )
+    z = torch.randn(out, generator=g).double()  # and elsewhere it writes what it wrote
+    z -= B_s.double() @ torch.linalg.lstsq(B_s.double(), z).solution
+    assert float((z @ (B.double() - B_t.double())).norm()) <= 64 * EPS * float(z.norm() * B_t.norm())
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,6 +204,55 @@ def test_slices_of_the_inputs_are_projected_only_where_they_meet():
     right = lora("r", ["unet.right"], 2, 2, 6)
     assert bases(right.layers, [whole], [FUSED])["unet.right"].shape == (6, 3)
     assert bases(right.layers, [left], [FUSED])["unet.right"].shape == (6, 0)
+
+
+def test_slices_of_a_fused_weight_share_no_outputs_and_rearranged_rows_are_found():
+    task, other, whole = (lora(n, [layer], 2, i, 8, out) for i, (n, layer, out) in enumerate(
+        (("t", "lora_unet_to_q", 8), ("o", "unet.to_k", 8), ("w", "lora_unet_qkv", 24))
+    ))  # fmt: skip
+    assert output_bases(task.layers, [other], [FUSED])["lora_unet_to_q"].shape == (8, 0), "they write apart"
+    P = output_bases(task.layers, [whole], [FUSED])["lora_unet_to_q"]
+    assert residual(whole.layers["lora_unet_qkv"].up[:8].T, P) == pytest.approx(1)
+    turned = ModelInfo(
+        family="Toy",
+        key_map={"lora_unet_x": ("x.weight", None, lambda rows: rows.roll(3, 0)), "unet.y": "x.weight"},
+        specs={"x.weight": LayerSpec("x", (8, 8))},
+        roots=(),
+    )
+    task, safety = lora("t", ["lora_unet_x"], 2, 0), lora("s", ["unet.y"], 2, 1)
+    P = output_bases(task.layers, [safety], [turned])["lora_unet_x"]
+    assert residual(safety.layers["unet.y"].up.roll(-3, 0).T, P) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("sides", "said"), [("input", "residual"), ("output", "outputs"), ("both", "residual")])
+def test_the_sides_that_are_asked_for_are_clear_and_the_file_says_how_well(sides, said, tmp_path):
+    task, safety = lora("t", ["x", "y"], 4, 0, 16, 12), lora("s", ["x"], 3, 1, 16, 12)
+    tensors = {f"{n}.lora_{r}.weight": getattr(task.layers[n], r) for n in ("x", "y") for r in ("down", "up")}
+    save_file(tensors, tmp_path / "t.safetensors")
+    task = read_lora(tmp_path / "t.safetensors")
+    made, report = project_file(task, [safety], sides=sides)
+    after = write_tensors(tmp_path / "p.safetensors", made, projected_metadata(task, [safety], report))
+    layer, other = after.layers["x"], safety.layers["x"]
+    rows, columns = row_basis(other.down), row_basis(other.up.T)
+    assert (residual(layer.down, rows) < 1e-5) == (sides != "output")
+    assert (residual(layer.up.T, columns) < 1e-5) == (sides != "input")
+    assert torch.equal(after.layers["y"].down, task.layers["y"].down)
+    assert torch.equal(after.layers["y"].up, task.layers["y"].up)
+    text = after.metadata["modular_lora.projected"]
+    assert text.startswith(said)
+    assert (", outputs " in text) == (sides == "both")
+    dense = lambda x: float((x.scale * x.up.double() @ x.down.double()).square().sum())  # noqa: E731
+    whole = sum(dense(x) for x in task.layers.values())
+    assert report.removed == pytest.approx((dense(task.layers["x"]) - dense(layer)) / whole, rel=1e-5)
+
+
+def test_a_safety_lora_that_writes_everywhere_is_an_error_of_the_output_side_alone():
+    task, safety = lora("t", ["x"], 2, 0, 16, 4), lora("s", ["x"], 4, 1, 16, 4)
+    assert bases(task.layers, [safety])["x"].shape == (16, 4)
+    with refuses("project.nothing-left", "x", "output space of 4"):
+        output_bases(task.layers, [safety])
+    with refuses("project.other-shape", "5 outputs", "4"):
+        bases(task.layers, [lora("s", ["x"], 2, 1, 16, 5)])
 
 
 def test_files_without_a_common_layer_are_an_error_with_the_remedy():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
+EverythingElse = Literal["none", "things", "people", "places", "styles", "all"]
 LISTS: dict[str, tuple[str, ...]] = {
     "things": (
         "a cat", "a dog", "a bird", "a horse", "a fish", "a flower", "a tree", "a house", "a chair", "a table",
@@ -31,3 +35,20 @@ LISTS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 LISTS["all"] = tuple(text for found in LISTS.values() for text in found)
+
+
+def chosen(name: EverythingElse, erased: Iterable[str]) -> list[str]:
+    """The prompts of the list of that name, without those that name what is to be erased."""
+    return [] if name == "none" else others(LISTS[name], erased)
+
+
+def others(listed: Iterable[str], erased: Iterable[str]) -> list[str]:
+    """The prompts that name none of those to be erased."""
+    names = [text.lower() for text in erased]
+    return [text for text in listed if not any(_names(text.lower(), name) for name in names)]
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether one of two texts has the words of the other, articles apart."""
+    one, other = ({w for w in t.replace(",", " ").split() if w not in ("a", "an", "the")} for t in (text, name))
+    return bool(one and other) and (one <= other or other <= one)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ....modular_lora.errors import GuardError
 from ....modular_lora.files.reader import LoraFile
+from ....modular_lora.guard import activity
 from ....modular_lora.places import check_writable
 from ... import contamination, output
 from ...model import Prediction
 from ..metadata import safety_metadata
+from .activity import Prompts, Said, calibration, chosen
 from .edit import Edit
 from .layers import TextInput, TextLayers, named
 from .null_space import alpha_edit, null_space, quiet_space, speed
@@ -49,12 +51,16 @@ class TextModel(Protocol):
     base_sha256: str
     prediction: Prediction
     found: TextLayers
+    noise: tuple[tuple[int, ...], int]  # latent that `encode` evaluates the network with: its shape, its noise's seed
 
     def encode(self, prompts: Sequence[str], inputs: Sequence[TextInput]) -> list[list[Encoded]]:
         """What each of the inputs is for each of the prompts."""
 
     def weight(self, path: str) -> Tensor:
         """W0 of a layer, out in, float32 on the CPU."""
+
+    def bias(self, path: str) -> Tensor | None:
+        """Its bias, out, float32 on the CPU; None where it has none."""
 
     def name(self, path: str) -> str:
         """The layer's name in a LoRA file."""
@@ -104,7 +110,8 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
     for prompt in (*onto, *kept):
         if model.too_long(prompt):
             raise OptionError(f"Prompt {prompt[:60]!r} is longer than the text encoder takes at once: shorten it.")
-    every = (*onto, *kept)
+    measured = chosen(model, tuple(onto), kept) if options.calibrate else Prompts()
+    every = tuple(dict.fromkeys((*onto, *kept, *measured.about, *measured.others)))
     texts = dict(zip(every, model.encode(every, found.inputs), strict=True))
     started = time.perf_counter()
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -115,6 +122,7 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
         for path in one.layers:
             down, up = solved[-1].edit.factors(model.weight(path))
             factors[model.name(path)] = (down.float(), up.float(), float(solved[-1].edit.rank))
+    said = calibration(model, found.inputs, factors, texts, measured)
     metadata = safety_metadata(
         family=model.family,
         prediction=model.prediction,
@@ -127,12 +135,13 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
         prompts=tuple(onto),
         preserved=[prompt for prompt in kept if prompt],
         rank=max(one.edit.rank for one in solved),
+        **{activity.KEY: said.metadata},
     )
     file = Path(options.output_dir) / f"{options.output_name}.safetensors"
     lora = output.write(file, factors, metadata, options.save_precision)
     seconds = time.perf_counter() - started
     parts = tuple(_measured(model, one, lora, onto, kept) for one in solved)
-    return Made(lora, parts, seconds, report(lora, options, found, parts, seconds, base_name or model.family))
+    return Made(lora, parts, seconds, report(lora, options, found, parts, said, seconds, base_name or model.family))
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +258,13 @@ def _measured(model: TextModel, solved: _Solved, lora: LoraFile, onto: Mapping[s
 
 
 def report(
-    lora: LoraFile, options: MakeOptions, found: TextLayers, parts: Sequence[Part], seconds: float, base: str
+    lora: LoraFile,
+    options: MakeOptions,
+    found: TextLayers,
+    parts: Sequence[Part],
+    said: Said,
+    seconds: float,
+    base: str,
 ) -> str:
     """What came out, and what is not claimed."""
     lines = [
@@ -265,7 +280,7 @@ def report(
             f"{found.mixed[0]})"
         )
     lines += [line for part in parts for line in _lines(part, options)]
-    return "\n".join([*lines, LIMITS])
+    return "\n".join([*lines, said.line, LIMITS])
 
 
 def _lines(part: Part, options: MakeOptions) -> list[str]:

@@ -9,13 +9,13 @@ from pydantic.dataclasses import dataclass
 from ....modular_lora.options import OptionError, Texts, opt
 from ....modular_lora.validation import STRICT, raises
 from ...options import SavePrecision
-from .everything_else import LISTS
+from .activity import CALIBRATE
+from .everything_else import EverythingElse, chosen
 from .null_space import THRESHOLD
 from .rece import ROUNDS
 from .words import PLACE, Tokens
 
 Method = Literal["null-space", "alphaedit", "uce", "rece"]
-EverythingElse = Literal["none", "things", "people", "places", "styles", "all"]
 
 
 @raises(OptionError)
@@ -59,6 +59,7 @@ class MakeOptions:
         0, "largest rank; beyond it the nearest change of this rank is taken; 0: what comes out, exactly", ge=0
     )
     save_precision: SavePrecision = opt("float", "type of the saved LoRA: fp16, bf16, float")
+    calibrate: bool = opt(True, CALIBRATE)
     no_dataset_metadata: bool = opt(False, "leave the output's name out of the file's metadata")
 
     def __post_init__(self):
@@ -88,13 +89,5 @@ class MakeOptions:
     @property
     def kept(self) -> tuple[str, ...]:
         """Prompts to preserve, those of the chosen list that do not name the concept included."""
-        listed = () if self.everything_else == "none" else LISTS[self.everything_else]
-        names = [text.lower() for text in self.erased]
-        own = [text for text in listed if not any(_names(text.lower(), name) for name in names)]
+        own = chosen(self.everything_else, self.erased)
         return tuple(dict.fromkeys((*(text for text in self.preserve if text.strip()), *own)))
-
-
-def _names(text: str, name: str) -> bool:
-    """Whether one of two texts has the words of the other, articles apart."""
-    one, other = ({w for w in t.replace(",", " ").split() if w not in ("a", "an", "the")} for t in (text, name))
-    return bool(one and other) and (one <= other or other <= one)

@@ -73,6 +73,11 @@ def pair(concept: Encoded, guide: Encoded, tokens: Tokens) -> tuple[Tensor, Tens
     return concept.rows[at].T, guide.rows[onto].T
 
 
+def own(concept: Encoded, tokens: Tokens) -> Tensor:
+    """C (d n): the concept's rows that count; see `pair`."""
+    return pair(concept, concept, tokens)[0]
+
+
 def held(kept: Encoded, tokens: Tokens) -> Tensor:
     """K (d m): the rows of a kept prompt that count."""
     if tokens == "all" or not kept.spans:

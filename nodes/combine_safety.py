@@ -1,0 +1,87 @@
+"""Combine Safety LoRAs: several safety LoRAs as one file, each on its own concept only."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from comfy_api.latest import io
+
+from ..comfy_host import text_inputs, trainer_model
+from ..comfy_host.answers import answer
+from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
+from ..comfy_host.training_files import published, work_folder
+from ..modular_lora.files.reader import read_lora
+from ..modular_lora.guard.build import SafetyLora
+from ..modular_lora.places import check_writable
+from ..training.safety.closed.combine import CombineOptions, combine_safety
+from .load import handles
+from .search_words import found_by
+from .sockets import SafetySocket
+from .training import GROUP, MORE, gathered, lines_of, option_inputs
+
+NAME = "Combine Safety LoRAs"
+OPTIONS = ("output_name", "preserve", "everything_else", "tokens", "save_precision")
+OWN = "-"  # a list of concept prompts that is this line: those in the LoRA's own file
+
+
+def lists_of(text: str) -> list[tuple[str, ...]]:
+    """Lists of lines with a blank line between them; an empty list for one that is only `OWN`."""
+    parts = groupby(text.splitlines(), key=lambda line: bool(line.strip()))
+    lists = [lines_of("\n".join(lines)) for filled, lines in parts if filled]
+    return [() if lines == (OWN,) else lines for lines in lists]
+
+
+class CombineSafetyLoras(io.ComfyNode):
+    """Several safety LoRAs as one, by their concepts' words alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModularLoraCombineSafety",
+            **found_by("merge loras", "combine loras", "lora fusion", "mace", "several concepts"),
+            display_name=NAME,
+            category=GROUP,
+            description="Makes one safety LoRA of several, each on its own concept only, for layers that take the text "
+            "alone; without training. Says what each still does to the others' concepts.",
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
+                io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
+                SafetySocket.Input(
+                    "safety_lora", tooltip="Two or more, chained in Load Safety LoRA, at your strengths."
+                ),
+                io.String.Input(
+                    "concept_prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts of each one's concept, one per line, a blank line between two LoRAs, in the order "
+                    "in which they are chained; - for those in its file. Empty: those in every file.",
+                ),
+                *option_inputs(CombineOptions, OPTIONS),
+                MORE,
+            ],
+            outputs=[
+                SafetySocket.Output(
+                    "safety_lora_out", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What each LoRA still does to its own concept, to the others' and to what is preserved.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, safety_lora, concept_prompts, more_options="", **values) -> io.NodeOutput:
+        safety = handles(safety_lora, SafetyLora)
+        ours = {"output_dir": str(work_folder(values["output_name"]))}
+        chosen = gathered(CombineOptions, values, more_options, **ours)
+        check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
+        text = text_inputs.opened(model, clip, NAME)
+        made = combine_safety(text, safety, lists_of(concept_prompts), chosen, engine=trainer_model.ENGINE)
+        path = published(made.lora.path, SAFETY_FOLDER)
+        line = f"{len(safety)} safety LoRAs were combined into one of {len(made.lora.layers)} layers."
+        report = f"saved as {path.name} in {path.parent.name}\n{made.report}"
+        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), f"{line}\n{report}", ui=answer(line, report))
