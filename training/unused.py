@@ -71,6 +71,8 @@ def _of_all(options: Options) -> Iterator[tuple[str, str]]:
 def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple[str, str]]:
     if not options.network_train_text_encoder:
         yield "text_encoder_lr", "network_train_text_encoder is off"
+    if options.timestep_sampling != "logit_normal":
+        yield from ((name, "timestep_sampling is no logit_normal") for name in ("logit_mean", "logit_std"))
     if regularisation == 0:
         yield "prior_loss_weight", "the data set has no regularisation images"
     if not options.dataset_config and not options.shuffle_caption:
