@@ -20,6 +20,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
 import torch
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import Tensor, nn
 
 from ..modular_lora.branches.attachment import Attachment
@@ -182,6 +183,8 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         stack.enter_context(
             small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
         )
+        if not isinstance(host_model.unet, openaimodel.UNetModel):  # Flux, LTX and others write into their activations
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         if train_text_encoder:
             stack.enter_context(_plain_weights(host_model.text_encoder, dtype, text_device))
             stack.enter_context(_cloned_norm_inputs(host_model.text_encoder))

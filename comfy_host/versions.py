@@ -165,6 +165,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("trainer_model.py:TEXT_ENCODERS", _RUN, "comfy.sd1_clip.SDTokenizer"),
     *_touches("conditions.py:_sdpa", _RUN, "comfy.ldm.modules.attention.attention_pytorch"),
     *_touches("trainer_model.py:opened", _RUN, "comfy.model_base.BaseModel.manual_cast_dtype"),
+    *_touches("trainer_model.py:opened", _OLDER, "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"),
     *_touches("trainer_model.py:_clip_skip", _RUN, "comfy.sd.CLIP.clip_layer"),
     *_touches("trainer_model.py:load_checkpoint", _RUN, "comfy.sd.load_checkpoint_guess_config"),
     *_touches("trainer_model.py:_cloned_norm_inputs", _RUN, "comfy.clip_model.CLIPLayer"),

@@ -1,4 +1,4 @@
-"""Writes docs/figures/formats.json and families.json from a run of the tests that try every format and every family.
+"""Writes docs/figures/formats.json, families.json and training_families.json from the tests that try all of them.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -23,6 +23,7 @@ TESTS = (
     "tests/comfy/guard/test_families.py",
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
+TESTS += ("tests/comfy/training/test_training_every_family.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "rows.jsonl"
         tests = [test for test in TESTS if (ROOT / test).exists()]
-        command = [sys.executable, "-m", "pytest", "-q", *tests, *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "--all", *tests, *arguments]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | {"MODULAR_LORA_FIGURES": str(lines)}).returncode
         if code or not lines.exists():
             return code or 1

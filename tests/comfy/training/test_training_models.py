@@ -67,11 +67,10 @@ def test_the_kohya_engine_takes_a_flux_model(host_model, flux, files):
             host_model.kohya_base(*flux, "flux.safetensors", TaskOptions(), wrong)
 
 
-def test_the_embedded_engine_names_the_other_one_where_it_helps(host_model, flux):
-    with refuses("train.family", "Flux", "kohya"):
-        host_model.opened(*flux, None, TaskOptions()).__enter__()
-    stranger = make(next(family for family in PICTURES if family.config not in (*FAMILIES, *host_model.FAMILIES)))
-    with refuses("train.family"):
+def test_what_no_engine_trains_is_refused_by_both(host_model, flux):
+    stranger = make(next(family for family in PICTURES if family.config == "LotusD"))
+    assert "LotusD" not in FAMILIES
+    with refuses("train.family", "LotusD"):
         host_model.opened(stranger, flux[1], None, TaskOptions()).__enter__()
     with refuses("kohya.family"):
         host_model.kohya_base(stranger, flux[1], "flux.safetensors", TaskOptions(), {})
