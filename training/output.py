@@ -258,7 +258,6 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
             "ss_text_encoder_lr": options.text_encoder_lr if options.network_train_text_encoder else None,
             "ss_network_dropout": options.network_dropout or None,
             "ss_noise_offset": options.noise_offset or None,
-            "ss_timestep_sampling": options.timestep_sampling if made.prediction == "velocity" else None,
             "ss_resolution": f"({options.resolution}, {options.resolution})",
         }
     return found

@@ -132,20 +132,20 @@ def shifted(shift: float) -> torch.Tensor:
 def test_densities_of_a_flow_with_a_shift():
     """Mean σ: of the model's own table, of none of its shift, and of the middle of the table."""
     schedule, sigmas = Schedule.flow(shifted(3.0)), shifted(3.0)
-    own, even = sigmas[drawn(schedule)], sigmas[drawn(schedule, timestep_sampling="uniform")]
+    own, even = sigmas[drawn(schedule)], sigmas[drawn(schedule, timestep_density="uniform")]
     assert own.mean().item() == pytest.approx(sigmas.mean().item(), abs=0.01)
     assert even.mean().item() == pytest.approx(0.5, abs=0.01)
     assert even.std().item() == pytest.approx(12**-0.5, abs=0.01)
-    place = drawn(schedule, timestep_sampling="logit_normal", logit_mean=0.5, logit_std=0.8) / 1000
+    place = drawn(schedule, timestep_density="logit_normal", density_mean=0.5, density_deviation=0.8) / 1000
     logits = torch.logit(place.clamp(1e-4, 1 - 1e-4))
     assert logits.mean().item() == pytest.approx(0.5, abs=0.02)
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
 
 
-@pytest.mark.parametrize("density", ["sigma", "uniform", "logit_normal"])
+@pytest.mark.parametrize("density", ["own", "uniform", "logit_normal"])
 def test_every_density_stays_in_the_table_and_goes_with_its_generator(density):
     for schedule in all_of().values():
-        one, two = drawn(schedule, timestep_sampling=density), drawn(schedule, timestep_sampling=density)
+        one, two = drawn(schedule, timestep_density=density), drawn(schedule, timestep_density=density)
         assert torch.equal(one, two)
         assert 0 <= int(one.min()) <= int(one.max()) < len(schedule)
 
