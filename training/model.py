@@ -113,9 +113,20 @@ class Schedule:
     ) -> Schedule:
         """From x_t = a x_0 + s ε and x_0 = α x_t + β F (all T, in float64, as the differences lose digits)."""
         a, s, alpha, beta = (part.double() for part in (signal, noise, x0_of_x, x0_of_said))
-        c, d = (1 - alpha * a) / beta, -alpha * s / beta
-        parts = (a, s, alpha, beta, (1 - a * alpha) / s, -a * beta / s, c, d, times.double())
-        return cls(*(part.float() for part in parts), float(start), _prediction(c, d))
+        of_x0, of_noise = (1 - alpha * a) / beta, -alpha * s / beta
+        return cls(
+            signal=a.float(),
+            noise=s.float(),
+            x0_of_x=alpha.float(),
+            x0_of_said=beta.float(),
+            noise_of_x=((1 - a * alpha) / s).float(),
+            noise_of_said=(-a * beta / s).float(),
+            said_of_x0=of_x0.float(),
+            said_of_noise=of_noise.float(),
+            times=times.float(),
+            start=float(start),
+            prediction=_prediction(of_x0, of_noise),
+        )
 
     @classmethod
     def ddpm(cls, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> Schedule:
@@ -169,15 +180,16 @@ def _rows(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 def _prediction(of_x0: Tensor, of_noise: Tensor) -> Prediction:
     """The name of F = c x_0 + d ε."""
-    near = {"rtol": 1e-3, "atol": 1e-3}
-    ones, zeros = torch.ones_like(of_x0), torch.zeros_like(of_x0)
-    if torch.allclose(of_x0, zeros, **near) and torch.allclose(of_noise, ones, **near):
+
+    def are(c: float, d: float) -> bool:
+        pairs = ((of_x0, c), (of_noise, d))
+        return all(torch.allclose(part, torch.full_like(part, value), rtol=1e-3, atol=1e-3) for part, value in pairs)
+
+    if are(0, 1):
         return "epsilon"
-    if torch.allclose(of_x0, -ones, **near) and torch.allclose(of_noise, ones, **near):
+    if are(-1, 1):
         return "velocity"
-    if torch.allclose(of_x0, ones, **near) and torch.allclose(of_noise, zeros, **near):
-        return "sample"
-    return "v_prediction"
+    return "sample" if are(1, 0) else "v_prediction"
 
 
 def per_row(values: Tensor) -> Tensor:

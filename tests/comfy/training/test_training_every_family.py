@@ -173,3 +173,40 @@ def test_what_is_not_trained_is_refused_by_name(family, comfy, known, matrix):
     with refuses("train.family", family.config):
         part("comfy_host.untrainable").check(make(family, filled=False))
     matrix(FIGURES, family.name, "refused")
+
+
+@pytest.mark.parametrize(("name", "objective"), [("Flux dev", "esd-x"), ("Wan 2.1 T2V", "sdd"), ("Lumina 2", "leco")])
+def test_a_concept_is_erased_from_a_velocity(name, objective, comfy, tmp_path):
+    trainer, safety, options = part("comfy_host.trainer_model"), part("training.safety.train"), part("training.options")
+    model, clip, vae = toy_parts(next(family for family in EVERY if family.name == name))
+    info, before = comfy.anatomy.model_info(model), bits(model.model)
+    o = options.SafetyOptions(
+        output_name="made", output_dir=str(tmp_path), concept=("a car",), preserve=("a cat",), objective=objective,
+        network_dim=2, network_alpha=2.0, max_train_steps=12, train_size=SIDE, denoising_steps=4, learning_rate=1e-2,
+        save_precision="float", lr_scheduler="constant",
+    )  # fmt: skip
+    with trainer.opened(model, clip, vae, o) as opened:
+        made = safety.train_safety(opened, o, watch(), engine="test")
+    assert all(torch.equal(before[key], value) for key, value in bits(model.model).items())
+    (line,) = comfy.host_guard.build_part(
+        "model", info, (comfy.host_guard.SafetyLora(made.lora, 1.0),), (), comfy.host_guard.GuardLimits()
+    ).lines
+    assert (line.unmatched, line.matched) == ((), len(made.lora.layers))
+    if objective != "leco":
+        assert all("txt_attn" in layer or "cross_attn" in layer for layer in made.lora.layers)
+        assert "prediction_type" not in str(made.lora.metadata)
+    assert sum(made.losses[-4:]) < sum(made.losses[:4])
+
+
+def test_texts_of_different_lengths_are_asked_apart_and_answered_in_order(comfy):
+    trainer, options, cond = part("comfy_host.trainer_model"), part("training.options"), part("training.model")
+    family = next(family for family in EVERY if family.name == "Qwen-Image")
+    generator = torch.Generator().manual_seed(4)
+    texts = [cond.Text(torch.randn(1, n, family.context[1], generator=generator)) for n in (7, 12, 7, 5)]
+    with trainer.opened(*toy_parts(family), options.TaskOptions()) as opened, torch.no_grad():
+        x = torch.randn(4, *opened.latent_shape(SIDE, SIDE), generator=generator)
+        t = torch.tensor([10, 2000, 7000, 9999])
+        together = opened.predict(x, t, cond.Cond(tuple(texts)))
+        for i, text in enumerate(texts):
+            alone = opened.predict(x[i : i + 1], t[i : i + 1], cond.Cond((text,)))
+            assert torch.allclose(together[i : i + 1], alone, atol=1e-4)
