@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import comfy.ldm.hunyuan_video.model
 import comfy.ldm.modules.attention
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ def batches(model, x: Tensor, cond: Cond, downscale: int) -> Iterator[tuple[list
     """(rows, keyword arguments of BaseModel.apply_model for them) of a batch x_t (b c ...), each row once."""
     asked = [_asked(model, one, row, downscale) for one, row in zip(x.split(1), cond.rows, strict=True)]
     groups: list[list[int]] = []
+    alone = isinstance(model.diffusion_model, comfy.ldm.hunyuan_video.model.HunyuanVideo)  # it takes one mask of a text
     for i, own in enumerate(asked):
         for group in groups:
-            if _together(asked[group[0]], own):
+            if not (alone and "attention_mask" in own) and _together(asked[group[0]], own):
                 group.append(i)
                 break
         else:

@@ -158,6 +158,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("untrainable.py:NAMED", _OLDER, "comfy.supported_models"),
     *_touches("noising.py:maps_pictures", _OLDER, "comfy.model_sampling.IMG_TO_IMG"),
     *_touches("conditions.py:batches", _OLDER, "comfy.conds.CONDRegular", f"{_SAMPLERS}.calc_cond_batch"),
+    *_touches("conditions.py:batches", _OLDER, "comfy.ldm.hunyuan_video.model.HunyuanVideo"),
     *_touches("conditions.py:_asked", _OLDER, "comfy.model_base.BaseModel.extra_conds"),
     *_touches("trainer_model.py:ComfyHostModel", _OLDER, "comfy.model_base.BaseModel.apply_model"),
     *_touches("trainer_model.py:ComfyHostModel", _OLDER, "comfy.sd.VAE.spacial_compression_encode"),

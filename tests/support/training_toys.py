@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.encoder_toys import ENCODERS, toy_clip
 from support.families import Family, drawn, make
 
-SIDE = 64  # of a picture
+SIDE = 64  # of a picture; of one for PixArt, which ComfyUI evaluates on nothing as small, 320
 OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy's conditioning comes of other nodes
     "pooled_output",
     "attention_mask",
@@ -21,6 +21,11 @@ OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy'
     "attention_mask_mt5xl",
     "conditioning_byt5small",
 )
+
+
+def side_of(family: Family) -> int:
+    """Of a picture that this family takes, in pixels."""
+    return 320 if family.latent[-1] > SIDE // 4 else SIDE
 
 
 def toy_parts(family: Family) -> tuple:
@@ -57,8 +62,7 @@ def _clip(family: Family):
 
 
 def _vae(family: Family):
-    side = family.latent[-1]
-    ratio = SIDE // side if SIDE % side == 0 else 8
+    ratio = 8 if side_of(family) != SIDE else SIDE // family.latent[-1]
     mix = torch.randn(family.latent[0], 3, generator=torch.Generator().manual_seed(3))
     cpu = torch.device("cpu")
 

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _joined(rows: list[dict]) -> list[dict]:
-    """One row a name, in the order in which they came: the largest error of all its tests."""
+    """One row a name, in the order in which they came: the largest error of all its tests, where they measure one."""
     found: dict[str, dict] = {}
     for row in rows:
         same = found.setdefault(row["name"], {key: value for key, value in row.items() if key != "file"})
@@ -50,7 +50,8 @@ def _joined(rows: list[dict]) -> list[dict]:
             raise ValueError(f"{row['name']}: {same['status']} in {same['test']}, {row['status']} in {row['test']}")
         errors = [r["max_error"] for r in (same, row) if r["max_error"] is not None]
         same["max_error"] = max(errors, default=None)
-    return list(found.values())
+    measured = any(row["max_error"] is not None for row in found.values())
+    return [row if measured else {k: v for k, v in row.items() if k != "max_error"} for row in found.values()]
 
 
 if __name__ == "__main__":
