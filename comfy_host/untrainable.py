@@ -13,14 +13,14 @@ from . import introspection, noising
 
 _WORDS = "Make Safety LoRA makes a safety LoRA for it from words alone"
 _ELSEWHERE = "a LoRA that was trained elsewhere loads with Load Task LoRA"
-_SOUND = f"makes sound or shapes, no pictures: {_ELSEWHERE}, and {_WORDS}."
 NAMED = {  # family (comfy.supported_models) -> why not, and what instead
-    r"SVD_img2vid|SV3D_[up]|Stable_Zero123": f"is asked with a picture and takes no text: {_ELSEWHERE}.",
+    r"SVD_img2vid|SV3D_[up]|Stable_Zero123|Hunyuan3Dv2.*|Trellis2|TripoSplat": "is asked with a picture and takes no "
+    f"text: {_ELSEWHERE}.",
     r"SD_X4Upscaler|HunyuanVideo15_SR_Distilled|HunyuanImage21Refiner|PiD|SeedVR2": "works on a given picture of low "
     f"quality, which no data set here has: train the model that draws the pictures; {_WORDS}.",
     r"Stable_Cascade_B": f"works on Stage C's latents, which no data set here has: train Stage C; {_WORDS}.",
-    r"ACEStep(15)?|Trellis2|MiniMaxMusic3|TripoSplat": _SOUND,
-    r"LTXAV|MiniMaxH3": f"draws several latents at once, of which a picture is one: {_ELSEWHERE}; {_WORDS}.",
+    r"StableAudio3?|ACEStep(15)?|MiniMaxMusic3": f"makes sound, no pictures: {_ELSEWHERE}, and {_WORDS}.",
+    r"LTXAV|MiniMaxH3": f"draws several latents at once, of which a picture is one: {_ELSEWHERE}.",
 }
 
 
@@ -29,7 +29,7 @@ def check(model) -> None:
     family, network = introspection.family(model), model.model
     found = next((why for names, why in NAMED.items() if re.fullmatch(names, family)), "")
     if not found and getattr(network.latent_format, "latent_dimensions", 2) < 2:
-        found = _SOUND
+        found = f"draws no pictures: {_ELSEWHERE}."
     if not found and noising.maps_pictures(network.model_sampling):
         found = (
             f"turns one picture into another and takes no noise away: train the model that it was made of; {_WORDS}."
