@@ -31,8 +31,6 @@ def check(model) -> None:
     if not found and getattr(network.latent_format, "latent_dimensions", 2) < 2:
         found = f"draws no pictures: {_ELSEWHERE}."
     if not found and noising.maps_pictures(network.model_sampling):
-        found = (
-            f"turns one picture into another and takes no noise away: train the model that it was made of; {_WORDS}."
-        )
+        found = "turns one picture into another and takes no noise away: train the model that it was made of."
     if found:
         raise GuardError(f"The embedded trainer cannot train this {family}: it {found}", code="train.family")
