@@ -117,7 +117,7 @@ class ComfyHostModel:
         latents = torch.cat([self._vae.encode(picture[None]) for picture in pictures])
         if latents.shape[1:] != (wanted := self.latent_shape(*pictures.shape[1:3])):
             raise GuardError(
-                f"The VAE makes latents of {tuple(latents.shape[1:])} of a picture, a {self.family} takes {wanted}: "
+                f"The VAE makes latents of {tuple(latents.shape[1:])} of an image, a {self.family} takes {wanted}: "
                 "connect the VAE of the same model.",
                 code="train.other-vae",
             )

@@ -14,13 +14,13 @@ from . import introspection, noising
 _WORDS = "Make Safety LoRA makes a safety LoRA for it from words alone"
 _ELSEWHERE = "a LoRA that was trained elsewhere loads with Load Task LoRA"
 NAMED = {  # family (comfy.supported_models) -> why not, and what instead
-    r"SVD_img2vid|SV3D_[up]|Stable_Zero123|Hunyuan3Dv2.*|Trellis2|TripoSplat": "is asked with a picture and takes no "
+    r"SVD_img2vid|SV3D_[up]|Stable_Zero123|Hunyuan3Dv2.*|Trellis2|TripoSplat": "is asked with an image and takes no "
     f"text: {_ELSEWHERE}.",
-    r"SD_X4Upscaler|HunyuanVideo15_SR_Distilled|HunyuanImage21Refiner|PiD|SeedVR2": "works on a given picture of low "
-    f"quality, which no data set here has: train the model that draws the pictures; {_WORDS}.",
+    r"SD_X4Upscaler|HunyuanVideo15_SR_Distilled|HunyuanImage21Refiner|PiD|SeedVR2": "works on a given image of low "
+    f"quality, which no data set here has: train the model that draws the images; {_WORDS}.",
     r"Stable_Cascade_B": f"works on Stage C's latents, which no data set here has: train Stage C; {_WORDS}.",
-    r"StableAudio3?|ACEStep(15)?|MiniMaxMusic3": f"makes sound, no pictures: {_ELSEWHERE}, and {_WORDS}.",
-    r"LTXAV|MiniMaxH3": f"draws several latents at once, of which a picture is one: {_ELSEWHERE}.",
+    r"StableAudio3?|ACEStep(15)?|MiniMaxMusic3": f"makes sound, no images: {_ELSEWHERE}, and {_WORDS}.",
+    r"LTXAV|MiniMaxH3": f"draws several latents at once, of which an image is one: {_ELSEWHERE}.",
 }
 
 
@@ -29,8 +29,8 @@ def check(model) -> None:
     family, network = introspection.family(model), model.model
     found = next((why for names, why in NAMED.items() if re.fullmatch(names, family)), "")
     if not found and getattr(network.latent_format, "latent_dimensions", 2) < 2:
-        found = f"draws no pictures: {_ELSEWHERE}."
+        found = f"draws no images: {_ELSEWHERE}."
     if not found and noising.maps_pictures(network.model_sampling):
-        found = "turns one picture into another and takes no noise away: train the model that it was made of."
+        found = "turns one image into another and takes no noise away: train the model that it was made of."
     if found:
         raise GuardError(f"The embedded trainer cannot train this {family}: it {found}", code="train.family")
