@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import comfy.model_management
-import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -21,7 +20,7 @@ from ..training.model import Prediction
 from ..training.safety.closed import layers
 from ..training.safety.closed.layers import Ask, TextInput, TextLayers
 from ..training.safety.closed.words import EMPTY, Encoded, span
-from . import introspection, patcher, trainer_model
+from . import introspection, noising, patcher, trainer_model
 from .functional import BROKEN, _bare, _bare_clip
 from .run import forget
 
@@ -43,10 +42,7 @@ class ComfyTextModel:
         self._model, self._clip = _bare(model), _bare_clip(clip)
         self.family, self.base_sha256 = introspection.family(model), introspection.model_sha256(model)
         self.info = introspection.model_info(model)
-        sampling = model.model.model_sampling
-        self.prediction: Prediction = (
-            "v_prediction" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
-        )
+        self.prediction: Prediction = noising.schedule_of(model.model.model_sampling).prediction
         self._names = _names(self.info, self.family)
         self._empty = self._tokens(EMPTY)
         words = [span(*streams) for streams in zip(self._tokens(PROBE), self._empty, strict=True)]
@@ -184,14 +180,12 @@ def _other(rows: Tensor) -> Tensor:
 
 
 def _names(info, family: str) -> dict[str, str]:
-    """Path of every linear layer that takes a branch -> its name in files, kohya's where the trainers have it."""
+    """Path of every linear layer that takes a branch -> its name in files, kohya's where there is one."""
     linear = {
         spec.path: key for key, spec in info.specs.items() if not spec.problem and len(spec.weight_shape) == 2
         and spec.path.startswith("diffusion_model.") and not spec.norm
     }  # fmt: skip
-    kohya = {}
-    if family in trainer_model.FAMILIES:
-        kohya = {f"diffusion_model.{path}": name for path, name in trainer_model.unet_names(info, family).items()}
+    kohya = {f"diffusion_model.{path}": name for path, name in trainer_model.unet_names(info, family).items()}
     return {path: kohya.get(path, path) for path in linear}
 
 

@@ -8,19 +8,19 @@ costs the network's size once. On leaving, the parameters themselves are put bac
 
 from __future__ import annotations
 
-import copy
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
 import torch
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import Tensor, nn
 
 from ..modular_lora.branches.attachment import Attachment
@@ -28,13 +28,12 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, build_part, check_coverage
 from ..training.kohya import engine
 from ..training.kohya.engine import Base
-from ..training.model import Cond, Schedule
+from ..training.model import Cond, Text
 from ..training.options import Options, SafetyOptions
-from . import introspection, patcher
+from . import conditions, introspection, noising, patcher, untrainable
 from .convolutions import small_as_products
 from .model_folders import find_model
 
-FAMILIES = ("SD15", "SD20", "SDXL", "SSD1B", "Segmind_Vega")  # comfy.supported_models
 TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
     "SD15": frozenset({"l"}),
     "SD20": frozenset({"h"}),
@@ -52,7 +51,6 @@ _OWN = "connect the checkpoint loader's own"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger("modular_lora")
 ENGINE = f"{patcher.PACK}, embedded"
-SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # of BaseModel.encode_adm
 CHUNK = 75  # tokens between start and end token
 
 
@@ -68,62 +66,68 @@ class ComfyHostModel:
         self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
         self.unet_names = unet_names(self.infos[0], self.family)
         self.text_names = text_names(self.infos[1])
-        self.latent_channels, self.downscale = self._model.latent_format.latent_channels, 8
+        self.downscale = vae.spacial_compression_encode()
         self.notes = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
-        prediction = (
-            "v_prediction" if isinstance(self._model.model_sampling, comfy.model_sampling.V_PREDICTION) else "epsilon"
-        )
-        self.schedule = Schedule((1 / (1 + self._sigmas**2)).cpu(), prediction)
+        self.schedule = noising.schedule_of(self._model.model_sampling)
+        self._in_chunks = {
+            name for name, chunks in clip.tokenize("a " * 2 * CHUNK, disable_weights=True).items() if len(chunks) > 1
+        }  # the streams of tokens that CLIP reads a piece at a time; other encoders take a text whole
 
     def weights(self) -> Mapping[str, Tensor]:
         """The base's weights by the guard's keys, for the contamination check; read before adapters go in."""
         return self._model.state_dict()
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """ε or v, b c h w float32: BaseModel.apply_model with its model_sampling giving the raw output."""
-        sigma = self._sigmas[t]
-        x = x_t * (1 + sigma[:, None, None, None] ** 2).sqrt()  # k-diffusion's scale, which apply_model takes
-        options = {"optimized_attention_override": _sdpa}
-        return self._model.apply_model(x, sigma, transformer_options=options, **self._conditioning(x, cond))
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """See HostModel; LatentFormat says how many dimensions there are, and channels."""
+        form = self._model.latent_format
+        frames = [1] * (getattr(form, "latent_dimensions", 2) - 2)
+        return (form.latent_channels, *frames, height // self.downscale, width // self.downscale)
 
-    def _conditioning(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """BaseModel.extra_conds, one row a picture since it takes one size for a whole batch."""
-        if cond.pooled is None or self._model.adm_channels in (None, 0):
-            return {"c_crossattn": cond.cross.to(self.device)}
-        own = [self.downscale * n for n in x.shape[-2:]]
-        sizes = [[*own, 0, 0, *own]] * len(cond) if cond.sizes is None else cond.sizes.tolist()
-        rows = []
-        for pooled, size in zip(cond.pooled.to(self.device).split(1), sizes, strict=True):
-            named = dict(zip(SIZES, size, strict=True))
-            rows.append(self._model.encode_adm(device=self.device, pooled_output=pooled, noise=x, **named))
-        return {"c_crossattn": cond.cross.to(self.device), "y": torch.cat(rows).to(self.device)}
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See HostModel: BaseModel.apply_model with its model_sampling handing on x_t, and giving the raw output."""
+        sigmas, order, found = self._sigmas[t], [], []
+        for rows, known in conditions.batches(self._model, x_t, cond, self.downscale):
+            x, sigma = (x_t, sigmas) if len(rows) == len(t) else (x_t[rows], sigmas[rows])
+            options = conditions.transformer_options(sigma)
+            found.append(self._model.apply_model(x, sigma, transformer_options=options, **known))
+            order += rows
+        return found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(order, device=x_t.device).argsort()]
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of prompts taken literally (no weights in brackets), each padded to one number of tokens."""
-        rows = [self._encode(prompt) for prompt in prompts]
-        pooled = [p for _, p in rows if p is not None]
-        return Cond(torch.cat([c for c, _ in rows]), torch.cat(pooled) if pooled else None)
+        return Cond(tuple(self._encode(prompt) for prompt in prompts))
 
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, prompt: str) -> Text:
         tokens, empty = (self._clip.tokenize(words, disable_weights=True) for words in (prompt, ""))
-        for name in tokens:
+        for name in self._in_chunks & tokens.keys():
             tokens[name] = (tokens[name] + empty[name] * self._chunks)[: self._chunks]
-        return self._clip.encode_from_tokens(tokens, return_pooled=True)
+        made = self._clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+        further = {name: part for name, part in made.items() if part is None or isinstance(part, Tensor)}
+        return Text(further.pop("cond"), further)
 
     def too_long(self, prompt: str) -> bool:
-        """Whether a prompt is cut off at max_token_length."""
-        return any(len(chunks) > self._chunks for chunks in self._clip.tokenize(prompt, disable_weights=True).values())
+        """Whether a prompt is cut off at max_token_length: of several encoders, by all."""
+        tokens = self._clip.tokenize(prompt, disable_weights=True)
+        return all(name in self._in_chunks and len(chunks) > self._chunks for name, chunks in tokens.items())
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents of pictures (b h w 3, 0..1), in the model's scale."""
-        return self._model.process_latent_in(self._vae.encode(pictures)).float().to(self.device)
+        """Latents of pictures (b h w 3, 0..1), in the model's scale; one at a time, as a VAE of video takes frames."""
+        latents = torch.cat([self._vae.encode(picture[None]) for picture in pictures])
+        if latents.shape[1:] != (wanted := self.latent_shape(*pictures.shape[1:3])):
+            raise GuardError(
+                f"The VAE makes latents of {tuple(latents.shape[1:])} of an image, a {self.family} takes {wanted}: "
+                "connect the VAE of the same model.",
+                code="train.other-vae",
+            )
+        return self._model.process_latent_in(latents).float().to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents."""
-        return self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
+        """Pictures of latents; of a model of video the one frame."""
+        pictures = self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
+        return pictures[:, 0] if pictures.dim() == 5 else pictures
 
     def release(self, text: bool) -> None:
         """Let go of the VAE and, with ``text``, of the text encoder; what nobody else holds is freed."""
@@ -157,11 +161,6 @@ def slow_notes(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         yield f"WARNING: {text}"
 
 
-def _sdpa(function, *args, **kwargs):
-    """PyTorch's own attention, whose backward keeps no n² scores (attention_pytorch)."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
 @contextmanager
 def opened(model, clip, vae, options: Options, train_text_encoder: bool = False) -> Iterator[ComfyHostModel]:
     """A host model on what ComfyUI has loaded; everything is put back on leaving, in reverse order.
@@ -169,7 +168,7 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     Raises GuardError for a guarded MODEL, one with a LoRA merged in (unless accepted), and families it cannot train.
     """
     _check(model, clip, _node(options), getattr(options, "allow_contaminated_base", False))
-    _check_family(model)
+    untrainable.check(model)
     clip = _clip_skip(clip, options.clip_skip)
     if getattr(model, "is_dynamic", lambda: False)():
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
@@ -184,11 +183,13 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         stack.enter_context(
             small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
         )
+        if not isinstance(host_model.unet, openaimodel.UNetModel):  # Flux, LTX and others write into their activations
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         if train_text_encoder:
             stack.enter_context(_plain_weights(host_model.text_encoder, dtype, text_device))
             stack.enter_context(_cloned_norm_inputs(host_model.text_encoder))
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
-        stack.enter_context(_attribute(model.model, "model_sampling", _raw(model.model.model_sampling)))
+        stack.enter_context(_attribute(model.model, "model_sampling", noising.plain(model.model.model_sampling)))
         yield host_model
 
 
@@ -301,27 +302,21 @@ def _named(encoders: frozenset[str]) -> str:
     return " and ".join(sorted(encoders))
 
 
-def _check_family(model) -> None:
-    """GuardError for a family that the embedded trainer does not know."""
-    if (family := introspection.family(model)) not in FAMILIES or model.model.diffusion_model.in_channels != 4:
-        raise GuardError(
-            f"The embedded trainer knows {', '.join(FAMILIES)} without extra input channels, this is a {family}: "
-            + ("train it with the kohya engine." if family in engine.FAMILIES else "no engine here trains it."),
-            code="train.family",
-        )
-
-
 @contextmanager
 def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Parameters and buffers as plain tensors, over the same storage or, in another dtype or place, copied."""
+    """Every tensor of a module as a plain one, over the same storage or, in another dtype or place, copied.
+
+    What is no weight (frequencies of positions) loses no digits to a smaller dtype.
+    """
     kept: list[tuple[dict, str, Tensor]] = []
     try:
         for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
+            for tensors in (part._parameters, part._buffers, part.__dict__):
                 for name, value in tensors.items():
-                    if value is not None:
+                    if isinstance(value, Tensor):
                         kept.append((tensors, name, value))
-                        tensors[name] = _plain(value, dtype, device)
+                        whole = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
+                        tensors[name] = _plain(value, dtype if tensors is part._parameters else whole, device)
         yield
     finally:
         for tensors, name, value in reversed(kept):
@@ -361,16 +356,13 @@ def _attribute(owner, name: str, value) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _raw(sampling):
-    """A model_sampling whose calculate_denoised gives what the network said."""
-    raw = copy.copy(sampling)
-    raw.calculate_denoised = lambda sigma, model_output, model_input: model_output
-    return raw
-
-
 def unet_names(info: ModelInfo, family: str) -> dict[str, str]:
-    """Path of each Linear and Conv2d in the U-Net -> kohya's name: LDM names for SDXL, diffusers names for the rest."""
-    ldm = family not in ("SD15", "SD20")
+    """Path of each Linear and Conv2d in the network -> kohya's name.
+
+    It is the model's own, with underscores (LDM's for SDXL, Black Forest Labs' for Flux), and diffusers' for SD1.x and
+    SD2.x.
+    """
+    ldm = re.match("SD15|SD2", family) is None
     found = {}
     for name, key in info.key_map.items():
         if not name.startswith("lora_unet_") or not isinstance(key, str) or not _trainable(info, key):
@@ -382,11 +374,25 @@ def unet_names(info: ModelInfo, family: str) -> dict[str, str]:
 
 
 def text_names(info: ModelInfo) -> dict[str, str]:
-    """Path of each Linear of the text encoders -> kohya's name: lora_te_, or lora_te1_ and lora_te2_ for two."""
-    two = any(name.startswith("lora_te2_") for name in info.key_map)
-    prefixes = ("lora_te1_text_model_", "lora_te2_text_model_") if two else ("lora_te_text_model_",)
-    keys = {name: key for name, key in info.key_map.items() if name.startswith(prefixes) and isinstance(key, str)}
-    return {info.specs[key].path: name for name, key in keys.items() if _trainable(info, key)}
+    """Path of each Linear of the text encoders -> kohya's name, or ComfyUI's own where kohya has none (Qwen, Gemma).
+
+    CLIP is lora_te_, or lora_te1_ and lora_te2_ beside another encoder; the highest number that ComfyUI knows for T5 is
+    sd-scripts' (lora_te3_).
+    """
+    names = sorted(name for name, key in info.key_map.items() if isinstance(key, str) and "_projection" not in name)
+    alone = not any(name.startswith(("lora_te2_", "lora_te3_")) for name in names)
+    found: dict[str, str] = {}
+    for name in names:
+        if not _trainable(info, info.key_map[name]):
+            continue
+        path = info.specs[info.key_map[name]].path
+        if name == f"text_encoders.{path}":
+            found.setdefault(path, name)
+        elif name.startswith("lora_te_text_model_" if alone else ("lora_te1_", "lora_te2_", "lora_te3_")):
+            found[path] = name
+        elif name.startswith("lora_te1_") and "text_model" not in name:
+            found[path] = name  # T5 or BERT alone
+    return found
 
 
 def _trainable(info: ModelInfo, key: str) -> bool:

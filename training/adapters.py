@@ -7,8 +7,7 @@ dW = alpha / rank · B A, with A (rank in[ k k]) drawn from the seed of the LoRA
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,33 +17,14 @@ from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import LoraFile
-from .options import Target
 from .seeds import role_seed
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 ADAPTER = "modular_lora"
-TRANSFORMER = re.compile(r"\.transformer_blocks\.|\.proj_(in|out)$")
-RESIDUAL = re.compile(r"\.(in_layers|out_layers|emb_layers|skip_connection|op|conv)(\.|$)")
-CROSS, ATTENTION = re.compile(r"\.attn2\."), re.compile(r"\.attn[12]\.")
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]  # kohya layer name -> down, up, alpha
-
-
-def select(names: Mapping[str, str], target: Target) -> dict[str, str]:
-    """The part of ``names`` (module path -> kohya layer name of a U-Net) that a target takes, as in sd-scripts.
-
-    cross-attention: attn2; attention: attn1, attn2; linear: all of the transformer blocks with proj_in and proj_out;
-    conv: the residual, down- and upsampling blocks as well.
-    """
-    rules: dict[str, Callable[[str], object]] = {
-        "cross-attention": CROSS.search,
-        "attention": ATTENTION.search,
-        "linear": TRANSFORMER.search,
-        "conv": lambda path: TRANSFORMER.search(path) or RESIDUAL.search(path),
-    }
-    return {path: name for path, name in names.items() if rules[target](path)}
 
 
 @dataclass(frozen=True)
@@ -66,10 +46,11 @@ class Adapters:
     def __init__(self, layers: dict[str, LoraLayer], alpha: float):
         self.layers, self.alpha = layers, alpha  # kohya layer name -> PEFT's wrapper of that layer
 
-    def parameters(self, prefix: str = "") -> list[nn.Parameter]:
-        """A and B of every layer whose kohya name starts with ``prefix``."""
-        found = ((name, self._pair(layer)) for name, layer in self.layers.items())
-        return [weight for name, pair in found if name.startswith(prefix) for weight in pair]
+    def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """A and B of every layer, or of those with these kohya names."""
+        wanted = None if names is None else frozenset(names)
+        chosen = (layer for name, layer in self.layers.items() if wanted is None or name in wanted)
+        return [weight for layer in chosen for weight in self._pair(layer)]
 
     def downs(self) -> dict[str, nn.Parameter]:
         """A (rank in[ k k]) by kohya layer name."""

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+
+from ..modular_lora.errors import GuardError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -57,4 +60,16 @@ class _Recomputed:
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+        before = [(part, part._version) for part in _tensors((args, kwargs))]
+        made = checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+        if any(part._version != version for part, version in before):
+            raise GuardError(
+                "gradient_checkpointing: this network's blocks write into what they are given, so running them again "
+                "would give wrong gradients: switch it off; mixed_precision bf16 halves the memory too.",
+                code="train.recompute",
+            )
+        return made
+
+
+def _tensors(parts: object) -> list[torch.Tensor]:
+    return [part for part in tree_leaves(parts) if isinstance(part, torch.Tensor) and not part.is_inference()]

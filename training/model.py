@@ -1,13 +1,24 @@
 """What a training loop needs of a model; comfy_host/trainer_model.py offers it for what ComfyUI has loaded.
 
-x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, with t an index into ᾱ (DDPM, arXiv 2006.11239, eq. 4).
+Every diffusion model that ComfyUI loads mixes picture and noise linearly, and so does what its network is to say:
+
+    x_t = a_t x_0 + s_t ε,   F = c_t x_0 + d_t ε,   t an index into the model's own table of noise levels
+
+| parameterisation | a_t | s_t | F |
+|---|---|---|---|
+| ε (DDPM, arXiv 2006.11239, eq. 4) | √ᾱ_t | √(1−ᾱ_t) | ε |
+| v (arXiv 2202.00512) | √ᾱ_t | √(1−ᾱ_t) | √ᾱ_t ε − √(1−ᾱ_t) x_0 |
+| velocity (flow matching, arXiv 2210.02747; rectified flow, arXiv 2209.03003) | 1−σ_t | σ_t | ε − x_0 |
+| EDM (arXiv 2206.00364, table 1; σ_d: deviation of the data) | 1 / √(σ_t²+σ_d²) | σ_t a_t | s_t x_0 / σ_d − σ_d a_t ε |
+
+x_t is on the scale on which the network sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -15,75 +26,175 @@ from torch import Tensor, nn
 
 from ..modular_lora.guard.build import ModelInfo, SafetyLora
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "velocity", "sample"]
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """One prompt's conditioning."""
+
+    cross: Tensor  # 1 n d
+    further: Mapping[str, Tensor | None] = field(
+        default_factory=dict
+    )  # what encoders made beside it, by ComfyUI's names
+    size: Tensor | None = None  # 6, int64: original h w, crop top left, target h w; None: the latent's own size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.cross, *self.further.values()) if part is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Cond:
-    """Text conditioning of b prompts, and for SDXL the picture sizes that its U-Net is told."""
+    """Text conditioning of b prompts, row by row: many encoders give every text a length of its own."""
 
-    cross: Tensor  # b n d
-    pooled: Tensor | None = None  # b d
-    sizes: Tensor | None = None  # b 6, int64: original h w, crop top left, target h w; None: the latent's own size
+    rows: tuple[Text, ...]
+
+    @classmethod
+    def of(cls, cross: Tensor, **further: Tensor) -> Cond:
+        """Of b texts of one length: cross (b n d), and what goes with them (b ...)."""
+        parts = {name: part.split(1) for name, part in further.items()}
+        return cls(
+            tuple(Text(row, {name: part[i] for name, part in parts.items()}) for i, row in enumerate(cross.split(1)))
+        )
 
     def __len__(self) -> int:
-        return len(self.cross)
+        return len(self.rows)
 
-    def __getitem__(self, rows) -> Cond:
-        pooled, sizes = (None if part is None else _rows(part, rows) for part in (self.pooled, self.sizes))
-        return Cond(_rows(self.cross, rows), pooled, sizes)
+    def __getitem__(self, rows: Sequence[int] | Tensor) -> Cond:
+        return Cond(tuple(self.rows[int(i)] for i in rows))
+
+    @property
+    def cross(self) -> Tensor:
+        """b n d, of texts of one length."""
+        return torch.cat([row.cross for row in self.rows])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    def sized(self, sizes: Tensor) -> Cond:
+        """With pictures' sizes (b 6)."""
+        return Cond(tuple(replace(row, size=size) for row, size in zip(self.rows, sizes, strict=True)))
+
+    def crossing(self, cross: Sequence[Tensor]) -> Cond:
+        """With other cross-attention rows (1 n d each)."""
+        return Cond(tuple(replace(row, cross=own) for row, own in zip(self.rows, cross, strict=True)))
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Along b; longer prompts (150 or 225 tokens) do not mix with shorter ones: give them one length."""
-        return Cond(torch.cat([c.cross for c in conds]), _cat(c.pooled for c in conds), _cat(c.sizes for c in conds))
-
-
-def _cat(parts: Iterable[Tensor | None]) -> Tensor | None:
-    """Along b; None where the model takes no such part."""
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
-
-
-def _rows(part: Tensor, rows) -> Tensor:
-    """``part[rows]``; text stays where its encoder put it, often the CPU, while rows come from where x_t is."""
-    return part[rows.to(part.device) if isinstance(rows, Tensor) else rows]
+        """Along b."""
+        return Cond(tuple(row for cond in conds for row in cond.rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise schedule of a discrete-time model."""
+    """The table of noise levels of a model, from the cleanest to the noisiest, and what its network says at each.
 
-    alphas_cumprod: Tensor  # T, float32, on the CPU
+    All of it (T, float32) on the CPU. x_0 = ``x0_of_x`` x_t + ``x0_of_said`` F; ε = ``noise_of_x`` x_t +
+    ``noise_of_said`` F; F = ``said_of_x0`` x_0 + ``said_of_noise`` ε.
+    """
+
+    signal: Tensor  # a_t
+    noise: Tensor  # s_t
+    x0_of_x: Tensor
+    x0_of_said: Tensor
+    noise_of_x: Tensor
+    noise_of_said: Tensor
+    said_of_x0: Tensor
+    said_of_noise: Tensor
+    times: Tensor  # what the network is told as its time
+    start: float  # deviation of x at the noisiest level where a picture begins as noise alone
     prediction: Prediction
 
-    def _rows(self, values: Tensor, t: Tensor) -> Tensor:
-        return values.to(t.device)[t][:, None, None, None]  # b 1 1 1
+    @classmethod
+    def of(
+        cls, signal: Tensor, noise: Tensor, x0_of_x: Tensor, x0_of_said: Tensor, times: Tensor, start: float = 1.0
+    ) -> Schedule:
+        """From x_t = a x_0 + s ε and x_0 = α x_t + β F (all T, in float64, as the differences lose digits)."""
+        a, s, alpha, beta = (part.double() for part in (signal, noise, x0_of_x, x0_of_said))
+        of_x0, of_noise = (1 - alpha * a) / beta, -alpha * s / beta
+        return cls(
+            signal=a.float(),
+            noise=s.float(),
+            x0_of_x=alpha.float(),
+            x0_of_said=beta.float(),
+            noise_of_x=((1 - a * alpha) / s).float(),
+            noise_of_said=(-a * beta / s).float(),
+            said_of_x0=of_x0.float(),
+            said_of_noise=of_noise.float(),
+            times=times.float(),
+            start=float(start),
+            prediction=_prediction(of_x0, of_noise),
+        )
+
+    @classmethod
+    def ddpm(cls, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> Schedule:
+        """Of ᾱ (T), which falls, with ε- or v-prediction."""
+        abar = alphas_cumprod.double()
+        a, s = abar.sqrt(), (1 - abar).sqrt()
+        said = (1 / a, -s / a) if prediction == "epsilon" else (a, -s)
+        return cls.of(a, s, *said, torch.arange(len(a)))
+
+    @classmethod
+    def flow(cls, sigmas: Tensor) -> Schedule:
+        """Of flow matching at σ (T), which rises to 1."""
+        sigmas = sigmas.double()
+        return cls.of(1 - sigmas, sigmas, torch.ones_like(sigmas), -sigmas, sigmas)
+
+    def __len__(self) -> int:
+        return len(self.signal)
 
     def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t (b c h w) of latents x0, timesteps t (b, int64) and noise eps."""
-        abar = self._rows(self.alphas_cumprod, t)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+        """x_t (b c ...) of latents x0, timesteps t (b, int64) and noise eps."""
+        return _rows(self.signal, t, x0) * x0 + _rows(self.noise, t, x0) * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should predict: ε, or v = √ᾱ ε − √(1−ᾱ) x_0 (arXiv 2202.00512)."""
-        if self.prediction == "epsilon":
-            return eps
-        abar = self._rows(self.alphas_cumprod, t)
-        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+        """What the network should say, F."""
+        return _rows(self.said_of_x0, t, x0) * x0 + _rows(self.said_of_noise, t, x0) * eps
 
     def to_x0_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_0, ε) that a prediction at x_t amounts to."""
-        abar = self._rows(self.alphas_cumprod, t)
-        a, s = abar.sqrt(), (1 - abar).sqrt()
-        if self.prediction == "epsilon":
-            return (x_t - s * prediction) / a, prediction
-        return a * x_t - s * prediction, a * prediction + s * x_t
+        x0 = _rows(self.x0_of_x, t, x_t) * x_t + _rows(self.x0_of_said, t, x_t) * prediction
+        eps = _rows(self.noise_of_x, t, x_t) * x_t + _rows(self.noise_of_said, t, x_t) * prediction
+        return x0, eps
 
     def snr(self, t: Tensor) -> Tensor:
-        """ᾱ / (1 − ᾱ) of timesteps t (b)."""
-        abar = self.alphas_cumprod.to(t.device)[t]
-        return abar / (1 - abar)
+        """(a_t / s_t)² of timesteps t (b)."""
+        return (self.signal.to(t.device)[t] / self.noise.to(t.device)[t]).square()
+
+    def min_snr(self, t: Tensor, gamma: float) -> Tensor:
+        """Weights (b) of |ΔF|² that make min(SNR, γ) |Δx_0|² of it (arXiv 2303.09556, section 3.4); 1 where γ is 0.
+
+        |Δx_0|² = β² |ΔF|²: min(SNR, γ) / SNR for ε, / (SNR + 1) for v, times σ² for flow matching.
+        """
+        if not gamma:
+            return torch.ones(len(t), device=t.device)
+        return self.snr(t).clamp(max=gamma) * self.x0_of_said.to(t.device)[t].square()
+
+
+def _rows(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """b 1 ..., of as many dimensions as ``like``."""
+    return values.to(t.device)[t].view(-1, *[1] * (like.dim() - 1))
+
+
+def _prediction(of_x0: Tensor, of_noise: Tensor) -> Prediction:
+    """The name of F = c x_0 + d ε."""
+
+    def are(c: float, d: float) -> bool:
+        pairs = ((of_x0, c), (of_noise, d))
+        return all(torch.allclose(part, torch.full_like(part, value), rtol=1e-3, atol=1e-3) for part, value in pairs)
+
+    if are(0, 1):
+        return "epsilon"
+    if are(-1, 1):
+        return "velocity"
+    return "sample" if are(1, 0) else "v_prediction"
+
+
+def per_row(values: Tensor) -> Tensor:
+    """Mean of every row (b) of b c ... ."""
+    return values.mean(tuple(range(1, values.dim())))
 
 
 class HostModel(Protocol):
@@ -95,26 +206,28 @@ class HostModel(Protocol):
     family: str  # ComfyUI's name: SD15, SD20, SDXL, ...
     base_sha256: str  # modular_lora.util.tensor_hashing.weights_sha256 of W0
     patches: int  # weights that a LoRA or model was merged into, where that was accepted
-    unet: nn.Module
+    unet: nn.Module  # the network, U-Net or transformer
     text_encoder: nn.Module
-    unet_names: Mapping[str, str]  # path of a module in unet -> kohya's layer name, every Linear and Conv2d it names
+    unet_names: Mapping[str, str]  # path of a module in unet -> its layer's name, every Linear and Conv2d it names
     text_names: Mapping[str, str]  # the same for text_encoder
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype  # of weights and activations; adapters are float32
     infos: tuple[ModelInfo, ModelInfo]  # key maps and layers of U-Net and text encoder, as the guard knows them
     notes: tuple[str, ...]  # what is worth a line in the report
-    latent_channels: int
     downscale: int  # pixels a latent cell
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """c [1] h w of a picture's latent, from its pixels; models of video see it as one frame."""
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """ε or v (b c h w, float32) at x_t (b c h w, float32), timesteps t (b, int64)."""
+        """What the network says (b c ..., float32) at x_t (b c ..., float32), timesteps t (b, int64)."""
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of prompts; the empty prompt is ''."""
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents (b c h/8 w/8, float32, model scale) of pictures (b h w 3, float32 0..1)."""
+        """Latents (b c [1] h/8 w/8, float32, model scale) of pictures (b h w 3, float32 0..1)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (b h w 3, float32 0..1) of latents."""

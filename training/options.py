@@ -24,6 +24,7 @@ Scheduler = Literal[
 ]
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
+Density = Literal["own", "uniform", "logit_normal"]
 PIXELS = 8  # of a side for one of a latent
 PRODIGY_RATES = (0.1, 10.0)  # it multiplies a rate that it finds itself
 SAVING = {
@@ -140,6 +141,13 @@ class TaskOptions(Options):
     text_encoder_lr: float = opt(5e-5, "learning rate of the text encoder", ge=0)
     network_weights: str = opt("", "task LoRA file to start from (weights only; resume continues exactly)")
     network_dropout: float = opt(0.0, "dropout of the adapters' input", ge=0, lt=1)
+    timestep_density: Density = opt(
+        "own",
+        "noise levels: own (evenly out of the model's own table, with its shift), uniform (evenly over the network's "
+        "time, without the shift), logit_normal (most in the middle of the table)",
+    )
+    density_mean: float = opt(0.0, "logit_normal: mean; above 0 is noisier")
+    density_deviation: float = opt(1.0, "logit_normal: deviation", gt=0)
     noise_offset: float = opt(0.0, "strength of one random shift per channel added to the noise, usually 0.0357", ge=0)
     allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
 

@@ -43,10 +43,13 @@ from .projection import ProjectionReport, project, residual
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 LEGACY_START, LEGACY_SIZE = 0x100000, 0x10000  # bytes that the legacy hash looks at
 
+SPEC_PREDICTIONS: dict[str, str] = {"epsilon": "epsilon", "v_prediction": "v"}  # all that sai_model_spec 1.0.1 names
+
 _log = logging.getLogger("modular_lora")
 _FAMILIES = (  # ComfyUI's family name, sd-scripts' base version and architecture, whose layer names the file has
     (r"SD15", "sd_v1", "stable-diffusion-v1", "diffusers"),
     (r"SD2\d", "sd_v2", "stable-diffusion-v2-512", "diffusers"),
+    (r"Flux(Inpaint)?$", "flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
     (r"SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"),
 )
 
@@ -214,10 +217,10 @@ def base_names(family: str, prediction: Prediction) -> tuple[str, str, str]:
     """ss_base_model_version, architecture and naming of a base; a family that sd-scripts does not know as it is."""
     for pattern, version, architecture, naming in _FAMILIES:
         if re.match(pattern, family):
-            if prediction == "epsilon" or version == "sdxl_base_v1-0":
+            if prediction != "v_prediction" or not version.startswith("sd_v"):
                 return version, architecture, naming
             return f"{version}_v", architecture.replace("v2-512", "v2-768-v"), naming
-    return family, family, "diffusers"
+    return family, family, "ComfyUI"
 
 
 def _training(options: Options, made: Provenance) -> dict[str, object]:
@@ -271,7 +274,7 @@ def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[s
         "modelspec.title": "LoRA" if options.no_dataset_metadata else options.output_name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": datetime.datetime.fromtimestamp(int(made.finished)).isoformat(),
-        "modelspec.prediction_type": "v" if made.prediction == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": SPEC_PREDICTIONS.get(made.prediction),
         "modelspec.implementation_version": made.engine,
         "modelspec.encoder_layer": options.clip_skip if options.clip_skip > 1 else None,
     }

@@ -34,6 +34,8 @@ def unused_by_kohya(options: Options, family: str) -> list[str]:
     if not latent_diffusion:
         why = f"sd-scripts' trainer of {family} has none"
         found += [(name, why) for name in ("clip_skip", "min_snr_gamma", "noise_offset", "max_token_length")]
+    if isinstance(options, TaskOptions):
+        found.append(("timestep_density", "sd-scripts draws timesteps by options of its own, which are passed on"))
     if family == "SDXL":
         found.append(("clip_skip", "sd-scripts' trainer of SDXL takes its own layer"))
     lines = [line for name, why in found if (line := _line(options, name, why))]
@@ -71,6 +73,8 @@ def _of_all(options: Options) -> Iterator[tuple[str, str]]:
 def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple[str, str]]:
     if not options.network_train_text_encoder:
         yield "text_encoder_lr", "network_train_text_encoder is off"
+    if options.timestep_density != "logit_normal":
+        yield from ((name, "timestep_density is no logit_normal") for name in ("density_mean", "density_deviation"))
     if regularisation == 0:
         yield "prior_loss_weight", "the data set has no regularisation images"
     if not options.dataset_config and not options.shuffle_caption:

@@ -20,17 +20,20 @@ PROMPTS = ("car", "bus", "cat", "dog", "thing", "nothing")
 class Toy:
     """A HostModel of two linear maps; the adapter is a rank-4 change of the first, which can be turned off."""
 
-    base_sha256, family, latent_channels, downscale = "toy", "SD15", CHANNELS, 8
+    base_sha256, family, downscale = "toy", "SD15", 8
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, prediction: str = "epsilon") -> None:
         g, n = torch.Generator().manual_seed(1), CHANNELS * SIDE * SIDE
-        self.schedule = Schedule(ABAR, prediction)
+        self.schedule = Schedule.ddpm(ABAR, prediction)
         self.first, self.second = torch.randn(16, 2 * n + 1, generator=g) / 3, torch.randn(n, 16, generator=g) / 3
         self.words = {"": torch.zeros(n)} | {p: torch.randn(n, generator=g) for p in PROMPTS}
         self.down = nn.Parameter(torch.randn(4, 2 * n + 1, generator=g) / 3)
         self.up = nn.Parameter(torch.zeros(16, 4))
         self.on, self.calls = True, []
+
+    def latent_shape(self, height, width):
+        return CHANNELS, height // self.downscale, width // self.downscale
 
     def predict(self, x_t, t, cond):
         self.calls.append(SimpleNamespace(x_t=x_t, t=t, cond=cond, on=self.on, grad=torch.is_grad_enabled()))
@@ -44,7 +47,7 @@ class Toy:
         return (torch.tanh(features @ self.first.T) @ self.second.T).view_as(x_t)
 
     def encode(self, prompts):
-        return Cond(torch.stack([self.words[p] for p in prompts])[:, None])
+        return Cond.of(torch.stack([self.words[p] for p in prompts])[:, None])
 
     @contextlib.contextmanager
     def off(self):

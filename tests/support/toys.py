@@ -65,7 +65,7 @@ class ToyHostModel:
     """See training.model.HostModel; prompts are hashed to rows of noise."""
 
     family, base_sha256, patches = "SD15", "0" * 64, 0
-    latent_channels, downscale, notes = 4, 8, ("a note",)
+    downscale, notes = 8, ("a note",)
 
     def __init__(self, dtype: torch.dtype = torch.float32, prediction: str = "epsilon"):
         with torch.random.fork_rng():
@@ -79,14 +79,17 @@ class ToyHostModel:
         specs = {f"{path}.weight": layer_spec(path, module) for path, module in layers.items()}
         self.infos = (ModelInfo("SD15", keys, specs, ("",)), ModelInfo("text", {}, {}, ("",)))
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-        self.schedule = Schedule((1 - betas).cumprod(0), prediction)
+        self.schedule = Schedule.ddpm((1 - betas).cumprod(0), prediction)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return 4, height // self.downscale, width // self.downscale
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.unet(x_t.to(self.dtype), t.to(self.dtype), cond.cross.to(self.dtype)).float()
 
     def encode(self, prompts) -> Cond:
         rows = [torch.Generator().manual_seed(sum(prompt.encode()) * 7919 + len(prompt)) for prompt in prompts]
-        return Cond(torch.stack([torch.randn(3, TEXT, generator=g) for g in rows]))
+        return Cond.of(torch.stack([torch.randn(3, TEXT, generator=g) for g in rows]))
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         small = F.avg_pool2d(pictures.movedim(-1, 1), self.downscale)  # b 3 h w

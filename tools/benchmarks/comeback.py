@@ -63,7 +63,9 @@ class HostModel(narrow.NarrowHostModel):
 
     def encode(self, prompts):
         cond = super().encode(prompts)
-        return host_models.Cond(cond.cross.to(self.device), cond.pooled.to(self.device))
+        moved = ((row.cross, row.further["bias"]) for row in cond.rows)
+        cross, bias = (torch.cat(parts).to(self.device) for parts in zip(*moved, strict=True))
+        return host_models.Cond.of(cross, bias=bias)
 
     @torch.no_grad()
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes docs/figures/formats.json and families.json from a run of the tests that try every format and every family.
+"""Writes docs/figures/formats.json, families.json and training_families.json from the tests that try all of them.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -23,6 +23,7 @@ TESTS = (
     "tests/comfy/guard/test_families.py",
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
+TESTS += ("tests/comfy/training/test_training_every_family.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "rows.jsonl"
         tests = [test for test in TESTS if (ROOT / test).exists()]
-        command = [sys.executable, "-m", "pytest", "-q", *tests, *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "--all", *tests, *arguments]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | {"MODULAR_LORA_FIGURES": str(lines)}).returncode
         if code or not lines.exists():
             return code or 1
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _joined(rows: list[dict]) -> list[dict]:
-    """One row a name, in the order in which they came: the largest error of all its tests."""
+    """One row a name, in the order in which they came: the largest error of all its tests, where they measure one."""
     found: dict[str, dict] = {}
     for row in rows:
         same = found.setdefault(row["name"], {key: value for key, value in row.items() if key != "file"})
@@ -49,7 +50,8 @@ def _joined(rows: list[dict]) -> list[dict]:
             raise ValueError(f"{row['name']}: {same['status']} in {same['test']}, {row['status']} in {row['test']}")
         errors = [r["max_error"] for r in (same, row) if r["max_error"] is not None]
         same["max_error"] = max(errors, default=None)
-    return list(found.values())
+    measured = any(row["max_error"] is not None for row in found.values())
+    return [row if measured else {k: v for k, v in row.items() if k != "max_error"} for row in found.values()]
 
 
 if __name__ == "__main__":

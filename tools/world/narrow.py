@@ -36,24 +36,28 @@ def load() -> tuple[base.Base, autoencoder.Autoencoder]:
 class NarrowHostModel:
     """HostModel on a `base.Base`; ``schedule`` and ``cond`` are the pack's own classes Schedule and Cond."""
 
-    family, patches, latent_channels, downscale = "SD15", 0, 4, 8
+    family, patches, downscale = "SD15", 0, 8
     device, dtype, notes = torch.device("cpu"), torch.float32, ()
 
     def __init__(self, model: base.Base, schedule: type, cond: type):
         self.model, self.unet, self.text_encoder, self._cond = model, model.unet, nn.Identity(), cond
-        self.schedule = schedule(diffusion.ALPHA_BAR, "epsilon")
+        self.schedule = schedule.ddpm(diffusion.ALPHA_BAR, "epsilon")
         self.unet_names = {name: lorafile.kohya_name(name) for name in lorafile.targets(model.unet)}
         self.text_names: dict[str, str] = {}
         with safe_open(ASSETS / SAFETY_LORA, "pt") as file:
             self.base_sha256 = file.metadata()["modular_lora.base_sha256"]
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return 4, height // self.downscale, width // self.downscale
+
     def predict(self, x_t: Tensor, t: Tensor, cond) -> Tensor:
-        return self.unet(x_t, t, cond.cross, cond.pooled)
+        bias = torch.cat([row.further["bias"] for row in cond.rows])
+        return self.unet(x_t, t, cond.cross, bias)
 
     def encode(self, prompts: Sequence[str]):
         context, bias = self.model.text(list(prompts))  # b l 768, b l
         room = LENGTH - context.shape[1]
-        return self._cond(F.pad(context, (0, 0, 0, room)), F.pad(bias, (0, room), value=-torch.inf))
+        return self._cond.of(F.pad(context, (0, 0, 0, room)), bias=F.pad(bias, (0, room), value=-torch.inf))
 
     def release(self, text: bool) -> None:
         """Nothing: token rows and U-Net are one module."""

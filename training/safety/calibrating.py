@@ -46,8 +46,7 @@ def calibration(host_model: HostModel, options: SafetyOptions, adapters: Adapter
             activity.check_prompts(name, len(prompts))
         with torch.no_grad(), erasure.saved_weights():
             values = [_measured(host_model, options, adapters, erasure, prompts, noises) for prompts in (found, kept)]
-        size = options.train_size // host_model.downscale
-        latent = (host_model.latent_channels, size, size)
+        latent = host_model.latent_shape(options.train_size, options.train_size)
         made = activity.calibrate(host_model.base_sha256, 1.0, latent, seed, *values)
     except GuardError as error:
         return Made("", f"none, {error}")
@@ -69,7 +68,7 @@ def _measured(
     for prompt in prompts:
         generator = torch.Generator().manual_seed(seed)  # the same noises for every prompt
         x = sampling.noise(host_model, (options.train_size, options.train_size), [generator] * noises)
-        t = torch.full((noises,), len(host_model.schedule.alphas_cumprod) - 1, device=x.device)
+        t = torch.full((noises,), len(host_model.schedule) - 1, device=x.device)
         with _heard(adapters) as energies:
             host_model.predict(x, t, erasure.prompts([prompt] * noises))
         ratios = [z / y0 for z, y0 in energies.values() if z.any()]  # a layer that is zero is not in the file

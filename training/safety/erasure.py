@@ -12,8 +12,9 @@ well, at x_t of the preserved prompts (of the erased ones where there are none).
 in one prompt; here every prompt draws its own: the same for one concept, and long lists stay within 77 tokens.
 
 Ours, not the papers': with ``relative``, squared errors are divided by d_t, the mean over x_t of |ε_0(x_t, c) −
-ε_0(x_t, ∅)|² near t. At the noisiest steps, where a picture's content is decided, predictions for different prompts
-hardly differ, so the plain squared error hardly counts there and the concept comes back.
+ε_0(x_t, ∅)|² near t (of v or velocity where the network says that; the quotient is the same). At the noisiest steps,
+where a picture's content is decided, predictions for different prompts hardly differ, so the plain squared error hardly
+counts there and the concept comes back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..model import Cond, HostModel
+from ..model import Cond, HostModel, per_row
 from ..options import OptionError, SafetyOptions
 from ..seeds import role_seed, step_generator
 from . import pool, robust, sampling, targets
@@ -109,7 +110,7 @@ class Erasure:
             self.kept = (Term(EMPTY),)  # nothing else asks the frozen base
         names = [name for term in (*self.erased, *self.kept) for name in (term.prompt, *term.needs)]
         self.prompts = Prompts(host_model, [EMPTY, *names])
-        self._total = len(host_model.schedule.alphas_cumprod)
+        self._total = len(host_model.schedule)
         self.average = Average(parameters, ema_decay) if options.objective == "sdd" else None
         self.counts: Counter[str] = Counter()
         self.pools: dict[str, Pool] = {}
@@ -139,7 +140,7 @@ class Erasure:
         cond = self.prompts(names)
         if self.options.robust_steps:
             cond = self._attacked(x_t, t, cond, [i for i, (role, _) in enumerate(rows) if role == "erase"])
-        error = (self.network(x_t, t, cond) - wanted).square().mean((1, 2, 3))  # b
+        error = per_row((self.network(x_t, t, cond) - wanted).square())  # b
         if self.profile is not None:
             error = error / self.profile.to(t.device)[pool.place(t, self._total, self.options.denoising_steps)]
         return (weight * error).mean()
@@ -153,9 +154,8 @@ class Erasure:
             brought = self.network(x, at, own)
         o = self.options
         found = robust.attacked(self.network, x, at, own, brought, o.robust_steps, o.robust_size)
-        cross = cond.cross.clone()
-        cross[erased] = found.cross.to(cross)
-        return Cond(cross, cond.pooled, cond.sizes)
+        rows = dict(zip(erased, found.rows, strict=True))
+        return Cond(tuple(rows.get(i, row) for i, row in enumerate(cond.rows)))
 
     def after_step(self, values: Sequence[Tensor] | None = None) -> None:
         """After every optimizer step; ``values`` as for :meth:`Average.update`."""
@@ -227,7 +227,7 @@ class Erasure:
         return ("empty", j // 3) if j % 3 == 2 else ("keep", j - j // 3)
 
     def _batch(self, rows: list[tuple[Role, int]]) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
-        """x_t (b c h w), t (b), prompts, targets (b c h w) and weights (b) of rows."""
+        """x_t (b c ...), t (b), prompts, targets (b c ...) and weights (b) of rows."""
         examples = self._drawn(rows) if self.options.on_policy else [self._pooled(*row) for row in rows]
         x_t = torch.stack([e[0] for e in examples]).to(self.host_model.device)
         t = torch.stack([e[1] for e in examples]).to(self.host_model.device)
@@ -382,7 +382,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 def _check(host_model: HostModel, options: SafetyOptions) -> None:
-    total = len(host_model.schedule.alphas_cumprod)
+    total = len(host_model.schedule)
     if not 1 <= options.denoising_steps <= total:
         raise OptionError(
             f"denoising_steps: {options.denoising_steps} is not within 1 and {total}: 50 is usual.",

@@ -10,7 +10,7 @@ from ...modular_lora.guard.build import BASE_KEY, ROLE_KEY
 from ...modular_lora.guard.concept import PROMPTS_KEY, trained
 from ..metadata_keys import CONCEPT_KEY, ENGINE_KEY, METHOD_KEY, PRESERVED_KEY
 from ..model import Prediction
-from ..output import base_names
+from ..output import SPEC_PREDICTIONS, base_names
 
 
 def safety_metadata(
@@ -65,6 +65,6 @@ def safety_metadata(
         "modelspec.implementation": naming,
         "modelspec.title": title or "LoRA",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat("T", "seconds"),
-        "modelspec.prediction_type": {"v_prediction": "v", "epsilon": "epsilon", None: ""}[prediction],
+        "modelspec.prediction_type": SPEC_PREDICTIONS.get(prediction, ""),
     }
     return {key: value for key, value in (found | further).items() if value}

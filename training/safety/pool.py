@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...modular_lora.util import atomic
-from ..model import HostModel
+from ..model import HostModel, per_row
 from ..seeds import step_generator
 from . import sampling
 from .sampling import Network, Point
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # called with sampling steps done and in 
 class Pool:
     """n examples on the CPU, x_t in float32."""
 
-    x_t: Tensor  # n c h w
+    x_t: Tensor  # n c ...
     t: Tensor  # n
     term: Tensor  # n, index into the terms it was built for
 
@@ -55,9 +55,9 @@ class Pool:
 class FrozenPool(Pool):
     """With what the frozen base predicts there, in its own type; SDD's teacher is the student, and has no such pool."""
 
-    target: Tensor  # n c h w
-    empty: Tensor  # n c h w, ε_0(x_t, ∅)
-    effect: Tensor  # n, mean |ε_0(x_t, c) − ε_0(x_t, ∅)|² over c h w
+    target: Tensor  # n c ...
+    empty: Tensor  # n c ..., ε_0(x_t, ∅)
+    effect: Tensor  # n, mean |ε_0(x_t, c) − ε_0(x_t, ∅)|² over all but n
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _frozen_parts(
     empty = torch.stack([known[i, EMPTY] for i in range(len(terms))])
     cond = torch.stack([known[i, term.prompt] for i, term in enumerate(terms)])
     targets = torch.stack([target(term, i, known) for i, term in enumerate(terms)])
-    effect = (cond - empty).square().mean((1, 2, 3))
+    effect = per_row((cond - empty).square())
     return {"target": targets.to(dtype), "empty": empty.to(dtype), "effect": effect}
 
 

@@ -26,22 +26,28 @@ def attacked(network: Network, x_t: Tensor, t: Tensor, cond: Cond, brought: Tens
 
     Args:
         network: The model with its adapters on.
-        x_t: b c h w.
+        x_t: b c ... .
         t: b.
         cond: Of the concept, b rows.
-        brought: ε_0(x_t, c), b c h w.
+        brought: What the base says there, ε_0(x_t, c), b c ... .
         steps: Of the descent.
         size: Radius, as a share of every token's norm.
     """
-    cross = cond.cross.detach()  # b n d
-    radius = size * cross.norm(dim=-1, keepdim=True)
-    delta = torch.zeros_like(cross)
+    cross = [row.cross.detach() for row in cond.rows]  # 1 n d each
+    deltas = [torch.zeros_like(own) for own in cross]
     for _ in range(steps):
-        delta.requires_grad_()
+        moving = [delta.requires_grad_() for delta in deltas]
         with torch.enable_grad():
-            error = (network(x_t, t, Cond(cross + delta, cond.pooled, cond.sizes)) - brought).square().sum()
-            (gradient,) = torch.autograd.grad(error, delta)
-        step = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        delta = delta.detach() - STRIDE / steps * radius * step
-        delta = delta * (radius / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
-    return Cond(cross + delta, cond.pooled, cond.sizes)
+            asked = cond.crossing([own + delta for own, delta in zip(cross, moving, strict=True)])
+            error = (network(x_t, t, asked) - brought).square().sum()
+            gradients = torch.autograd.grad(error, moving)
+        found = zip(cross, deltas, gradients, strict=True)
+        deltas = [_moved(size * own.norm(dim=-1, keepdim=True), delta, g, steps) for own, delta, g in found]
+    return cond.crossing([own + delta for own, delta in zip(cross, deltas, strict=True)])
+
+
+def _moved(radius: Tensor, delta: Tensor, gradient: Tensor, steps: int) -> Tensor:
+    """One step of the descent (1 n d), back within ``radius`` (1 n 1) of every token."""
+    step = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    delta = delta.detach() - STRIDE / steps * radius * step
+    return delta * (radius / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)

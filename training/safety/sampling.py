@@ -1,8 +1,9 @@
 """Deterministic DDIM (arXiv 2010.02502, eq. 12, σ = 0) under classifier-free guidance, whole or stopped on the way.
 
-x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s) ε̂ for s < t, ε̂ = ε(x_t, ∅) + g (ε(x_t, c) − ε(x_t, ∅)) (arXiv 2207.12598). With v-prediction
-the same guidance is applied to v, which is affine in ε at a given x_t. The formula holds for any s < t, so a walk may
-end between two of its steps.
+x_s = a_s x̂_0 + s_s ε̂ for s < t, with a and s of model.py, F̂ = F(x_t, ∅) + g (F(x_t, c) − F(x_t, ∅)) (arXiv 2207.12598),
+and x̂_0, ε̂ what F̂ amounts to at x_t. With a = √ᾱ, s = √(1−ᾱ) that is DDIM; with a = 1−σ, s = σ it is Euler's step of
+the flow, x_t + (σ_s − σ_t) v̂. Guidance of ε, v and velocity is the same thing, since each is affine in the others at a
+given x_t. The formula holds for any s < t, so a walk may end between two of its steps.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ END = -1  # the "timestep" of x_0, where ᾱ = 1
 class Point:
     """Where a walk is, and what the network says there."""
 
-    x_t: Tensor  # b c h w
+    x_t: Tensor  # b c ...
     t: Tensor  # b
-    cond: Tensor  # b c h w, prediction for the prompt
-    empty: Tensor | None  # b c h w, for the empty prompt; None at guidance 1, where nobody asked
+    cond: Tensor  # b c ..., prediction for the prompt
+    empty: Tensor | None  # b c ..., for the empty prompt; None at guidance 1, where nobody asked
 
 
 def timesteps(total: int, steps: int) -> list[int]:
@@ -41,26 +42,25 @@ def timesteps(total: int, steps: int) -> list[int]:
 
 
 def noise(host_model: HostModel, size: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
-    """One x_T (b c h w, float32) a CPU generator, for pictures of ``size`` = (height, width) pixels."""
-    shape = (host_model.latent_channels, size[0] // host_model.downscale, size[1] // host_model.downscale)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(host_model.device)
+    """One x_T (b c ..., float32) a CPU generator, for pictures of ``size`` = (height, width) pixels."""
+    drawn = torch.stack([torch.randn(host_model.latent_shape(*size), generator=g) for g in generators])
+    return (host_model.schedule.start * drawn).to(host_model.device)
 
 
 def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """x at timesteps ``to`` (b, int64; ``END``: x_0) of x_t (b c h w) at timesteps t (b) and its prediction."""
+    """x at timesteps ``to`` (b, int64; ``END``: x_0) of x_t (b c ...) at timesteps t (b) and its prediction."""
     x0, eps = schedule.to_x0_eps(prediction, x_t, t)
-    abar = schedule.alphas_cumprod.to(to.device)[to.clamp(min=0)]
-    abar = torch.where(to < 0, torch.ones_like(abar), abar)[:, None, None, None]  # b 1 1 1
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    moved = schedule.add_noise(x0, to.clamp(min=0), eps)
+    return torch.where((to < 0).view(-1, *[1] * (x0.dim() - 1)), x0, moved)
 
 
 def predict(
     network: Network, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond | None, guidance: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Predictions (b c h w) for the prompts and, unless ``guidance`` is 1 or ``empty`` None, for the empty prompt."""
+    """Predictions (b c ...) for the prompts and, unless ``guidance`` is 1 or ``empty`` None, for the empty prompt."""
     if guidance == 1 or empty is None:
         return network(x_t, t, cond), None
-    both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, empty]))  # 2b c h w
+    both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, empty]))  # 2b c ...
     return both[: len(t)], both[len(t) :]
 
 
@@ -72,8 +72,8 @@ def guided(cond: Tensor, empty: Tensor | None, guidance: float) -> Tensor:
 def walk(
     network: Network, schedule: Schedule, x_t: Tensor, cond: Cond, empty: Cond | None, guidance: float, steps: int
 ) -> Iterator[Point]:
-    """All ``steps`` points of a sampling walk from noise x_T (b c h w), each before it is left; without gradients."""
-    grid = timesteps(len(schedule.alphas_cumprod), steps)
+    """All ``steps`` points of a sampling walk from noise x_T (b c ...), each before it is left; without gradients."""
+    grid = timesteps(len(schedule), steps)
     for i, now in enumerate(grid):
         t = torch.full((len(x_t),), now, device=x_t.device)
         with torch.no_grad():
@@ -94,11 +94,11 @@ def partial(
     steps: int,
     until: Tensor,
 ) -> Tensor:
-    """x (b c h w) at timesteps ``until`` (b, int64), each row walked from noise x_T on the grid of ``steps`` steps.
+    """x (b c ...) at timesteps ``until`` (b, int64), each row walked from noise x_T on the grid of ``steps`` steps.
 
     A row lands on its own timestep, on the grid or between; rows that have arrived cost nothing more.
     """
-    grid = timesteps(len(schedule.alphas_cumprod), steps)
+    grid = timesteps(len(schedule), steps)
     x_t = x_t.clone()
     for now, following in zip(grid, [*grid[1:], END], strict=True):
         rows = (until < now).nonzero()[:, 0]
@@ -113,6 +113,6 @@ def partial(
 def sample(
     network: Network, schedule: Schedule, x_t: Tensor, cond: Cond, empty: Cond | None, guidance: float, steps: int
 ) -> Tensor:
-    """x_0 (b c h w) from noise x_T (b c h w), in steps × b network rows at guidance 1, else twice as many."""
+    """x_0 (b c ...) from noise x_T (b c ...), in steps × b network rows at guidance 1, else twice as many."""
     until = torch.full((len(x_t),), END, device=x_t.device)
     return partial(network, schedule, x_t, cond, empty, guidance, steps, until)

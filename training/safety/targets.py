@@ -1,12 +1,19 @@
 """What erasure objectives pull predictions towards: one formula of frozen predictions, and the prompts it needs.
 
-target = ε_0(x_t, neutral) + s (ε_0(x_t, positive) − ε_0(x_t, unconditional)), ε_0 the base without adapters. The
-coefficients sum to 1 and v is affine in ε at a given x_t, so the formula holds for v-prediction as it stands.
+target = ε_0(x_t, neutral) + s (ε_0(x_t, positive) − ε_0(x_t, unconditional)), ε_0 the base without adapters.
+
+Whatever a network says instead of ε (v, the velocity of a flow, x_0) is affine in ε at a given x_t: F = p x_t + q ε
+with p and q of t alone (model.py: ε = ``noise_of_x`` x_t + ``noise_of_said`` F). The coefficients above sum to 1, so
+p x_t comes out once on either side, and the formula for F is the formula for ε: for flow matching, with v = ε − x_0,
+
+    v_θ(x_t, c) ← v_0(x_t, ∅) − η (v_0(x_t, c) − v_0(x_t, ∅))        (ESD)
+    v_θ(x_t, c) ← v_θ(x_t, ∅), without gradient                      (SDD)
+    v_θ(x_t, c) ← v_0(x_t, n) − g (v_0(x_t, p) − v_0(x_t, u))        (LECO)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +23,7 @@ from ..model import Cond, HostModel
 from ..options import OptionError, SafetyOptions
 from .sampling import Network
 
-Known = dict[tuple[int, str], Tensor]  # (row, prompt) -> frozen prediction c h w
+Known = dict[tuple[int, str], Tensor]  # (row, prompt) -> frozen prediction c ...
 EMPTY = ""
 
 
@@ -108,7 +115,7 @@ def kept(options: SafetyOptions) -> tuple[Term, ...]:
 def frozen(
     network: Network, prompts: Prompts, x_t: Tensor, t: Tensor, needs: Sequence[Sequence[str]], known: Known
 ) -> Known:
-    """``known`` and what row i of x_t (b c h w) still lacks of needs[i], in one call of the base for all rows."""
+    """``known`` and what row i of x_t (b c ...) still lacks of needs[i], in one call of the base for all rows."""
     wanted = [(i, prompt) for i, row in enumerate(needs) for prompt in dict.fromkeys(row) if (i, prompt) not in known]
     if not wanted:
         return known
@@ -118,20 +125,8 @@ def frozen(
 
 
 def target(term: Term, row: int, known: Known) -> Tensor:
-    """neutral + s (positive − unconditional), c h w."""
+    """neutral + s (positive − unconditional), c ...."""
     neutral = known[row, term.neutral]
     if not term.scale:
         return neutral
     return neutral + term.scale * (known[row, term.positive] - known[row, term.unconditional])
-
-
-def layers_of(objective: str) -> Callable[[str], bool]:
-    """Which of kohya's layer names an objective trains, within the layers that ``target`` names.
-
-    esd-x and SDD: cross-attention (attn2); esd-u: all but it; LECO: all.
-    """
-    if objective in ("esd-x", "sdd"):
-        return lambda name: "attn2" in name
-    if objective == "esd-u":
-        return lambda name: "attn2" not in name
-    return lambda name: True

@@ -7,9 +7,10 @@ from pathlib import Path
 from ...modular_lora.files.reader import read_lora
 from ...modular_lora.places import check_writable
 from .. import contamination
-from ..adapters import Adapters, Spec, adapted, select
+from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import texts
+from ..layers import erasing, tells_text_apart
 from ..loop import Job, Watch, fit
 from ..model import HostModel
 from ..optim import Masters
@@ -21,7 +22,7 @@ from ..unused import unused
 from .calibrating import calibration
 from .erasure import Erasure, Report
 from .start import start_from
-from .targets import erased, layers_of
+from .targets import erased
 
 ROLE = "safety"
 CALIBRATION = "calibration of safety activity"
@@ -40,8 +41,9 @@ def train_safety(
     contaminated = contamination.check_base(
         name, host_model.base_sha256, {}, (), known=contamination.known_bases(*options.known_bases)
     )
-    wanted = layers_of(options.objective)
-    unet = {path: name for path, name in select(host_model.unet_names, options.target).items() if wanted(name)}
+    unet = erasing(host_model.unet_names, options.target, options.objective)
+    if options.objective != "leco" and not tells_text_apart(host_model.unet_names):
+        said.append(f"this {host_model.family} tells no cross-attention apart: {options.objective} takes all attention")
     spec = Spec(unet, {}, options.network_dim, options.network_alpha, 0.0, options.seed, ROLE)
     record = Record(host_model, options, spec, engine, base_name, contaminated=contaminated)
     start = read_lora(options.init) if options.init else None

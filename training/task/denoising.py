@@ -1,6 +1,7 @@
 """The denoising loss of captioned pictures: latents and text-encoder outputs made once, noise drawn by step.
 
-L = E w(t) |ε − ε_θ(x_t, t, c)|² (arXiv 2006.11239, eq. 14; v instead of ε for v-prediction), θ the adapters alone.
+L = E w(t) |F − F_θ(x_t, t, c)|², F the model's own target (model.py): ε (arXiv 2006.11239, eq. 14), v, or the velocity
+ε − x_0 (arXiv 2210.02747, eq. 23); θ the adapters alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from ...modular_lora.util.cache import Cache
 from ..data import dataset, images
 from ..data.batches import Draw, Plan
 from ..loop import Watch
-from ..model import Cond, HostModel
+from ..model import Cond, HostModel, per_row
 from ..options import TaskOptions
 from ..seeds import step_generator
+from . import timesteps
 
 CACHE_BYTES = 2**30  # of conditioning
 
@@ -39,13 +41,14 @@ class Latents:
             watch.stage("caching latents", done, len(wanted))
 
     def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Latents (b c h w), masks (b 1 h w, or None) and sizes (b 6) of a batch."""
+        """Latents (b c [1] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
         keys = [(draw.picture, draw.flipped) for draw in draws]
         z = torch.stack([self.latents[key] for key in keys])
         masks = [self.masks[key] for key in keys]
         mask = None
         if any(m is not None for m in masks):
-            mask = torch.stack([torch.ones(z.shape[-2:]) if m is None else m for m in masks])[:, None]
+            mask = torch.stack([torch.ones(z.shape[-2:]) if m is None else m for m in masks])
+            mask = mask.view(len(z), *[1] * (z.dim() - 3), *mask.shape[-2:])
         return z, mask, torch.stack([self.sizes[key] for key in keys])
 
 
@@ -54,7 +57,7 @@ class Captions:
 
     def __init__(self, host_model: HostModel):
         self.host_model = host_model
-        self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.cross.nbytes)
+        self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.nbytes)
 
     @torch.no_grad()
     def of(self, captions: Sequence[str]) -> Cond:
@@ -82,25 +85,18 @@ class Denoising:
         z, sizes = z.to(host_model.device), sizes.to(host_model.device)
         cond = self._conditioning([draw.caption for draw in draws])
         generator = step_generator(options.seed, "noise", step, micro)
-        t = torch.randint(len(schedule.alphas_cumprod), (len(z),), generator=generator).to(z.device)  # b
+        t = timesteps.drawn(schedule, options, len(z), generator).to(z.device)  # b
         eps = torch.randn(z.shape, generator=generator)
         if options.noise_offset:
-            eps += options.noise_offset * torch.randn(*z.shape[:2], 1, 1, generator=generator)
+            eps += options.noise_offset * torch.randn(*z.shape[:2], *[1] * (z.dim() - 2), generator=generator)
         eps = eps.to(z.device)
-        prediction = host_model.predict(schedule.add_noise(z, t, eps), t, Cond(cond.cross, cond.pooled, sizes))
-        error = (prediction - schedule.target(z, t, eps)).square()  # b c h w
-        error = (error if mask is None else error * mask.to(host_model.device)).mean((1, 2, 3))  # b
+        prediction = host_model.predict(schedule.add_noise(z, t, eps), t, cond.sized(sizes))
+        error = (prediction - schedule.target(z, t, eps)).square()  # b c ...
+        error = per_row(error if mask is None else error * mask.to(host_model.device))  # b
         weight = torch.tensor([draw.weight for draw in draws], device=z.device)
-        return (weight * min_snr(schedule.snr(t), options.min_snr_gamma, schedule.prediction) * error).mean()
+        return (weight * schedule.min_snr(t, options.min_snr_gamma) * error).mean()
 
     def _conditioning(self, captions: list[str]) -> Cond:
         return (
             self.host_model.encode(captions) if self.options.network_train_text_encoder else self.captions.of(captions)
         )
-
-
-def min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
-    """min(SNR, γ) / SNR for ε, / (SNR + 1) for v (arXiv 2303.09556, section 3.4); 1 where γ is 0."""
-    if not gamma:
-        return torch.ones_like(snr)
-    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

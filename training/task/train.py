@@ -12,11 +12,12 @@ from ...modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.places import check_writable
 from .. import contamination
-from ..adapters import Adapters, Spec, adapted, select
+from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import config as dataset_config
 from ..data import dataset, export, texts
 from ..data.batches import Plan
+from ..layers import select
 from ..loop import Job, Watch, fit
 from ..model import HostModel
 from ..options import OptionError, TaskOptions
@@ -120,7 +121,7 @@ def train_task(
     ):
         spans = _prepare(host_model, options, adapters, loras)
         job = Job(
-            groups=_groups(adapters, options),
+            groups=_groups(adapters, options, spec),
             loss=loss.loss,
             write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
             fingerprint=record.fingerprint,
@@ -177,11 +178,11 @@ def _release(host_model: HostModel, options: TaskOptions, loss: Denoising, capti
     host_model.release(text=True)
 
 
-def _groups(adapters: Adapters, options: TaskOptions) -> list[tuple[list[nn.Parameter], float]]:
+def _groups(adapters: Adapters, options: TaskOptions, spec: Spec) -> list[tuple[list[nn.Parameter], float]]:
     """The adapters' parameters with their learning rates; nothing else is ever in the optimizer."""
-    groups = [(adapters.parameters("lora_unet_"), options.learning_rate)]
+    groups = [(adapters.parameters(spec.unet.values()), options.learning_rate)]
     if options.network_train_text_encoder:
-        groups.append((adapters.parameters("lora_te"), options.text_encoder_lr))
+        groups.append((adapters.parameters(spec.text.values()), options.text_encoder_lr))
     return groups
 
 

@@ -51,6 +51,7 @@ def parts(comfy):
             p.data.fill_(1)
         vae = SimpleNamespace(
             patcher=patcher.ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu),
+            spacial_compression_encode=lambda: 8,
             encode=lambda pixels: F.avg_pool2d(F.pad(pixels.movedim(-1, 1), (0, 0, 0, 0, 0, 1)), 8),
         )
         return toy(FAMILIES[family]), clip, vae

@@ -8,11 +8,13 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
+from modular_lora_guard.modular_lora.files.names import is_text
 from modular_lora_guard.training.kohya import checkout
 from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.kohya.arguments import FAMILIES
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
-from support.encoder_toys import ENCODERS, toy_clip
+from support.encoder_toys import ENCODERS, tokens, toy_clip
 from support.errors import refuses
 from support.families import make
 from support.families_image import IMAGE as PICTURES
@@ -67,11 +69,10 @@ def test_the_kohya_engine_takes_a_flux_model(host_model, flux, files):
             host_model.kohya_base(*flux, "flux.safetensors", TaskOptions(), wrong)
 
 
-def test_the_embedded_engine_names_the_other_one_where_it_helps(host_model, flux):
-    with refuses("train.family", "Flux", "kohya"):
-        host_model.opened(*flux, None, TaskOptions()).__enter__()
-    stranger = make(next(family for family in PICTURES if family.config not in (*FAMILIES, *host_model.FAMILIES)))
-    with refuses("train.family"):
+def test_what_no_engine_trains_is_refused_by_both(host_model, flux):
+    stranger = make(next(family for family in PICTURES if family.config == "LotusD"))
+    assert "LotusD" not in FAMILIES
+    with refuses("train.family", "LotusD"):
         host_model.opened(stranger, flux[1], None, TaskOptions()).__enter__()
     with refuses("kohya.family"):
         host_model.kohya_base(stranger, flux[1], "flux.safetensors", TaskOptions(), {})
@@ -193,3 +194,36 @@ def test_sd_scripts_texts_are_held_against_clips_length(place, tmp_path, comfy):
     options = SafetyOptions(output_dir=str(tmp_path), objective="leco", concept=("a car " * 50,))
     with refuses("option.too-many-tokens", "75"):
         kohya.train_safety(engine, options, base, Seen())
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("CLIP-L and T5-XXL (Flux)", {"lora_te1_text_model_", "lora_te3_encoder_"}),  # sd-scripts' own
+        ("Qwen3 4B (Z-Image)", {"text_encoders.qwen3_4b."}),
+    ],
+)
+def test_text_encoders_of_newer_families_are_trained_under_names_that_the_guard_reads(
+    name, prefixes, host_model, comfy
+):
+    adapters = part(comfy, "training.adapters")
+    clip = toy_clip(ENCODERS[name])
+    info = comfy.anatomy.clip_info(clip)
+    names = host_model.text_names(info)
+    assert len(set(names.values())) == len(names) > 10
+    for path, chosen in names.items():
+        assert is_text(chosen)
+        assert info.specs[info.key_map[chosen]].path == path
+        assert chosen.startswith(tuple(prefixes))
+    encoder, cpu = clip.cond_stage_model, torch.device("cpu")
+    spec = adapters.Spec({}, names, rank=2, alpha=2.0, dropout=0.0, seed=1, role="task")
+    with (
+        host_model._plain_weights(encoder, torch.float32, cpu),
+        torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        adapters.adapted(torch.nn.Identity(), encoder, spec) as made,
+    ):
+        found = encoder.encode_token_weights(tokens(ENCODERS[name]))
+        sum(one.square().sum() for one in found[:2] if one is not None).backward()
+        reached = [layer for layer in names.values() if made.pair(layer)[1].grad is not None]
+    assert {prefix for prefix in prefixes if any(layer.startswith(prefix) for layer in reached)} == prefixes
+    assert len(reached) > len(names) // 2

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
-from modular_lora_guard.training.adapters import Spec, adapted, select
+from modular_lora_guard.training.adapters import Spec, adapted
+from modular_lora_guard.training.layers import select
 from modular_lora_guard.training.loop import Job, fit
 from modular_lora_guard.training.options import TaskOptions
 from modular_lora_guard.training.seeds import role_seed, step_generator
 from modular_lora_guard.training.state import load_state
-from modular_lora_guard.training.task.denoising import min_snr
 from modular_lora_guard.training.task.train import train_task
 from PIL import Image
 from safetensors.torch import load_file
@@ -288,12 +288,13 @@ def test_targets_are_sd_scripts_own():
 @given(st.integers(0, 999), st.floats(0.5, 20))
 @settings(max_examples=50, deadline=None)
 def test_min_snr_weights_never_count_more_than_one(t, gamma):
-    schedule = ToyHostModel().schedule
-    snr = schedule.snr(torch.tensor([t]))
-    epsilon, v = (min_snr(snr, gamma, kind).item() for kind in ("epsilon", "v_prediction"))
-    assert 0 < epsilon <= 1
-    assert v == pytest.approx(min(snr.item(), gamma) / (snr.item() + 1), rel=1e-5)
-    assert min_snr(snr, 0.0, "epsilon").item() == 1
+    at, schedules = torch.tensor([t]), [ToyHostModel(prediction=kind).schedule for kind in ("epsilon", "v_prediction")]
+    snr = schedules[0].snr(at).item()
+    epsilon, v = (schedule.min_snr(at, gamma).item() for schedule in schedules)
+    assert epsilon == pytest.approx(min(snr, gamma) / snr, rel=1e-4)
+    assert epsilon <= 1 + 1e-6
+    assert v == pytest.approx(min(snr, gamma) / (snr + 1), rel=1e-4)
+    assert schedules[0].min_snr(at, 0.0).item() == 1
 
 
 def test_every_step_has_noise_of_its_own():

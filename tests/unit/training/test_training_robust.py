@@ -39,7 +39,7 @@ def test_the_attack_is_the_gradient_step_written_out():
     cond = toy.encode(["car", "bus"])
     brought = toy.base(x_t, t, "car", "bus")
     cross = cond.cross.clone().requires_grad_()
-    (toy.predict(x_t, t, Cond(cross)) - brought).square().sum().backward()
+    (toy.predict(x_t, t, Cond.of(cross)) - brought).square().sum().backward()
     direction = torch.nn.functional.normalize(cross.grad, dim=-1)
     wanted = cond.cross - size * cond.cross.norm(dim=-1, keepdim=True) * direction
     found = attacked(toy.predict, x_t, t, cond, brought, 1, size)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modular_lora_guard.training import layers
 from modular_lora_guard.training.model import Cond, Schedule
 from modular_lora_guard.training.safety import pool, sampling, targets
 from modular_lora_guard.training.safety.targets import Prompts, Term
@@ -36,7 +37,7 @@ def gaussian(schedule: Schedule, mean: float, deviation: float):
     """Exact prediction for data N(mean, deviation²): E[x_0 | x_t] is linear in x_t."""
 
     def network(x_t, t, cond):
-        abar = schedule.alphas_cumprod[t][:, None, None, None]
+        abar = ABAR[t][:, None, None, None]
         variance = abar * deviation**2 + 1 - abar
         eps = (1 - abar).sqrt() * (x_t - abar.sqrt() * mean) / variance
         x0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
@@ -49,8 +50,8 @@ def gaussian(schedule: Schedule, mean: float, deviation: float):
 @pytest.mark.parametrize(("deviation", "steps", "tolerance"), [(0.0, 3, 1e-4), (0.5, TOTAL, 0.03)])
 def test_ddim_solves_gaussian_data(prediction, deviation, steps, tolerance):
     """The probability flow of N(μ, s²) keeps (x_t − √ᾱ μ) / √(ᾱ s² + 1 − ᾱ); DDIM is exact at s = 0, else nearly."""
-    schedule, mean = Schedule(ABAR, prediction), 1.5
-    x, cond = noise(4), Cond(torch.zeros(4, 1, 1))
+    schedule, mean = Schedule.ddpm(ABAR, prediction), 1.5
+    x, cond = noise(4), Cond.of(torch.zeros(4, 1, 1))
     found = sampling.sample(gaussian(schedule, mean, deviation), schedule, x, cond, None, 3.0, steps)
     last = ABAR[-1]
     z = (x - last.sqrt() * mean) / (last * deviation**2 + 1 - last).sqrt()
@@ -68,7 +69,7 @@ def test_guidance_is_applied_to_the_prediction():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_guidance_of_v_is_guidance_of_epsilon(prediction):
     """The same denoiser told as ε or as v walks the same way under guidance."""
-    toy, schedule = Toy(), Schedule(ABAR, prediction)
+    toy, schedule = Toy(), Schedule.ddpm(ABAR, prediction)
 
     def network(x_t, t, cond):
         eps = toy.predict(x_t, t, cond)
@@ -97,9 +98,9 @@ def test_partial_lands_where_the_walk_passes_and_pays_for_no_row_that_has_arrive
 
 
 def test_partial_lands_between_grid_points():
-    schedule = Schedule(ABAR, "epsilon")
+    schedule = Schedule.ddpm(ABAR, "epsilon")
     until = torch.tensor([97, 61, 3])
-    cond = Cond(torch.zeros(3, 1, 1))
+    cond = Cond.of(torch.zeros(3, 1, 1))
     x = noise(3)
     got = sampling.partial(gaussian(schedule, 2.0, 0.0), schedule, x, cond, None, 1.0, 5, until)
     abar = ABAR[until].view(-1, 1, 1, 1)
@@ -173,14 +174,21 @@ def test_options_that_make_no_sense_are_refused(changes, code, named):
 
 
 def test_layers_of_objectives():
-    names = ["lora_unet_x_attn1_to_q", "lora_unet_x_attn2_to_q", "lora_unet_x_ff_net_2"]
-    chosen = {o: [targets.layers_of(o)(name) for name in names] for o in ("esd-x", "esd-u", "sdd", "leco")}
-    assert chosen == {
-        "esd-x": [False, True, False],
-        "esd-u": [True, False, True],
-        "sdd": [False, True, False],
-        "leco": [True] * 3,
-    }
+    paths = [f"middle_block.1.transformer_blocks.0.{part}" for part in ("attn1.to_q", "attn2.to_q", "ff.net.2")]
+    first, cross, last = names = dict(zip(paths, ("a", "b", "c"), strict=True))
+    chosen = {o: list(layers.erasing(names, "linear", o)) for o in ("esd-x", "esd-u", "sdd", "leco")}
+    assert chosen == {"esd-x": [cross], "esd-u": [first, last], "sdd": [cross], "leco": paths}
+
+
+def test_layers_of_objectives_in_a_joint_attention_and_in_one_without_a_text_of_its_own():
+    joint = ["double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.qkv", "double_blocks.0.txt_mlp.0", "txt_in"]
+    names = {path: path for path in joint}
+    assert list(layers.erasing(names, "linear", "esd-x")) == joint[1:2]
+    assert list(layers.erasing(names, "linear", "esd-u")) == [joint[0], joint[2]]
+    assert list(layers.select(names, "conv")) == joint
+    single = {path: path for path in ("layers.0.attention.qkv", "layers.0.feed_forward.w1", "x_embedder")}
+    assert not layers.tells_text_apart(single)
+    assert list(layers.erasing(single, "linear", "sdd")) == ["layers.0.attention.qkv"]
 
 
 # -- pools

@@ -1,0 +1,75 @@
+"""A toy of any family with the CLIP and VAE that a trainer asks for: texts by their seed, latents by pooling."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from support.encoder_toys import ENCODERS, toy_clip
+from support.families import Family, drawn, make
+
+SIDE = 64  # of a picture; of one for PixArt, which ComfyUI evaluates on nothing as small, 320
+OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy's conditioning comes of other nodes
+    "pooled_output",
+    "attention_mask",
+    "conditioning_llama3",
+    "conditioning_mt5xl",
+    "attention_mask_mt5xl",
+    "conditioning_byt5small",
+)
+
+
+def side_of(family: Family) -> int:
+    """Of a picture that this family takes, in pixels."""
+    return 320 if family.latent[-1] > SIDE // 4 else SIDE
+
+
+def toy_parts(family: Family) -> tuple:
+    """(MODEL, CLIP, VAE), made in inference mode as ComfyUI 0.3.75 loads them."""
+    with torch.inference_mode():
+        model = make(family)
+    form = model.model.latent_format
+    if form.latent_channels != family.latent[0]:  # narrower than the family's own
+        made = importlib.import_module("comfy.latent_formats").LatentFormat()
+        made.latent_channels, made.latent_dimensions = family.latent[0], len(family.latent) - 1
+        model.model.latent_format = made
+    return model, _clip(family), _vae(family)
+
+
+def _clip(family: Family):
+    """ComfyUI's CLIP with texts whose encodings are random, of lengths of their own where a family allows that."""
+    from modular_lora_guard.comfy_host.trainer_model import TEXT_ENCODERS
+
+    clip = toy_clip(ENCODERS["CLIP-L (SD1.x)"])
+    streams = TEXT_ENCODERS.get(family.config, {"l"})
+
+    class Tokenizer:
+        def tokenize_with_weights(self, text, return_word_ids=False, **_):
+            return {stream: [[(text, 1.0)]] for stream in streams}
+
+    def encode(tokens, return_pooled=False, return_dict=False):
+        text = next(iter(tokens.values()))[0][0][0]
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        found = {"cond": torch.randn(1, *family.context, generator=generator), "pooled_output": None}
+        return found | {name: drawn(family.cond[name], generator) for name in OF_TEXT if name in family.cond}
+
+    clip.tokenizer, clip.encode_from_tokens = Tokenizer(), encode
+    return clip
+
+
+def _vae(family: Family):
+    ratio = 8 if side_of(family) != SIDE else SIDE // family.latent[-1]
+    mix = torch.randn(family.latent[0], 3, generator=torch.Generator().manual_seed(3))
+    cpu = torch.device("cpu")
+
+    def encode(pixels):
+        small = F.avg_pool2d(pixels.movedim(-1, 1), ratio)  # 1 3 h w
+        latents = torch.einsum("dc,bchw->bdhw", mix, small * 2 - 1)
+        return latents if len(family.latent) == 3 else latents[:, :, None]
+
+    patcher = importlib.import_module("comfy.model_patcher").ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu)
+    return SimpleNamespace(patcher=patcher, encode=encode, spacial_compression_encode=lambda: ratio)
