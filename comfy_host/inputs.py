@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _input(name: str) -> Input:
         path = Path(folder_paths.get_annotated_filepath(name))
         content = path.read_bytes()
         prompt = running.current.get()
-        if prompt is not None and path.stat().st_mtime > prompt.began:
+        if prompt is not None and prompt.began < path.stat().st_mtime <= time.time():
             said = (
                 f"input {name!r} was written while the prompt ran, so that it is not known what went in: run it again"
             )

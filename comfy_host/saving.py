@@ -70,7 +70,7 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> Saved:
     height, width = images[0].shape[:2]
     folder, name, counter, subfolder = save_place(prefix, width, height)
     graph = {} if args.disable_metadata else {"prompt": node.hidden.prompt, **_sent(node.hidden.extra_pnginfo)}
-    seals = _seals(node)
+    seals = _seals(node, found)
     results = []
     for i, (image, picture) in enumerate(zip(images, found, strict=True)):
         stem = name.replace("%batch_num%", str(i))
@@ -108,7 +108,7 @@ def _sent(extra: dict | None) -> dict:
     return {key: value for key, value in (extra or {}).items() if key.partition("\0")[0] not in OURS}
 
 
-def _seals(node) -> _Seals:
+def _seals(node, found: Sequence[Known]) -> _Seals:
     """Those of the policy in force; none of either where there is none. GuardError where one cannot be made."""
     policy = policies.current()
     if policy is None:
@@ -118,7 +118,9 @@ def _seals(node) -> _Seals:
     if policy.credential_files is None:
         return _Seals(record)
     signer = credentials.signer(*policy.credential_files)
-    return _Seals(record, signer, inputs.behind(node.hidden.prompt, node.hidden.unique_id))
+    marked = any(one.source_type for one in found)
+    went_in = inputs.behind(node.hidden.prompt, node.hidden.unique_id) if marked else ()
+    return _Seals(record, signer, went_in)
 
 
 def _content(image: torch.Tensor, known: Known, graph: Mapping[str, Any], style: Style, seals: _Seals) -> bytes:

@@ -145,7 +145,8 @@ def _picture(path: Path, found: Attested) -> str:
     status = found.record.get("status", "")
     signed = [f"signed by {found.key}"] * bool(found.key)
     if found.credentials is not None:
-        unchecked = ", whom --certificates did not name" * (not found.credentials.trusted)
+        unchecked = ", whose certificate --certificates did not name" * (not found.credentials.trusted)
+        unchecked += ", which has ended" * found.credentials.ended
         inputs = f", of {found.credentials.inputs} inputs" * bool(found.credentials.inputs)
         signed.append(f"Content Credentials of {found.credentials.signer}{unchecked}{inputs}")
     elif found.holds_credentials:

@@ -82,12 +82,14 @@ class Credentials:
     Attributes:
         signer: The name in the signer's certificate.
         trusted: Whether it is one of the certificates that were named; False where none was.
+        ended: Whether that certificate has ended, so that it is not known whether it was still good.
         attestation: JSON text of our record, "" where it holds none.
         inputs: How many image files are said to have gone into it.
     """
 
     signer: str
     trusted: bool
+    ended: bool
     attestation: str
     inputs: int
 
@@ -167,7 +169,7 @@ def read(name: str, raw: bytes, mime: str, certificates: Sequence[Path] = ()) ->
     Raises:
         CredentialsError: The library is missing, or the files hold no root.
         Tampered: They do not belong to this file, or cannot be read.
-        Expired: The signer's certificate has ended.
+        Expired: ``certificates`` are named, and the signer's has ended.
         UnknownKey: The signer is not one that ``certificates`` name.
     """
     library = _library()
@@ -188,7 +190,7 @@ def read(name: str, raw: bytes, mime: str, certificates: Sequence[Path] = ()) ->
     if wrong - {EXPIRED} or not found:
         codes = ", ".join(sorted(wrong)) or "no manifest"
         raise Tampered(f"{name}: its Content Credentials do not fit it ({codes}): it was changed after {by} signed it")
-    if wrong:
+    if certificates and wrong:
         raise Expired(
             f"{name}: the certificate of {by} has ended, and no time stamp says that it was signed before: "
             "ask for a picture that was signed anew"
@@ -201,7 +203,9 @@ def read(name: str, raw: bytes, mime: str, certificates: Sequence[Path] = ()) ->
     assertions = {one["label"]: one.get("data") for one in found.get("assertions", ())}
     ours = assertions.get(LABEL)
     text = ours.get("json") if isinstance(ours, dict) else None
-    return Credentials(by, trusted, text if isinstance(text, str) else "", len(found.get("ingredients", ())))
+    return Credentials(
+        by, trusted, bool(wrong), text if isinstance(text, str) else "", len(found.get("ingredients", ()))
+    )
 
 
 def _manifest(claim: Claim) -> dict[str, Any]:

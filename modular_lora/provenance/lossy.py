@@ -143,7 +143,10 @@ def _chunks(name: str, raw: bytes) -> Iterator[tuple[int, bytes]]:
     place = 12
     while place < len(raw):
         size = int.from_bytes(raw[place + 4 : place + 8], "little")
-        if place + 8 + size + (size & 1) > len(raw):
+        end = place + 8 + size
+        if end + (size & 1) > len(raw):
             raise Tampered(f"{name}: ends within a chunk: it was cut off")
-        yield place, raw[place + 8 : place + 8 + size]
-        place += 8 + size + (size & 1)
+        if size & 1 and raw[end]:
+            raise Tampered(f"{name}: has data between two chunks: it was edited")
+        yield place, raw[place + 8 : end]
+        place = end + (size & 1)

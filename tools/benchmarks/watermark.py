@@ -54,9 +54,9 @@ def measured(method: str, files: list[Path], marks: int, seed: int) -> dict:
             bits = numbers.integers(0, 2, BITS).tolist()
             encoder = WatermarkEncoder()
             encoder.set_watermark("bits", bits)
-            began = time.perf_counter()
+            began = time.process_time()
             pixels = encoder.encode(_bgr(plain), method)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             marked = Image.fromarray(np.ascontiguousarray(np.clip(pixels, 0, 255).astype(np.uint8)[:, :, ::-1]))
             error = np.mean((np.asarray(marked, float) - np.asarray(plain, float)) ** 2)
             noise.append(10 * math.log10(255**2 / error))
@@ -69,7 +69,7 @@ def measured(method: str, files: list[Path], marks: int, seed: int) -> dict:
         "marks": total,
         "read": read,
         "psnr_db": round(statistics.median(noise), 1),
-        "seconds": round(statistics.median(seconds), 2),
+        "processor_seconds": round(statistics.median(seconds), 2),
     }
 
 

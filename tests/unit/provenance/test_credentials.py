@@ -238,11 +238,11 @@ def test_text_that_comes_after_the_credentials_makes_them_invalid(tmp_path, root
     refused(Tampered, attested.verify, path, {"service": key.with_suffix(".pub")})
 
 
-def test_without_a_time_stamp_a_certificates_end_ends_what_it_signed(tmp_path, root):
+def test_without_a_time_stamp_a_certificates_end_ends_what_it_signed(tmp_path, root, key):
     for seconds in (2, 8, 30):  # signing may wait for the machine
         ends = now() + seconds * DAY / 86400
         try:
-            path = signed(tmp_path / "a.png", signer(tmp_path, "short", root, ends=ends))
+            path = signed(tmp_path / "a.png", signer(tmp_path, "short", root, ends=ends), key)
             break
         except credentials.CredentialsError:
             continue
@@ -252,6 +252,8 @@ def test_without_a_time_stamp_a_certificates_end_ends_what_it_signed(tmp_path, r
     state, manifest = library_says(path, root)
     assert (state, manifest["signature_info"]["common_name"]) == ("Invalid", "short")
     assert "short" in refused(Expired, attested.verify, path, {}, [root.certificate])
+    found = attested.verify(path, {"service": key.with_suffix(".pub")})  # its own signature has no last day
+    assert (found.key, found.credentials.ended) == ("service", True)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1, ec.SECP521R1])
@@ -337,7 +339,7 @@ def test_the_command_reads_both(tmp_path, root, host, key, capsys, caplog, monke
     assert cli.main(["verify", str(path), *certificates]) == 0
     assert capsys.readouterr().out.startswith("a.webp: guarded, Content Credentials of host\n{")
     assert cli.main(["verify", str(path), "--keys", public]) == 0
-    assert "host, whom --certificates did not name\n{" in capsys.readouterr().out
+    assert "host, whose certificate --certificates did not name\n{" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "c2pa", None)
     assert cli.main(["verify", str(path), "--keys", public]) == 0
     assert "not looked at: pip install" in capsys.readouterr().out
