@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,7 +216,13 @@ def test_the_command_keeps_a_state_goes_on_and_goes_further(comfy, tmp_path):
     world = ROOT / "tools" / "world" / "assets"
     command = [sys.executable, "-m", "training", "train-task", "--checkpoint"]
     command += [str(Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors")]
-    values = {"train_data_dir": world / "gloss", "resolution": 64, "network_dim": 4, "max_train_steps": 3000}
+    pictures = sorted((world / "gloss" / "10_gloss").glob("*.png"))[:8]
+    folder = tmp_path / "pictures" / "10_gloss"
+    folder.mkdir(parents=True)
+    for picture in pictures:
+        shutil.copy(picture, folder)
+        shutil.copy(picture.with_suffix(".txt"), folder)
+    values = {"train_data_dir": tmp_path / "pictures", "resolution": 64, "network_dim": 4, "max_train_steps": 3000}
     values |= {"output_dir": tmp_path, "output_name": "made", "target": "cross-attention"}
 
     def words(**changes) -> list[str]:
@@ -227,7 +234,7 @@ def test_the_command_keeps_a_state_goes_on_and_goes_further(comfy, tmp_path):
     while b"step 10 of 3000" not in log.read_bytes():
         assert child.poll() is None, log.read_text()[-2000:]
         time.sleep(0.05)
-    assert log.read_bytes().index(b"60 images") < log.read_bytes().index(b"step 10 of")
+    assert log.read_bytes().index(b"8 images") < log.read_bytes().index(b"step 10 of")
     child.send_signal(signal.SIGINT)
     assert child.wait() == 130
     (state,) = tmp_path.glob("made-step*-state")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,8 @@ def _constants(node: ast.AST) -> Iterator[str]:
         yield from _constants(part)
 
 
-def _trees(root: Path) -> dict[str, ast.AST]:
+@cache
+def _trees(root: Path) -> Mapping[str, ast.AST]:
     files = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
     return {path.relative_to(root).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in files}
 

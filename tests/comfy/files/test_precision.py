@@ -86,19 +86,19 @@ def original(comfy, tensors):
     return make
 
 
-def errors(model, guard, merge, original) -> tuple[float, float, float]:
+def errors(model, guard, merge, original, **how) -> tuple[float, float, float]:
     """Largest |x - merged in fp32| over the largest effect, for x: guarded, the stock merge; and the base's own."""
     patcher, reference = guard(model), original(model)
-    base, ours = sampled(model), sampled(patcher)
-    assert torch.equal(sampled(model), base)
+    base, ours = sampled(model, **how), sampled(patcher, **how)
+    assert torch.equal(sampled(model, **how), base)
     dtypes = {t.dtype for layer in patcher.branches.layers.values() for f in layer._fused.values() for t in f.tensors}
     assert len(dtypes & COMPUTE) == len(dtypes) == 1
     assert len(patcher.branches.layers) > 100
-    before, after = sampled(reference), sampled(merge(reference))
+    before, after = sampled(reference, **how), sampled(merge(reference), **how)
     effect = (after - before).abs().max()
     assert effect > 0.5
     far = lambda x, y: float((x - y).abs().max() / effect)  # noqa: E731
-    return far(ours, after), far(sampled(merge(model)), after), far(base, before)
+    return far(ours, after), far(sampled(merge(model), **how), after), far(base, before)
 
 
 def stored(name: str, tensors):
@@ -166,7 +166,7 @@ def test_fp8_matrix_products_are_as_near_as_a_stock_merge(tensors, guard, merge,
     from comfy import ops
 
     model = load(tensors, dtype=FP8, custom_operations=ops.fp8_ops)
-    ours, stock, base = errors(model, guard, merge, original)
+    ours, stock, base = errors(model, guard, merge, original, size=2)  # such products are slow on a CPU
     assert base > 0.01  # the activations are rounded to fp8 inside the layer, and only there
     assert ours < 1.5 * base < stock
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +20,8 @@ BOTH = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
 
 @pytest.fixture(scope="module", autouse=True)
 def packs(comfy, loras) -> Iterator[None]:
-    """The other packs' nodes, and ComfyUI's own for masks."""
+    """The other packs' nodes."""
     before = set(comfy.nodes.NODE_CLASS_MAPPINGS)
-    asyncio.run(comfy.nodes.load_custom_node(str(Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_mask.py")))
     comfy.nodes.NODE_CLASS_MAPPINGS |= NODES
     yield
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - before:

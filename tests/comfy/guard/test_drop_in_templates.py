@@ -76,6 +76,7 @@ def _moved(graph: dict, source: str, to: str, slots: dict[int, int]) -> None:
                 one["inputs"][key] = [to, slots[link[1]]]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_with_one_node_more_gives_the_merges_pictures_attested(comfy, run_graph, name):
     path = find(name)

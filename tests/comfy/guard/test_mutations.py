@@ -6,14 +6,12 @@ ComfyUI's own loader, the safety LoRA into every model and CLIP that the graph u
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import gc
 import hashlib
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +46,6 @@ def world(comfy):
     encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
     encoder.layers = encoder.layers[:2]
     write_loras(comfy, model, clip)
-    asyncio.run(comfy.nodes.load_custom_node(str(Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_mask.py")))
     before = dict(comfy.nodes.NODE_CLASS_MAPPINGS)
     install(comfy.nodes, (model, clip, vae))
     execution, sizes = comfy.execution, {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}

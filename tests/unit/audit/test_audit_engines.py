@@ -68,7 +68,7 @@ def skip_without_ray() -> None:
         pytest.skip("Ray is an optional extra and is not installed")
 
 
-@pytest.fixture(scope="module", params=["processes", "ray"])
+@pytest.fixture(scope="module", params=["processes", pytest.param("ray", marks=pytest.mark.slow)])
 def engine_of(request):
     """An engine of two workers for a pipeline's arguments; one Ray for all tests, as a cluster that is up already."""
     make = lambda arguments, **other: PipelineSpec("tests.support.fake_pipeline", arguments=arguments, **other)  # noqa: E731

@@ -34,6 +34,7 @@ def test_without_matplotlib_the_image_says_what_to_install(monkeypatch):
     assert said[0].endswith("pip install matplotlib.")
 
 
+@pytest.mark.slow  # another interpreter imports PyTorch
 def test_matplotlib_is_imported_with_the_first_chart_and_not_before():
     code = (
         "import importlib, sys; sys.path.append('importable')\n"

@@ -12,6 +12,7 @@ from modular_lora_guard.tools import lines
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow  # another interpreter imports PyTorch
 def test_the_command_lines_need_nothing_of_tools() -> None:
     code = (
         "import importlib, sys; sys.path.append(sys.argv[1]); sys.modules['modular_lora_guard.tools'] = None\n"

@@ -60,6 +60,7 @@ def test_a_stream_that_can_write_it_writes_it_as_it_is() -> None:
     assert written_on("utf-8", opened) == SAID.replace("\udc80", "\\udc80")
 
 
+@pytest.mark.slow  # other interpreters import PyTorch
 @pytest.mark.parametrize("command", [["training", "train-safety"], ["audit", "run"], ["operators"]], ids=" ".join)
 def test_help_is_printed_on_that_code_page(command: list[str]) -> None:
     done = subprocess.run(

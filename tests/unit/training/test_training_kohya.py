@@ -419,6 +419,7 @@ def test_two_text_encoders_are_named_as_for_sdxl(stub):
         create(stub.safety)
 
 
+@pytest.mark.slow  # another interpreter imports PyTorch
 def test_sd_scripts_environment_needs_neither_pydantic_nor_a_toml_reader():
     code = f"""
 import importlib.util, sys

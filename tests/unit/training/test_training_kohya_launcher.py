@@ -189,6 +189,7 @@ def test_what_a_killed_process_left_half_written_goes(place, engine, tmp_path):
     assert (mine.exists(), other.exists()) == (False, True)
 
 
+@pytest.mark.slow
 def test_the_guards_own_refusal_comes_through_as_one_line(place, engine, tmp_path, direct):
     safety = [SafetyLora(read_lora(place / "lost.safetensors"), 1.0)]
     with refuses("kohya.failed", "lost.safetensors", "1 of 1"):
