@@ -70,7 +70,7 @@ def _named(text: str, position: int, name: str) -> int | None:
 
 def _end(text: str, position: int) -> int:
     """Where that value ends: at its last bracket, or with its line."""
-    depth, line = 0, text.find("\n", position) % (len(text) + 1)
+    depth, line = 0, (text + "\n").find("\n", position)
     for token in _TOKEN.finditer(text, position):
         if not depth and token.start() > line:
             return line
