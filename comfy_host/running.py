@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ class Prompt:
         graph: In API format.
         enforced: Whether an operator's policy is in force.
         gated: Whether that policy requires a gate.
+        began: When it started to run, in seconds since the epoch.
         shown: What is known of the images that came to nodes which write or show them.
     """
 
@@ -30,6 +32,7 @@ class Prompt:
     graph: Mapping[str, Any]
     enforced: bool = False
     gated: bool = False
+    began: float = field(default_factory=time.time)
     shown: list[Any] = field(default_factory=list)
 
     @cached_property

@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..modular_lora.guard import activity
-from ..modular_lora.provenance import ledger, signing
+from ..modular_lora.provenance import attested, ledger
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.util import plain_json
 from ..modular_lora.util.cache import Cache
@@ -29,7 +29,7 @@ from .node_report import show_above
 from .pictures import pictures
 
 KEY = "modular_lora_images"  # of a prompt's extra_pnginfo, which Save Image writes into PNG files
-OWN = frozenset((KEY, signing.KEY))
+OWN = frozenset((KEY, attested.KEY))
 ROUTE = "/modular_lora/images/{prompt_id}"
 OURS = frozenset(("ModularLoraSaveImage", "ModularLoraSaveGated"))  # of our nodes those that write
 SAVES = "SaveImage"  # ComfyUI's own; it gets an entry also where the client sent no extra_pnginfo at all
@@ -102,7 +102,7 @@ def note(
     prompt: running.Prompt, node: str, name: str, inputs: Mapping[str, list]
 ) -> list[tuple[Known, dict[str, Any]]]:
     """What is known of every image that came to a node which writes or shows, with the hash of its pixels."""
-    found = [(ledger.known(image), signing.pixels(_pixels(image))) for image in _images(inputs)]
+    found = [(ledger.known(image), attested.pixels(_pixels(image))) for image in _images(inputs)]
     prompt.shown += [
         Shown(
             node,

@@ -156,6 +156,8 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("stock.py:cfg_guider", _RUN, f"{_SAMPLERS}.CFGGuider.set_conds", f"{_SAMPLERS}.CFGGuider.set_cfg"),
     *_touches("stock.py:sampler_names", _RUN, f"{_SAMPLERS}.KSampler.SAMPLERS", f"{_SAMPLERS}.KSampler.SCHEDULERS"),
     *_touches("model_folders.py:save_place", _RUN, "folder_paths.get_save_image_path"),
+    *_touches("inputs.py:LOADERS", _READ, "nodes.LoadImage", "nodes.LoadImageMask", "nodes.LoadImageOutput"),
+    *_touches("inputs.py:_input", _READ, "folder_paths.get_annotated_filepath"),
     *_touches("node_report.py:show_progress", _RUN, "server.PromptServer.send_progress_text"),
     *_touches("node_report.py:leave", _RUN, "server.PromptServer.send_sync"),
     *_touches("retries.py:_hints", _READ, "comfy.controlnet.ControlBase.cond_hint_original"),

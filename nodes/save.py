@@ -60,10 +60,10 @@ class SaveAttestedImage(io.ComfyNode):
                 f"{missing} of {len(found)} images are {EDITED}; connect Guarded VAE Decode directly.",
                 code="save.unattested",
             )
-        results = save(cls, images, found, filename_prefix, Style())
+        saved = save(cls, images, found, filename_prefix, Style())
         said = f"{len(found) - missing} of {len(found)} images attested{on_merged(found)}"
         said += f"; {missing} {EDITED}" * bool(missing)
-        return _saved(said, found, results)
+        return _saved(said + saved.credentials, found, saved.files)
 
 
 class SaveGatedImage(io.ComfyNode):
@@ -76,8 +76,8 @@ class SaveGatedImage(io.ComfyNode):
             **found_by("save image", "safe save", "nsfw", "moderation", "jpeg", "webp"),
             display_name="Save Image (Guarded)",
             category=f"{CATEGORY}/gate",
-            description="Saves only images that a guarded run made and a gate judged, with the record of both: in "
-            "the text of a PNG, beside a JPEG or WebP as JSON. Such text can be forged by anyone who has the file.",
+            description="Saves only images that a guarded run made and a gate judged, with the record of both in the "
+            "file. Such a record can be forged by anyone who has the file, unless an operator's policy signs it.",
             inputs=rarely(
                 [
                     io.Image.Input("images", tooltip="Images straight from Safety Gate or Guarded Sample and Gate."),
@@ -86,7 +86,7 @@ class SaveGatedImage(io.ComfyNode):
                         "format",
                         list(ENDINGS),
                         default="png",
-                        tooltip="png carries the record itself; jpeg and webp get a .json file of the same name.",
+                        tooltip="All carry the record; jpeg and webp have the workflow in a .json file beside them.",
                     ),
                     io.Int.Input(
                         "quality", default=95, min=1, max=100, tooltip="Quality of jpeg and webp; png has none."
@@ -119,11 +119,11 @@ class SaveGatedImage(io.ComfyNode):
         if counts and unfit == "refuse":
             raise GuardError(f"{counts} of {len(found)} images: nothing is saved; {REMEDY}.", code="save.refused")
         fit = [i for i, problem in enumerate(problems) if problem is None]
-        written = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
+        saved = save(cls, [images[i] for i in fit], [found[i] for i in fit], filename_prefix, Style(format, quality))
         skipped = f"; left out: {counts}" if counts else ""
         merged = on_merged(found[i] for i in fit)
         said = f"{len(fit)} of {len(found)} images saved, attested and gated{merged}{skipped}"
-        return _saved(said, found, written, problems)
+        return _saved(said + saved.credentials, found, saved.files, problems)
 
 
 def _saved(

@@ -12,12 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..modular_lora.command import finish, typed
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import keys, record
 from ..modular_lora.util.terminal import open_to_all
+
+if TYPE_CHECKING:
+    from ..modular_lora.provenance.attested import Attested
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,9 +38,18 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("file", type=Path, metavar="FILE")
     one.add_argument("--key", type=Path, required=True, help="private key")
     one.add_argument("--expires", type=_date, metavar="YYYY-MM-DD", help="last day of the signature (none)")
-    one = _command(commands, "verify", _verify, "check FILE against FILE.sig, or an image against its attestation")
+    one = _command(commands, "verify", _verify, "check FILE against FILE.sig, or an image against what it carries")
     one.add_argument("file", type=Path, metavar="FILE")
     _keys_argument(one)
+    one.add_argument(
+        "--certificates",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PEM",
+        help="an image must carry Content Credentials that come from these roots; with signers' certificates in them, "
+        "of these signers",
+    )
     one.add_argument("--identity", help="keyless: who signed, for instance an e-mail address")
     one.add_argument("--issuer", help="keyless: who vouched for the identity, an OpenID Connect address")
     one.add_argument("--trust", type=Path, help="keyless: trust configuration of the Sigstore instance (else: network)")
@@ -121,23 +133,40 @@ def _sign(chosen: argparse.Namespace) -> str:
 
 
 def _verify(chosen: argparse.Namespace) -> str:
-    from ..modular_lora.provenance import signing
+    from ..modular_lora.provenance import attested, signing
 
     if chosen.identity or chosen.issuer:
         if not (chosen.identity and chosen.issuer):
             raise GuardError("verify: --identity and --issuer are needed together: name both")
         who = signing.verify_keyless(chosen.file, chosen.identity, chosen.issuer, chosen.trust)
         return f"{chosen.file.name}: signed by {who}"
-    if not chosen.keys:
-        raise GuardError("verify: no key is trusted: name public keys with --keys")
+    if not chosen.keys and not chosen.certificates:
+        raise GuardError("verify: no key is trusted: name public keys with --keys, or certificates with --certificates")
     trusted = _named(chosen.keys)
-    if chosen.file.suffix.lower() not in signing.PICTURES:
-        return f"{chosen.file.name}: signed by {signing.verify(chosen.file, trusted)}"
-    found = signing.verify_attestation(chosen.file, trusted)
+    if chosen.file.suffix.lower() in attested.MIMES:
+        return _picture(chosen.file, attested.verify(chosen.file, trusted, chosen.certificates))
+    if chosen.certificates:
+        raise GuardError(f"{chosen.file.name}: no image that has Content Credentials: leave --certificates out")
+    return f"{chosen.file.name}: signed by {signing.verify(chosen.file, trusted)}"
+
+
+def _picture(path: Path, found: Attested) -> str:
+    """What is said of an image whose signatures hold."""
     status = found.record.get("status", "")
+    signed = [f"signed by {found.key}"] * bool(found.key)
+    if found.credentials is not None:
+        unchecked = ", whose certificate --certificates did not name" * (not found.credentials.trusted)
+        unchecked += ", which has ended" * found.credentials.ended
+        inputs = f", of {found.credentials.inputs} inputs" * bool(found.credentials.inputs)
+        signed.append(f"Content Credentials of {found.credentials.signer}{unchecked}{inputs}")
+    elif found.holds_credentials:
+        from ..modular_lora.provenance.credentials import PACKAGE
+
+        signed.append(f"Content Credentials not looked at: pip install {PACKAGE}")
+    said = ", ".join(signed)
     if not str(status).startswith("guarded"):
-        raise GuardError(f"{chosen.file.name}: signed by {found.key}, and what is signed reads: {status}")
-    return f"{chosen.file.name}: {status}, signed by {found.key}\n{json.dumps(found.record, indent=1, sort_keys=True)}"
+        raise GuardError(f"{path.name}: {said}, and what is signed reads: {status}")
+    return f"{path.name}: {status}, {said}\n{json.dumps(found.record, indent=1, sort_keys=True)}"
 
 
 def _digest(chosen: argparse.Namespace) -> str:
@@ -165,6 +194,7 @@ def _record_show(chosen: argparse.Namespace) -> str:
 
 
 def _check(chosen: argparse.Namespace) -> str:
+    from ..modular_lora.provenance import credentials
     from . import policy
 
     found = policy.load(chosen.file)
@@ -173,6 +203,10 @@ def _check(chosen: argparse.Namespace) -> str:
     keys.public_keys(found.key_paths())
     if found.signing_key is not None:
         keys.private_key(found.signing_key)
+    signer = None
+    if found.credential_files is not None:
+        signer = credentials.signer(*found.credential_files)
+        credentials.trial(signer)
     required = ", ".join(one.name for one in found.guard.required) or "no safety LoRA"
     return "\n".join(
         [
@@ -181,5 +215,6 @@ def _check(chosen: argparse.Namespace) -> str:
             f"every sampling must carry: {required}",
             f"put onto every model: {'yes' if found.attaches else 'no, graphs must do it'}",
             f"record: {found.record_folder}, head and attestations {'signed' if found.signing_key else 'not signed'}",
+            f"Content Credentials: {f'of {signer.name}, to the end of {signer.until}' if signer else 'none'}",
         ]
     )

@@ -63,5 +63,18 @@ def _element(text: str, position: int, index: int) -> int | None:
 
 
 def _named(text: str, position: int, name: str) -> int | None:
-    found = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])").search(text, position)
+    """Where a key stands in the value that begins at ``position``; None where it is written otherwise, with escapes."""
+    found = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])").search(text, position, _end(text, position))
     return found.start() if found else None
+
+
+def _end(text: str, position: int) -> int:
+    """Where that value ends: at its last bracket, or with its line."""
+    depth, line = 0, (text + "\n").find("\n", position)
+    for token in _TOKEN.finditer(text, position):
+        if not depth and token.start() > line:
+            return line
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if not depth and token[0] in "]}":
+            return token.end()
+    return len(text)

@@ -215,6 +215,18 @@ class History:
 
 
 @dataclass(frozen=True, config=CLOSED)
+class Credentials:
+    """Content Credentials (C2PA) in the images that this pack's nodes save; neither key: none."""
+
+    certificate: Text = ""  # PEM, the signer's first, relative to the policy
+    key: Text = ""  # its private key
+
+    def __post_init__(self):
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("must have certificate and key, both of them")
+
+
+@dataclass(frozen=True, config=CLOSED)
 class Tables:
     """The whole file."""
 
@@ -226,6 +238,7 @@ class Tables:
     nodes: Nodes = field(default_factory=Nodes)
     record: Record = field(default_factory=Record)
     history: History = field(default_factory=History)
+    credentials: Credentials = field(default_factory=Credentials)
     keys: Named[Text] = _named()
 
 
@@ -257,6 +270,12 @@ class OperatorPolicy(Tables):
     def signing_key(self) -> Path | None:
         """Private key that signs attestations and the record's head; None: neither is signed."""
         return self.folder / self.record.signing_key if self.record.signing_key else None
+
+    @property
+    def credential_files(self) -> tuple[Path, Path] | None:
+        """Certificate and private key of Content Credentials; None: images get none."""
+        said = self.credentials
+        return (self.folder / said.certificate, self.folder / said.key) if said.certificate else None
 
     def key_paths(self) -> dict[str, Path]:
         """Name -> public key file."""

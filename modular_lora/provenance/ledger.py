@@ -20,6 +20,7 @@ from ..branches.acted import Acted
 from ..branches.changes import Owner
 from ..tensor_hashing import carrying_digests, row_digests, tensor_sha256
 from ..util.cache import Cache
+from . import marking
 from .attestation import OUTSIDE, Activity, Attestation, Found, GateRecord, LoraRecord
 
 EDITED = (
@@ -82,6 +83,17 @@ class Known:
         started = "guarded throughout, started from an outside picture"
         said = self.run.status.replace(f"guarded{OUTSIDE}", started)
         return said.replace(f"merged base{OUTSIDE}", "merged base, started from an outside picture")
+
+    @property
+    def source_type(self) -> str:
+        """IPTC's code for the image, a composite where a run behind it began with an image from outside.
+
+        "" where it is not known that a model made what is seen.
+        """
+        if self.run is None or not self.guarded:
+            return ""
+        outside = any(OUTSIDE in run.run_status for run in self.run.runs)
+        return marking.COMPOSITE if outside else marking.TRAINED
 
     def record(self, activity: bool = False) -> dict:
         """Goes into files; ``activity``: with what the safety LoRAs' activity tells of the prompt."""

@@ -1,5 +1,7 @@
 """A PNG file as the save nodes write one, and nothing beside it: whatever else a file holds may show another picture.
 
+One chunk of Content Credentials (C2PA) may be in it too, which is not looked into here.
+
 Readers of PNG are lenient: one takes the first of two headers, another the last, a third shows what a cut file has
 left. So the structure is checked here, chunk by chunk, before a library decodes the pixels.
 """
@@ -21,6 +23,7 @@ from .keys import SignatureError, Tampered
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt"))
 PLAIN = frozenset((b"pHYs", b"tIME"))  # change nothing that is seen
+CREDENTIALS = b"caBX"  # C2PA specification, "Embedding manifests into PNG"
 CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # colour type -> values of a pixel; a palette (3) is refused
 MOST_TEXT = 64 * 2**20  # bytes of one text, a workflow for instance
 MOST_PIXELS = 2**28
@@ -29,10 +32,17 @@ PIECE = 2**20  # bytes that are read or decompressed at a time
 
 @dataclass(frozen=True)
 class Png:
-    """``pixels``: 8-bit, h w c. ``texts``: kind, keyword and content of every text chunk, as they stand in the file."""
+    """What a PNG holds.
+
+    Attributes:
+        pixels: 8-bit, h w c.
+        texts: Kind, keyword and content of every text chunk, as they stand in the file.
+        credentials: Whether it holds Content Credentials.
+    """
 
     pixels: np.ndarray
     texts: tuple[tuple[bytes, bytes, bytes], ...]
+    credentials: bool
 
 
 def read(path: Path) -> Png:
@@ -47,7 +57,7 @@ def read(path: Path) -> Png:
         with path.open("rb") as file:
             if file.read(len(SIGNATURE)) != SIGNATURE:
                 raise SignatureError(f"{path.name}: is no PNG: check the file")
-            texts = _structure(path.name, file)
+            texts, credentials = _structure(path.name, file)
         with Image.open(path, formats=("PNG",)) as picture:
             found = np.asarray(picture)
     except SignatureError:
@@ -57,12 +67,13 @@ def read(path: Path) -> Png:
         raise SignatureError(f"{path.name}: is no PNG that can be read ({why}): check the file") from error
     except (ValueError, SyntaxError, zlib.error) as error:
         raise Tampered(f"{path.name}: cannot be decoded ({type(error).__name__}): it was changed") from error
-    return Png(found if found.ndim == 3 else found[..., None], tuple(texts))
+    return Png(found if found.ndim == 3 else found[..., None], tuple(texts), credentials)
 
 
-def _structure(name: str, file: BinaryIO) -> list[tuple[bytes, bytes, bytes]]:
-    """The texts of a file whose structure is whole; Tampered otherwise."""
+def _structure(name: str, file: BinaryIO) -> tuple[list[tuple[bytes, bytes, bytes]], bool]:
+    """The texts of a file whose structure is whole, and whether it holds Content Credentials; Tampered otherwise."""
     texts: list[tuple[bytes, bytes, bytes]] = []
+    credentials = False
     stream: _Stream | None = None
     before = b""
     for kind, size, data in _chunks(name, file):
@@ -83,7 +94,11 @@ def _structure(name: str, file: BinaryIO) -> list[tuple[bytes, bytes, bytes]]:
             stream.end()
             if size or any(data) or file.read(1):  # an empty chunk still has a check sum to read
                 raise Tampered(f"{name}: goes on after the end{_EDITED}")
-            return texts
+            return texts, credentials
+        elif kind == CREDENTIALS:
+            if credentials:
+                raise Tampered(f"{name}: holds Content Credentials more than once{_EDITED}")
+            credentials = True
         elif kind not in PLAIN:
             raise Tampered(f"{name}: holds {_shown(kind)}, which may change what is seen{_EDITED}")
         before = kind

@@ -1,4 +1,4 @@
-"""Signatures of files (safety LoRAs, policies) with OpenSSF's model-signing, and signed attestations of pictures.
+"""Signatures of files (safety LoRAs, policies) with OpenSSF's model-signing.
 
 NAME.sig beside a file is a Sigstore bundle that ``python -m model_signing verify key`` reads as well. It signs the
 SHA-256 of the file's bytes, not its name, and, where one is given, a last day: model-signing's key mode has none, so
@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,19 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import one_line, writing
 from ..util import atomic
 from ..util.hashing import hash_file
-from . import keys, png
+from . import keys
 from .keys import Expired, MissingSignature, SignatureError, Tampered
 
 ENDING = ".sig"
-LIMIT = 2**20  # bytes of a bundle or of a picture's text
-KEY = "modular_lora_attestation"  # PNG text and JSON sidecar, as comfy_host/saving.py writes them
-ATTESTATION = "attestation"  # purpose of the statement
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+LIMIT = 2**20  # bytes of a bundle
 
 
 @dataclass(frozen=True)
@@ -41,14 +35,6 @@ class Claim:
     key: str  # hint of the signing key
     sha256: str  # of the file
     expires: str  # ISO date, or ""
-
-
-@dataclass(frozen=True)
-class Attested:
-    """A picture whose record was signed, and whose pixels (or file, where it is a lossy one) are the record's."""
-
-    key: str  # name of the trusted key
-    record: Mapping[str, Any]
 
 
 def signature_path(path: Path) -> Path:
@@ -106,88 +92,12 @@ def verify_keyless(path: Path, identity: str, issuer: str, trust: Path | None = 
     return identity
 
 
-def sign_attestation(record: Mapping[str, Any], key: Any) -> dict[str, Any]:
-    """A picture's record with the signature of ``key`` (from keys.private_key) over all of it."""
-    return keys.sign_statement(record, ATTESTATION, key)
-
-
-def pixels(picture: np.ndarray) -> dict[str, Any]:
-    """What a record says of the pixels that it is written beside: 8-bit, h w c."""
-    height, width, channels = picture.shape
-    return {
-        "pixels_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
-        "pixels_size": [width, height, channels],
-    }
-
-
-def verify_attestation(path: Path, public_keys: Mapping[str, Path]) -> Attested:
-    """Check a picture (PNG text, or the JSON beside a JPEG or WebP) and that the record was made for it.
-
-    Raises MissingSignature, Tampered, UnknownKey, or SignatureError where there is no picture or no record.
-    """
-    path = Path(path)
-    record, found = _png(path) if path.suffix.lower() == ".png" else _lossy(path)
-    name = keys.verify_statement(record, ATTESTATION, public_keys, path.name)
-    for field, value in found.items():
-        if record.get(field) != value:
-            raise Tampered(f"{path.name}: the image is not the one that {name} signed: its {field} differs")
-    return Attested(name, record)
-
-
-def _png(path: Path) -> tuple[dict, dict]:
-    """The record in a PNG's text, and what of it the pixels give."""
-    found = png.read(path)
-    ours = [(kind, text) for kind, keyword, text in found.texts if keyword == KEY.encode()]
-    if not ours:
-        raise MissingSignature(f"{path.name}: carries no attestation: it was not saved as an attested image, or edited")
-    if len(ours) > 1:
-        raise Tampered(f"{path.name}: carries more than one attestation: it was edited")
-    ((kind, text),) = ours
-    if kind != b"tEXt" or len(text) > LIMIT:
-        raise Tampered(f"{path.name}: its attestation is not stored as the save nodes do: it was edited")
-    return _record(text.decode("latin-1"), path), pixels(found.pixels)
-
-
-def _lossy(path: Path) -> tuple[dict, dict]:
-    """The record in the JSON beside a picture, and what of it the file gives."""
-    side = path.with_suffix(".json")
-    try:
-        with side.open("rb") as file:
-            said = _record(file.read(64 * LIMIT).decode("utf-8"), side)
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingSignature(f"{path.name}: no {side.name} with its attestation beside it: keep the two") from error
-    record = said.get(KEY)
-    if not isinstance(record, dict):
-        raise MissingSignature(f"{side.name}: holds no attestation: it belongs to something else")
-    return record, {"file_sha256": _sha256(path)}
-
-
 def _sha256(path: Path) -> str:
     """Of the file as it is now: a digest kept by size and time would trust the clock of whoever wrote the file."""
     try:
         return hash_file(path)
     except OSError as error:
         raise SignatureError(f"{path.name}: cannot be read ({error.strerror}): check its path") from error
-
-
-def _record(text: str, path: Path) -> dict:
-    try:
-        record = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise Tampered(
-            f"{path.name}: its attestation is no JSON of ours ({one_line(error)}): it was changed"
-        ) from error
-    if not isinstance(record, dict):
-        raise Tampered(f"{path.name}: its attestation is no object: it was changed")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where a key comes twice, since readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
 
 
 def _claim(path: Path) -> Claim:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modular_lora_guard.modular_lora.provenance import signing
+from modular_lora_guard.modular_lora.provenance import attested
 from modular_lora_guard.tools.benchmarks import clients
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -42,7 +42,7 @@ def judged(tmp_path: Path, made: dict, status: str = "guarded", strength: float 
     loras = [{"role": "safety", "strength_model": strength}, {"role": "task", "strength_model": 0.4}]
     run = {"loras": loras, "net_strength": {}, "embeddings_sha256": [], "evaluations": 2, "firings": 9}
     text = PngInfo()
-    text.add_text(signing.KEY, json.dumps(run | {"status": status} | signing.pixels(pixels)))
+    text.add_text(attested.KEY, json.dumps(run | {"status": status} | attested.pixels(pixels)))
     text.add_text("prompt", json.dumps(sent or made))
     Image.fromarray(pixels).save(tmp_path / "a.png", pnginfo=text)
     line = {"kind": "run", "prompt_id": "mine", "attestation": run}

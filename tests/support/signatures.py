@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modular_lora_guard.modular_lora.provenance import keys, signing
+from modular_lora_guard.modular_lora.provenance import attested, keys
+from modular_lora_guard.modular_lora.provenance.attested import KEY
 from modular_lora_guard.modular_lora.provenance.keys import SignatureError
-from modular_lora_guard.modular_lora.provenance.signing import KEY
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,9 +27,9 @@ def picture(path: Path, key: Path | None, **changes) -> dict:
     """A PNG with a record in its text, as nodes/save.py writes it."""
     pixels = np.random.default_rng(3).integers(0, 255, (6, 8, 3), np.uint8)
     record = {"status": "guarded", "net_strength": {"a.safetensors": 0.9731234}, **changes}
-    record |= signing.pixels(pixels)
+    record |= attested.pixels(pixels)
     if key is not None:
-        record = signing.sign_attestation(record, keys.private_key(key))
+        record = attested.signed(record, keys.private_key(key))
     save_png(path, Image.fromarray(pixels), record)
     return record
 

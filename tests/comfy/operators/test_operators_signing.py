@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.files.reader import read_lora
-from modular_lora_guard.modular_lora.provenance import keys, signing
+from modular_lora_guard.modular_lora.provenance import attested, keys, lossy, signing
+from modular_lora_guard.modular_lora.provenance.attested import KEY
+from modular_lora_guard.modular_lora.provenance.attested import verify as verify_attestation
 from modular_lora_guard.modular_lora.provenance.keys import (
     Expired,
     MissingSignature,
@@ -24,7 +26,7 @@ from modular_lora_guard.modular_lora.provenance.keys import (
     Tampered,
     UnknownKey,
 )
-from modular_lora_guard.modular_lora.provenance.signing import KEY, sign, signature_path, verify, verify_attestation
+from modular_lora_guard.modular_lora.provenance.signing import sign, signature_path, verify
 from modular_lora_guard.operators import cli, policy
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -300,7 +302,7 @@ def test_a_png_that_shows_or_says_something_else_beside_the_signed_record_is_ref
 def test_a_signature_for_one_purpose_is_none_for_another(pair, trusted):
     said = keys.sign_statement({"n": 1}, "record head", keys.private_key(pair[0]))
     assert keys.verify_statement(said, "record head", trusted, "head") == "host"
-    refused(Tampered, keys.verify_statement, said, signing.ATTESTATION, trusted, "head")
+    refused(Tampered, keys.verify_statement, said, attested.ATTESTATION, trusted, "head")
 
 
 @pytest.mark.parametrize("signature", [1, {}, {"key": 1, "value": ""}, {"key": "KEY", "value": "?"}, "x", []])
@@ -379,7 +381,7 @@ def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, r
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_the_file_beside_a_lossy_picture_is_signed_for_that_very_file(
+def test_the_record_in_a_lossy_picture_is_signed_for_that_very_image(
     format, comfy, signing_policy, monkeypatch, run_graph, loras, trusted
 ):
     stub = install_stub(comfy, monkeypatch)
@@ -389,7 +391,9 @@ def test_the_file_beside_a_lossy_picture_is_signed_for_that_very_file(
     run_graph(graph)
     path, other = [f for f in sorted(comfy.output.glob(f"signed_{format}_*")) if f.suffix != ".json"][:2]
     assert verify_attestation(path, trusted).record["gate"]["detector"] == "stub 1"
-    path.write_bytes(other.read_bytes())
-    assert "its file_sha256 differs" in refused(Tampered, verify_attestation, path, trusted)
-    path.with_suffix(".json").unlink()
+    packet = lossy.read("a", path.read_bytes()).packet
+    Image.open(other).save(path)
+    path.write_bytes(lossy.with_packet(path.read_bytes(), packet, (64, 64)))
+    assert "its data_sha256 differs" in refused(Tampered, verify_attestation, path, trusted)
+    Image.open(other).save(path)
     refused(MissingSignature, verify_attestation, path, trusted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import json
 import re
 import struct
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.modular_lora.errors import GuardError
-from modular_lora_guard.modular_lora.provenance import keys, png
+from modular_lora_guard.modular_lora.provenance import keys, lossy, marking, png
 from modular_lora_guard.modular_lora.provenance import record as records
+from modular_lora_guard.modular_lora.provenance.attested import KEY
+from modular_lora_guard.modular_lora.provenance.attested import verify as verify_attestation
 from modular_lora_guard.modular_lora.provenance.keys import MissingSignature, SignatureError, Tampered
-from modular_lora_guard.modular_lora.provenance.signing import KEY, sign, signature_path, verify, verify_attestation
+from modular_lora_guard.modular_lora.provenance.signing import sign, signature_path, verify
 from modular_lora_guard.operators import cli
 from PIL import Image
 from support.signatures import picture, refused
@@ -285,23 +288,31 @@ def test_what_is_no_file_is_refused(tmp_path, trusted):
     refused(SignatureError, verify_attestation, tmp_path / "gone.png", trusted)
     (tmp_path / "folder.png").mkdir()
     refused(SignatureError, verify_attestation, tmp_path / "folder.png", trusted)
-    (tmp_path / "gone.json").write_text(json.dumps({KEY: {"signature": {}}}))
     refused(SignatureError, verify_attestation, tmp_path / "gone.jpg", trusted)
-    refused(MissingSignature, verify_attestation, tmp_path / "other.webp", trusted)
+    (tmp_path / "other.webp").write_bytes(b"no picture")
+    refused(SignatureError, verify_attestation, tmp_path / "other.webp", trusted)
+    Image.new("RGB", (8, 6)).save(tmp_path / "plain.webp")
+    refused(MissingSignature, verify_attestation, tmp_path / "plain.webp", trusted)
+
+
+def with_text(path: Path, text: str) -> None:
+    """A lossy picture with this text in the place of its attestation."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(stream, "WEBP")
+    path.write_bytes(lossy.with_packet(stream.getvalue(), marking.packet("", text), (8, 6)))
 
 
 @settings(max_examples=80, deadline=None)
 @given(value=JSON, inside=JSON)
-def test_any_json_beside_a_lossy_picture_is_refused(value, inside, trusted, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lossy") / "a.jpg"
-    path.write_bytes(b"picture")
+def test_any_json_in_a_lossy_picture_is_refused(value, inside, trusted, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lossy") / "a.webp"
     for said in (
         value,
-        {KEY: value},
-        {KEY: {"signature": value}},
-        {KEY: {"signature": {"key": inside, "value": value}}},
+        {"signature": value},
+        {"signature": {"key": inside, "value": value}},
+        {marking.SOURCE_TYPE: value, "signature": inside},
     ):
-        path.with_suffix(".json").write_text(json.dumps(said))
+        with_text(path, json.dumps(said))
         with pytest.raises(SignatureError) as error:
             verify_attestation(path, trusted)
         assert str(error.value).isprintable()
@@ -309,11 +320,10 @@ def test_any_json_beside_a_lossy_picture_is_refused(value, inside, trusted, tmp_
 
 def test_a_statement_too_deep_to_be_written_again_is_refused(host, trusted, tmp_path):
     said = keys.sign_statement({"n": 1}, "x", keys.private_key(host))
-    path = tmp_path / "a.jpg"
-    path.write_bytes(b"picture")
+    path = tmp_path / "a.webp"
     for depth in (300, 900, 990, 5000, 10**5):
         deep = "[" * depth + "]" * depth
-        path.with_suffix(".json").write_text(f'{{"{KEY}": {json.dumps(said)[:-1]}, "deep": {deep}}}}}')
+        with_text(path, f'{json.dumps(said)[:-1]}, "deep": {deep}}}')
         refused(Tampered, verify_attestation, path, trusted)
 
 

@@ -227,6 +227,12 @@ def toml(value: object) -> str:
     return repr(value)
 
 
+@pytest.mark.parametrize("key", ["[", "\\u005b"])
+def test_the_line_of_a_key_is_found_however_it_is_written(key: str) -> None:
+    said = said_of(f'[gate]\nthresholds = {{"{key}" = false}}\n[guard]\nrequired = []\n'.encode())
+    assert said.startswith(f"{FILE}: line 2, gate.thresholds.[ ")
+
+
 @given(st.lists(st.sampled_from("abcdef"), unique=True, min_size=1), st.integers(0, 3))
 def test_the_line_of_a_key_is_the_line_that_it_stands_in(names: list[str], blank: int) -> None:
     rows = ["# a = 1", "[table]"] + ["" for _ in range(blank)] + [f"{name} = [1, 2]" for name in names]

@@ -395,7 +395,8 @@ def test_requirement_files_and_project_file_name_the_same_packages() -> None:
     parts = [project["dependencies"], *(extras[name] for name in ("training", "gate", "audit"))]
     assert requirements("requirements.txt") == list(dict.fromkeys(line for part in parts for line in part))
     assert set(extras["dev"]) <= set(requirements("requirements-check.txt"))
-    assert set(extras["operators"]) == set(environment.SIGNATURES)
+    assert {*extras["operators"], *extras["credentials"]} == set(environment.SIGNATURES)
+    assert set(extras["credentials"]) <= set(requirements("requirements-test.txt"))
 
 
 def test_the_project_file_names_every_package_of_the_pack() -> None:
