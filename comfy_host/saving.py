@@ -59,6 +59,11 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> list[ui
     return results
 
 
+def write(path: Path, image: torch.Tensor, record: dict) -> None:
+    """Write one picture (h w c, 0..1) as PNG with its record, signed where the policy has a key, and no graph."""
+    _write(path, image, dict(record), {}, Style(), _signer())
+
+
 def _next(folder: Path, stem: str) -> int:
     """The first number that no file of this name has, nor any later one.
 
