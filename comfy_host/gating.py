@@ -154,7 +154,7 @@ def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
     """The labels found in picture i, those that are acted on first."""
     scores = outcome.findings[i].scores
     for label in outcome.blocked[i]:
-        yield Found(label, round(scores[label], 6), settings.acted_from(label), True)
+        yield Found(label, round(scores[label], 6), settings.acted[label], True)
     for label in outcome.reported[i]:
         if label not in outcome.blocked[i]:
             yield Found(label, round(scores[label], 6), settings.report[label], False)

@@ -118,4 +118,4 @@ def blocked_by(detector: Detector, settings: Settings, labels: tuple[str, ...], 
 
 
 def _scores(settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
-    return ", ".join(f"{label} {finding.scores[label]:.2f} ≥ {settings.acted_from(label):g}" for label in labels)
+    return ", ".join(f"{label} {finding.scores[label]:.2f} ≥ {settings.acted[label]:g}" for label in labels)

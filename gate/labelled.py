@@ -71,8 +71,7 @@ def format_error(error: LabelledError) -> str:
     lines = [
         f"missed {_said(error.missed)} of the images that should be flagged",
         f"false alarms {_said(error.false_alarms)} of the images that should pass",
-        "at "
-        + ", ".join(f"{label} ≥ {least:g}" for label, least in (error.settings.block | error.settings.review).items()),
+        "at " + ", ".join(f"{label} ≥ {least:g}" for label, least in error.settings.acted.items()),
         f"detector {error.detector.name}, sha256 {error.detector.sha256[:16]}",
     ]
     if error.unreadable:

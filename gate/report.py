@@ -39,8 +39,8 @@ def format_found(outcome: Outcome, settings: Settings) -> list[str]:
         line += f"; {milder} passed as the second detector did not confirm the first"
     return [
         line,
-        *_counts("blocked", outcome.blocked, settings.block | settings.review),
-        *_counts("not confirmed", outcome.overruled, settings.block | settings.review),
+        *_counts("blocked", outcome.blocked, settings.acted),
+        *_counts("not confirmed", outcome.overruled, settings.acted),
         *_counts("reported", outcome.reported, settings.report),
     ]
 

@@ -42,12 +42,12 @@ class Settings:
 
     block: Mapping[str, Threshold] = field(metadata={"description": "labels and their thresholds, which are acted on"})
     report: Mapping[str, Threshold] = field(default_factory=dict)  # found, it is said and nothing else
-    # label -> threshold, below that in ``block`` where it has one: acted on too, and answered "review", to a person
-    review: Mapping[str, Threshold] = field(default_factory=dict)
     growth: Mapping[str, Growth] = field(default_factory=dict)  # label -> factor of its boxes' width and height; else 1
     action: Action = "blur"
     # samples that blur and pixelate keep along the longer side of a box: fewer hide more
     cells: Annotated[int, Field(ge=1, le=MOST_CELLS)] = 6
+    # label -> threshold, below that in ``block`` where it has one: acted on too, and answered "review", to a person
+    review: Mapping[str, Threshold] = field(default_factory=dict)
 
     def check(self, detector: Detector) -> None:
         """Raises GateError for labels that the detector does not know, none that is blocked, and an idle review."""
@@ -84,9 +84,10 @@ class Settings:
         """What is said of one picture."""
         return "block" if self.blocked(finding) else "review" if self.reviewed(finding) else "pass"
 
-    def acted_from(self, label: str) -> float:
-        """The score from which a label of the block or review set is acted on."""
-        return self.review[label] if label in self.review else self.block[label]
+    @property
+    def acted(self) -> dict[str, float]:
+        """Labels that are acted on, and the scores from which they are."""
+        return {**self.block, **self.review}
 
     def reported(self, finding: Finding) -> tuple[str, ...]:
         """Labels of the report set that are found."""

@@ -240,7 +240,7 @@ def test_a_gate_that_blurs_is_a_result_and_its_flags_are_counted_by_label(
 
 
 def test_each_worker_has_its_record_and_one_command_verifies_them_together(
-    hosts: Hosts, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    hosts: Hosts, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     until(lambda: all(one.is_dir() for one in hosts.records()))
     records = [str(one) for one in hosts.records()]
@@ -251,7 +251,8 @@ def test_each_worker_has_its_record_and_one_command_verifies_them_together(
     before = file.read_bytes()
     file.write_bytes(before.replace(b'"rule":"tasks.allow"', b'"rule":"tasks.other"'))
     assert cli.main(["record", "verify", *records]) == 1
-    assert records[1] in capsys.readouterr().err
+    assert records[1] in caplog.messages[-1]
+    assert records[0] not in caplog.messages[-1]
     file.write_bytes(before)
 
 
