@@ -39,6 +39,8 @@ class Gate:
     @property
     def settings_sha256(self) -> str:
         said = asdict(self.settings)
+        if not said["review"]:  # presets of before there was one keep their hash
+            del said["review"]
         if self.second is not None:
             said["second"] = {"detector": self.second.detector.sha256, "settings": asdict(self.second.settings)}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

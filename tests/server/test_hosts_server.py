@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from modular_lora_guard.operators import cli
 from modular_lora_guard.tools.demo import base, graphs, pictures
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
+from modular_lora_guard.tools.world import DETECTOR_CONCEPTS, DETECTOR_ONNX
 from support.small_proxy import HEADER, STRANGER, asked, proxy, receiver
 
 pytestmark = [
@@ -52,7 +54,7 @@ class Hosts(NamedTuple):
     def run(self, graph: graphs.Graph, key: dict[str, str]) -> dict[str, Any]:
         """The history of a prompt that was sent through the proxy."""
         status, said = asked(f"{self.front}/prompt", key, {"prompt": graph})
-        assert status == 200, said
+        assert (status, said.get("node_errors")) == (200, {}), said
         place = f"{self.front}/history/{said['prompt_id']}"
         until(lambda: asked(place, key)[1])
         return asked(place, key)[1][said["prompt_id"]]
@@ -83,6 +85,8 @@ def hosts(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 required = [{{sha256 = "{sha256(world.safety)}", min_net_strength = 0.9}}]
 [record]
 folder = "record-{{worker}}"
+[gate]
+review_folder = "review"
 [monitor]
 token = "monitor.token"
 [webhook]
@@ -172,7 +176,7 @@ def test_an_allowed_lora_runs_for_its_tenant_whose_name_is_in_the_record_and_the
 
 
 def test_disable_metadata_leaves_out_the_graph_and_keeps_the_attestation(hosts: Hosts, setting: graphs.Setting) -> None:
-    history = hosts.run(graphs.guarded(setting), ACME)
+    history = hosts.run(graphs.guarded(replace(setting, seed=8)), ACME)
     (picture,) = history["outputs"][graphs.save_node(0)]["images"]
     file = hosts.workers[0].base / "output" / picture["subfolder"] / picture["filename"]
     (record,) = pictures.attestation(file.read_bytes()).values()
@@ -217,26 +221,49 @@ def test_a_tenants_name_counts_only_once_and_from_a_listed_address(hosts: Hosts,
     assert asked(f"{hosts.front}/prompt", {"X-Api-Key": "of nobody"}, body)[0] == 401
 
 
-def test_a_gate_that_blurs_is_a_result_and_its_flags_are_counted_by_label(
+def gated(setting: graphs.Setting) -> graphs.Graph:
+    """A guarded picture before three gates: one that flags it, one whose second detector does not, one for a person."""
+    graph = graphs.guarded(setting)
+    files = {"detector": "classifier", "classifier": DETECTOR_ONNX, "labels": DETECTOR_CONCEPTS, "preset": "none"}
+    how = {"classes": "", "action": "blur", "provider": "CPU"}
+    own = graphs.node("ModularLoraGateSettings", **files, threshold=0.0001, **how)
+    nsfw = files | {"detector": "open-nsfw", "classifier": "none", "labels": "none"}
+    graph["second"] = graphs.node("ModularLoraGateSettings", **nsfw, threshold=0.999, **how)
+    person = {"classes": "vehicle 1\nvehicle review 0.000001", "action": "withhold"}
+    graph["alone-set"] = own
+    graph["confirmed-set"] = graphs.node("ModularLoraGateSettings", **own["inputs"], confirm=["second", 0])
+    graph["person-set"] = graphs.node("ModularLoraGateSettings", **files, threshold=0.0, **(how | person))
+    for name in ("alone", "confirmed", "person"):
+        graph[name] = graphs.node("ModularLoraGate", images=["decode-0", 0], gate=[f"{name}-set", 0])
+        graph[f"show-{name}"] = graphs.node("PreviewImage", images=[name, 0])
+    return graph
+
+
+def test_a_gate_blurs_passes_what_a_second_detector_does_not_confirm_and_keeps_what_a_person_decides(
     hosts: Hosts, setting: graphs.Setting
 ) -> None:
-    graph = graphs.guarded(setting)
-    files = {"detector": "classifier", "classifier": "demo_concepts.onnx", "labels": "demo_concepts.json"}
-    how = {"preset": "none", "threshold": 0.0001, "classes": "", "action": "blur", "provider": "CPU"}
-    graph["settings"] = graphs.node("ModularLoraGateSettings", **files, **how)
-    graph["gate"] = graphs.node("ModularLoraGate", images=["decode-0", 0], gate=["settings", 0])
-    graph[graphs.save_node(0)]["inputs"]["images"] = ["gate", 0]
-    history = hosts.run(graph, ACME)
+    history = hosts.run(gated(replace(setting, seed=9)), ACME)
     assert history["status"]["status_str"] == "success", history["status"]
-    (verdict,) = history["outputs"]["gate"]["modular_lora"]
-    assert verdict["gate"]["flagged"]
-    assert verdict["gate"]["changed"]
-    line, said = hosts.lines("gate")[-1], figures(hosts)
-    assert said["modular_lora_gate_images_total,block"] == 1
-    assert line["labels"]
-    assert {name.partition(",")[2] for name in said if name.startswith("modular_lora_gate_flags_total")} == set(
-        line["labels"]
-    )
+    verdicts = {name: history["outputs"][name]["modular_lora"][0] for name in ("alone", "confirmed", "person")}
+    assert {name: one["gate"]["answer"] for name, one in verdicts.items()} == {
+        "alone": "block",
+        "confirmed": "pass",
+        "person": "review",
+    }
+    assert [one["gate"]["changed"] for one in verdicts.values()] == [True, False, False]
+    assert verdicts["confirmed"]["gate"]["second"].startswith("open-nsfw")
+    assert verdicts["person"]["withheld"]
+    lines = {line["node"]: line for line in hosts.lines("gate")}
+    (name,) = lines["person"]["kept"]
+    (record,) = pictures.attestation((hosts.records()[0].parent / "review" / name).read_bytes()).values()
+    assert record["status"] == "guarded"
+    said = figures(hosts)
+    answers = [said[f"modular_lora_gate_images_total,{answer}"] for answer in ("block", "pass", "review")]
+    assert answers == [1, 1, 1]
+    flags = {name.partition(",")[2]: n for name, n in said.items() if name.startswith("modular_lora_gate_flags_total")}
+    counted = [line["labels"] for line in lines.values()]
+    assert flags == {label: sum(one.get(label, 0) for one in counted) for one in counted for label in one}
+    assert any("measured error: not measured" in text for text in history["outputs"]["alone-set"]["text"])
 
 
 def test_each_worker_has_its_record_and_one_command_verifies_them_together(

@@ -261,6 +261,7 @@ def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
         "growth": {"a": 1.5},
         "action": "box",
         "cells": 6,
+        "review": {},
     }
     assert said["detector"]["name"] == "told 1.0"
     assert [p["flagged"] for p in said["pictures"]] == [False, True]
@@ -332,7 +333,7 @@ def test_whole_numbers_stay_whole_so_that_the_hash_of_a_preset_stays(tmp_path: P
     path = tmp_path / "p.json"
     path.write_text('{"block": {"a": 1}, "growth": {"a": 2}}', encoding="utf-8")
     said = json.dumps(asdict(load(path, Told([]))))
-    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6}'
+    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6, "review": {}}'
 
 
 texts = st.text(max_size=6)
