@@ -194,12 +194,17 @@ def _check(chosen: argparse.Namespace) -> str:
     keys.public_keys(found.key_paths())
     if found.signing_key is not None:
         keys.private_key(found.signing_key)
+    for said in filter(None, (found.monitor.token, found.webhook.secret)):
+        if not said.startswith(policy.VARIABLE):  # variables are the server's
+            found.secret(said)
     required = ", ".join(one.name for one in found.guard.required) or "no safety LoRA"
     return "\n".join(
         [
             f"{chosen.file}: a policy, SHA-256 {found.sha256}",
             f"signed: {'yes' if found.signed else f'no; it is asked for where {policy.TRUSTED} lies beside it'}",
             f"every sampling must carry: {required}",
+            f"tenants: {f'named by {found.tenants.header}' if found.tenants.header else 'not told apart'}",
+            f"refusals are sent to: {found.webhook.url or 'nobody'}",
             f"record: {found.record_folder}, head and attestations {'signed' if found.signing_key else 'not signed'}",
         ]
     )

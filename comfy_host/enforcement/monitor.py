@@ -146,7 +146,7 @@ def _refused(request: web.Request) -> web.Response | None:
     except PolicyError:  # the token is not known; that nothing is sampled, every prompt's answer says too
         return web.json_response({"ready": False, "why": "the policy cannot be read: see the log"}, status=503)
     kind, _, sent = request.headers.get("Authorization", "").partition(" ")
-    if kind.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token):
+    if kind.lower() == "bearer" and hmac.compare_digest(sent.strip().encode("utf-8", "surrogateescape"), token):
         return None
     return web.json_response({"error": "a token is needed"}, status=401, headers={"WWW-Authenticate": "Bearer"})
 

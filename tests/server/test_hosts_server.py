@@ -267,9 +267,14 @@ def test_a_gate_blurs_passes_what_a_second_detector_does_not_confirm_and_keeps_w
 
 
 def test_each_worker_has_its_record_and_one_command_verifies_them_together(
-    hosts: Hosts, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    hosts: Hosts,
+    setting: graphs.Setting,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    until(lambda: all(one.is_dir() for one in hosts.records()))
+    hosts.run(graphs.safety_only(setting), OTHER)
+    assert [line["tenant"] for line in hosts.lines("run", 1)] == ["other"]
+    assert "other" not in {line["tenant"] for line in hosts.lines("run", 0)}
     records = [str(one) for one in hosts.records()]
     assert cli.main(["record", "verify", *records]) == 0
     said = capsys.readouterr().out

@@ -188,3 +188,12 @@ def test_records_of_several_workers_are_verified_and_shown_together(
     assert named[1] in caplog.messages[-1]
     assert "gone" in caplog.messages[-1]
     assert f"{named[0]}:" not in caplog.messages[-1]
+
+
+def test_policy_check_reads_secrets_that_are_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / FILE
+    path.write_text(f'{EMPTY}[monitor]\ntoken = "token"\n[webhook]\nurl = "https://a.example"\nsecret = "env:GONE"\n')
+    assert cli.main(["policy", "check", str(path)]) == 1
+    (tmp_path / "token").write_text("0123456789abcdef", encoding="utf-8")
+    assert cli.main(["policy", "check", str(path)]) == 0
+    assert "https://a.example" in capsys.readouterr().out
