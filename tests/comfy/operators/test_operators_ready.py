@@ -41,7 +41,7 @@ def test_without_the_hooks_it_is_not_ready(enforced, ready, monkeypatch) -> None
 
 
 def test_a_guard_that_does_not_act_as_the_merge_does_is_not_ready(enforced, ready, monkeypatch) -> None:
-    base, guarded, merged = ready._models()
+    *_, merged = ready._models()
     weight = merged.model.diffusion_model.out[2].weight
     monkeypatch.setattr(weight, "data", weight.data * 1.1)
     with refuses("ready.not-guarded", "off by"):
