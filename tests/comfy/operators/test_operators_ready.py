@@ -1,4 +1,4 @@
-"""The ready check in the real ComfyUI: what it shows, and that it says no where the guard or its hooks are not whole."""
+"""The ready check in the real ComfyUI: what it shows, and that it says no where guard or hooks are not whole."""
 
 from __future__ import annotations
 
