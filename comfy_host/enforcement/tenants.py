@@ -88,6 +88,11 @@ def ticket(policy: OperatorPolicy, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of(extra_data: Any) -> str:
-    """The tenant of a prompt that runs; "" where it was queued without a ticket."""
+    """The tenant of a prompt that begins to run; "" where it was queued without a ticket.
+
+    A ticket is good once: ``GET /queue`` shows it to everybody.
+    """
     made = extra_data.get(TICKET) if isinstance(extra_data, Mapping) else None
-    return (isinstance(made, str) and _tickets.get(made)) or ""
+    found = _tickets.get(made) if isinstance(made, str) else None
+    _tickets.drop(lambda one: one == made)
+    return found or ""

@@ -7,6 +7,7 @@ import importlib
 import pytest
 from support.errors import refuses
 from support.operator_graphs import required
+from support.small_unet import small_unet
 
 PLACE = "modular_lora_guard.comfy_host"
 
@@ -41,9 +42,10 @@ def test_without_the_hooks_it_is_not_ready(enforced, ready, monkeypatch) -> None
 
 
 def test_a_guard_that_does_not_act_as_the_merge_does_is_not_ready(enforced, ready, monkeypatch) -> None:
-    *_, merged = ready._models()
-    weight = merged.model.diffusion_model.out[2].weight
-    monkeypatch.setattr(weight, "data", weight.data * 1.1)
+    base, guarded, _ = ready._models()
+    other = small_unet()
+    other.model.diffusion_model.out[2].weight.data *= 1.1
+    monkeypatch.setattr(ready, "_models", lambda: (base, guarded, other))
     with refuses("ready.not-guarded", "off by"):
         ready.prove()
     monkeypatch.undo()
