@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -13,13 +14,14 @@ import torch
 from ..gate import detectors, nsfw, settings
 from ..gate.errors import Blocked, GateError
 from ..gate.finding import Detector
-from ..gate.gate import OTHERWISE, Outcome, blocked_by, run
+from ..gate.gate import OTHERWISE, Outcome, Second, blocked_by, run
 from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Found, GateRecord
 from ..modular_lora.provenance.verdict import refused, verdict
 from ..modular_lora.tensor_hashing import tensor_sha256
+from . import review
 from .enforcement import policy as policies
 
 SUBSTITUTED = {"replace": "replaced by the gate", "empty": "emptied by the gate"}  # action -> status: no run made it
@@ -32,10 +34,16 @@ class Gate:
     detector: Detector
     settings: Settings
     replacement: np.ndarray | None = None  # h w 3, for the action "replace"
+    second: Second | None = None  # confirms what the detector flags
 
     @property
     def settings_sha256(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode()).hexdigest()
+        said = asdict(self.settings)
+        if not said["review"]:  # presets of before there was one keep their hash
+            del said["review"]
+        if self.second is not None:
+            said["second"] = {"detector": self.second.detector.sha256, "settings": asdict(self.second.settings)}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def checked(gate: object) -> Gate:
@@ -51,6 +59,17 @@ def checked(gate: object) -> Gate:
     return gate
 
 
+def second_of(gate: object) -> Second:
+    """The detector and thresholds of a gate that is to confirm what another flags; GuardError where it has a second."""
+    gate = checked(gate)
+    if gate.second is not None:
+        raise GuardError(
+            "confirm: that gate has a second detector itself: connect one without.",
+            code="gate-settings.three-detectors",
+        )
+    return Second(gate.detector, gate.settings)
+
+
 def default_detector() -> str:
     """The preferred of those that need no files; where none is installed, the one whose error says how to install."""
     return next((name for name in detectors.available() if name != detectors.CLASSIFIER), nsfw.NAME)
@@ -58,7 +77,7 @@ def default_detector() -> str:
 
 def outcome_of(pictures: torch.Tensor, gate: Gate) -> Outcome:
     """See gate.gate.run; pictures b h w 3."""
-    return run(pictures.detach().float().cpu().numpy(), gate.detector, gate.settings, gate.replacement)
+    return run(pictures.detach().float().cpu().numpy(), gate.detector, gate.settings, gate.replacement, gate.second)
 
 
 def reporting(gate: Gate) -> Gate:
@@ -86,8 +105,10 @@ def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
     A picture that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
     put in a picture's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
     """
-    policies.check_gate(gate.settings, gate.settings_sha256, gate.detector)
+    check(gate)
+    began = time.monotonic()
     outcome = outcome_of(pictures, gate)
+    seconds = time.monotonic() - began
     out = pictures.clone() if any(outcome.changed) else pictures
     for i in np.flatnonzero(outcome.changed):
         out[i] = torch.from_numpy(outcome.pictures[i]).to(out)
@@ -95,7 +116,8 @@ def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
         _check_replacement(out[outcome.changed.index(True)], gate)
     withheld = [flagged and gate.settings.action == "withhold" for flagged in outcome.flags]
     digests = [_remember(pictures[i], out[i], gate, outcome, i, withheld[i]) for i in range(len(out))]
-    policies.record_gate(gate.settings_sha256, gate.detector, outcome)
+    kept = review.keep(pictures, outcome.answers)
+    policies.record_gate(gate.settings_sha256, gate.detector, outcome, seconds, kept)
     verdicts = [
         verdict(i, ledger.known_of(digest), withheld=held, refusal=_refusal(gate, outcome, i) if held else None)
         for i, (digest, held) in enumerate(zip(digests, withheld, strict=True))
@@ -105,6 +127,11 @@ def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
         out = out[torch.from_numpy(kept)] if len(kept) else None
         outcome = replace(outcome, masks=outcome.masks[kept])
     return Judged(out, outcome, verdicts)
+
+
+def check(gate: Gate) -> None:
+    """RefusedError for a gate that is looser than the operator's policy."""
+    policies.check_gate(gate.settings, gate.settings_sha256, gate.detector, gate.second)
 
 
 def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
@@ -119,7 +146,9 @@ def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Ou
     """The hash of the picture that the gate's decision is remembered under: what goes on, or what was withheld."""
     source, detector, settings = tensor_sha256(before), gate.detector, gate.settings
     flagged, changed = outcome.flags[i], outcome.changed[i] and not withheld
-    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, settings.action, flagged, changed, source)
+    second = gate.second.detector.name if gate.second else ""
+    decided = settings.action, flagged, changed, source, outcome.answers[i], second
+    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, *decided)
     return ledger.record_gate(record, after, SUBSTITUTED.get(settings.action, ""), _found(settings, outcome, i))
 
 
@@ -127,7 +156,7 @@ def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
     """The labels found in picture i, those that are acted on first."""
     scores = outcome.findings[i].scores
     for label in outcome.blocked[i]:
-        yield Found(label, round(scores[label], 6), settings.block[label], True)
+        yield Found(label, round(scores[label], 6), settings.acted[label], True)
     for label in outcome.reported[i]:
         if label not in outcome.blocked[i]:
             yield Found(label, round(scores[label], 6), settings.report[label], False)

@@ -23,6 +23,7 @@ from ..modular_lora.provenance.attested import KEY
 from ..modular_lora.provenance.credentials import Claim, Input, Signer
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.util import atomic, plain_json
+from ..operators.policy import OperatorPolicy
 from ..version import VERSION
 from . import inputs
 from .enforcement import policy as policies
@@ -92,6 +93,11 @@ def _in_words(signer: Signer | None, found: Sequence[Known]) -> str:
     return f"; Content Credentials of {signer.name} in {sum(bool(one.source_type) for one in found)} of {len(found)}"
 
 
+def write(path: Path, image: torch.Tensor, known: Known) -> None:
+    """Write one image (h w c, 0..1) as PNG with its record, signed where the policy has a key; no graph, no credentials."""
+    _write(path, _content(image, known, {}, Style(), _Seals(_record_seal(policies.current()))), {})
+
+
 def _next(folder: Path, stem: str) -> int:
     """The first number that no file of this name has, nor any later one.
 
@@ -112,15 +118,22 @@ def _seals(node, found: Sequence[Known]) -> _Seals:
     """Those of the policy in force; none of either where there is none. GuardError where one cannot be made."""
     policy = policies.current()
     if policy is None:
-        return _Seals(lambda record: record)
-    key = keys.private_key(policy.signing_key) if policy.signing_key else None
-    record = (lambda record: attested.signed(record, key)) if key else (lambda record: record)
+        return _Seals(_record_seal(None))
+    record = _record_seal(policy)
     if policy.credential_files is None:
         return _Seals(record)
     signer = credentials.signer(*policy.credential_files)
     marked = any(one.source_type for one in found)
     went_in = inputs.behind(node.hidden.prompt, node.hidden.unique_id) if marked else ()
     return _Seals(record, signer, went_in)
+
+
+def _record_seal(policy: OperatorPolicy | None) -> Callable[[dict], dict]:
+    """Signs records with the policy's key; leaves them as they are where there is none."""
+    if policy is None or policy.signing_key is None:
+        return lambda record: record
+    key = keys.private_key(policy.signing_key)
+    return lambda record: attested.signed(record, key)
 
 
 def _content(image: torch.Tensor, known: Known, graph: Mapping[str, Any], style: Style, seals: _Seals) -> bytes:

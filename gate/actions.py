@@ -23,7 +23,7 @@ def regions(finding: Finding, labels: tuple[str, ...], settings: Settings, size:
     """
     found = []
     for label in labels:
-        boxes = [box for box in finding.boxes if box.label == label and box.score >= settings.block[label]]
+        boxes = [box for box in finding.boxes if box.label == label and box.score >= settings.acted[label]]
         grown = [_grown(box, settings.growth.get(label, 1.0), size) for box in boxes]
         grown = [r for r in grown if r[0] < r[2] and r[1] < r[3]]
         if not grown:

@@ -9,7 +9,7 @@ import numpy as np
 from . import actions
 from .errors import Blocked, GateError
 from .finding import Detector, Finding
-from .settings import Settings
+from .settings import ANSWERS, Answer, Settings
 
 OTHERWISE = "change the prompt or the seed"  # the remedy for a picture that is blocked
 
@@ -19,32 +19,44 @@ class Outcome:
     """What the gate hands on, in the order of the pictures."""
 
     pictures: np.ndarray  # b h w 3, as they came where nothing was done
-    flags: tuple[bool, ...]  # a label of the block set was found
-    masks: np.ndarray  # b h w float32, 1 where a label of the block set is, grown; all of it without boxes
+    flags: tuple[bool, ...]  # the answer is not "pass", and the action follows
+    masks: np.ndarray  # b h w float32, 1 where a label that is acted on is, grown; all of it without boxes
     findings: tuple[Finding, ...]
     changed: tuple[bool, ...]
-    blocked: tuple[tuple[str, ...], ...]  # labels of the block set that were found
+    blocked: tuple[tuple[str, ...], ...]  # labels that are acted on, those for a person too
     reported: tuple[tuple[str, ...], ...]  # labels of the report set that were found
+    answers: tuple[Answer, ...]
+    overruled: tuple[tuple[str, ...], ...]  # labels that were found, and that the second detector did not confirm
 
 
-def run(pictures: np.ndarray, detector: Detector, settings: Settings, replacement: np.ndarray | None = None) -> Outcome:
+@dataclass(frozen=True)
+class Second:
+    """A second detector that confirms what the first finds: its milder answer holds."""
+
+    detector: Detector
+    settings: Settings
+
+
+def run(
+    pictures: np.ndarray,
+    detector: Detector,
+    settings: Settings,
+    replacement: np.ndarray | None = None,
+    second: Second | None = None,
+) -> Outcome:
     """Judge every picture of b h w 3 (float, RGB, 0..1) and do what the settings say about those that are flagged.
 
-    ``replacement`` is the picture h w 3 of the action "replace". Pictures that are not acted on stay bit for bit the
+    ``replacement`` is the picture h w 3 of the action "replace"; ``second`` is asked about the pictures that the first
+    detector flags, and no others. Pictures that are not acted on stay bit for bit the
     same, and where one is withheld stands a black one; ``pictures`` itself is never written to. Raises Blocked where
     the action is "block" and a picture is flagged, and GateError where settings and detector do not fit or the pictures
     cannot be judged.
     """
     settings.check(detector)
     replacement = actions.checked_replacement(replacement) if settings.action == "replace" else None
-    findings = tuple(detector.detect(pictures))
-    if len(findings) != len(pictures):
-        raise GateError(
-            f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.",
-            code="gate.findings",
-        )
-    blocked = tuple(map(settings.blocked, findings))
-    flags = tuple(map(bool, blocked))
+    findings = _judged(detector, pictures)
+    answers, blocked, overruled = _answered(pictures, settings, findings, second)
+    flags = tuple(answer != "pass" for answer in answers)
     if settings.action == "block" and any(flags):
         raise Blocked(_refusal(detector, settings, blocked, findings))
     changed = flags if settings.action != "report" else (False,) * len(flags)
@@ -55,7 +67,38 @@ def run(pictures: np.ndarray, detector: Detector, settings: Settings, replacemen
         masks[i] = actions.mask(regions, settings.action, pictures.shape[1:3])
         if changed[i]:
             out[i] = actions.apply(pictures[i], regions, masks[i], settings, replacement)
-    return Outcome(out, flags, masks, findings, changed, blocked, tuple(map(settings.reported, findings)))
+    reported = tuple(map(settings.reported, findings))
+    return Outcome(out, flags, masks, findings, changed, blocked, reported, answers, overruled)
+
+
+def _judged(detector: Detector, pictures: np.ndarray) -> tuple[Finding, ...]:
+    findings = tuple(detector.detect(pictures))
+    if len(findings) != len(pictures):
+        raise GateError(
+            f"{detector.name}: {len(findings)} findings for {len(pictures)} images: it must judge all.",
+            code="gate.findings",
+        )
+    return findings
+
+
+Labels = tuple[tuple[str, ...], ...]
+
+
+def _answered(
+    pictures: np.ndarray, settings: Settings, findings: tuple[Finding, ...], second: Second | None
+) -> tuple[tuple[Answer, ...], Labels, Labels]:
+    """The answers, the labels that are acted on, and those that the second detector did not confirm."""
+    answers = list(map(settings.answer, findings))
+    acted = [(*settings.blocked(finding), *settings.reviewed(finding)) for finding in findings]
+    overruled: list[tuple[str, ...]] = [()] * len(findings)
+    asked = [i for i, answer in enumerate(answers) if answer != "pass"]
+    if second is not None and asked:
+        second.settings.check(second.detector)
+        for i, finding in zip(asked, _judged(second.detector, pictures[asked]), strict=True):
+            answers[i] = min(answers[i], second.settings.answer(finding), key=ANSWERS.index)
+            if answers[i] == "pass":
+                acted[i], overruled[i] = (), acted[i]
+    return tuple(answers), tuple(acted), tuple(overruled)
 
 
 def _refusal(
@@ -70,9 +113,9 @@ def _refusal(
 
 
 def blocked_by(detector: Detector, settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
-    """Why one picture is blocked: the labels of the block set that were found, with scores and thresholds."""
+    """Why one picture is blocked: the labels that are acted on, with scores and thresholds."""
     return f"blocked by {detector.name}: {_scores(settings, labels, finding)}"
 
 
 def _scores(settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
-    return ", ".join(f"{label} {finding.scores[label]:.2f} ≥ {settings.block[label]:g}" for label in labels)
+    return ", ".join(f"{label} {finding.scores[label]:.2f} ≥ {settings.acted[label]:g}" for label in labels)

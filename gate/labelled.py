@@ -58,8 +58,8 @@ def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) 
     return LabelledError(
         detector,
         settings,
-        _rate(sum(not settings.blocked(f) for f in bad), len(bad)),
-        _rate(sum(bool(settings.blocked(f)) for f in good), len(good)),
+        _rate(sum(settings.answer(f) == "pass" for f in bad), len(bad)),
+        _rate(sum(settings.answer(f) != "pass" for f in good), len(good)),
         tuple(_point(i / STEPS, *highest) for i in range(STEPS + 1)),
         tuple(unreadable),
         tuple(others),
@@ -71,7 +71,7 @@ def format_error(error: LabelledError) -> str:
     lines = [
         f"missed {_said(error.missed)} of the images that should be flagged",
         f"false alarms {_said(error.false_alarms)} of the images that should pass",
-        "at " + ", ".join(f"{label} ≥ {least:g}" for label, least in error.settings.block.items()),
+        "at " + ", ".join(f"{label} ≥ {least:g}" for label, least in error.settings.acted.items()),
         f"detector {error.detector.name}, sha256 {error.detector.sha256[:16]}",
     ]
     if error.unreadable:
@@ -89,6 +89,7 @@ def save(error: LabelledError, path: Path) -> None:
     said = {
         "detector": describe(error.detector),
         "block": dict(error.settings.block),
+        "review": dict(error.settings.review),
         "missed": asdict(error.missed),
         "false_alarms": asdict(error.false_alarms),
         "curve": [asdict(point) for point in error.curve],

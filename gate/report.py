@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ..modular_lora.util import plain_json
 from .finding import Detector
-from .gate import Outcome
+from .gate import Outcome, Second
 from .settings import Settings
 
 DONE = {
@@ -24,28 +24,40 @@ DONE = {
 }
 
 
-def format_gate(outcome: Outcome, detector: Detector, settings: Settings) -> str:
+def format_gate(outcome: Outcome, detector: Detector, settings: Settings, second: Second | None = None) -> str:
     """The whole report of a gate: what was found, and `format_settings`."""
-    return "\n".join([*format_found(outcome, settings), format_settings(detector, settings)])
+    return "\n".join([*format_found(outcome, settings), format_settings(detector, settings, second)])
 
 
 def format_found(outcome: Outcome, settings: Settings) -> list[str]:
     """A line of counts, and one for each label found, with its threshold."""
     n, flagged = len(outcome.flags), sum(outcome.flags)
+    line = f"{flagged} of {n} images flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed"
+    if persons := outcome.answers.count("review"):
+        line += f"; {persons} of those flagged for a person to decide"
+    if milder := sum(map(bool, outcome.overruled)):
+        line += f"; {milder} passed as the second detector did not confirm the first"
     return [
-        f"{flagged} of {n} images flagged" + f", {DONE[settings.action]}" * bool(flagged) + f"; {n - flagged} passed",
-        *_counts("blocked", outcome.blocked, settings.block),
+        line,
+        *_counts("blocked", outcome.blocked, settings.acted),
+        *_counts("not confirmed", outcome.overruled, settings.acted),
         *_counts("reported", outcome.reported, settings.report),
     ]
 
 
-def format_settings(detector: Detector, settings: Settings) -> str:
+def format_settings(detector: Detector, settings: Settings, second: Second | None = None) -> str:
     """What a gate will do: thresholds and action, the detector and what it covers and does not."""
     lines = [f"blocks {_thresholds(settings.block)}; action: {settings.action}"]
+    if settings.review:
+        lines.append(f"to a person {_thresholds(settings.review)}")
     if settings.report:
         lines.append(f"reports {_thresholds(settings.report)}")
     lines.append(f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}")
-    return "\n".join([*lines, *format_limits(detector)])
+    lines += format_limits(detector)
+    if second is not None:
+        own = format_settings(second.detector, second.settings).splitlines()
+        lines += ["what it flags must be confirmed by:", *(f"  {line}" for line in own)]
+    return "\n".join(lines)
 
 
 def format_limits(detector: Detector) -> list[str]:
@@ -62,7 +74,9 @@ def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
         {
             "flagged": outcome.flags[i],
             "changed": outcome.changed[i],
+            "answer": outcome.answers[i],
             "blocked": outcome.blocked[i],
+            "not_confirmed": outcome.overruled[i],
             "reported": outcome.reported[i],
             "scores": {label: round(score, 6) for label, score in finding.scores.items()},
             "boxes": [asdict(box) for box in finding.boxes],

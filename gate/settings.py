@@ -16,6 +16,8 @@ from ..modular_lora.validation import STRICT, from_json, raises
 from .errors import GateError
 from .finding import Detector, Finding
 
+Answer = Literal["pass", "review", "block"]  # review: to a person
+ANSWERS: tuple[Answer, ...] = get_args(Answer)  # from mild to strict
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "withhold", "empty"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 GROWTH = 1.2  # default of labels that are masked: detectors' boxes sit tight
@@ -44,10 +46,12 @@ class Settings:
     action: Action = "blur"
     # samples that blur and pixelate keep along the longer side of a box: fewer hide more
     cells: Annotated[int, Field(ge=1, le=MOST_CELLS)] = 6
+    # label -> threshold, below that in ``block`` where it has one: acted on too, and answered "review", to a person
+    review: Mapping[str, Threshold] = field(default_factory=dict)
 
     def check(self, detector: Detector) -> None:
-        """Raises GateError for a label that the detector does not know, and where no label is blocked."""
-        for name in ("block", "report", "growth"):
+        """Raises GateError for labels that the detector does not know, none that is blocked, and an idle review."""
+        for name in ("block", "report", "review", "growth"):
             for label in getattr(self, name):
                 if label not in detector.labels:
                     known = ", ".join(detector.labels[:30]) + ", …" * (len(detector.labels) > 30)
@@ -60,10 +64,30 @@ class Settings:
                 f"block: no label of {detector.name} is blocked, so nothing is guarded: name one.",
                 code="gate.nothing-blocked",
             )
+        for label, least in self.review.items():
+            if not least < (most := self.block.get(label, 2.0)):
+                raise GateError(
+                    f"review: {label} from {least:g} never comes to a person, blocked from {most:g}: set less.",
+                    code="gate.review-threshold",
+                )
 
     def blocked(self, finding: Finding) -> tuple[str, ...]:
         """Labels of the block set that are found."""
         return _found(self.block, finding)
+
+    def reviewed(self, finding: Finding) -> tuple[str, ...]:
+        """Labels of the review set that are found, and not so surely that they are blocked."""
+        blocked = self.blocked(finding)
+        return tuple(label for label in _found(self.review, finding) if label not in blocked)
+
+    def answer(self, finding: Finding) -> Answer:
+        """What is said of one picture."""
+        return "block" if self.blocked(finding) else "review" if self.reviewed(finding) else "pass"
+
+    @property
+    def acted(self) -> dict[str, float]:
+        """Labels that are acted on, and the scores from which they are."""
+        return {**self.block, **self.review}
 
     def reported(self, finding: Finding) -> tuple[str, ...]:
         """Labels of the report set that are found."""

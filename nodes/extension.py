@@ -8,7 +8,7 @@ except ImportError as error:
     raise ImportError("Modular LoRA Guard needs ComfyUI 0.3.75 or newer (V3 nodes): update ComfyUI.") from error
 
 from ..comfy_host import conditioning, following, origins
-from ..comfy_host.enforcement import hooks
+from ..comfy_host.enforcement import hooks, monitor, tenants
 from ..comfy_host.model_folders import register_folders
 from .audit import Audit
 from .calibrate_safety import CalibrateSafetyLora
@@ -36,6 +36,8 @@ class ModularLoraExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folders()
         hooks.register()
+        tenants.register()
+        monitor.register()
         conditioning.register()
         following.register()
         origins.register()

@@ -8,11 +8,11 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..comfy_host.answers import answer
-from ..comfy_host.gating import Gate, default_detector
+from ..comfy_host.gating import Gate, default_detector, second_of
 from ..comfy_host.model_folders import DETECTOR_FOLDER, PRESET_FOLDER, file_names, file_path, model_folder
 from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.training_files import check_name
-from ..gate import detectors, settings
+from ..gate import detectors, measured, settings
 from ..gate.class_lines import with_classes, with_threshold
 from ..gate.errors import GateError
 from ..gate.finding import Detector
@@ -71,7 +71,18 @@ class GateSettings(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, detector, classifier, labels, preset, threshold, classes, action, provider, save_as="", replacement=None
+        cls,
+        detector,
+        classifier,
+        labels,
+        preset,
+        threshold,
+        classes,
+        action,
+        provider,
+        save_as="",
+        replacement=None,
+        confirm=None,
     ) -> io.NodeOutput:
         made = _detector(detector, classifier, labels, PROVIDERS[provider])
         path = _file("preset", preset)
@@ -88,10 +99,13 @@ class GateSettings(io.ComfyNode):
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
+        second = None if confirm is None else second_of(confirm)
         n = len(chosen.block)
         line = f"An image is flagged by {n} label{'s' * (n != 1)}; action: {chosen.action}."
-        shown = answer(line, "\n".join(format_limits(made)))
-        return io.NodeOutput(Gate(made, chosen, picture), format_settings(made, chosen), ui=shown)
+        error = measured.format_measured(made, chosen, path, second is not None)
+        shown = answer(line, "\n".join([error, *format_limits(made)]))
+        report = f"{format_settings(made, chosen, second)}\n{error}"
+        return io.NodeOutput(Gate(made, chosen, picture, second), report, ui=shown)
 
 
 def _detector_inputs() -> list[io.Input]:
@@ -118,7 +132,7 @@ def _detector_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "preset",
-            [NONE, *file_names(PRESET_FOLDER, ending=".json")],
+            [NONE, *(name for name in file_names(PRESET_FOLDER, ending=".json") if not measured.is_error(name))],
             default=NONE,
             tooltip="Thresholds, growth and action from the modular_lora_gates folder; none: the detector's defaults.",
         ),
@@ -140,7 +154,8 @@ def _action_inputs() -> list[io.Input]:
             default="",
             multiline=True,
             tooltip="One label per line, with its threshold and, if wanted, how much its boxes grow: "
-            "FACE_FEMALE 0.6 1.3. A label with off is only reported.",
+            "FACE_FEMALE 0.6 1.3. A label with off is only reported; with review 0.2 it is for a person to decide "
+            "from that score.",
         ),
         io.Combo.Input(
             "action",
@@ -166,6 +181,11 @@ def _action_inputs() -> list[io.Input]:
             "replacement",
             optional=True,
             tooltip="For the action replace: the first image of this batch takes the flagged image's place.",
+        ),
+        GateSocket.Input(
+            "confirm",
+            optional=True,
+            tooltip="From another Gate Settings: an image stays flagged only where this second detector flags it too.",
         ),
     ]
 

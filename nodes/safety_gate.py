@@ -8,7 +8,6 @@ from comfy_api.latest import io
 from ..comfy_host import gating
 from ..comfy_host import patcher as host
 from ..comfy_host.answers import answer
-from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.gating import Gate, Judged, checked
 from ..comfy_host.node_report import CATEGORY, blocked
 from ..comfy_host.retries import Job, draw_until_clear
@@ -61,7 +60,7 @@ def _result(judged: Judged, gate: Gate, run: tuple[str, ...] = (), details: str 
     outcome, detector, settings = judged.outcome, gate.detector, gate.settings
     line, *found = format_found(outcome, settings)
     shown = answer(line, "\n".join((*found, *run, *format_limits(detector))), judged.verdicts)
-    report = "\n".join(filter(None, (format_gate(outcome, detector, settings), *run, details)))
+    report = "\n".join(filter(None, (format_gate(outcome, detector, settings, gate.second), *run, details)))
     images, masks = judged.images, torch.from_numpy(outcome.masks)
     if images is None:  # nothing goes on, and the job ends well: the verdict says why
         images = masks = blocked(None)
@@ -152,7 +151,7 @@ class SampleAndGate(io.ComfyNode):
         gate=None,
     ) -> io.NodeOutput:
         gate, patcher = checked(gate), host.unwrap(model)
-        policies.check_gate(gate.settings, gate.settings_sha256, gate.detector)
+        gating.check(gate)
         job = Job(patcher, vae, (steps, cfg, sampler_name, scheduler), positive, negative, latent_image, denoise)
         drawn = draw_until_clear(job, seed, max_tries, gate)
         judged = gating.judge(drawn.images, drawn.gate)

@@ -65,11 +65,14 @@ def parser() -> argparse.ArgumentParser:
 def _record_commands(made: argparse.ArgumentParser) -> None:
     inner = made.add_subparsers(dest="what", required=True)
     one = _command(inner, "verify", _record_verify, "find lines that were changed, removed, reordered or cut off")
-    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of several workers: the record of each")
     _keys_argument(one)
-    one.add_argument("--head", type=Path, metavar="COPY", help="a head.json copied earlier and kept elsewhere")
-    one = _command(inner, "show", _record_show, "lines of the record, one JSON object each")
-    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument(
+        "--head", type=Path, nargs="+", default=[], metavar="COPY",
+        help="a head.json copied earlier and kept elsewhere; of several records one each, in their order",
+    )  # fmt: skip
+    one = _command(inner, "show", _record_show, "lines of the record, one JSON object each; of several by their time")
+    one.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     one.add_argument("--kind", choices=record.KINDS, help="only lines of this kind")
     one.add_argument("--last", type=_count, default=20, metavar="N", help="how many, from the end (20); 0 for all")
     one = _command(inner, "packs", _record_packs, "count refusals of nodes as they ran, by pack and node type")
@@ -177,19 +180,47 @@ def _digest(chosen: argparse.Namespace) -> str:
 
 
 def _record_verify(chosen: argparse.Namespace) -> str:
-    found = record.verify(chosen.folder, _named(chosen.keys), earlier=chosen.head)
-    if not found.whole:
-        raise GuardError("record is not whole: " + "; ".join(found.problems))
+    if chosen.head and len(chosen.head) != len(chosen.folders):
+        raise GuardError(
+            f"--head: {len(chosen.head)} copies for {len(chosen.folders)} records: give one for each, in their order"
+        )
+    trusted = _named(chosen.keys)
+    said, broken = [], []
+    for folder, head in zip(chosen.folders, chosen.head or [None] * len(chosen.folders), strict=True):
+        place = f"{folder}: " * (len(chosen.folders) > 1)
+        try:
+            found = record.verify(folder, trusted, earlier=head)
+        except record.RecordError as error:
+            broken.append(str(error))
+            continue
+        if found.whole:
+            said += [f"{place}{line}" for line in _whole(found)]
+        else:
+            broken.append(f"{place}record is not whole: " + "; ".join(found.problems))
+    if broken:
+        raise GuardError("; ".join(broken))
+    return "\n".join(said)
+
+
+def _whole(found: record.Verified) -> list[str]:
     said = [f"{found.lines} lines in {found.files} files, whole; last is number {found.head.n}, {found.head.sha256}"]
     if found.sealed_by:
         said.append(f"head signed by {found.sealed_by}")
     if found.torn:
         said.append(f"{found.torn} torn lines were put aside after a crash")
-    return "\n".join([*said, *found.notes])
+    return [*said, *found.notes]
 
 
 def _record_show(chosen: argparse.Namespace) -> str:
-    found = [said for *_, said in record.lines(chosen.folder) if chosen.kind in (None, said.get("kind"))]
+    several = len(chosen.folders) > 1
+    found = [
+        ({"record": str(folder), **said} if several else said)
+        for folder in chosen.folders
+        for *_, said in record.lines(folder)
+        if chosen.kind in (None, said.get("kind"))
+    ]
+    if several:
+        found.sort(key=lambda said: str(said.get("time")))
     return "\n".join(json.dumps(said) for said in found[-chosen.last :])
 
 
@@ -207,6 +238,9 @@ def _check(chosen: argparse.Namespace) -> str:
     if found.credential_files is not None:
         signer = credentials.signer(*found.credential_files)
         credentials.trial(signer)
+    for said in filter(None, (found.monitor.token, found.webhook.secret)):
+        if not said.startswith(policy.VARIABLE):  # variables are the server's
+            found.secret(said)
     required = ", ".join(one.name for one in found.guard.required) or "no safety LoRA"
     return "\n".join(
         [
@@ -214,6 +248,8 @@ def _check(chosen: argparse.Namespace) -> str:
             f"signed: {'yes' if found.signed else f'no; it is asked for where {policy.TRUSTED} lies beside it'}",
             f"every sampling must carry: {required}",
             f"put onto every model: {'yes' if found.attaches else 'no, graphs must do it'}",
+            f"tenants: {f'named by {found.tenants.header}' if found.tenants.header else 'not told apart'}",
+            f"refusals are sent to: {found.webhook.url or 'nobody'}",
             f"record: {found.record_folder}, head and attestations {'signed' if found.signing_key else 'not signed'}",
             f"Content Credentials: {f'of {signer.name}, to the end of {signer.until}' if signer else 'none'}",
         ]

@@ -44,6 +44,7 @@ NOT_GUARDED = {
     ("LoraSave", "TrainLoraNode"): ("extracts or trains weights", "use a server without this rule"),
 }
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
+CONFIRM = "confirm"  # input of Gate Settings that takes the settings of a second detector
 GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
 PLAINLY = leaving.PLAIN | PICTURES | {LATENT, "MASK", SOUND}  # types that hold no model that could decode
 DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
@@ -208,6 +209,8 @@ class _Graph:
         self.facts = {kind: facts for kind in types if (facts := facts_of(kind)) is not None}
         self.links = {name: tuple(_links(graph, name)) for name in graph}
         self.loaded: dict[str, Loras | None] = {}  # node -> see `_loaded`
+        every = (link for links in self.links.values() for link in links)
+        self.confirming = {link.source for link in every if link.input == CONFIRM}  # settings of second detectors
         self.running = self._running()
         self.kinds = self._follow()
 
@@ -493,10 +496,11 @@ class _Graph:
                 yield said
         elif kind == SETTINGS:
             threshold = _literal(self.graph[name], "threshold")
-            for label, most in policy.gate.thresholds.items():
+            second = name in self.confirming
+            for label, most in (policy.gate.confirm if second else policy.gate.thresholds).items():
                 if isinstance(threshold, int | float) and not threshold <= most:
                     what = f"threshold {threshold:g} is above {most:g}, the highest allowed for {label}"
-                    yield "gate.thresholds", what, "lower it, or set 0"
+                    yield "gate.confirm" if second else "gate.thresholds", what, "lower it, or set 0"
                     return
 
     def _safety(self, name: str) -> Iterator[Said]:

@@ -112,7 +112,8 @@ def policy(home: Home, sha256: Sequence[str], folder: Path) -> OperatorPolicy:
         open=Open() if family else everything,
         gate=Gate(required=family),
         folder=folder,
+        home=folder,
         sha256=digest,
         state=digest,
-        home=home.said,
+        one_line=home.said,
     )

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import ipaddress
 import os
 import re
+import socket
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -35,6 +38,10 @@ SIGNATURE = "policy.toml.sig"
 TRUSTED = "keys/policy.pub"  # beside the policy: where it lies, a policy must be there and signed by it
 MOST_BYTES = 1 << 20
 LEAST_RECORD = 64 << 10  # bytes of a record file
+WORKER = "{worker}"  # in the record's folder: this server's name
+WORKER_VARIABLE = "MODULAR_LORA_WORKER"  # of the environment; without it the name is the machine's
+VARIABLE = "env:"  # before the name of an environment variable that holds a secret
+LEAST_SECRET, MOST_SECRET = 16, 4096  # bytes
 
 
 class PolicyError(GuardError):
@@ -55,6 +62,31 @@ def _sha256(value: str) -> str:
     return value.lower()
 
 
+def _header(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
+        raise ValueError("must be the name of an HTTP header: letters, digits and hyphens")
+    return value
+
+
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError("must be an address or a network, such as 10.0.0.2 or 10.1.0.0/16") from None
+    return value
+
+
+def _url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        whole = False
+    if not whole or "@" in value or not value.isascii() or any(c <= " " for c in value):
+        raise ValueError("must be an address that begins with https:// or http://, without a name or password in it")
+    return value
+
+
 T = TypeVar("T")
 # Tables and lists come as TOML gives them, so the classes are not strict; the values in them are, each by its type.
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -64,6 +96,10 @@ Strength = Annotated[float, Field(strict=True, ge=0, le=10)]
 Attached = Annotated[float, Field(strict=True, gt=0, le=10)]
 Threshold = Annotated[float, Field(strict=True, ge=0.001, le=1)]
 Bytes = Annotated[int, Field(strict=True, ge=LEAST_RECORD)]
+Seconds = Annotated[int, Field(strict=True, ge=1, le=86_400)]
+Header = Annotated[StrictStr, AfterValidator(_header)]
+Network = Annotated[StrictStr, AfterValidator(_network)]
+Url = Annotated[StrictStr, AfterValidator(_url)]
 # Names that the operator chooses.
 Named = Annotated[Mapping[str, T], AfterValidator(lambda names: MappingProxyType(names))]
 
@@ -166,12 +202,16 @@ class Open:
 class Gate:
     """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set.
 
+    ``confirm``: the same of a second detector, without which what the first flags passes; none may be used where it is
+    empty and a gate is required or has thresholds. ``review_folder`` "": what a person should decide is not kept.
     ``actions`` None: every one, but "report", which changes nothing, only where no gate is required.
     """
 
     required: StrictBool = False
     thresholds: Named[Threshold] = _named()
     actions: tuple[Action, ...] | None = None
+    confirm: Named[Threshold] = _named()
+    review_folder: Text = ""
 
     @property
     def allowed(self) -> tuple[Action, ...]:
@@ -227,6 +267,47 @@ class Credentials:
 
 
 @dataclass(frozen=True, config=CLOSED)
+class Monitor:
+    """What may be read over HTTP by those who have the token: counters, and whether the guard works.
+
+    ``token`` "": nobody; see secret_text.
+    """
+
+    token: Text = ""
+    ready_seconds: Seconds = 300  # how long the answer of a ready check is kept
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Webhook:
+    """Where refusals are sent; ``secret`` signs them, see secret_text."""
+
+    url: Url = ""
+    secret: Text = ""
+
+    def __post_init__(self):
+        if bool(self.url) != bool(self.secret):
+            raise ValueError("must have both url and secret: what is not signed could come from anybody")
+
+
+@dataclass(frozen=True, config=CLOSED)
+class Tenants:
+    """Whose prompt it is, as a reverse proxy says in a header; from any other address it says nothing.
+
+    ``loras``: task LoRAs of each tenant, beside those that [tasks] allows to everybody.
+    """
+
+    header: Header = ""
+    proxies: tuple[Network, ...] = ()
+    loras: Named[tuple[Sha256, ...]] = _named()
+
+    def __post_init__(self):
+        if bool(self.header) != bool(self.proxies):
+            raise ValueError("must have both header and proxies: anybody can send a header")
+        if self.loras and not self.header:
+            raise ValueError("must have header and proxies where it has loras")
+
+
+@dataclass(frozen=True, config=CLOSED)
 class Tables:
     """The whole file."""
 
@@ -239,6 +320,9 @@ class Tables:
     record: Record = field(default_factory=Record)
     history: History = field(default_factory=History)
     credentials: Credentials = field(default_factory=Credentials)
+    monitor: Monitor = field(default_factory=Monitor)
+    webhook: Webhook = field(default_factory=Webhook)
+    tenants: Tenants = field(default_factory=Tenants)
     keys: Named[Text] = _named()
 
 
@@ -247,10 +331,12 @@ class OperatorPolicy(Tables):
     """What a file says, and where it comes from."""
 
     folder: Path = Path()  # of the file
+    home: Path = Path()  # the server's own, which it can write to; that of the file unless the policy was mounted
     sha256: str = ""  # of the file's bytes
     state: str = ""  # changes with the file and with the keys that it names
     signed: bool = False  # by the trusted key beside it
-    home: str = ""  # what a person at home has set, and where (home.py); "": it is an operator's policy
+    one_line: str = ""  # what a person at home has set, and where (home.py); "": it is an operator's policy
+    tenant: str = ""  # whose prompt this is asked for; see for_tenant
 
     @property
     def attaches(self) -> bool:
@@ -262,9 +348,25 @@ class OperatorPolicy(Tables):
         """Whether images that no guarded run made leave where a gate let them pass."""
         return self.guard.other_families == "gate"
 
+    def for_tenant(self, name: str) -> OperatorPolicy:
+        """The policy of one tenant's prompts: where [tenants] has LoRAs, those that it names are all they may use."""
+        tasks = self.tasks
+        if self.tenants.loras:
+            tasks = dataclasses.replace(tasks, allow=(*(tasks.allow or ()), *self.tenants.loras.get(name, ())))
+        return dataclasses.replace(self, tasks=tasks, tenant=name)
+
+    def secret(self, said: str) -> bytes:
+        """What a key of the policy names as its secret. Raises PolicyError."""
+        return secret_text(said, self.folder)
+
     @property
     def record_folder(self) -> Path:
-        return self.folder / (self.record.folder or "record")
+        return self.home / (self.record.folder or "record").replace(WORKER, worker())
+
+    @property
+    def review_folder(self) -> Path | None:
+        """Where pictures are kept that a person should decide about; None: nowhere."""
+        return self.home / self.gate.review_folder if self.gate.review_folder else None
 
     @property
     def signing_key(self) -> Path | None:
@@ -282,17 +384,63 @@ class OperatorPolicy(Tables):
         return {name: self.folder / path for name, path in self.keys.items()}
 
 
+def secret_text(said: str, folder: Path) -> bytes:
+    """A token or secret: that of a file (relative to ``folder``) or, with ``env:NAME``, of a variable of the server's.
+
+    White space around it is left out. Raises PolicyError where there is none, or one that could be guessed.
+    """
+    if said.startswith(VARIABLE):
+        name = said.removeprefix(VARIABLE)
+        content = os.environ.get(name, "").encode()
+        what = f"environment variable {name}"
+    else:
+        what = str(folder / said)
+        try:
+            with (folder / said).open("rb") as file:
+                content = file.read(MOST_SECRET + 1)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise PolicyError(f"{what}: the secret cannot be read ({why}): mend it.", code="policy.secret") from error
+    content = content.strip()
+    if not LEAST_SECRET <= len(content) <= MOST_SECRET:
+        raise PolicyError(
+            f"{what}: a secret of {len(content)} bytes: use {LEAST_SECRET} to {MOST_SECRET}, drawn at random.",
+            code="policy.secret",
+        )
+    return content
+
+
 def named(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def load(path: Path) -> OperatorPolicy | None:
-    """The policy in a file; None where there is none and no trusted key asks for one. Raises PolicyError."""
+def worker() -> str:
+    """This server's name among several: of the environment or, without one, the machine's. Raises PolicyError."""
+    found = os.environ.get(WORKER_VARIABLE) or socket.gethostname()
+    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", found):
+        raise PolicyError(
+            f"{WORKER_VARIABLE}: {found[:80]!r} cannot name a folder: use up to 64 letters, digits, dots and hyphens.",
+            code="policy.worker",
+        )
+    return found
+
+
+def load(path: Path, home: Path | None = None) -> OperatorPolicy | None:
+    """The policy in a file; None where there is none and nothing asks for one.
+
+    Args:
+        path: The file.
+        home: The server's own folder, where the file was mounted elsewhere: then there must be one.
+
+    Raises:
+        PolicyError: See the module.
+    """
     trusted = path.parent / TRUSTED
     if not _there(path):
-        if _there(trusted):
+        if home is not None or _there(trusted):
+            asks = "the server was started for one" if home is not None else f"{trusted} asks for one"
             raise PolicyError(
-                f"{path.name} is not there, and {trusted} asks for one: put a signed policy there.",
+                f"{path.name} is not there, and {asks}: put a policy there, signed where there is a trusted key.",
                 code="policy.missing",
             )
         return None
@@ -308,7 +456,27 @@ def load(path: Path) -> OperatorPolicy | None:
     sha256 = hashlib.sha256(content).hexdigest()
     if signed := _there(trusted):
         _check_signature(path, trusted, sha256)
-    found = dataclasses.replace(parse(content, path), folder=path.parent, sha256=sha256, signed=signed)
+    return _taken(parse(content, path), path.parent, home or path.parent, sha256, signed)
+
+
+def load_text(text: str, path: Path) -> OperatorPolicy:
+    """The policy in a text that has no file; ``path``: its name for errors, in the folder of its keys.
+
+    Raises PolicyError, also where a trusted key lies there: a text without a file has no signature.
+    """
+    if _there(trusted := path.parent / TRUSTED):
+        raise PolicyError(
+            f"{path.name} is not accepted: {trusted} asks for a signed policy: put it into a file, with its signature.",
+            code="policy.signature",
+        )
+    content = text.encode("utf-8", "surrogateescape")
+    return _taken(parse(content, path), path.parent, path.parent, hashlib.sha256(content).hexdigest(), False)
+
+
+def _taken(said: OperatorPolicy, folder: Path, home: Path, sha256: str, signed: bool) -> OperatorPolicy:
+    found = dataclasses.replace(said, folder=folder, home=home, sha256=sha256, signed=signed)
+    if WORKER in found.record.folder:
+        worker()
     return dataclasses.replace(found, state=hashlib.sha256(repr((sha256, *_key_stamps(found))).encode()).hexdigest())
 
 
@@ -387,8 +555,8 @@ def _stamp(path: Path) -> FileState | None:
 class Watched:
     """A policy file that is read again when it, its signature, a key or, as signatures expire, the day changes."""
 
-    def __init__(self, path: Path):
-        self.path, self._lock = path, threading.Lock()
+    def __init__(self, path: Path, read: Callable[[Path], OperatorPolicy | None] = load):
+        self.path, self._load, self._lock = path, read, threading.Lock()
         self._stamps: tuple | None = None
         self._found: OperatorPolicy | PolicyError | None = None
 
@@ -405,7 +573,7 @@ class Watched:
     def _read(self) -> None:
         before = self._files()  # first: what changes while it is read is read again
         try:
-            self._found = load(self.path)
+            self._found = self._load(self.path)
         except PolicyError as error:
             self._found = error
         self._stamps = (before, *self._rest())

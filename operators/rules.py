@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from ..gate.finding import Detector
+from ..gate.gate import Second
 from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
@@ -194,22 +195,34 @@ def check_picture(
         raise RefusedError(rule, what, "take the images that come out of the gate, not those that went in")
 
 
-def check_gate(gate: Gate, settings: Settings, detector: Detector) -> None:
-    """RefusedError for a gate's settings that are looser than the policy's."""
+def check_gate(gate: Gate, settings: Settings, detector: Detector, second: Second | None = None) -> None:
+    """RefusedError for a gate's settings that are looser than the policy's, or a second detector that may be."""
     if settings.action not in gate.allowed:
         what, few = f"the action {settings.action} is not allowed", f"choose one of {', '.join(gate.allowed)}"
         raise RefusedError("gate.actions", what, few)
-    for label, most in gate.thresholds.items():
+    _check_thresholds("gate.thresholds", gate.thresholds, settings, detector)
+    if second is not None and (gate.required or gate.thresholds):
+        if not gate.confirm:
+            what = f"{second.detector.name} would let pass what {detector.name} flags"
+            raise RefusedError(
+                "gate.confirm", what, "take the second detector out, or ask the operator to name its labels"
+            )
+        _check_thresholds("gate.confirm", gate.confirm, second.settings, second.detector)
+
+
+def _check_thresholds(rule: str, highest: Mapping[str, float], settings: Settings, detector: Detector) -> None:
+    """RefusedError unless a detector looks for these labels from these scores on or from lower ones."""
+    for label, most in highest.items():
         if label not in detector.labels:
             what = f"{detector.name} does not know {label}, which must be looked for"
-            raise RefusedError("gate.thresholds", what, "choose a detector that does")
+            raise RefusedError(rule, what, "choose a detector that does")
         least = settings.block.get(label)
         if least is None or not least <= most:
             said = "off" if least is None else f"{least:g}"
-            raise RefusedError("gate.thresholds", f"the threshold of {label} is {said}", f"set {most:g} or less")
+            raise RefusedError(rule, f"the threshold of {label} is {said}", f"set {most:g} or less")
         if not settings.growth.get(label, 1.0) >= 1:
             what = f"the boxes of {label} are shrunk to {settings.growth[label]:g}"
-            raise RefusedError("gate.thresholds", what, "let them grow by 1 or more")
+            raise RefusedError(rule, what, "let them grow by 1 or more")
 
 
 def tightened(gate: Gate, settings: Settings, detector: Detector) -> Settings:

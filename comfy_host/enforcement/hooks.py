@@ -7,6 +7,7 @@ these functions of ComfyUI are wrapped:
 * ``comfy.samplers.CFGGuider.sample``, around every run of a guider,
 * ``comfy.model_base.BaseModel.apply_model``, every evaluation of a diffusion model, whoever asks for it,
 * ``execution.PromptExecutor.execute_async``, which gives each prompt that runs an id of the server's own,
+* ``execution.PromptQueue.get``, with which the thread that runs prompts waits for one (idle.py),
 * those that texts.py names, through which texts become embeddings,
 * what reads files of weights, and what uses text encoders and VAEs (weights.py),
 * ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way,
@@ -24,6 +25,7 @@ import contextvars
 import functools
 import logging
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -51,7 +53,7 @@ from .. import drop_in
 from .. import patcher as host
 from ..functional import measuring
 from ..node_report import CATEGORY
-from . import attached, gated, leaving, node_info, texts, weights
+from . import attached, gated, idle, leaving, node_info, tenants, texts, weights
 from . import policy as policies
 
 LOOK = 1.0  # seconds between looks at the policy
@@ -124,7 +126,7 @@ def _who() -> str:
         policy = policies.current()
     except PolicyError:
         policy = None
-    return policy.home if policy is not None and policy.home else "the operator's policy"
+    return policy.one_line if policy is not None and policy.one_line else "the operator's policy"
 
 
 def register() -> None:
@@ -172,8 +174,8 @@ def _said(found: OperatorPolicy | PolicyError) -> str:
     """What is in force, for the server's log."""
     if isinstance(found, PolicyError):
         return f"Operator's policy: {found}"
-    if found.home:
-        return f"Modular LoRA Guard: in force for every model: {found.home}"
+    if found.one_line:
+        return f"Modular LoRA Guard: in force for every model: {found.one_line}"
     return f"Operator's policy: in force, {found.sha256}{', attached to every model' if found.attaches else ''}"
 
 
@@ -209,14 +211,20 @@ def on_prompt(said: Any) -> Any:
             return said
         install()
         _heed_attached(policy)
-        wrong = _too_much(said["prompt"])
+        wrong = _too_much(said["prompt"]) or _nobodys(policy, said["prompt"])
         refusals = wrong or graphs.check(said["prompt"], node_info.by_name(), policy, node_info.Files(policy))
         said = said | {"prompt_id": said.get("prompt_id") or str(uuid.uuid4()), "prompt": _plain(said["prompt"])}
+        said |= tenants.ticket(policy, said)
     except Exception as error:  # a prompt that cannot be checked is not run
         install()
         why = str(error) if isinstance(error, GuardError) else f"cannot be checked ({type(error).__name__}: {error})"
         refusals = (Refusal(*_first(said["prompt"]), "policy", why.rstrip("."), "tell the operator"),)
     return _refused(said, policy, refusals) if refusals else said
+
+
+def _nobodys(policy: OperatorPolicy, prompt: Any) -> tuple[Refusal, ...]:
+    """A refusal of a prompt of which nobody says whose it is, where the policy asks."""
+    return (Refusal(*_first(prompt), *tenants.NOBODYS),) if tenants.unknown(policy) else ()
 
 
 def _too_much(prompt: Any) -> tuple[Refusal, ...]:
@@ -399,6 +407,8 @@ def _check_node(
 
     Returns ANY_MODEL for an open training or audit, and the inputs with what the policy puts there (attached, gated).
     """
+    if tenants.unknown(policy):
+        raise RefusedError(*tenants.NOBODYS)
     said, names = node_info.facts(kind), node_info.names(kind) or [kind.__name__]
     refusals = [refusal for name in names if (refusal := graphs.check_type(unique_id, name, said, policy))]
     denied = next((one for one in refusals if one.rule != "nodes.allow"), None)
@@ -474,18 +484,19 @@ def _sampling(original: Callable) -> Callable:
         if guarded:
             policies.check_run(policy, self.model_patcher.guard_record(self.original_conds))
         token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
+        began = time.monotonic()
         try:
             output = original(self, *args, **kwargs)
         finally:
             said = texts.stop(collecting)
             _evaluating.reset(token)
-        _end(self.model_patcher, guarded, said)
+        _end(self.model_patcher, guarded, said, time.monotonic() - began)
         return output
 
     return sample
 
 
-def _end(patcher: Any, guarded: bool, said: texts.Texts | None) -> None:
+def _end(patcher: Any, guarded: bool, said: texts.Texts | None, seconds: float) -> None:
     """After a run: it must satisfy the policy of now too, and stand in the record before anybody has its latents."""
     if (policy := policies.current()) is None:
         return
@@ -496,7 +507,7 @@ def _end(patcher: Any, guarded: bool, said: texts.Texts | None) -> None:
     elif policy.guard.required and not attached.is_exempt(policy, patcher):
         what = "the policy asks for a guard since this run began"
         raise RefusedError("guard.required", what, "queue it again, guarded")
-    policies.record_run(policy, run, base, said if policy.record.prompts else None)
+    policies.record_run(policy, run, base, said if policy.record.prompts else None, seconds)
 
 
 def _evaluation(original: Callable) -> Callable:
@@ -517,13 +528,14 @@ def _evaluation(original: Callable) -> Callable:
 
 
 def _executing(original: Callable) -> Callable:
-    """Around every prompt as it runs: its lines carry an id that nobody has chosen."""
+    """Around every prompt as it runs: its lines carry an id that nobody has chosen, and whose it is."""
 
-    async def execute_async(self, *args, **kwargs):
-        token = policies.execution.set(uuid.uuid4().hex)
+    async def execute_async(self, prompt, prompt_id, extra_data=None, *args, **kwargs):
+        token, whose = policies.execution.set(uuid.uuid4().hex), policies.tenant.set(tenants.of(extra_data))
         try:
-            return await original(self, *args, **kwargs)
+            return await original(self, prompt, prompt_id, extra_data or {}, *args, **kwargs)
         finally:
+            policies.tenant.reset(whose)
             policies.execution.reset(token)
 
     return execute_async
@@ -531,6 +543,7 @@ def _executing(original: Callable) -> Callable:
 
 _WRAPPED = (
     _Wrapped(lambda: _execution().PromptExecutor, "execute_async", _executing),
+    _Wrapped(lambda: _execution().PromptQueue, "get", idle.between),
     _Wrapped(_execution, "get_output_data", _node),
     _Wrapped(lambda: comfy.samplers.CFGGuider, "sample", _sampling),
     _Wrapped(lambda: comfy.model_base.BaseModel, "apply_model", _evaluation),

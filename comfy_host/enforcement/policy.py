@@ -12,8 +12,9 @@ import logging
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ...gate.finding import Detector
-from ...gate.gate import Outcome
+from ...gate.gate import Outcome, Second
 from ...gate.settings import Settings
 from ...modular_lora.errors import GuardError, LoraFileError
 from ...modular_lora.files.cache import kept_lora
@@ -43,12 +44,17 @@ from ..model_folders import SAFETY_FOLDERS
 PROTECTED = "modular_lora"
 UNREAD = "record_unread_policy"  # of refusals under a policy that was never readable: its key cannot sign their record
 MOST = 4096  # of files and gates that are remembered
+# Variables of the environment that say where the policy is, as the server was started: its file's path, or its text.
+FILE_VARIABLE, TEXT_VARIABLE = "MODULAR_LORA_POLICY_FILE", "MODULAR_LORA_POLICY"
+STARTED = {name: os.environ.get(name, "") for name in (FILE_VARIABLE, TEXT_VARIABLE)}
+MOST_TENANTS = 1024  # whose policies are kept
 MOST_WAITING = 1000  # lines that wait for the record; further ones are counted
 
 log = logging.getLogger("modular_lora")
 
 
 _watched: dict[Path, policies.Watched] = {}
+_tenants: Cache[tuple[str, str], OperatorPolicy] = Cache(MOST_TENANTS)  # by the policy's state and the tenant
 _records: dict[tuple, Record] = {}  # the one in use
 _paths: Cache[str, Path] = Cache(MOST)  # SHA-256 of a LoRA -> its file
 # file, SHA-256, key, states of file, signature and key, day -> why it does not hold, or ""
@@ -61,6 +67,9 @@ _writing: list[threading.Thread] = []
 _lines: dict[tuple, home.Home | None] = {}  # variable, file, its state -> the line; the last
 _homes: Cache[tuple, OperatorPolicy] = Cache(4)  # line, SHA-256 of its files -> what it asks for
 execution: contextvars.ContextVar[str] = contextvars.ContextVar("modular_lora_execution", default="")  # server's own id
+tenant: contextvars.ContextVar[str] = contextvars.ContextVar("modular_lora_tenant", default="")  # whose prompt this is
+Listener = Callable[["OperatorPolicy | None", str, Mapping[str, Any]], None]
+listeners: list[Listener] = []  # are told each line of the record: its policy, kind and fields; must not raise or wait
 _last: list = []  # what the record last said of the policy
 _lock = threading.RLock()
 
@@ -72,14 +81,33 @@ def folder() -> Path:
 
 
 def current() -> OperatorPolicy | None:
-    """The policy in force, what a person at home has set where there is none, or None.
+    """The policy in force for the tenant whose prompt runs; without one what a person at home has set, or None.
 
     Raises PolicyError where it cannot be told: sample nothing.
     """
-    path = folder() / policies.FILE
-    watched = _watched.get(path) or _watched.setdefault(path, policies.Watched(path))
-    found = watched.current()
-    return _at_home(path.parent) if found is None else found
+    found = _watch().current()
+    if found is None:
+        return _at_home(folder())
+    if not found.tenants.header:
+        return found
+    key = found.state, tenant.get()
+    return _tenants.get(key) or _tenants.put(key, found.for_tenant(key[1]))
+
+
+def _watch() -> policies.Watched:
+    """Where the policy is: in the pack's folder, or where the server's environment says. Raises PolicyError."""
+    place = folder()
+    own, given = place / policies.FILE, [name for name, value in STARTED.items() if value]
+    if len(given) + (bool(given) and os.path.lexists(own)) > 1:
+        several = " and ".join([*given, str(own)] if os.path.lexists(own) else given)
+        raise PolicyError(f"there is more than one policy: {several}: take away all but one.", code="policy.two")
+    if not given:
+        path, read = own, policies.load
+    elif given == [FILE_VARIABLE]:
+        path, read = Path(STARTED[FILE_VARIABLE]).absolute(), partial(policies.load, home=place)
+    else:
+        path, read = place / TEXT_VARIABLE, partial(policies.load_text, STARTED[TEXT_VARIABLE])
+    return _watched.get(path) or _watched.setdefault(path, policies.Watched(path, read))
 
 
 def _at_home(place: Path) -> OperatorPolicy | None:
@@ -131,7 +159,7 @@ def fingerprint() -> str:
         found = current()
     except PolicyError as error:
         return str(error)
-    return found.state if found else ""
+    return f"{found.state} {found.tenant}" if found else ""
 
 
 def unsigned(path: Path, sha256: str, key: str, policy: OperatorPolicy) -> str:
@@ -249,26 +277,36 @@ def tightened(settings: Settings, detector: Detector) -> Settings:
     return settings if policy is None else rules.tightened(policy.gate, settings, detector)
 
 
-def check_gate(settings: Settings, settings_sha256: str, detector: Detector) -> None:
+def check_gate(settings: Settings, settings_sha256: str, detector: Detector, second: Second | None = None) -> None:
     """RefusedError for a gate that is looser than the policy; pictures that others judged may leave."""
     if (policy := current()) is None:
         return
-    rules.check_gate(policy.gate, settings, detector)
+    rules.check_gate(policy.gate, settings, detector, second)
     _gates.put((detector.sha256, settings_sha256, policy.state), True)
 
 
-def record_gate(settings_sha256: str, detector: Detector, outcome: Outcome) -> None:
-    """A line of what a gate found, where a policy is in force."""
+def record_gate(
+    settings_sha256: str, detector: Detector, outcome: Outcome, seconds: float, kept: Sequence[str]
+) -> None:
+    """A line of what a gate found in how many seconds, where a policy is in force; ``kept``: files for a person."""
     if (policy := current()) is None:
         return
     said = {"detector": detector.name, "detector_sha256": detector.sha256, "settings_sha256": settings_sha256}
-    record(policy, "gate", **said, flags=list(outcome.flags), changed=list(outcome.changed))
+    labels = dict(Counter(label for found in outcome.blocked for label in found))  # label -> images
+    flags, changed = list(outcome.flags), list(outcome.changed)
+    answers, overruled = list(outcome.answers), sum(map(bool, outcome.overruled))
+    found = {"flags": flags, "changed": changed, "answers": answers, "labels": labels, "not_confirmed": overruled}
+    record(policy, "gate", **said, **found, kept=list(kept), seconds=round(seconds, 3))
 
 
 def record_run(
-    policy: OperatorPolicy, run: Attestation | None, base: Sequence[str], texts: tuple[tuple[str, ...], int] | None
+    policy: OperatorPolicy,
+    run: Attestation | None,
+    base: Sequence[str],
+    texts: tuple[tuple[str, ...], int] | None,
+    seconds: float,
 ) -> None:
-    """A line of one sampling run; ``run`` None: the policy asks for no guard, and there was none.
+    """A line of one sampling run of ``seconds``; ``run`` None: the policy asks for no guard, and there was none.
 
     ``base``: SHA-256 of the files that the diffusion model was made of, where the policy names bases. ``texts``: those
     of the embeddings that it used, and how many rows of these have none that is known.
@@ -279,7 +317,7 @@ def record_run(
     known, unknown = texts or ((), 0)
     more = {"rows_without_known_text": unknown} if texts is not None else {}
     more |= {"base_files": list(base)} if base else {}
-    record(policy, "run", prompts=known, attestation=said, **more)
+    record(policy, "run", prompts=known, attestation=said, seconds=round(seconds, 3), **more)
 
 
 def record(policy: OperatorPolicy | None, kind: str, **fields: Any) -> None:
@@ -292,10 +330,22 @@ def record(policy: OperatorPolicy | None, kind: str, **fields: Any) -> None:
     where = {"prompt_id": context.prompt_id, "node": context.node_id} if context else {}
     if own := execution.get():
         where["execution"] = own
+    if whose := tenant.get():
+        where["tenant"] = whose
+    said = where | fields
+    if kind == "refused":  # it stays refused, whether or not its line can be written
+        _tell(policy, kind, said)
     with _lock:
         write_waiting()
         notice(policy)
-        _book(policy).append(kind, policy=policy.sha256 if policy else "", **(where | fields))
+        _book(policy).append(kind, policy=policy.sha256 if policy else "", **said)
+    if kind != "refused":
+        _tell(policy, kind, said)
+
+
+def _tell(policy: OperatorPolicy | None, kind: str, said: Mapping[str, Any]) -> None:
+    for listener in listeners:
+        listener(policy, kind, said)
 
 
 def record_later(policy: OperatorPolicy | None, rule: str, **fields: Any) -> None:
@@ -304,8 +354,12 @@ def record_later(policy: OperatorPolicy | None, rule: str, **fields: Any) -> Non
     It is written before any line of `record` that comes after it, and before the process ends. Where it cannot be
     written, no run is recorded, and so none goes on, until it is.
     """
+    said = {"rule": rule, **fields}
+    if whose := tenant.get():
+        said["tenant"] = whose
+    _tell(policy, "refused", said)
     if len(_waiting) < MOST_WAITING:
-        _waiting.append((policy.sha256 if policy else "", "refused", {"rule": rule, **fields}))
+        _waiting.append((policy.sha256 if policy else "", "refused", said))
     else:
         _beyond[rule] += 1
     with _writer:

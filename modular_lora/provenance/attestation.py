@@ -43,6 +43,8 @@ class GateRecord:
     flagged: bool
     changed: bool
     source_sha256: str  # content hash of the picture that was judged
+    answer: str = ""  # "pass", "review" (to a person) or "block"
+    second: str = ""  # the detector that had to confirm what the first flagged; "" where there was none
 
 
 class Found(NamedTuple):

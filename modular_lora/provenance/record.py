@@ -29,7 +29,7 @@ from . import keys
 START = "0" * 64  # what the first line names as the line before
 HEAD, LOCK = "head.json", "record.lock"
 PURPOSE = "record head"
-KINDS = ("policy", "run", "opened", "gate", "refused", "recovered")
+KINDS = ("policy", "run", "opened", "gate", "refused", "ready", "recovered")
 OWN = ("n", "time", "kind", "previous")
 LINE_LIMIT = 2**20  # bytes
 MOST_LINES = 2**63  # a number beyond is no line's

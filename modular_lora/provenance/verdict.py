@@ -13,7 +13,7 @@ from .ledger import EDITED, Known
 VERSION = 1
 BRIEF = {  # what is left of a verdict where it must not tell more: no name, hash, label, score or sentence
     "": ("version", "image", "attested", "status", "withheld", "file"),
-    "gate": ("flagged", "changed", "action"),
+    "gate": ("flagged", "answer", "changed", "action"),
     "refusal": ("rule", "code"),
 }
 
@@ -117,7 +117,9 @@ def _gate(gate: GateRecord, known: Known) -> Json:
         "detector_sha256": gate.detector_sha256,
         "settings_sha256": gate.settings_sha256,
         "action": gate.action,
+        "second": gate.second,
         "flagged": gate.flagged,
+        "answer": gate.answer,
         "changed": gate.changed,
         "findings": [one._asdict() for one in known.found],
     }

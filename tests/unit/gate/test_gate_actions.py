@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.gate import detectors, nudenet
+from modular_lora_guard.gate.class_lines import with_classes, with_threshold
 from modular_lora_guard.gate.finding import Box, Finding
-from modular_lora_guard.gate.gate import run
+from modular_lora_guard.gate.gate import Second, run
 from modular_lora_guard.gate.report import format_gate, to_json
 from modular_lora_guard.gate.settings import ACTIONS, GROWTH, Settings, defaults, load, save
 from modular_lora_guard.modular_lora.errors import GuardError
 from support.errors import refuses
 from support.portraits import floats, portrait
+from support.told_detector import Told
 
 CHANGING = [action for action in ACTIONS if action not in ("report", "block")]
 LOCAL = ["blur", "pixelate", "box", "ellipse"]
-
-
-@dataclass
-class Told:
-    """A detector that says what it is told to, picture by picture."""
-
-    findings: list[Finding]
-    has_boxes: bool = True
-    name: str = "told 1.0"
-    sha256: str = "0" * 64
-    licence: str = "none"
-    labels: tuple[str, ...] = ("a", "b")
-    exclusive: tuple[str, ...] = ()
-    covers: str = "a and b"
-    blind_to: str = "c"
-    block: dict = field(default_factory=lambda: {"a": 0.5})
-    report: dict = field(default_factory=lambda: {"b": 0.3})
-    device: str = "CPUExecutionProvider"
-    notes: tuple[str, ...] = ("execution provider XExecutionProvider is unavailable",)
-
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
-        return self.findings
 
 
 def boxed(*boxes: Box) -> Finding:
@@ -281,6 +261,7 @@ def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
         "growth": {"a": 1.5},
         "action": "box",
         "cells": 6,
+        "review": {},
     }
     assert said["detector"]["name"] == "told 1.0"
     assert [p["flagged"] for p in said["pictures"]] == [False, True]
@@ -352,7 +333,7 @@ def test_whole_numbers_stay_whole_so_that_the_hash_of_a_preset_stays(tmp_path: P
     path = tmp_path / "p.json"
     path.write_text('{"block": {"a": 1}, "growth": {"a": 2}}', encoding="utf-8")
     said = json.dumps(asdict(load(path, Told([]))))
-    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6}'
+    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6, "review": {}}'
 
 
 texts = st.text(max_size=6)
@@ -395,3 +376,76 @@ def test_nudenets_defaults_block_the_five_exposed_parts_and_report_the_rest() ->
     }
     assert set(chosen.block.values()) == {0.45}
     assert set(chosen.report) == set(nudenet.LABELS) - set(chosen.block)
+
+
+def scored(a: float, b: float = 0.0) -> Finding:
+    return Finding({"a": a, "b": b})
+
+
+REVIEWED = Settings({"a": 0.8}, {}, {}, "blur", review={"a": 0.2, "b": 0.6})
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_a_picture_is_blocked_or_for_a_person_or_passes(a: float, b: float) -> None:
+    shown = pictures(1)
+    outcome = run(shown, Told([scored(a, b)], has_boxes=False), REVIEWED)
+    wanted = "block" if a >= 0.8 else "review" if a >= 0.2 or b >= 0.6 else "pass"
+    assert outcome.answers == (wanted,)
+    assert outcome.flags == outcome.changed == (wanted != "pass",)
+    acted = (*(["a"] if a >= 0.2 else []), *(["b"] if b >= 0.6 else []))
+    assert sorted(outcome.blocked[0]) == sorted(acted)
+
+
+@given(st.lists(st.tuples(*(st.sampled_from([0.1, 0.5, 0.9]),) * 2), min_size=1, max_size=5))
+def test_the_milder_of_two_detectors_holds_and_the_second_sees_only_what_the_first_flags(
+    scores: list[tuple[float, float]],
+) -> None:
+    shown = pictures(len(scores))
+    asked: list[np.ndarray] = []
+
+    class Asked(Told):
+        def detect(self, pictures: np.ndarray) -> list[Finding]:
+            asked.append(pictures)
+            return self.findings
+
+    order = {0.1: "pass", 0.5: "review", 0.9: "block"}
+    hits = [i for i, (first, _) in enumerate(scores) if first > 0.1]
+    second = Second(Asked([scored(scores[i][1]) for i in hits], has_boxes=False), REVIEWED)
+    outcome = run(shown, Told([scored(first) for first, _ in scores], has_boxes=False), REVIEWED, second=second)
+    assert outcome.answers == tuple(order[min(pair)] for pair in scores)
+    assert outcome.flags == tuple(min(pair) > 0.1 for pair in scores)
+    assert outcome.overruled == tuple(("a",) * (first > 0.1 and other == 0.1) for first, other in scores)
+    for i, flag in enumerate(outcome.flags):
+        assert np.array_equal(outcome.pictures[i], shown[i]) is not flag
+    assert [len(some) for some in asked] == [len(hits)] * bool(hits)
+    for some in asked:
+        assert np.array_equal(some, shown[hits])
+
+
+def test_the_report_says_what_a_second_detector_did_not_confirm_and_what_a_person_decides() -> None:
+    first, second = Told([scored(0.9), scored(0.5), scored(0.9)]), Told([scored(0.1), scored(0.9), scored(0.9)])
+    confirming = Second(second, REVIEWED)
+    outcome = run(pictures(3), first, REVIEWED, second=confirming)
+    assert outcome.answers == ("pass", "review", "block")
+    said = format_gate(outcome, first, REVIEWED, confirming)
+    assert said.splitlines()[0] == (
+        "2 of 3 images flagged, blurred; 1 passed; 1 of those flagged for a person to decide; "
+        "1 passed as the second detector did not confirm the first"
+    )
+    assert "must be confirmed by" in said
+    answers = [
+        (one["answer"], one["not_confirmed"]) for one in json.loads(to_json(outcome, first, REVIEWED))["pictures"]
+    ]
+    assert answers == [("pass", ["a"]), ("review", []), ("block", [])]
+
+
+def test_a_label_for_a_person_is_written_as_a_line_and_must_lie_below_its_block() -> None:
+    detector = Told([])
+    chosen = with_classes(Settings({"a": 0.8}), detector, "a review 0.2\nb review 0.6")
+    assert (chosen.block, chosen.review) == ({"a": 0.8}, {"a": 0.2, "b": 0.6})
+    chosen.check(detector)
+    assert with_threshold(chosen, 0.4).review == {}
+    with refuses("gate.review-threshold", "a", "0.8"):
+        Settings({"a": 0.8}, review={"a": 0.8}).check(detector)
+    with refuses("gate.class-line", "a review"):
+        with_classes(chosen, detector, "a review")
