@@ -190,6 +190,14 @@ class DropInClipMixin(GuardedClipMixin):
         state = self.patcher.guard_state
         return Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
 
+    def encode_from_tokens_scheduled(self, *args, **kwargs):
+        """As CLIP's: no hook acts on it (`HookedMixin.add_hook_patches`), so one embedding is right for every step."""
+        scheduled, self.use_clip_schedule = self.use_clip_schedule, False
+        try:
+            return super(GuardedClipMixin, self).encode_from_tokens_scheduled(*args, **kwargs)
+        finally:
+            self.use_clip_schedule = scheduled
+
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         state = self.patcher.guard_state
         if not state.part.layers:  # nothing acts on it

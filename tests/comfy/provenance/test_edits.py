@@ -115,6 +115,30 @@ def test_a_node_that_nobody_vouches_for_launders_nothing(comfy, run_graph, loras
     assert comfy.ledger.known(made["decoded"][0][0]).through == ("LoadBeside",)
 
 
+class Pipe:
+    """As a detailer's pipe: what it gives has the prompt in it beside what it made of an image."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), "positive": ("CONDITIONING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE", "PIPE"), "run", "test"
+
+    def run(self, image, positive):
+        return image * 0.5, (image, positive)
+
+
+def test_a_prompt_that_went_beside_a_guarded_image_says_nothing_of_other_images(
+    comfy, run_graph, loras, status, monkeypatch
+):
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Pipe", Pipe)
+    graph = sources()
+    graph["pipe"] = node("Pipe", image=["decode", 0], positive=["pos", 0])
+    show(graph, "show", ["pipe", 0])
+    assert status(run_graph(graph)["pipe"][0], "image") == ["passed through Pipe: not vouched for"]
+    graph["plain"] = sampler(["ckpt", 0])
+    graph["decoded"] = decode(["plain", 0], "VAEDecode")
+    show(graph, "show2", ["decoded", 0])
+    assert status(run_graph(graph)["decoded"][0], "image") == ["not guarded"]
+
+
 def test_a_class_of_another_pack_under_a_listed_name_is_not_vouched_for(comfy, run_graph, loras, status, monkeypatch):
     beside = comfy.nodes.NODE_CLASS_MAPPINGS["LoadBeside"]
     kind = type("Replaced", (beside,), {"INPUT_TYPES": classmethod(lambda cls: {"required": {"image": ("IMAGE",)}})})
