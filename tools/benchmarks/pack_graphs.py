@@ -573,7 +573,34 @@ def _(graph: Graph) -> None:
     graph["save"]["inputs"]["images"] = ["stitch", 0]
 
 
-# Images that come out
+# Images that come out, alone or in a batch with one from outside
+
+
+RESIZED = (
+    ("ComfyUI-KJNodes", "Image Resize v2", "ImageResizeKJv2", {"keep_proportion": "stretch", "device": "cpu"}),
+    ("ComfyUI_essentials", "Image Resize", "ImageResize+", {}),
+    ("rgthree-comfy", "Image Resize", "Image Resize (rgthree)", {}),
+    ("was-node-suite-comfyui", "Image Resize", "Image Resize", {"mode": "rescale", "resampling": "bicubic"}),
+)
+
+
+def resize(kind: str, inputs: dict[str, Any]) -> Callable[[Graph], None]:
+    def change(graph: Graph) -> None:
+        task(graph)
+        outside(graph)
+        image(graph, kind, **inputs if "mode" in inputs else inputs | {"width": 96, "height": 96})
+        graph["batch"] = node("ImageBatch", image1=["decode", 0], image2=["outside", 0])
+        graph["edit"]["inputs"]["image"] = ["batch", 0]
+
+    return change
+
+
+def outside(graph: Graph) -> None:
+    graph["outside"] = node("EmptyImage", width=SIDE, height=SIDE, batch_size=1, color=0x884422)
+
+
+for _pack, _name, _kind, _inputs in RESIZED:
+    use(_pack, f"{_name} of the image and one from outside")(resize(_kind, _inputs))
 
 
 @use("ComfyUI-KJNodes", "Image Resize v2, Image Concatenate")
@@ -584,7 +611,23 @@ def _(graph: Graph) -> None:
     graph["save"]["inputs"]["images"] = ["joined", 0]
 
 
+@use("ComfyUI-KJNodes", "Image Concatenate with an image from outside")
+def _(graph: Graph) -> None:
+    task(graph)
+    outside(graph)
+    image(graph, "ImageConcanate", "image1", image2=["outside", 0], match_image_size=True)
+
+
 @use("ComfyUI-Custom-Scripts", "Constrain Image")
 def _(graph: Graph) -> None:
     task(graph)
     image(graph, "ConstrainImage|pysssss", "images", max_width=48, max_height=48)
+
+
+@use("ComfyUI-Custom-Scripts", "Constrain Image of an image from outside")
+def _(graph: Graph) -> None:
+    task(graph)
+    outside(graph)
+    image(graph, "ConstrainImage|pysssss", "images", max_width=48, max_height=48)
+    graph["both"] = node("ImageBatch", image1=["decode", 0], image2=["outside", 0])
+    graph["edit"]["inputs"]["images"] = ["both", 0]

@@ -150,6 +150,39 @@ def test_a_class_of_another_pack_under_a_listed_name_is_not_vouched_for(comfy, r
     assert status(run_graph(graph)["replaced"][0], "image") == ["passed through ImageFlip: not vouched for"]
 
 
+class Halved:
+    """Of another pack: an honest edit."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    def run(self, image):
+        return (image[:, ::2, ::2],)
+
+
+class Other(Halved):
+    """Another class that goes by the same name."""
+
+
+def test_another_packs_class_is_vouched_for_while_its_source_is_the_one_that_was_tried(
+    comfy, run_graph, loras, status, monkeypatch
+):
+    pack_edits = importlib.import_module("modular_lora_guard.comfy_host.pack_edits")
+    monkeypatch.setitem(pack_edits.SOURCES, "Halved", (pack_edits.source_sha256(Halved),))
+    graph = sources()
+    graph["halved"] = node("Halved", image=["decode", 0])
+    graph["outside2"] = node("Halved", image=["outside", 0])
+    show(graph, "show", ["halved", 0])
+    show(graph, "show2", ["outside2", 0])
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Halved", Halved)
+    made = run_graph(graph)
+    assert status(made["halved"][0], "image") == ["guarded; edited: Halved"]
+    assert status(made["outside2"][0], "image") == ["not guarded"]
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Halved", Other)
+    graph["decode"]["inputs"]["samples"] = ["sample2", 0]
+    assert status(run_graph(graph)["halved"][0], "image") == ["passed through Halved: not vouched for"]
+
+
 def test_what_ran_before_keeps_what_is_known_of_it(run_graph, loras, status):
     graph = sources()
     graph["edit"] = edit("ImageRotate", {"image": ["decode", 0]})
