@@ -110,6 +110,7 @@ class DropInMixin(HookedMixin):
 
     def guard_on(self, clone) -> None:
         _drop_in(clone, self.guard_side, self.guard_shared, self.guard_added, self.guard_built)
+        clone.guard_hooked = dict(self.guard_hooked)  # loaders of AnimateDiff-Evolved register a hook on the model
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""

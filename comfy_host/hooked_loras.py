@@ -42,7 +42,7 @@ class HookedMixin(GuardMixin):
 
     guard_side: Side
     guard_added: tuple[Added, ...]
-    guard_hooked: dict[Any, Added]  # by hook; noted anew at the beginning of each run
+    guard_hooked: dict[Any, Added]  # by hook; what conditionings bring is noted anew at the beginning of each run
     _guard_sets: dict[Acting, _Set]  # of the latest run
     _guard_acting: Acting
 
@@ -53,6 +53,7 @@ class HookedMixin(GuardMixin):
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_hook_patches; errors as of add_patches. A CLIP takes hooks that have nothing for it."""
         taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
+        self.hook_patches[hook.hook_ref] = {}  # registered, with nothing for ComfyUI to merge
         if self.guard_side.is_text:
             if entries and strength_patch:
                 raise GuardError(

@@ -97,6 +97,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("hooked_loras.py:HookedMixin", _RUN, f"{_PATCHER}.add_hook_patches", f"{_PATCHER}.patch_hooks"),
     *_touches("hooked_loras.py:HookedMixin", _RUN, f"{_PATCHER}.current_hooks", "comfy.hooks.HookGroup.get_type"),
     *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),
+    *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.encode_from_tokens_scheduled"),
     *_touches("bound_vae.py:BoundVaeMixin", _RUN, "comfy.sd.VAE.decode", "comfy.sd.VAE.decode_tiled"),
     *_touches("origins.py:register", _RUN, "comfy.utils.load_torch_file"),
     *_touches("conditioning.py:CARRYING", _RUN, "nodes.NODE_CLASS_MAPPINGS"),

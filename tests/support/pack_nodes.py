@@ -87,6 +87,13 @@ def idle_first(model, positive, negative, noise: float):
     return ({"samples": made},)
 
 
+def registered_hook(model, clip, lora_name: str, strength: float):
+    """A LoRA hook that is registered on MODEL and CLIP at once, as AnimateDiff-Evolved's Register LoRA Hook."""
+    import comfy.hooks
+
+    return comfy.hooks.load_hook_lora_for_models(model, clip, _file(lora_name), strength, strength)
+
+
 def control_net(model, size: float):
     """A ControlNet for this very model, with random weights."""
     from comfy import ops
@@ -130,6 +137,16 @@ NODES = {
     "PackOneNode": _node(one_node, "IMAGE", model="MODEL", clip="CLIP", vae="VAE", text="STRING", tiled="BOOLEAN"),
     "PackIdleFirst": _node(
         idle_first, "LATENT", model="MODEL", positive="CONDITIONING", negative="CONDITIONING", noise="FLOAT"
+    ),
+    "PackRegisteredHook": _node(
+        registered_hook,
+        "MODEL",
+        "CLIP",
+        "HOOKS",
+        model="MODEL",
+        clip="CLIP",
+        lora_name="STRING",
+        strength="FLOAT",
     ),
     "PackControlNet": _node(control_net, "CONTROL_NET", model="MODEL", size="FLOAT"),
     "PackWholeWeights": _node(whole_weights, "MODEL", model="MODEL", strength="FLOAT"),

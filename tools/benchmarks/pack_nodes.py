@@ -54,6 +54,10 @@ class TrialUpscaleModel:
     scale, model = 2, torch.nn.Identity()
 
     def run(self):
+        from comfy.model_patcher import ModelPatcher
+
+        cpu = torch.device("cpu")
+        self.patcher = ModelPatcher(self.model, load_device=cpu, offload_device=cpu)  # 0.33.0 asks for it
         return (self,)
 
     def to(self, _):

@@ -436,6 +436,22 @@ def test_a_hook_on_the_clip_that_leaves_the_text_encoder_alone_acts_on_the_model
     assert run.loras[-1].block_weights == "by a hook, 0.2 to 0.8 where it acts"
 
 
+def registered(lora: str) -> dict:
+    graph = hooked()
+    both = {"model": ["lora0", 0], "clip": ["lora0", 1]}
+    graph["hook"] = node("PackRegisteredHook", **both, lora_name=lora, strength=0.8)
+    graph["pos_hooked"]["inputs"]["hooks"] = ["hook", 2]
+    graph["pos"]["inputs"]["clip"] = ["hook", 1]
+    graph["sample"]["inputs"]["model"] = ["hook", 0]
+    return graph
+
+
+def test_a_pack_that_registers_a_hook_on_the_model_itself(judged, run_graph):
+    (run,) = judged(registered(TASK))
+    assert tasks(run) == [(OTHER, 0.4, 0.0, False), (TASK, 0.8, 0.0, False)]
+    refused(run_graph, guarded(registered("task_te.safetensors")), "model.hooks", "PackRegisteredHook")
+
+
 def test_a_model_as_a_lora_hook_and_hooks_of_the_text_encoder_are_refused_by_name(run_graph):
     graph = guarded(hooked())
     graph["hook"] = node("CreateHookModelAsLora", ckpt_name="world.safetensors", strength_model=1.0, strength_clip=0.0)
