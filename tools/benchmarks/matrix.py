@@ -1,4 +1,4 @@
-"""Writes docs/figures/formats.json and families.json from a run of the tests that try every format and every family.
+"""Writes docs/figures/formats.json, families.json and templates.json from a run of the tests that try each of these.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -23,6 +23,7 @@ TESTS = (
     "tests/comfy/guard/test_families.py",
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
+TESTS += ("tests/comfy/guard/test_drop_in_templates.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 
 

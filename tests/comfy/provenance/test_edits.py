@@ -179,8 +179,9 @@ def test_another_packs_class_is_vouched_for_while_its_source_is_the_one_that_was
     assert status(made["halved"][0], "image") == ["guarded; edited: Halved"]
     assert status(made["outside2"][0], "image") == ["not guarded"]
     monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Halved", Other)
-    graph["decode"]["inputs"]["samples"] = ["sample2", 0]
-    assert status(run_graph(graph)["halved"][0], "image") == ["passed through Halved: not vouched for"]
+    graph["other"] = node("Halved", image=["decode2", 0])  # ComfyUI keeps the object of a node that it has run
+    show(graph, "show3", ["other", 0])
+    assert status(run_graph(graph)["other"][0], "image") == ["passed through Halved: not vouched for"]
 
 
 def test_what_ran_before_keeps_what_is_known_of_it(run_graph, loras, status):
