@@ -576,10 +576,16 @@ def _(graph: Graph) -> None:
 # Images that come out, alone or in a batch with one from outside
 
 
+SQUARE = {"width": 96, "height": 96}
 RESIZED = (
-    ("ComfyUI-KJNodes", "Image Resize v2", "ImageResizeKJv2", {"keep_proportion": "stretch", "device": "cpu"}),
-    ("ComfyUI_essentials", "Image Resize", "ImageResize+", {}),
-    ("rgthree-comfy", "Image Resize", "Image Resize (rgthree)", {}),
+    (
+        "ComfyUI-KJNodes",
+        "Image Resize v2",
+        "ImageResizeKJv2",
+        {"keep_proportion": "stretch", "device": "cpu", **SQUARE},
+    ),
+    ("ComfyUI_essentials", "Image Resize", "ImageResize+", SQUARE),
+    ("rgthree-comfy", "Image Resize", "Image Resize (rgthree)", {"width": 80, "height": 80}),
     ("was-node-suite-comfyui", "Image Resize", "Image Resize", {"mode": "rescale", "resampling": "bicubic"}),
 )
 
@@ -588,7 +594,7 @@ def resize(kind: str, inputs: dict[str, Any]) -> Callable[[Graph], None]:
     def change(graph: Graph) -> None:
         task(graph)
         outside(graph)
-        image(graph, kind, **inputs if "mode" in inputs else inputs | {"width": 96, "height": 96})
+        image(graph, kind, **inputs)
         graph["batch"] = node("ImageBatch", image1=["decode", 0], image2=["outside", 0])
         graph["edit"]["inputs"]["image"] = ["batch", 0]
 
