@@ -4,9 +4,10 @@
 
 PACKS is a folder with checkouts of the packs, each under the name that the file's rows begin with, and PYTHON an
 interpreter that has what ComfyUI and the packs ask for. All packs go into one server's custom_nodes.
-Every graph of pack_graphs.py is run with *Guard* in it, and with the safety LoRA merged by ComfyUI's own loader in
-that place. A row says what Save Image's file tells of the image (`result`), and by how many of 255 levels it differs
-from the merge's at most (`levels`); where the guarded run failed, why, unless the graph fails by itself.
+Every graph of pack_graphs.py is run with *Guard* in it, with the safety LoRA merged by ComfyUI's own loader in that
+place, and as it is. A row says what Save Image's file tells of the image (`result`), by how many of 255 levels it differs
+from the merge's at most (`levels`), and by how many that of the graph without the safety LoRA does (`without`); where
+the guarded run failed, why, unless the graph fails by itself.
 """
 
 from __future__ import annotations
@@ -86,8 +87,13 @@ def outcome(client: Client, case: Case, info: dict[str, Any], safety: str) -> di
     except ClientError as error:
         return {"result": _failed(client, case, info, error)}
     merge = run(client, completed(pack_graphs.merged(case, safety), info))
+    alone = run(client, completed(case.graph, info))
     said = ", ".join(dict.fromkeys(ours.said))
-    return {"result": said, "levels": int(np.abs(ours.images.astype(int) - merge.images.astype(int)).max())}
+    return {"result": said, "levels": _levels(ours, merge), "without": _levels(alone, merge)}
+
+
+def _levels(one: Run, other: Run) -> int:
+    return int(np.abs(one.images.astype(int) - other.images.astype(int)).max())
 
 
 def _failed(client: Client, case: Case, info: dict[str, Any], error: ClientError) -> str:
