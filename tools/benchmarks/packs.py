@@ -5,9 +5,9 @@
 PACKS is a folder with checkouts of the packs, each under the name that the file's rows begin with, and PYTHON an
 interpreter that has what ComfyUI and the packs ask for. All packs go into one server's custom_nodes.
 Every graph of pack_graphs.py is run with *Guard* in it, with the safety LoRA merged by ComfyUI's own loader in that
-place, and as it is. A row says what Save Image's file tells of the image (`result`), by how many of 255 levels it differs
-from the merge's at most (`levels`), and by how many that of the graph without the safety LoRA does (`without`); where
-the guarded run failed, why, unless the graph fails by itself.
+place, and as it is. A row says what Save Image's file tells of the image (`result`), by how many of 255 levels it
+differs from the merge's at most (`levels`), and by how many that of the graph without the safety LoRA does (`without`);
+where the guarded run failed, why, unless the graph fails by itself.
 """
 
 from __future__ import annotations
