@@ -103,10 +103,9 @@ def follow(node: str, vouched: bool, given: Sequence[Sequence[Row]], made: Itera
     if not any(one.known for one in every) and not (vouched and all(one.runs is not None for one in every)):
         return
     whole = combined(every, node) if vouched else passed(every, node)
-    same = {row for batch in given for row in batch}  # what comes out as it went in is what it was
     for batch in made:
         each = vouched and len(sources) == 1 and len(sources[0]) == len(batch)  # image i of image i
-        for number, row in ((n, one) for n, one in enumerate(batch) if one not in same):
+        for number, row in enumerate(batch):
             _remember(row, combined(sources[0][number : number + 1], node) if each else whole)
 
 

@@ -576,15 +576,15 @@ def _(graph: Graph) -> None:
 # Images that come out, alone or in a batch with one from outside
 
 
-SQUARE = {"width": 96, "height": 96}
+# in sizes that differ: what is known of an image is known by its content
 RESIZED = (
     (
         "ComfyUI-KJNodes",
         "Image Resize v2",
         "ImageResizeKJv2",
-        {"keep_proportion": "stretch", "device": "cpu", **SQUARE},
+        {"keep_proportion": "stretch", "device": "cpu", "width": 96, "height": 96},
     ),
-    ("ComfyUI_essentials", "Image Resize", "ImageResize+", SQUARE),
+    ("ComfyUI_essentials", "Image Resize", "ImageResize+", {"width": 88, "height": 88}),
     ("rgthree-comfy", "Image Resize", "Image Resize (rgthree)", {"width": 80, "height": 80}),
     ("was-node-suite-comfyui", "Image Resize", "Image Resize", {"mode": "rescale", "resampling": "bicubic"}),
 )

@@ -184,16 +184,6 @@ def test_another_packs_class_is_vouched_for_while_its_source_is_the_one_that_was
     assert status(run_graph(graph)["other"][0], "image") == ["passed through Halved: not vouched for"]
 
 
-def test_what_comes_out_as_it_went_in_is_what_it_was(run_graph, loras, status):
-    """As of 0.33's Save Image, which hands its batch on."""
-    graph = sources()
-    graph["outside"]["inputs"]["seed"] = 9
-    graph["batch"] = node("ImageBatch", image1=["decode", 0], image2=["outside", 0])
-    graph["same"] = node("AnyPass", value=["batch", 0])
-    show(graph, "show", ["same", 0])
-    assert status(run_graph(graph)["same"][0], "image") == ["guarded", "not guarded"]
-
-
 def test_what_ran_before_keeps_what_is_known_of_it(run_graph, loras, status):
     graph = sources()
     graph["edit"] = edit("ImageRotate", {"image": ["decode", 0]})
