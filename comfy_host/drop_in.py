@@ -123,6 +123,7 @@ class DropInMixin(HookedMixin):
 
     def guard_on(self, clone) -> None:
         _drop_in(clone, self.guard_side, self.guard_shared, self.guard_added, self.guard_built)
+        clone.guard_hooked = dict(self.guard_hooked)  # loaders of AnimateDiff-Evolved register a hook on the model
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""
@@ -202,6 +203,14 @@ class DropInClipMixin(GuardedClipMixin):
         """What is noted of the embeddings that it makes."""
         state = self.patcher.guard_state
         return Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
+
+    def encode_from_tokens_scheduled(self, *args, **kwargs):
+        """As CLIP's: no hook acts on it (`HookedMixin.add_hook_patches`), so one embedding is right for every step."""
+        scheduled, self.use_clip_schedule = self.use_clip_schedule, False
+        try:
+            return super(GuardedClipMixin, self).encode_from_tokens_scheduled(*args, **kwargs)
+        finally:
+            self.use_clip_schedule = scheduled
 
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         state = self.patcher.guard_state

@@ -15,7 +15,7 @@ from typing import Any
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import edits
 from ..modular_lora.provenance.edits import Row
-from . import running, told, weightings
+from . import pack_edits, running, told, weightings
 from .enforcement import node_info
 from .enforcement import policy as policies
 from .pictures import pictures
@@ -102,6 +102,7 @@ def _node(original: Callable) -> Callable:
         kind = type(obj)
         name = _name(prompt, unique_id, kind)
         facts = node_info.facts(kind)
+        edits_only = name in EDITS if facts.core else pack_edits.vouched(name, kind)
         given = [rows for some in input_data_all.values() for value in some for rows in _rows(value) if facts.outputs]
         if facts.is_output and (name in told.OURS or not facts.ours):  # not what a gate takes out
             found = told.note(prompt, unique_id, name, input_data_all)
@@ -111,7 +112,7 @@ def _node(original: Callable) -> Callable:
 
         def after(outputs: Any) -> None:
             if not facts.ours:  # ours remember themselves what they sample, decode and judge
-                edits.follow(name, facts.core and name in EDITS, given, _rows(outputs))
+                edits.follow(name, edits_only, given, _rows(outputs))
 
         outputs, _, expands, later = made
         if later:  # what a coroutine encodes is not watched, and stays as it is known

@@ -42,7 +42,7 @@ class HookedMixin(GuardMixin):
 
     guard_side: Side
     guard_added: tuple[Added, ...]
-    guard_hooked: dict[Any, Added]  # by hook; noted anew at the beginning of each run
+    guard_hooked: dict[Any, Added]  # by hook; what conditionings bring is noted anew at the beginning of each run
     _guard_sets: dict[Acting, _Set]  # of the latest run
     _guard_acting: Acting
 
@@ -51,14 +51,19 @@ class HookedMixin(GuardMixin):
         raise NotImplementedError
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        """As ModelPatcher.add_hook_patches; errors as of add_patches."""
-        if self.guard_side.is_text:
-            raise GuardError(
-                "A guarded CLIP cannot take a LoRA hook (add_hook_patches): remove the hook.", code="model.hooks"
-            )
+        """As ModelPatcher.add_hook_patches; errors as of add_patches. A CLIP takes hooks that have nothing for it."""
         taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
-        if (added := lifting.handed(self.guard_side, self.guard_added, entries, alone=False)) is not None:
+        if self.guard_side.is_text and entries and strength_patch:
+            raise GuardError(
+                f"A guarded CLIP cannot take a LoRA hook that changes it ({len(entries)} weights, first of "
+                f"{next(iter(entries))}): set the hook's strength_clip to 0, or connect the hook to conditionings "
+                "instead.",
+                code="model.hooks",
+            )
+        own = {} if self.guard_side.is_text else entries
+        if (added := lifting.handed(self.guard_side, self.guard_added, own, alone=False)) is not None:
             self.guard_hooked[hook.hook_ref] = added
+        self.hook_patches[hook.hook_ref] = {}  # registered, with nothing for ComfyUI to merge
         return taken
 
     def guard_begin(self, run: GuardedRun | None = None) -> GuardedRun:

@@ -510,7 +510,7 @@ def _check_clean(patcher, patches: frozenset[str], what: str, beside: str = _BES
     replaced = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
     found = {
         "a LoRA or merge in its weights": frozenset(patcher.patches) != patches,
-        "a LoRA hook": bool(patcher.hook_patches),
+        "a LoRA hook": any(patcher.hook_patches.values()),
         "another loader's injections (bypass LoRA)": any(patcher.injections.values()),
         "a weight wrapper": bool(patcher.weight_wrapper_patches),
         "a replaced diffusion_model": bool(replaced),

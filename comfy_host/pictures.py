@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..modular_lora.provenance.edits import Kind
+from .patcher import ENCODED
 
 CONTAINERS = (list, tuple, Mapping)
 
@@ -16,7 +17,8 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
     """Every image, latent and mask in a value: a batch each.
 
     ComfyUI tells them apart by form: a latent lies in a mapping under "samples", an image is b h w c, a mask has fewer
-    dimensions. The frames of a video are images.
+    dimensions. The frames of a video are images. What a text encoder made has a mask's form and is none: prompts are
+    the same in many graphs.
     """
     waiting, seen = [value], {}  # what was seen is kept, as the place of what is gone is given to the next
     while waiting:
@@ -29,11 +31,19 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
             if isinstance(one, Mapping):
                 if isinstance(samples := one.get("samples"), torch.Tensor) or getattr(samples, "is_nested", False):
                     yield "latent", samples
-                waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask"))
+                waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask", *ENCODED))
+            elif _is_conditioning(one):
+                waiting.append(one[1])
             else:
                 waiting.extend(one)
         elif is_video(one):
             waiting.append(one.get_components().images)
+
+
+def _is_conditioning(value: Any) -> bool:
+    """One entry of ComfyUI's CONDITIONING: a text encoder's output, b n c, and what belongs to it."""
+    pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], Mapping)
+    return pair and isinstance(value[0], torch.Tensor) and value[0].ndim == 3
 
 
 def is_video(value: Any) -> bool:

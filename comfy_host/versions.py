@@ -105,6 +105,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("drop_in.py:_bare", _OLDER, f"{_PATCHER}.remove_wrappers_with_key"),
     *_touches("enforcement/attached.py:_had_guard", _OLDER, f"{_PATCHER}.get_wrappers"),
     *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),
+    *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.encode_from_tokens_scheduled"),
     *_touches("bound_vae.py:BoundVaeMixin", _RUN, "comfy.sd.VAE.decode", "comfy.sd.VAE.decode_tiled"),
     *_touches("origins.py:register", _RUN, "comfy.utils.load_torch_file"),
     *_touches("conditioning.py:CARRYING", _RUN, "nodes.NODE_CLASS_MAPPINGS"),

@@ -88,6 +88,27 @@ def one_node(model, clip, vae, text: str, tiled: bool):
     return (vae.decode_tiled(made, tile_x=8, tile_y=8, overlap=2) if tiled else vae.decode(made),)
 
 
+def idle_first(model, positive, negative, noise: float):
+    """Samples with a sampler that does nothing, as RES4LYF does to load the model, and then in earnest."""
+    import comfy.sample
+    import comfy.samplers
+
+    latent = torch.zeros(1, 4, 8, 8)
+    given = torch.randn(latent.shape, generator=torch.Generator().manual_seed(SEED)) * noise
+    idle = comfy.samplers.KSAMPLER(lambda model, x, sigmas, **_: x)
+    comfy.sample.sample_custom(model, given, CFG, idle, torch.linspace(1, 0, 4), negative, negative, latent)
+    start, conds = comfy.sample.prepare_noise(latent, SEED, None), (positive, negative)
+    made = comfy.sample.sample(model, start, STEPS, CFG, "euler", "normal", *conds, latent, denoise=1.0, seed=SEED)
+    return ({"samples": made},)
+
+
+def registered_hook(model, clip, lora_name: str, strength: float):
+    """A LoRA hook that is registered on MODEL and CLIP at once, as AnimateDiff-Evolved's Register LoRA Hook."""
+    import comfy.hooks
+
+    return comfy.hooks.load_hook_lora_for_models(model, clip, _file(lora_name), strength, strength)
+
+
 def control_net(model, size: float):
     """A ControlNet for this very model, with random weights."""
     from comfy import ops
@@ -234,6 +255,19 @@ NODES = {
     ),
     "PackScalingLoader": _node(scaling_loader, "MODEL", model="MODEL", lora_name="STRING", factor="FLOAT"),
     "PackOneNode": _node(one_node, "IMAGE", model="MODEL", clip="CLIP", vae="VAE", text="STRING", tiled="BOOLEAN"),
+    "PackIdleFirst": _node(
+        idle_first, "LATENT", model="MODEL", positive="CONDITIONING", negative="CONDITIONING", noise="FLOAT"
+    ),
+    "PackRegisteredHook": _node(
+        registered_hook,
+        "MODEL",
+        "CLIP",
+        "HOOKS",
+        model="MODEL",
+        clip="CLIP",
+        lora_name="STRING",
+        strength="FLOAT",
+    ),
     "PackControlNet": _node(control_net, "CONTROL_NET", model="MODEL", size="FLOAT"),
     "PackWholeWeights": _node(whole_weights, "MODEL", model="MODEL", strength="FLOAT"),
     "PackOwnClone": _node(own_clone, "MODEL", model="MODEL"),

@@ -1,4 +1,4 @@
-"""Writes docs/figures/formats.json, families.json and training_families.json from the tests that try all of them.
+"""Writes formats, families, templates and training_families.json of docs/figures from a run of the tests that try each.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -24,6 +24,7 @@ TESTS = (
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
 TESTS += ("tests/comfy/training/test_training_every_family.py",)
+TESTS += ("tests/comfy/guard/test_drop_in_templates.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 
 

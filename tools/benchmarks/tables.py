@@ -20,7 +20,7 @@ DOCS = FOLDER.parent
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
 COLUMNS = (
     *("name", "combinations", "files_least", "concept_least", "kept_least", "magnitude_most"),
-    *("value", "ratio", "interval", "status", "max_error", "test"),
+    *("value", "ratio", "interval", "status", "max_error", "test", "commit", "result", "levels", "without"),
 )
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 

@@ -156,6 +156,22 @@ def test_sampler_custom_advanced(judged):
     assert judged(graph)[0].status == "guarded"
 
 
+def idle_first(noise: float) -> dict:
+    graph = ordinary((TASK, 0.7))
+    given = {"model": ["lora0", 0], "positive": ["pos", 0], "negative": ["neg", 0]}
+    graph["sample"] = node("PackIdleFirst", **given, noise=noise)
+    return graph
+
+
+def test_a_pack_that_first_samples_nothing_at_all(judged):
+    (run,) = judged(idle_first(0.0))
+    assert (run.status, run.evaluations > 0) == ("guarded", True)
+
+
+def test_what_the_guarded_model_had_no_part_in_is_refused_where_a_picture_may_be_in_it(run_graph):
+    refused(run_graph, guarded(idle_first(1.0)), "run.never-evaluated", "PackIdleFirst")
+
+
 def test_a_controlnet(judged):
     graph = ordinary((TASK, 0.7))
     graph["hint"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x3366CC)
@@ -399,15 +415,45 @@ def test_the_worst_step_of_a_hook_decides(comfy, run_graph, loras):
     assert run_graph(guarded(ordinary()))["decode"][0] is not None  # nothing of it is left on the layers
 
 
-def test_a_model_as_a_lora_hook_and_hooks_on_the_clip_are_refused_by_name(run_graph):
+def on_clip(graph: dict, schedule: bool, lora: str, strength_clip: float) -> dict:
+    """The same hook by Set CLIP Hooks, as prompt-control's scheduled LoRAs are."""
+    graph["hook"]["inputs"] |= {"lora_name": lora, "strength_clip": strength_clip}
+    hooks = graph["pos_hooked"]["inputs"]["hooks"]
+    given = {"clip": ["lora0", 1], "hooks": hooks, "apply_to_conds": True, "schedule_clip": schedule}
+    graph["clip_hooks"] = node("SetClipHooks", **given)
+    graph["pos"]["inputs"]["clip"] = ["clip_hooks", 0]
+    graph["sample"]["inputs"]["positive"] = ["pos", 0]
+    return graph
+
+
+@pytest.mark.parametrize(("lora", "strength_clip"), [(TASK, 0.8), ("task_te.safetensors", 0.0)])
+def test_a_hook_on_the_clip_that_leaves_the_text_encoder_alone_acts_on_the_model(judged, lora, strength_clip):
+    (run,) = judged(on_clip(hooked(keyframes=((1.0, 0.0), (0.25, 0.5))), True, lora, strength_clip))
+    assert run.status == "guarded"
+    assert run.loras[-1].block_weights == "by a hook, 0.2 to 0.8 where it acts"
+
+
+def registered(lora: str) -> dict:
+    graph = hooked()
+    both = {"model": ["lora0", 0], "clip": ["lora0", 1]}
+    graph["hook"] = node("PackRegisteredHook", **both, lora_name=lora, strength=0.8)
+    graph["pos_hooked"]["inputs"]["hooks"] = ["hook", 2]
+    graph["pos"]["inputs"]["clip"] = ["hook", 1]
+    graph["sample"]["inputs"]["model"] = ["hook", 0]
+    return graph
+
+
+def test_a_pack_that_registers_a_hook_on_the_model_itself(judged, run_graph):
+    (run,) = judged(registered(TASK))
+    assert tasks(run) == [(OTHER, 0.4, 0.0, False), (TASK, 0.8, 0.0, False)]
+    refused(run_graph, guarded(registered("task_te.safetensors")), "model.hooks", "PackRegisteredHook")
+
+
+def test_a_model_as_a_lora_hook_and_hooks_of_the_text_encoder_are_refused_by_name(run_graph):
     graph = guarded(hooked())
     graph["hook"] = node("CreateHookModelAsLora", ckpt_name="world.safetensors", strength_model=1.0, strength_clip=0.0)
     refused(run_graph, graph, "model.not-kept", "KSampler")
-    graph = guarded(hooked())
-    graph["clip_hooks"] = node(
-        "SetClipHooks", clip=["lora0", 1], hooks=["hook", 0], apply_to_conds=True, schedule_clip=False
-    )
-    graph["pos"]["inputs"]["clip"] = ["clip_hooks", 0]
+    graph = guarded(on_clip(hooked(), False, "task_te.safetensors", 0.5))
     refused(run_graph, graph, "model.hooks", "SetClipHooks")
 
 

@@ -115,6 +115,30 @@ def test_a_node_that_nobody_vouches_for_launders_nothing(comfy, run_graph, loras
     assert comfy.ledger.known(made["decoded"][0][0]).through == ("LoadBeside",)
 
 
+class Pipe:
+    """As a detailer's pipe: what it gives has the prompt in it beside what it made of an image."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), "positive": ("CONDITIONING",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE", "PIPE"), "run", "test"
+
+    def run(self, image, positive):
+        return image * 0.5, (image, positive)
+
+
+def test_a_prompt_that_went_beside_a_guarded_image_says_nothing_of_other_images(
+    comfy, run_graph, loras, status, monkeypatch
+):
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Pipe", Pipe)
+    graph = sources()
+    graph["pipe"] = node("Pipe", image=["decode", 0], positive=["pos", 0])
+    show(graph, "show", ["pipe", 0])
+    assert status(run_graph(graph)["pipe"][0], "image") == ["passed through Pipe: not vouched for"]
+    graph["plain"] = sampler(["ckpt", 0])
+    graph["decoded"] = decode(["plain", 0], "VAEDecode")
+    show(graph, "show2", ["decoded", 0])
+    assert status(run_graph(graph)["decoded"][0], "image") == ["not guarded"]
+
+
 def test_a_class_of_another_pack_under_a_listed_name_is_not_vouched_for(comfy, run_graph, loras, status, monkeypatch):
     beside = comfy.nodes.NODE_CLASS_MAPPINGS["LoadBeside"]
     kind = type("Replaced", (beside,), {"INPUT_TYPES": classmethod(lambda cls: {"required": {"image": ("IMAGE",)}})})
@@ -124,6 +148,40 @@ def test_a_class_of_another_pack_under_a_listed_name_is_not_vouched_for(comfy, r
     graph["replaced"] = node("ImageFlip", image=["decode", 0])
     show(graph, "show", ["replaced", 0])
     assert status(run_graph(graph)["replaced"][0], "image") == ["passed through ImageFlip: not vouched for"]
+
+
+class Halved:
+    """Of another pack: an honest edit."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    def run(self, image):
+        return (image[:, ::2, ::2],)
+
+
+class Other(Halved):
+    """Another class that goes by the same name."""
+
+
+def test_another_packs_class_is_vouched_for_while_its_source_is_the_one_that_was_tried(
+    comfy, run_graph, loras, status, monkeypatch
+):
+    pack_edits = importlib.import_module("modular_lora_guard.comfy_host.pack_edits")
+    monkeypatch.setitem(pack_edits.SOURCES, "Halved", (pack_edits.source_sha256(Halved),))
+    graph = sources()
+    graph["halved"] = node("Halved", image=["decode", 0])
+    graph["outside2"] = node("Halved", image=["outside", 0])
+    show(graph, "show", ["halved", 0])
+    show(graph, "show2", ["outside2", 0])
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Halved", Halved)
+    made = run_graph(graph)
+    assert status(made["halved"][0], "image") == ["guarded; edited: Halved"]
+    assert status(made["outside2"][0], "image") == ["not guarded"]
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Halved", Other)
+    graph["other"] = node("Halved", image=["decode2", 0])  # ComfyUI keeps the object of a node that it has run
+    show(graph, "show3", ["other", 0])
+    assert status(run_graph(graph)["other"][0], "image") == ["passed through Halved: not vouched for"]
 
 
 def test_what_ran_before_keeps_what_is_known_of_it(run_graph, loras, status):
