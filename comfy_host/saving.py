@@ -94,7 +94,7 @@ def _in_words(signer: Signer | None, found: Sequence[Known]) -> str:
 
 
 def write(path: Path, image: torch.Tensor, known: Known) -> None:
-    """Write one image (h w c, 0..1) as PNG with its record, signed where the policy has a key, and nothing else in it."""
+    """Write one image (h w c, 0..1) as PNG with its record, signed where the policy has a key, and with no graph."""
     _write(path, _content(image, known, {}, Style(), _Seals(_record_seal(policies.current()))), {})
 
 
