@@ -8,6 +8,7 @@ from ..modular_lora.validation import Place
 
 _HEADER = re.compile(r"^\s*(\[\[?)([^\[\]]+)\]")
 _ASSIGNED = re.compile(r"""^\s*((?:[\w-]+|"[^"\n]*"|'[^'\n]*')(?:\s*\.\s*(?:[\w-]+|"[^"\n]*"|'[^'\n]*'))*)\s*=""")
+_NEXT = re.compile(r"^\s*\[", re.MULTILINE)
 _PART = re.compile(r"""[\w-]+|"[^"\n]*"|'[^'\n]*'""")
 _TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[\[\]{},]|[^\s\[\]{},#"']+""")
 
@@ -69,8 +70,13 @@ def _named(text: str, position: int, name: str) -> int | None:
 
 
 def _end(text: str, position: int) -> int:
-    """Where that value ends: at its last bracket, or with its line."""
+    """Where that value ends: with its last bracket or its line, a table with the next one, the whole with the text."""
+    if not position:
+        return len(text)
     depth, line = 0, (text + "\n").find("\n", position)
+    if _HEADER.match(text[position:line]):
+        following = _NEXT.search(text, line)
+        return following.start() if following else len(text)
     for token in _TOKEN.finditer(text, position):
         if not depth and token.start() > line:
             return line
