@@ -65,6 +65,6 @@ def safety_metadata(
         "modelspec.implementation": naming,
         "modelspec.title": title or "LoRA",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None).isoformat("T", "seconds"),
-        "modelspec.prediction_type": SPEC_PREDICTIONS.get(prediction, ""),
+        "modelspec.prediction_type": SPEC_PREDICTIONS.get(prediction or "", ""),
     }
     return {key: value for key, value in (found | further).items() if value}
