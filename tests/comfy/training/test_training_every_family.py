@@ -89,16 +89,16 @@ def fixed_loss(host_model, data, side) -> tuple[torch.Tensor, torch.Tensor]:
 
 def merged(model, lora):
     """The stock change of every weight: comfy.lora's key map, loader and sum."""
-    import comfy.lora
+    from comfy import lora as stock
 
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(dict(lora.tensors), names, log_missing=False)
+    names = stock.model_lora_keys_unet(model.model, {})
+    patches = stock.load_lora(dict(lora.tensors), names, log_missing=False)
     assert len(patches) == len(lora.layers), "stock ComfyUI loads it whole"
     for key, patch in patches.items():
         path, _, name = key.rpartition(".")
         layer = model.model.get_submodule(path)
         old = layer._parameters[name]
-        weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], old.detach().clone(), key)
+        weight = stock.calculate_weight([(1.0, patch, 1.0, None, None)], old.detach().clone(), key)
         yield layer, name, old, torch.nn.Parameter(weight, requires_grad=False)
 
 
