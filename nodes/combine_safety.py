@@ -58,6 +58,9 @@ class CombineSafetyLoras(io.ComfyNode):
                 ),
                 *option_inputs(CombineOptions, OPTIONS),
                 MORE,
+                SafetySocket.Input(
+                    "more_safety_lora", optional=True, tooltip="Further ones, for instance one that was just made."
+                ),
             ],
             outputs=[
                 SafetySocket.Output(
@@ -74,8 +77,10 @@ class CombineSafetyLoras(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, safety_lora, concept_prompts, more_options="", **values) -> io.NodeOutput:
-        safety = handles(safety_lora, SafetyLora)
+    def execute(
+        cls, model, clip, safety_lora, concept_prompts, more_options="", more_safety_lora=(), **values
+    ) -> io.NodeOutput:
+        safety = (*handles(safety_lora, SafetyLora), *handles(more_safety_lora, SafetyLora))
         ours = {"output_dir": str(work_folder(values["output_name"]))}
         chosen = gathered(CombineOptions, values, more_options, **ours)
         check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
