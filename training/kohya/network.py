@@ -174,6 +174,7 @@ if TYPE_CHECKING:
         lora_name: str
         lora_dim: int
         lora_down: nn.Module
+        lora_up: nn.Module
         scale: float
 
     class _Network(nn.Module):
@@ -282,15 +283,17 @@ def _loras(network: _Network) -> list[_Lora]:
 
 def _downs(lora: _Lora) -> list[nn.Parameter]:
     """The down matrices of one LoRA module; a split qkv layer has several."""
-    downs = lora.lora_down
-    layers = list(downs) if isinstance(downs, nn.ModuleList) else [downs]
+    return _weights(lora.lora_down)
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    layers = list(module) if isinstance(module, nn.ModuleList) else [module]
     return [layer.get_parameter("weight") for layer in layers]
 
 
 def _layer(lora: _Lora) -> LoraLayer:
-    """As far as pairing by name looks at it: the name and the input size."""
-    down = _downs(lora)[0]
-    return LoraLayer(lora.lora_name, down, down, None)
+    """As far as pairing by name looks at it: the name, the input size and the output size."""
+    return LoraLayer(lora.lora_name, _downs(lora)[0], torch.cat(_weights(lora.lora_up)), None)
 
 
 def _text_encoders(text_encoder: Any, architecture: Architecture) -> dict[str, nn.Module | None]:

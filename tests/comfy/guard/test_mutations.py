@@ -109,8 +109,29 @@ def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
     return found
 
 
+def without_empty_hooks(graph: Graph) -> Graph:
+    """The graph without Set CLIP Hooks of no hook, and without those before it, which it takes the place of.
+
+    Behind such a node ComfyUI 0.3.75 samples as if no LoRA were merged into the model: the reference would hold none.
+    """
+    made = copy.deepcopy(graph)
+    while empty := [name for name, one in made.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
+        link = made[empty[0]]["inputs"]["clip"]
+        while made[link[0]]["class_type"] == "SetClipHooks":
+            link = made[link[0]]["inputs"]["clip"]
+        for name, key, _ in [edge for edge in edges(made) if edge[2][0] == empty[0]]:
+            made[name]["inputs"][key] = link
+        del made[empty[0]]
+    return made
+
+
+def _is_empty(node: dict) -> bool:
+    return node["inputs"]["hooks"] == ["no_hook", 0]
+
+
 def reference(graph: Graph, safe: bool) -> Graph:
     """The graph with stock nodes and merged LoRAs; ``safe`` merges the safety LoRAs into every model and CLIP."""
+    graph = without_empty_hooks(graph)
     stock, merged, last = copy.deepcopy(graph), {}, {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
     guards = {name: node for name, node in graph.items() if node["class_type"] == "ModularLoraGuardModel"}
     loaders = chain(graph, next(iter(guards.values())), "safety_lora") if safe else []
