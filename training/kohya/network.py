@@ -293,7 +293,7 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 def _layer(lora: _Lora) -> LoraLayer:
     """As far as pairing by name looks at it: the name, the input size and the output size."""
-    return LoraLayer(lora.lora_name, _downs(lora)[0], torch.cat(_weights(lora.lora_up)), None)
+    return LoraLayer(lora.lora_name, _downs(lora)[0], torch.cat(tuple(_weights(lora.lora_up))), None)
 
 
 def _text_encoders(text_encoder: Any, architecture: Architecture) -> dict[str, nn.Module | None]:
