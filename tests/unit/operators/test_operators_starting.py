@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from modular_lora_guard.modular_lora.provenance import keys, record
+from modular_lora_guard.modular_lora.provenance import credentials, keys, record
 from modular_lora_guard.tools.bootstrap import environment, paths
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,4 +71,4 @@ def test_the_packages_are_named_alike_everywhere() -> None:
     for package in environment.SIGNATURES:
         assert f'"{package}"' in stated
         assert package in tests
-        assert package in keys.PACKAGES
+        assert package in f"{keys.PACKAGES} {credentials.PACKAGE}"
