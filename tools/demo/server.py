@@ -18,6 +18,8 @@ from ..bootstrap.paths import RUN
 from ..bootstrap.process import child_environment, stop, tail
 
 HOST = "127.0.0.1"
+MOST_PORTS = 3  # that are tried where none was asked for
+NOT_BOUND = "error while attempting to bind on address"  # asyncio's words for a port that another program has
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 
@@ -64,10 +66,13 @@ class Server:
         extra: Sequence[str] = (),
     ) -> None:
         self.comfyui, self.python, self.base, self.log = comfyui, python, base, log
-        self.port = port or free_port()
-        self.url = f"http://{HOST}:{self.port}"
-        self.arguments = self._arguments(cpu, extra)
+        self._cpu, self._extra, self._any_port = cpu, tuple(extra), not port
+        self._take(port or free_port())
         self._child: subprocess.Popen[bytes] | None = None
+
+    def _take(self, port: int) -> None:
+        self.port, self.url = port, f"http://{HOST}:{port}"
+        self.arguments = self._arguments(self._cpu, self._extra)
 
     def _arguments(self, cpu: bool, extra: Sequence[str]) -> list[str]:
         known = (self.comfyui / "comfy" / "cli_args.py").read_text(encoding="utf-8")
@@ -84,7 +89,21 @@ class Server:
         return [part for flag, value in wanted.items() if f'"{flag}"' in known for part in (flag, *value)] + list(extra)
 
     def start(self, timeout: float = 600) -> Server:
-        """Start and wait until the server answers."""
+        """Start and wait until the server answers.
+
+        A free port may be lost while ComfyUI starts, as it takes seconds until it listens: then it starts on another.
+        """
+        for _ in range(MOST_PORTS - 1):
+            try:
+                return self._start(timeout)
+            except RunError as error:
+                lost = error.code == "command.port" or NOT_BOUND in tail(self.log)
+                if not (lost and self._any_port):
+                    raise
+                self._take(free_port())
+        return self._start(timeout)
+
+    def _start(self, timeout: float) -> Server:
         ensure_free(self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as sink:

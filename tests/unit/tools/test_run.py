@@ -258,6 +258,54 @@ def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None
         failing.start(timeout=60)
 
 
+BINDING = """
+import asyncio, sys
+from pathlib import Path
+
+async def answer(reader, writer):
+    writer.write(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
+    await writer.drain()
+    writer.close()
+
+async def serve():
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    seen = Path("ports")
+    before = seen.read_text() if seen.exists() else ""
+    seen.write_text(f"{before}{port}\\n")
+    if before.count("\\n") < LOST:  # another program has got it meanwhile
+        other = await asyncio.start_server(answer, "127.0.0.1", port)
+    async with await asyncio.start_server(answer, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+asyncio.run(serve())
+"""
+
+
+def _binding(folder: Path, lost: int, port: int | None = None) -> server.Server:
+    comfy = folder / "ComfyUI/comfy"
+    comfy.mkdir(parents=True)
+    (comfy / "cli_args.py").write_text('parser.add_argument("--port")')
+    (comfy.parent / "main.py").write_text(BINDING.replace("LOST", str(lost)))
+    return server.Server(comfy.parent, sys.executable, folder, log=folder / "log", cpu=True, port=port)
+
+
+def test_a_port_that_another_program_takes_while_the_server_starts_is_left_to_it(tmp_path: Path) -> None:
+    with _binding(tmp_path, lost=1) as started:
+        tried = [int(line) for line in (tmp_path / "ports").read_text().split()]
+        assert len(set(tried)) == 2
+        assert started.port == tried[-1]
+        assert started.url.endswith(f":{tried[-1]}")
+
+
+def test_the_port_that_was_asked_for_is_not_exchanged_and_no_server_is_started_for_ever(tmp_path: Path) -> None:
+    asked = server.free_port()
+    with refuses("command.server-ended", asked):
+        _binding(tmp_path / "asked", lost=9, port=asked).start(timeout=60)
+    with refuses("command.server-ended"):
+        _binding(tmp_path / "any", lost=9).start(timeout=60)
+    assert len((tmp_path / "any" / "ports").read_text().split()) == server.MOST_PORTS
+
+
 def test_a_missing_browser_gives_a_reason_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(browser, "find_chromium", lambda: None)
     monkeypatch.setattr(browser.sys, "platform", "darwin")
