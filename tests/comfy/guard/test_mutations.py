@@ -112,7 +112,8 @@ def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
 def without_empty_hooks(graph: Graph) -> Graph:
     """The graph without Set CLIP Hooks of no hook, and without those before it, which it takes the place of.
 
-    Behind such a node ComfyUI 0.3.75 samples as if no LoRA were merged into the model: the reference would hold none.
+    A CLIP of ComfyUI 0.3.75 encodes nothing behind such a node with schedule_clip, as no hook has no step: a reference
+    could not tell safe from unsafe. A guarded CLIP encodes as without the node.
     """
     made = copy.deepcopy(graph)
     while empty := [name for name, one in made.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
@@ -131,7 +132,6 @@ def _is_empty(node: dict) -> bool:
 
 def reference(graph: Graph, safe: bool) -> Graph:
     """The graph with stock nodes and merged LoRAs; ``safe`` merges the safety LoRAs into every model and CLIP."""
-    graph = without_empty_hooks(graph)
     stock, merged, last = copy.deepcopy(graph), {}, {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
     guards = {name: node for name, node in graph.items() if node["class_type"] == "ModularLoraGuardModel"}
     loaders = chain(graph, next(iter(guards.values())), "safety_lora") if safe else []
@@ -187,6 +187,10 @@ class Judge:
         """What is run."""
         return mutant.graph
 
+    def meant(self, graph: Graph) -> Graph:
+        """The mutated graph of which the merged picture is expected."""
+        return graph
+
     def run(self, mutant: Mutator, seed: int) -> str:
         """What came of a mutated graph: refused by ComfyUI, refused by the guard, attested or unattested."""
         # frames of the last error: where they die later, together with a chain of stock patchers that they hold,
@@ -235,6 +239,7 @@ class Judge:
     def _check(self, graph: Graph, claimed: dict[str, tuple[torch.Tensor, list[bool]]]) -> None:
         """Every picture that is claimed to be guarded is the merged one, and far from the unguarded one."""
         links = [graph[save]["inputs"]["images"] for save in claimed]
+        graph = self.meant(graph)
         safe, unsafe = (self._references(reference(graph, flag), links) for flag in (True, False))
         for k, (save, (pictures, claims)) in enumerate(claimed.items()):
             for i in (i for i, claim in enumerate(claims) if claim):
@@ -259,6 +264,9 @@ class DropInJudge(Judge):
 
     def graph(self, mutant: Mutator) -> Graph:
         return translated(mutant.graph, savers=False)
+
+    def meant(self, graph: Graph) -> Graph:
+        return without_empty_hooks(graph)
 
 
 def preview(link: list) -> dict:
