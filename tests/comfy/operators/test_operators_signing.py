@@ -71,6 +71,7 @@ def test_a_signed_lora_names_its_signer_and_a_renamed_one_too(lora, pair, truste
     assert verify(moved, both, sha256=read_lora(moved).sha256) == "host"
 
 
+@pytest.mark.slow
 def test_the_signature_is_one_that_model_signing_itself_verifies(lora, pair, trusted):
     sign(lora, pair[0], expires=TODAY + DAY)
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(lora), "--signature"]

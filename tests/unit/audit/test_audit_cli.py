@@ -124,6 +124,7 @@ def test_an_audit_finds_what_each_arm_does(made):
     assert "arm projected is left out: no projected file is given" in found.notes
 
 
+@pytest.mark.slow
 def test_every_report_names_what_its_figures_depend_on(made):
     said = run(made).settings
     for name in ("detector", "threshold", "prompts_sha256", "seeds", "sampling", "device", "dtype", "base", "command"):
@@ -133,6 +134,7 @@ def test_every_report_names_what_its_figures_depend_on(made):
     assert said["date"].startswith("20")
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_drawn_again(made):
     first, again = FlatPipeline(), FlatPipeline()
     assert run(made, first).rows == run(made, again).rows
@@ -149,6 +151,7 @@ def words(made: AuditOptions) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_attacks_are_drawn_and_reported(made):
     options = replace(
         made, synonyms=str(words(made)), img2img=(0.5,), inpaint=(1.0,), safety_sweep=(0.5,), project=True
@@ -162,6 +165,7 @@ def test_attacks_are_drawn_and_reported(made):
     assert hits["projected", ""] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no owner-only modes")
 def test_pictures_are_their_owners_alone_and_the_page_shows_guarded_arms(made):
     run(made)
@@ -176,6 +180,7 @@ def test_pictures_are_their_owners_alone_and_the_page_shows_guarded_arms(made):
     assert Image.open(out / "sheets" / "suppressed.jpg").width == every.width
 
 
+@pytest.mark.slow
 def test_the_page_is_made_anew_from_its_files(made, capsys):
     run(made)
     page = Path(made.output_dir) / "index.html"
@@ -187,6 +192,7 @@ def test_the_page_is_made_anew_from_its_files(made, capsys):
     assert json.loads((page.parent / "evidence.json").read_text(encoding="utf-8"))["arms"]["sequential"]["k"] == 4
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_what_is_finished(made):
     class Stop(Lines):
         asked = 0

@@ -181,6 +181,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
             report.read(tmp_path / "report.json")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_any_words_stay_words_on_the_page(text):
@@ -205,6 +206,7 @@ def test_scripts_in_prompts_are_shown_and_not_run():
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", made), "nothing is loaded from elsewhere"
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_again_and_names_every_setting():
     found = build(drawn())
     made = page.render(found, {"suppressed": b"jpeg"})
@@ -225,6 +227,7 @@ def test_plots_are_svg_with_text_as_text_in_the_pages_colour():
         assert plots.INK not in svg
 
 
+@pytest.mark.slow
 def test_of_very_many_concepts_the_first_are_shown_and_it_is_said():
     many = tuple(f"c{i}" for i in range(page.SHOWN + 5))
     made = page.render(build(drawn(arms={"base": 1.0, "safety": 0.0}, concepts=many, count=1)), {})

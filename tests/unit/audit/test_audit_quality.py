@@ -152,6 +152,7 @@ def test_the_clip_score_is_of_each_picture_with_its_own_prompt(tmp_path, tiny_cl
     assert measure(replace(SIZE, clip=str(tiny_clip)), some).quality[0].clip == pytest.approx(np.mean(singles[:-1]))
 
 
+@pytest.mark.slow
 def test_inception_gives_its_last_pooled_layer(tmp_path):
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     from safetensors.torch import save_file

@@ -330,6 +330,7 @@ def test_a_deep_copy_of_a_model_that_was_detached_is_plain(model, x):
     assert not any("forward" in m.__dict__ for m in twin.modules())
 
 
+@pytest.mark.slow
 def test_torch_compile_keeps_one_graph_and_counts_right(model, x):
     pytest.importorskip("torch._dynamo", reason="this torch has no dynamo")
     made = branches(model)
@@ -344,6 +345,7 @@ def test_torch_compile_keeps_one_graph_and_counts_right(model, x):
     assert made.counts() == ({ROOT: 4}, dict.fromkeys(PATHS, 4))
 
 
+@pytest.mark.slow
 def test_a_model_compiled_before_or_while_guarded_gives_the_stock_output_afterwards(model, x):
     pytest.importorskip("torch._dynamo", reason="this torch has no dynamo")
     made, base = branches(model), model(x)

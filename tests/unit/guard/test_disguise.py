@@ -51,6 +51,7 @@ def test_it_is_the_cosine_of_the_dense_changes_over_the_weights_that_both_change
     assert likeness(safety, task) == pytest.approx(float(S @ T / S.norm() / T.norm()), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.1, -0.1, 3.0])
 def test_another_strength_precision_part_or_rank_stays_above_it(strength):
     lora = factors(read_lora(SAFETY[0]))

@@ -238,6 +238,7 @@ def test_text_that_comes_after_the_credentials_makes_them_invalid(tmp_path, root
     refused(Tampered, attested.verify, path, {"service": key.with_suffix(".pub")})
 
 
+@pytest.mark.slow
 def test_without_a_time_stamp_a_certificates_end_ends_what_it_signed(tmp_path, root, key):
     for seconds in (2, 8, 30):  # signing may wait for the machine
         ends = now() + seconds * DAY / 86400

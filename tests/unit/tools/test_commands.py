@@ -75,6 +75,7 @@ def test_help_installs_nothing(name: str, clone: Path) -> None:
     assert not (clone / ".run").exists()
 
 
+@pytest.mark.slow
 def test_the_help_of_every_command_is_the_commands_own_before_anything_is_installed(
     clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +321,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path, other: 
     assert not made.log.exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_was_not_started_by_us_is_never_announced_as_ours(
     tmp_path: Path, other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

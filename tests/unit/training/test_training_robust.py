@@ -60,6 +60,7 @@ def test_only_what_is_erased_is_attacked_and_the_target_stays():
     assert torch.equal(plain._batch(plain._rows(0, 0))[3], robust._batch(robust._rows(0, 0))[3])
 
 
+@pytest.mark.slow
 def test_robust_training_leaves_an_attack_less():
     """Both erase the concept's own embedding; the same attack brings back less of the robust one."""
     left = {}
