@@ -193,6 +193,14 @@ def test_a_clone_that_drops_the_guard_is_not_guarded_again(always, run):
 # Text encoders
 
 
+def test_what_is_attached_puts_the_loras_together_as_the_policy_asks(operator, sha256, run):
+    """The safety LoRA has no calibration, without which task LoRAs cannot give way: the sum would have gone on."""
+    operator.write(attached(sha256, guard='combine = "safety first"'))
+    with refuses("safety-first.no-calibration", SAFETY) as caught:
+        run(ordinary((TASK, 0.7)))
+    assert (caught.value.stage, caught.value.node_type) == ("execution", "KSampler")
+
+
 def test_a_model_and_a_clip_that_were_loaded_apart(operator, sha256, judged):
     safety = "safety_te.safetensors"
     operator.write(attached(sha256, file=safety))
