@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..modular_lora.files.reader import ENDINGS
-from .policy import Gate, Guard, Open, OperatorPolicy, PolicyError, Required
+from .policy import Gate, Guard, Open, OperatorPolicy, PolicyError, Required, beginning, there
 
 FILE = "guard.txt"
 VARIABLE = "MODULAR_LORA_GUARD"
@@ -54,15 +54,9 @@ def read(path: Path, variable: str) -> Home | None:
     """
     if variable.strip():
         return parse(variable, f"the environment variable {VARIABLE}")
-    try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
+    if not there(path):
         return None
-    except OSError as error:
-        raise PolicyError(
-            f"{path}: cannot be read ({error.strerror or error}): mend it.", code="policy.unreadable"
-        ) from error
+    content = beginning(path, MOST_BYTES + 1)
     try:
         text = content.decode("utf-8-sig")
     except ValueError as error:

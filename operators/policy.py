@@ -436,27 +436,32 @@ def load(path: Path, home: Path | None = None) -> OperatorPolicy | None:
         PolicyError: See the module.
     """
     trusted = path.parent / TRUSTED
-    if not _there(path):
-        if home is not None or _there(trusted):
+    if not there(path):
+        if home is not None or there(trusted):
             asks = "the server was started for one" if home is not None else f"{trusted} asks for one"
             raise PolicyError(
                 f"{path.name} is not there, and {asks}: put a policy there, signed where there is a trusted key.",
                 code="policy.missing",
             )
         return None
+    content = beginning(path, MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PolicyError(f"{path}: longer than {MOST_BYTES} bytes: a policy is a short text.", code="policy.too-long")
+    sha256 = hashlib.sha256(content).hexdigest()
+    if signed := there(trusted):
+        _check_signature(path, trusted, sha256)
+    return _taken(parse(content, path), path.parent, home or path.parent, sha256, signed)
+
+
+def beginning(path: Path, most: int) -> bytes:
+    """The first bytes of a file, at most so many. Raises PolicyError."""
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            return file.read(most)
     except OSError as error:
         raise PolicyError(
             f"{path}: cannot be read ({error.strerror or error}): mend it.", code="policy.unreadable"
         ) from error
-    if len(content) > MOST_BYTES:
-        raise PolicyError(f"{path}: longer than {MOST_BYTES} bytes: a policy is a short text.", code="policy.too-long")
-    sha256 = hashlib.sha256(content).hexdigest()
-    if signed := _there(trusted):
-        _check_signature(path, trusted, sha256)
-    return _taken(parse(content, path), path.parent, home or path.parent, sha256, signed)
 
 
 def load_text(text: str, path: Path) -> OperatorPolicy:
@@ -464,7 +469,7 @@ def load_text(text: str, path: Path) -> OperatorPolicy:
 
     Raises PolicyError, also where a trusted key lies there: a text without a file has no signature.
     """
-    if _there(trusted := path.parent / TRUSTED):
+    if there(trusted := path.parent / TRUSTED):
         raise PolicyError(
             f"{path.name} is not accepted: {trusted} asks for a signed policy: put it into a file, with its signature.",
             code="policy.signature",
@@ -531,7 +536,7 @@ def _check_signature(path: Path, trusted: Path, sha256: str) -> None:
         raise PolicyError(f"{path.name} is not accepted: {error}.", code="policy.signature") from error
 
 
-def _there(path: Path) -> bool:
+def there(path: Path) -> bool:
     """Whether anything lies there, a dangling link included. PolicyError where that cannot be told."""
     return _stamp(path) is not None
 

@@ -64,6 +64,7 @@ from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
 from support.graphs import GraphError, keeping_code, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
+from support.pack_nodes import NODES  # noqa: E402
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -325,6 +326,16 @@ def loras(comfy, loaded) -> SimpleNamespace:
     for name, (layers, rank, seed) in made.items():
         save_lora(comfy.loras / name, layers, rank, seed)
     return SimpleNamespace(unet=unet, text=text, folder=comfy.loras)
+
+
+@pytest.fixture(scope="module")
+def packs(comfy, loras) -> Iterator[None]:
+    """Stand-ins for nodes of other packs, and the LoRA files that they load."""
+    before = set(comfy.nodes.NODE_CLASS_MAPPINGS)
+    comfy.nodes.NODE_CLASS_MAPPINGS |= NODES
+    yield
+    for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - before:
+        del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
 
 def _layers(info, prefix: str):

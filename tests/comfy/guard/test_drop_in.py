@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,21 +10,11 @@ from safetensors.torch import load_file, save_file
 from support.drop_in import SAFETY, guarded, merged, ordinary
 from support.errors import refuses
 from support.graphs import GraphError, bits, decode, node, sampler, save_lora
-from support.pack_nodes import NODES
 
+pytestmark = pytest.mark.usefixtures("packs")
 TASK, OTHER = "task.safetensors", "other.safetensors"
 LEVEL = 1 / 255
 BOTH = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packs(comfy, loras) -> Iterator[None]:
-    """The other packs' nodes."""
-    before = set(comfy.nodes.NODE_CLASS_MAPPINGS)
-    comfy.nodes.NODE_CLASS_MAPPINGS |= NODES
-    yield
-    for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - before:
-        del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,8 @@ from support.drop_in import guarded as with_guard
 from support.errors import refuses
 from support.gate_graphs import install_stub
 from support.graphs import GraphError, guarded_graph, node, sampler
-from support.pack_nodes import NODES
 
+pytestmark = pytest.mark.usefixtures("packs")
 TASK, OTHER = "task.safetensors", "other.safetensors"
 LEVEL = 1 / 255
 WORLD = "world.safetensors"
@@ -32,14 +32,6 @@ def ordinary(*loaders: tuple[str, float], **options) -> dict:
 def attached(sha256, more: str = "", file: str = SAFETY, keys: str = "", guard: str = "") -> str:
     one = f'{{sha256 = "{sha256(file)}", file = "{file}", min_net_strength = 0.9{keys}}}'
     return f'[guard]\nattach = "always"\nrequired = [{one}]\n{guard}\n{more}'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packs(comfy, loras) -> Iterator[None]:
-    comfy.nodes.NODE_CLASS_MAPPINGS |= NODES
-    yield
-    for name in NODES:
-        del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,18 +10,10 @@ from support.drop_in import guarded, ordinary
 from support.errors import refuses
 from support.graphs import node
 from support.operator_graphs import required, stopped
-from support.pack_nodes import NODES
 
+pytestmark = pytest.mark.usefixtures("packs")
 TASK, OTHER = "task.safetensors", "other.safetensors"
 NAMED = '[nodes]\npatching = ["PackScalingLoader"]\n'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packs(comfy, loras) -> Iterator[None]:
-    comfy.nodes.NODE_CLASS_MAPPINGS |= NODES
-    yield
-    for name in NODES:
-        del comfy.nodes.NODE_CLASS_MAPPINGS[name]
 
 
 def graph(seed: int, *loaders: tuple[str, float]) -> dict:
