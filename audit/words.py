@@ -33,10 +33,17 @@ def ratio(one: Difference) -> str:
     return value if one.ratio[1] == one.ratio[2] else f"{value} ({low} … {high})"
 
 
+HEAD = ("arm", "cell", "hits", "rate", "bootstrap", "Wilson")
+
+
 def format_report(report: AuditReport) -> str:
     """A few lines for a terminal."""
-    head = f"{'arm':<24} {'cell':<12} {'hits':>12} {'rate':>7}  {'bootstrap':<17}  Wilson"
-    return "\n".join([report.title, head, *map(_line, report.rows), *format_differences(report)])
+    return "\n".join([report.title, *map(_line, rates(report)), *format_differences(report)])
+
+
+def rates(report: AuditReport) -> list[tuple[str, ...]]:
+    """Every arm's rate on every cell and attack, with both intervals; the first row heads the columns."""
+    return [HEAD, *map(_cells, report.rows)]
 
 
 def format_differences(report: AuditReport) -> list[str]:
@@ -51,8 +58,12 @@ def format_differences(report: AuditReport) -> list[str]:
     return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> tuple[str, ...]:
     arm = shown(row.arm) + (f", {row.attack}" if row.attack else "")
     hits = f"{row.wilson.k} / {row.wilson.n}"
-    spans = f"{interval(row.bootstrap):<17}  {interval(row.wilson)}"
-    return f"{arm:<24} {row.cell:<12} {hits:>12} {rate(row.wilson):>7}  {spans}"
+    return arm, row.cell, hits, rate(row.wilson), interval(row.bootstrap), interval(row.wilson)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    arm, cell, hits, share, bootstrap, wilson = cells
+    return f"{arm:<24} {cell:<12} {hits:>12} {share:>7}  {bootstrap:<17}  {wilson}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,3 +37,49 @@ def chart(width: int, height: int, plot: Callable[[Figure], None]) -> Image.Imag
         plot(canvas.figure)
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+SIZES = range(19, 10, -1)  # of a table's letters, in pixels: the largest with which it fits
+EDGE, BETWEEN = 16, 14  # pixels beside a table, and between two of its columns
+
+
+def table(width: int, rows: Sequence[Sequence[str]]) -> Image.Image:
+    """A table as an image of ``width`` pixels: its first column on the left, figures at the right of theirs.
+
+    The first row heads the columns. Of what is too long for the smallest letters the end is shown.
+    """
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    for size in SIZES:
+        font = ImageFont.load_default(size)
+        columns = [max(pen.textlength(row[i], font) for row in rows) for i in range(len(rows[0]))]
+        if sum(columns) + BETWEEN * (len(columns) - 1) <= width - 2 * EDGE:
+            break
+    columns[0] = width - 2 * EDGE - sum(columns[1:]) - BETWEEN * (len(columns) - 1)
+    high = size + 10
+    picture = Image.new("RGB", (width, high * len(rows) + 2 * EDGE), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for number, row in enumerate(rows):
+        y, right = EDGE + number * high, float(EDGE)
+        for i, (text, wide) in enumerate(zip(row, columns, strict=True)):
+            right += wide + BETWEEN * bool(i)
+            said = fitting(pen, text, font, wide)
+            pen.text((right - (pen.textlength(said, font) if i else wide), y), said, fill=INK, font=font)
+    pen.line((EDGE, EDGE + high - 6, width - EDGE, EDGE + high - 6), fill=INK)
+    return picture
+
+
+def fitting(pen: ImageDraw.ImageDraw, text: str, font, width: float) -> str:
+    """The text, or its end, by which layers differ, where the whole is too wide."""
+    if pen.textlength(text, font) <= width:
+        return text
+    while text and pen.textlength(f"…{text}", font) > width:
+        text = text[1:]
+    return f"…{text}"
+
+
+def below(one: Image.Image, other: Image.Image) -> Image.Image:
+    """Two images of one width as one."""
+    both = Image.new("RGB", (one.width, one.height + other.height), PAPER)
+    both.paste(one)
+    both.paste(other, (0, one.height))
+    return both

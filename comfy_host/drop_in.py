@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import comfy.model_management
 import comfy.sd
 import torch
 
@@ -44,7 +46,7 @@ from .bound_vae import bound
 from .control_inputs import widen
 from .enforcement import policy as policies
 from .functional import measured
-from .hooked_loras import HookedMixin
+from .hooked_loras import Acting, HookedMixin
 from .introspection import family, is_current, model_sha256
 from .lifting import Added, Side
 from .memory import MemoryMixin, compute_dtype
@@ -129,10 +131,13 @@ class DropInMixin(HookedMixin):
         """As ModelPatcher.add_patches; gives the keys of ``patches`` that this model has. Errors: lifting.handed."""
         taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
         if (added := lifting.handed(self.guard_side, self.guard_added, entries)) is not None:
-            with self.use_ejected():  # a model that is loaded already gets the new branches
-                self.guard_added = (*self.guard_added, added)
-                self.guard_built = self._guard_seat = None
+            self.guard_add((added,))
         return taken
+
+    def guard_add(self, more: tuple[Added, ...]) -> None:
+        with self.use_ejected():  # a model that is loaded already gets the new branches
+            self.guard_added = (*self.guard_added, *more)
+            self.guard_built = self._guard_seat = None
 
     def guard_with(self, more: tuple[Added, ...]) -> GuardState:
         return _build(self.guard_side, self.guard_shared, (*self.guard_added, *more))
@@ -194,6 +199,8 @@ class DropInClipMixin(GuardedClipMixin):
         return clone
 
     def generate(self, tokens, *args, **kwargs):
+        if acting := self._acting:
+            return self._under(acting).generate(tokens, *args, **kwargs)
         if not self.patcher.guard_state.part.layers:
             return super(GenerateMixin, self).generate(tokens, *args, **kwargs)
         return super().generate(tokens, *args, **kwargs)
@@ -204,15 +211,45 @@ class DropInClipMixin(GuardedClipMixin):
         state = self.patcher.guard_state
         return Encoder(tuple(lora for lora in state.record.loras if lora.role == "task"), state.part.layers)
 
-    def encode_from_tokens_scheduled(self, *args, **kwargs):
-        """As CLIP's: no hook acts on it (`HookedMixin.add_hook_patches`), so one embedding is right for every step."""
-        scheduled, self.use_clip_schedule = self.use_clip_schedule, False
+    @property
+    def _acting(self) -> Acting:
+        """The LoRAs of Set CLIP Hooks that change the text encoder, at the strengths of their keyframes of now."""
+        return self.patcher.guard_acting(self.patcher.forced_hooks)
+
+    def _under(self, acting: Acting):
+        """A clone with these LoRAs and without hooks of its own."""
+        return _clip_of(self, self.patcher.guard_under(acting))
+
+    def encode_from_tokens_scheduled(self, tokens, unprojected=False, add_dict=MappingProxyType({}), show_pbar=True):
+        """As CLIP's. One embedding is right for every step, unless a hook with keyframes acts on the text encoder."""
+        hooks, scheduled = self.patcher.forced_hooks, self.use_clip_schedule
+        if hooks is not None and scheduled and self.patcher.guard_hooked:
+            return self._by_ranges(hooks, tokens, unprojected, add_dict)
+        self.use_clip_schedule = False
         try:
-            return super(GuardedClipMixin, self).encode_from_tokens_scheduled(*args, **kwargs)
+            return super(GuardedClipMixin, self).encode_from_tokens_scheduled(tokens, unprojected, add_dict, show_pbar)
         finally:
             self.use_clip_schedule = scheduled
 
+    def _by_ranges(self, hooks, tokens, unprojected: bool, add_dict) -> list:
+        """An embedding for each range of steps in which keyframes leave the strengths as they are, as CLIP gives it."""
+        made = []
+        hooks.reset()
+        for (start, end), keyframes in hooks.get_hooks_for_clip_schedule():
+            if end < add_dict.get("start_percent", end) or start > add_dict.get("end_percent", start):
+                continue
+            for hook, keyframe in keyframes:
+                hook.hook_keyframe._current_keyframe = keyframe
+            encoded = self._under(self._acting).encode_from_tokens(tokens, "unprojected" if unprojected else True, True)
+            cond = encoded.pop("cond")
+            made.append([cond, encoded | {"clip_start_percent": start, "clip_end_percent": end} | dict(add_dict)])
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        hooks.reset()
+        return made
+
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        if acting := self._acting:
+            return self._under(acting).encode_from_tokens(tokens, return_pooled, return_dict)
         state = self.patcher.guard_state
         if not state.part.layers:  # nothing acts on it
             return super(GuardedClipMixin, self).encode_from_tokens(

@@ -15,7 +15,7 @@ from typing import Any
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance import edits
 from ..modular_lora.provenance.edits import Row
-from . import pack_edits, running, told, weightings
+from . import pack_edits, pack_samplers, running, told, weightings
 from .enforcement import node_info
 from .enforcement import policy as policies
 from .pictures import pictures
@@ -103,16 +103,22 @@ def _node(original: Callable) -> Callable:
         name = _name(prompt, unique_id, kind)
         facts = node_info.facts(kind)
         edits_only = name in EDITS if facts.core else pack_edits.vouched(name, kind)
+        samples = pack_samplers.vouched(name, kind, input_data_all)
         given = [rows for some in input_data_all.values() for value in some for rows in _rows(value) if facts.outputs]
         if facts.is_output and (name in told.OURS or not facts.ours):  # not what a gate takes out
             found = told.note(prompt, unique_id, name, input_data_all)
             input_data_all, kwargs = told.with_entry(found, name, facts, input_data_all, kwargs)
-        with weightings.watching(name, facts, input_data_all) as texts:
-            made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+        inside = edits.Inside([edits.source(row) for rows in given for row in rows]) if samples else None
+        token = running.inside.set(inside)
+        try:
+            with weightings.watching(name, facts, input_data_all) as texts:
+                made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
+        finally:
+            running.inside.reset(token)
 
         def after(outputs: Any) -> None:
             if not facts.ours:  # ours remember themselves what they sample, decode and judge
-                edits.follow(name, edits_only, given, _rows(outputs))
+                edits.follow(name, edits_only or samples, given, _rows(outputs), inside.ran if inside else ())
 
         outputs, _, expands, later = made
         if later:  # what a coroutine encodes is not watched, and stays as it is known

@@ -1,9 +1,10 @@
-"""LoRA weight hooks (Create Hook LoRA, with keyframes) on a guarded MODEL: branches for some conditionings and steps.
+"""LoRA weight hooks (Create Hook LoRA, with keyframes): branches for some conditionings and steps.
 
 ComfyUI merges a hook's LoRA into the weights before an evaluation of the conditionings that carry it, and takes it out
 again (ModelPatcher.add_hook_patches, patch_hooks). Here each combination of hooks, at the strengths that keyframes give
 them at that step, is a guard of its own: built, checked and judged by its net strength like any other, so that the
-worst step decides, and put onto the layers for these evaluations.
+worst step decides, and put onto the layers for these evaluations. On a CLIP (Set CLIP Hooks) it encodes the prompt with
+its hooks, once, or once for every range of steps that keyframes give them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any, TypeAlias
 import comfy.hooks
 
 from ..modular_lora.branches.attachment import Attachment
-from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import TaskLora
 from ..modular_lora.provenance.attestation import Attestation, LoraRecord
 from . import lifting
@@ -50,17 +50,14 @@ class HookedMixin(GuardMixin):
         """The guard with further LoRAs beside those that were put onto this clone."""
         raise NotImplementedError
 
+    def guard_add(self, more: tuple[Added, ...]) -> None:
+        """Put further LoRAs onto this clone."""
+        raise NotImplementedError
+
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
-        """As ModelPatcher.add_hook_patches; errors as of add_patches. A CLIP takes hooks that have nothing for it."""
+        """As ModelPatcher.add_hook_patches; errors as of add_patches."""
         taken, entries = lifting.entries_of(self.model, patches, strength_patch, strength_model)
-        if self.guard_side.is_text and entries and strength_patch:
-            raise GuardError(
-                f"A guarded CLIP cannot take a LoRA hook that changes it ({len(entries)} weights, first of "
-                f"{next(iter(entries))}): set the hook's strength_clip to 0, or connect the hook to conditionings "
-                "instead.",
-                code="model.hooks",
-            )
-        own = {} if self.guard_side.is_text else entries
+        own = {} if self.guard_side.is_text and not strength_patch else entries
         if (added := lifting.handed(self.guard_side, self.guard_added, own, alone=False)) is not None:
             self.guard_hooked[hook.hook_ref] = added
         self.hook_patches[hook.hook_ref] = {}  # registered, with nothing for ComfyUI to merge
@@ -72,11 +69,26 @@ class HookedMixin(GuardMixin):
         return begun
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None):
-        """The LoRAs of these hooks act in the evaluations that follow, at the strengths of now; None: no hook's."""
-        weights = hooks.get_type(comfy.hooks.EnumHookType.Weight) if hooks is not None else ()
-        wanted = tuple((hook.hook_ref, float(hook.strength)) for hook in weights if hook.hook_ref in self.guard_hooked)
-        self._guard_act(tuple(one for one in wanted if one[1] != 0))
+        """The LoRAs of these hooks act in the evaluations that follow, at the strengths of now; None: no hook's.
+
+        On a text encoder they act in the clone that encodes (`guard_under`).
+        """
+        if not self.guard_side.is_text:
+            self._guard_act(self.guard_acting(hooks))
         self.current_hooks = hooks
+
+    def guard_acting(self, hooks: comfy.hooks.HookGroup | None) -> Acting:
+        """The LoRAs of these hooks that act now, and their strengths."""
+        weights = hooks.get_type(comfy.hooks.EnumHookType.Weight) if hooks is not None else ()
+        wanted = ((hook.hook_ref, float(hook.strength)) for hook in weights if hook.hook_ref in self.guard_hooked)
+        return tuple(one for one in wanted if one[1] != 0)
+
+    def guard_under(self, acting: Acting):
+        """A clone on which the LoRAs of these hooks act as those of loaders do, and no hook."""
+        clone = self.clone()
+        clone.guard_add(self._guard_of(acting))
+        clone.forced_hooks, clone.guard_hooked = None, {}
+        return clone
 
     def _guard_act(self, wanted: Acting) -> None:
         if self.guard_run is None or not self.guard_run.running or wanted == self._guard_acting:
@@ -95,12 +107,15 @@ class HookedMixin(GuardMixin):
         self._guard_acting = wanted
 
     def _guard_set(self, wanted: Acting) -> _Set:
-        more = tuple(_scaled(self.guard_hooked[ref], strength) for ref, strength in wanted)
+        more = self._guard_of(wanted)
         state, main = self.guard_with(more), self.guard_run
         seat = Attachment(self.model, state.part.branches)
         same = {"steps": main.steps, "images": main.images, "content": main.content, "shares": main.shares}
         run = GuardedRun(seat, may_be_empty=True, **same)
         return _Set(run, state, tuple(one.task for one in more))
+
+    def _guard_of(self, acting: Acting) -> tuple[Added, ...]:
+        return tuple(_scaled(self.guard_hooked[ref], strength) for ref, strength in acting)
 
     def cleanup(self):
         if self.guard_run is not None:
@@ -130,7 +145,8 @@ class HookedMixin(GuardMixin):
 
 def _scaled(added: Added, strength: float) -> Added:
     """A hook's LoRA at the strength of its keyframe."""
-    task = replace(added.task, strength_model=added.task.strength_model * strength)
+    task = added.task
+    task = replace(task, strength_model=task.strength_model * strength, strength_clip=task.strength_clip * strength)
     found = tuple(replace(one, strength=one.strength * strength) for one in added.found)
     return Added(found, task, added.load)
 

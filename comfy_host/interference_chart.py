@@ -9,10 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..modular_lora.guard.interference import Interference
-from .charts import INK, PAPER
+from .charts import EDGE, INK, PAPER, fitting
 
 MOST = 10  # layers: a node shows the picture at about half its size, and no more of them could be read
-WIDTH, EDGE, TEXT, BAR, ROW = 640, 16, 19, 12, 46  # pixels
+WIDTH, TEXT, BAR, ROW = 640, 19, 12, 46  # pixels
 GRID, NEGATIVE, POSITIVE = "#d2d2cd", "#c83c32", "#3278be"
 
 
@@ -40,14 +40,14 @@ def draw(name: str, result: Interference) -> Image.Image:
         f"net strength {result.net_strength:.3f}, mean cosine {result.mean_cosine:+.4f}",
         f"{many}: net strength, cosine from -1 to +1",
     )):  # fmt: skip
-        pen.text((EDGE, EDGE + i * (TEXT + 8)), _fitting(pen, line, font, WIDTH - 2 * EDGE), fill=INK, font=font)
+        pen.text((EDGE, EDGE + i * (TEXT + 8)), fitting(pen, line, font, WIDTH - 2 * EDGE), fill=INK, font=font)
     middle, half = WIDTH // 2, WIDTH // 2 - EDGE
     for i, layer in enumerate(worst):
         y = top + i * ROW
         figure = f"{layer.net_strength:.3f}"
         right = WIDTH - EDGE - pen.textlength(figure, font)
         label = layer.layer.removeprefix("diffusion_model.").removesuffix(".weight")
-        pen.text((EDGE, y), _fitting(pen, label, font, right - 2 * EDGE), fill=INK, font=font)
+        pen.text((EDGE, y), fitting(pen, label, font, right - 2 * EDGE), fill=INK, font=font)
         pen.text((right, y), figure, fill=INK, font=font)
         bottom = y + TEXT + 6
         pen.line((EDGE, bottom + BAR // 2, WIDTH - EDGE, bottom + BAR // 2), fill=GRID)
@@ -55,12 +55,3 @@ def draw(name: str, result: Interference) -> Image.Image:
         pen.rectangle((min(x, middle), bottom, max(x, middle), bottom + BAR), fill=NEGATIVE if x < middle else POSITIVE)
     pen.line((middle, top, middle, picture.height - EDGE), fill=GRID)
     return picture
-
-
-def _fitting(pen: ImageDraw.ImageDraw, text: str, font, width: float) -> str:
-    """The text, or its end, by which layers differ, where the whole is too wide."""
-    if pen.textlength(text, font) <= width:
-        return text
-    while pen.textlength(f"…{text}", font) > width:
-        text = text[1:]
-    return f"…{text}"

@@ -270,7 +270,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         prompt=prompt_of(executor.class_obj.conds),
         level=level(patcher.model, sigmas[0]) if len(sigmas) else None,
     )
-    start = edits.start(streams(latent_image, **kwargs), denoise_mask, record)
+    inside = running.inside.get()
+    start = inside.start(record) if inside else edits.start(streams(latent_image, **kwargs), denoise_mask, record)
     executor.original = run.around(executor.original)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
     run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, start)
@@ -280,6 +281,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         run.result = run.result.of(activity=activity.most(each))
         for made in (streams(output, **kwargs), kept.latents(patcher.model, **kwargs)):
             ledger.attest_latents(made, run.result, run.acted, each, run.shares or ())
+        if inside:
+            inside.ran.append(run.result)
     patcher.guard_ended(run.result)
     return output
 

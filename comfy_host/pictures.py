@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..modular_lora.provenance.edits import Kind
@@ -18,7 +19,7 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
 
     ComfyUI tells them apart by form: a latent lies in a mapping under "samples", an image is b h w c, a mask has fewer
     dimensions. The frames of a video are images. What a text encoder made has a mask's form and is none: prompts are
-    the same in many graphs.
+    the same in many graphs. Of what a detector of Impact Pack found, its crop is an image, and its outline a mask.
     """
     waiting, seen = [value], {}  # what was seen is kept, as the place of what is gone is given to the next
     while waiting:
@@ -28,11 +29,13 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
                 yield ("image" if one.ndim > 3 else "mask"), one
         elif isinstance(one, CONTAINERS) and id(one) not in seen:
             seen[id(one)] = one
-            if isinstance(one, Mapping):
+            if is_segment(one):
+                yield from _of_segment(one)
+            elif isinstance(one, Mapping):
                 if isinstance(samples := one.get("samples"), torch.Tensor) or getattr(samples, "is_nested", False):
                     yield "latent", samples
                 waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask", *ENCODED))
-            elif _is_conditioning(one):
+            elif is_conditioning(one):
                 waiting.append(one[1])
             else:
                 waiting.extend(one)
@@ -40,10 +43,22 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
             waiting.append(one.get_components().images)
 
 
-def _is_conditioning(value: Any) -> bool:
+def is_conditioning(value: Any) -> bool:
     """One entry of ComfyUI's CONDITIONING: a text encoder's output, b n c, and what belongs to it."""
     pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], Mapping)
     return pair and isinstance(value[0], torch.Tensor) and value[0].ndim == 3
+
+
+def is_segment(value: Any) -> bool:
+    """What a detector of Impact Pack found in one place: its SEG, a named tuple that holds arrays."""
+    return isinstance(value, tuple) and {"cropped_image", "cropped_mask"} <= set(getattr(value, "_fields", ()))
+
+
+def _of_segment(segment: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
+    kinds: tuple[tuple[Kind, Any], ...] = (("image", segment.cropped_image), ("mask", segment.cropped_mask))
+    for kind, values in kinds:
+        if isinstance(values, np.ndarray | torch.Tensor):
+            yield kind, torch.as_tensor(values)
 
 
 def is_video(value: Any) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..modular_lora.provenance.edits import Inside
+
 GUARDS = frozenset(("ModularLoraGuardModel", "ModularLoraGuard"))  # node types that put the guard on a model
 GATES = frozenset(("ModularLoraGate", "ModularLoraSampleAndGate"))
 
@@ -46,6 +48,9 @@ class Prompt:
 
 
 current: contextvars.ContextVar[Prompt | None] = contextvars.ContextVar("modular_lora_prompt", default=None)
+
+# The node that samples at this moment, where it is one that is vouched for (pack_samplers.py).
+inside: contextvars.ContextVar[Inside | None] = contextvars.ContextVar("modular_lora_inside", default=None)
 
 
 def shows_previews() -> bool:

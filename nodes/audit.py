@@ -23,10 +23,10 @@ from ..audit.judge import Judge
 from ..audit.options import AuditOptions
 from ..audit.plan import GUARDED
 from ..audit.report import AuditReport, to_json
-from ..audit.words import format_differences, format_report
+from ..audit.words import format_differences, format_report, rates
 from ..comfy_host import patcher
 from ..comfy_host.answers import answer
-from ..comfy_host.charts import INK, PAPER, chart
+from ..comfy_host.charts import INK, PAPER, below, chart, table
 from ..comfy_host.enforcement import policy as policies
 from ..comfy_host.gating import checked
 from ..comfy_host.model_folders import (
@@ -127,7 +127,7 @@ class Audit(io.ComfyNode):
         publish(folder, place)
         page = f"page: output/{PUBLISHED}/{name}/index.html"
         names = {row.arm for row in report.rows}
-        line = f"Audited {len(names)} arm{'s' * (len(names) != 1)}: the picture has their concept rates."
+        line = f"Audited {len(names)} arm{'s' * (len(names) != 1)}: the image has their concept rates and the table."
         chart = image_tensor(plot(report))
         shown = answer(
             line, "\n".join((*format_differences(report), page)), **ui.PreviewImage(chart, cls=cls).as_dict()
@@ -307,10 +307,13 @@ def sheets(folder: Path) -> Image.Image:
 
 
 def plot(report: AuditReport) -> Image.Image:
-    """Concept rate of every arm on what is suppressed; thick the bootstrap's interval, thin with ends Wilson's."""
+    """Concept rate of every arm on what is suppressed; thick the bootstrap's interval, thin with ends Wilson's.
+
+    Below it the table of all rates.
+    """
     rows = [row for row in report.rows if row.cell == "suppressed" and not row.attack] or list(report.rows)
 
     def plot(figure) -> None:
         importlib.import_module("..audit.plots", __package__).put_rates(figure, rows)
 
-    return chart(WIDTH, ROW * (len(rows) + 3), plot)
+    return below(chart(WIDTH, ROW * (len(rows) + 3), plot), table(WIDTH, rates(report)))

@@ -38,7 +38,7 @@ NOT_GUARDED = {
         "UNetTemporalAttentionMultiply",
         "CLIPAttentionMultiply",
     ): ("multiplies weights", "take the node out"),
-    ("CreateHookModelAsLora", "SetClipHooks"): ("hooks whole models or text encoders", "use Create Hook LoRA"),
+    ("CreateHookModelAsLora",): ("hooks whole models", "use Create Hook LoRA"),
     ("LoraLoaderBypass", "LoraLoaderModelOnlyBypass"): ("puts LoRAs past the guard", "use Load LoRA"),
     ("EasyCache", "LazyCache"): ("skips evaluations", "take the node out"),
     ("LoraSave", "TrainLoraNode"): ("extracts or trains weights", "use a server without this rule"),

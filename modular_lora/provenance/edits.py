@@ -9,9 +9,9 @@ read another image from a file. What one of the inputs brought from outside stay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,13 @@ def _runs(digest: str) -> Runs | None:
     return None if run is None else (run,)
 
 
-def follow(node: str, vouched: bool, given: Sequence[Sequence[Row]], made: Iterable[Sequence[Row]]) -> None:
+def follow(
+    node: str,
+    vouched: bool,
+    given: Sequence[Sequence[Row]],
+    made: Iterable[Sequence[Row]],
+    ran: Sequence[Attestation] = (),
+) -> None:
     """Remember of what a node made what is known of what it was given.
 
     Args:
@@ -97,14 +103,15 @@ def follow(node: str, vouched: bool, given: Sequence[Sequence[Row]], made: Itera
         vouched: Whether it is known to make its images of what it is given and of nothing else.
         given: The rows of each of its inputs, hashed before it ran: a node may write into its inputs.
         made: The rows of each of its outputs; not asked for where nothing is known of the inputs.
+        ran: The guarded runs that it made itself; see `Inside`.
     """
     sources = [[source(row) for row in batch] for batch in given]
-    every = [one for batch in sources for one in batch]
+    every = [one for batch in sources for one in batch] + [Source((run,)) for run in together(ran)]
     if not any(one.known for one in every) and not (vouched and all(one.runs is not None for one in every)):
         return
     whole = combined(every, node) if vouched else passed(every, node)
     for batch in made:
-        each = vouched and len(sources) == 1 and len(sources[0]) == len(batch)  # image i of image i
+        each = vouched and not ran and len(sources) == 1 and len(sources[0]) == len(batch)  # image i of image i
         for number, row in enumerate(batch):
             _remember(row, combined(sources[0][number : number + 1], node) if each else whole)
 
@@ -190,12 +197,97 @@ def start(latents: Iterable[Tensor], mask: Tensor | None, record: Attestation) -
         record: Of the run that begins; runs with other safety LoRAs count as outside.
     """
     filled = [latent for latent in latents if torch.count_nonzero(latent)]
-    runs = [run for latent in filled for run in _runs(tensor_sha256(latent)) or (None,)]
-    outside = any(run is None or not _like(run, record) for run in runs)
-    outside |= bool(filled) and mask is not None and bool(mask.max() - mask.min() > EVEN)
+    begun = _start((run for latent in filled for run in _runs(tensor_sha256(latent)) or (None,)), record)
+    drawn = bool(filled) and mask is not None and bool(mask.max() - mask.min() > EVEN)
+    return begun._replace(outside=begun.outside or drawn)
+
+
+def _start(before: Iterable[Attestation | None], record: Attestation) -> Start:
+    runs = list(before)
     found = dict.fromkeys(edit for run in runs if run is not None for edit in run.edits)
+    outside = any(run is None or not _like(run, record) for run in runs)
     return Start(outside, tuple(edit for edit in found if edit not in RESIZED))
 
 
 def _like(before: Attestation, record: Attestation) -> bool:
     return all(run.run_status == "guarded" and run.safety == record.safety for run in before.runs)
+
+
+@dataclass
+class Inside:
+    """A node that samples parts of its images and puts them back, and that is vouched for, while it runs.
+
+    The latents and masks that it samples are its own work on what it was given, so that they say nothing: a run inside
+    it starts from what the node was given.
+
+    Attributes:
+        given: Where everything comes from that the node was given.
+        ran: The guarded runs that it has made.
+    """
+
+    given: Sequence[Source]
+    ran: list[Attestation] = field(default_factory=list)
+
+    def start(self, record: Attestation) -> Start:
+        """What a run inside it starts from; see `start`."""
+        return _start((run for one in self.given for run in ((None,) if one.runs is None else one.runs)), record)
+
+
+def together(ran: Iterable[Attestation]) -> list[Attestation]:
+    """Runs of one guard as one, with all that was counted and the least that was measured: a tile each, for instance.
+
+    Runs with other LoRAs, at other strengths or of another base stay apart.
+    """
+    groups: list[tuple[Attestation, list[Attestation]]] = []
+    for run in ran:
+        same = run.of(**_COUNTED)
+        some = next((some for known, some in groups if known == same), None)
+        if some is None:
+            groups.append((same, [run]))
+        else:
+            some.append(run)
+    return [_joined(some) for _, some in groups]
+
+
+_COUNTED: dict[str, Any] = {
+    "evaluations": 0,
+    "firings": 0,
+    "idle_layers": 0,
+    "measured_evaluations": 0,
+    "muted_evaluations": 0,
+    "embeddings_sha256": (),
+    "weighted": (),
+    "acted_strength": {},
+    "acted_share": {},
+    "activity": {},
+    "task_share": None,
+}
+
+
+def _joined(some: Sequence[Attestation]) -> Attestation:
+    counts = ("evaluations", "firings", "measured_evaluations", "muted_evaluations")
+    sums: dict[str, Any] = {name: sum(getattr(run, name) for run in some) for name in counts}
+    texts = {name: _each(getattr(run, name) for run in some) for name in ("embeddings_sha256", "weighted")}
+    activities = [pair for run in some for pair in run.activity.items()]
+    return some[0].of(
+        **sums,
+        **texts,
+        idle_layers=max(run.idle_layers for run in some),
+        acted_strength=_least(run.acted_strength for run in some),
+        acted_share=_least(run.acted_share for run in some),
+        activity=dict(sorted(activities, key=lambda pair: pair[1].value)),  # of one LoRA the greatest comes last
+        task_share=min((run.task_share for run in some if run.task_share is not None), default=None),
+    )
+
+
+def _each(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for part in parts for one in part))
+
+
+def _least(figures: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """By key the least that was measured; None where nothing was."""
+    found: dict[str, Any] = {}
+    for key, value in (pair for one in figures for pair in one.items()):
+        known = found.get(key)
+        found[key] = value if known is None else known if value is None else min(known, value)
+    return found

@@ -498,8 +498,57 @@ def face_detailer(graph: Graph, **changes: Any) -> None:
     image(graph, "FaceDetailer", **CONDS, **SAMPLING, **given, **sizes | changes)
 
 
+@use("ComfyUI-Impact-Pack", "FaceDetailer of an image from outside")
+def _(graph: Graph) -> None:
+    task(graph)
+    outside(graph)
+    face_detailer(graph)
+    graph["edit"]["inputs"]["image"] = ["outside", 0]
+
+
+@use("ComfyUI-Impact-Pack", "FaceDetailer with a hook for its crops")
+def _(graph: Graph) -> None:
+    task(graph)
+    graph["hook"] = node("DenoiseSchedulerDetailerHookProvider", schedule_for_cycle="simple", target_denoise=0.4)
+    face_detailer(graph, detailer_hook=["hook", 0], feather=3)
+
+
+@use("ComfyUI-Impact-Pack", "FaceDetailer (pipe)")
+def _(graph: Graph) -> None:
+    task(graph)
+    face_detailer(graph, feather=4)
+    given = graph["edit"]["inputs"]
+    taken = {key: given.pop(key) for key in ("model", "clip", "vae", "bbox_detector", "wildcard", *CONDS)}
+    choices = {f"Select to add {what}": f"Select the {what} to add to the text" for what in ("LoRA", "Wildcard")}
+    graph["pipe"] = node("ToDetailerPipe", **taken, **choices)
+    graph["edit"] = node("FaceDetailerPipe", detailer_pipe=["pipe", 0], **given)
+
+
+@use("ComfyUI-Impact-Pack", "Detailer (SEGS, pipe) of what a detector finds")
+def _(graph: Graph) -> None:
+    task(graph)
+    graph["detector"] = node("TrialDetector")
+    found = {"bbox_detector": ["detector", 0], "image": ["decode", 0], "crop_factor": 1.5}
+    graph["segs"] = node("BboxDetectorSEGS", dilation=2, **found)
+    graph["pipe"] = node("ToBasicPipe", model=["lora", 0], clip=["lora", 1], vae=VAE, **CONDS)
+    given = {"basic_pipe": ["pipe", 0], "segs": ["segs", 0], "seed": SEED, "denoise": 0.5}
+    sizes = {"guide_size": 64.0, "max_size": 64.0, "feather": 2}
+    image(graph, "DetailerForEachPipe", **SAMPLING, **given, **sizes)
+
+
+@use("ComfyUI-Impact-Pack", "Detailer (SEGS) of a mask from outside")
+def _(graph: Graph) -> None:
+    segments(graph)
+    outside(graph)
+    graph["mask"] = node("ImageToMask", image=["outside", 0], channel="red")
+
+
 @use("ComfyUI-Impact-Pack", "Detailer (SEGS) of a mask")
 def _(graph: Graph) -> None:
+    segments(graph)
+
+
+def segments(graph: Graph) -> None:
     task(graph)
     graph["mask"] = node("MaskComposite", destination=["dark", 0], source=["bright", 0], x=16, y=16, operation="add")
     graph["dark"] = node("SolidMask", value=0.0, width=SIDE, height=SIDE)
@@ -541,6 +590,23 @@ def _(graph: Graph) -> None:
     task(graph)
     graph["upscaler"] = node("TrialUpscaleModel")
     ultimate(graph, "UltimateSDUpscale", "image", upscale_model=["upscaler", 0], upscale_by=2.0)
+
+
+@use("ComfyUI_UltimateSDUpscale", "Ultimate SD Upscale (Custom Sample)")
+def _(graph: Graph) -> None:
+    task(graph)
+    graph["sampler"] = node("KSamplerSelect", sampler_name="euler")
+    graph["sigmas"] = node("BasicScheduler", model=["lora", 0], scheduler="simple", steps=STEPS, denoise=0.4)
+    custom = {"custom_sampler": ["sampler", 0], "custom_sigmas": ["sigmas", 0]}
+    ultimate(graph, "UltimateSDUpscaleCustomSample", "image", upscale_by=2.0, **custom)
+
+
+@use("ComfyUI_UltimateSDUpscale", "Ultimate SD Upscale (No Upscale) of an image from outside")
+def _(graph: Graph) -> None:
+    task(graph)
+    outside(graph)
+    ultimate(graph, "UltimateSDUpscaleNoUpscale", "upscaled_image")
+    graph["edit"]["inputs"]["upscaled_image"] = ["outside", 0]
 
 
 @use("ComfyUI_UltimateSDUpscale", "Ultimate SD Upscale (No Upscale)")

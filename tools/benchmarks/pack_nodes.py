@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 
 class TrialDetector:
-    """A detector of Impact Pack's kind that always finds one thing in the middle of the image."""
+    """Impact Subpack's detector, with a stand-in for its weights that always finds one thing in the middle."""
 
     INPUT_TYPES = classmethod(lambda cls: {"required": {}})
     RETURN_TYPES, FUNCTION, CATEGORY = ("BBOX_DETECTOR",), "run", "trial"
 
     def run(self):
-        return (self,)
+        from impact import subcore  # Impact Pack puts its modules on the path
 
-    def setAux(self, _):
-        """Named by Impact Pack."""
+        return (subcore.UltraBBoxDetector(_middle),)
 
-    def detect(self, image, threshold, dilation, crop_factor, drop_size=1, detailer_hook=None):
-        from impact import core  # Impact Pack puts its modules on the path
 
-        _, height, width, _ = image.shape
-        mask = torch.zeros(height, width)
-        mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = 1
-        return core.mask_to_segs(mask, False, crop_factor, False, drop_size, detailer_hook=detailer_hook)
+def _middle(image, **_):
+    """What a YOLO model answers, as far as the detector reads it."""
+    width, height = image.size
+    box = torch.tensor([[width // 4, height // 4, width * 3 // 4, height * 3 // 4]], dtype=torch.float32)
+    return [SimpleNamespace(names={0: "middle"}, boxes=_Boxes(box))]
+
+
+class _Boxes:
+    cls, conf = torch.tensor(0), torch.tensor(1.0)
+
+    def __init__(self, xyxy):
+        self.xyxy = xyxy
+
+    def __len__(self):
+        return len(self.xyxy)
+
+    def __getitem__(self, _):
+        return self
 
 
 class TrialControlNet:

@@ -422,6 +422,16 @@ def test_a_hook_on_the_clip_that_leaves_the_text_encoder_alone_acts_on_the_model
     assert run.loras[-1].block_weights == "by a hook, 0.2 to 0.8 where it acts"
 
 
+@pytest.mark.parametrize("schedule", [False, True])
+def test_a_hook_on_the_clip_encodes_the_prompt_with_its_lora(judged, sha256, schedule):
+    (run,) = judged(on_clip(hooked(keyframes=((1.0, 0.0), (0.25, 0.5))), schedule, "task_te.safetensors", 0.5))
+    assert run.status == "guarded"
+    assert run.loras[-1].block_weights == "by a hook, 0.2 to 0.8 where it acts"
+    text = [lora.strength_clip for lora in run.loras[2:-1]]
+    assert text == ([0.5, 0.125] if schedule else [0.5])
+    assert {lora.sha256 for lora in run.loras[2:]} == {sha256("task_te.safetensors")}
+
+
 def registered(lora: str) -> dict:
     graph = hooked()
     both = {"model": ["lora0", 0], "clip": ["lora0", 1]}
@@ -435,15 +445,17 @@ def registered(lora: str) -> dict:
 def test_a_pack_that_registers_a_hook_on_the_model_itself(judged, run_graph):
     (run,) = judged(registered(TASK))
     assert tasks(run) == [(OTHER, 0.4, 0.0, False), (TASK, 0.8, 0.0, False)]
-    refused(run_graph, guarded(registered("task_te.safetensors")), "model.hooks", "PackRegisteredHook")
+    (run,) = judged(registered("task_te.safetensors"))  # nothing encodes under it
+    assert [lora.strength_clip for lora in run.loras] == [0.0, 0.0, 0.0]
 
 
-def test_a_model_as_a_lora_hook_and_hooks_of_the_text_encoder_are_refused_by_name(run_graph):
+def test_a_model_as_a_lora_hook_is_refused_by_name(run_graph):
     graph = guarded(hooked())
     graph["hook"] = node("CreateHookModelAsLora", ckpt_name="world.safetensors", strength_model=1.0, strength_clip=0.0)
     refused(run_graph, graph, "model.not-kept", "KSampler")
     graph = guarded(on_clip(hooked(), False, "task_te.safetensors", 0.5))
-    refused(run_graph, graph, "model.hooks", "SetClipHooks")
+    graph["hook"] = node("CreateHookModelAsLora", ckpt_name="world.safetensors", strength_model=0.0, strength_clip=1.0)
+    refused(run_graph, graph, "model.not-kept", "SetClipHooks")
 
 
 # What it costs, and what stays

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from modular_lora_guard.modular_lora.provenance import edits, ledger
-from modular_lora_guard.modular_lora.provenance.attestation import Attestation, LoraRecord
+from modular_lora_guard.modular_lora.provenance.attestation import Activity, Attestation, LoraRecord
 
 
 def run(status: str = "guarded", safety: str = "s", seed: int = 0) -> Attestation:
@@ -130,3 +130,44 @@ def test_a_gate_in_front_of_an_edited_image_keeps_its_edits():
     ledger.record_gate(GateRecord("d", "d" * 64, "s" * 64, "blur", True, True, source), blurred[0])
     assert ledger.known(blurred[0]).status == "guarded; edited: Scale"
     assert ledger.known(blurred[0]).gate.changed
+
+
+# A node that samples by itself
+
+
+def inside(*given: torch.Tensor) -> edits.Inside:
+    return edits.Inside([edits.source(row) for one in given for row in edits.rows(one, "image")])
+
+
+@pytest.mark.parametrize(
+    ("before", "safety", "outside"),
+    [("guarded", "s", False), (OUTSIDE, "s", True), (MERGED, "s", True), ("guarded", "other", True)],
+)
+def test_a_run_inside_a_node_starts_from_what_the_node_was_given(before, safety, outside):
+    assert inside(image(1, run(before, safety))).start(run()).outside is outside
+    assert inside(image(1, run()), image(2)).start(run()).outside  # and one from outside
+
+
+def test_the_runs_that_a_node_made_are_behind_its_image_as_one_with_all_that_they_counted():
+    given, made, safety = image(1, run(seed=40)), image(2), "s" * 64
+    tiles = [
+        run().of(evaluations=4, firings=8, acted_strength={safety: least}, activity={safety: Activity(value, "")})
+        for least, value in ((None, 0.1), (0.8, 0.3), (0.9, 0.2))
+    ] * 20  # more than may stand behind one image
+    edits.follow("Tiles", True, [edits.rows(given, "image")], [edits.rows(made, "image")], tiles)
+    first, inner = ledger.known(made[0]).run.runs
+    assert ledger.known(made[0]).status == "guarded; edited: Tiles"
+    assert (first.evaluations, inner.evaluations, inner.firings) == (41, 240, 480)
+    assert (inner.acted_strength, inner.activity[safety].value) == ({safety: 0.8}, 0.3)
+
+
+def test_runs_of_other_guards_stay_apart_and_the_worst_of_all_counts():
+    ran = [run(), run(safety="other"), run(OUTSIDE), run()]
+    assert [one.status for one in edits.together(ran)] == ["guarded", "guarded", OUTSIDE]
+    made = image(2)
+    edits.follow("Tiles", True, [edits.rows(image(1, run()), "image")], [edits.rows(made, "image")], ran)
+    assert ledger.known(made[0]).status == f"{STARTED}; edited: Tiles"
+    assert {one.name for each in ledger.known(made[0]).run.runs for one in each.safety} == {
+        "s.safetensors",
+        "other.safetensors",
+    }

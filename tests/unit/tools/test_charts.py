@@ -34,6 +34,28 @@ def test_without_matplotlib_the_image_says_what_to_install(monkeypatch):
     assert said[0].endswith("pip install matplotlib.")
 
 
+def test_a_tables_figures_end_at_the_same_place_and_fit(monkeypatch):
+    drawn, write = [], charts.ImageDraw.ImageDraw.text
+
+    def text(self, place, said, fill=None, font=None):
+        drawn.append((said, place, place[0] + self.textlength(said, font)))
+        write(self, place, said, fill=fill, font=font)
+
+    monkeypatch.setattr(charts.ImageDraw.ImageDraw, "text", text)
+    rows = [("arm", "hits", "Wilson"), ("base", "12 / 40", "17.6% … 45.4%"), ("safety", "0 / 40", "0.0% … 8.8%")]
+    image = charts.table(640, rows)
+    assert [said for said, *_ in drawn] == [said for row in rows for said in row]
+    lines = [drawn[i : i + 3] for i in (0, 3, 6)]
+    assert {line[0][1][0] for line in lines} == {charts.EDGE}
+    assert {round(line[2][2]) for line in lines} == {640 - charts.EDGE}
+    assert len({round(line[1][2]) for line in lines}) == 1
+    assert image.width == 640
+    long = charts.table(320, [("arm", "rate"), ("a name that is " + "very " * 20 + "long", "1.0%")])
+    assert long.width == 320
+    assert drawn[-2][0].startswith("…")
+    assert charts.below(image, charts.table(640, rows[:1])).height > image.height
+
+
 @pytest.mark.slow  # another interpreter imports PyTorch
 def test_matplotlib_is_imported_with_the_first_chart_and_not_before():
     code = (

@@ -1,0 +1,91 @@
+"""Detailers and tiled upscalers of other packs: nodes that sample parts of their images and put them back.
+
+Such a node makes its images of what it is given and of guarded runs of its own, so that they are an edit, while two
+things hold: its pack's files are those that were read and run (docs/compatibility.md), and nothing came to it that may
+bring an image of its own. That is asked of every value that reaches it: models must be guarded, detectors be of files
+that were read as well, and a hook, a ControlNet for a place in the image, or an object that nobody knows is one too
+many. What is known of the images, latents and masks among the values decides about the rest, as for every edit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.sd
+import numpy as np
+import torch
+
+from . import pictures
+from .bound_vae import BoundVaeMixin
+from .patcher import GuardMixin
+
+# SHA-256 over the Python files in the folder of a node's class and below
+IMPACT = ("8d7d37bda43de074051f13e3335573ba7482180de0720a246516a64acb38df70",)  # Impact Pack 7.10.6, modules/impact
+SUBPACK = ("add49f16f7ef0e838ab909cacebc2dad9963d42e17c3e7dca5f320030362171f",)  # Impact Subpack 28c9407, impact
+ULTIMATE = (  # Ultimate SD Upscale, with Coyote-A's script at 2322caa
+    "3b59c8caf36c008c5ff4eb507c86aa7e36d3fcae1adf7440bcc8a0b5d8ada27c",  # c48d60d
+    "116c86f17da89de77f3e519aa6189d2e8f2afdecdf0236c7fad4446e46536dcd",  # 34a3c2c
+)
+FOLDERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("BboxDetectorSEGS", "DetailerForEach", "DetailerForEachPipe"), IMPACT),
+    **dict.fromkeys(("FaceDetailer", "FaceDetailerPipe", "MaskToSEGS"), IMPACT),
+    **dict.fromkeys(("UltimateSDUpscale", "UltimateSDUpscaleCustomSample", "UltimateSDUpscaleNoUpscale"), ULTIMATE),
+}
+# Detectors, which find their places in the image that they are handed; the same of their class. Their weights are not
+# looked into, as those of an upscale model and a VAE are not.
+DETECTORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("UltraBBoxDetector", "UltraSegmDetector"), SUBPACK),
+    **dict.fromkeys(("NO_BBOX_DETECTOR", "NO_SEGM_DETECTOR"), IMPACT),
+}
+PLAIN = (str, int, float, type(None), torch.Tensor, np.generic, comfy.sd.CLIP, comfy.samplers.Sampler)
+
+
+def vouched(name: str, kind: type, inputs: Mapping[str, list]) -> bool:
+    """Whether a node that goes by this name is one of these, and nothing came to it that is one too many.
+
+    Args:
+        name: What the node goes by.
+        kind: Its class.
+        inputs: What came to it; a list for each input.
+    """
+    if name not in FOLDERS or folder_sha256(kind) not in FOLDERS[name]:
+        return False
+    return all(_is_known(some) for key, some in inputs.items() if key != "upscale_model")  # ComfyUI's own node runs it
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a value brings no image but those that `pictures` finds in it."""
+    if isinstance(value, comfy.model_patcher.ModelPatcher):
+        return isinstance(value, GuardMixin)
+    if isinstance(value, comfy.sd.VAE):  # another pack's may decode to whatever it likes
+        return (type(value).__bases__[1] if isinstance(value, BoundVaeMixin) else type(value)) is comfy.sd.VAE
+    if isinstance(value, PLAIN) or pictures.is_conditioning(value):
+        return True
+    if pictures.is_segment(value):
+        return value.control_net_wrapper is None
+    if isinstance(value, list | tuple | Mapping):
+        return all(map(_is_known, value.values() if isinstance(value, Mapping) else value))
+    kind = type(value)
+    return kind.__name__ in DETECTORS and folder_sha256(kind) in DETECTORS[kind.__name__]
+
+
+@cache
+def folder_sha256(kind: type) -> str:
+    """Over the Python files in the folder of a class and below, their names among it; "" where there are none."""
+    try:
+        folder = Path(inspect.getfile(kind)).parent
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+        digest = hashlib.sha256()
+        for name in sorted(found):
+            text = found[name].read_text(encoding="utf-8").encode()  # with the same line ends everywhere
+            digest.update(f"{name}\n{len(text)}\n".encode() + text)
+        return digest.hexdigest()
+    except (OSError, TypeError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,118 @@
+"""Detailers and tiled upscalers of other packs: an edit where their files are known and nothing else came in."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from support.detailers import pack
+from support.edit_graphs import show, sources
+from support.graphs import node
+
+LISTED = ("Detect", "Detail", "DetailSegments", "Tiles")
+UNGUARDED = "passed through Detail: not vouched for"
+
+
+class Unknown(pack.Middle):
+    """A detector of a folder that nobody has read."""
+
+
+class GiveOthers:
+    """What a graph may bring besides: a detector and a hook that nobody has read, and segments of another place."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("BBOX_DETECTOR", "HOOK", "SEGS", "SEGS"), "run", "test"
+
+    def run(self, image):
+        size, (segment,) = pack.Middle().detect(image)
+        drawn = segment._replace(cropped_mask=segment.cropped_mask * image[0, :36, :36, 0].numpy())
+        controlled = segment._replace(control_net_wrapper=object())
+        return Unknown(), lambda picture: picture + 0.01, (size, [drawn]), (size, [controlled])
+
+
+@pytest.fixture
+def nodes(comfy, loras, monkeypatch):
+    """The pack's nodes in ComfyUI, and its folder among those that are known."""
+    listed = importlib.import_module("modular_lora_guard.comfy_host.pack_samplers")
+    known = (listed.folder_sha256(pack.Detail),)
+    for name, kind in (pack.NODES | {"GiveOthers": GiveOthers}).items():
+        monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, name, kind)
+    for name in LISTED:
+        monkeypatch.setitem(listed.FOLDERS, name, known)
+    monkeypatch.setitem(listed.DETECTORS, "Middle", known)
+    return listed
+
+
+def graph(**nodes: dict) -> dict:
+    """Two guarded images, a detector, and further nodes that are shown."""
+    made = sources()
+    made["as_model"] = node("ModularLoraGuardedAsModel", guarded_model=["guard", 0])
+    made["detector"], made["others"] = node("GiveDetector"), node("GiveOthers", image=["outside", 0])
+    for name, one in nodes.items():
+        made[name] = one
+        show(made, f"show.{name}", [name, 0])
+    return made
+
+
+def detail(kind: str = "Detail", **changes) -> dict:
+    links = {"image": ["decode", 0], "model": ["as_model", 0], "vae": ["ckpt", 2]}
+    given = {"Detail": {"detector": ["detector", 0]}, "DetailSegments": {"segs": ["segments", 0]}}.get(kind, {})
+    return node(kind, **links, positive=["pos", 0], negative=["neg", 0], **given | changes)
+
+
+def said(comfy, made: dict) -> dict[str, str]:
+    return {name: comfy.ledger.known(outputs[0][0]).status for name, outputs in made.items() if name[0] == "_"}
+
+
+def test_what_a_detailer_makes_of_a_guarded_image_is_an_edit_that_is_named(comfy, run_graph, nodes):
+    made = run_graph(
+        graph(
+            _whole=detail(),
+            segments=node("Detect", image=["decode", 0], detector=["detector", 0]),
+            _parts=detail("DetailSegments"),
+            _tiles=detail("Tiles"),
+        )
+    )
+    assert said(comfy, made) == {
+        "_whole": "guarded; edited: Detail",
+        "_parts": "guarded; edited: Detect, DetailSegments",
+        "_tiles": "guarded; edited: Tiles",
+    }
+    first, inner = comfy.ledger.known(made["_tiles"][0][0]).run.runs
+    assert (first.run_status, inner.run_status) == ("guarded", "guarded")
+    before, one = comfy.ledger.known(made["decode"][0][0]).run, comfy.ledger.known(made["_whole"][0][0]).run.runs
+    assert first.firings == before.firings
+    assert inner.evaluations == 2 * one[1].evaluations > 0  # two tiles
+    assert inner.firings == inner.layers * inner.evaluations
+
+
+def test_nothing_that_comes_to_it_from_outside_is_laundered(comfy, run_graph, nodes):
+    segments = {"segs": ["others", 2]}
+    made = run_graph(
+        graph(
+            _outside=detail(image=["outside", 0]),
+            _model=detail(model=["ckpt", 0]),
+            _hook=detail(hook=["others", 1]),
+            _detector=detail(detector=["others", 0]),
+            _mask=detail("DetailSegments", **segments),
+            _controlled=detail("DetailSegments", segs=["others", 3]),
+            segments=node("Detect", image=["outside", 0], detector=["detector", 0]),
+            _elsewhere=detail("DetailSegments"),
+        )
+    )
+    assert said(comfy, made) == {
+        "_outside": "not guarded",
+        "_model": UNGUARDED,
+        "_hook": UNGUARDED,
+        "_detector": UNGUARDED,
+        "_mask": "not guarded",
+        "_controlled": "passed through DetailSegments: not vouched for",
+        "_elsewhere": "not guarded",
+    }
+
+
+def test_another_version_of_the_packs_files_is_not_vouched_for(comfy, run_graph, nodes, monkeypatch):
+    monkeypatch.setitem(nodes.FOLDERS, "Detail", ("0" * 64,))
+    assert said(comfy, run_graph(graph(_whole=detail(image=["decode2", 0])))) == {"_whole": UNGUARDED}
+    assert len(nodes.folder_sha256(pack.Detail)) == 64
+    assert nodes.folder_sha256(int) == ""

@@ -1,0 +1,101 @@
+"""Nodes that encode a part of an image, sample it, decode it and paste it back under a mask."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+
+SEG = namedtuple("SEG", "cropped_image cropped_mask confidence crop_region bbox label control_net_wrapper")
+CONDS = {"positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}
+SAMPLES = {"model": ("MODEL",), "vae": ("VAE",), **CONDS}
+HOOK = {"optional": {"hook": ("HOOK",)}}
+
+
+class Middle:
+    """A detector that finds the middle of an image."""
+
+    def detect(self, image):
+        height, width = image.shape[1:3]
+        top, left, bottom, right = height // 4, width // 4, height * 3 // 4, width * 3 // 4
+        mask = np.zeros((bottom - top, right - left), np.float32)
+        mask[2:-2, 2:-2] = 1
+        crop = image[:, top:bottom, left:right].numpy()
+        return (height, width), [SEG(crop, mask, 1.0, (left, top, right, bottom), None, "middle", None)]
+
+
+class GiveDetector:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("BBOX_DETECTOR",), "run", "test"
+
+    def run(self):
+        return (Middle(),)
+
+
+class Detect:
+    """Segments of an image, for another node."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), "detector": ("BBOX_DETECTOR",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("SEGS",), "run", "test"
+
+    def run(self, image, detector):
+        return (detector.detect(image),)
+
+
+class DetailSegments:
+    """Samples every segment, as DetailerForEach does."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), "segs": ("SEGS",), **SAMPLES}, **HOOK})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    def run(self, image, segs, hook=None, **given):
+        for segment in segs[1]:
+            image = pasted(image, segment.crop_region, segment.cropped_mask, **given)
+        return (image if hook is None else hook(image),)
+
+
+class Detail(DetailSegments):
+    """Finds and samples, as FaceDetailer does."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"image": ("IMAGE",), "detector": ("BBOX_DETECTOR",), **SAMPLES}, **HOOK}
+    )
+
+    def run(self, image, detector, **given):
+        return super().run(image, detector.detect(image), **given)
+
+
+class Tiles:
+    """Samples an image half by half, as Ultimate SD Upscale does."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), **SAMPLES}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    def run(self, image, **given):
+        height, width = image.shape[1:3]
+        for left in (0, width // 2):
+            region = left, 0, left + width // 2, height
+            image = pasted(image, region, np.ones((height, width // 2), np.float32), **given)
+        return (image,)
+
+
+def pasted(image, region, outline, model, vae, positive, negative):
+    """One part of an image sampled anew."""
+    import torch
+
+    import nodes  # ComfyUI's own
+
+    left, top, right, bottom = region
+    mask = torch.from_numpy(outline)
+    latent = {"samples": vae.encode(image[:, top:bottom, left:right]), "noise_mask": mask[None]}
+    (made,) = nodes.common_ksampler(
+        model, 3, 2, 2.0, "euler", "simple", positive, negative, latent, denoise=0.5, disable_noise=False
+    )
+    image = image.clone()
+    part = image[:, top:bottom, left:right]
+    decoded = vae.decode(made["samples"])[:, : part.shape[1], : part.shape[2]]
+    image[:, top:bottom, left:right] = part + mask[: part.shape[1], : part.shape[2], None] * (decoded - part)
+    return image
+
+
+NODES = {kind.__name__: kind for kind in (GiveDetector, Detect, Detail, DetailSegments, Tiles)}
