@@ -1,35 +1,30 @@
-"""LoRA adapters on a model by PEFT: put in for a training, taken out again, the model bitwise what it was.
+"""Adapters on a model by PEFT: put in for a training, taken out again, the model bitwise what it was.
 
-dW = alpha / rank · B A, with A (rank in[ k k]) drawn from the seed of the LoRA's role and B (out rank[ 1 1]) = 0
-(arXiv 2106.09685; PEFT's lora_A and lora_B are kohya's lora_down and lora_up).
+`forms` says what they are: LoRA, DoRA, LoHa, LoKr or OFT. All begin with the base's own answers; what is drawn is drawn
+from the seed of the LoRA's role.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.reader import LoraFile
+from .forms import DOWN, LORA, UP, Form, Size, Tensors
 from .seeds import role_seed
 
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
-ADAPTER = "modular_lora"
-
-Factors = dict[str, tuple[Tensor, Tensor, float]]  # kohya layer name -> down, up, alpha
+Layers = dict[str, Tensors]  # layer name in the file -> end of a tensor's name -> tensor
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Where adapters go: ``unet`` and ``text`` map module paths to kohya layer names."""
+    """Where adapters go: ``unet`` and ``text`` map module paths to layer names in files."""
 
     unet: Mapping[str, str]
     text: Mapping[str, str]
@@ -38,36 +33,50 @@ class Spec:
     dropout: float
     seed: int
     role: str  # "task" or "safety"
+    form: Form = LORA
+    sizes: Mapping[str, Size] = field(default_factory=dict)  # layer name -> where it is not rank and alpha
+
+    def size(self, name: str) -> Size:
+        """Of the layer that is called so in files."""
+        return self.sizes.get(name, Size(self.rank, self.alpha))
 
 
 class Adapters:
     """The adapters of one training; made by `adapted`."""
 
-    def __init__(self, layers: dict[str, LoraLayer], alpha: float):
-        self.layers, self.alpha = layers, alpha  # kohya layer name -> PEFT's wrapper of that layer
+    def __init__(self, layers: dict[str, Any], spec: Spec):
+        self.layers, self.spec, self.form = layers, spec, spec.form  # layer name -> PEFT's wrapper of that layer
 
     def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
-        """A and B of every layer, or of those with these kohya names."""
+        """What is trained of every layer, or of those of these names."""
         wanted = None if names is None else frozenset(names)
         chosen = (layer for name, layer in self.layers.items() if wanted is None or name in wanted)
-        return [weight for layer in chosen for weight in self._pair(layer)]
+        return [weight for layer in chosen for weight in self.form.weights(layer).values()]
 
     def downs(self) -> dict[str, nn.Parameter]:
-        """A (rank in[ k k]) by kohya layer name."""
-        return {name: self._pair(layer)[0] for name, layer in self.layers.items()}
-
-    def factors(self, value_of: Callable[[nn.Parameter], Tensor] = lambda weight: weight) -> Factors:
-        """Copies of all factors, float32 on the CPU; ``value_of`` gives what stands behind a weight."""
-        pairs = {name: self._pair(layer) for name, layer in self.layers.items()}
-        return {n: (_copy(value_of(down)), _copy(value_of(up)), self.alpha) for n, (down, up) in pairs.items()}
+        """LoRA's A (rank in[ k k]) by layer name."""
+        return {name: self.form.weights(layer)[DOWN] for name, layer in self.layers.items()}
 
     def pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B of the layer of this kohya name."""
-        return self._pair(self.layers[name])
+        """LoRA's A and B of the layer of this name."""
+        weights = self.form.weights(self.layers[name])
+        return weights[DOWN], weights[UP]
+
+    def scale(self, name: str) -> float:
+        """alpha / rank of the layer of this name."""
+        return self.spec.size(name).scale
+
+    def tensors(self, value_of: Callable[[nn.Parameter], Tensor] = lambda weight: weight) -> Layers:
+        """What a file holds of all layers, on the CPU; ``value_of`` gives what stands behind a weight."""
+        found: Layers = {}
+        for name, layer in self.layers.items():
+            values = {end: _copy(value_of(weight)) for end, weight in self.form.weights(layer).items()}
+            found[name] = self.form.tensors(layer, values, self.spec.size(name))
+        return found
 
     @torch.no_grad()
     def load(self, lora: LoraFile) -> None:
-        """Go on from a LoRA file; GuardError unless it has the same layers, shapes and alpha."""
+        """Go on from a LoRA file; GuardError unless it has the same layers, of the same form, shapes and alpha."""
         if missing := sorted(set(self.layers) ^ set(lora.layers)):
             raise GuardError(
                 f"{lora.name}: {len(missing)} layers differ from those to be trained (first: {missing[0]}): "
@@ -75,15 +84,20 @@ class Adapters:
                 code="train.other-layers",
             )
         for name, layer in self.layers.items():
-            saved = lora.plain[name]
-            for weight, value in zip(self._pair(layer), (saved.down, saved.up), strict=True):
-                if weight.shape != value.shape or saved.alpha not in (None, self.alpha):
-                    raise GuardError(
-                        f"{lora.name}: layer {name} has rank {saved.rank} and alpha {saved.alpha}, the training "
-                        f"{weight.shape[0]} and {self.alpha}: set network_dim and network_alpha to the file's.",
-                        code="train.other-rank",
-                    )
-                weight.copy_(value)
+            saved, size, weights = lora.layers[name], self.spec.size(name), self.form.weights(layer)
+            values = self.form.values(layer, saved, size)
+            fits = values is not None and {end: value.shape for end, value in values.items()} == {
+                end: weight.shape for end, weight in weights.items()
+            }
+            if not fits:
+                raise GuardError(
+                    f"{lora.name}: layer {name} is {saved.kind} of rank {saved.rank} and alpha "
+                    f"{getattr(saved.inner, 'alpha', None)}, the training {self.form.kind} of {size.rank} and "
+                    f"{size.alpha:g}: set algo, network_dim, network_alpha and what goes with them to the file's.",
+                    code="train.other-rank",
+                )
+            for end, value in (values or {}).items():
+                weights[end].copy_(value)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -97,24 +111,18 @@ class Adapters:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Without dropout."""
-        layers = list(self.layers.values())
+        modes = [(part, part.training) for layer in self.layers.values() for part in layer.modules()]
         try:
-            for layer in layers:
-                assert isinstance(layer, nn.Module), "every wrapper of PEFT's is one"
+            for layer in self.layers.values():
                 layer.eval()
             yield
         finally:
-            for layer in layers:
-                layer.lora_dropout.train()
+            for part, mode in modes:
+                part.training = mode
 
     def _enable(self, on: bool) -> None:
         for layer in self.layers.values():
-            layer._disable_adapters = not on  # what LoraLayer.enable_adapters does, without touching requires_grad
-
-    @staticmethod
-    def _pair(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B."""
-        return layer.lora_A[ADAPTER].get_parameter("weight"), layer.lora_B[ADAPTER].get_parameter("weight")
+            layer._disable_adapters = not on  # what PEFT's enable_adapters does, without touching requires_grad
 
 
 def _copy(weight: Tensor) -> Tensor:
@@ -128,7 +136,7 @@ def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Ad
     Raises GuardError where PEFT is missing, nothing is named, or PEFT leaves a layer out.
     """
     placed: list[tuple[nn.Module, str, nn.Module]] = []
-    layers: dict[str, LoraLayer] = {}
+    layers: dict[str, Any] = {}
     try:
         for model, names in ((unet, spec.unet), (text_encoder, spec.text)):
             if names:
@@ -136,7 +144,7 @@ def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Ad
         if not layers:
             raise GuardError("No layer was chosen for training: choose a target that this model has.")
         _initialise(layers, spec)
-        yield Adapters(layers, spec.alpha)
+        yield Adapters(layers, spec)
     finally:
         for parent, attribute, module in reversed(placed):
             setattr(parent, attribute, module)
@@ -144,33 +152,20 @@ def adapted(unet: nn.Module, text_encoder: nn.Module, spec: Spec) -> Iterator[Ad
             model.__dict__.pop("peft_config", None)
 
 
-def _inject(model: nn.Module, names: Mapping[str, str], spec: Spec, placed: list) -> dict[str, LoraLayer]:
-    try:  # here, since its import takes seconds, and the pack guards and samples without it
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise GuardError(f"Training needs PEFT ({error}): pip install -r requirements.txt, then restart.") from error
+def _inject(model: nn.Module, names: Mapping[str, str], spec: Spec, placed: list) -> dict[str, Any]:
     for path in names:
         parent, _, attribute = path.rpartition(".")
         placed.append((model.get_submodule(parent), attribute, model.get_submodule(path)))
-    alpha: Any = spec.alpha  # PEFT's type says int, and any number will do
-    config = LoraConfig(r=spec.rank, lora_alpha=alpha, lora_dropout=spec.dropout, target_modules=list(names))
-    with torch.random.fork_rng():  # PEFT draws an A of its own, which is replaced
-        inject_adapter_in_model(config, model, ADAPTER)
-    wrapped = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if odd := sorted(set(wrapped) ^ set(names)):
-        raise GuardError(
-            f"PEFT treats {len(odd)} layers otherwise than asked (first: {odd[0]}): choose another target."
-        )
-    return {names[path]: module for path, module in wrapped.items()}
+    try:  # here, since PEFT's import takes seconds, and the pack guards and samples without it
+        made = spec.form.place(model, {path: spec.size(name) for path, name in names.items()}, spec.dropout)
+    except ImportError as error:
+        raise GuardError(f"Training needs PEFT ({error}): pip install -r requirements.txt, then restart.") from error
+    return {names[path]: layer for path, layer in made.items()}
 
 
 @torch.no_grad()
-def _initialise(layers: dict[str, LoraLayer], spec: Spec) -> None:
-    """A ~ U(−1/√in, 1/√in), kaiming_uniform(a=√5) as PEFT and sd-scripts draw it; B = 0."""
+def _initialise(layers: dict[str, Any], spec: Spec) -> None:
     generator = torch.Generator().manual_seed(role_seed(spec.seed, spec.role))
     for name in sorted(layers):
-        down, up = Adapters._pair(layers[name])
-        bound = 1 / math.sqrt(down[0].numel())
-        down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
-        up.zero_()
+        for end, weight in spec.form.weights(layers[name]).items():
+            spec.form.draw(layers[name], end, weight, generator)

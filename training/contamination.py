@@ -25,12 +25,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..modular_lora.branches.changes import Part
+from ..modular_lora.branches.layer_spec import LayerSpec
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files.formats import LoraLayer, Scaled
 from ..modular_lora.files.matching import match_layers
 from ..modular_lora.files.names import is_text
 from ..modular_lora.files.reader import LoraFile
+from ..modular_lora.files.target import Place
 from ..modular_lora.guard.build import CONTAMINATED_KEY, ROLE_KEY, TRAINED_ON_KEY, ModelInfo
-from ..modular_lora.guard.comparing import Factor, factors, inner, norm
+from ..modular_lora.guard.comparing import Change, Factor, change, factors, inner, norm
 from ..modular_lora.util import plain_json
 
 LEAST_Z, LEAST_T = 6.0, 0.15  # both must be exceeded; docs/figures/contamination.json has what they cost and find
@@ -108,22 +112,23 @@ def measure(
     infos: Sequence[ModelInfo] = (),
     base: Mapping[str, Tensor] | None = None,
 ) -> Finding:
-    """T of a safety LoRA on ``weights`` (weight key -> W, read one after the other, never multiplied out densely).
+    """T of a safety LoRA on ``weights`` (weight key -> W, read one after the other; a LoRA is never multiplied out).
 
     Keys are those of ``infos`` (U-Net and text encoder); without ``infos`` they are the file's layer names. With a
     trusted W0 in ``base`` T is taken of W − W0, so it is the merged strength itself. Raises GuardError where the base
     has none of the file's layers.
     """
-    found = _factors(safety, infos)
+    found = _changes(safety, infos)
     overlaps, energies, variance = [], [], 0.0
     for key, D in found.items():
         if key not in weights:
             continue
         W = _difference(weights, base, key)  # out in·k·k
-        if W.shape != (D.up.shape[0], D.down.shape[1]):
+        shape = (D.up.shape[0], D.down.shape[1]) if isinstance(D, Factor) else D.dense().shape
+        if W.shape != shape:
             raise GuardError(
-                f"{safety.name}: layer of {key} is {[D.up.shape[0], D.down.shape[1]]}, the base's weight "
-                f"{list(W.shape)}: use a LoRA made for this base.",
+                f"{safety.name}: layer of {key} is {list(shape)}, the base's weight {list(W.shape)}: use a LoRA made "
+                "for this base.",
                 code="base.other-shape",
             )
         overlaps.append(_overlap(W, D))
@@ -182,8 +187,16 @@ def check_base(
     return "; ".join(problems)
 
 
-def check_start(start: LoraFile, safety: Sequence[LoraFile], infos: Sequence[ModelInfo] = ()) -> None:
-    """Refuse to train a task LoRA on from a file that is, holds or was trained on a safety LoRA; raises GuardError."""
+def check_start(
+    start: LoraFile,
+    safety: Sequence[LoraFile],
+    infos: Sequence[ModelInfo] = (),
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Refuse to train a task LoRA on from a file that is, holds or was trained on a safety LoRA; raises GuardError.
+
+    ``weights``: W0 by weight key, of which the change of a DoRA or an OFT is a function.
+    """
     remedy = "start from a task LoRA that was trained on W0, or from none"
     if start.metadata.get(ROLE_KEY) == "safety" or start.sha256 in {lora.sha256 for lora in safety}:
         raise GuardError(f"{start.name} is a safety LoRA: {remedy}.", code="start.safety-lora")
@@ -193,9 +206,9 @@ def check_start(start: LoraFile, safety: Sequence[LoraFile], infos: Sequence[Mod
                 f"{start.name} says that it was not trained on W0 alone ({key} {said[:120]!r}): {remedy}.",
                 code="start.contaminated",
             )
-    ours = _factors(start, infos)
+    ours = _changes(start, infos, weights) if safety else {}
     for lora in safety:
-        theirs = _factors(lora, infos)
+        theirs = _changes(lora, infos)
         energy = math.fsum(norm(D) ** 2 for D in theirs.values())
         s = math.fsum(inner(ours[key], D) for key, D in theirs.items() if key in ours) / energy if energy else 0.0
         if s > LEAST_T:
@@ -213,7 +226,7 @@ def _halves(
     for text, part in ((False, "U-Net"), (True, "text encoder")):
         layers = {n: x for n, x in lora.layers.items() if is_text(n) is text}
         halves.append(replace(lora, name=f"{lora.name} ({part})", layers=layers))
-    present = [half for half in halves if not weights.keys().isdisjoint(_factors(half, infos))]
+    present = [half for half in halves if not weights.keys().isdisjoint(_changes(half, infos))]
     if not present:
         raise GuardError(
             f"{lora.name}: the base has none of its {len(lora.layers)} layers: use one made for this base.",
@@ -222,14 +235,32 @@ def _halves(
     return [half for half in present if not (only_text and half is halves[0])]
 
 
-def _factors(lora: LoraFile, infos: Sequence[ModelInfo]) -> dict[str, Factor]:
-    """All layers by weight key, or by their own names where no model is given."""
+def _changes(
+    lora: LoraFile, infos: Sequence[ModelInfo], weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Change]:
+    """All layers by weight key, or by their own names where no model is given.
+
+    LoraFileError where a change is a function of weights that are not given (DoRA, OFT).
+    """
     if not infos:
         return {n: Factor.of(x) for n, x in lora.plain.items()}
-    found: dict[str, Factor] = {}
+    if not all(isinstance(layer, Scaled) or weights is not None for layer in lora.layers.values()):
+        lora.plain  # noqa: B018, it raises, and says of which layer
+    found: dict[str, Change] = {}
     for info in infos:
         shapes = {key: spec.weight_shape for key, spec in info.specs.items()}
-        found |= factors(lora, match_layers(lora, lora.plain, info.key_map, shapes, info.family), shapes)
+        match = match_layers(lora, lora.layers, info.key_map, shapes, info.family)
+        if all(isinstance(lora.layers[name], LoraLayer) for name in match.targets):
+            found |= factors(lora, match, shapes)
+            continue
+        parts: dict[str, list[tuple[Part, float]]] = {}
+        for name, target in match.targets.items():
+            place = Place(target, LayerSpec("", shapes[target.key]), lambda key: (weights or {})[key])
+            changes = lora.layers[name].change(place)
+            inputs = math.prod(shapes[target.key][1:])
+            parts.setdefault(target.key, []).extend((part.compared(inputs, True), scale) for part, scale in changes)
+        for key, each in parts.items():
+            found[key] = change(each, lambda key=key: (weights or {})[key])
     return found
 
 
@@ -239,8 +270,10 @@ def _difference(weights: Mapping[str, Tensor], base: Mapping[str, Tensor] | None
     return W if base is None else W - base[key].detach().to(W).flatten(1)
 
 
-def _overlap(W: Tensor, D: Factor) -> float:
-    """⟨W, scale·U·D⟩ = scale·tr(Uᵀ W Dᵀ): two thin products, the larger one over W."""
+def _overlap(W: Tensor, D: Change) -> float:
+    """⟨W, scale·U·D⟩ = scale·tr(Uᵀ W Dᵀ): two thin products, the larger one over W; of other forms ⟨W, ΔW⟩ as it is."""
+    if not isinstance(D, Factor):
+        return float((W.cpu() * D.dense()).sum(dtype=torch.float64))
     thin = D.up.to(W).T @ W  # r in·k·k
     return D.scale * float((thin.cpu().double() * D.down.double()).sum())
 

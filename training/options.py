@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse
 from ..modular_lora.validation import STRICT, raises
+from .adapter_options import AdapterOptions
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "load", "parse",
@@ -42,7 +43,7 @@ ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # t
 
 @raises(OptionError)
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class Options(AdapterOptions):
     """What both trainings share."""
 
     output_name: str = opt("lora", "file name of the LoRA, without ending")
@@ -85,6 +86,7 @@ class Options:
     training_comment: str = opt("", "a line for the file's metadata (ss_training_comment)")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sample_every_n_steps and not self.sample_prompts:
             raise OptionError(
                 f"sample_every_n_steps: {self.sample_every_n_steps}, and nothing to sample: give sample_prompts, or 0.",
@@ -107,6 +109,11 @@ class Options:
         if kind == "constant_with_warmup" and not warmup:
             raise OptionError(
                 "lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.", code="option.scheduler"
+            )
+        if self.optimizer_type == "Prodigy" and self.network_reg_lrs:
+            raise OptionError(
+                "network_reg_lrs: Prodigy takes one rate, which it finds: use another optimizer, or leave them out.",
+                code="option.prodigy",
             )
         low, high = PRODIGY_RATES
         if self.optimizer_type == "Prodigy" and not low <= self.learning_rate <= high:
@@ -153,6 +160,7 @@ class TaskOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_adapters()
         if self.reg_data_dir and self.dataset_config:
             raise OptionError(
                 "reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.",
@@ -165,6 +173,20 @@ class TaskOptions(Options):
             )
         if self.network_train_text_encoder:
             self._check_text_rate()
+
+    def _check_adapters(self) -> None:
+        """OptionError for what goes with a LoRA's two factors alone."""
+        if self.network_dropout and self.algo != "lora":
+            raise OptionError(
+                f"network_dropout: PEFT's {self.algo} has no dropout of its input: use algo lora, or leave it out.",
+                code="option.adapter",
+            )
+        if self.project and not self.is_lora:
+            raise OptionError(
+                f"project: keeps a LoRA's down matrices clear of a row space, and {self.adapter} has none that its "
+                "whole change goes through: use algo lora without dora_wd, or leave it out.",
+                code="option.adapter",
+            )
 
     def _check_text_rate(self) -> None:
         if not self.text_encoder_lr:
@@ -215,6 +237,17 @@ class SafetyOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dora_wd or self.algo == "diag-oft":
+            raise OptionError(
+                f"{self.adapter}: its change depends on the weights that it is put on, so a base could not be tested "
+                "for this safety LoRA before a task LoRA is trained on it: use algo lora, loha or lokr.",
+                code="option.adapter",
+            )
+        if self.init and not self.is_lora:
+            raise OptionError(
+                f"init: puts a file's change into a LoRA's factors, and {self.adapter} has others: use algo lora.",
+                code="option.adapter",
+            )
         for name in ("positive", "neutral", "unconditional"):
             if getattr(self, name) and self.objective != "leco":
                 raise OptionError(

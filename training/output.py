@@ -1,8 +1,9 @@
 """LoRA files as kohya's sd-scripts writes them: names, types, ss_* and modelspec.* metadata, sshs_* hashes.
 
 A layer is ``NAME.lora_down.weight`` (r in[ k k]), ``NAME.lora_up.weight`` (out r[ 1 1]) and ``NAME.alpha`` (0-dim, of
-the same type). Metadata is text only. sshs_model_hash and sshs_legacy_hash are what sd-webui-additional-networks
-looks LoRAs up by; both are taken from the file as it would be with its ss_* metadata alone.
+the same type); of other forms than LoRA, what `forms` says. Metadata is text only. sshs_model_hash and
+sshs_legacy_hash are what sd-webui-additional-networks looks LoRAs up by; both are taken from the file as it would be
+with its ss_* metadata alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.files.reader import LoraFile, LoraLayer, read_lora
+from ..modular_lora.files.formats import ENDINGS, make_layers
+from ..modular_lora.files.reader import LoraFile, read_lora
 from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
+from .forms import ALPHA, DOWN, LENGTHS, UP
 from .metadata_keys import (
     CONCEPT_KEY,
     DATASET_KEY,
@@ -54,6 +57,7 @@ _FAMILIES = (  # ComfyUI's family name, sd-scripts' base version and architectur
 )
 
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # kohya layer name -> down, up (float32), alpha
+Layers = Mapping[str, Mapping[str, Tensor]]  # layer name -> end of a tensor's name -> tensor (float32; alpha float64)
 
 
 @dataclass(frozen=True)
@@ -124,29 +128,46 @@ def write(
     precision: SavePrecision = "fp16",
     bases: Mapping[str, Tensor] | None = None,
 ) -> LoraFile:
-    """Write a LoRA file, whole or not at all, and give it as read back.
+    """Write a LoRA file of factors, whole or not at all, and give it as read back; see `write_layers`."""
+    layers_of = {
+        layer: {DOWN: down, UP: up, ALPHA: torch.tensor(alpha, dtype=torch.float64)}
+        for layer, (down, up, alpha) in layers.items()
+    }
+    return write_layers(path, layers_of, metadata, precision, bases)
 
-    ``bases`` (kohya layer name -> Q, see projection.bases): those layers' down is projected once more in float32 just
-    before the cast, and the largest residual after it goes into the metadata. Layers that are zero are left out, with
-    a line in the log. Raises GuardError, naming layer and remedy, where values are not finite or the type cannot hold
-    them, where every layer is zero, or where the file cannot be written.
+
+def write_layers(
+    path: str | Path,
+    layers: Layers,
+    metadata: Mapping[str, str],
+    precision: SavePrecision = "fp16",
+    bases: Mapping[str, Tensor] | None = None,
+) -> LoraFile:
+    """Write a LoRA file of any form, whole or not at all, and give it as read back.
+
+    DoRA's lengths stay float32, a number a row: W0 itself is multiplied by them. ``bases`` (kohya layer name -> Q, see
+    projection.bases): those layers' down is projected once more in float32 just before the cast, and the largest
+    residual after it goes into the metadata. Layers that are zero are left out, with a line in the log. Raises
+    GuardError, naming layer and remedy, where values are not finite or the type cannot hold them, where every layer is
+    zero, or where the file cannot be written.
     """
     dtype, name = DTYPES[precision], Path(path).name
     tensors: dict[str, Tensor] = {}
     residuals, zero = [], []
-    for layer, (down, up, alpha) in layers.items():
+    for layer, values in layers.items():
         Q = (bases or {}).get(layer)
-        down = down.detach().float().cpu()
+        parts = {end: value.detach().cpu() for end, value in values.items()}
         if Q is not None:
-            down = project(down, Q.cpu())
-        pair = _cast(name, layer, down, dtype), _cast(name, layer, up.detach().float().cpu(), dtype)
-        if LoraLayer(layer, *pair, alpha).is_zero:
+            parts[DOWN] = project(parts[DOWN].float(), Q.cpu())
+        parts = {
+            end: _cast(name, layer, part, torch.float32 if end == LENGTHS else dtype) for end, part in parts.items()
+        }
+        if _is_zero(name, layer, parts):
             zero.append(layer)
             continue
         if Q is not None:
-            residuals.append(residual(pair[0], Q))
-        tensors |= {f"{layer}.lora_down.weight": pair[0], f"{layer}.lora_up.weight": pair[1]}
-        tensors[f"{layer}.alpha"] = torch.tensor(alpha, dtype=dtype)
+            residuals.append(residual(parts[DOWN], Q))
+        tensors |= {f"{layer}.{end}": part for end, part in parts.items()}
     if not tensors:
         raise GuardError(
             f"{name}: all {len(zero)} layers are zero in {precision}, it would change nothing: train longer or with a "
@@ -191,6 +212,14 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
     }
+
+
+def _is_zero(file: str, layer: str, parts: Mapping[str, Tensor]) -> bool:
+    """Whether a layer, as it is saved, changes nothing."""
+    tensors = {end: part for end, part in parts.items() if end != ALPHA}
+    alphas = {ALPHA: float(parts[ALPHA])} if ALPHA in parts else {}
+    roles = {ENDINGS[end]: end for end in parts}
+    return make_layers({layer: roles}, None, tensors, alphas, file)[layer].is_zero
 
 
 def _residual(value: float) -> str:
@@ -241,7 +270,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
         "ss_steps": made.steps,
         "ss_base_model_version": version,
         "ss_v2": version.startswith("sd_v2"),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if options.is_lora else "lycoris.kohya",
         "ss_optimizer": optimizer,
         "ss_unet_lr": options.learning_rate,
         "ss_batch_size_per_device": options.train_batch_size,
@@ -250,8 +279,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
         "ss_sd_model_name": made.base_name,
         "ss_min_snr_gamma": options.min_snr_gamma or None,
     }
-    if options.target == "conv":
-        arguments = {"conv_dim": str(options.network_dim), "conv_alpha": str(options.network_alpha)}
+    if arguments := network_arguments(options):
         found["ss_network_args"] = json.dumps(arguments)
     if isinstance(options, TaskOptions):
         found |= {
@@ -261,6 +289,21 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
             "ss_resolution": f"({options.resolution}, {options.resolution})",
         }
     return found
+
+
+def network_arguments(options: Options) -> dict[str, str]:
+    """What sd-scripts' and LyCORIS' ``--network_args`` would be, where not the default."""
+    found: dict[str, object] = {}
+    if not options.is_lora:
+        found |= {"algo": options.algo, "dora_wd": options.dora_wd, "use_tucker": options.use_tucker}
+    if options.algo == "lokr":
+        found |= {"factor": options.factor, "decompose_both": options.decompose_both}
+    if options.target == "conv":
+        found["conv_dim"] = options.conv_dim or options.network_dim
+        found["conv_alpha"] = options.conv_alpha or options.network_alpha
+    for name in ("network_reg_dims", "network_reg_lrs"):
+        found[name] = ",".join(getattr(options, name))
+    return {name: str(value) for name, value in found.items() if value not in (False, "")}
 
 
 def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, object]:

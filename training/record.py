@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..modular_lora.files.reader import LoraFile
 from . import output
-from .adapters import Factors, Spec
+from .adapters import Layers, Spec
 from .model import HostModel
 from .options import SafetyOptions, TaskOptions, fingerprint
 
@@ -62,11 +62,11 @@ class Record:
         self,
         path: Path,
         step: int,
-        factors: Factors,
+        layers: Layers,
         bases: Mapping[str, Tensor] | None = None,
         activity: str = "",
     ) -> None:
-        """The LoRA as of ``step``; see `output.write` and `output.Provenance.activity`."""
+        """The LoRA as of ``step``; see `output.write_layers` and `output.Provenance.activity`."""
         made = output.Provenance(
             family=self.host_model.family,
             prediction=self.host_model.schedule.prediction,
@@ -83,16 +83,16 @@ class Record:
             activity=activity,
         )
         metadata = output.metadata(self.options, made)
-        self.last = output.write(path, factors, metadata, self.options.save_precision, bases)
+        self.last = output.write_layers(path, layers, metadata, self.options.save_precision, bases)
 
     def trained(self, losses: Sequence[float], lines: Sequence[str]) -> Trained:
         """The result, with its report."""
         assert self.last is not None, "fit() writes at its end"
         window = losses[-min(50, len(losses)) :]
         head = [
-            f"{self.last.name}: {self.spec.role} LoRA, {len(self.last.layers)} layers, rank {self.spec.rank}, alpha "
-            f"{self.spec.alpha:g}, {len(losses)} steps, loss {sum(window) / len(window):.4f} (mean of the last "
-            f"{len(window)}), {time.time() - self.started:.0f} s",
+            f"{self.last.name}: {self.spec.role} {self.spec.form.kind}, {len(self.last.layers)} layers, rank "
+            f"{self.spec.rank}, alpha {self.spec.alpha:g}, {len(losses)} steps, loss {sum(window) / len(window):.4f} "
+            f"(mean of the last {len(window)}), {time.time() - self.started:.0f} s",
             f"base {self.base_name or self.host_model.family}, content SHA-256 {self.host_model.base_sha256[:12]}",
             f"file SHA-256 {self.last.sha256}",
         ]

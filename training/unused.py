@@ -64,10 +64,20 @@ def _of_all(options: Options) -> Iterator[tuple[str, str]]:
         yield "sample_every_n_steps", f"there are {options.max_train_steps} steps"
     if options.save_every_n_steps >= options.max_train_steps:
         yield "save_every_n_steps", f"there are {options.max_train_steps} steps, and their end is saved anyway"
+    yield from _of_adapters(options)
     if options.lr_scheduler != "cosine_with_restarts":
         yield "lr_scheduler_num_cycles", f"lr_scheduler is {options.lr_scheduler}"
     if options.lr_scheduler != "polynomial":
         yield "lr_scheduler_power", f"lr_scheduler is {options.lr_scheduler}"
+
+
+def _of_adapters(options: Options) -> Iterator[tuple[str, str]]:
+    if options.target != "conv":
+        yield from ((name, "target is not conv") for name in ("conv_dim", "conv_alpha", "use_tucker"))
+    if options.algo == "diag-oft":
+        yield from ((name, "a rotation is not scaled") for name in ("network_alpha", "conv_alpha"))
+    if options.algo != "lokr":
+        yield from ((name, f"algo is {options.algo}") for name in ("factor", "decompose_both"))
 
 
 def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple[str, str]]:

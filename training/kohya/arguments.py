@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from ...modular_lora.guard import concept
 from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.options import toml_value, tomllib
+from ..adapter_options import pairs
 from ..optim import lr_shape
 from ..options import OptionError, Options, SafetyOptions, TaskOptions
 from ..safety.targets import Term, erased, kept
@@ -42,21 +44,29 @@ class Family:
     tokenizers: tuple[str, ...] = ()  # hub names of CLIP tokenizers
     parts: tuple[tuple[str, str], ...] = ()  # arguments that name further files, and their kind in ComfyUI
     whole: bool = True  # one checkpoint file can hold all parts
+    pattern: str = ""  # how its network matches the whole of a name, "{}" the pattern; "": it takes none
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_G = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 _CLIPS, _T5 = (("clip_l", "text_encoders"), ("clip_g", "text_encoders")), ("t5xxl", "text_encoders")
 _AE, _VAE = ("ae", "vae"), ("vae", "vae")
+_FLUX = Family(
+    "flux_train_network.py",
+    tokenizers=(CLIP_L,),
+    parts=(_CLIPS[0], _T5, _AE),
+    whole=False,
+    pattern="^(?:{})$",  # it searches in the layer's name
+)
 FAMILIES = {
     "SD15": Family("train_network.py", "train_leco.py", "sd_v1", (), (CLIP_L,)),
     "SD20": Family("train_network.py", "train_leco.py", "sd_v2", ("--v2",), ()),
     "SDXL": Family("sdxl_train_network.py", "sdxl_train_leco.py", "sdxl_base_v1-0", (), (CLIP_L, CLIP_G)),
     "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE)),
-    "Flux": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
-    "FluxSchnell": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
+    "Flux": _FLUX,
+    "FluxSchnell": _FLUX,
     "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
-    "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False),
+    "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False, pattern="{}"),
 }
 
 
@@ -232,8 +242,35 @@ def _network(options: Options, run: Run, role: str) -> dict[str, str]:
         "engine": run.engine,
         "dataset_metadata": "no" if options.no_dataset_metadata else "",
     }
+    return found | _adapters(options, run.family)
+
+
+def _adapters(options: Options, family: Family) -> dict[str, str]:
+    """What the wrapped network is to train beside a layer, by sd-scripts' names; OptionError for what it has not."""
+    if not options.is_lora:
+        raise OptionError(
+            f"{options.adapter}: the kohya engine trains sd-scripts' LoRA networks: use the embedded engine for it.",
+            code="option.kohya-adapter",
+        )
+    found = {}
     if options.target == "conv":
-        found |= {"conv_dim": str(options.network_dim), "conv_alpha": str(options.network_alpha)}
+        found["conv_dim"] = str(options.conv_dim or options.network_dim)
+        found["conv_alpha"] = str(options.conv_alpha or options.network_alpha)
+    for name in ("network_reg_dims", "network_reg_lrs"):
+        given = pairs(getattr(options, name), name, whole=name == "network_reg_dims")
+        if given and not family.pattern:
+            raise OptionError(
+                f"{name}: {family.script} takes no patterns: use the embedded engine, or sd-scripts' own arguments for "
+                "blocks (--network_args block_dims=... or down_lr_weight=...).",
+                code="option.kohya-adapter",
+            )
+        if odd := next((pattern.pattern for pattern, _ in given if re.search("[,=]", pattern.pattern)), None):
+            raise OptionError(
+                f"{name}: {odd!r}: sd-scripts splits its patterns at , and =: write it without these.",
+                code="option.kohya-adapter",
+            )
+        matching = [(family.pattern.replace("{}", pattern.pattern), value) for pattern, value in given]
+        found[name] = ",".join(f"{pattern}={value:g}" for pattern, value in matching)
     return found
 
 

@@ -1,7 +1,7 @@
 """The activity of a safety LoRA that is being trained, on its own prompts: what its file says of itself.
 
 Measured as guard/activity.py says, from noise at the noisiest timestep, on the network with its adapters: of every
-adapted layer z = scale · B A x and y0 = W0·x + b are read by hooks.
+adapted layer y0 = W0·x + b is read by a hook, and z = ΔW·x: of a LoRA scale · B A x, of others y − y0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.guard import activity
-from ..adapters import ADAPTER, Adapters
+from ..adapters import Adapters
+from ..forms import ADAPTER
 from ..model import HostModel
 from ..options import SafetyOptions
 from ..seeds import role_seed
@@ -83,16 +84,25 @@ def _heard(adapters: Adapters) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     base: dict[str, Tensor] = {}
     hooks = []
 
+    def note(name: str, z: Tensor, scale: float = 1.0) -> None:
+        energies[name] = scale**2 * _energy(z), _energy(base[name])
+
     def on_base(name: str):
-        return lambda module, inputs, output: base.update({name: _energy(output)})
+        return lambda module, inputs, output: base.update({name: output})
 
     def on_up(name: str, scale: float):
-        return lambda module, inputs, output: energies.update({name: (scale**2 * _energy(output), base[name])})
+        return lambda module, inputs, output: note(name, output, scale)
+
+    def on_layer(name: str):
+        return lambda module, inputs, output: note(name, output - base[name])
 
     try:
         for name, layer in adapters.layers.items():
             hooks.append(layer.base_layer.register_forward_hook(on_base(name)))
-            hooks.append(layer.lora_B[ADAPTER].register_forward_hook(on_up(name, layer.scaling[ADAPTER])))
+            if adapters.form.thin:
+                hooks.append(layer.lora_B[ADAPTER].register_forward_hook(on_up(name, adapters.scale(name))))
+            else:
+                hooks.append(layer.register_forward_hook(on_layer(name)))
         yield energies
     finally:
         for hook in hooks:

@@ -33,7 +33,7 @@ def start_from(adapters: Adapters, lora: LoraFile) -> str:
         down, up = adapters.pair(name)
         if layer.down.shape[1:] != down.shape[1:] or layer.up.shape[0] != up.shape[0]:
             raise GuardError(f"init {lora.name}: layer {name} has another shape than this model's: use its own base.")
-        rank, scale = len(down), adapters.alpha / len(down)
+        rank, scale = len(down), adapters.scale(name)
         edit = Edit(layer.scale * layer.up.double().flatten(1), layer.down.double().flatten(1))
         near, share = edit.reduced(rank)
         energy = float((edit.U.T @ edit.U * (edit.D @ edit.D.T)).sum())

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ...modular_lora.files.reader import read_lora
 from ...modular_lora.places import check_writable
-from .. import contamination
+from .. import contamination, patterns
 from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import texts
+from ..forms import form_of
 from ..layers import erasing, tells_text_apart
 from ..loop import Job, Watch, fit
 from ..model import HostModel
@@ -44,7 +45,18 @@ def train_safety(
     unet = erasing(host_model.unet_names, options.target, options.objective)
     if options.objective != "leco" and not tells_text_apart(host_model.unet_names):
         said.append(f"this {host_model.family} tells no cross-attention apart: {options.objective} takes all attention")
-    spec = Spec(unet, {}, options.network_dim, options.network_alpha, 0.0, options.seed, ROLE)
+    spec = Spec(
+        unet,
+        {},
+        options.network_dim,
+        options.network_alpha,
+        0.0,
+        options.seed,
+        ROLE,
+        form_of(options),
+        patterns.sizes(options, ((host_model.unet, unet),)),
+    )
+    said += patterns.lines(options, (unet,))
     record = Record(host_model, options, spec, engine, base_name, contaminated=contaminated)
     start = read_lora(options.init) if options.init else None
     with (
@@ -66,7 +78,7 @@ def train_safety(
             host_model.release(text=True)
         previews = Previews(host_model, adapters, options, watch.check)
         job = Job(
-            groups=[(adapters.parameters(), options.learning_rate)],
+            groups=patterns.groups(options, adapters, ((unet, options.learning_rate),)),
             loss=erasure.loss,
             write=lambda path, step, masters: _write(record, options, erasure, adapters, masters, path, step, said),
             fingerprint=record.fingerprint,
@@ -106,11 +118,11 @@ def _write(
     """The LoRA as of ``step`` with its calibration; ``said`` gets a line on the latter, in the place of the last."""
     average = erasure.average
     values = dict(zip(map(id, average.parameters), average.values, strict=True)) if average else {}
-    factors = adapters.factors(lambda weight: values.get(id(weight), masters.of(weight)))
+    layers = adapters.tensors(lambda weight: values.get(id(weight), masters.of(weight)))
     made = calibration(record.host_model, options, adapters, erasure)
     said[:] = [line for line in said if not line.startswith(CALIBRATION)]
     said.append(f"{CALIBRATION}: {made.line}")
-    record.write(path, step, factors, activity=made.metadata)
+    record.write(path, step, layers, activity=made.metadata)
 
 
 def _lines(report: Report) -> list[str]:

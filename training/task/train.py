@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...modular_lora.errors import GuardError
 from ...modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.places import check_writable
-from .. import contamination
+from .. import contamination, patterns
 from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import config as dataset_config
 from ..data import dataset, export, texts
 from ..data.batches import Plan
+from ..forms import form_of
 from ..layers import select
 from ..loop import Job, Watch, fit
 from ..model import HostModel
@@ -113,22 +115,28 @@ def train_task(
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
     loss = Denoising(host_model, options, plan, Latents(host_model, found, watch), Captions(host_model))
     _release(host_model, options, loss, plan.fixed_captions())
+    start = _start(host_model, options, loras)
     spec = _spec(host_model, options)
     record = Record(host_model, options, spec, engine, base_name, loras, contaminated, export.record(found))
     with (
         adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
         checkpointed(host_model.unet, options.gradient_checkpointing),
     ):
-        spans = _prepare(host_model, options, adapters, loras)
+        if start is not None:
+            adapters.load(start)
+        spans = _spans(host_model, options, adapters, loras)
         job = Job(
-            groups=_groups(adapters, options, spec),
+            groups=patterns.groups(
+                options, adapters, ((spec.unet, options.learning_rate), (spec.text, options.text_encoder_lr))
+            ),
             loss=loss.loss,
-            write=lambda path, step, masters: record.write(path, step, adapters.factors(masters.of), spans),
+            write=lambda path, step, masters: record.write(path, step, adapters.tensors(masters.of), spans),
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),
             preview=Previews(host_model, adapters, options, watch.check, safety),
         )
         losses = fit(job, options, host_model.device, watch)
+    said += patterns.lines(options, (spec.unet, spec.text))
     return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
 
 
@@ -156,14 +164,24 @@ def _check_base(host_model: HostModel, options: TaskOptions, safety: Sequence[Lo
 
 
 def _spec(host_model: HostModel, options: TaskOptions) -> Spec:
+    unet = select(host_model.unet_names, options.target)
+    text = host_model.text_names if options.network_train_text_encoder else {}
+    if options.network_train_text_encoder and not text:
+        raise GuardError(
+            f"network_train_text_encoder: no layer of this {host_model.family}'s text encoders has a name that readers "
+            "of LoRA files know: leave it out.",
+            code="train.no-text-layers",
+        )
     return Spec(
-        unet=select(host_model.unet_names, options.target),
-        text=host_model.text_names if options.network_train_text_encoder else {},
+        unet=unet,
+        text=text,
         rank=options.network_dim,
         alpha=options.network_alpha,
         dropout=options.network_dropout,
         seed=options.seed,
         role=ROLE,
+        form=form_of(options),
+        sizes=patterns.sizes(options, ((host_model.unet, unet), (host_model.text_encoder, text))),
     )
 
 
@@ -178,25 +196,23 @@ def _release(host_model: HostModel, options: TaskOptions, loss: Denoising, capti
     host_model.release(text=True)
 
 
-def _groups(adapters: Adapters, options: TaskOptions, spec: Spec) -> list[tuple[list[nn.Parameter], float]]:
-    """The adapters' parameters with their learning rates; nothing else is ever in the optimizer."""
-    groups = [(adapters.parameters(spec.unet.values()), options.learning_rate)]
-    if options.network_train_text_encoder:
-        groups.append((adapters.parameters(spec.text.values()), options.text_encoder_lr))
-    return groups
+def _start(host_model: HostModel, options: TaskOptions, safety: Sequence[LoraFile]) -> LoraFile | None:
+    """The file that is gone on from, if any; GuardError where that is, or holds, a safety LoRA."""
+    if not options.network_weights:
+        return None
+    start = read_lora(options.network_weights)
+    contamination.check_start(start, safety, host_model.infos, host_model.weights())
+    return start
 
 
-def _prepare(
+def _spans(
     host_model: HostModel, options: TaskOptions, adapters: Adapters, safety: Sequence[LoraFile]
 ) -> dict[str, Tensor]:
-    """Load what is gone on from; the bases Q that projection keeps clear of, by kohya layer name."""
-    if options.network_weights:
-        start = read_lora(options.network_weights)
-        contamination.check_start(start, safety, host_model.infos)
-        adapters.load(start)
+    """The bases Q that projection keeps clear of, by layer name."""
     if not options.project:
         return {}
-    layers = {name: LoraLayer(name, *factors) for name, factors in adapters.factors().items()}
+    pairs = {name: adapters.pair(name) for name in adapters.layers}
+    layers = {name: LoraLayer(name, down.detach(), up.detach(), None) for name, (down, up) in pairs.items()}
     spans = {name: Q.to(host_model.device) for name, Q in bases(layers, safety, host_model.infos).items()}
     _project(adapters, spans, lambda weight: weight)
     return spans
