@@ -16,6 +16,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..training.pace import Pace
 from .charts import chart
 from .node_report import leave, show_progress
 from .training_files import newest_state
@@ -31,7 +32,8 @@ class NodeWatch:
 
     def __init__(self, node: type[io.ComfyNode]):
         self.node, self.pictures, self._shown, self._said = node, [], 0.0, ""
-        self._bar = comfy.utils.ProgressBar(1)
+        self.without: Sequence[Path] = ()
+        self._bar, self._pace = comfy.utils.ProgressBar(1), Pace()
 
     def check(self) -> None:
         """Raises ComfyUI's InterruptProcessingException."""
@@ -47,14 +49,16 @@ class NodeWatch:
         self.stage("reading images", done, total)
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
+        pace = self._pace(step, total)
         if self._due() or step == total:
-            self._show(f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}")
+            said = f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}"
+            self._show(", ".join(filter(None, (said, pace))))
             self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses), WIDTH))
         else:
             self._bar.update_absolute(step, total)
 
-    def sample(self, step: int, pictures: list[Path]) -> None:
-        self.pictures = pictures
+    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
+        self.pictures, self.without = pictures, without or self.without
         for path in pictures[:1]:
             with Image.open(path) as picture:
                 self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
@@ -83,9 +87,11 @@ class NodeWatch:
 
     def samples(self) -> torch.Tensor:
         """The last previews as one IMAGE batch (b h w 3); one black pixel where none were drawn."""
-        if not self.pictures:
-            return torch.zeros(1, 1, 1, 3)
-        return torch.cat([image_tensor(Image.open(path)) for path in self.pictures])
+        return _batch(self.pictures)
+
+    def samples_without(self) -> torch.Tensor:
+        """The same prompts without the safety LoRA."""
+        return _batch(self.without)
 
 
 @contextmanager
@@ -121,6 +127,12 @@ def loss_curve(losses: Sequence[float]) -> Image.Image:
         axes.spines[["top", "right"]].set_visible(False)
 
     return chart(WIDTH, HEIGHT, plot)
+
+
+def _batch(pictures: Sequence[Path]) -> torch.Tensor:
+    if not pictures:
+        return torch.zeros(1, 1, 1, 3)
+    return torch.cat([image_tensor(Image.open(path)) for path in pictures])
 
 
 def image_tensor(picture: Image.Image) -> torch.Tensor:

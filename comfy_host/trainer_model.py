@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, build_part, check_coverage
+from ..training import presets
 from ..training.kohya import engine
 from ..training.kohya.engine import Base
 from ..training.model import Cond, Text
@@ -221,6 +222,12 @@ def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
         if part is None:
             raise GuardError(f"{path.name}: has no {what}: use a whole checkpoint.")
     return loaded
+
+
+def preset_group(model) -> str:
+    """The group of families (training/presets) that a loaded MODEL is of."""
+    flow = noising.schedule_of(model.model.model_sampling).prediction == "velocity"
+    return presets.group(introspection.family(model), flow)
 
 
 def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str, str]) -> Base:

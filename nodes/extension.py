@@ -28,6 +28,7 @@ from .sample import GuardedGuider, GuardedKSampler, GuardedKSamplerAdvanced
 from .save import SaveAttestedImage, SaveGatedImage
 from .train_safety import TrainSafetyLora
 from .train_task import TrainTaskLora
+from .training_options import SafetyTrainingOptions, TaskTrainingOptions
 
 
 class ModularLoraExtension(ComfyExtension):
@@ -61,7 +62,9 @@ class ModularLoraExtension(ComfyExtension):
             MakeSafetyLora,
             CombineSafetyLoras,
             TrainTaskLora,
+            TaskTrainingOptions,
             TrainSafetyLora,
+            SafetyTrainingOptions,
             DatasetReport,
             ProjectTaskLora,
             WriteConceptPrompts,

@@ -10,6 +10,8 @@ SafetySocket = io.Custom("MODULAR_LORA_SAFETY")
 TaskSocket = io.Custom("MODULAR_LORA_TASK")
 GuardedSocket = io.Custom("MODULAR_LORA_GUARDED_MODEL")
 StackSocket = io.Custom("LORA_STACK")
+TaskOptionsSocket = io.Custom("MODULAR_LORA_TASK_OPTIONS")
+SafetyOptionsSocket = io.Custom("MODULAR_LORA_SAFETY_OPTIONS")
 GateSocket = io.Custom("MODULAR_LORA_GATE")
 
 

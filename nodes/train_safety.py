@@ -16,27 +16,9 @@ from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
 from ..training.safety.train import train_safety
 from .search_words import found_by
-from .sockets import SafetySocket, rarely
-from .training import (
-    GROUP,
-    MORE,
-    OUTPUTS,
-    RARELY,
-    RESUME,
-    engine_inputs,
-    files_of,
-    gathered,
-    loaded_inputs,
-    option_inputs,
-    outcome,
-)
-
-OPTIONS = (
-    "output_name", "concept", "synonyms", "preserve", "objective", "network_dim", "network_alpha", "target",
-    "learning_rate", "max_train_steps", "train_batch_size", "train_size", "negative_guidance", "preserve_weight",
-    "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision", "gradient_checkpointing",
-    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
-)  # fmt: skip
+from .sockets import SafetyOptionsSocket, SafetySocket
+from .training import GROUP, OUTPUTS, RESUME, loaded_inputs, option_inputs, outcome
+from .training_options import asked, files_of, options_input, preset_input, steps_input
 
 
 class TrainSafetyLora(io.ComfyNode):
@@ -51,33 +33,38 @@ class TrainSafetyLora(io.ComfyNode):
             category=GROUP,
             description="Trains a LoRA that erases a concept, from prompts alone (ESD, SDD or LECO), and keeps what "
             "is listed under preserve as the base has it.",
-            inputs=rarely(
-                [*loaded_inputs(), *option_inputs(SafetyOptions, OPTIONS), MORE, RESUME, *engine_inputs()], *RARELY
-            ),
+            inputs=[
+                *loaded_inputs(),
+                options_input(SafetyOptionsSocket, "Safety"),
+                preset_input(SafetyOptions),
+                *option_inputs(SafetyOptions, ("output_name", "concept", "preserve")),
+                steps_input(),
+                *option_inputs(SafetyOptions, ("seed",)),
+                RESUME,
+            ],
             outputs=[
                 SafetySocket.Output(
                     "safety_lora", display_name="safety_lora", tooltip="The new LoRA, for Guard Model."
                 ),
                 *OUTPUTS,
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(
-        cls, model, clip, vae, more_options="", resume=False, engine="", ckpt_name="", kohya_files="", **values
-    ):
-        name = values["output_name"]
+    def execute(cls, model, clip, vae, options=None, resume=False, **given):
+        name = given["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": state_to_resume(name, resume)}
-        made, watch = gathered(SafetyOptions, values, more_options, **ours), NodeWatch(cls)
+        wanted = asked(cls, SafetyOptions, given, options, lambda: trainer_model.preset_group(model), **ours)
+        made, handed, watch = wanted.options, wanted.handed, NodeWatch(cls)
         check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")
         with going_on(cls, name):
-            if engine == "kohya":
-                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+            if handed.engine == "kohya":
+                base = trainer_model.kohya_base(model, clip, handed.ckpt_name, made, files_of(handed.kohya_files))
                 trained = kohya.train_safety(find_engine(), made, base, watch)
             else:
                 with trainer_model.opened(model, clip, vae, made) as opened:
                     trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)
         path = published(trained.lora.path, SAFETY_FOLDER)
-        return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch)
+        return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch, wanted.lines)

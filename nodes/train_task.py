@@ -17,28 +17,9 @@ from ..training.options import TaskOptions
 from ..training.task.train import train_task
 from .load import handles
 from .search_words import found_by
-from .sockets import SafetySocket, TaskSocket, rarely
-from .training import (
-    GROUP,
-    MORE,
-    OUTPUTS,
-    RARELY,
-    RESUME,
-    data_set_input,
-    engine_inputs,
-    files_of,
-    gathered,
-    loaded_inputs,
-    option_inputs,
-    outcome,
-)
-
-OPTIONS = (
-    "output_name", "network_dim", "network_alpha", "target", "learning_rate", "max_train_steps", "train_batch_size",
-    "resolution", "seed", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
-    "gradient_checkpointing", "network_train_text_encoder", "min_snr_gamma", "noise_offset", "project",
-    "save_every_n_steps", "sample_every_n_steps", "sample_prompts",
-)  # fmt: skip
+from .sockets import SafetySocket, TaskOptionsSocket, TaskSocket
+from .training import GROUP, OUTPUTS, RESUME, data_set_input, loaded_inputs, option_inputs, outcome
+from .training_options import asked, files_of, options_input, preset_input, steps_input
 
 
 class TrainTaskLora(io.ComfyNode):
@@ -53,23 +34,22 @@ class TrainTaskLora(io.ComfyNode):
             category=GROUP,
             description="Trains a LoRA on captioned images, on the pretrained weights alone. The safety LoRA is "
             "frozen and detached: it is attached for previews only, so that they show what will be served.",
-            inputs=rarely(
-                [
-                    *loaded_inputs(),
-                    data_set_input(),
-                    *option_inputs(TaskOptions, OPTIONS),
-                    SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
-                    MORE,
-                    RESUME,
-                    *engine_inputs(),
-                ],
-                *RARELY,
-            ),
+            inputs=[
+                *loaded_inputs(),
+                SafetySocket.Input("safety_lora", optional=True, tooltip="The safety LoRA it will be used with."),
+                options_input(TaskOptionsSocket, "Task"),
+                preset_input(TaskOptions),
+                data_set_input(),
+                *option_inputs(TaskOptions, ("output_name",)),
+                steps_input(),
+                *option_inputs(TaskOptions, ("seed",)),
+                RESUME,
+            ],
             outputs=[
                 TaskSocket.Output("task_lora", display_name="task_lora", tooltip="The new LoRA, for Guard Model."),
                 *OUTPUTS,
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
@@ -78,35 +58,23 @@ class TrainTaskLora(io.ComfyNode):
         return data_set_state(data_set)
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        data_set,
-        safety_lora=(),
-        more_options="",
-        resume=False,
-        engine="",
-        ckpt_name="",
-        kohya_files="",
-        **values,
-    ):
-        safety, name = handles(safety_lora, SafetyLora), values["output_name"]
+    def execute(cls, model, clip, vae, data_set, safety_lora=(), options=None, resume=False, **given):
+        safety, name = handles(safety_lora, SafetyLora), given["output_name"]
         ours = {
             "output_dir": str(work_folder(name)),
             "resume": state_to_resume(name, resume),
             **data_set_option(data_set),
         }
-        made = gathered(TaskOptions, values, more_options, **ours)
+        wanted = asked(cls, TaskOptions, given, options, lambda: trainer_model.preset_group(model), **ours)
+        made, handed = wanted.options, wanted.handed
         data, watch = inside(made), NodeWatch(cls)
         check_writable(model_folder(LORA_FOLDER), "loras folder")
         with going_on(cls, name):
-            if engine == "kohya":
-                base = trainer_model.kohya_base(model, clip, ckpt_name, made, files_of(kohya_files))
+            if handed.engine == "kohya":
+                base = trainer_model.kohya_base(model, clip, handed.ckpt_name, made, files_of(handed.kohya_files))
                 trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
             else:
                 with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
                     trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)
         path = published(trained.lora.path, LORA_FOLDER)
-        return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch)
+        return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch, wanted.lines)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..comfy_host import trainer_model
 from ..comfy_host.answers import answer
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.model_folders import file_names, offered
+from ..comfy_host.model_folders import offered
 from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.progress import NodeWatch
 from ..comfy_host.training_files import data_sets
@@ -23,13 +23,6 @@ GROUP = f"{CATEGORY}/train"
 FROM_GRAPH = (  # files, folders and services that a graph must not name
     "output_name", "output_dir", "train_data_dir", "reg_data_dir", "dataset_config", "resume", "safety_lora",
     "safety_strength", "safety_scale", "network_weights", "init", "known_bases", "log_with",
-)  # fmt: skip
-
-
-RARELY = (  # options that few change; see sockets.rarely
-    "network_alpha", "target", "optimizer_type", "lr_scheduler", "lr_warmup_steps", "mixed_precision",
-    "gradient_checkpointing", "min_snr_gamma", "noise_offset", "negative_guidance", "save_every_n_steps",
-    "more_options", "engine", "ckpt_name", "kohya_files",
 )  # fmt: skip
 
 
@@ -67,20 +60,6 @@ MORE = io.String.Input(
     optional=True,
     tooltip="Further options as TOML, named as on the command line (python -m training train-task --help).",
 )
-ENGINE = io.Combo.Input(
-    "engine",
-    ["embedded", "kohya"],
-    default="embedded",
-    optional=True,
-    tooltip="embedded: on the model as loaded. kohya: a checkout of sd-scripts that the host set (SD_SCRIPTS_PATH).",
-)
-FILES = io.String.Input(
-    "kohya_files",
-    default="",
-    multiline=True,
-    optional=True,
-    tooltip="kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl.",
-)
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Resume from the newest saved state of this output_name."
 )
@@ -98,30 +77,39 @@ def gathered(cls: type, values: dict, more: str, **ours: str):
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
             values[name] = lines_of(value)
-    extra = options.parse(more)
-    if refused := sorted(set(extra) & set(FROM_GRAPH)):
-        raise GuardError(
-            f"more_options: {refused[0]} cannot be set from a graph: use inputs, or the command line.",
-            code="train.option-refused",
-        )
-    return options.load(cls, None, values | extra | ours)
+    return options.load(cls, None, values | more_of(more) | ours)
 
 
-def files_of(text: str) -> dict[str, str]:
-    """kohya_files as names by part; GuardError or OptionError for anything else."""
+def more_of(text: str) -> dict[str, typing.Any]:
+    """What more_options says; OptionError where it is no TOML, GuardError for what a graph must not name."""
     found = options.parse(text)
-    if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
-        raise GuardError(f"kohya_files: {wrong[0]} is no text: write {wrong[0]} = 'file name'.")
+    refuse_from_graph("more_options", found)
     return found
 
 
-def outcome(node: type[io.ComfyNode], trained: Trained, path: Path, handle: object, watch: NodeWatch) -> io.NodeOutput:
-    """What both trainings give: the LoRA on its socket, report, loss curve, previews."""
+def refuse_from_graph(where: str, found: Iterable[str]) -> None:
+    """GuardError for the name of an option that a graph must not set."""
+    if refused := sorted(set(found) & set(FROM_GRAPH)):
+        raise GuardError(
+            f"{where}: {refused[0]} cannot be set from a graph: use inputs, or the command line.",
+            code="train.option-refused",
+        )
+
+
+def outcome(
+    node: type[io.ComfyNode],
+    trained: Trained,
+    path: Path,
+    handle: object,
+    watch: NodeWatch,
+    lines: Iterable[str] = (),
+) -> io.NodeOutput:
+    """What both trainings give: the LoRA on its socket, report with further ``lines``, loss curve, previews."""
     line = f"Trained in {len(trained.losses)} steps and saved."
-    report = f"saved as {path.name} in {path.parent.name}\n{trained.report}"
+    report = "\n".join((f"saved as {path.name} in {path.parent.name}", *lines, trained.report))
     curve = watch.finish(trained.losses)
     shown = answer(line, report, **ui.PreviewImage(curve, cls=node).as_dict())
-    return io.NodeOutput((handle,), f"{line}\n{report}", curve, watch.samples(), ui=shown)
+    return io.NodeOutput((handle,), f"{line}\n{report}", curve, watch.samples(), watch.samples_without(), ui=shown)
 
 
 def data_set_input() -> io.Input:
@@ -135,13 +123,10 @@ OUTPUTS = [
     ),
     io.Image.Output("loss", display_name="loss", tooltip="Loss of every step, and its smoothed curve."),
     io.Image.Output("samples", display_name="samples", tooltip="The last previews, with the safety LoRA attached."),
+    io.Image.Output(
+        "samples_without", display_name="samples_without", tooltip="The same previews without the safety LoRA."
+    ),
 ]
-
-
-def engine_inputs() -> list[io.Input]:
-    names = file_names(*trainer_model.BASE_FOLDERS)
-    tip = "kohya engine: the file of the loaded checkpoint, which sd-scripts reads itself."
-    return [ENGINE, io.Combo.Input("ckpt_name", ["", *names], default="", optional=True, tooltip=tip), FILES]
 
 
 def loaded_inputs() -> list[io.Input]:

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import math
+import time
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +24,15 @@ from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.terminal import open_to_all
-from . import inspection, options, output, projection
+from . import inspection, options, output, presets, projection
 from .convert.convert import convert
 from .convert.difference import LIMIT, ConvertOptions
 from .data import captions, dataset
 from .kohya import engine as kohya
 from .kohya.arguments import FAMILIES
 from .kohya.checkout import find_engine
-from .options import SafetyOptions, TaskOptions
+from .options import OptionError, SafetyOptions, TaskOptions
+from .pace import Pace, curve
 from .safety.closed import make as closed
 from .safety.closed.combine import CombineOptions
 from .safety.closed.combine import combine_safety as combined
@@ -42,6 +44,7 @@ from .task.train import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
+SECONDS = 30.0  # without a line, at most, where a step does not take longer
 logger = logging.getLogger("modular_lora")
 
 
@@ -198,8 +201,14 @@ def with_options(chosen: dict) -> str:
     """train-task, train-safety and dataset."""
     cls: type[TaskOptions] | type[SafetyOptions] = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
     values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
-    made = options.load(cls, chosen["config"], values)
+    kohya_family = chosen["family"] if chosen.get("engine") == "kohya" else ""
+    of = presets.group(kohya_family, FAMILIES[kohya_family].flow) if kohya_family else presets.GROUPS[0]
+    made = presets.load(cls, chosen["config"], values, of)
     if isinstance(made, TaskOptions) and chosen["command"] == "dataset":
+        if made.preset:
+            raise OptionError(
+                "preset: dataset knows no model, whose resolution it would take: give resolution.", code="option.preset"
+            )
         return dataset.format_report(dataset.scan(configure(made)))
     check_files(chosen["checkpoint"], chosen["vae"])
     safety = _safety(made)
@@ -211,8 +220,10 @@ def with_options(chosen: dict) -> str:
     host = comfy_host(chosen)
     where = chosen["checkpoint"], chosen["vae"], made.mixed_precision
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
+    loaded = host.load_checkpoint(*where)
+    made = presets.load(cls, chosen["config"], values, host.preset_group(loaded[0]))
     train_text = isinstance(made, TaskOptions) and made.network_train_text_encoder
-    with host.opened(*host.load_checkpoint(*where), made, train_text) as host_model:
+    with host.opened(*loaded, made, train_text) as host_model:
         if isinstance(made, SafetyOptions):
             return train_safety(host_model, made, TrainingLines(), **common).report
         return train_task(host_model, made, TrainingLines(), safety, **common).report
@@ -348,13 +359,21 @@ def inspect(chosen: dict) -> str:
 class TrainingLines(Lines):
     """See loop.Watch."""
 
-    def step(self, step: int, total: int, losses: list[float]) -> None:
-        if step == total or step % 10 == 0:
-            window = losses[-50:]
-            logger.info("step %d of %d  loss %.4f", step, total, sum(window) / len(window))
+    def __init__(self) -> None:
+        super().__init__()
+        self._pace, self._at = Pace(), 0.0
 
-    def sample(self, step: int, pictures: list[Path]) -> None:
+    def step(self, step: int, total: int, losses: list[float]) -> None:
+        pace, now = self._pace(step, total), time.monotonic()
+        if step == total or step % 10 == 0 or now - self._at >= SECONDS:
+            self._at, window = now, losses[-50:]
+            mean = sum(window) / len(window)
+            logger.info("step %d of %d  loss %.4f  %s  %s", step, total, mean, curve(losses), pace)
+
+    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
         logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
+        if without:
+            logger.info("the same without the safety LoRA: %s", ", ".join(map(str, without)))
 
     def say(self, text: str) -> None:
         logger.info(text)

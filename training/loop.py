@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from ..modular_lora.errors import GuardError
 from .logs import logs
 from .optim import Masters, make_optimizer, make_scheduler
 from .options import Options
+from .previews import Drawn
 from .seeds import role_seed
 from .state import load_state, save_state
 from .stopping import Stopping, stopping
@@ -37,8 +38,8 @@ class Watch(command.Watch, Protocol):
     def step(self, step: int, total: int, losses: list[float]) -> None:
         """``step`` optimizer steps are done; ``losses`` has one a step."""
 
-    def sample(self, step: int, pictures: list[Path]) -> None:
-        """Previews were drawn."""
+    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
+        """Previews were drawn; ``without``: the same prompts without the safety LoRA."""
 
     def say(self, text: str) -> None:
         """What is worth knowing before the first step."""
@@ -54,7 +55,7 @@ class Job:
     fingerprint: dict[str, str]  # what a resumed state must agree on
     after_step: Callable[[Masters], None] = lambda masters: None  # on the float32 values, before they are given back
     prepare: Callable[[int], None] = lambda step: None  # what a step needs and may be interrupted in: pools
-    preview: Callable[[int], list[Path]] = lambda step: []
+    preview: Callable[[int], Drawn] = lambda step: Drawn([], [])
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None
     notes: list[str] = field(default_factory=list)  # what the loop has to say in the report
@@ -133,7 +134,7 @@ def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]
             if _due(options.save_every_n_steps, run.step) and run.step < options.max_train_steps:
                 _save(run)
         if _due(options.sample_every_n_steps, run.step):
-            watch.sample(run.step, job.preview(run.step))
+            watch.sample(run.step, *job.preview(run.step))
 
 
 def _keep(run: _Fit) -> None:

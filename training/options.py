@@ -26,6 +26,8 @@ Scheduler = Literal[
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 Density = Literal["own", "uniform", "logit_normal"]
+TaskPreset = Literal["", "style", "character", "object"]  # files of training/presets
+SafetyPreset = Literal["", "safety"]
 PIXELS = 8  # of a side for one of a latent
 PRODIGY_RATES = (0.1, 10.0)  # it multiplies a rate that it finds itself
 SAVING = {
@@ -35,6 +37,7 @@ SAVING = {
     "no_dataset_metadata",
     "training_comment",
     "save_every_n_steps",
+    "preset",  # its values are compared, each as the option that it is
 }
 SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
@@ -46,6 +49,7 @@ ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # t
 class Options(AdapterOptions):
     """What both trainings share."""
 
+    preset: str = opt("", "values for a purpose (training/presets); what is given beside it wins")
     output_name: str = opt("lora", "file name of the LoRA, without ending")
     output_dir: str = opt("output", "folder of the LoRA, its checkpoints, previews and logs")
     network_dim: int = opt(16, "rank", gt=0)
@@ -129,6 +133,7 @@ class Options(AdapterOptions):
 class TaskOptions(Options):
     """A task LoRA from captioned pictures, on W0; the safety LoRA is given and stays out of the training."""
 
+    preset: TaskPreset = opt("", "values for a purpose: style, character or object; what is given beside it wins")
     train_data_dir: str = opt("", "folder of N_name folders with images and captions")
     dataset_config: str = opt("", "TOML of the data set, instead of train_data_dir")
     reg_data_dir: str = opt("", "folder of N_name folders with regularisation images")
@@ -207,6 +212,7 @@ class TaskOptions(Options):
 class SafetyOptions(Options):
     """A safety LoRA that erases a concept given by prompts; no pictures."""
 
+    preset: SafetyPreset = opt("", "values for a purpose: safety; what is given beside it wins")
     network_dim: int = opt(8, "rank", gt=0)
     network_alpha: float = opt(8.0, "alpha; the LoRA is scaled by alpha / rank", gt=0)
     train_batch_size: int = opt(

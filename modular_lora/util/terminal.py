@@ -6,7 +6,17 @@ import codecs
 import io
 import sys
 
-READ_AS = {"−": "-", "≥": ">=", "≤": "<=", "Δ": "d", "η": "eta", "‖": "||", "∞": "inf", "→": "->", "█": "#"}
+READ_AS = {
+    "−": "-",
+    "≥": ">=",
+    "≤": "<=",
+    "Δ": "d",
+    "η": "eta",
+    "‖": "||",
+    "∞": "inf",
+    "→": "->",
+    "█": "#",
+} | dict.fromkeys("▁▂▃▄▅▆▇", ".")
 HANDLER = "modular_lora.plain"
 
 

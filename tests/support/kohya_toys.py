@@ -41,7 +41,7 @@ class Seen:
         self.steps.append((step, total, len(losses)))
         self.losses = losses
 
-    def sample(self, step, pictures):
+    def sample(self, step, pictures, without=()):
         self.samples += pictures
 
     def say(self, text):

@@ -129,7 +129,7 @@ class Silent:
     def step(self, step: int, total: int, losses: list[float]) -> None:
         self.steps = step
 
-    def sample(self, step: int, pictures: list) -> None:
+    def sample(self, step: int, pictures: list, without: object = ()) -> None:
         self.pictures += pictures
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Writes formats, families, templates and training_families.json of docs/figures from a run of the tests that try each.
+"""Writes formats, families, templates, training_families and training_presets.json from tests that try each row.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -23,7 +23,7 @@ TESTS = (
     "tests/comfy/guard/test_families.py",
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
-TESTS += ("tests/comfy/training/test_training_every_family.py",)
+TESTS += ("tests/comfy/training/test_training_every_family.py", "tests/comfy/training/test_training_presets_run.py")
 TESTS += ("tests/comfy/guard/test_drop_in_templates.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 

@@ -27,7 +27,7 @@ from ..demo.server import Server
 from ..demo.settings import DemoWorld
 from . import layout, pictures
 from .definitions import ABOUT, BLUEPRINTS, BUILT
-from .graph import blueprint, to_prompt, workflow
+from .graph import blueprint, refreshed, to_prompt, workflow
 
 WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 SCRIPT = ROOT / "tests" / "support" / "front_end" / "template.mjs"
@@ -70,12 +70,16 @@ def running(folder: Path, front_end: str | None = None) -> Iterator[Server]:
 
 
 def build(schemas: Json, names: Sequence[str]) -> None:
-    """The workflows and blueprints that are defined in definitions.py; every note begins with title and sentence."""
+    """The workflows and blueprints that are defined in definitions.py, and the inputs that the pack's nodes have now.
+
+    Every note begins with title and sentence.
+    """
+    ours = {name: schema for name, schema in schemas.items() if name.startswith("ModularLora")}
     for name, (graph, columns, note) in BUILT.items():
         if name in names:
             save(WORKFLOWS / f"{name}.json", workflow(graph, columns, note, schemas))
     for name in names:
-        saved = load(name)
+        saved = refreshed(load(name), ours)
         text = next(one for one in saved["nodes"] if one["type"] == "MarkdownNote")["widgets_values"]
         head = f"## {name.lstrip('0123456789 ')}\n\n{ABOUT[name].sentence}\n\n"
         text[0] = head + text[0].removeprefix(head)

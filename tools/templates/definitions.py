@@ -125,7 +125,8 @@ GATING: Json = {
     "save": node("ModularLoraSaveGated", images=["gate", 0]),
 }
 TRAINING: Json = {
-    "train": node("ModularLoraTrainTask"),
+    "options": node("ModularLoraTaskTrainingOptions"),
+    "train": node("ModularLoraTrainTask", options=["options", 0]),
     "previews": node("PreviewImage", images=["train", 3]) | titled("Previews of the training"),
 }
 BLUEPRINTS: dict[str, tuple[Json, Blueprint]] = {  # file name, which the front end shows -> its graph and its face
@@ -190,20 +191,26 @@ BLUEPRINTS: dict[str, tuple[Json, Blueprint]] = {  # file name, which the front 
         Blueprint(
             "Trains a task LoRA of a data set on the pretrained weights alone, and shows the previews with the safety "
             "LoRA attached.",
-            (Column("1  Train", ("train",), 460), Column("2  Previews", ("previews",), 380)),
+            (
+                Column("1  Options", ("options",), 460),
+                Column("2  Train", ("train",), 460),
+                Column("3  Previews", ("previews",), 380),
+            ),
             (
                 ("model", "train", "model"),
                 ("clip", "train", "clip"),
                 ("vae", "train", "vae"),
                 ("safety_lora", "train", "safety_lora"),
                 ("data_set", "train", "data_set"),
+                ("preset", "train", "preset"),
                 ("output_name", "train", "output_name"),
-                ("network_dim", "train", "network_dim"),
-                ("learning_rate", "train", "learning_rate"),
                 ("max_train_steps", "train", "max_train_steps"),
-                ("train_batch_size", "train", "train_batch_size"),
-                ("resolution", "train", "resolution"),
-                ("sample_prompts", "train", "sample_prompts"),
+                ("network_dim", "options", "network_dim"),
+                ("learning_rate", "options", "learning_rate"),
+                ("train_batch_size", "options", "train_batch_size"),
+                ("resolution", "options", "resolution"),
+                ("sample_every_n_steps", "options", "sample_every_n_steps"),
+                ("sample_prompts", "options", "sample_prompts"),
             ),
             (("task_lora", "train", 0), ("report", "train", 1), ("samples", "train", 3)),
         ),

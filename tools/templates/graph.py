@@ -82,6 +82,39 @@ def node(number: int, key: str, given: Json, schema: Json, place: tuple[float, f
     return {**made, "title": title} if title else made
 
 
+def refreshed(saved: Json, schemas: Json) -> Json:
+    """A workflow whose nodes of known types have the inputs of their types: new ones, and none that is no more.
+
+    Values stay with the names of their widgets, and links with those of their slots; a new widget has its default.
+    """
+    made = {one["id"]: _refreshed(one, schemas) for one in saved["nodes"]}
+    before = {one["id"]: one for one in saved["nodes"]}
+    links = []
+    for number, source, out, target, slot, kind in saved["links"]:
+        name = before[target]["inputs"][slot]["name"]
+        place = next((i for i, one in enumerate(made[target]["inputs"]) if one["name"] == name), None)
+        if place is None:
+            raise ValueError(f"{before[target]['type']} has no input {name} any more, and link {number} ends there")
+        links.append([number, source, out, target, place, kind])
+    return saved | {"nodes": list(made.values()), "links": links}
+
+
+def _refreshed(saved: Json, schemas: Json) -> Json:
+    if saved["type"] not in schemas:
+        return saved
+    values, given = list(saved.get("widgets_values", [])), {}
+    for slot in saved["inputs"]:
+        if "widget" in slot and values:
+            given[slot["name"]] = values.pop(0)
+            del values[: _is_controlled(saved["type"], slot["name"])]
+    entry = {"class_type": saved["type"], "inputs": given}
+    fresh = node(saved["id"], "", entry, schemas[saved["type"]], (0, 0, 0))
+    links = {slot["name"]: slot["link"] for slot in saved["inputs"]}
+    inputs = [slot | {"link": links.get(slot["name"])} for slot in fresh["inputs"]]
+    outputs = [*saved["outputs"], *fresh["outputs"][len(saved["outputs"]) :]]
+    return saved | {"inputs": inputs, "outputs": outputs, "widgets_values": fresh["widgets_values"]}
+
+
 def _default(type_: str, options: Json, schema: Json, name: str) -> Any:
     if "default" in options:
         return options["default"]

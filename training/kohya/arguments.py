@@ -45,6 +45,7 @@ class Family:
     parts: tuple[tuple[str, str], ...] = ()  # arguments that name further files, and their kind in ComfyUI
     whole: bool = True  # one checkpoint file can hold all parts
     pattern: str = ""  # how its network matches the whole of a name, "{}" the pattern; "": it takes none
+    flow: bool = False  # flow matching
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -57,16 +58,23 @@ _FLUX = Family(
     parts=(_CLIPS[0], _T5, _AE),
     whole=False,
     pattern="^(?:{})$",  # it searches in the layer's name
+    flow=True,
 )
 FAMILIES = {
     "SD15": Family("train_network.py", "train_leco.py", "sd_v1", (), (CLIP_L,)),
     "SD20": Family("train_network.py", "train_leco.py", "sd_v2", ("--v2",), ()),
     "SDXL": Family("sdxl_train_network.py", "sdxl_train_leco.py", "sdxl_base_v1-0", (), (CLIP_L, CLIP_G)),
-    "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE)),
+    "SD3": Family("sd3_train_network.py", tokenizers=(CLIP_L, CLIP_G), parts=(*_CLIPS, _T5, _VAE), flow=True),
     "Flux": _FLUX,
     "FluxSchnell": _FLUX,
-    "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
-    "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False, pattern="{}"),
+    "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False, flow=True),
+    "Anima": Family(
+        "anima_train_network.py",
+        parts=(("qwen3", "text_encoders"), _VAE),
+        whole=False,
+        pattern="{}",
+        flow=True,
+    ),
 }
 
 

@@ -27,6 +27,7 @@ from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.guard.comparing import Factor, norm
 from ...modular_lora.util.atomic import PART
 from ...modular_lora.util.file_state import FileState, find_file_state
+from .. import presets
 from ..data import dataset
 from ..data.config import DatasetConfig
 from ..data.export import to_toml
@@ -146,7 +147,9 @@ def train_safety(
 def _said(base: Base, options: Options, remarks: Callable[[TooLong], list[str]]) -> list[str]:
     """What is worth knowing before the first step; ``remarks`` get what says whether sd-scripts cuts a text."""
     too_long = clip_counter(base, options.max_token_length)
-    lines = remarks(too_long or (lambda text: False)) + unused_by_kohya(options, base.family)
+    of = presets.group(base.family, FAMILIES[base.family].flow)
+    lines = presets.said(options, of) + remarks(too_long or (lambda text: False))
+    lines += unused_by_kohya(options, base.family)
     if too_long is None:
         why = "no CLIP tokenizer is at hand" if base.family in CLIP_ALONE else f"{base.family} has others than CLIP"
         lines.insert(0, f"texts were NOT held against what the text encoders take: {why}")

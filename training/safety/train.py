@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...modular_lora.files.reader import read_lora
 from ...modular_lora.places import check_writable
-from .. import contamination, patterns
+from .. import contamination, patterns, presets
 from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import texts
@@ -35,7 +35,8 @@ def train_safety(
     """Train a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError. Objectives: erasure.py."""
     prepare(options)
     texts.check_prompts(options, host_model.too_long)
-    said = [*texts.cut_previews(options, host_model.too_long), *unused(options)]
+    of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
+    said = [*presets.said(options, of), *texts.cut_previews(options, host_model.too_long), *unused(options)]
     if said:
         watch.say("\n".join(said))
     name = base_name or host_model.family

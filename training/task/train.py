@@ -12,7 +12,7 @@ from ...modular_lora.errors import GuardError
 from ...modular_lora.files.reader import LoraFile, LoraLayer, read_lora
 from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.places import check_writable
-from .. import contamination, patterns
+from .. import contamination, patterns, presets
 from ..adapters import Adapters, Spec, adapted
 from ..checkpointing import checkpointed
 from ..data import config as dataset_config
@@ -107,7 +107,8 @@ def train_task(
     """
     config = prepare(options, safety, data)
     found = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
-    said = remarks(options, config, found, host_model.too_long)
+    of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
+    said = [*presets.said(options, of), *remarks(options, config, found, host_model.too_long)]
     watch.say("\n".join(said))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(host_model, options, loras, base_name)

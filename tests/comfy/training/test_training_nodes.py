@@ -62,7 +62,7 @@ def defaults(comfy, node: str) -> dict:
 def training(comfy, kind: str, **changes) -> dict:
     """The graph of a small training; ``safety_lora`` is a file's name."""
     graph = base_graph()
-    values = defaults(comfy, kind) | {"model": ["ckpt", 0], "clip": ["ckpt", 1], "vae": ["ckpt", 2]}
+    values = defaults(comfy, kind) | {"preset": "none", "model": ["ckpt", 0], "clip": ["ckpt", 1], "vae": ["ckpt", 2]}
     values |= (TASK if kind == "ModularLoraTrainTask" else SAFETY) | changes
     if name := values.pop("safety_lora", ""):
         graph["safety"] = {"class_type": "ModularLoraLoadSafety", "inputs": {"lora_name": name, "strength": 1.0}}
@@ -125,16 +125,67 @@ def test_a_trained_task_lora_is_served_at_once_and_the_model_is_what_it_was(comf
     assert out["ckpt"][0].model is model.model
     assert [shape_of(m) for m in models] == built
     assert all(same(a, bits(m)) for a, m in zip(before, models, strict=True))
-    (task,), report, loss, samples = out["train"]
+    (task,), report, loss, samples, without = out["train"]
     assert names(comfy) - old == {"made.safetensors"}
     metadata = task.lora.metadata
     assert (metadata["modular_lora.role"], metadata["ss_training_comment"]) == ("task", "a test")
     assert metadata["modular_lora.safety_sha256"] == out["safety"][0][0].lora.sha256
     assert "\nsaved as made.safetensors in loras" in report
     assert loss.shape == (1, 360, 640, 3)
-    assert samples.shape == (2, 64, 64, 3)
+    assert samples.shape == without.shape == (2, 64, 64, 3)
+    assert not torch.equal(samples, without), "the safety LoRA is in one of them alone"
     assert "\nguarded: " in out["sample"][1]
     assert comfy.server.texts["save"] == "1 of 1 images attested"
+
+
+def options_node(comfy, kind: str = "Task", **values) -> dict:
+    """A training options node with the values that it has until they are set, and ``values``."""
+    name = f"ModularLora{kind}TrainingOptions"
+    return {"class_type": name, "inputs": defaults(comfy, name) | values}
+
+
+def test_values_of_an_options_node_win_over_the_preset_and_are_those_of_the_former_inputs(comfy, run_graph, train):
+    few = {"data_set": "pictures", "max_train_steps": 1, "preset": "style", "output_name": "by_node"}
+    graph = training(comfy, "ModularLoraTrainTask", **few)
+    given = {"network_dim": 4, "network_alpha": 2.0, "target": "attention", "resolution": 64, "flip_aug": "no"}
+    given |= {"sample_every_n_steps": 1, "sample_prompts": "gloss, cat\n\ngloss, car", "max_token_length": "150"}
+    graph["options"] = options_node(comfy, **given, more_options=SMALL_PREVIEWS + FLOAT)
+    listed = comfy.nodes.NODE_CLASS_MAPPINGS["ModularLoraTrainTask"].INPUT_TYPES()
+    listed = {**listed["required"], **listed["optional"]}
+    own = {name: value for name, value in graph["train"]["inputs"].items() if name in listed}
+    graph["train"]["inputs"] = own | {"options": ["options", 0], "colour": "red"}
+    (task,), report, _, samples, without = run_graph(graph)["train"]
+    lora = task.lora
+    assert {(len(layer.down), float(layer.alpha)) for layer in lora.layers.values()} == {(4, 2.0)}
+    assert samples.shape == (2, 64, 64, 3)
+    assert without.shape == (1, 1, 1, 3), "there is no safety LoRA"
+    assert "preset style (sd): " in report
+    assert "network_dim 4 for 16" in report
+    assert "input colour: " in report
+    assert lora.metadata["ss_learning_rate"] == "0.0001"
+
+    former = given | {"flip_aug": False, "max_token_length": 150}
+    few |= {"output_name": "by_inputs", "train_batch_size": 1, "more_options": SMALL_PREVIEWS + FLOAT}
+    again, _ = train(**few, **former)
+    assert same(load_file(lora.path), load_file(again.path))
+
+
+def test_the_safety_options_node_is_heard_and_base_previews_are_drawn_once(comfy, run_graph):
+    given = {"train_size": 64, "train_batch_size": 1, "denoising_steps": 2, "network_dim": 2, "relative_error": "no"}
+    given |= {"sample_every_n_steps": 1, "sample_prompts": "twemoji, car", "sample_size": 64, "sample_steps": 2}
+    graph = training(comfy, "ModularLoraTrainSafety", preset="safety", output_name="seen")
+    graph["options"] = options_node(comfy, "Safety", **given)
+    own = {"options": ["options", 0], "concept": "twemoji, car", "preserve": "", "preset": "safety", "seed": 1}
+    own |= {"output_name": "seen", "max_train_steps": 2}
+    graph["train"]["inputs"] = {name: graph["train"]["inputs"][name] for name in ("model", "clip", "vae")} | own
+    (safety,), report, _, samples, without = run_graph(graph)["train"]
+    assert {len(layer.down) for layer in safety.lora.layers.values()} == {2}
+    assert samples.shape == without.shape == (1, 64, 64, 3)
+    assert "preset safety (sd): " in report
+    folder = Path(comfy.folder_paths.get_output_directory()) / "modular_lora" / "seen" / "sample"
+    assert sorted(one.name for one in folder.iterdir()) == [
+        "seen_000001_00.png", "seen_000002_00.png", "seen_without_00.png",
+    ]  # fmt: skip
 
 
 def test_text_encoder_and_unet_layers_are_trained_and_stock_nodes_load_every_key(comfy, train, loaded, caplog):
@@ -238,7 +289,7 @@ def test_a_trained_safety_lora_is_one_that_the_guard_takes(objective, more, comf
     graph["guard"] = {"class_type": "ModularLoraGuardModel", "inputs": guard}
     graph["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["guard", 2]}}
     out = run_graph(graph)
-    (safety,), report, _, samples = out["train"]
+    (safety,), report, _, samples, _ = out["train"]
     assert names(comfy, "safety_loras") == {"removed.safetensors"}
     metadata = safety.lora.metadata
     assert (metadata["modular_lora.role"], metadata["modular_lora.concept"]) == ("safety", "twemoji, car")
@@ -282,6 +333,8 @@ def test_a_model_that_is_not_w0_is_refused_or_recorded(comfy, run_graph):
         ({"more_options": "output_dir = '/'"}, "train.option-refused", "output_dir"),
         ({"more_options": "network_weights = 'x'"}, "train.option-refused", "network_weights"),
         ({"more_options": "log_with = 'wandb'"}, "train.option-refused", "log_with"),
+        ({"output_dir": "/"}, "train.option-refused", "output_dir"),
+        ({"train_data_dir": "/"}, "train.option-refused", "train_data_dir"),
         ({"more_options": "sample_size = "}, "option.toml", ""),
         ({"more_options": "sample_size = 'big'"}, "option.wrong-value", "sample_size"),
         ({"resume": True}, "resume.no-state", ""),
