@@ -29,7 +29,8 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
         elif isinstance(one, CONTAINERS) and id(one) not in seen:
             seen[id(one)] = one
             if isinstance(one, Mapping):
-                if isinstance(samples := one.get("samples"), torch.Tensor) or getattr(samples, "is_nested", False):
+                samples: Any = one.get("samples")
+                if isinstance(samples, torch.Tensor) or getattr(samples, "is_nested", False):
                     yield "latent", samples
                 waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask", *ENCODED))
             elif _is_conditioning(one):

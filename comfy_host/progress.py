@@ -30,7 +30,8 @@ class NodeWatch:
     """See training.loop.Watch."""
 
     def __init__(self, node: type[io.ComfyNode]):
-        self.node, self.pictures, self._shown, self._said = node, [], 0.0, ""
+        self.node, self._shown, self._said = node, 0.0, ""
+        self.pictures: list[Path] = []
         self._bar = comfy.utils.ProgressBar(1)
 
     def check(self) -> None:
