@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ..modular_lora.errors import GuardError
+from ..modular_lora.files.scales import Scale
 
 Role = Literal["safety", "task"]
 GUARDED = (
@@ -30,7 +31,7 @@ class Part:
     path: str
     sha256: str
     strength: float = 1.0
-    scale: str = "refuse"  # see modular_lora.files.scales.Scale
+    scale: Scale = "refuse"
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 
 from ..modular_lora.provenance import ledger
+from .bases import VAE
 from .introspection import vae_sha256
 from .patcher import guarded_class
 
 CHANNELS = (1, 3, 4)  # of images; what else a VAE decodes to (sound, solids) is none
 
 
-class BoundVaeMixin:
+class BoundVaeMixin(VAE):
     """In front of ComfyUI's VAE, or another pack's."""
 
     def decode(self, samples_in, *args, **kwargs):

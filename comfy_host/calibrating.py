@@ -21,7 +21,7 @@ from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.activity import Calibration
-from ..modular_lora.guard.build import GuardedPart, GuardLimits, SafetyLora, build_part, check_coverage
+from ..modular_lora.guard.build import GuardedPart, GuardLimits, SafetyLora, check_coverage, on_each
 from . import patcher
 from .functional import _acting, _bare, _bare_clip, measuring
 from .introspection import clip_info, model_info, model_sha256
@@ -78,8 +78,7 @@ def calibrated(
     latent = comfy.sample.fix_empty_latent_channels(model, latent)
     noise = torch.randn(noises, *latent.shape[1:], generator=torch.Generator().manual_seed(seed))
     model_, clip_ = _bare(model), _bare_clip(clip)
-    infos = ("model", model_info(model_)), ("text", clip_info(clip_))
-    parts = tuple(build_part(name, info, (safety,), (), GuardLimits(), enforce=False) for name, info in infos)
+    parts = on_each(model_info(model_), clip_info(clip_), (safety,), (), GuardLimits(), enforce=False)
     check_coverage(parts, True)
     if not parts[0].branches.meter.strengths:
         raise GuardError(
@@ -118,7 +117,8 @@ def _activities(model, part: GuardedPart, conds: list, noise: Tensor, watch: Wat
 
     What CFGGuider does for its first evaluation, without guidance (comfy.samplers.process_conds, calc_cond_batch).
     """
-    device, options, meter = model.load_device, {"transformer_options": {}}, part.branches.meter
+    device, meter = model.load_device, part.branches.meter
+    options: dict[str, dict] = {"transformer_options": {}}
     entries = {"positive": comfy.sampler_helpers.convert_cond(conds)}
     network, entries, _ = comfy.sampler_helpers.prepare_sampling(model, noise.shape, entries, options)
     sampling, noise = network.model_sampling, noise.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 DPI = 100
 PAPER, INK = "#fafaf8", "#282828"
-STYLE = {"font.size": 11, "axes.facecolor": PAPER, "text.parse_math": False}  # a name's dollar sign stays one
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.facecolor": PAPER,
+    "text.parse_math": False,
+}  # a name's dollar sign stays one
 
 
 def chart(width: int, height: int, plot: Callable[[Figure], None]) -> Image.Image:

@@ -43,7 +43,7 @@ def _carrying(function: Callable) -> Callable:
                 _remember(value, digest)
         return output
 
-    call.carries = True
+    vars(call)["carries"] = True
     return call
 
 

@@ -17,7 +17,7 @@ FEW = 256  # pixels of the whole batch
 
 
 @cache
-def _product(base: type[nn.Conv2d]) -> type[nn.Conv2d]:
+def _product(base: type) -> type:
     """A subclass of a convolution's own class, so that whatever asks for its type still finds it."""
 
     class Product(base):
@@ -43,11 +43,12 @@ def small_as_products(network: nn.Module, wanted: bool) -> Iterator[None]:
         for module in network.modules() if wanted else ():
             if isinstance(module, nn.Conv2d) and _plain(module):
                 changed.append((module, type(module)))
-                module.__class__ = _product(type(module))
+                own: type = type(module)
+                module.__class__ = _product(own)
         yield
     finally:
-        for module, own in reversed(changed):
-            module.__class__ = own
+        for module, before in reversed(changed):
+            module.__class__ = before
 
 
 def _plain(conv: nn.Conv2d) -> bool:

@@ -109,7 +109,7 @@ class DropInMixin(HookedMixin):
     _guard_seat: Attachment | None
 
     @property
-    def guard_state(self) -> GuardState:
+    def guard_state(self) -> GuardState:  # type: ignore[override]  # made when it is first asked for
         """The guard with all LoRAs so far; GuardError where they may not act together."""
         if self.guard_built is None:
             self.guard_built = _build(self.guard_side, self.guard_shared, self.guard_added)
@@ -117,7 +117,7 @@ class DropInMixin(HookedMixin):
         return self.guard_built
 
     @property
-    def guard_seat(self) -> Attachment:
+    def guard_seat(self) -> Attachment:  # type: ignore[override]
         """Where the branches sit on this clone's model."""
         if self._guard_seat is None:
             self._guard_seat = Attachment(self.model, self.guard_state.part.branches)
@@ -187,6 +187,8 @@ def _drop_in(fresh, side: Side, shared: _Shared, added: tuple[Added, ...], built
 
 class DropInClipMixin(GuardedClipMixin):
     """In front of ComfyUI's CLIP: as GuardedClipMixin, with the LoRAs that loaders put onto it."""
+
+    use_clip_schedule: bool  # CLIP's: whether hooks change what is encoded
 
     @property
     def text_digest(self) -> str:
@@ -375,9 +377,10 @@ def _with_policys(safety: Safety, *given) -> Safety:
 def _guarded(shared: _Shared) -> Trio:
     """The MODEL and CLIP of ``shared``, guarded, and with the LoRAs that were put onto them before."""
     model, clip = shared.model, shared.clip
-    made = _side(model, "model", "The MODEL", shared) if model is not None else (None, ())
-    text = _side(clip.patcher, "text", "The CLIP", shared) if clip is not None else (None, ())
-    plain = _clip_of(clip, text[0].base) if clip is not None else None
+    nothing: tuple[None, tuple[Added, ...]] = None, ()
+    made = _side(model, "model", "The MODEL", shared) if model is not None else nothing
+    text = _side(clip.patcher, "text", "The CLIP", shared) if clip is not None else nothing
+    plain = _clip_of(clip, text[0].base) if text[0] else None
     if isinstance(plain, DropInClipMixin):
         plain.__class__ = type(clip).__bases__[1]
     shared = replace(shared, model=made[0] and made[0].base, clip=plain)

@@ -128,7 +128,7 @@ def _node(original: Callable) -> Callable:
             texts.end(outputs)
         return made
 
-    get_output_data.follows = True
+    vars(get_output_data)["follows"] = True
     return get_output_data
 
 

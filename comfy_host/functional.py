@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..modular_lora.branches.attachment import ALL_ROLES, Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard import functional
-from ..modular_lora.guard.build import GuardedPart, GuardLimits, Safety, Tasks, build_part
+from ..modular_lora.guard.build import GuardedPart, GuardLimits, Safety, Tasks, on_each
 from ..modular_lora.guard.functional import Arm, Functional, Request
 from ..modular_lora.util.cache import Cache
 from .introspection import clip_info, model_info
@@ -80,8 +80,8 @@ class _Evaluator:
 
     def __call__(self, requests: Sequence[Request]) -> list[Tensor]:
         keys = {request: self._key(request) for request in requests}
-        found = {request: _known.get(key) for request, key in keys.items()}
-        if missing := sorted((r for r, rows in found.items() if rows is None), key=lambda request: len(request[0])):
+        found = {request: rows for request, key in keys.items() if (rows := _known.get(key)) is not None}
+        if missing := sorted((r for r in keys if r not in found), key=lambda request: len(request[0])):
             start = time.monotonic()
             with torch.inference_mode(), torch.random.fork_rng(_devices(self._model)):
                 found |= {request: _known.put(keys[request], rows) for request, rows in self._evaluated(missing)}
@@ -122,10 +122,10 @@ class _Evaluator:
         roles = {tasks: frozenset(("task",)), safety: frozenset(("safety",)), safety | tasks: ALL_ROLES, none: none}
         if arm in roles:
             return self._parts, roles[arm]
-        safety, tasks = (tuple(i for i in items if i.lora.sha256 in arm) for items in (self._safety, self._tasks))
-        infos = ("model", model_info(self._model)), ("text", clip_info(self._clip))
-        parts = tuple(build_part(name, info, safety, tasks, GuardLimits(), enforce=False) for name, info in infos)
-        return parts, ALL_ROLES
+        some = tuple(item for item in self._safety if item.lora.sha256 in arm)
+        others = tuple(item for item in self._tasks if item.lora.sha256 in arm)
+        infos = model_info(self._model), clip_info(self._clip)
+        return on_each(*infos, some, others, GuardLimits(), enforce=False), ALL_ROLES
 
     def _conds(self, arm: Arm, built: tuple, prompts: tuple[str, ...]) -> list:
         """CONDITIONING of each prompt as CLIPTextEncode makes it, by the text encoder that this arm has."""
@@ -149,7 +149,7 @@ class _Evaluator:
         patcher, device = self._model, self._model.load_device
         noise = _noise(patcher).to(device)
         entries = {"positive": comfy.sampler_helpers.convert_cond(conds)}
-        options = {"transformer_options": {}}
+        options: dict[str, dict] = {"transformer_options": {}}
         network, entries, _ = comfy.sampler_helpers.prepare_sampling(patcher, noise.shape, entries, options)
         sampling = network.model_sampling
         sigmas = torch.tensor([float(sampling.percent_to_sigma(level)) for level in LEVELS], device=device)

@@ -123,9 +123,9 @@ def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
         for i, (digest, held) in enumerate(zip(digests, withheld, strict=True))
     ]
     if any(withheld):
-        kept = np.flatnonzero(~np.array(withheld))
-        out = out[torch.from_numpy(kept)] if len(kept) else None
-        outcome = replace(outcome, masks=outcome.masks[kept])
+        given = np.flatnonzero(~np.array(withheld))
+        outcome = replace(outcome, masks=outcome.masks[given])
+        return Judged(out[torch.from_numpy(given)] if len(given) else None, outcome, verdicts)
     return Judged(out, outcome, verdicts)
 
 

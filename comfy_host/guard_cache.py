@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +31,11 @@ class Built:
         return self.model.branches.nbytes() + (self.text.branches.nbytes() if self.text else 0)
 
 
-guards: Cache[Hashable, Built] = Cache(LIMIT, Built.nbytes)
+guards: Cache[tuple, Built] = Cache(LIMIT, Built.nbytes)
 _watched: weakref.WeakSet = weakref.WeakSet()
 
 
-def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
+def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple:
     """All that a guard depends on: the loaded models, what was merged into them (ModelPatcher.patches_uuid), the files
     by hash and name, strengths, block weights, the policy."""
     models = [(_identity(patcher.model), patcher.patches_uuid) for patcher in (model, clip and clip.patcher) if patcher]
@@ -45,7 +44,7 @@ def key(model, clip, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hasha
     return tuple(models), tuple(files), tuple(more), policy
 
 
-def part_key(part: str, patcher, safety: Safety, tasks: Tasks, policy: GuardLimits) -> Hashable:
+def part_key(part: str, patcher, safety: Safety, tasks: Tasks, policy: GuardLimits) -> tuple:
     """The same for a model or text encoder by itself, which is guarded when it is sampled or encodes."""
     models, *rest = key(patcher, None, safety, tasks, policy)
     return models, *rest, part

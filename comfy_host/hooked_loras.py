@@ -96,7 +96,7 @@ class HookedMixin(GuardMixin):
         before, known = self._guard_sets[self._guard_acting], self._guard_sets.get(wanted)
         before.run.pause()
         if known is None:
-            known = self._guard_sets[wanted] = self._guard_set(wanted)
+            known = self._guard_sets[wanted] = self._guard_set(wanted, self.guard_run)
             self.guard_run.others.append(known.run)
             known.run.seat.attach()
             known.run.seat.verify()
@@ -106,12 +106,11 @@ class HookedMixin(GuardMixin):
             known.run.resume()
         self._guard_acting = wanted
 
-    def _guard_set(self, wanted: Acting) -> _Set:
+    def _guard_set(self, wanted: Acting, main: GuardedRun) -> _Set:
         more = self._guard_of(wanted)
-        state, main = self.guard_with(more), self.guard_run
+        state = self.guard_with(more)
         seat = Attachment(self.model, state.part.branches)
-        same = {"steps": main.steps, "images": main.images, "content": main.content, "shares": main.shares}
-        run = GuardedRun(seat, may_be_empty=True, **same)
+        run = GuardedRun(seat, main.steps, main.images, main.content, may_be_empty=True, shares=main.shares)
         return _Set(run, state, tuple(one.task for one in more))
 
     def _guard_of(self, acting: Acting) -> tuple[Added, ...]:

@@ -60,8 +60,8 @@ def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple
 
 def is_current(module: torch.nn.Module, specs: Iterable[LayerSpec]) -> bool:
     """Whether these layers are still what their specs say."""
-    specs = {spec.path: spec.own for spec in specs}
-    return all(layer_spec(path, layer) == specs[path] for path, layer in places(module, specs).items())
+    own = {spec.path: spec.own for spec in specs}
+    return all(layer_spec(path, layer) == own[path] for path, layer in places(module, own).items())
 
 
 def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:
     for name, encoder in encoders.named_children():
         transformer = getattr(encoder, "transformer", None)
         yield name if transformer is None else f"{name}.transformer"
-        if hasattr(transformer, "preprocess_embed"):
+        if transformer is not None and hasattr(transformer, "preprocess_embed"):
             yield from (f"{name}.transformer.{part}" for part, _ in transformer.named_children() if part != "model")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.pending import layer_name, pending_lora
@@ -103,7 +103,8 @@ def handed(side: Side, before: Sequence[Added], entries: pending.Patches, alone:
         LoraFileError: For values that are not finite or do not fit together.
     """
     info, changed = side.info(), {one.change.key for added in before for one in added.found}
-    own, found = pending.own_functions(info), []
+    own = pending.own_functions(info)
+    found: list[Found] = []
     for key, some in entries.items():
         for i, entry in enumerate(some):
             read = pending.read_entry(info, own, key, entry, i == 0 and key not in changed)
@@ -113,7 +114,7 @@ def handed(side: Side, before: Sequence[Added], entries: pending.Patches, alone:
     return _added(side, tuple(found), alone) if found else None
 
 
-def refuse(what: str, key: str, how: str) -> None:
+def refuse(what: str, key: str, how: str) -> NoReturn:
     """GuardError for a change that cannot be kept beside the weights."""
     raise GuardError(
         f"The guarded model {how} {what} (first of {key}), which cannot be kept beside the weights: "
@@ -148,9 +149,9 @@ def _task(side: Side, found: Sequence[Found], path: Path | None) -> TaskLora:
     name = origins.name_of(path) if path else "a LoRA of another loader"
     of = "CLIP" if side.is_text else "MODEL"
     note = f"{len(changes)} changes of the {of}, handed over by another loader: {said}"
-    own = ((), changes) if side.is_text else (changes, ())
+    model, text = ((), changes) if side.is_text else (changes, ())
     factors = shares if set(shares.values()) - {1.0} else {}
-    lora = pending_lora(name, *own, note, factors, file)
+    lora = pending_lora(name, model, text, note, factors, file)
     return TaskLora(lora, 0.0 if side.is_text else strength, strength if side.is_text else 0.0)
 
 

@@ -19,7 +19,7 @@ def evaluation_rows(images: int, args: tuple, kwargs: dict) -> Rows:
     ``transformer_options["cond_or_uncond"]`` (samplers._calc_cond_batch). Where that is
     not ``images`` a conditioning (windows of a video), every row is of every image.
     """
-    x = args[0] if args else kwargs.get("x")
+    x = args[0] if args else kwargs["x"]
     x = x[0] if isinstance(x, list | tuple) else x  # several latents that are sampled as one
     conditionings = (kwargs.get("transformer_options") or {}).get("cond_or_uncond") or [0]
     rows, rest = divmod(len(x), len(conditionings))

@@ -6,6 +6,7 @@ import torch
 
 from ..modular_lora.branches.attachment import Branches
 from ..modular_lora.branches.fused import COMPUTE
+from .bases import ModelPatcher
 
 
 def compute_dtype(patcher) -> torch.dtype:
@@ -17,7 +18,7 @@ def compute_dtype(patcher) -> torch.dtype:
     return next((dtype for dtype in (cast, patcher.model_dtype()) if dtype in COMPUTE), torch.float32)
 
 
-class MemoryMixin:
+class MemoryMixin(ModelPatcher):
     """In front of a ModelPatcher's class: ComfyUI makes room for the branches as it does for weights."""
 
     branches: Branches

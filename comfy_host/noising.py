@@ -7,6 +7,7 @@ its functions are linear, so their values at 0 and 1 say all of it; `training.mo
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import comfy.model_sampling
 import torch
@@ -15,7 +16,7 @@ from ..modular_lora.errors import GuardError
 from ..training.model import Schedule
 
 
-def schedule_of(sampling: torch.nn.Module) -> Schedule:
+def schedule_of(sampling: Any) -> Schedule:
     """The table of a model_sampling; GuardError where it is none that noise can be taken away by."""
     sigmas = sampling.sigmas.detach().double().cpu()  # T, rising
     zeros, ones = torch.zeros_like(sigmas), torch.ones_like(sigmas)
@@ -34,7 +35,7 @@ def schedule_of(sampling: torch.nn.Module) -> Schedule:
     return Schedule.of(*parts, start=float(begun))
 
 
-def plain(sampling: torch.nn.Module) -> torch.nn.Module:
+def plain(sampling: Any) -> Any:
     """A model_sampling that hands x_t on as it is, and gives what the network said."""
     raw = copy.copy(sampling)
     raw.calculate_input = lambda sigma, noise: noise
@@ -42,6 +43,6 @@ def plain(sampling: torch.nn.Module) -> torch.nn.Module:
     return raw
 
 
-def maps_pictures(sampling: torch.nn.Module) -> bool:
+def maps_pictures(sampling: Any) -> bool:
     """Whether the model turns one picture into another instead of taking noise away (Lotus)."""
     return isinstance(sampling, comfy.model_sampling.IMG_TO_IMG)

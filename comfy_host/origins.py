@@ -44,7 +44,7 @@ def _noting(original: Callable) -> Callable:
                     _origins[tensor] = path, name
         return loaded
 
-    load_torch_file.notes_origins = True
+    vars(load_torch_file)["notes_origins"] = True
     return load_torch_file
 
 

@@ -125,6 +125,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
     guard_state: GuardState
     guard_seat: Attachment
     guard_run: GuardedRun | None  # the latest; clones have runs of their own
+    is_injected: bool  # ModelPatcher's: whether the branches are on the layers
     guard_beside = _BESIDE  # remedy for what a node put beside the guard
     branches = property(lambda self: self.guard_state.part.branches)
 
@@ -220,9 +221,13 @@ class GuardMixin(KeptMixin, MemoryMixin):
         return run
 
 
-@cache
 def guarded_class(base: type, mixin: type) -> type:
     """The class of a guarded MODEL, CLIP or VAE: ComfyUI's own, or another pack's, with a mixin in front."""
+    return _guarded_class(base, mixin)
+
+
+@cache
+def _guarded_class(base: type, mixin: type) -> type:
     return type(f"Guarded{base.__name__}", (mixin, base), {})
 
 
@@ -291,11 +296,12 @@ class _Denoised:
     """Around a sampler's callback: keeps the last x0, which SamplerCustomAdvanced and its like give out as well."""
 
     def __init__(self, callback: Callable | None):
-        self._callback, self._x0 = callback, None
+        self._callback = callback
+        self._x0: torch.Tensor | None = None
 
     def __call__(self, step, x0, *args, **kwargs):
         self._x0 = x0
-        return self._callback(step, x0, *args, **kwargs)
+        return self._callback and self._callback(step, x0, *args, **kwargs)
 
     def latents(self, model, **kwargs) -> Iterator[torch.Tensor]:
         """The last x0 as those nodes give it out (SamplerCustomAdvanced.execute), latent by latent."""
@@ -327,8 +333,8 @@ def _attested(
 
 def _silence_previews(callback: Callable | None) -> None:
     """No image before the gate: empties latent_preview.prepare_callback's previewer."""
-    cells = getattr(callback, "__closure__", None) or ()
-    for name, cell in zip(callback.__code__.co_freevars if cells else (), cells, strict=False):
+    names = getattr(getattr(callback, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(callback, "__closure__", None) or (), strict=False):
         if name == "previewer":
             cell.cell_contents = None
         elif name == "packed_callback":  # 0.33.0 puts it around the callback where there are several latents

@@ -8,6 +8,7 @@ comfy.lora.calculate_weight). What is no sum on the weight (model merges) stays 
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -97,8 +98,8 @@ def loras_of(pending: Pending, is_text: bool) -> list[tuple[Found, ...]]:
 
 def _loras(model: Pending, clip: Pending) -> list[_Lora]:
     every = [(text, one) for text, pending in ((False, model), (True, clip)) for one in pending.found]
-    loads = [one.load for _, one in every]
-    loads = {load for load in loads if load is not None and loads.count(load) > 1} if len(every) > 1 else set()
+    count = Counter(one.load for _, one in every if one.load is not None)
+    loads = {load for load, times in count.items() if times > 1}
     loras: list[_Lora] = []
     for text, one in every:
         if one.load in loads:
@@ -150,7 +151,7 @@ def _sorted(patches: Mapping[str, list[tuple]], info: ModelInfo) -> Pending:
         if kept:
             rest[key] = list(entries[:kept])
             why |= dict.fromkeys(said for said in read[:kept] if isinstance(said, str))
-        found += read[kept:]
+        found += (one for one in read[kept:] if not isinstance(one, str))
     return Pending(tuple(found), rest, tuple(why))
 
 

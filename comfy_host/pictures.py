@@ -32,7 +32,8 @@ def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
             if is_segment(one):
                 yield from _of_segment(one)
             elif isinstance(one, Mapping):
-                if isinstance(samples := one.get("samples"), torch.Tensor) or getattr(samples, "is_nested", False):
+                samples: Any = one.get("samples")
+                if isinstance(samples, torch.Tensor) or getattr(samples, "is_nested", False):
                     yield "latent", samples
                 waiting.extend(item for key, item in one.items() if key not in ("samples", "noise_mask", *ENCODED))
             elif is_conditioning(one):

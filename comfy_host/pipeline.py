@@ -35,8 +35,8 @@ from ..modular_lora.guard.build import (
     ModelInfo,
     SafetyLora,
     TaskLora,
-    build_part,
     check_coverage,
+    on_each,
 )
 from ..modular_lora.provenance.attestation import SUM, Run
 from ..modular_lora.tensor_hashing import weights_sha256
@@ -59,7 +59,7 @@ PLAIN = {  # remedies of an audit
     "merged": "give the LoRA by name, and connect the checkpoint loader's own",
     "beside": "beside its own weights: connect the checkpoint loader's own",
 }
-Cond = tuple[Tensor, Mapping[str, object]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
+Cond = tuple[Tensor, Mapping[str, Any]]  # 1 tokens channels, and what goes with it (pooled_output: 1 channels)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class ComfyPipeline:
     def _encode(self, built: _Built | _Guarded, items: Sequence[Item]) -> list[tuple[Cond, Cond]]:
         """(positive, negative) an item, each prompt alone and once, as CLIPTextEncode does."""
         wanted = dict.fromkeys(text for item in items for text in (item.prompt, item.negative))
-        made = {text: self._prompts.get((built.encodes_as, text)) for text in wanted}
-        if new := [text for text, cond in made.items() if cond is None]:
+        made = {text: cond for text in wanted if (cond := self._prompts.get((built.encodes_as, text))) is not None}
+        if new := [text for text in wanted if text not in made]:
             clip = built.clip if isinstance(built, _Guarded) else self._clip
             text_part = None if isinstance(built, _Guarded) else built.text
             with self._acting(self._clip.patcher, self._clip.cond_stage_model, text_part):
@@ -148,8 +148,7 @@ class ComfyPipeline:
     ) -> Tensor:
         """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it."""
         masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
-        guarded = isinstance(built, _Guarded)
-        model, part = (built.model, None) if guarded else (self._model, built.unet)
+        model, part = (built.model, None) if isinstance(built, _Guarded) else (self._model, built.unet)
         with (
             self._acting(self._model, self._model.model, part),
             torch.random.fork_rng(_devices(self._model)),
@@ -249,11 +248,8 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
     """Branches of an arm, safety LoRAs first as the guard fuses them; GuardError where a LoRA does not apply whole."""
     ordered = sorted(arm.parts, key=lambda part: part.role != "safety")
     loras = tuple(_lora(part) for part in ordered)
-    parts = [
-        build_part(name, info, (), loras, GuardLimits(), enforce=False)
-        for name, info in zip(("model", "text"), infos, strict=True)
-    ]
-    check_coverage(tuple(parts), True)
+    unet, text = parts = on_each(*infos, (), loras, GuardLimits(), enforce=False)
+    check_coverage(parts, True)
     for line in (line for part in parts for line in part.lines):
         if idle := (*line.unmatched, *(name for name, _ in line.left)):
             raise GuardError(
@@ -261,12 +257,13 @@ def _build(arm: Arm, infos: tuple[ModelInfo, ModelInfo]) -> _Built:
                 "an audit measures whole LoRAs only: use a LoRA made for this base.",
                 code="audit.not-whole",
             )
-    encodes_as = tuple((line.sha256, line.strength) for line in parts[1].lines if line.matched)
-    return _Built(*parts, encodes_as)
+    encodes_as = tuple((line.sha256, line.strength) for line in text.lines if line.matched)
+    return _Built(unet, text, encodes_as)
 
 
 def _cond(clip, text: str) -> Cond:
-    return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text))[0])
+    cross, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+    return cross, extra
 
 
 def _lora(part: Part) -> TaskLora:
@@ -300,7 +297,7 @@ def _groups(items: Sequence[Item], conds: Sequence[tuple[Cond, Cond]], sampler: 
     return list(groups.values())
 
 
-def _plain(extra: Mapping[str, object]) -> bool:
+def _plain(extra: Mapping[str, Any]) -> bool:
     """Whether a conditioning holds nothing but what can be stacked."""
     return all(value is None or (name == "pooled_output" and value.shape[0] == 1) for name, value in extra.items())
 
@@ -310,8 +307,8 @@ def _stacked(conds: Sequence[Cond]) -> list[list]:
     cross, extra = conds[0]
     if len(conds) == 1:
         return [[cross, dict(extra)]]
-    pooled = [e.get("pooled_output") for _, e in conds]
-    return [[torch.cat([c for c, _ in conds]), {"pooled_output": None if pooled[0] is None else torch.cat(pooled)}]]
+    pooled = None if extra.get("pooled_output") is None else torch.cat([e["pooled_output"] for _, e in conds])
+    return [[torch.cat([c for c, _ in conds]), {"pooled_output": pooled}]]
 
 
 def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:

@@ -31,7 +31,8 @@ class NodeWatch:
     """See training.loop.Watch."""
 
     def __init__(self, node: type[io.ComfyNode]):
-        self.node, self.pictures, self._shown, self._said = node, [], 0.0, ""
+        self.node, self._shown, self._said = node, 0.0, ""
+        self.pictures: list[Path] = []
         self.without: Sequence[Path] = ()
         self._bar, self._pace = comfy.utils.ProgressBar(1), Pace()
 

@@ -118,7 +118,7 @@ def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> lis
         return []
     report = reporting(gate)
     flags = np.reshape(outcome_of(torch.cat([shots[i] for i in asked]), report).flags, (len(asked), -1))
-    return [i for i, any_flagged in zip(asked, flags.any(1), strict=True) if any_flagged]
+    return [i for i, of_shot in zip(asked, flags, strict=True) if of_shot.any()]
 
 
 def _sparing(gate: Gate, all_flagged: bool) -> Gate:

@@ -9,9 +9,10 @@ import comfy.utils
 import torch
 
 from ..modular_lora.errors import GuardError
+from .bases import CLIP, ModelPatcher
 
 
-class KeptMixin:
+class KeptMixin(ModelPatcher):
     """In front of a ModelPatcher's class: nothing that another run left enters a guarded one, nothing of it stays."""
 
     def pre_run(self):
@@ -38,7 +39,7 @@ def watch(model, check: Callable[[dict], object]) -> None:
         check(entry)
         return extra_conds(**entry)
 
-    checked.former = vars(model).get("extra_conds")  # an object patch of another node
+    vars(checked)["former"] = vars(model).get("extra_conds")  # an object patch of another node
     model.extra_conds = checked
 
 
@@ -78,7 +79,7 @@ def given_out(model, x0: torch.Tensor, *, latent_shapes: Sequence | None = None,
         yield from batch
 
 
-class GenerateMixin:
+class GenerateMixin(CLIP):
     """In front of ComfyUI's CLIP: it writes text with the branches on (CLIP.generate, 0.33.0), unrecorded."""
 
     def load_model(self, *tokens):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -57,7 +58,7 @@ class ComfyTextModel:
             for prompt, cond in zip(prompts, conds, strict=True):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 tokens = self._tokens(prompt)
-                rows = layers.read(self._model.model, inputs, lambda cond=cond: run("text", cond))
+                rows = layers.read(self._model.model, inputs, partial(run, "text", cond))
                 found.append([Encoded(one, _spans(len(one), tokens, self._empty, self._places)) for one in rows])
         return found
 
@@ -115,8 +116,8 @@ def find(
             said = said or " ".join(str(error).split())[:120] or type(error).__name__
     raise GuardError(
         f"This {introspection.family(model)} cannot be evaluated on a text and a small latent ({said}), so it is not "
-        "known "
-        "which layers the text feeds: train a safety LoRA for it instead."
+        "known which layers the text feeds: train a safety LoRA for it instead.",
+        code="make.no-prediction",
     )
 
 

@@ -59,7 +59,8 @@ def sampled(patcher, size: int = 8, batch: int = 1, steps: int = 1, cfg: float =
 
 def tiny_lora(model: model_patcher.ModelPatcher) -> tuple[LoraFile, model_patcher.ModelPatcher]:
     """A LoRA on every linear layer of a tiny model, and that model with it merged into its weights."""
-    generator, tensors = torch.Generator().manual_seed(2), {}
+    generator = torch.Generator().manual_seed(2)
+    tensors: dict[str, torch.Tensor] = {}
     merged, info, done = copy.deepcopy(model.model), model_info(model), set()
     for name, key in info.key_map.items():
         spec = info.specs.get(key) if isinstance(key, str) else None

@@ -135,9 +135,9 @@ def with_entry(
     found: list[tuple[Known, dict[str, Any]]],
     name: str,
     facts: NodeFacts,
-    inputs: Mapping[str, list],
-    options: Mapping[str, Any],
-) -> tuple[Mapping[str, list], Mapping[str, Any]]:
+    inputs: dict[str, list],
+    options: dict[str, Any],
+) -> tuple[dict[str, list], dict[str, Any]]:
     """The inputs and hidden inputs of a node, with an entry in its extra_pnginfo for each image that came to it.
 
     Only this node's copy has the entry. Nodes whose client sent no extra_pnginfo get none, except ComfyUI's own Save

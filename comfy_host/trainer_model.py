@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
-from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, build_part, check_coverage
+from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, check_coverage, on_each
 from ..training import presets
 from ..training.kohya import engine
 from ..training.kohya.engine import Base
@@ -65,8 +66,8 @@ class ComfyHostModel:
         self.family, self.dtype, self.device = introspection.family(model), dtype, model.load_device
         self.base_sha256, self.patches = introspection.model_sha256(model), len(model.patches)
         self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
-        self.unet_names = unet_names(self.infos[0], self.family)
-        self.text_names = text_names(self.infos[1])
+        self.unet_names: Mapping[str, str] = unet_names(self.infos[0], self.family)
+        self.text_names: Mapping[str, str] = text_names(self.infos[1])
         self.downscale = vae.spacial_compression_encode()
         self.notes = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
@@ -105,7 +106,8 @@ class ComfyHostModel:
             tokens[name] = (tokens[name] + empty[name] * self._chunks)[: self._chunks]
         made = self._clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
         further = {name: part for name, part in made.items() if part is None or isinstance(part, Tensor)}
-        return Text(further.pop("cond"), further)
+        del further["cond"]
+        return Text(made["cond"], further)
 
     def too_long(self, prompt: str) -> bool:
         """Whether a prompt is cut off at max_token_length: of several encoders, by all."""
@@ -139,11 +141,10 @@ class ComfyHostModel:
     @contextmanager
     def attached(self, safety: Sequence[SafetyLora]) -> Iterator[None]:
         """The safety LoRAs as frozen forward branches on U-Net and text encoder, as the guard serves them."""
-        pairs = ((self._model, "model", self.infos[0]), (self.text_encoder, "text", self.infos[1]))
-        parts = [build_part(name, info, tuple(safety), (), GuardLimits()) for _, name, info in pairs]
-        check_coverage(tuple(parts), True)
+        parts = on_each(*self.infos, tuple(safety), (), GuardLimits())
+        check_coverage(parts, True)
         with ExitStack() as stack:
-            for (module, _, _), part in zip(pairs, parts, strict=True):
+            for module, part in zip((self._model, self.text_encoder), parts, strict=True):
                 if part.branches.layers:
                     part.branches.to(self.device, self.dtype)
                     seat = Attachment(module, part.branches)
@@ -318,7 +319,8 @@ def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) 
     kept: list[tuple[dict, str, Tensor]] = []
     try:
         for part in module.modules():
-            for tensors in (part._parameters, part._buffers, part.__dict__):
+            places: tuple[dict[str, Any], ...] = part._parameters, part._buffers, part.__dict__
+            for tensors in places:
                 for name, value in tensors.items():
                     if isinstance(value, Tensor):
                         kept.append((tensors, name, value))
@@ -386,13 +388,14 @@ def text_names(info: ModelInfo) -> dict[str, str]:
     CLIP is lora_te_, or lora_te1_ and lora_te2_ beside another encoder; the highest number that ComfyUI knows for T5 is
     sd-scripts' (lora_te3_).
     """
-    names = sorted(name for name, key in info.key_map.items() if isinstance(key, str) and "_projection" not in name)
+    keys = {name: key for name, key in info.key_map.items() if isinstance(key, str) and "_projection" not in name}
+    names = sorted(keys)
     alone = not any(name.startswith(("lora_te2_", "lora_te3_")) for name in names)
     found: dict[str, str] = {}
     for name in names:
-        if not _trainable(info, info.key_map[name]):
+        if not _trainable(info, keys[name]):
             continue
-        path = info.specs[info.key_map[name]].path
+        path = info.specs[keys[name]].path
         if name == f"text_encoders.{path}":
             found.setdefault(path, name)
         elif name.startswith("lora_te_text_model_" if alone else ("lora_te1_", "lora_te2_", "lora_te3_")):

@@ -70,8 +70,8 @@ class _Watch:
 
     def _encoder(self) -> Encoder | None:
         """The task LoRAs of every text encoder that has a share in what the node made."""
-        found = [ledger.encoders.get(row) for row in self._rows]
-        found = list(filter(None, (*found, *(getattr(clip, "guard_encoder", None) for clip in self._clips))))
+        every = (*map(ledger.encoders.get, self._rows), *(getattr(clip, "guard_encoder", None) for clip in self._clips))
+        found = [encoder for encoder in every if encoder]
         loras = dict.fromkeys(lora for encoder in found for lora in encoder.loras)
         return Encoder(tuple(loras), max(encoder.layers for encoder in found)) if found else None
 

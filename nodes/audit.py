@@ -264,7 +264,10 @@ def _check_starts(made: AuditOptions) -> None:
     found = (prompt for one in prompts.read_sets(made, folder) for prompt in one.prompts)
     for name in (name for prompt in found for name in (prompt.start, prompt.mask) if name):
         if not Path(os.path.realpath(name)).is_relative_to(root):
-            raise GuardError(f"Start image {Path(name).name!r} is outside ComfyUI's input folder: put it there.")
+            raise GuardError(
+                f"Start image {Path(name).name!r} is outside ComfyUI's input folder: put it there.",
+                code="audit.start-outside",
+            )
 
 
 def _check_shown(model, clip, made: AuditOptions) -> None:

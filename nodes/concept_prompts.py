@@ -59,7 +59,8 @@ class WriteConceptPrompts(io.ComfyNode):
         safety = handles(safety_lora, SafetyLora)
         if len(safety) != 1:
             raise GuardError(
-                f"Write Concept Prompts got {len(safety)} safety LoRAs: connect one, and write each apart."
+                f"Write Concept Prompts got {len(safety)} safety LoRAs: connect one, and write each apart.",
+                code="concept.one-lora",
             )
         lora, target = safety[0].lora, copy_path(output_name)
         lines = lines_of(prompts)

@@ -193,13 +193,14 @@ def _action_inputs() -> list[io.Input]:
 def _detector(name: str, classifier: str, labels: str, providers: tuple[str, ...]) -> Detector:
     if name != detectors.CLASSIFIER:
         return detectors.make(name, providers)
-    files = {"weights": _file("classifier", classifier), "labels": _file("labels", labels)}
-    if missing := [what for what, path in files.items() if path is None]:
+    wanted = {"weights": _file("classifier", classifier), "labels": _file("labels", labels)}
+    files = {what: path for what, path in wanted.items() if path is not None}
+    if missing := [what for what in wanted if what not in files]:
         raise GateError(
             f"detector classifier: no {missing[0]} file is chosen: put one into {DETECTOR_FOLDER} and choose it.",
             code="gate.no-file-chosen",
         )
-    return detectors.make(name, providers, **files)
+    return detectors.make(name, providers, weights=files["weights"], labels=files["labels"])
 
 
 def _file(name: str, value: str | None) -> Path | None:

@@ -53,12 +53,14 @@ class LoraInterference(io.ComfyNode):
         safety, tasks = handles(safety_lora, SafetyLora), (*handles(task_lora, TaskLora), *stacked(lora_stack))
         part = build_part("model", introspection.model_info(model), safety, tasks, GuardLimits(), enforce=False)
         for line in (line for line in part.lines if line.refusal):
-            raise GuardError(line.refusal)
+            raise GuardError(line.refusal, code="lora.applies-nowhere")
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
         said = "\n".join(line for line in table.splitlines() if line.startswith("WARNING"))
         picture = pictures([(lora.name, result) for lora, result in part.interference])
         nets = [result.net_strength for _, result in part.interference]
         beside = f"beside {len(tasks)} task LoRA{'s' * (len(tasks) != 1)}"
-        line = f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
-        shown = answer(line, said, **ui.PreviewImage(picture, cls=cls).as_dict())
+        first = (
+            f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
+        )
+        shown = answer(first, said, **ui.PreviewImage(picture, cls=cls).as_dict())
         return io.NodeOutput(table, picture, ui=shown)

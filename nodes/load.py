@@ -189,7 +189,9 @@ def chosen_scale(value: object) -> Scale:
     if value is None:
         return "refuse"
     if value not in SCALES:
-        raise GuardError(f"scale {value!r} is none of {', '.join(map(repr, SCALES))}: choose one of these.")
+        raise GuardError(
+            f"scale {value!r} is none of {', '.join(map(repr, SCALES))}: choose one of these.", code="lora.scale"
+        )
     return SCALES[value]
 
 

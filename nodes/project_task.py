@@ -61,7 +61,8 @@ class ProjectTaskLora(io.ComfyNode):
         tasks, safety = handles(task_lora, TaskLora), handles(safety_lora, SafetyLora)
         if len(tasks) != 1:
             raise GuardError(
-                f"Project Task LoRA got {len(tasks)} task LoRAs: connect one, and project the others apart."
+                f"Project Task LoRA got {len(tasks)} task LoRAs: connect one, and project the others apart.",
+                code="project.one-lora",
             )
         task, loras = tasks[0], [s.lora for s in safety]
         infos = (introspection.model_info(model), introspection.clip_info(clip))

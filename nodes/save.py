@@ -157,7 +157,7 @@ def _saved(
 
 def on_merged(found: Iterable[Known]) -> str:
     """How many of the attested pictures are of a base with merged LoRAs or models, in words; "" where none is."""
-    merged = sum(k.guarded and k.run.base_had_merged_loras for k in found)
+    merged = sum(k.guarded and k.run is not None and k.run.base_had_merged_loras for k in found)
     return f", {merged} of them on a merged base" if merged else ""
 
 

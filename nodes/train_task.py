@@ -14,6 +14,7 @@ from ..modular_lora.places import check_writable
 from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
+from ..training.record import Trained
 from ..training.task.train import train_task
 from .load import handles
 from .search_words import found_by
@@ -72,7 +73,7 @@ class TrainTaskLora(io.ComfyNode):
         with going_on(cls, name):
             if handed.engine == "kohya":
                 base = trainer_model.kohya_base(model, clip, handed.ckpt_name, made, files_of(handed.kohya_files))
-                trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
+                trained: Trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
             else:
                 with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
                     trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)

@@ -48,7 +48,7 @@ def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
     if hint is int:
         return io.Int.Input(name, min=0, max=1_000_000, **what)
     if hint is float:
-        step = 1e-6 if field.default < 1e-2 else 0.01
+        step = 1e-6 if what["default"] < 1e-2 else 0.01
         return io.Float.Input(name, min=0.0, max=10_000.0, step=step, round=False, **what)
     return io.String.Input(name, **what)
 

@@ -145,13 +145,14 @@ def _watching() -> None:
 
 def watch() -> None:
     """Enforce a policy that has come into force, or stop where there is none any more."""
+    found: OperatorPolicy | PolicyError | None
     try:
         found = policies.current()
     except PolicyError as error:
         found = error
     except Exception:
         log.exception("The policy cannot be read: nothing is sampled.")
-        found = PolicyError("cannot be read")
+        found = PolicyError("cannot be read", code="policy.unreadable")
     if found is None:
         uninstall()
         _heed_attached(None)
@@ -204,7 +205,8 @@ def on_prompt(said: Any) -> Any:
     """
     if not isinstance(said, dict) or "prompt" not in said:
         return said  # the server answers that itself
-    policy, refusals = None, ()
+    policy: OperatorPolicy | None = None
+    refusals: tuple[Refusal, ...] = ()
     try:
         if (policy := policies.current()) is None:
             uninstall()
@@ -379,7 +381,9 @@ def _node(original: Callable) -> Callable:
                 made = (attached.outputs(policy, made[0]), *made[1:])
                 made = leaving.given_out(policy, node, input_data_all, made)
                 for task in (one for one in made[0] if isinstance(one, asyncio.Task)):  # a coroutine's end comes later
-                    task.add_done_callback(lambda done: done.cancelled() or _failed(policy, done.exception(), where))
+                    task.add_done_callback(
+                        lambda done: None if done.cancelled() else _failed(policy, done.exception(), where)
+                    )
             return made
         except GuardError as error:
             _failed(policy, error, where)

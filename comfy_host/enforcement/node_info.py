@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files.reader import sha256_file
@@ -68,7 +69,7 @@ def pack(kind: type) -> str:
     return "comfyui" if _is_core(kind) else str(getattr(kind, "RELATIVE_PYTHON_MODULE", "") or kind.__module__)
 
 
-def facts(kind: type) -> NodeFacts:
+def facts(kind: Any) -> NodeFacts:
     """What a node class says of itself (INPUT_TYPES, RETURN_TYPES, OUTPUT_NODE: V1, and what V3 makes of it)."""
     if kind not in _facts:
         said = kind.INPUT_TYPES()

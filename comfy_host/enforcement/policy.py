@@ -212,8 +212,8 @@ def check_attached(model: patcher.GuardMixin, clip, safety: Safety, tasks: Tasks
     """The same for a MODEL that is guarded."""
     if (policy := current()) is None:
         return
-    for item in (*safety, *tasks):
-        _paths.put(item.lora.sha256, item.lora.path)
+    for lora in (*(item.lora for item in safety), *(item.lora for item in tasks)):
+        _paths.put(lora.sha256, lora.path)
     states = [model.guard_state]
     states += [clip.patcher.guard_state] if isinstance(clip, patcher.GuardedClipMixin) else []
     found = [(lora.sha256, result) for state in states for lora, result in state.part.interference]
@@ -315,7 +315,7 @@ def record_run(
         run = run.without_activity()
     said = {"status": "unguarded"} if run is None else asdict(run)
     known, unknown = texts or ((), 0)
-    more = {"rows_without_known_text": unknown} if texts is not None else {}
+    more: dict[str, Any] = {"rows_without_known_text": unknown} if texts is not None else {}
     more |= {"base_files": list(base)} if base else {}
     record(policy, "run", prompts=known, attestation=said, seconds=round(seconds, 3), **more)
 
@@ -459,7 +459,8 @@ def _book(policy: OperatorPolicy | None) -> Record:
     if place in _records or (policy is None and _records):
         return next(iter(_records.values()))
     key = keys.private_key(policy.signing_key) if policy and policy.signing_key else None
-    options = {"max_bytes": policy.record.max_bytes, "prompts": policy.record.prompts} if policy else {}
-    book = Record(place[0], **options, key=key)
+    asked = policy.record if policy else None
+    limits = {"max_bytes": asked.max_bytes} if asked else {}
+    book = Record(place[0], **limits, prompts=bool(asked and asked.prompts), key=key)
     _records.clear()
     return _records.setdefault(place, book)

@@ -53,7 +53,7 @@ def prove() -> dict[str, object]:
         what = f"the safety LoRA that the policy requires ({missing[0]}) is in no folder of this server"
         raise NotReady(f"{what}: put it into {SAFETY_FOLDERS[0]}", code="ready.safety-lora-missing")
     with torch.inference_mode():  # as ComfyUI's executor runs nodes
-        said = {"refused": _refused(policy), "guarded": _guarded()}
+        said: dict[str, object] = {"refused": _refused(policy), "guarded": _guarded()}
     said |= {"safety_loras": len(policy.guard.required), "seconds": round(time.monotonic() - began, 3)}
     policies.record(policy, "ready", **said)
     return said

@@ -110,7 +110,8 @@ class Choices:
 @contextmanager
 def reading() -> Iterator[Read]:
     """What a node reads while it runs."""
-    token = _reading.set(read := {})
+    read: Read = {}
+    token = _reading.set(read)
     try:
         yield read
     finally:
@@ -121,10 +122,14 @@ def end(policy: OperatorPolicy, read: Read, made: Any) -> None:
     """Remember of what a node's models were made; RefusedError where the policy does not name one of their files."""
     for value in models(made):
         if isinstance(value, asyncio.Task):
-            value.add_done_callback(lambda done: done.cancelled() or done.exception() or _remember(read, done.result()))
+            value.add_done_callback(lambda done: _remember(read, done.result()) if _ended_well(done) else None)
         else:
             _remember(read, value)
             check_base(policy, value)
+
+
+def _ended_well(task: asyncio.Task) -> bool:
+    return not task.cancelled() and task.exception() is None
 
 
 def _remember(read: Read, made: Any) -> None:
@@ -163,8 +168,8 @@ def check_base(policy: OperatorPolicy, value: Any) -> tuple[str, ...]:
     module, allow = _module(value), policy.base.allow
     if allow is None or module is None:
         return ()
-    what = {comfy.sd.CLIP: "text encoder", comfy.sd.VAE: "VAE"}
-    what = next((said for kind, said in what.items() if isinstance(value, kind)), "diffusion model")
+    kinds = {comfy.sd.CLIP: "text encoder", comfy.sd.VAE: "VAE"}
+    what = next((said for kind, said in kinds.items() if isinstance(value, kind)), "diffusion model")
     read = _made.get(module)
     if read is None and (read := _reading.get()):
         read = _made.setdefault(module, dict(read))  # used in the very node that loads it

@@ -146,7 +146,9 @@ def _target(entry: str | tuple, lora: LoraFile, name: str) -> Target:
     dim, start, length = offset
     if dim not in (0, 1):
         subject = f"{lora.name}: layer {name!r}"
-        raise GuardError(f"{subject}: slices {key} along dimension {dim}, only 0 and 1 are known: leave it out")
+        raise GuardError(
+            f"{subject}: slices {key} along dimension {dim}, only 0 and 1 are known: leave it out", code="layer.slice"
+        )
     return Target(key, (int(dim), int(start), int(length)), rearrange)
 
 

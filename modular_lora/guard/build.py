@@ -127,7 +127,7 @@ class GuardedPart:
 def check_roles(safety: Safety, tasks: Tasks) -> None:
     """Raise GuardError where no safety LoRA is given, or one file is used twice or in both roles."""
     if not safety:
-        raise GuardError("Guard Model got no safety LoRA: connect Load Safety LoRA.")
+        raise GuardError("Guard Model got no safety LoRA: connect Load Safety LoRA.", code="guard.no-safety-lora")
     shas = [s.lora.sha256 for s in safety]
     loras = [*(s.lora for s in safety), *(t.lora for t in tasks)]
     for item in tasks:
@@ -151,12 +151,19 @@ def build_parts(
 ) -> tuple[GuardedPart, ...]:
     """The guard on a model and, where one is connected, on its text encoder, with every check; raises GuardError."""
     check_roles(safety, tasks)
+    parts = on_each(model, clip, safety, tasks, policy)
+    check_coverage(parts, clip is not None)
+    return parts
+
+
+def on_each(
+    model: ModelInfo, clip: ModelInfo | None, safety: Safety, tasks: Tasks, policy: GuardLimits, enforce: bool = True
+) -> tuple[GuardedPart, ...]:
+    """`build_part` on a model and, where one is given, on its text encoder; what both have in common is not checked."""
     infos: list[tuple[Part, ModelInfo]] = [("model", model)]
     if clip:
         infos.append(("text", clip))
-    parts = tuple(build_part(part, info, safety, tasks, policy) for part, info in infos)
-    check_coverage(parts, clip is not None)
-    return parts
+    return tuple(build_part(part, info, safety, tasks, policy, enforce) for part, info in infos)
 
 
 def build_part(

@@ -53,7 +53,8 @@ def encode(prompts: Iterable[str]) -> str:
     found = list(dict.fromkeys(prompts))
     if problem := _problem(found):
         raise GuardError(
-            f"Concept prompts: the list {problem}: give 1 to {MOST} prompts of at most {LONGEST} characters."
+            f"Concept prompts: the list {problem}: give 1 to {MOST} prompts of at most {LONGEST} characters.",
+            code="concept.prompts",
         )
     return json.dumps(found)
 
@@ -79,12 +80,14 @@ def copy_with(source: Path, target: Path, key: str, value: str, expected_sha256:
     """
     source, target = Path(source), Path(target)
     if target.suffix.lower() not in ENDINGS:
-        raise GuardError(f"{target.name}: is no name of a LoRA file: let it end in {ENDINGS[0]}.")
+        raise GuardError(f"{target.name}: is no name of a LoRA file: let it end in {ENDINGS[0]}.", code="concept.name")
     before = read_lora(source, expected_sha256=expected_sha256)
     with writing(target):
         data = source.read_bytes()
         if hashlib.sha256(data).hexdigest() != before.sha256:
-            raise GuardError(f"{before.name} was written over while it was copied: write the copy again.")
+            raise GuardError(
+                f"{before.name} was written over while it was copied: write the copy again.", code="concept.changed"
+            )
         copy = _with(data, key, value)
         try:
             with atomic.creating(target, ending=f"-{target.name}", sync=True) as part:  # it is read back as a LoRA file
@@ -111,9 +114,9 @@ def write_copy(source: Path, target: Path, prompts: Iterable[str], expected_sha2
     return copy_with(source, target, PROMPTS_KEY, encode(prompts), expected_sha256)
 
 
-def written(lora: LoraFile, path: Path) -> str:
-    """What is said of a copy that was written."""
-    return f"{path}: {len(read(lora))} concept prompts, tensors as they were, SHA-256 {lora.sha256}"
+def written(lora: LoraFile, place: str | Path) -> str:
+    """What is said of a copy that was written; ``place``: what people know it by."""
+    return f"{place}: {len(read(lora))} concept prompts, tensors as they were, SHA-256 {lora.sha256}"
 
 
 def _with(data: bytes, key: str, value: str) -> bytes:

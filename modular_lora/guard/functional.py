@@ -126,6 +126,7 @@ def _figure(name: str, prompt: str, base: Tensor, alone: Tensor, without: Tensor
     if not all(map(math.isfinite, (energy, whole, inner))):
         raise GuardError(
             f"Safety LoRA {name}: the model's predictions on its concept prompts are not finite with these LoRAs: take "
-            "out the one that breaks the model, or lower the strengths."
+            "out the one that breaks the model, or lower the strengths.",
+            code="functional.not-finite",
         )
     return Figure(inner / energy if energy else math.nan, energy / whole if whole else 0.0, prompt)

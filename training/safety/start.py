@@ -26,13 +26,17 @@ def start_from(adapters: Adapters, lora: LoraFile) -> str:
     if missing := sorted(set(lora.layers) - set(adapters.layers)):
         raise GuardError(
             f"init {lora.name}: {len(missing)} of its layers are not among those to be trained (first: {missing[0]}): "
-            "choose the objective and target that train them, e.g. esd-x with target cross-attention, or leco."
+            "choose the objective and target that train them, e.g. esd-x with target cross-attention, or leco.",
+            code="init.other-layers",
         )
     kept = whole = 0.0
     for name, layer in lora.plain.items():
         down, up = adapters.pair(name)
         if layer.down.shape[1:] != down.shape[1:] or layer.up.shape[0] != up.shape[0]:
-            raise GuardError(f"init {lora.name}: layer {name} has another shape than this model's: use its own base.")
+            raise GuardError(
+                f"init {lora.name}: layer {name} has another shape than this model's: use its own base.",
+                code="init.other-shape",
+            )
         rank, scale = len(down), adapters.scale(name)
         edit = Edit(layer.scale * layer.up.double().flatten(1), layer.down.double().flatten(1))
         near, share = edit.reduced(rank)

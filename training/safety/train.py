@@ -99,9 +99,11 @@ def prepare(options: SafetyOptions) -> None:
     contamination.known_bases(*options.known_bases)
     erased(options)
     if options.init and not Path(options.init).is_file():
-        raise OptionError(f"init: there is no file {options.init!r}: name a safety LoRA's file.")
+        raise OptionError(f"init: there is no file {options.init!r}: name a safety LoRA's file.", code="option.init")
     if options.init and options.resume:
-        raise OptionError("init: resume goes on from a state, weights and all: leave out one of them.")
+        raise OptionError(
+            "init: resume goes on from a state, weights and all: leave out one of them.", code="option.init"
+        )
     if options.resume:
         check_state(Path(options.resume))
 

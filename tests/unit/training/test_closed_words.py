@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.training.safety.closed.everything_else import LISTS
 from modular_lora_guard.training.safety.closed.words import Encoded, distinct, held, pair, span
+from support.errors import refuses
 
 START, END, PAD = 900, 901, 902
 
@@ -60,7 +60,7 @@ def test_two_encoders_behind_each_other_have_words_in_both():
 def test_a_pooled_row_counts_whole_and_unknown_places_are_said():
     assert pairs("last", rows(1, (), 0), rows(1, (), 100)) == [(0, 0)]
     assert pairs("all", rows(3, (), 0), rows(2, (), 100)) == [(0, 0), (1, 1), (2, 1)]
-    with pytest.raises(GuardError, match="tokens last: where the words are among this text encoder's 3 rows"):
+    with refuses("option.tokens", "last", 3):
         pair(rows(3, (), 0), rows(3, (), 100), "last")
 
 

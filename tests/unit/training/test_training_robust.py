@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.training import output
 from modular_lora_guard.training.adapters import Spec, adapted
 from modular_lora_guard.training.model import Cond
-from modular_lora_guard.training.options import OptionError
 from modular_lora_guard.training.safety.robust import attacked
 from modular_lora_guard.training.safety.start import start_from
 from modular_lora_guard.training.safety.train import prepare
 from support.erasure_toys import Toy, erasure, noise, options
+from support.errors import refuses
 from support.toys import TEXT, WIDTH, ToyHostModel
 
 
@@ -114,9 +113,9 @@ def test_a_start_that_does_not_fit_is_refused_by_name(tmp_path):
     names = {path: toy.unet_names[path] for path in LAYERS[:1]}
     both = written(tmp_path, 2, [toy.unet_names[path] for path in LAYERS])
     with adapted(toy.unet, toy.text_encoder, Spec(names, {}, 4, 4.0, 0.0, 1, "safety")) as adapters:
-        with pytest.raises(GuardError, match="1 of its layers are not among those to be trained"):
+        with refuses("init.other-layers", both.name, toy.unet_names[LAYERS[1]]):
             start_from(adapters, both)
-        with pytest.raises(GuardError, match="has another shape"):
+        with refuses("init.other-shape", toy.unet_names[LAYERS[0]]):
             start_from(adapters, written(tmp_path, 2, list(names.values()), width=TEXT + 1))
-    with pytest.raises(OptionError, match="there is no file 'nowhere"):
+    with refuses("option.init", "nowhere.safetensors"):
         prepare(options(init="nowhere.safetensors", output_dir=str(tmp_path)))

@@ -85,10 +85,11 @@ def find(module: nn.Module, paths: Sequence[str], run: Run) -> TextLayers:
     )
     if not fixed:
         raise GuardError(
-            f"No layer of this model has an input that the text alone fixes: {len(moved)} of {len(ran)} linear "
-            "layers see "
-            f"the text, and all see it mixed with the image or the timestep (first: {', '.join(moved[:3]) or 'none'}), "
-            "where what is kept could not be held: train a safety LoRA for this model instead."
+            f"No layer of this model has an input that the text alone fixes: {len(moved)} of {len(ran)} linear layers "
+            "see the text, and all see it mixed with the image or the timestep (first: "
+            f"{', '.join(moved[:3]) or 'none'}), where what is kept could not be held: train a safety LoRA for this "
+            "model instead.",
+            code="make.no-text-layers",
         )
     chosen, share = _chosen(module, fixed, run, first, text)
     inputs = tuple(
@@ -113,9 +114,13 @@ def named(found: TextLayers, wanted: Iterable[str]) -> TextLayers:
             raise GuardError(
                 f"layers: {text!r} names {mixed[0]}, whose input is not the text alone or comes from a layer that is "
                 f"taken already: a LoRA made of texts is not exact there. Name some of {', '.join(found.paths[:3])}, "
-                "..."
+                "...",
+                code="make.mixed-input",
             )
-        raise GuardError(f"layers: no layer is called {text!r}; there are {', '.join(found.paths[:3])}, ...")
+        raise GuardError(
+            f"layers: no layer is called {text!r}; there are {', '.join(found.paths[:3])}, ...",
+            code="make.no-such-layer",
+        )
     inputs = (
         TextInput(tuple(p for p in one.layers if any(text in p for text in wanted)), one.width, one.tokens)
         for one in found.inputs

@@ -109,7 +109,10 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
     kept = tuple(dict.fromkeys((EMPTY, *onto.values(), *options.kept)))
     for prompt in (*onto, *kept):
         if model.too_long(prompt):
-            raise OptionError(f"Prompt {prompt[:60]!r} is longer than the text encoder takes at once: shorten it.")
+            raise OptionError(
+                f"Prompt {prompt[:60]!r} is longer than the text encoder takes at once: shorten it.",
+                code="option.too-long",
+            )
     measured = chosen(model, tuple(onto), kept) if options.calibrate else Prompts()
     every = tuple(dict.fromkeys((*onto, *kept, *measured.about, *measured.others)))
     texts = dict(zip(every, model.encode(every, found.inputs), strict=True))
@@ -174,7 +177,8 @@ def _solve(
     if not bool(C.any()):
         raise GuardError(
             f"The tokens of the concept are zero at {one.layers[0]} and {len(one.layers) - 1} more layers, so no edit "
-            "of these layers can move them: name the other layers in layers, or write the concept in other words."
+            "of these layers can move them: name the other layers in layers, or write the concept in other words.",
+            code="make.no-input",
         )
     columns = distinct(C, G)
     C, G, K, every = C[:, columns], G[:, columns], K[:, distinct(K)], every[:, distinct(every)]
@@ -186,7 +190,7 @@ def _solve(
             P = quiet_space(every, options.threshold)
             left = _left(C, P)
         if left < LEAST:
-            raise GuardError(_no_room(one, kept_rank, left, len(kept), options.threshold))
+            raise GuardError(_no_room(one, kept_rank, left, len(kept), options.threshold), code="make.no-room")
     if options.method in ("null-space", "alphaedit"):
         there = (P @ C).square().sum(0) > DROPPED * C.square().sum(0)
         C, G = C[:, there], G[:, there]

@@ -64,17 +64,29 @@ class MakeOptions:
 
     def __post_init__(self):
         if not self.concept or not all(text.strip() for text in (*self.concept, *self.synonyms)):
-            raise OptionError("concept: a prompt is missing or blank: name what is to be erased, e.g. 'a vehicle'.")
+            raise OptionError(
+                "concept: a prompt is missing or blank: name what is to be erased, e.g. 'a vehicle'.",
+                code="option.no-concept",
+            )
         if wrong := [text for text in self.templates if PLACE not in text]:
-            raise OptionError(f"templates: {wrong[0]!r} has no {PLACE} for the concept: write 'a photo of {PLACE}'.")
+            raise OptionError(
+                f"templates: {wrong[0]!r} has no {PLACE} for the concept: write 'a photo of {PLACE}'.",
+                code="option.templates",
+            )
         if not self.templates:
-            raise OptionError(f"templates: none is given: leave the option out, or give {PLACE!r}.")
+            raise OptionError(
+                f"templates: none is given: leave the option out, or give {PLACE!r}.", code="option.templates"
+            )
         if len(self.guide) not in (0, 1, len(self.erased)):
             raise OptionError(
-                f"guide: {len(self.guide)} prompts for {len(self.erased)} of the concept: give one, or one for each."
+                f"guide: {len(self.guide)} prompts for {len(self.erased)} of the concept: give one, or one for each.",
+                code="option.guide",
             )
         if both := [text for text in self.kept if text in self.erased]:
-            raise OptionError(f"Prompt {both[0]!r} is both erased and preserved: take it out of one of the lists.")
+            raise OptionError(
+                f"Prompt {both[0]!r} is both erased and preserved: take it out of one of the lists.",
+                code="option.both-lists",
+            )
 
     @property
     def erased(self) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ def pair(concept: Encoded, guide: Encoded, tokens: Tokens) -> tuple[Tensor, Tens
     n, known = len(concept.rows), bool(concept.spans and guide.spans)
     if tokens != "all" and not known and n > 1:
         raise OptionError(
-            f"tokens {tokens}: where the words are among this text encoder's {n} rows is not known: use tokens all."
+            f"tokens {tokens}: where the words are among this text encoder's {n} rows is not known: use tokens all.",
+            code="option.tokens",
         )
     if not known:
         places = list(zip(range(n), [min(i, len(guide.rows) - 1) for i in range(n)], strict=True))
