@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import new_executor
 from PIL import Image
 from support.drop_in import SAFETY
 from support.graphs import node
@@ -76,24 +77,62 @@ def _moved(graph: dict, source: str, to: str, slots: dict[int, int]) -> None:
                 one["inputs"][key] = [to, slots[link[1]]]
 
 
-@pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_with_one_node_more_gives_the_merges_pictures_attested(comfy, run_graph, name, matrix):
+def template(comfy, name: str) -> dict:
+    """A template's graph, small."""
     path = find(name)
     assert path is not None, "the templates package that ComfyUI asks for has no such template"
-    graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS))
-    decodes = [key for key, one in graph.items() if one["class_type"] == "VAEDecode"]
-    ours, merge, alone = (
-        {key: results[key][0].clone() for key in decodes}
-        for results in (run_graph(made) for made in (with_guards(graph), with_merges(graph), graph))
-    )
-    known = [comfy.ledger.known(image) for key in decodes for image in ours[key]]
-    errors, effects = [], []
-    for key in decodes:
-        errors.append(float((ours[key] - merge[key]).abs().max()))
-        effects.append(float((merge[key] - alone[key]).abs().max()))
-    assert all(one.guarded for one in known)
-    assert min(effects) > 4 / 255
-    assert max(errors) <= 1 / 255
-    said = "; ".join(dict.fromkeys(one.status for one in known))
-    matrix("templates.json", name, said, max(e / by for e, by in zip(errors, effects, strict=True)))
+    return small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS))
+
+
+def decoded(graph: dict, results: dict) -> dict:
+    """What each VAE Decode of a graph gave."""
+    return {key: results[key][0].clone() for key, one in graph.items() if one["class_type"] == "VAEDecode"}
+
+
+@pytest.fixture
+def judged(comfy, run_graph, matrix) -> Callable[[str, str, dict, dict], None]:
+    """Compares a template's images with those of the merge, and notes a row of what is known of them."""
+
+    def judge(file: str, name: str, graph: dict, ours: dict) -> None:
+        known = [comfy.ledger.known(image) for images in ours.values() for image in images]
+        merge, alone = (decoded(graph, run_graph(made)) for made in (with_merges(graph), graph))
+        errors = [float((ours[key] - merge[key]).abs().max()) for key in ours]
+        effects = [float((merge[key] - alone[key]).abs().max()) for key in ours]
+        assert all(one.guarded for one in known)
+        assert min(effects) > 4 / 255
+        assert max(errors) <= 1 / 255
+        said = "; ".join(dict.fromkeys(one.status for one in known))
+        matrix(file, name, said, max(e / by for e, by in zip(errors, effects, strict=True)))
+
+    return judge
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_with_one_node_more_gives_the_merges_pictures_attested(comfy, run_graph, name, judged):
+    graph = template(comfy, name)
+    judged("templates.json", name, graph, decoded(graph, run_graph(with_guards(graph))))
+
+
+@pytest.fixture
+def attached(comfy, operator, run_graph, sha256) -> Callable[[dict], dict]:
+    """Queues a graph as it is under a policy that guards every model, and runs it."""
+    one = f'{{sha256 = "{sha256(SAFETY)}", file = "{SAFETY}", min_net_strength = 0.9}}'
+
+    def run(graph: dict) -> dict:
+        operator.write(f'[guard]\nattach = "always"\nrequired = [{one}]\n')
+        assert operator.queue(graph) == {}
+        made = run_graph(copy.deepcopy(graph), new_executor(comfy))  # the server empties its cache for a policy
+        operator.remove()
+        return made
+
+    return run
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_as_it_is_gives_the_merges_pictures_attested_under_a_policy_that_attaches(
+    comfy, attached, name, judged
+):
+    graph = template(comfy, name)
+    judged("templates_attach.json", name, graph, decoded(graph, attached(graph)))
