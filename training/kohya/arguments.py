@@ -57,6 +57,11 @@ FAMILIES = {
     "FluxSchnell": Family("flux_train_network.py", tokenizers=(CLIP_L,), parts=(_CLIPS[0], _T5, _AE), whole=False),
     "Lumina2": Family("lumina_train_network.py", parts=(("gemma2", "text_encoders"), _AE), whole=False),
     "Anima": Family("anima_train_network.py", parts=(("qwen3", "text_encoders"), _VAE), whole=False),
+    "HunyuanImage21": Family(
+        "hunyuan_image_train_network.py",
+        parts=(("text_encoder", "text_encoders"), ("byt5", "text_encoders"), _VAE),
+        whole=False,
+    ),
 }
 
 
