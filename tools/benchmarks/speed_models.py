@@ -127,13 +127,13 @@ def open_world(width: str, dtype: torch.dtype, comfyui: Path | None, cpu: bool, 
     config.unet_config |= {key: unet[key] for key in ("num_heads", "num_head_channels") if key in unet}
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "").eval()
-    _fill(model)
+    fill(model)
     device = model_management.get_torch_device()
     offload = torch.device("cpu")
     return World(width, model_patcher.ModelPatcher(model, device, offload), dtype, device, folder, pack)
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Weights out of one random block, scaled so that activations keep their size; norms 1, biases 0."""
     block, place = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0)), 0
     with torch.no_grad():

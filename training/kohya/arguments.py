@@ -75,6 +75,12 @@ FAMILIES = {
         pattern="{}",
         flow=True,
     ),
+    "HunyuanImage21": Family(
+        "hunyuan_image_train_network.py",
+        parts=(("text_encoder", "text_encoders"), ("byt5", "text_encoders"), _VAE),
+        whole=False,
+        flow=True,
+    ),
 }
 
 

@@ -126,7 +126,10 @@ def train_safety(
     """
     script = family(base.family).leco
     if not script:
-        raise GuardError(f"{base.family}: sd-scripts has no erasure trainer for it: use SD15, SD20 or SDXL.")
+        raise GuardError(
+            f"{base.family}: sd-scripts erases in SD15, SD20 and SDXL alone: use the embedded engine for this model.",
+            code="kohya.no-eraser",
+        )
     prepare_safety(options)
 
     def checked(too_long: TooLong) -> list[str]:
@@ -273,7 +276,8 @@ def family(name: str) -> Family:
     """How sd-scripts trains the family that ComfyUI calls so; GuardError where it does not."""
     if name not in FAMILIES:
         raise GuardError(
-            f"{name}: the sd-scripts engine trains {', '.join(FAMILIES)}: use another base.", code="kohya.family"
+            f"{name}: the sd-scripts engine trains {', '.join(FAMILIES)}: use the embedded engine for this model.",
+            code="kohya.family",
         )
     return FAMILIES[name]
 

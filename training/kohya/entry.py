@@ -14,6 +14,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 PACK = "modular_lora_guard"
 NETWORK = f"{PACK}.training.kohya.network"
@@ -27,6 +28,7 @@ PREVIEWS = {  # script -> where it draws one preview
     "lumina_train_network.py": ("library.lumina_train_util", "sample_image_inference"),
     "anima_train_network.py": ("library.anima_train_utils", "_sample_image_inference"),
 }
+OWN_PREVIEWS = {"hunyuan_image_train_network.py": "sample_image_inference"}  # where the script itself has it
 
 
 def import_network() -> None:
@@ -36,24 +38,35 @@ def import_network() -> None:
 
 
 def guard_previews(script: str) -> None:
-    """Wrap the function that draws one preview; sd-scripts looks it up by name at every prompt."""
-    if script not in PREVIEWS:  # train_leco.py draws none
-        return
+    """Wrap the function that draws one preview; sd-scripts looks it up by name at every prompt.
+
+    A script that has it itself has made it by the time that it makes its trainer's class.
+    """
+    if script in OWN_PREVIEWS:
+        trainer = importlib.import_module("train_network").NetworkTrainer
+
+        def made(cls: Any) -> None:
+            _guard(cls.sample_images.__globals__, OWN_PREVIEWS[script], script)
+
+        trainer.__init_subclass__ = classmethod(made)
+    elif script in PREVIEWS:  # train_leco.py draws none
+        module, name = PREVIEWS[script]
+        _guard(vars(importlib.import_module(module)), name, module)
+
+
+def _guard(names: dict[str, Any], name: str, where: str) -> None:
+    """The function of that name in a module's names, with the safety LoRAs attached and random numbers left alone."""
     network, preview = (importlib.import_module(f"{PACK}.training.kohya.{n}") for n in ("network", "preview"))
-    module_name, name = PREVIEWS[script]
-    module = importlib.import_module(module_name)
-    draw = getattr(module, name, None)
+    draw = names.get(name)
     if draw is None:
-        sys.exit(
-            f"{MARK}{module_name} has no {name}: this version of sd-scripts draws previews elsewhere, use another."
-        )
+        sys.exit(f"{MARK}{where} has no {name}: this version of sd-scripts draws previews elsewhere, use another.")
 
     @functools.wraps(draw)
     def guarded(*args, **kwargs):
         with preview.random_state_kept(), network.previewing():
             return draw(*args, **kwargs)
 
-    setattr(module, name, guarded)
+    names[name] = guarded
 
 
 def describe_states() -> None:

@@ -51,8 +51,16 @@ class Architecture:
     module: str
     text: tuple[str, ...]  # prefixes, in the order of the script's list
     alone: str = "lora_te"  # prefix where there is one text encoder
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of its layers' names, and what ComfyUI calls them
+
+    def name(self, name: str) -> str:
+        """A layer's name as ComfyUI loads it."""
+        for theirs, other in self.renamed:
+            name = name.replace(theirs, other)
+        return name
 
 
+_MLP = ((1, 0), (2, 2))  # the layers of Hunyuan Image's MLPs, and their places in ComfyUI's
 ARCHITECTURES: dict[str, Architecture] = {  # class of the denoiser in the checkout
     "UNet2DConditionModel": Architecture("networks.lora", ("lora_te1", "lora_te2")),
     "SdxlUNet2DConditionModel": Architecture("networks.lora", ("lora_te1", "lora_te2")),
@@ -60,6 +68,15 @@ ARCHITECTURES: dict[str, Architecture] = {  # class of the denoiser in the check
     "MMDiT": Architecture("networks.lora_sd3", ("lora_te1", "lora_te2", "lora_te3"), "lora_te1"),
     "NextDiT": Architecture("networks.lora_lumina", ("lora_te",)),
     "Anima": Architecture("networks.lora_anima", ("lora_te",)),
+    "HYImageDiffusionTransformer": Architecture(
+        "networks.lora_hunyuan_image",
+        ("lora_te1", "lora_te2"),  # neither is ever trained
+        renamed=(
+            *((f"_{part}_mlp_fc{layer}", f"_{part}_mlp_{place}") for part in ("img", "txt") for layer, place in _MLP),
+            ("_mod_linear", "_mod_lin"),
+            ("_modulation_linear", "_modulation_lin"),
+        ),
+    ),
 }
 
 
@@ -98,6 +115,8 @@ def create_network(
     if network is None:
         raise GuardError(f"{architecture.module} made no network of {rest}: correct --network_args.")
     _narrow(network, settings.target)
+    for lora in _loras(network):  # before they are put in: a file then has these names, in both directions
+        lora.lora_name = architecture.name(lora.lora_name)
     network.__class__ = type(f"Guarded{type(network).__name__}", (_Guarded, type(network)), {})
     object.__setattr__(network, "held", held)
     _NETWORKS.add(network)
@@ -255,7 +274,7 @@ class _Guarded(_Network):
 
 def _hold(settings: Settings, architecture: Architecture, unet: nn.Module, text_encoder: Any) -> Held:
     """The safety LoRAs, matched whole to the model that sd-scripts loaded, and a look for them in its weights."""
-    modules = find_modules(unet, _text_encoders(text_encoder, architecture))
+    modules = find_modules(unet, _text_encoders(text_encoder, architecture), architecture.name)
     given = zip(settings.safety_files, settings.scales, strict=True)
     safety = tuple(read_lora(path, scale=scale) for path, scale in given)
     for lora in safety:

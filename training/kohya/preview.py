@@ -68,10 +68,15 @@ class Modules:
         return module, FusedLayer(spec, [Term("safety", LowRank(down, up), strength * layer.scale)])
 
 
-def find_modules(unet: nn.Module, text_encoders: Mapping[str, nn.Module | None]) -> Modules:
-    """Linear and Conv2d modules under kohya's names: prefix and path, dots as underscores; None: let go of."""
+def find_modules(
+    unet: nn.Module, text_encoders: Mapping[str, nn.Module | None], name: Callable[[str], str] = str
+) -> Modules:
+    """Linear and Conv2d modules under kohya's names: prefix and path, dots as underscores; None: let go of.
+
+    ``name`` gives what ComfyUI calls a layer of such a name.
+    """
     named = {
-        f"{prefix}_{path.replace('.', '_')}": module
+        name(f"{prefix}_{path.replace('.', '_')}"): module
         for prefix, model in {"lora_unet": unet, **text_encoders}.items()
         if model is not None
         for path, module in model.named_modules()

@@ -13,11 +13,13 @@ from modular_lora_guard.modular_lora.files.names import is_text
 from modular_lora_guard.training.kohya import checkout
 from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.kohya.arguments import FAMILIES
+from modular_lora_guard.training.kohya.network import ARCHITECTURES
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 from support.encoder_toys import ENCODERS, tokens, toy_clip
 from support.errors import refuses
 from support.families import make
 from support.families_image import IMAGE as PICTURES
+from support.families_video import VIDEO
 from support.graphs import base_graph
 from support.kohya_toys import STUB, Seen, task_options
 
@@ -82,6 +84,17 @@ def test_every_family_of_the_kohya_engine_is_one_of_comfyui_or_named_as_newer(co
     from comfy import supported_models
 
     assert [name for name in FAMILIES if not hasattr(supported_models, name)] in ([], ["Anima"])  # 0.33.0 has it
+
+
+def test_hunyuan_images_layers_get_the_names_that_comfyui_loads(comfy):
+    model = make(next(family for family in VIDEO if family.config == "HunyuanImage21"), filled=False)
+    loaded = part(comfy, "comfy_host.introspection").model_info(model).key_map
+    double = ("mod_linear", "attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2")  # as the checkout calls its own layers
+    theirs = [f"double_blocks_0_{stream}_{layer}" for stream in ("img", "txt") for layer in double]
+    theirs += [f"single_blocks_0_{layer}" for layer in ("modulation_linear", "linear1", "linear2")]
+    names = [ARCHITECTURES["HYImageDiffusionTransformer"].name(f"lora_unet_{layer}") for layer in theirs]
+    assert set(names) <= loaded.keys()
+    assert len({loaded[name] for name in names}) == len(theirs)
 
 
 def test_a_clip_of_another_family_is_said_at_once(host_model, comfy, flux, run_graph):

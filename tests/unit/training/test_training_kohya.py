@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
@@ -441,3 +442,44 @@ def test_an_unknown_denoiser_and_cached_text_encoders(stub, caplog):
     branches = modules.branches(read_lora(stub.safety), 1.0)
     assert len(branches) == 16
     assert "4 text-encoder layers are not in previews" in caplog.text
+
+
+def test_layers_can_have_other_names_in_files_than_in_the_checkout(stub, monkeypatch):
+    known = kohya_network.ARCHITECTURES["UNet2DConditionModel"]
+    other = dataclasses.replace(known, renamed=(("_attn2_to_k", "_attn2_key"),))
+    monkeypatch.setitem(kohya_network.ARCHITECTURES, "UNet2DConditionModel", other)
+    tensors = {name.replace("_attn2_to_k", "_attn2_key"): value for name, value in load_file(stub.safety).items()}
+    save_file(tensors, stub.safety, {"modular_lora.role": "safety"})
+    first = stub.train("first", safety=stub.safety, project="weight")  # every layer of it was found
+    assert sum("_attn2_key" in name for name in first.layers) == 2
+    assert not any("_attn2_to_k" in name for name in first.layers)
+    assert float(first.metadata["modular_lora.projected"].split()[1]) < 1e-3
+    again = stub.train("again", "--network_weights", str(first.path), "--max_train_steps", "1")
+    assert again.layers.keys() == first.layers.keys()
+
+
+def test_a_script_that_draws_previews_itself_shows_the_safety_lora(stub, monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("train_network"), "NetworkTrainer", type("Trainer", (), {}), raising=False
+    )
+    network, encoder, unet = network_of(stub, safety=str(stub.safety))
+    network.apply_to(encoder, unet)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 10)
+    entry.guard_previews("hunyuan_image_train_network.py")
+    script = """
+import train_network
+def sample_image_inference():
+    torch.rand(1)
+    return unet(x, context)
+class Own(train_network.NetworkTrainer):
+    def sample_images(self):
+        return sample_image_inference()
+shown = Own().sample_images()
+"""
+    names = {"torch": torch, "unet": unet, "x": x, "context": context}
+    before = torch.get_rng_state()
+    exec(script, names)
+    assert torch.equal(torch.get_rng_state(), before)
+    with kohya_network.previewing():
+        assert torch.equal(names["shown"], unet(x, context))
+    assert not torch.equal(names["shown"], unet(x, context))

@@ -1,0 +1,90 @@
+"""Holds the kohya engine against a real checkout of sd-scripts: what its parsers take, and what its layers are called.
+
+    python -m tools.benchmarks.kohya CHECKOUT --comfyui COMFYUI [--python PYTHON] [--record]
+
+For every family of the engine the checkout's own script is imported by its own interpreter, its parser reads the
+arguments that the engine sends with nearly all options set, its denoiser is made without weights, and our network
+module is put on it: every layer's name, numbers aside, must be one that ComfyUI loads for that family. Nothing is
+trained.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from modular_lora_guard.training import cli
+from modular_lora_guard.training.kohya import arguments, checkout
+from modular_lora_guard.training.options import TaskOptions
+
+from .bench import finish, parser
+from .figures import ROOT
+
+PLAIN = {  # every option that the engine sends and that can be set beside the others
+    "network_dim": 4, "network_alpha": 2.0, "optimizer_args": ("weight_decay=0.01",), "lr_scheduler": "polynomial",
+    "lr_warmup_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+    "mixed_precision": "bf16", "min_snr_gamma": 5.0, "save_every_n_steps": 5, "sample_every_n_steps": 5,
+    "sample_prompts": ("a",), "max_token_length": 225, "clip_skip": 2, "log_with": "tensorboard",
+    "training_comment": "a comment", "network_dropout": 0.1, "noise_offset": 0.05, "prior_loss_weight": 0.5,
+    "network_weights": "start.safetensors", "train_data_dir": "pictures",
+}  # fmt: skip
+
+
+def main() -> None:
+    made = parser(__doc__, "kohya.json")
+    made.add_argument("checkout", type=Path)
+    made.add_argument("--comfyui", type=Path, required=True)
+    made.add_argument("--python", default="", help="interpreter that sd-scripts runs with")
+    made.add_argument("--families", nargs="+", default=list(arguments.FAMILIES), choices=tuple(arguments.FAMILIES))
+    chosen = made.parse_args()
+    engine = checkout.find_engine(str(chosen.checkout), chosen.python)
+    cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True})
+    rows = {f"{name}, {engine}": _row(engine, name) for name in chosen.families}
+    finish(rows, "kohya.json", "python -m tools.benchmarks.kohya CHECKOUT --comfyui COMFYUI --record", chosen.record)
+
+
+def _row(engine: checkout.Engine, name: str) -> dict[str, object]:
+    family = arguments.FAMILIES[name]
+    parts = {part: f"{part}.safetensors" for part, _ in family.parts}
+    run = arguments.Run(
+        Path("base.safetensors"), family, str(engine), "0", dataset_config="data.toml", prompts="p.json", parts=parts
+    )
+    sent = arguments.task_arguments(TaskOptions(**PLAIN), run, (), ())
+    child = Path(__file__).with_name("kohya_child.py")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(
+        [engine.python, str(child), str(engine.script(family.script)), *sent],
+        cwd=engine.checkout, env=os.environ | offline, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        return {"arguments": f"refused: {done.stderr.splitlines()[-1]}"}
+    names = json.loads(done.stdout.splitlines()[-1])
+    return {"script": family.script, "arguments": "accepted", "layers": len(names), "names": _compared(name, names)}
+
+
+def _compared(name: str, names: list[str]) -> str:
+    """Whether every name, numbers aside, is one that ComfyUI loads for a toy of the family."""
+    sys.path.append(str(ROOT / "tests"))
+    from support import families, families_dit, families_image, families_video
+
+    toys = (*families_image.IMAGE, *families_dit.DIT, *families_video.VIDEO)
+    toy = next((toy for toy in toys if toy.config == name), None)
+    if toy is None:
+        return "not compared: this ComfyUI has no such model"
+    introspection = importlib.import_module("modular_lora_guard.comfy_host.introspection")
+    loaded = {_form(known) for known in introspection.model_info(families.make(toy, filled=False)).key_map}
+    strange = sorted({_form(one) for one in names} - loaded)
+    return f"NOT ComfyUI's: {', '.join(strange[:3])}" if strange else "all ComfyUI's"
+
+
+def _form(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
+
+
+if __name__ == "__main__":
+    main()
