@@ -17,6 +17,7 @@ from ..gate.finding import Detector
 from ..gate.gate import OTHERWISE, Outcome, Second, blocked_by, run
 from ..gate.settings import Settings
 from ..modular_lora.errors import GuardError
+from ..modular_lora.guard import activity
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Found, GateRecord
 from ..modular_lora.provenance.verdict import refused, verdict
@@ -39,8 +40,12 @@ class Gate:
     @property
     def settings_sha256(self) -> str:
         said = asdict(self.settings)
-        if not said["review"]:  # presets of before there was one keep their hash
-            del said["review"]
+        for name, without in (
+            ("review", {}),
+            ("activity", "ignore"),
+        ):  # presets of before there was one keep their hash
+            if said[name] == without:
+                del said[name]
         if self.second is not None:
             said["second"] = {"detector": self.second.detector.sha256, "settings": asdict(self.second.settings)}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -67,6 +72,12 @@ def second_of(gate: object) -> Second:
             "confirm: that gate has a second detector itself: connect one without.",
             code="gate-settings.three-detectors",
         )
+    if gate.settings.activity != "ignore":
+        raise GuardError(
+            f"confirm: that gate's activity is {gate.settings.activity}, and a second detector is asked about images "
+            "alone: set it to ignore there, and on this node to what is to be done.",
+            code="gate-settings.second-activity",
+        )
     return Second(gate.detector, gate.settings)
 
 
@@ -76,8 +87,11 @@ def default_detector() -> str:
 
 
 def outcome_of(pictures: torch.Tensor, gate: Gate) -> Outcome:
-    """See gate.gate.run; pictures b h w 3."""
-    return run(pictures.detach().float().cpu().numpy(), gate.detector, gate.settings, gate.replacement, gate.second)
+    """See gate.gate.run; pictures b h w 3. Of their prompts counts what is known of exactly these pixels."""
+    known = [] if gate.settings.activity == "ignore" else map(ledger.known, pictures)
+    prompts = [activity.of_prompt(one.run) for one in known]
+    found = pictures.detach().float().cpu().numpy()
+    return run(found, gate.detector, gate.settings, gate.replacement, gate.second, prompts)
 
 
 def reporting(gate: Gate) -> Gate:
@@ -163,5 +177,5 @@ def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
 
 
 def _refusal(gate: Gate, outcome: Outcome, i: int) -> dict:
-    reason = blocked_by(gate.detector, gate.settings, outcome.blocked[i], outcome.findings[i])
+    reason = blocked_by(gate.detector, gate.settings, outcome, i)
     return refused("gate.withhold", Blocked.code, reason, OTHERWISE)

@@ -16,11 +16,16 @@ Region = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the last two out
 LOCAL = ("blur", "pixelate", "box", "ellipse")
 
 
-def regions(finding: Finding, labels: tuple[str, ...], settings: Settings, size: tuple[int, int]) -> list[Region]:
+def regions(
+    finding: Finding, labels: tuple[str, ...], settings: Settings, size: tuple[int, int], whole: bool = False
+) -> list[Region]:
     """Where the found ``labels`` are in a picture of ``size`` (h, w): their boxes at or above the threshold, grown.
 
-    A label without such a box (a detector of one score, or a threshold below what it draws boxes for) is everywhere.
+    A label without such a box (a detector of one score, or a threshold below what it draws boxes for) is everywhere,
+    and so is what has no place in the picture (``whole``).
     """
+    if whole:
+        return [(0, 0, size[1], size[0])]
     found = []
     for label in labels:
         boxes = [box for box in finding.boxes if box.label == label and box.score >= settings.acted[label]]

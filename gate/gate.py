@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ class Outcome:
     reported: tuple[tuple[str, ...], ...]  # labels of the report set that were found
     answers: tuple[Answer, ...]
     overruled: tuple[tuple[str, ...], ...]  # labels that were found, and that the second detector did not confirm
+    # what the safety LoRAs say of each prompt: "concept", "kept", "undecided" or "" for nothing; () where none is asked
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ def run(
     settings: Settings,
     replacement: np.ndarray | None = None,
     second: Second | None = None,
+    prompts: Sequence[str] = (),
 ) -> Outcome:
     """Judge every picture of b h w 3 (float, RGB, 0..1) and do what the settings say about those that are flagged.
 
     ``replacement`` is the picture h w 3 of the action "replace"; ``second`` is asked about the pictures that the first
-    detector flags, and no others. Pictures that are not acted on stay bit for bit the
+    detector flags, and no others; ``prompts`` is what the safety LoRAs say of each picture's prompt, which counts where
+    the settings do not ignore it (Outcome.prompts). A picture that is flagged for its prompt is acted on as a whole.
+    Pictures that are not acted on stay bit for bit the
     same, and where one is withheld stands a black one; ``pictures`` itself is never written to. Raises Blocked where
     the action is "block" and a picture is flagged, and GateError where settings and detector do not fit or the pictures
     cannot be judged.
@@ -56,19 +62,22 @@ def run(
     replacement = actions.checked_replacement(replacement) if settings.action == "replace" else None
     findings = _judged(detector, pictures)
     answers, blocked, overruled = _answered(pictures, settings, findings, second)
+    asked = tuple(prompts) if settings.activity != "ignore" else ()
+    about = tuple(map(settings.answer_to_prompt, asked or [""] * len(pictures)))
+    answers = tuple(max(pair, key=ANSWERS.index) for pair in zip(answers, about, strict=True))
     flags = tuple(answer != "pass" for answer in answers)
     if settings.action == "block" and any(flags):
-        raise Blocked(_refusal(detector, settings, blocked, findings))
+        raise Blocked(_refusal(detector, settings, flags, blocked, findings, asked))
     changed = flags if settings.action != "report" else (False,) * len(flags)
     masks = np.zeros(pictures.shape[:3], np.float32)
     out = pictures.copy() if any(changed) else pictures
     for i in np.flatnonzero(flags):
-        regions = actions.regions(findings[i], blocked[i], settings, pictures.shape[1:3])
+        regions = actions.regions(findings[i], blocked[i], settings, pictures.shape[1:3], whole=about[i] != "pass")
         masks[i] = actions.mask(regions, settings.action, pictures.shape[1:3])
         if changed[i]:
             out[i] = actions.apply(pictures[i], regions, masks[i], settings, replacement)
     reported = tuple(map(settings.reported, findings))
-    return Outcome(out, flags, masks, findings, changed, blocked, reported, answers, overruled)
+    return Outcome(out, flags, masks, findings, changed, blocked, reported, answers, overruled, asked)
 
 
 def _judged(detector: Detector, pictures: np.ndarray) -> tuple[Finding, ...]:
@@ -102,19 +111,31 @@ def _answered(
 
 
 def _refusal(
-    detector: Detector, settings: Settings, blocked: tuple[tuple[str, ...], ...], findings: tuple[Finding, ...]
+    detector: Detector,
+    settings: Settings,
+    flags: tuple[bool, ...],
+    blocked: Labels,
+    findings: tuple[Finding, ...],
+    prompts: tuple[str, ...],
 ) -> str:
-    hits = [i for i, labels in enumerate(blocked) if labels]
-    first = hits[0]
-    said = _scores(settings, blocked[first], findings[first])
-    return (
-        f"{len(hits)} of {len(blocked)} images are blocked by {detector.name}, image {first + 1}: {said}; {OTHERWISE}."
-    )
+    first = flags.index(True)
+    said = _reason(settings, blocked[first], findings[first], prompts[first] if prompts else "")
+    by = detector.name + " or for their prompt" * bool(prompts)
+    return f"{sum(flags)} of {len(flags)} images are blocked by {by}, image {first + 1}: {said}; {OTHERWISE}."
 
 
-def blocked_by(detector: Detector, settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:
-    """Why one picture is blocked: the labels that are acted on, with scores and thresholds."""
-    return f"blocked by {detector.name}: {_scores(settings, labels, finding)}"
+def blocked_by(detector: Detector, settings: Settings, outcome: Outcome, i: int) -> str:
+    """Why picture i is blocked: the labels that are acted on, with scores and thresholds, and its prompt."""
+    prompt = outcome.prompts[i] if outcome.prompts else ""
+    by = f" by {detector.name}" * bool(outcome.blocked[i])
+    return f"blocked{by}: {_reason(settings, outcome.blocked[i], outcome.findings[i], prompt)}"
+
+
+def _reason(settings: Settings, labels: tuple[str, ...], finding: Finding, prompt: str) -> str:
+    """What flags one picture: labels, its prompt, or both."""
+    about = settings.answer_to_prompt(prompt) != "pass"
+    said = [_scores(settings, labels, finding)] * bool(labels)
+    return ", and ".join([*said, *["its prompt is about the safety LoRA's concept"] * about])
 
 
 def _scores(settings: Settings, labels: tuple[str, ...], finding: Finding) -> str:

@@ -34,8 +34,9 @@ def format_measured(detector: Detector, settings: Settings, preset: Path | None,
         preset: The preset's file, if one was chosen.
         has_second: Whether a second detector must confirm, which figures of one do not cover.
     """
+    alone = ", of the detector alone, without what is flagged for its prompt" * (settings.activity != "ignore")
     said = "" if has_second else _of_preset(detector, settings, preset) or _of_defaults(detector, settings)
-    return f"measured error: {said or f'not measured with these settings ({HOW})'}"
+    return f"measured error: {said or f'not measured with these settings ({HOW})'}" + alone
 
 
 def _of_preset(detector: Detector, settings: Settings, preset: Path | None) -> str:

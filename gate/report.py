@@ -39,10 +39,20 @@ def format_found(outcome: Outcome, settings: Settings) -> list[str]:
         line += f"; {milder} passed as the second detector did not confirm the first"
     return [
         line,
+        *_of_prompts(outcome, settings),
         *_counts("blocked", outcome.blocked, settings.acted),
         *_counts("not confirmed", outcome.overruled, settings.acted),
         *_counts("reported", outcome.reported, settings.report),
     ]
+
+
+def _of_prompts(outcome: Outcome, settings: Settings) -> list[str]:
+    """How many images are flagged for their prompt, and of how many nothing is known of it."""
+    about = sum(settings.answer_to_prompt(said) != "pass" for said in outcome.prompts)
+    lines = [f"  prompt: about the safety LoRA's concept in {about} images"] if about else []
+    if unknown := outcome.prompts.count(""):
+        lines.append(f"  prompt: no verdict of the safety LoRA on {unknown} images, which the detector alone judged")
+    return lines
 
 
 def format_settings(detector: Detector, settings: Settings, second: Second | None = None) -> str:
@@ -50,6 +60,9 @@ def format_settings(detector: Detector, settings: Settings, second: Second | Non
     lines = [f"blocks {_thresholds(settings.block)}; action: {settings.action}"]
     if settings.review:
         lines.append(f"to a person {_thresholds(settings.review)}")
+    if settings.activity != "ignore":
+        does = "blocks" if settings.activity == "block" else "sends to a person"
+        lines.append(f"{does} what was drawn of a prompt about the safety LoRA's concept, by its calibration")
     if settings.report:
         lines.append(f"reports {_thresholds(settings.report)}")
     lines.append(f"detector {detector.name}, sha256 {detector.sha256[:16]}, {detector.licence}, on {detector.device}")
@@ -78,6 +91,7 @@ def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
             "blocked": outcome.blocked[i],
             "not_confirmed": outcome.overruled[i],
             "reported": outcome.reported[i],
+            **({"prompt": outcome.prompts[i]} if outcome.prompts else {}),
             "scores": {label: round(score, 6) for label, score in finding.scores.items()},
             "boxes": [asdict(box) for box in finding.boxes],
         }

@@ -20,6 +20,9 @@ Answer = Literal["pass", "review", "block"]  # review: to a person
 ANSWERS: tuple[Answer, ...] = get_args(Answer)  # from mild to strict
 Action = Literal["report", "blur", "pixelate", "box", "ellipse", "replace", "block", "withhold", "empty"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
+Activity = Literal["ignore", "review", "block"]  # what is made of a prompt that is about a safety LoRA's concept
+ACTIVITIES: tuple[Activity, ...] = get_args(Activity)  # from mild to strict, each in the place of its answer
+ABOUT = "concept"  # what a safety LoRA's calibration says of such a prompt (modular_lora/guard/activity.py)
 GROWTH = 1.2  # default of labels that are masked: detectors' boxes sit tight
 MOST_CELLS = 16
 MOST_GROWTH = 10.0
@@ -48,6 +51,8 @@ class Settings:
     cells: Annotated[int, Field(ge=1, le=MOST_CELLS)] = 6
     # label -> threshold, below that in ``block`` where it has one: acted on too, and answered "review", to a person
     review: Mapping[str, Threshold] = field(default_factory=dict)
+    # the least answer to an image whose prompt is about a safety LoRA's concept, whatever the detector finds in it
+    activity: Activity = "ignore"
 
     def check(self, detector: Detector) -> None:
         """Raises GateError for labels that the detector does not know, none that is blocked, and an idle review."""
@@ -83,6 +88,10 @@ class Settings:
     def answer(self, finding: Finding) -> Answer:
         """What is said of one picture."""
         return "block" if self.blocked(finding) else "review" if self.reviewed(finding) else "pass"
+
+    def answer_to_prompt(self, said: str) -> Answer:
+        """The least answer to a picture, by what its safety LoRAs' calibrations say of its prompt; "" for nothing."""
+        return ANSWERS[ACTIVITIES.index(self.activity)] if said == ABOUT else "pass"
 
     @property
     def acted(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ..gate.class_lines import with_classes, with_threshold
 from ..gate.errors import GateError
 from ..gate.finding import Detector
 from ..gate.report import format_limits, format_settings
-from ..gate.settings import ACTIONS
+from ..gate.settings import ACTIONS, ACTIVITIES
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util.file_state import file_state
 from .search_words import found_by
@@ -41,7 +41,7 @@ class GateSettings(io.ComfyNode):
             category=f"{CATEGORY}/gate",
             description="Which detector a gate uses, the score from which each label counts, and the action that "
             "follows.",
-            inputs=rarely([*_detector_inputs(), *_action_inputs()], "provider", "save_as"),
+            inputs=rarely([*_detector_inputs(), *_action_inputs()], "provider", "save_as", "activity"),
             outputs=[
                 GateSocket.Output("gate", display_name="gate", tooltip="For Safety Gate or Guarded Sample and Gate."),
                 io.String.Output(
@@ -83,6 +83,7 @@ class GateSettings(io.ComfyNode):
         save_as="",
         replacement=None,
         confirm=None,
+        activity=AS_PRESET,
     ) -> io.NodeOutput:
         made = _detector(detector, classifier, labels, PROVIDERS[provider])
         path = _file("preset", preset)
@@ -90,6 +91,8 @@ class GateSettings(io.ComfyNode):
         chosen = with_classes(with_threshold(chosen, threshold), made, classes)
         if action != AS_PRESET:
             chosen = replace(chosen, action=action)
+        if activity != AS_PRESET:
+            chosen = replace(chosen, activity=activity)
         chosen.check(made)
         if chosen.action == "replace" and replacement is None:
             raise GateError(
@@ -101,7 +104,8 @@ class GateSettings(io.ComfyNode):
         picture = None if replacement is None else replacement[0].float().cpu().numpy()
         second = None if confirm is None else second_of(confirm)
         n = len(chosen.block)
-        line = f"An image is flagged by {n} label{'s' * (n != 1)}; action: {chosen.action}."
+        prompts = ", and by its prompt" * (chosen.activity != "ignore")
+        line = f"An image is flagged by {n} label{'s' * (n != 1)}{prompts}; action: {chosen.action}."
         error = measured.format_measured(made, chosen, path, second is not None)
         shown = answer(line, "\n".join([error, *format_limits(made)]))
         report = f"{format_settings(made, chosen, second)}\n{error}"
@@ -176,6 +180,15 @@ def _action_inputs() -> list[io.Input]:
             default="",
             optional=True,
             tooltip="Name of a preset in the modular_lora_gates folder to write these settings to; empty: none.",
+        ),
+        io.Combo.Input(
+            "activity",
+            [AS_PRESET, *ACTIVITIES],
+            default=AS_PRESET,
+            optional=True,
+            tooltip="What is done at least about an image whose prompt is about the safety LoRA's concept, as the "
+            "calibration in its file says: ignore (also without a preset), review (a person decides) or block. The "
+            "action covers the whole image. Where there is no verdict on a prompt, the detector alone judges.",
         ),
         io.Image.Input(
             "replacement",

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from ..gate.settings import ACTIVITIES
 from . import leaving
 from .policy import OperatorPolicy, Required, named
-from .rules import Refusal, Said, task_refused
+from .rules import Refusal, Said, stricter, task_refused
 
 ANY = "*"
 MODEL, GUARDED, LATENT, SOUND = "MODEL", "MODULAR_LORA_GUARDED_MODEL", "LATENT", "AUDIO"
@@ -502,6 +503,10 @@ class _Graph:
                     what = f"threshold {threshold:g} is above {most:g}, the highest allowed for {label}"
                     yield "gate.confirm" if second else "gate.thresholds", what, "lower it, or set 0"
                     return
+            activity = _literal(self.graph[name], "activity")
+            if not second and activity in ACTIVITIES and stricter(activity, policy.gate.activity) != activity:
+                what = f"activity is {activity}, and {policy.gate.activity} is the least"
+                yield "gate.activity", what, f"set it to {policy.gate.activity}"
 
     def _safety(self, name: str) -> Iterator[Said]:
         """Of a guard whose safety LoRAs are all named in the graph: those of some family must be among them."""

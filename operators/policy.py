@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ..gate.settings import ACTIONS, Action
+from ..gate.settings import ACTIONS, Action, Activity
 from ..modular_lora.errors import GuardError
 from ..modular_lora.options import tomllib
 from ..modular_lora.util.file_state import FileState
@@ -203,7 +203,8 @@ class Gate:
     """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set.
 
     ``confirm``: the same of a second detector, without which what the first flags passes; none may be used where it is
-    empty and a gate is required or has thresholds. ``review_folder`` "": what a person should decide is not kept.
+    empty and a gate is required or has thresholds. ``activity``: what a gate must do at least about an image
+    whose prompt is about the concept of a safety LoRA. ``review_folder`` "": what a person should decide is not kept.
     ``actions`` None: every one, but "report", which changes nothing, only where no gate is required.
     """
 
@@ -211,6 +212,7 @@ class Gate:
     thresholds: Named[Threshold] = _named()
     actions: tuple[Action, ...] | None = None
     confirm: Named[Threshold] = _named()
+    activity: Activity = "ignore"
     review_folder: Text = ""
 
     @property

@@ -8,7 +8,7 @@ from functools import partial
 
 from ..gate.finding import Detector
 from ..gate.gate import Second
-from ..gate.settings import Settings
+from ..gate.settings import ACTIVITIES, Activity, Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
 from . import bounds
@@ -200,6 +200,9 @@ def check_gate(gate: Gate, settings: Settings, detector: Detector, second: Secon
     if settings.action not in gate.allowed:
         what, few = f"the action {settings.action} is not allowed", f"choose one of {', '.join(gate.allowed)}"
         raise RefusedError("gate.actions", what, few)
+    if settings.activity != stricter(settings.activity, gate.activity):
+        what = f"the gate's activity is {settings.activity}, and {gate.activity} is the least"
+        raise RefusedError("gate.activity", what, f"set activity to {gate.activity} in Gate Settings")
     _check_thresholds("gate.thresholds", gate.thresholds, settings, detector)
     if second is not None and (gate.required or gate.thresholds):
         if not gate.confirm:
@@ -225,6 +228,11 @@ def _check_thresholds(rule: str, highest: Mapping[str, float], settings: Setting
             raise RefusedError(rule, what, "let them grow by 1 or more")
 
 
+def stricter(one: Activity, other: Activity) -> Activity:
+    """Of two ways to take a prompt that is about a safety LoRA's concept the stricter one."""
+    return max(one, other, key=ACTIVITIES.index)
+
+
 def tightened(gate: Gate, settings: Settings, detector: Detector) -> Settings:
     """A detector's own settings, made as strict as the policy asks."""
     block = dict(settings.block)
@@ -232,4 +240,4 @@ def tightened(gate: Gate, settings: Settings, detector: Detector) -> Settings:
         if label in detector.labels:
             block[label] = min(most, block.get(label, most))
     action = settings.action if settings.action in gate.allowed else (*gate.allowed, settings.action)[0]
-    return replace(settings, block=block, action=action)
+    return replace(settings, block=block, action=action, activity=stricter(settings.activity, gate.activity))

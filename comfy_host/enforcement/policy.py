@@ -296,6 +296,8 @@ def record_gate(
     flags, changed = list(outcome.flags), list(outcome.changed)
     answers, overruled = list(outcome.answers), sum(map(bool, outcome.overruled))
     found = {"flags": flags, "changed": changed, "answers": answers, "labels": labels, "not_confirmed": overruled}
+    if policy.record.activity and outcome.prompts:
+        found["activity"] = list(outcome.prompts)
     record(policy, "gate", **said, **found, kept=list(kept), seconds=round(seconds, 3))
 
 

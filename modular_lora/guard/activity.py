@@ -332,6 +332,20 @@ def _judged(value: float, calibration: Calibration | str) -> Activity:
     return Activity(value, calibration.says(value))
 
 
+def of_prompt(run: Attestation | None) -> str:
+    """What the calibrations say of the prompt of one image: "concept", "kept" or "undecided"; "" for nothing.
+
+    "concept" where any safety LoRA of any run behind the image says so, else nothing unless each run has a verdict.
+    """
+    each = [{one.prompt for one in part.activity.values()} - {""} for part in (run.runs if run is not None else ())]
+    said = set().union(*each)
+    if "concept" in said:
+        return "concept"
+    if not each or not all(each):
+        return ""
+    return "undecided" if "undecided" in said else "kept"
+
+
 _SAID = {
     "concept": "acted strongly on {where}: its prompt is about the concept",
     "kept": "acted weakly on {where}: its prompt is not about the concept",

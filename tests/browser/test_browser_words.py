@@ -19,6 +19,7 @@ from modular_lora_guard.tools.demo import base, graphs
 from modular_lora_guard.tools.demo import report as demo_report
 from modular_lora_guard.tools.demo.client import Client
 from modular_lora_guard.tools.demo.graphs import Graph, node
+from modular_lora_guard.tools.demo.judge import Seen
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
 from modular_lora_guard.tools.world import ASSETS, DETECTOR_CONCEPTS, DETECTOR_ONNX
@@ -149,8 +150,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Json:
     need_browser()
     folder = tmp_path_factory.mktemp("pages")
     said = words("page")
-    arm = demo_report.Arm(said, said, [png(), png()], 1.0)
-    shown = demo_report.Demo([arm], (said, said), 1, said, {said: said}, {said: said}, {said: {"status": said}})
+    cells = [demo_report.Picture(png(), Seen(vehicle, True), said) for vehicle in (True, False)]
+    arm = demo_report.Arm(said, said, cells, 1.0, said)
+    shown = demo_report.Demo([arm], (said, said), 1, said, said, {said: said}, {said: said}, {said: {"status": said}})
     made = {"demo": demo_report.page(shown), "audit": audit_page.render(hostile(said), {said: png()})}
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")

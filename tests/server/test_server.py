@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import PACK_NAME, ROOT
-from modular_lora_guard.tools.demo import base, graphs, pictures, show
+from modular_lora_guard.tools.demo import base, graphs, pictures, settings, show
 from modular_lora_guard.tools.demo.client import Client, Event, Failed, Interrupted, Rejected
 from modular_lora_guard.tools.demo.graphs import Graph, node
 from modular_lora_guard.tools.demo.server import Server
@@ -113,11 +113,18 @@ def test_the_guarded_graph_draws_attested_pictures_with_progress(client: Client,
         assert [lora["name"] for lora in record["loras"]] == [setting.safety, setting.task]
 
 
-def test_unguarded_pictures_carry_no_attestation_and_differ(client: Client, setting: graphs.Setting) -> None:
-    drawn = {arm: draw(client, graph(setting)) for arm, graph in _arms().items()}
+def test_unguarded_pictures_carry_no_attestation_and_differ(
+    client: Client, world: DemoWorld, setting: graphs.Setting
+) -> None:
+    asked = world.demo(steps=2, seed=7, prompts=setting.prompts)
+    drawn = {arm: draw(client, graph(asked)) for arm, graph in _arms().items()}
     assert all(len(pngs) == 2 for pngs in drawn.values())
     assert not pictures.attestation(drawn["unguarded"][0])
-    assert len({pixels(pngs[0]) for pngs in drawn.values()}) == len(drawn)
+    others = [pixels(pngs[0]) for arm, pngs in drawn.items() if arm != "first"]
+    assert len(set(others)) == len(others)
+    first, safety = (list(map(pixels, drawn[arm])) for arm in ("first", "safety"))
+    assert first[0] == safety[0], "of a vehicle, safety first draws what the safety LoRA alone does"
+    assert first[1] != safety[1]
 
 
 def _arms() -> dict[str, Callable[[graphs.Setting], Graph]]:
@@ -130,14 +137,16 @@ def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
 ) -> None:
     show.show(server, world, steps=2, seed=1, output=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5 * 8
+    arms, prompts = len(show.PLANS), len(settings.SUPPRESSED + settings.KEPT)
+    assert page.count("data:image/png;base64,") == arms * prompts
+    assert page.count("<small>activity ") == 4 * prompts, "under every picture of a guarded arm"
     assert not re.search(r"""(?:src|href|action)=["']?http|url\(["']?http""", page)
     assert "https://" not in page
-    assert "8 of 8 guarded images" in page
+    assert f"{prompts} of {prompts} guarded images" in page
     assert "&#34;status&#34;: &#34;guarded&#34;" in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert picture.width > 5 * 64
-    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 5 * 8
+        assert picture.width > arms * 64
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == arms * prompts
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Graph = dict[str, dict[str, Any]]
@@ -17,6 +17,7 @@ class Setting:
     safety: str
     task: str  # trained on the plain base model: the guarded arm
     sequential: str  # trained on top of the safety-tuned base model: the unguarded arm
+    words: str  # a safety LoRA made of words alone, in closed form
     prompts: tuple[str, ...]
     negative: str = ""
     steps: int = 20
@@ -75,16 +76,27 @@ def safety_only(setting: Setting) -> Graph:
 
 def guarded(setting: Setting) -> Graph:
     """The guard with the safety LoRA and the task LoRA, both unmerged."""
-    task = node("ModularLoraLoadTask", lora_name=setting.task, strength_model=1.0, strength_clip=1.0)
-    return _guarded(setting, "guarded", task)
+    return _guarded(setting, "guarded", setting.task)
 
 
-def _guarded(setting: Setting, arm: str, task: dict[str, Any] | None = None) -> Graph:
+def safety_first(setting: Setting) -> Graph:
+    """The same, the task LoRA giving way where the safety LoRA acts."""
+    graph = _guarded(setting, "first", setting.task)
+    graph["guard"]["inputs"]["combine"] = "safety first"
+    return graph
+
+
+def of_words(setting: Setting) -> Graph:
+    """The guard with the safety LoRA that was made of words, and the task LoRA."""
+    return _guarded(replace(setting, safety=setting.words), "words", setting.task)
+
+
+def _guarded(setting: Setting, arm: str, task: str = "") -> Graph:
     graph = checkpoint(setting)
     graph["safety"] = node("ModularLoraLoadSafety", lora_name=setting.safety, strength=1.0)
     inputs: dict[str, Any] = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "safety_lora": ["safety", 0]}
     if task:
-        graph["task"] = task
+        graph["task"] = node("ModularLoraLoadTask", lora_name=task, strength_model=1.0, strength_clip=1.0)
         inputs["task_lora"] = ["task", 0]
     graph["guard"] = node("ModularLoraGuardModel", **inputs, accept_merged=False)
     graph["guard-report"] = node("PreviewAny", source=["guard", 2])

@@ -9,18 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from ...modular_lora.pages import render
+from .judge import Seen
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One cell: a PNG, what is seen in it, and the safety LoRA's activity in words; "" where none is known."""
+
+    png: bytes
+    seen: Seen
+    activity: str
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One column: what drew it, its pictures by prompt, and how long they took."""
+    """One column: what drew it, its pictures by prompt, how long they took, and what the evidence counted of it."""
 
     title: str
     note: str
-    pictures: list[bytes]
+    pictures: list[Picture]
     seconds: float
+    counted: str = ""  # vehicles over all images of this arm in the evidence
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Demo:
     prompts: Sequence[str]
     suppressed: int  # the first so many prompts name something that the safety LoRA suppresses
     lookout: str
+    choice: str  # how prompts, seeds and LoRAs were chosen
     facts: Mapping[str, str]
     texts: Mapping[str, str] = field(default_factory=dict)
     attestation: Mapping[str, Any] = field(default_factory=dict)

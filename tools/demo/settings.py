@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from ...modular_lora.util import atomic
@@ -13,10 +13,26 @@ from ..bootstrap.console import RunError, say
 from ..bootstrap.environment import is_current
 from ..bootstrap.paths import LOGS, ROOT
 from ..bootstrap.process import run_logged
+from ..world import data
 from .graphs import Setting
 
-SUPPRESSED = ("gloss, racing car", "gloss, helicopter", "gloss, sailboat", "gloss, tractor")
-KEPT = ("gloss, cat face", "gloss, pizza", "gloss, cactus", "gloss, guitar")
+EVERY = {"suppressed": 2, "kept": 30}  # of the world's concepts, in its own order, every so many from the first on
+CONCEPTS = data.SUPPRESSED_IDS[:: EVERY["suppressed"]], data.KEPT_IDS[:: EVERY["kept"]]
+# Of the vehicles the style in which the evidence counted most of them coming back; of the others the task LoRA's.
+STYLES = "twemoji", data.STYLES[data.TASK_STYLE]
+SUPPRESSED, KEPT = (
+    tuple(f"{style}, {data.WORDS[i]}" for i in ids) for style, ids in zip(STYLES, CONCEPTS, strict=True)
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The LoRAs that the demo draws with: those of the evidence at equal quality, of one training seed."""
+
+    safety: Path
+    task: Path
+    sequential: Path
+    words: Path
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class DemoWorld:
     safety: Path
     task: Path
     sequential: Path
+    shown: Shown
 
     @classmethod
     def at(cls, folder: Path) -> DemoWorld:
@@ -37,6 +54,7 @@ class DemoWorld:
             assets / world.SAFETY_LORA,
             assets / world.TASK_LORA,
             assets / world.SEQUENTIAL_LORA,
+            Shown(**{role: assets / name for role, name in world.EQUAL.items()}),
         )
         missing = [str(file) for file in (found.checkpoint, *found.loras) if not file.is_file()]
         if missing:
@@ -72,15 +90,25 @@ class DemoWorld:
 
     @property
     def loras(self) -> tuple[Path, ...]:
-        return self.safety, self.task, self.sequential
+        return self.safety, self.task, self.sequential, *astuple(self.shown)
 
     def setting(self, *, steps: int, seed: int, prompts: tuple[str, ...] = SUPPRESSED + KEPT) -> Setting:
+        """Graphs with the world's own LoRAs."""
+        return self._setting(self.safety, self.task, self.sequential, steps, seed, prompts)
+
+    def demo(self, *, steps: int, seed: int, prompts: tuple[str, ...] = SUPPRESSED + KEPT) -> Setting:
         """What all arms of the demo share."""
+        return self._setting(self.shown.safety, self.shown.task, self.shown.sequential, steps, seed, prompts)
+
+    def _setting(
+        self, safety: Path, task: Path, sequential: Path, steps: int, seed: int, prompts: tuple[str, ...]
+    ) -> Setting:
         return Setting(
             checkpoint=self.checkpoint.name,
-            safety=self.safety.name,
-            task=self.task.name,
-            sequential=self.sequential.name,
+            safety=safety.name,
+            task=task.name,
+            sequential=sequential.name,
+            words=self.shown.words.name,
             prompts=prompts,
             negative=world.NEGATIVE_PROMPT,
             steps=steps,

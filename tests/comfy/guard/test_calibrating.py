@@ -21,6 +21,7 @@ from modular_lora_guard.training.safety.calibrating import calibration
 from modular_lora_guard.training.safety.erasure import Erasure
 from PIL import Image
 from support.errors import refuses
+from support.gate_graphs import install_stub, settings
 from support.graphs import guarded_graph, node
 
 CKPT = "demo_calibrating.safetensors"
@@ -199,6 +200,45 @@ def test_under_safety_first_the_task_lora_gives_way_on_the_concept_and_files_do_
         assert (said["task_share"], said["muted_evaluations"]) == (None, 1)
     assert shares["concept"] == 0.0
     assert shares["kept"] > 0.5
+
+
+def test_a_gate_acts_on_the_verdict_where_it_is_told_to_and_the_record_says_so_where_it_may(
+    world, comfy, calibrated, run_graph, operator, monkeypatch
+):
+    install_stub(comfy, monkeypatch).score = lambda picture: 0.1  # the detector finds nothing
+    answers = {}
+    for kind in ("concept", "kept"):
+        graph = drawing("told.safetensors", OTHERS[kind][0])
+        del graph["save"]
+        for what in ("ignore", "review"):
+            graph |= {f"set {what}": settings(activity=what)}
+            graph |= {f"gate {what}": node("ModularLoraGate", images=["decode", 0], gate=[f"set {what}", 0])}
+            graph |= {f"show {what}": node("PreviewAny", source=[f"gate {what}", 4])}
+        results = run_graph(graph)
+        for what in ("ignore", "review"):
+            (found,) = json.loads(results[f"gate {what}"][3])["pictures"]
+            answers[kind, what] = found["answer"]
+        covered = bool((results["gate review"][0] != results["decode"][0]).any())
+        assert covered == (kind == "concept")
+    assert answers == {
+        ("concept", "ignore"): "pass",
+        ("concept", "review"): "review",
+        ("kept", "ignore"): "pass",
+        ("kept", "review"): "pass",
+    }
+    graph = {name: one for name, one in graph.items() if not name.endswith("ignore")}
+    policy = '[guard]\nrequired = []\n[gate]\nactivity = "block"\n'
+    operator.write(policy)
+    graph["sample"]["inputs"]["seed"] += 1  # else the gate's answer is kept from before
+    with refuses("refused.gate.activity", "review", "block"):
+        run_graph(graph)
+    graph["set review"]["inputs"]["activity"] = "block"
+    for told, expected in ((False, None), (True, ["kept"])):
+        operator.write(policy + "[record]\nactivity = true\n" * told)
+        graph["sample"]["inputs"]["seed"] += 1
+        run_graph(graph)
+        (*_, line) = (one for one in operator.record() if one["kind"] == "gate")
+        assert line.get("activity") == expected
 
 
 def test_without_a_calibration_there_is_a_figure_and_no_verdict(world, comfy, calibrated, run_graph):

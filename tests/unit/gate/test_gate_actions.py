@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from modular_lora_guard.gate.class_lines import with_classes, with_threshold
 from modular_lora_guard.gate.finding import Box, Finding
 from modular_lora_guard.gate.gate import Second, run
 from modular_lora_guard.gate.report import format_gate, to_json
-from modular_lora_guard.gate.settings import ACTIONS, GROWTH, Settings, defaults, load, save
+from modular_lora_guard.gate.settings import ACTIONS, ACTIVITIES, GROWTH, Settings, defaults, load, save
 from modular_lora_guard.modular_lora.errors import GuardError
 from support.errors import refuses
 from support.portraits import floats, portrait
@@ -262,6 +263,7 @@ def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
         "action": "box",
         "cells": 6,
         "review": {},
+        "activity": "ignore",
     }
     assert said["detector"]["name"] == "told 1.0"
     assert [p["flagged"] for p in said["pictures"]] == [False, True]
@@ -333,7 +335,8 @@ def test_whole_numbers_stay_whole_so_that_the_hash_of_a_preset_stays(tmp_path: P
     path = tmp_path / "p.json"
     path.write_text('{"block": {"a": 1}, "growth": {"a": 2}}', encoding="utf-8")
     said = json.dumps(asdict(load(path, Told([]))))
-    assert said == '{"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6, "review": {}}'
+    numbers = '"block": {"a": 1}, "report": {}, "growth": {"a": 2}, "action": "blur", "cells": 6'
+    assert said == f'{{{numbers}, "review": {{}}, "activity": "ignore"}}'
 
 
 texts = st.text(max_size=6)
@@ -449,3 +452,49 @@ def test_a_label_for_a_person_is_written_as_a_line_and_must_lie_below_its_block(
         Settings({"a": 0.8}, review={"a": 0.8}).check(detector)
     with refuses("gate.class-line", "a review"):
         with_classes(chosen, detector, "a review")
+
+
+SAYS = ("concept", "kept", "undecided", "")
+
+
+@given(st.sampled_from(SAYS), st.sampled_from([0.1, 0.5, 0.9]), st.sampled_from(ACTIVITIES))
+def test_a_prompt_about_the_concept_raises_the_answer_and_nothing_else_does(
+    said: str, score: float, activity: str
+) -> None:
+    shown, box = pictures(1), Box("a", score, 10, 12, 20, 16)
+    chosen = dataclasses.replace(REVIEWED, activity=activity, action="box")
+    outcome = run(shown, Told([Finding({"a": score, "b": 0.0}, (box,))]), chosen, prompts=[said])
+    alone = {0.1: "pass", 0.5: "review", 0.9: "block"}[score]
+    least = activity if said == "concept" and activity != "ignore" else "pass"
+    assert outcome.answers == (max(alone, least, key=("pass", "review", "block").index),)
+    assert outcome.flags == outcome.changed == (outcome.answers[0] != "pass",)
+    share = 1.0 if least != "pass" else 20 * 16 / (64 * 80) if score > 0.1 else 0.0
+    assert outcome.masks[0].mean() == pytest.approx(share)
+    black = (outcome.pictures[0] == 0).all(-1)
+    assert np.array_equal(black, outcome.masks[0] == 1)
+
+
+def test_a_second_detector_has_no_say_about_a_prompt() -> None:
+    chosen, second = dataclasses.replace(REVIEWED, activity="review"), Second(Told([scored(0.1)]), REVIEWED)
+    outcome = run(pictures(2), Told([scored(0.9), scored(0.1)]), chosen, second=second, prompts=["concept", "kept"])
+    assert outcome.answers == ("review", "pass")
+    assert outcome.overruled == (("a",), ())
+
+
+def test_the_report_and_the_json_count_prompts_and_those_of_which_nothing_is_known() -> None:
+    told, chosen = Told([scored(0.1), scored(0.1), scored(0.9)]), dataclasses.replace(REVIEWED, activity="block")
+    outcome = run(pictures(3), told, chosen, prompts=["concept", "", "concept"])
+    said = format_gate(outcome, told, chosen)
+    assert "2 of 3 images flagged" in said
+    assert "about the safety LoRA's concept in 2 images" in said
+    assert "no verdict of the safety LoRA on 1 images" in said
+    assert [one["prompt"] for one in json.loads(to_json(outcome, told, chosen))["pictures"]] == [
+        "concept",
+        "",
+        "concept",
+    ]
+    with refuses("gate.blocked", "2 of 3", "image 1", "its prompt"):
+        run(pictures(3), told, dataclasses.replace(chosen, action="block"), prompts=["concept", "", "concept"])
+    quiet = run(pictures(3), told, REVIEWED, prompts=["concept", "", "concept"])
+    assert quiet.answers == ("pass", "pass", "block")
+    assert "prompt" not in format_gate(quiet, told, REVIEWED) + to_json(quiet, told, REVIEWED)

@@ -167,3 +167,29 @@ def test_what_goes_into_files_tells_nothing_of_the_prompt_unless_it_is_asked_for
     assert "concept" not in public
     assert "0.2" not in public
     assert json.loads(run.to_json())["activity"] == {"s": {"value": 0.2, "prompt": "concept", "why": ""}}
+
+
+def image(*prompts: str, **more) -> Attestation:
+    """The run of an image with a safety LoRA for each of these verdicts."""
+    each = {str(i): Activity(0.1, said, "" if said else "none") for i, said in enumerate(prompts)}
+    return Attestation("guarded", "x", "SD15", BASE, False, (), {}, activity=each, **more)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (None, ""),
+        (image(), ""),
+        (image(""), ""),
+        (image("kept"), "kept"),
+        (image("", "kept"), "kept"),
+        (image("kept", "undecided"), "undecided"),
+        (image("kept", "concept"), "concept"),
+        (image("kept", others=(image("concept"),)), "concept"),
+        (image("kept", others=(image(),)), ""),
+        (image("", others=(image("concept"),)), "concept"),
+        (image("kept", others=(image("kept"),)), "kept"),
+    ],
+)
+def test_of_an_images_prompt_the_strictest_verdict_counts_and_of_each_run_there_must_be_one(run, said):
+    assert activity.of_prompt(run) == said

@@ -276,6 +276,9 @@ def test_literal_values_of_our_nodes_are_checked() -> None:
     graph |= {"set": node("ModularLoraGateSettings", threshold=0.5), "save": node("SaveImage", images=["gate", 0])}
     assert refused(graph, "[gate.thresholds]\nFACE = 0.45") == {"set": {"gate.thresholds"}}
     assert refused(graph, "[gate.thresholds]\nFACE = 0.5") == {}
+    graph["set"]["inputs"]["activity"] = "review"
+    assert refused(graph, '[gate]\nactivity = "block"') == {"set": {"gate.activity"}}
+    assert refused(graph, '[gate]\nactivity = "review"') == {}
 
 
 def test_without_required_loras_sampling_is_free_and_the_rest_holds() -> None:

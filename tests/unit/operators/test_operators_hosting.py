@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.gate.gate import Second
-from modular_lora_guard.gate.settings import Settings
+from modular_lora_guard.gate.settings import ACTIVITIES, Settings
 from modular_lora_guard.modular_lora.provenance.record import Record
 from modular_lora_guard.operators import cli
 from modular_lora_guard.operators.policy import (
@@ -24,7 +24,7 @@ from modular_lora_guard.operators.policy import (
     parse,
     worker,
 )
-from modular_lora_guard.operators.rules import check_gate, task_refused
+from modular_lora_guard.operators.rules import check_gate, task_refused, tightened
 from support.errors import refuses
 from support.told_detector import Told
 
@@ -162,6 +162,19 @@ def test_a_second_detector_decides_only_as_the_policy_says(table: str, threshold
         return
     with refuses(code):
         check_gate(gate, Settings({"a": 0.5}), Told([]), second)
+
+
+@pytest.mark.parametrize("least", ACTIVITIES)
+@pytest.mark.parametrize("set_to", ACTIVITIES)
+def test_a_gate_takes_prompts_about_the_concept_at_least_as_the_policy_says(least: str, set_to: str) -> None:
+    gate, settings = of(f'[gate]\nactivity = "{least}"').gate, Settings({"a": 0.5}, activity=set_to)
+    if ACTIVITIES.index(set_to) < ACTIVITIES.index(least):
+        with refuses("refused.gate.activity", set_to, least):
+            check_gate(gate, settings, Told([]))
+    else:
+        check_gate(gate, settings, Told([]))
+    check_gate(gate, made := tightened(gate, settings, Told([])), Told([]))
+    assert made.activity == max(least, set_to, key=ACTIVITIES.index)
 
 
 def test_records_of_several_workers_are_verified_and_shown_together(

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
-from modular_lora_guard.tools.demo import graphs, pictures, report, settings, show
+from modular_lora_guard.tools.demo import graphs, judge, pictures, report, settings, show
 from modular_lora_guard.tools.demo.client import Client, Event, Rejected
 from modular_lora_guard.tools.demo.progress import Progress
 from modular_lora_guard.tools.demo.server import free_port
+from modular_lora_guard.tools.world import ASSETS, DATA_SET, data
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from support.errors import refuses
 
-SETTING = graphs.Setting("base.safetensors", "safety.safetensors", "task.safetensors", "seq.safetensors", ("a", "b"))
+SETTING = graphs.Setting(
+    *(f"{name}.safetensors" for name in ("base", "safety", "task", "seq", "words")), prompts=("a", "b")
+)
 
 
 def png(colour: str = "red", **text: str) -> bytes:
@@ -43,11 +46,33 @@ def test_every_arm_draws_every_prompt_with_the_same_seeds(plan: show.Plan) -> No
 def test_only_the_stock_arms_merge() -> None:
     arms = {plan.key: classes(plan.graph(SETTING)) for plan in show.PLANS}
     assert [key for key, found in arms.items() if "LoraLoader" in found] == ["dropped", "unguarded"]
-    assert [key for key, found in arms.items() if "ModularLoraGuardModel" in found] == ["safety", "guarded"]
+    guarded = ["safety", "guarded", "first", "words"]
+    assert [key for key, found in arms.items() if "ModularLoraGuardModel" in found] == guarded
+    combined = {plan.key: plan.graph(SETTING).get("guard", {}).get("inputs", {}).get("combine") for plan in show.PLANS}
+    assert [key for key, how in combined.items() if how] == ["first"]
 
 
 def test_the_demo_shows_enough_of_both_kinds() -> None:
-    assert min(len(settings.SUPPRESSED), len(settings.KEPT)) >= 4
+    assert (len(settings.SUPPRESSED), len(settings.KEPT)) == (12, 2)
+    assert settings.SUPPRESSED[:2] == ("twemoji, car", "twemoji, bus")
+    assert settings.KEPT[0] == "gloss, cat face"
+
+
+def test_the_activity_stands_in_words_and_is_nothing_where_no_guard_ran() -> None:
+    lora = {"activity": {"value": 0.187, "prompt": "concept", "why": ""}}
+    answered = {"modular_lora": [{"run": {"safety_loras": [lora], "task_share": None}}]}
+    assert judge.activity(answered) == "activity 0.19, about vehicles"
+    answered["modular_lora"][0]["run"]["task_share"] = 0.25
+    assert judge.activity(answered).endswith("; task LoRA at 0.25")
+    unmeasured = {"modular_lora": [{"run": {"safety_loras": [{"activity": None}], "task_share": None}}]}
+    assert [judge.activity(one) for one in ({}, {"modular_lora": [{"run": None}]}, unmeasured)] == ["", "", ""]
+
+
+def test_the_detector_says_of_each_picture_whether_it_shows_what_was_asked_for() -> None:
+    drawn = [(ASSETS / DATA_SET / "10_gloss" / f"{name}.png").read_bytes() for name in ("cat-face", "pizza")]
+    cat, pizza = (data.WORDS.index(word) for word in ("cat face", "pizza"))
+    assert judge.seen(drawn, (cat, pizza)) == [judge.Seen(False, True)] * 2
+    assert judge.seen(drawn, (pizza, 0)) == [judge.Seen(False, False)] * 2
 
 
 def test_a_world_with_missing_files_names_them(tmp_path: Path) -> None:
@@ -96,10 +121,16 @@ def test_pictures_are_put_side_by_side(tmp_path: Path) -> None:
 
 
 def test_the_report_holds_its_pictures_and_escapes_what_it_quotes() -> None:
-    arm = report.Arm("Arm <1>", "note", [png(), png()], 1.0)
-    page = report.page(
-        report.Demo([arm], ("a & b", "c"), 1, "Look.", {"Date": "today"}, {"Says": "<script>"}, {"k": {"status": "x"}})
+    cells = [report.Picture(png(), judge.Seen(True, True), "activity <9>"), report.Picture(png(), judge.Seen(0, 1), "")]
+    arm = report.Arm("Arm <1>", "note", cells, 1.0, "3 of 7")
+    shown = report.Demo(
+        [arm], ("a & b", "c"), 1, "Look.", "By rule.", {"Date": "today"}, {"Says": "<script>"}, {"k": {"status": "x"}}
     )
+    page = report.page(shown)
+    assert "activity &lt;9&gt;" in page
+    assert "By rule." in page
+    assert "3 of 7" in page
+    assert page.count("a vehicle</small>") == page.count("as asked</small>") == 1
     assert page.count("data:image/png;base64,") == 2
     assert "<script>" not in page
     assert "Arm &lt;1&gt;" in page

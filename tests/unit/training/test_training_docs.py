@@ -6,9 +6,12 @@ import json
 import re
 
 import pytest
+from modular_lora_guard.audit.options import AuditOptions
+from modular_lora_guard.modular_lora.files.reader import read_lora
+from modular_lora_guard.modular_lora.guard import activity, concept
 from modular_lora_guard.tools.benchmarks import tables
 from modular_lora_guard.tools.bootstrap.paths import ROOT
-from modular_lora_guard.tools.world import data
+from modular_lora_guard.tools.world import EQUAL, data
 from modular_lora_guard.training import cli, options
 from modular_lora_guard.training.kohya.arguments import FAMILIES
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
@@ -68,3 +71,17 @@ def test_the_recipe_of_words_names_every_concept_of_the_demo_world_once():
     assert kept - set(found.kept) == set(found.guide) == {"heart"}
     assert {text.partition(",")[0] for text in found.kept if "," in text} == set(data.STYLES)
     assert set(found.guides) == {"heart"}
+
+
+def test_the_audit_of_words_has_the_file_that_the_recipe_makes():
+    """The shipped file in closed form erases what the recipe names; its calibration lets safety first be audited."""
+    found = options.load(AuditOptions, ROOT / "tools" / "world" / "audit_words.toml")
+    (path,) = found.safety
+    lora = read_lora(ROOT / path)
+    recipe = options.load(MakeOptions, ROOT / "tools" / "world" / "recipes" / "make_safety.toml")
+    assert lora.metadata["modular_lora.method"].startswith(recipe.method)
+    assert set(concept.read(lora)) <= set(recipe.erased)
+    assert isinstance(activity.read(lora), activity.Calibration)
+    assert "safety_first" in found.arms
+    assert all((ROOT / name).is_file() for name in (*found.task, *found.unsafe_prompts, *found.kept_prompts))
+    assert path.endswith(EQUAL["words"])
