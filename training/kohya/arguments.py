@@ -284,6 +284,7 @@ def _adapters(options: Options, family: Family) -> dict[str, str]:
                 code="option.kohya-adapter",
             )
         matching = [(family.pattern.replace("{}", pattern.pattern), value) for pattern, value in given]
+        matching = [(family.pattern.replace("{}", pattern.pattern), value) for pattern, value in given]
         found[name] = ",".join(f"{pattern}={value:g}" for pattern, value in matching)
     return found
 

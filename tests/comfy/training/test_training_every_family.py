@@ -102,7 +102,7 @@ def merged(model, lora):
         yield layer, name, old, torch.nn.Parameter(weight, requires_grad=False)
 
 
-def check_family(family: Family, comfy, data, folder) -> bool:
+def check_family(family: Family, comfy, data, folder, **options_of) -> bool:
     """A training of some steps, and what is promised of its file; whether its blocks can be run again."""
     trainer, task, options = part("comfy_host.trainer_model"), part("training.task.train"), part("training.options")
     model, clip, vae = toy_parts(family)
@@ -111,7 +111,7 @@ def check_family(family: Family, comfy, data, folder) -> bool:
         "output_dir": str(folder), "train_data_dir": str(data), "network_dim": 4, "network_alpha": 4.0,
         "max_train_steps": STEPS, "train_batch_size": 2, "resolution": side_of(family), "save_precision": "float",
         "learning_rate": 5e-3, "lr_scheduler": "constant",
-    }  # fmt: skip
+    } | options_of  # fmt: skip
 
     def train(name: str, safety=(), **changes):
         o = options.TaskOptions(output_name=name, **made | changes)
@@ -160,6 +160,21 @@ def check_family(family: Family, comfy, data, folder) -> bool:
 def test_a_training_lowers_the_loss_leaves_the_base_and_its_file_is_stock(name, comfy, data, tmp_path):
     family = next(family for family in EVERY if family.name == name)
     assert check_family(family, comfy, data, tmp_path) == (name != "Flux dev"), "it writes into what blocks are given"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("SD1.x", {"algo": "loha", "target": "conv", "conv_dim": 2, "learning_rate": 1e-3}),
+        ("SD1.x", {"algo": "diag-oft", "target": "conv"}),
+        ("Lumina 2", {"algo": "lokr", "factor": 4}),
+        ("Wan 2.1 T2V", {"dora_wd": True, "network_reg_dims": (".*ffn.*=2",), "network_reg_lrs": (".*attn.*=1e-3",)}),
+    ],
+    ids=str,
+)
+def test_the_promises_hold_for_every_form_of_adapter(name, changes, comfy, data, tmp_path):
+    family = next(family for family in EVERY if family.name == name)
+    check_family(family, comfy, data, tmp_path, **changes)
 
 
 @pytest.mark.sampled(3)
