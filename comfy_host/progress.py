@@ -68,8 +68,8 @@ class NodeWatch:
     def say(self, text: str) -> None:
         """Stays on the node, below how far it is, and is a line of the log."""
         logger.info(text)
-        self._said = text
-        show_progress(self.node, text)
+        self._said = "\n".join(filter(None, (text, self._said)))  # the newest first
+        show_progress(self.node, self._said)
 
     def _show(self, progress: str) -> None:
         show_progress(self.node, "\n".join(filter(None, (progress, self._said))))

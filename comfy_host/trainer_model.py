@@ -289,7 +289,7 @@ def _check(model, clip, node: str, accept_merged: bool) -> None:
         )
     remedies = {"merged": _OWN, "beside": f"beside its own weights: {_OWN}"}
     if node == TASK_NODE:
-        remedies["merged"] += ", or set allow_contaminated_base = true in more_options, which the file will say"
+        remedies["merged"] += ", or set allow_contaminated_base, which the file will say"
     patcher._check_incoming(model, accept_merged, "The MODEL", **remedies)
     patcher._check_incoming(clip.patcher, accept_merged, "The CLIP", **remedies)
     check_pair(model, clip, node)

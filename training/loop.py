@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..modular_lora import command
 from ..modular_lora.errors import GuardError
+from . import memory
 from .logs import logs
 from .optim import Masters, make_optimizer, make_scheduler
 from .options import Options
@@ -70,6 +71,7 @@ class _Fit:
     schedule: Any
     scaler: torch.amp.GradScaler
     stopping: Stopping
+    device: torch.device
     losses: list[float] = field(default_factory=list)
     whole: bool = True  # weights, optimizer and schedule are as of one step
     saved: int = 0  # step of the newest state on disk
@@ -123,6 +125,8 @@ def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[
 
 def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]) -> None:
     options, job = run.options, run.job
+    if options.max_train_steps - run.step >= memory.LEAST_STEPS:
+        _say_memory(run, watch)
     while run.step < options.max_train_steps:
         run.stopping.check()
         watch.check()
@@ -135,6 +139,18 @@ def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]
                 _save(run)
         if _due(options.sample_every_n_steps, run.step):
             watch.sample(run.step, *job.preview(run.step))
+
+
+def _say_memory(run: _Fit, watch: Watch) -> None:
+    """What the steps will take, on the report and before the first of them."""
+    watch.check()
+    run.job.prepare(run.step)
+    need = memory.foresee(lambda: run.job.loss(run.step, 0), run.masters.values, run.options, run.device)
+    for working in run.masters.working:
+        working.grad = None
+    line = memory.said(need, run.device)
+    run.job.notes.append(line)
+    watch.say(line)
 
 
 def _keep(run: _Fit) -> None:
@@ -163,7 +179,7 @@ def _begin(job: Job, options: Options, device: torch.device, stop: Stopping) -> 
         del rest[: len(parameters)]
     optimizer = make_optimizer(groups, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
-    run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler, stop)
+    run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler, stop, device)
     if options.resume:
         _resume(run)
     return run

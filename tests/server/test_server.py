@@ -39,6 +39,8 @@ NODE_IDS = {
     "ModularLoraCombineSafety",
     "ModularLoraTrainTask",
     "ModularLoraTrainSafety",
+    "ModularLoraTaskTrainingOptions",
+    "ModularLoraSafetyTrainingOptions",
     "ModularLoraDatasetReport",
     "ModularLoraProjectTask",
     "ModularLoraCalibrateSafety",

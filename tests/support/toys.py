@@ -133,4 +133,4 @@ class Silent:
         self.pictures += pictures
 
     def say(self, text: str) -> None:
-        self.said = text
+        self.said = "\n".join(filter(None, (self.said, text)))

@@ -65,7 +65,12 @@ NEWER = {  # what 0.33.0 has besides
     "LoraLoaderBypassModelOnly": {"lora_name": "loras"},
     "OpticalFlowLoader": {"model_name": "optical_flow"},
 }
-ELSEWHERE = {"ModularLoraAudit", "ModularLoraTrainTask", "ModularLoraTrainSafety", "ModularLoraGateSettings"}
+ELSEWHERE = {
+    "ModularLoraAudit",
+    "ModularLoraTaskTrainingOptions",
+    "ModularLoraSafetyTrainingOptions",
+    "ModularLoraGateSettings",
+}
 BASES = ("CheckpointLoader", "CheckpointLoaderSimple", "unCLIPCheckpointLoader", "ImageOnlyCheckpointLoader")
 BASES += ("UNETLoader", "CLIPLoader", "VAELoader", "DiffusersLoader")
 SEVERAL = ("DualCLIPLoader", "TripleCLIPLoader", "QuadrupleCLIPLoader")

@@ -154,7 +154,7 @@ def test_inputs_that_are_folded_away_have_a_value_of_their_own(schemas) -> None:
     folded = {
         f"{name}.{key}": o for name, schema in schemas.items() for key, o in inputs(schema).items() if o.get("advanced")
     }
-    assert {"ModularLoraGuardModel.accept_merged", "ModularLoraTrainTask.kohya_files"} <= set(folded)
+    assert {"ModularLoraGuardModel.accept_merged", "ModularLoraTaskTrainingOptions.kohya_files"} <= set(folded)
     assert [name for name, options in folded.items() if "default" not in options] == []
 
 
