@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import autoencoder, base, data, detector, diffusion, lorafile
+from .. import STEPS, autoencoder, base, detector, diffusion, lorafile
 from .protocol import Image
 
 GREY, DARK, LEAST_DARK = 0.06, 0.35, 0.05
@@ -83,12 +83,14 @@ def noise(images: Sequence[Image]) -> Tensor:
 
 
 @torch.no_grad()
-def draw(model: base.Base, ae: autoencoder.Autoencoder, images: Sequence[Image], batch: int) -> Iterator[Tensor]:
-    """Pictures (n 3 64 64) in 0..1 of one batch after another; Euler, 20 steps, guidance 3."""
+def draw(
+    model: base.Base, ae: autoencoder.Autoencoder, images: Sequence[Image], batch: int, steps: int = STEPS
+) -> Iterator[Tensor]:
+    """Pictures (n 3 64 64) in 0..1 of one batch after another; Euler, guidance 3."""
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
         predict = base.guided(model, [image.prompt for image in some])
-        yield ae.decode(diffusion.sample(predict, noise(some))).clamp(0, 1)
+        yield ae.decode(diffusion.sample(predict, noise(some), steps)).clamp(0, 1)
 
 
 def seen(
@@ -99,8 +101,3 @@ def seen(
     for pictures in draw(model, ae, images, batch):
         found += judge(eye, pictures)
     return found
-
-
-def sheet(model: base.Base, ae: autoencoder.Autoencoder, images: Sequence[Image], path, columns: int = 12) -> None:
-    """A contact sheet, for the eye."""
-    data.sheet(torch.cat(list(draw(model, ae, images, len(images)))), columns, path)

@@ -28,7 +28,7 @@ class Result:
         loras: SHA-256 of the LoRA files that acted, by role.
         seen: What the judge said.
         seconds: CPU seconds that it took, its trainings included.
-        activity: Of the safety LoRA on every image, in the first evaluation; of safety alone.
+        activity: Of the safety LoRA on the prompt of every image; of safety alone.
         share: g of every image in sixteenths; of safety first.
         machine: What it ran on, and when.
     """
@@ -48,7 +48,7 @@ def line(protocol: Protocol, result: Result) -> str:
     said: dict[str, Any] = {"protocol": protocol.digest, **asdict(result.cell), "loras": dict(result.loras)}
     said |= {name: _digits(getattr(seen, name)) for name in ("hit", "style", "ink")} | {"top": list(seen.top)}
     if result.activity:
-        said["activity"] = [float(f"{value:.5g}") for value in result.activity]
+        said["activity"] = list(result.activity)
     if result.share:
         said["share"] = list(result.share)
     return json.dumps(said | {"seconds": round(result.seconds, 1), **result.machine}, separators=(",", ":")) + "\n"

@@ -26,6 +26,7 @@ from .protocol import PACK, Cell, Image, Protocol
 from .results import Result
 
 LORAS = ASSETS / "equal"
+NOISE = 0x5AFE  # that safety first finds g with (comfy_host/safety_first.py), which no image's own noise has a part in
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,18 @@ class Bench:
             return drawing.seen(model.model, model.ae, self.eye, images, self.protocol.said["images"]["batch"])
 
     def _activity(self, safety: LoraFile) -> tuple[float, ...]:
-        """Of the safety LoRA on every image, where its run begins; also that of safety first's muted evaluation."""
-        images, batch, found = self.protocol.images(), self.protocol.said["images"]["batch"], []
+        """Of the safety LoRA on every image's prompt, as safety first finds it: no task LoRA acts, and one noise."""
+        prompts = [image.prompt for image in self.protocol.images()]
+        different, batch = list(dict.fromkeys(prompts)), self.protocol.said["images"]["batch"]
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(NOISE))
         training.attach(self.host_model, safety)
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            prompts = [image.prompt for image in some]
-            found += training.activities(self.host_model.model, prompts, drawing.noise(some)).tolist()
+        found: dict[str, float] = {}
+        for start in range(0, len(different), batch):
+            some = different[start : start + batch]
+            values = training.activities(self.host_model.model, some, noise.expand(len(some), -1, -1, -1)).tolist()
+            found |= {prompt: float(f"{value:.5g}") for prompt, value in zip(some, values, strict=True)}
         training.attach(self.host_model)
-        return tuple(found)
+        return tuple(found[prompt] for prompt in prompts)
 
     def _safety_first(
         self, cell: Cell, files: Mapping[str, LoraFile], done: Mapping[Cell, Result]
