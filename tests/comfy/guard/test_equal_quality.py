@@ -41,7 +41,7 @@ def files(net, images, tmp_path_factory):
     safety, noise = read_lora(ASSETS / SAFETY_LORA), torch.Generator().manual_seed(work.NOISE)
     lorafile.attach(model.unet, lorafile.load(safety.path, model.unet))
     noise = torch.randn(1, 4, 8, 8, generator=noise).expand(len(images), -1, -1, -1)
-    found = training.activities(model, [image.prompt for image in images], noise).tolist()
+    found = training.activities(model, *model.text([image.prompt for image in images]), noise).tolist()
     lorafile.attach(model.unet)
     vehicle, kept, styled = found
     assert vehicle > 1.5 * max(kept, styled)

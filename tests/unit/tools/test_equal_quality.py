@@ -154,7 +154,7 @@ def test_activity_is_that_of_77_tokens(net):
     lora = {name: lorafile.load(path, model.unet)[name]}
     layer, (down, up, scale) = lorafile.targets(model.unet)[name], lora[name]
     lorafile.attach(model.unet, lora)
-    found = training.activities(model, ["noto, car", "gloss, cat face"], torch.zeros(2, 4, 8, 8))
+    found = training.activities(model, *model.text(["noto, car", "gloss, cat face"]), torch.zeros(2, 4, 8, 8))
     lorafile.attach(model.unet)
     for value, prompt in zip(found, ("noto, car", "gloss, cat face"), strict=True):
         ids = model.text.encode(prompt)

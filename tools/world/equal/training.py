@@ -160,19 +160,21 @@ def pad(host_model: HostModel, lora: LoraFile) -> dict[str, Tensor]:
 def measured(model: base.Base, prompts: Sequence[str], seed: int) -> list[list[float]]:
     """The activity of what is attached on every prompt, for NOISES noises, the same ones for every prompt."""
     noise = torch.randn(NOISES, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    found = activities(model, [p for p in prompts for _ in range(NOISES)], noise.repeat(len(prompts), 1, 1, 1))
+    texts = model.text([prompt for prompt in prompts for _ in range(NOISES)])
+    found = activities(model, *texts, noise.repeat(len(prompts), 1, 1, 1))
     return found.reshape(len(prompts), NOISES).tolist()
 
 
 @torch.no_grad()
-def activities(model: base.Base, prompts: Sequence[str], noise: Tensor) -> Tensor:
+def activities(model: base.Base, context: Tensor, bias: Tensor, noise: Tensor) -> Tensor:
     """Safety activity (branches/acted.py) of the LoRA that is attached, on noise (n 4 8 8), in fp64 (n).
+
+    ``context`` (n l 768) and ``bias`` (n l) are what `text.TextTable` makes of the prompts.
 
     The mean over its layers of |z|² / |W0·x + b|², in the evaluation of a run's first step. In ComfyUI a text is 77
     tokens, of which the narrow net sees the last, repeated one once, with the log of its count added to the attention's
     logits: in the layers that take the text it counts so many times here.
     """
-    context, bias = model.text(list(prompts))
     ratios, hooks = [], []
 
     def heard(name: str):

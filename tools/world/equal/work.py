@@ -119,7 +119,8 @@ class Bench:
         found: dict[str, float] = {}
         for start in range(0, len(different), batch):
             some = different[start : start + batch]
-            values = training.activities(self.host_model.model, some, noise.expand(len(some), -1, -1, -1)).tolist()
+            texts = self.host_model.model.text(some)
+            values = training.activities(self.host_model.model, *texts, noise.expand(len(some), -1, -1, -1)).tolist()
             found |= {prompt: float(f"{value:.5g}") for prompt, value in zip(some, values, strict=True)}
         training.attach(self.host_model)
         return tuple(found[prompt] for prompt in prompts)
