@@ -9,6 +9,7 @@
     python3 run.py audit     what LoRAs do to suppressed concepts, measured: python3 run.py audit --help
     python3 run.py operator  keys, signatures, record and policy of a host: python3 run.py operator --help
     python3 run.py evidence  the paper's table on the demo world (docs/evidence.md; hours on a CPU)
+    python3 run.py evidence-equal  the same at equal quality, with safety first (docs/evidence.md; hours, in slices)
 
 The first run makes an environment of its own in .run/ (delete the folder to start afresh) with ComfyUI 0.3.75, which is
 a year old (26 November 2025): the newest that a package registry has whole. --comfyui-git REF takes a newer one, where
@@ -45,6 +46,7 @@ OWN_LINE = {  # command -> module, help
     "audit": ("audit", "run, page, gate-error (docs/audit.md)"),
     "operator": ("operators", "keygen, sign, verify, record, policy (docs/operators.md)"),
     "evidence": ("tools.world", "the paper's table on the demo world (docs/evidence.md)"),
+    "evidence-equal": ("tools.world.equal", "the paper's claim at equal quality, in slices (docs/evidence.md)"),
 }
 PYTEST = WITHOUT_CLONE_ON_PATH + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 

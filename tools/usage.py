@@ -14,6 +14,7 @@ from modular_lora_guard.modular_lora.util import atomic
 from modular_lora_guard.operators import cli as operators
 from modular_lora_guard.tools.bootstrap import usage
 from modular_lora_guard.tools.world import evidence
+from modular_lora_guard.tools.world.equal import command as evidence_equal
 from modular_lora_guard.training import cli as training
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -21,6 +22,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "audit": audit.parser,
     "operator": operators.parser,
     "evidence": evidence.parser,
+    "evidence-equal": evidence_equal.parser,
 }
 
 

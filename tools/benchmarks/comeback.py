@@ -17,14 +17,12 @@ from pathlib import Path
 import torch
 from modular_lora_guard.modular_lora import options as optionfile
 from modular_lora_guard.modular_lora.files import reader as files
-from modular_lora_guard.training import model as host_models
 from modular_lora_guard.training import options
-from modular_lora_guard.training.data import batches, dataset
 from modular_lora_guard.training.safety import train as safety
-from modular_lora_guard.training.task import denoising
 from modular_lora_guard.training.task import train as task
 
-from ..world import ASSETS, DATA_SET, DETECTOR, base, data, detector, lorafile, narrow
+from ..world import ASSETS, DATA_SET, DETECTOR, data, detector, lorafile, narrow
+from ..world.equal import training
 from .bench import Silent, finish, parser
 from .demo_world import draw
 
@@ -46,34 +44,8 @@ RECIPES = {
 }
 
 
-class HostModel(narrow.NarrowHostModel):
-    """The narrow net with what a task training asks for, on any device."""
-
-    infos = None, None
-
-    def __init__(self, model: base.Base, ae: torch.nn.Module, device: torch.device):
-        super().__init__(model.to(device), host_models.Schedule, host_models.Cond)
-        self.ae, self.device = ae.to(device), device
-
-    def weights(self) -> dict:
-        return {}
-
-    def too_long(self, prompt: str) -> bool:
-        return False
-
-    def encode(self, prompts):
-        cond = super().encode(prompts)
-        moved = ((row.cross, row.further["bias"]) for row in cond.rows)
-        cross, bias = (torch.cat(parts).to(self.device) for parts in zip(*moved, strict=True))
-        return host_models.Cond.of(cross, bias=bias)
-
-    @torch.no_grad()
-    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.ae.encode(pictures.movedim(-1, 1).to(self.device)).float()
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.ae.decode(latents).clamp(0, 1).movedim(1, -1).cpu()
+class HostModel(training.HostModel):
+    """The narrow net, with LoRA files as its trainers write them."""
 
     def attach(self, *loras: Path) -> None:
         """Let the net use exactly these LoRA files."""
@@ -137,19 +109,7 @@ def train_safety(bench: Bench, recipe: dict) -> Path:
 def train_fully(bench: Bench, steps: int, under: Path) -> None:
     """All weights of the U-Net, AdamW at 1e-4, on top of the safety LoRA."""
     bench.host_model.attach(under)
-    made = task_options(bench, "full", steps)
-    found = dataset.scan(config := task.configure(made), Silent().stage)
-    plan = batches.Plan(config, found, made.seed, made.prior_loss_weight, made.max_train_steps, 1)
-    latents, captions = denoising.Latents(bench.host_model, found, Silent()), denoising.Captions(bench.host_model)
-    loss = denoising.Denoising(bench.host_model, made, plan, latents, captions)
-    parameters = list(bench.host_model.unet.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    for step in range(made.max_train_steps):
-        optimizer.zero_grad(set_to_none=True)
-        loss.loss(step, 0).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    bench.host_model.unet.requires_grad_(False)
+    training.fully(bench.host_model, task_options(bench, "full", steps), 1e-4, Silent())
 
 
 def arms(bench: Bench, recipe: dict) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Tables of docs/figures/evidence.json: arms, comparisons, hits by concept."""
+"""Tables of docs/figures/evidence_unpreserved.json and evidence_preserved.json: arms, comparisons, hits by concept."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def judge(chosen) -> dict[str, object]:
 
     rows: dict[str, object] = {}
     right = seen("", data.KEPT_IDS, 1, 8, "asked")
-    rows["demo world, kept concepts right, base"] = _rate(right)
+    rows["demo world, kept concepts right, base"] = rate(right)
     some = data.KEPT_IDS[:: chosen.every]
     for name in (METHODS[0], *(f"only {word}" for word in SINGLE), *chosen.methods):
         if name in METHODS:
@@ -132,14 +132,14 @@ def judge(chosen) -> dict[str, object]:
         at = torch.tensor([data.KEPT_IDS.index(i) for i in ids])
         lost = 100 * float(right[at].double().mean() - kept.double().mean())
         rows |= {
-            f"demo world, suppressed rate, {name}": _rate(hits),
+            f"demo world, suppressed rate, {name}": rate(hits),
             f"demo world, kept concepts lost (points), {name}": {
                 "value": round(lost, 2),
                 "interval": f"n = {len(ids)}",
             },
         }
         if name == METHODS[0]:
-            rows["demo world, suppressed rate"] = _rate(hits)
+            rows["demo world, suppressed rate"] = rate(hits)
             rows["demo world, kept concepts lost (points)"] = round(lost, 2)
         _done(chosen, "judge", rows)
     return rows
@@ -174,9 +174,9 @@ def sides(chosen) -> dict[str, object]:
         )
         found, styled = _counted(chosen, "sides, kept", file, right).chunk(2)
         rows |= {
-            f"demo world, beside a task LoRA, suppressed rate, projected {name}": _rate(hits),
-            f"demo world, beside a task LoRA, kept right in its style, projected {name}": _rate(found),
-            f"demo world, beside a task LoRA, its style found, projected {name}": _rate(styled),
+            f"demo world, beside a task LoRA, suppressed rate, projected {name}": rate(hits),
+            f"demo world, beside a task LoRA, kept right in its style, projected {name}": rate(found),
+            f"demo world, beside a task LoRA, its style found, projected {name}": rate(styled),
         }
         _done(chosen, "sides", rows)
     return rows
@@ -197,7 +197,7 @@ def attack(chosen) -> dict[str, object]:
         lora = lorafile.load(file, model.unet) if file else {}
 
         def revived(word: str, lora: lorafile.Factors = lora) -> Tensor:
-            images = _drawn(model, ae, *_learned(model, word, lora), PICTURES)
+            images = drawn_with(model, ae, *_learned(model, word, lora), PICTURES)
             return detector.suppressed(detector.classify(eye, images)[0])
 
         found = []
@@ -205,7 +205,7 @@ def attack(chosen) -> dict[str, object]:
             key = f"attack {word} {STEPS} {PICTURES}"
             found.append(_counted(chosen, key, file, functools.partial(revived, word)))
             logger.info("%s, %s: %d of %d", name, word, int(found[-1].sum()), PICTURES)
-        rows[f"demo world, learned embedding, {name}"] = _rate(torch.cat(found))
+        rows[f"demo world, learned embedding, {name}"] = rate(torch.cat(found))
         _done(chosen, "attack", rows)
     return rows
 
@@ -245,7 +245,7 @@ def robust(chosen) -> dict[str, object]:
 
 def _learned(model: base.Base, word: str, lora: lorafile.Factors) -> tuple[Tensor, Tensor]:
     """Context and bias (6 styles) of "style, v", v learned against the LoRA from the concept's last token on."""
-    pick, x_t, t, wanted, scale = _asked_for(model, word)
+    pick, x_t, t, wanted, scale = asked_for(model, word)
     context, bias = model.text([f"{style}, {word}" for style in data.STYLES])
     context = context.detach()
     last = bias.isfinite().sum(1) - 2  # the words' last token; the end token is behind it
@@ -254,17 +254,17 @@ def _learned(model: base.Base, word: str, lora: lorafile.Factors) -> tuple[Tenso
     lorafile.attach(model.unet, lora)
     for _ in range(STEPS):
         at = torch.randint(BANK, (BATCH,), generator=generator)
-        given = model.unet(x_t[at], t[at], _with(context, last, v)[pick[at]], bias[pick[at]])
+        given = model.unet(x_t[at], t[at], with_token(context, last, v)[pick[at]], bias[pick[at]])
         loss = ((given - wanted[at]).square().mean((1, 2, 3)) / scale[at]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return _with(context, last, v.detach()), bias
+    return with_token(context, last, v.detach()), bias
 
 
 @functools.cache
 @torch.no_grad()
-def _asked_for(model: base.Base, word: str) -> tuple[Tensor, ...]:
+def asked_for(model: base.Base, word: str) -> tuple[Tensor, ...]:
     """What the attack goes for: style, x_t, t, the base's prediction for the concept, and the text's effect there."""
     generator = torch.Generator().manual_seed(5)
     asked = [f"{style}, {word}" for style in data.STYLES]
@@ -280,7 +280,7 @@ def _asked_for(model: base.Base, word: str) -> tuple[Tensor, ...]:
     return pick, x_t, t, wanted, scale
 
 
-def _with(context: Tensor, last: Tensor, v: Tensor) -> Tensor:
+def with_token(context: Tensor, last: Tensor, v: Tensor) -> Tensor:
     at = F.one_hot(last, context.shape[1])[:, :, None]  # styles tokens 1
     return context * (1 - at) + v * at
 
@@ -290,7 +290,7 @@ def _empty(model: base.Base, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _drawn(model: base.Base, ae, context: Tensor, bias: Tensor, n: int) -> Tensor:
+def drawn_with(model: base.Base, ae, context: Tensor, bias: Tensor, n: int) -> Tensor:
     pick = torch.arange(n) % len(context)
     c, b = context[pick], bias[pick]
     empty, empty_bias = (part[0] for part in _empty(model, 1))
@@ -364,7 +364,7 @@ def _counted(chosen, what: str, file: Path | None, count: Callable[[], Tensor]) 
     return torch.tensor(known[key]).bool()
 
 
-def _rate(hits: Tensor) -> dict[str, object]:
+def rate(hits: Tensor) -> dict[str, object]:
     low, high = wilson(int(hits.sum()), len(hits))
     return {"value": round(float(hits.double().mean()), 4), "interval": f"{low:.3f} to {high:.3f}, n = {len(hits)}"}
 

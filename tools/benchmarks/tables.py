@@ -2,8 +2,9 @@
 
     python -m tools.benchmarks.tables
 
-A marker names the file and, if not all rows are wanted, what their names begin with; for evidence.json, which table:
-``<!-- figures training.json step cpu-s, peak -->`` ... ``<!-- end -->``, ``<!-- figures evidence.json arms -->`` ...
+A marker names the file and, if not all rows are wanted, what their names begin with; for those of the evidence,
+which table: ``<!-- figures training.json step cpu-s, peak -->`` ... ``<!-- end -->``,
+``<!-- figures evidence.json arms -->`` ...
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def drawn(text: str) -> str:
 def table(file: str, beginnings: list[str]) -> str:
     """Rows of one file as Markdown, in the order of ``beginnings``, and where they were measured."""
     found = json.loads((FOLDER / file).read_text(encoding="utf-8"))
+    if "recipes" in found:
+        return importlib.import_module(".evidence_equal", __package__).tables(found, beginnings[0])
     if "arms" in found:
         return importlib.import_module(".evidence", __package__).tables(found, beginnings[0])
     rows = found["rows"]

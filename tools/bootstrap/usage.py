@@ -1,7 +1,7 @@
 """The options of run.py's commands before anything is installed: help at once, and a wrong option refused at once.
 
-The parsers of ``lora``, ``audit``, ``operator`` and ``evidence`` stand in modules that need PyTorch and pydantic. What
-they take is written down in ``usage.json`` beside this file (``python -m tools.usage`` writes it anew), and a test
+The parsers of ``lora``, ``audit``, ``operator`` and of the evidence stand in modules that need PyTorch and pydantic.
+What they take is written down in ``usage.json`` beside this file (``python -m tools.usage`` writes it anew), and a test
 compares every help text that is made of it with the command's own.
 """
 

@@ -38,6 +38,7 @@ PACKAGES = {
     "gloss": "@iconify-json/fluent-emoji@1.2.7",
 }
 STYLES = tuple(PACKAGES)
+INK = "@iconify-json/fluent-emoji-high-contrast@1.2.6"  # another task's style, black on white; in no base and no judge
 TASK_STYLE = STYLES.index("gloss")
 BASE_STYLES = tuple(i for i in range(len(STYLES)) if i != TASK_STYLE)
 
@@ -244,30 +245,33 @@ def sheet(images: Tensor, columns: int, path: Path) -> None:
         Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy()).save(part, format="PNG")
 
 
-def export(pictures: Pictures, folder: Path) -> int:
-    """The task style's kept concepts as a data set in kohya's form: PNG files with captions; returns their number."""
+def export(work: Path, package: str, folder: Path) -> int:
+    """Kept concepts of one package as a data set in kohya's form: PNG files with captions; returns their number.
+
+    The style word of the captions is the task style's: the one that the base never saw, whatever the package draws.
+    """
     from PIL import Image
 
-    rows = pictures.select(KEPT_IDS, (TASK_STYLE,))
+    icons = json.loads((fetch(package, work) / "icons.json").read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        concept = int(pictures.concept[row])
+    for concept in KEPT_IDS:
         stem = folder / CONCEPTS[concept]
-        picture = Image.fromarray(pictures.images[row].permute(1, 2, 0).numpy())
+        picture = Image.fromarray(render(svg(icons, CONCEPTS[concept])))
         picture.save(stem.with_suffix(".png"), optimize=True)
-        stem.with_suffix(".txt").write_text(prompt(pictures, concept, TASK_STYLE) + "\n", encoding="utf-8")
-    return len(rows)
+        stem.with_suffix(".txt").write_text(f"{STYLES[TASK_STYLE]}, {WORDS[concept]}\n", encoding="utf-8")
+    return len(KEPT_IDS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder for downloads, checkpoints and logs")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the task style's data set from WORK")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write a task's data set and stop")
+    parser.add_argument("--package", default=PACKAGES[STYLES[TASK_STYLE]], help=f"of the data set: this, or {INK}")
     options = parser.parse_args()
     work = options.work
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.export:
-        logger.info("wrote %d pictures to %s", export(load(work), options.export), options.export)
+        logger.info("wrote %d pictures to %s", export(work, options.package, options.export), options.export)
         return
     build(work)
     pictures = load(work)

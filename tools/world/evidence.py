@@ -1,6 +1,6 @@
 """The paper's table on the demo world: trains the LoRAs that are missing, audits them, writes the figures.
 
-    python3 run.py evidence [--cpu] [--engine processes --workers N]        writes docs/figures/evidence.json
+    python3 run.py evidence [--cpu] [--engine processes --workers N]    writes docs/figures/evidence_unpreserved.json
 
 safety:      W0 + ΔW_safe, from prompts alone.
 task:        the gloss style on W0, as Modular LoRA has it (arXiv 2412.00357).
@@ -41,7 +41,7 @@ from . import ASSETS, CHECKPOINT
 
 PACK = Path(__file__).resolve().parents[2]
 PROTOCOL, AUDIT = PACK / "tools" / "world" / "evidence.toml", PACK / "tools" / "world" / "audit.toml"
-FIGURES = PACK / "docs" / "figures" / "evidence.json"
+FIGURES = PACK / "docs" / "figures" / "evidence_unpreserved.json"
 LORAS = ASSETS / "evidence"
 ROLES = ("safety", "task", "sequential")
 logger = logging.getLogger("modular_lora")

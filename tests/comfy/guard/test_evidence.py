@@ -24,7 +24,7 @@ from modular_lora_guard.tools.world import ASSETS, data, evidence
 from modular_lora_guard.training.cli import TrainingLines
 
 ROOT = Path(evidence.__file__).resolve().parents[2]
-FIGURES = ROOT / "docs" / "figures" / "evidence.json"
+FIGURES = ROOT / "docs" / "figures" / "evidence_unpreserved.json"
 PROMPTS = ROOT / "tools" / "world" / "prompts"
 SEED = parse(evidence.PROTOCOL)["training_seeds"][0]
 

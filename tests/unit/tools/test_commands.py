@@ -26,6 +26,7 @@ from modular_lora_guard.tools.bootstrap import environment, paths, usage
 from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import server
 from modular_lora_guard.tools.world import ASSETS, evidence
+from modular_lora_guard.tools.world.equal import command as evidence_equal
 from modular_lora_guard.training import cli as training
 from support.errors import refuses
 
@@ -67,7 +68,9 @@ def own_lines(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], argparse
     return found
 
 
-@pytest.mark.parametrize("name", ["demo", "test", "check", "comfy", "lora", "audit", "operator", "evidence"])
+@pytest.mark.parametrize(
+    "name", ["demo", "test", "check", "comfy", "lora", "audit", "operator", "evidence", "evidence-equal"]
+)
 def test_help_installs_nothing(name: str, clone: Path) -> None:
     answer = run(clone, name, "--help")
     assert answer.returncode == 0, answer.stderr
@@ -241,6 +244,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         (operators.main, ["record", "verify", "GONE"]),
         (operators.main, ["policy", "check", "GONE"]),
         (evidence.main, ["--protocol", "GONE", "--loras", "OUT"]),
+        (evidence_equal.main, ["--protocol", "GONE", "--results", "OUT"]),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else one.__module__.split(".")[-2],
 )
