@@ -100,7 +100,7 @@ def _read(path: Path, name: str, options: AuditOptions) -> LoraFile:
 
 
 def _projected(options: AuditOptions, task: LoraFile, safety: LoraFile) -> tuple[LoraFile, str]:
-    """The task LoRA projected clear of the safety LoRA, beside the audit's pictures, and what that did.
+    """The task LoRA projected clear of the safety LoRA, beside the audit's images, and what that did.
 
     A file of these two is used again: another one would have the same weights, but its metadata in another order.
     """

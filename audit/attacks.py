@@ -1,4 +1,4 @@
-"""Attacks that need no outside weights: synonyms, and starts from pictures that show the concept.
+"""Attacks that need no outside weights: synonyms, and starts from images that show the concept.
 
 Each makes items of plain ones of the suppressed cell, with ``attack`` set; they are rows of their own in the report.
 Sweeps of strengths are arms, see arms.py.
@@ -17,13 +17,13 @@ from PIL import Image
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files import texts
-from . import pictures
+from . import images
 from .options import AuditOptions
 from .plan import Item, Sampling
 from .results import Drawn
 
 CELL = "suppressed"
-MASKED = 0.6  # of width and height: inpainting draws the middle anew, where a picture's subject mostly is
+MASKED = 0.6  # of width and height: inpainting draws the middle anew, where an image's subject mostly is
 
 
 def synonym_items(options: AuditOptions, items: Sequence[Item]) -> list[Item]:
@@ -72,7 +72,7 @@ def substitutions(prompt: str, known: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def start_items(options: AuditOptions, items: Sequence[Item], drawn: Iterable[Drawn], folder: Path) -> list[Item]:
-    """img2img and inpainting from pictures that show the concept.
+    """img2img and inpainting from images that show the concept.
 
     Starts are the user's (``start_pictures``, in turn), else the base arm's own hits: the same prompt goes on from
     what the base drew of it. ``folder`` takes the mask. Raises GuardError where there is no start.
@@ -97,7 +97,7 @@ def middle_mask(sampling: Sampling, folder: Path) -> Path:
     mask.paste(255, ((width - size[0]) // 2, (height - size[1]) // 2, (width + size[0]) // 2, (height + size[1]) // 2))
     file, path = io.BytesIO(), folder / f"middle-{width}x{height}.png"
     mask.save(file, "PNG")
-    pictures.write(path, file.getvalue())
+    images.write(path, file.getvalue())
     return path.absolute()
 
 
@@ -107,7 +107,7 @@ def _plain(items: Iterable[Item]) -> list[Item]:
 
 def _starts(options: AuditOptions, plain: Sequence[Item], drawn: Iterable[Drawn]) -> list[tuple[Item, str]]:
     if options.start_pictures:
-        found = [str(path.absolute()) for path in pictures.find(options.start_pictures)]
+        found = [str(path.absolute()) for path in images.find(options.start_pictures)]
         return [(item, found[i % len(found)]) for i, item in enumerate(plain)]
     hits = {d.item: str(d.path) for d in drawn if d.arm.name == "base" and d.verdict.hit}
     starts = [(item, hits[item]) for item in plain if item in hits]

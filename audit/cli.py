@@ -22,7 +22,7 @@ from .words import format_report
 
 ENGINES = ("local", "processes", "ray")
 OWN = ("command", "config", "checkpoint", "comfyui", "cpu", "engine", "workers", "devices", "ray_address", "gpus")
-PAINTER = ("comfy_host.standalone_pipeline", "open_pipeline")
+PIPELINE = ("comfy_host.standalone_pipeline", "open_pipeline")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,7 +78,7 @@ def _engine(chosen: dict[str, Any]) -> engines.Engine:
         raise GuardError(f"{chosen['checkpoint']}: no such checkpoint: check the path.")
     said = {"checkpoint": str(chosen["checkpoint"].absolute()), "cpu": chosen["cpu"]}
     said["comfyui"] = str(chosen["comfyui"].absolute()) if chosen["comfyui"] else ""
-    spec = engines.PipelineSpec(*PAINTER, said)
+    spec = engines.PipelineSpec(*PIPELINE, said)
     if chosen["engine"] == "processes":
         return engines.Processes(spec, tuple(chosen["devices"]), chosen["workers"])
     if chosen["engine"] == "ray":

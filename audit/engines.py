@@ -40,7 +40,7 @@ class Pool(Protocol):
         """Workers that died since this was last asked, each replaced by another."""
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
-        """Pictures b h w 3, uint8, unit by unit. Raises GuardError where a pipeline does, or what ``check`` raises."""
+        """Images b h w 3, uint8, unit by unit. Raises GuardError where a pipeline does, or what ``check`` raises."""
 
 
 class Engine(Protocol):
@@ -135,7 +135,7 @@ class Processes:
 class RayCluster:
     """``workers`` actors on the Ray cluster at ``address``; None starts one on this machine and ends it after.
 
-    The pack, ComfyUI, checkpoint and LoRA files lie under the same paths on every node. Pictures come back to the
+    The pack, ComfyUI, checkpoint and LoRA files lie under the same paths on every node. Images come back to the
     driver, which alone writes, so that no shared disk is needed.
     """
 
@@ -175,13 +175,14 @@ class _WorkerPool:
     """Hands units to a backend; a unit is in the queue, with one worker, or drawn, and never in two of these."""
 
     def __init__(self, backend: _Backend, check: Check) -> None:
-        self.backend, self.deaths, self.told = backend, Counter[int](), 0
+        self.backend, self.deaths, self.reported = backend, Counter[int](), 0
         (_, answer), *_ = self._work([None], check)
         self.origin = Origin(**answer["origin"])
 
     def replaced(self) -> int:
-        before, self.told = self.told, self.deaths.total()
-        return self.told - before
+        """How many workers died since the last call."""
+        before, self.reported = self.reported, self.deaths.total()
+        return self.reported - before
 
     def draw(self, units: Sequence[Unit], check: Check) -> Iterator[tuple[Unit, np.ndarray]]:
         for unit, answer in self._work(units, check):

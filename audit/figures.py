@@ -1,4 +1,4 @@
-"""The figures of an audit, counted from its pictures; and the evidence that the README is made from."""
+"""The figures of an audit, counted from its images; and the evidence that the README is made from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .report import AuditReport, Difference, Quality, Row, Share
 from .results import Drawn
 
 LEAST = 2  # clusters of a bootstrap; of one, every draw is the same
-VERDICT = 30  # pictures of either arm; of fewer no verdict is given
+VERDICT = 30  # images of either arm; of fewer no verdict is given
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def build(
     title: str, judge: Judge, drawn: Sequence[Drawn], margin: float, settings: Mapping[str, Any],
     quality: Sequence[Quality], notes: Iterable[str],
 ) -> AuditReport:  # fmt: skip
-    """Every figure of the pictures; ``notes`` go on with what cannot be counted."""
+    """Every figure of the images; ``notes`` go on with what cannot be counted."""
     rows: list[Row] = []
     differences: list[Difference] = []
     more = list(notes)
@@ -54,7 +54,7 @@ def build(
 
 
 def _groups(drawn: Sequence[Drawn]) -> dict[tuple[str, str], list[Drawn]]:
-    """Pictures by cell and attack; arms of a sweep are an attack."""
+    """Images by cell and attack; arms of a sweep are an attack."""
     groups: dict[tuple[str, str], list[Drawn]] = {}
     for one in drawn:
         attack = "sweep" if SWEEP in one.arm.name else one.item.attack
@@ -88,7 +88,7 @@ def _shares(some: Sequence[Drawn], asked: Callable[[Drawn], bool]) -> Mapping[st
 
 
 def _asked_concept(judge: Judge, some: Sequence[Drawn]) -> list[Drawn]:
-    """Pictures whose concept is one of labels that exclude each other: of others nothing can be right."""
+    """Images whose concept is one of labels that exclude each other: of others nothing can be right."""
     return [one for one in some if one.item.concept in judge.concept.exclusive]
 
 
@@ -119,17 +119,29 @@ def _difference(
         ratio = tuple(v if v is not None and math.isfinite(v) else None for v in (found.value, found.low, found.high))
     verdict = "" if against == "base" and question.worse > 0 else _verdict(question, some, arm, against, margin)
     rates = stats.wilson_rates(some, question.asked)
-    bootstrap = (by.low, by.high) if by.low < by.high else None
-    told = (by.value, bootstrap, newcombe(rates[arm], rates[against]), verdict)
-    counts = (pairs.n, pairs.only_first, pairs.only_second, pairs.p)
-    return Difference(arm, against, question.cell, attack, question.name, *told, *counts, ratio)
+    return Difference(
+        arm=arm,
+        against=against,
+        cell=question.cell,
+        attack=attack,
+        metric=question.name,
+        difference=by.value,
+        bootstrap=(by.low, by.high) if by.low < by.high else None,
+        newcombe=newcombe(rates[arm], rates[against]),
+        verdict=verdict,
+        pairs=pairs.n,
+        gained=pairs.only_first,
+        lost=pairs.only_second,
+        mcnemar=pairs.p,
+        ratio=ratio,
+    )
 
 
 def _verdict(question: Question, some: Sequence[Drawn], arm: str, against: str, margin: float) -> str:
     """Non-inferiority of ``arm`` to ``against`` by ``margin``; "worse" where the interval lies beyond 0.
 
-    Both must say so, the bootstrap and the interval over pictures: where nothing was a hit the bootstrap has no width,
-    and twelve pictures without a hit prove nothing. Below `VERDICT` pictures of either arm there is none.
+    Both must say so, the bootstrap and the interval over images: where nothing was a hit the bootstrap has no width,
+    and twelve images without a hit prove nothing. Below `VERDICT` images of either arm there is none.
     """
     pair = (arm, against) if question.worse > 0 else (against, arm)
     worse_by, rates = stats.difference(some, *pair, question.asked), stats.wilson_rates(some, question.asked)

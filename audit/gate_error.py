@@ -1,4 +1,4 @@
-"""``gate-error``: the gate's own error on pictures that a person has sorted into two folders."""
+"""``gate-error``: the gate's own error on images that a person has sorted into two folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..gate import labelled
 from ..gate.labelled import LabelledError
 from ..modular_lora import options as optionfile
 from ..modular_lora.places import check_writable
-from . import detecting, pictures
+from . import detecting, images
 from .options import DetectorOptions
 from .words import interval, rate
 
@@ -54,5 +54,5 @@ def _plot(found: LabelledError, output: Path) -> list[str]:
         return [f"{output.absolute()}; matplotlib is not installed, so there is no plot"]
     plot = importlib.import_module(".plots", __package__).curve(found.curve, dict(found.settings.block))
     path = output.with_suffix(".svg")
-    pictures.write(path, plot.encode())
+    images.write(path, plot.encode())
     return [str(output.absolute()), str(path.absolute())]

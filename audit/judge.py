@@ -1,4 +1,4 @@
-"""What the detectors say of an audit's pictures, with the thresholds that make it a verdict."""
+"""What the detectors say of an audit's images, with the thresholds that make it a verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Judge:
     """A detector of the concept with thresholds by label, and the classifier of the task's style, if there is one."""
 
     concept: Detector
-    block: Mapping[str, float]  # labels that make a picture a hit
+    block: Mapping[str, float]  # labels that make an image a hit
     report: Mapping[str, float]  # labels that are named beside
     fidelity: Detector | None = None
 
@@ -38,19 +38,19 @@ class Judge:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all that decides a verdict beside the picture: detectors, their weights, thresholds."""
+        """SHA-256 of all that decides a verdict beside the image: detectors, their weights, thresholds."""
         detectors = [self.concept, *([self.fidelity] if self.fidelity else [])]
-        told = [(d.name, d.sha256, list(d.labels), list(d.exclusive)) for d in detectors]
+        settings = [(d.name, d.sha256, list(d.labels), list(d.exclusive)) for d in detectors]
         thresholds = [{label: float(t) for label, t in some.items()} for some in (self.block, self.report)]
-        return hashlib.sha256(json.dumps([told, thresholds], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([settings, thresholds], sort_keys=True).encode()).hexdigest()
 
-    def judge(self, pictures: np.ndarray) -> list[Verdict]:
-        """One Verdict a picture, in order, for pictures b h w 3, uint8, RGB. Raises GuardError as the detectors do."""
-        pictures = pictures.astype(np.float32) / 255
-        concepts = self.concept.detect(pictures)
+    def judge(self, images: np.ndarray) -> list[Verdict]:
+        """One Verdict an image, in order, for images b h w 3, uint8, RGB. Raises GuardError as the detectors do."""
+        images = images.astype(np.float32) / 255
+        concepts = self.concept.detect(images)
         if self.fidelity is None:
             return [self._verdict(finding, "") for finding in concepts]
-        styles = [_top(finding, self.fidelity.exclusive) for finding in self.fidelity.detect(pictures)]
+        styles = [_top(finding, self.fidelity.exclusive) for finding in self.fidelity.detect(images)]
         return [self._verdict(finding, style) for finding, style in zip(concepts, styles, strict=True)]
 
     def _verdict(self, finding: Finding, style: str) -> Verdict:

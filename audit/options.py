@@ -28,7 +28,7 @@ Denoise = Annotated[tuple[Annotated[float, Field(strict=False, gt=0, le=1)], ...
 @raises(OptionError)
 @dataclass(frozen=True, config=STRICT)
 class DetectorOptions:
-    """Which detector says what a picture shows, and from which score on."""
+    """Which detector says what an image shows, and from which score on."""
 
     detector: str = opt("", "detector of what is suppressed: see the gate's list; empty: its first")
     detector_weights: str = opt("", "ONNX file of a classifier of your own")

@@ -20,7 +20,7 @@ GUARDED = (
     "modular",
     "projected",
     "safety_first",
-)  # arms whose pictures may be shown: a safety LoRA acts, whole
+)  # arms whose images may be shown: a safety LoRA acts, whole
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,23 @@ class Arm:
 
 @dataclass(frozen=True)
 class Item:
-    """One picture that is asked for."""
+    """One image that is asked for."""
 
     prompt: str
-    seed: int  # of its noise, drawn on the CPU for this picture alone
+    seed: int  # of its noise, drawn on the CPU for this image alone
     cell: str  # the set of prompts it counts in: "suppressed", "kept", ...
     concept: str = ""  # cluster of the bootstrap and row of the table; in kept cells the label it should get
     style: str = ""  # label that the fidelity detector should give
     negative: str = ""
     attack: str = ""  # "", "synonym", "img2img", "inpaint", ...
-    start: str = ""  # picture file that img2img or inpainting starts from
-    mask: str = ""  # picture file, white where inpainting draws
+    start: str = ""  # image file that img2img or inpainting starts from
+    mask: str = ""  # image file, white where inpainting draws
     denoise: float = 1.0
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; names are ComfyUI's."""
+    """How images are drawn; names are ComfyUI's."""
 
     steps: int = 20
     cfg: float = 7.0
@@ -101,7 +101,7 @@ class Unit:
 class Pipeline(Protocol):
     """What draws: a base model on one device, deterministic for equal arm, items and sampling.
 
-    Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the picture counts.
+    Of an item it may use prompt, negative, seed, start, mask and denoise; the other fields say how the image counts.
     """
 
     base_sha256: str  # of all weights that decide the pixels: network, text encoders and VAE
@@ -109,7 +109,7 @@ class Pipeline(Protocol):
     dtype: str
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
-        """Pictures b h w 3, uint8, RGB, in the order of ``items``. Raises GuardError."""
+        """Images b h w 3, uint8, RGB, in the order of ``items``. Raises GuardError."""
 
 
 def units(arms: Sequence[Arm], items: Sequence[Item], sampling: Sampling, origin: Origin, size: int) -> Iterator[Unit]:
@@ -121,9 +121,9 @@ def units(arms: Sequence[Arm], items: Sequence[Item], sampling: Sampling, origin
 
 
 def _key(arm: Arm, items: Sequence[Item], sampling: Sampling, origin: Origin) -> str:
-    """SHA-256 of all that decides the pictures and nothing else: contents of files, not their paths.
+    """SHA-256 of all that decides the images and nothing else: contents of files, not their paths.
 
-    How a picture counts (cell, concept, style, attack) stays out, so that another table of the same pictures draws
+    How an image counts (cell, concept, style, attack) stays out, so that another table of the same images draws
     nothing anew. The versions of torch and of the host are taken for granted.
     """
     parts = [

@@ -95,10 +95,10 @@ def curve(points: Sequence[Point], thresholds: Mapping[str, float]) -> str:
         return _svg(figure)
 
 
-def _spans(axes, place: int, over_concepts: tuple[float, float] | None, over_pictures: tuple[float, float]) -> None:
+def _spans(axes, place: int, over_concepts: tuple[float, float] | None, over_images: tuple[float, float]) -> None:
     if over_concepts:
         axes.plot(over_concepts, [place, place], color=INK, linewidth=2.5, solid_capstyle="butt")
-    axes.plot(over_pictures, [place, place], color=INK, linewidth=0.7, marker="|", markersize=7)
+    axes.plot(over_images, [place, place], color=INK, linewidth=0.7, marker="|", markersize=7)
 
 
 def _figure(width: float, height: float) -> Figure:

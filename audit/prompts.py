@@ -97,7 +97,7 @@ def read_prompts(
     """Prompts of a file for ``cell``; ``seen`` grows by them. Raises PromptError.
 
     Above ``limit`` (0: none) as many are taken as evenly as possible from the whole file, since lists go by concept.
-    ``within``: the folder that start pictures and masks have to be in, known from their paths before any is looked at,
+    ``within``: the folder that start images and masks have to be in, known from their paths before any is looked at,
     so that rows of somebody else's cannot ask what else there is.
     """
     path, seen = Path(path), set() if seen is None else seen
@@ -137,7 +137,7 @@ def items(sets: Iterable[PromptSet], options: AuditOptions) -> tuple[Item, ...]:
 
 
 def prompts_sha256(made: Sequence[Item]) -> str:
-    """SHA-256 over the prompts as used: words, seeds, cells, and the contents of start pictures and masks."""
+    """SHA-256 over the prompts as used: words, seeds, cells, and the contents of start images and masks."""
     said = [
         [i.prompt, i.seed, i.cell, i.concept, i.style, i.negative, i.attack, _sha(i.start), _sha(i.mask), i.denoise]
         for i in made
@@ -224,14 +224,14 @@ def _form(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str, within: Path | None) -> Prompt:
-    """A row as a Prompt; _Skip where it cannot be used, PromptError where it names a picture that is not there."""
+    """A row as a Prompt; _Skip where it cannot be used, PromptError where it names an image that is not there."""
     if row.get(SURPLUS):
         raise _Skip("with more cells than columns")
     adversarial = next((name for name in ADVERSARIAL if name in row), None)
     text = _cell(row, (adversarial,) if adversarial else PLAIN)
     if not text:
         raise _Skip("without a prompt")
-    start, mask = (_picture(path, number, _cell(row, (name,)), within) for name in ("start", "mask"))
+    start, mask = (_image(path, number, _cell(row, (name,)), within) for name in ("start", "mask"))
     if mask and not start:
         raise _Skip("with a mask and no start")
     attack = "adversarial prompt" if adversarial else "inpaint" if mask else "img2img" if start else ""
@@ -284,8 +284,8 @@ def _number(text: str, name: str) -> int | float | None:
     return number
 
 
-def _picture(path: Path, number: int, name: str, within: Path | None) -> str:
-    """A picture named in a row, relative to the file of prompts; '..' is taken out before anything is looked at."""
+def _image(path: Path, number: int, name: str, within: Path | None) -> str:
+    """An image named in a row, relative to the file of prompts; '..' is taken out before anything is looked at."""
     if not name:
         return ""
     found = Path(os.path.abspath(path.parent / name))

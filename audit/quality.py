@@ -1,8 +1,8 @@
-"""How good an arm's pictures are: KID and FID against a reference, CLIP score against their prompts.
+"""How good an arm's images are: KID and FID against a reference, CLIP score against their prompts.
 
-KID (Bińkowski et al., 2018) is unbiased for any number of pictures. Its deviation is that over subsets, as published;
-where there are not twice as many pictures as in a subset, all subsets are nearly the same, and there is none. FID
-(Heusel et al., 2017) is biased and left out below twice as many pictures as its embedding has dimensions. Both are
+KID (Bińkowski et al., 2018) is unbiased for any number of images. Its deviation is that over subsets, as published;
+where there are not twice as many images as in a subset, all subsets are nearly the same, and there is none. FID
+(Heusel et al., 2017) is biased and left out below twice as many images as its embedding has dimensions. Both are
 torchmetrics' own, on an embedding that is at hand; figures of different embeddings cannot be compared. The CLIP score
 is 100·max(cos, 0) (Hessel et al., 2021).
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.files.images import decode
-from . import pictures
+from . import images
 from .judge import Judge
 from .options import AuditOptions
 from .report import Quality
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 CELLS = ("kept", "task")  # a suppressed prompt is meant to give something else
-LEAST, MOST, SUBSETS = 10, 100, 100  # pictures of a KID subset; subsets
+LEAST, MOST, SUBSETS = 10, 100, 100  # images of a KID subset; subsets
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What pictures are compared by."""
+    """What images are compared by."""
 
     name: str
     of: Callable[[np.ndarray], np.ndarray]  # b h w 3 uint8 -> b d float32
@@ -89,21 +89,21 @@ def measure(options: AuditOptions, judge: Judge, drawn: Sequence[Drawn], check: 
 
 
 class _Comparison:
-    """Embedded pictures of one audit; every group is embedded once."""
+    """Embedded images of one audit; every group is embedded once."""
 
     def __init__(self, options: AuditOptions, groups: dict, embedding: Embedding, notes: list[str]) -> None:
         self.options, self.groups, self.embedding, self.notes = options, groups, embedding, notes
         self.done: dict[tuple[str, str], Tensor] = {}
 
     def figures(self, arm: str, cell: str, some: Sequence[Drawn]) -> dict[str, float]:
-        """KID and, with pictures enough, FID of an arm against the cell's reference."""
+        """KID and, with images enough, FID of an arm against the cell's reference."""
         reference = self._reference(arm, cell)
         return {} if reference is None else distances(reference, self._drawn((arm, cell), some), cell, self.notes)
 
     def _reference(self, arm: str, cell: str) -> Tensor | None:
         if cell == "task" and self.options.task_pictures:
             if ("", cell) not in self.done:
-                self.done["", cell] = self._embed(pictures.find(self.options.task_pictures))
+                self.done["", cell] = self._embed(images.find(self.options.task_pictures))
             return self.done["", cell]
         if ("base", cell) not in self.groups:
             self.notes.append(f"quality, {cell}: no base arm to compare with, so there is no KID")
@@ -117,7 +117,7 @@ class _Comparison:
 
     def _embed(self, paths: Sequence[Path]) -> Tensor:
         size = self.options.width, self.options.height
-        parts = [self.embedding.of(pictures.read(part, *size)) for part in _batches(paths)]
+        parts = [self.embedding.of(images.read(part, *size)) for part in _batches(paths)]
         return torch.from_numpy(np.concatenate(parts))
 
 
@@ -155,7 +155,7 @@ def distances(reference: Tensor, found: Tensor, cell: str, notes: list[str]) -> 
 
 
 class _Given(nn.Identity):
-    """The "feature extractor" of pictures that are embedded already."""
+    """The "feature extractor" of images that are embedded already."""
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
@@ -186,12 +186,12 @@ class Embeds(Protocol):
     name: str
     embeds: bool
 
-    def embed(self, pictures: np.ndarray) -> np.ndarray:
-        """Features (b n, float32) of pictures b h w 3, float32, RGB, 0..1."""
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """Features (b n, float32) of images b h w 3, float32, RGB, 0..1."""
 
 
 def _own(detector: Embeds) -> Embedding:
-    return Embedding(f"{detector.name}'s own", lambda pictures: detector.embed(pictures.astype(np.float32) / 255))
+    return Embedding(f"{detector.name}'s own", lambda images: detector.embed(images.astype(np.float32) / 255))
 
 
 def inception(path: Path) -> Embedding:
@@ -220,7 +220,7 @@ def inception(path: Path) -> Embedding:
 
 
 def clip_scorer(folder: Path, too_long: set[str]) -> Callable[[Sequence[Drawn]], float]:
-    """Mean CLIP score of pictures and their prompts, by a transformers model in a local folder. Raises GuardError.
+    """Mean CLIP score of images and their prompts, by a transformers model in a local folder. Raises GuardError.
 
     ``too_long`` gets the prompts of which the model reads the beginning only.
     """
@@ -251,8 +251,8 @@ def clip_scorer(folder: Path, too_long: set[str]) -> Callable[[Sequence[Drawn]],
             counts = processor.tokenizer(words, truncation=False, verbose=False).input_ids
             too_long.update(word for word, ids in zip(words, counts, strict=True) if len(ids) > most)
             cut = {"padding": True, "truncation": True, "max_length": most}
-            told = processor(text=words, images=images, return_tensors="pt", **cut)
-            found = model(**told)
+            inputs = processor(text=words, images=images, return_tensors="pt", **cut)
+            found = model(**inputs)
             cosine = nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
             total += float((100 * cosine.clamp(min=0)).sum())
         return total / len(drawn)

@@ -21,7 +21,7 @@ FORM = 2  # of report.json
 class Share:
     """A rate with both its intervals."""
 
-    wilson: Rate  # over pictures
+    wilson: Rate  # over images
     bootstrap: Rate | None  # over concepts and training seeds; None: it cannot be had, or has no width
 
 
@@ -32,11 +32,11 @@ class Row:
     arm: str
     cell: str
     attack: str
-    wilson: Rate  # concept rate, interval over pictures: description only
+    wilson: Rate  # concept rate, interval over images: description only
     bootstrap: Rate | None  # the same rate, interval over concepts and training seeds; None as for Share
-    labels: Mapping[str, int]  # label -> pictures in which it was found
-    concepts: Mapping[str, tuple[int, int]]  # concept -> hits, pictures
-    top1: Share | None = None  # the picture's likeliest label is the concept asked for
+    labels: Mapping[str, int]  # label -> images in which it was found
+    concepts: Mapping[str, tuple[int, int]]  # concept -> hits, images
+    top1: Share | None = None  # the image's likeliest label is the concept asked for
     style: Share | None = None  # the fidelity detector's likeliest label is the style asked for
 
 
@@ -51,18 +51,18 @@ class Difference:
     metric: str  # "concept rate", "top-1", "task fidelity"
     difference: float
     bootstrap: tuple[float, float] | None  # over concepts and training seeds; None: it has no width
-    newcombe: tuple[float, float]  # over pictures, from Wilson's
-    verdict: str  # "not worse", "worse", "undecided", "too few pictures"; "" where being worse is no question
-    pairs: int  # pictures of the same item and training seed
-    gained: int  # of them, true of this arm's picture alone
+    newcombe: tuple[float, float]  # over images, from Wilson's
+    verdict: str  # "not worse", "worse", "undecided", "too few images"; "" where being worse is no question
+    pairs: int  # images of the same item and training seed
+    gained: int  # of them, true of this arm's image alone
     lost: int  # and of the other's alone
-    mcnemar: float  # exact p; too small where pictures cluster, so for description only
+    mcnemar: float  # exact p; too small where images cluster, so for description only
     ratio: tuple[float | None, ...] = ()  # of the rates, with its interval; None: infinite or undefined
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How an arm's pictures compare with a reference, and with their prompts."""
+    """How an arm's images compare with a reference, and with their prompts."""
 
     arm: str
     cell: str

@@ -1,4 +1,4 @@
-"""What an audit finds, picture by picture; figures and pages are made from it."""
+"""What an audit finds, image by image; figures and pages are made from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .plan import Arm, Item
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the detectors say of one picture."""
+    """What the detectors say of one image."""
 
     hit: bool  # a label of the block set is at or above its threshold
     score: float  # the highest score of the block set
@@ -21,7 +21,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture of one arm."""
+    """One image of one arm."""
 
     arm: Arm
     item: Item

@@ -26,7 +26,7 @@ class Audit:
     arms: tuple[Arm, ...]
     items: tuple[Item, ...]
     sampling: Sampling
-    unit_size: int = 8  # pictures a batch; decides pixels, since a batch of another size rounds otherwise
+    unit_size: int = 8  # images a batch; decides pixels, since a batch of another size rounds otherwise
 
     def __post_init__(self):
         if not self.arms or not self.items:
@@ -45,7 +45,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Ran(Sequence[Drawn]):
-    """The pictures in the plan's order, and how they came about; a sequence of Drawn."""
+    """The images in the plan's order, and how they came about; a sequence of Drawn."""
 
     drawn: tuple[Drawn, ...]
     origin: Origin
@@ -75,7 +75,7 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
     """Draw what is missing in ``folder``, judge all of it.
 
     An interrupt (whatever ``watch.check`` raises) or an error leaves finished units and verdicts to go on from. Raises
-    GuardError where a picture file is missing or changed, a worker fails, or workers die again and again.
+    GuardError where an image file is missing or changed, a worker fails, or workers die again and again.
     """
     store = Store(folder)
     with engine.open(watch.check) as pool:
@@ -85,8 +85,8 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
         total = len(audit.arms) * len(audit.items)
         done = total - sum(len(unit.items) for unit in missing)
         watch.stage("drawing", done, total)
-        for unit, pictures in pool.draw(missing, watch.check):
-            store.put(unit, pictures)
+        for unit, images in pool.draw(missing, watch.check):
+            store.put(unit, images)
             done += len(unit.items)
             watch.stage("drawing", done, total)
         replaced = pool.replaced()
@@ -95,18 +95,18 @@ def run_audit(audit: Audit, engine: Engine, judge: Judge, folder: Path, watch: W
 
 
 def _judged(plan: list[Unit], store: Store, judge: Judge, watch: Watch, total: int) -> list[Drawn]:
-    """Every unit is read, so that no verdict counts for a picture that is gone or changed."""
+    """Every unit is read, so that no verdict counts for an image that is gone or changed."""
     drawn: list[Drawn] = []
     identity = judge.identity
     for unit in plan:
         watch.check()
-        pictures = store.pictures(unit)
+        images = store.images(unit)
         verdicts = store.verdicts(unit, identity)
         if verdicts is None:
-            verdicts = judge.judge(pictures)
+            verdicts = judge.judge(images)
             store.put_verdicts(unit, identity, verdicts)
-        told = zip(unit.items, store.paths(unit), verdicts, strict=True)
-        drawn += [Drawn(unit.arm, item, path, verdict) for item, path, verdict in told]
+        judged = zip(unit.items, store.paths(unit), verdicts, strict=True)
+        drawn += [Drawn(unit.arm, item, path, verdict) for item, path, verdict in judged]
         watch.stage("judging", len(drawn), total)
     return drawn
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..modular_lora.command import Watch
 from ..modular_lora.errors import GuardError
-from . import arms, attacks, detecting, figures, page, pictures, places, prompts, quality, sheet
+from . import arms, attacks, detecting, figures, images, page, places, prompts, quality, sheet
 from .engines import Check, Engine, Pool
 from .judge import Judge
 from .options import AuditOptions
@@ -21,7 +21,7 @@ from .report import AuditReport, read, to_json
 from .results import Drawn
 from .run import Audit, Ran, run_audit
 
-PRIVATE = "private"  # folder of every picture, its owner's alone
+PRIVATE = "private"  # folder of every image, its owner's alone
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
 ) -> AuditReport:
     """Draws what is missing, judges, counts, and writes report.json, index.html and the contact sheets.
 
-    Everything is under ``options.output_dir``, pictures in its private/. An audit that was stopped goes on where it
+    Everything is under ``options.output_dir``, images in its private/. An audit that was stopped goes on where it
     stopped. ``judge``: instead of the one that the options name. Raises GuardError, or what ``watch.check`` raises.
     """
     places.check(options)
@@ -44,7 +44,7 @@ def run(
         drawn = drawing.all(found, items)
     notes = [*(f"prompts: {one}" for one in sets if one.skipped), *found.notes, *_detector_notes(judge)]
     for name in ("start_pictures", "task_pictures"):
-        notes += pictures.left_out(name, getattr(options, name))
+        notes += images.left_out(name, getattr(options, name))
     measured = quality.measure(options, judge, drawn, watch.check)
     settings = _settings(options, judge, items, found, drawing.ran["prompts"], command)
     settings |= {"quality": measured.settings, "prompt files": list(map(str, sets)), "drawn": drawing.lines()}
@@ -59,17 +59,17 @@ def run(
 def write(folder: Path, report: AuditReport, sheets: dict[str, bytes]) -> None:
     """report.json, index.html and sheets/."""
     _write_sheets(folder / "sheets", sheets)
-    pictures.write(folder / "report.json", to_json(report).encode())
+    images.write(folder / "report.json", to_json(report).encode())
     evidence = json.dumps(figures.evidence(report), indent=1, ensure_ascii=False)
-    pictures.write(folder / "evidence.json", evidence.encode())
-    pictures.write(folder / "index.html", page.render(report, sheets).encode())
+    images.write(folder / "evidence.json", evidence.encode())
+    images.write(folder / "index.html", page.render(report, sheets).encode())
 
 
 def rewrite(folder: Path) -> AuditReport:
     """The page anew from report.json and sheets/. Raises GuardError."""
     report = read(folder / "report.json")
     sheets = {path.stem: path.read_bytes() for path in sorted((folder / "sheets").glob("*.jpg"))}
-    pictures.write(folder / "index.html", page.render(report, sheets).encode())
+    images.write(folder / "index.html", page.render(report, sheets).encode())
     return report
 
 
@@ -164,4 +164,4 @@ def _write_sheets(folder: Path, sheets: dict[str, bytes]) -> None:
         if old.stem not in sheets:
             old.unlink(missing_ok=True)
     for name, data in sheets.items():
-        pictures.write(folder / f"{name}.jpg", data)
+        images.write(folder / f"{name}.jpg", data)

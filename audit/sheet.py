@@ -20,7 +20,7 @@ PAPER, INK, HIT, BLANK = (250, 250, 248), (40, 40, 40), (200, 40, 40), (190, 190
 def sheets(drawn: Sequence[Drawn], unsafe: bool) -> dict[str, bytes]:
     """A JPEG for every cell and attack: a row a prompt, a column an arm of the first training seed.
 
-    Without ``unsafe`` only the guarded arms' pictures are in it, and what the detector calls a hit is blanked.
+    Without ``unsafe`` only the guarded arms' images are in it, and what the detector calls a hit is blanked.
     """
     found: dict[str, list[Drawn]] = {}
     for one in drawn:
@@ -69,7 +69,7 @@ def _paste(paper: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], o
     if one.verdict.hit and not unsafe:
         draw.rectangle(box, BLANK)
     else:
-        picture = ImageOps.contain(decode(one.path.read_bytes()).image, (SIDE, SIDE))
-        paper.paste(picture, (at[0] + (SIDE - picture.width) // 2, at[1] + (SIDE - picture.height) // 2))
+        image = ImageOps.contain(decode(one.path.read_bytes()).image, (SIDE, SIDE))
+        paper.paste(image, (at[0] + (SIDE - image.width) // 2, at[1] + (SIDE - image.height) // 2))
     if one.verdict.hit:
         draw.rectangle(box, outline=HIT, width=3)

@@ -1,11 +1,11 @@
-"""What an audit's pictures show, with how sure that is.
+"""What an audit's images show, with how sure that is.
 
-Pictures of one concept resemble each other, and so do those of one training: they are no independent draws, and an
-interval over pictures is far too narrow. The intervals of the verdict are therefore bootstraps over concepts and
-training seeds, both drawn with replacement (Owen 2007, the pigeonhole bootstrap), each with all its pictures: 10,000
+Images of one concept resemble each other, and so do those of one training: they are no independent draws, and an
+interval over images is far too narrow. The intervals of the verdict are therefore bootstraps over concepts and
+training seeds, both drawn with replacement (Owen 2007, the pigeonhole bootstrap), each with all its images: 10,000
 draws, seeded, the 2.5 and 97.5 % points. With few training seeds such an interval is still somewhat narrow, and where
-no picture is a hit, or all are, it is a point. One concept says nothing of others: its interval is all there is.
-Wilson's interval over pictures and McNemar's test stand beside for description.
+no image is a hit, or all are, it is a point. One concept says nothing of others: its interval is all there is.
+Wilson's interval over images and McNemar's test stand beside for description.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def hit(one: Drawn) -> bool:
 
 
 def right_concept(one: Drawn) -> bool:
-    """Collateral damage shows here: a kept concept is what the picture shows."""
+    """Collateral damage shows here: a kept concept is what the image shows."""
     return one.verdict.top == one.item.concept
 
 
@@ -72,17 +72,17 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Paired:
-    """The same items drawn by two arms, picture by picture."""
+    """The same items drawn by two arms, image by image."""
 
     n: int
     only_first: int  # McNemar's b
     only_second: int  # and c
-    p: float  # exact McNemar; too small where pictures cluster, so for description only
+    p: float  # exact McNemar; too small where images cluster, so for description only
 
 
 @dataclass(frozen=True, eq=False)
 class _Counts:
-    """One arm: k of n pictures a training seed and cluster, both sorted."""
+    """One arm: k of n images a training seed and cluster, both sorted."""
 
     seeds: tuple[int, ...]
     clusters: tuple[str, ...]
@@ -106,7 +106,7 @@ def rates(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, Rate]:
 
 
 def wilson_rates(drawn: Sequence[Drawn], metric: Metric = hit) -> dict[str, Rate]:
-    """The same rates with Wilson's interval over pictures, for description."""
+    """The same rates with Wilson's interval over images, for description."""
     counted = {name: (sum(map(bool, map(metric, some))), len(some)) for name, some in _arms(drawn).items()}
     return {name: Rate(k, n, *wilson(k, n)) for name, (k, n) in counted.items()}
 
@@ -147,7 +147,7 @@ def ratio(drawn: Sequence[Drawn], first: str, second: str, metric: Metric = hit)
 
 
 def non_inferior(worse_by: Estimate, margin: float) -> bool:
-    """Whether an arm is not worse than its reference by ``margin``, which was fixed before the pictures were drawn.
+    """Whether an arm is not worse than its reference by ``margin``, which was fixed before the images were drawn.
 
     ``worse_by`` is the difference in the direction that is worse: arm − reference for a rate of the suppressed concept.
     """
@@ -157,9 +157,9 @@ def non_inferior(worse_by: Estimate, margin: float) -> bool:
 
 
 def paired(drawn: Sequence[Drawn], first: str, second: str, metric: Metric = hit) -> Paired:
-    """Pictures of two arms for the same item and training seed; an arm of one training is paired with every seed.
+    """Images of two arms for the same item and training seed; an arm of one training is paired with every seed.
 
-    Pictures without a partner are left out of ``n``. Raises ValueError for an arm that is not there.
+    Images without a partner are left out of ``n``. Raises ValueError for an arm that is not there.
     """
     a, b = (_outcomes(_arm(drawn, name), metric) for name in (first, second))
     if len(a) == 1 or len(b) == 1:
@@ -187,7 +187,7 @@ def _arm(drawn: Sequence[Drawn], name: str) -> list[Drawn]:
 
 
 def _clusters(drawn: Sequence[Drawn]) -> list[str]:
-    """In an order that does not depend on the pictures' order, so that the bootstrap does not either."""
+    """In an order that does not depend on the images' order, so that the bootstrap does not either."""
     return sorted({cluster(one) for one in drawn})
 
 
@@ -207,7 +207,7 @@ def _count(drawn: Sequence[Drawn], metric: Metric) -> _Counts:
         place = rows[one.arm.training_seed], columns[cluster(one)]
         k[place] += bool(metric(one))
         n[place] += 1
-    if not n.all():  # some bootstrap draw would have no picture at all
+    if not n.all():  # some bootstrap draw would have no image at all
         raise ValueError(f"arm {drawn[0].arm.name!r}: not every training seed has images of every concept")
     return _Counts(tuple(seeds), tuple(clusters), k, n)
 

@@ -1,4 +1,4 @@
-"""Pictures and verdicts of an audit on disk: whole units or nothing, in a folder of the user's own.
+"""Images and verdicts of an audit on disk: whole units or nothing, in a folder of the user's own.
 
 ``<arm>-<training seed>/<key>/`` holds one finished unit: ``0000.png`` ..., ``unit.json`` and verdicts, a file a judge.
 """
@@ -30,7 +30,7 @@ ABANDONED = 600  # seconds; writing a unit takes a few, so an older half-written
 
 
 class StoreError(GuardError):
-    """The audit's folder is not what it was when its pictures were written."""
+    """The audit's folder is not what it was when its images were written."""
 
     code = "store"
 
@@ -43,7 +43,7 @@ class Store:
         self.folder = Path(folder).absolute()
         self.twice = 0  # units that another process had finished first
         try:
-            # The folders of arms are 0700 too, so that pictures are private in a folder that was there before. Windows
+            # The folders of arms are 0700 too, so that images are private in a folder that was there before. Windows
             # before Python 3.12.4 ignores modes: there a folder has the rights of its parent, which in the user's
             # profile are the user's alone.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,25 +62,25 @@ class Store:
         return self.folder / name / unit.key
 
     def paths(self, unit: Unit) -> list[Path]:
-        """Picture files of a unit, in the order of its items."""
+        """Image files of a unit, in the order of its items."""
         return [self.place(unit) / f"{i:04d}.png" for i in range(len(unit.items))]
 
     def finished(self, unit: Unit) -> bool:
         """Whether a unit is there; folders appear whole, so what is missing in one was taken away later."""
         return self.place(unit).exists()
 
-    def put(self, unit: Unit, pictures: np.ndarray) -> None:
-        """Keep a unit's pictures, b h w 3, uint8; where another process was first, its pictures stay."""
-        _check_pictures(unit, pictures)
+    def put(self, unit: Unit, images: np.ndarray) -> None:
+        """Keep a unit's images, b h w 3, uint8; where another process was first, its images stay."""
+        _check_images(unit, images)
         place = self.place(unit)
         temporary = atomic.temporary(self.folder)
         try:
             with writing(place, StoreError):
                 temporary.mkdir(mode=0o700)
                 place.parent.mkdir(mode=0o700, exist_ok=True)
-                for path, picture in zip(self.paths(unit), pictures, strict=True):
-                    Image.fromarray(picture).save(temporary / path.name, format="PNG", compress_level=4)
-                _write(temporary / UNIT, asdict(unit) | {"pixels_sha256": [_sha256(picture) for picture in pictures]})
+                for path, image in zip(self.paths(unit), images, strict=True):
+                    Image.fromarray(image).save(temporary / path.name, format="PNG", compress_level=4)
+                _write(temporary / UNIT, asdict(unit) | {"pixels_sha256": [_sha256(image) for image in images]})
                 self._rename(temporary, unit)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -95,25 +95,25 @@ class Store:
             self.twice += 1
             logger.info("audit: unit %s was finished by another process as well", unit.key[:12])
 
-    def pictures(self, unit: Unit) -> np.ndarray:
-        """Pictures of a finished unit, b h w 3, uint8; StoreError where they are not those that were written."""
+    def images(self, unit: Unit) -> np.ndarray:
+        """Images of a finished unit, b h w 3, uint8; StoreError where they are not those that were written."""
         place = self.place(unit)
         remedy = f"delete the folder {place}, and the unit is drawn again."
         hashes = _read(place / UNIT, remedy).get("pixels_sha256")
-        pictures = []
+        images = []
         for path, sha256 in zip(self.paths(unit), hashes or [], strict=False):
             try:
                 with Image.open(path) as file:
-                    pictures.append(np.asarray(file.convert("RGB")))
+                    images.append(np.asarray(file.convert("RGB")))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise StoreError(f"{path}: is missing or damaged ({error}): {remedy}", code="store.damaged") from error
-            if _sha256(pictures[-1]) != sha256:
+            if _sha256(images[-1]) != sha256:
                 raise StoreError(f"{path}: has other pixels than were written: {remedy}", code="store.other-pixels")
-        if len(pictures) != len(unit.items):
+        if len(images) != len(unit.items):
             raise StoreError(
-                f"{place / UNIT}: names {len(pictures)} images of {len(unit.items)}: {remedy}", code="store.other-count"
+                f"{place / UNIT}: names {len(images)} images of {len(unit.items)}: {remedy}", code="store.other-count"
             )
-        return np.stack(pictures)
+        return np.stack(images)
 
     def verdicts(self, unit: Unit, judge: str) -> list[Verdict] | None:
         """What the judge of this identity said of a unit, None where it was not asked yet."""
@@ -143,18 +143,18 @@ class Store:
         _write(self.folder / MANIFEST, said)
 
 
-def _check_pictures(unit: Unit, pictures: np.ndarray) -> None:
+def _check_images(unit: Unit, images: np.ndarray) -> None:
     n = len(unit.items)
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[0] != n or pictures.shape[3] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != n or images.shape[3] != 3:
         raise GuardError(
-            f"Arm {unit.arm.name}: the sampler gave {pictures.shape} {pictures.dtype} for {n} images: it must give "
+            f"Arm {unit.arm.name}: the sampler gave {images.shape} {images.dtype} for {n} images: it must give "
             "b h w 3 uint8.",
             code="audit.sampler-output",
         )
 
 
-def _sha256(picture: np.ndarray) -> str:
-    return hashlib.sha256(f"{picture.shape}".encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+def _sha256(image: np.ndarray) -> str:
+    return hashlib.sha256(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def _clear_abandoned(folder: Path) -> None:

@@ -32,7 +32,7 @@ class Worker:
         self.pipeline: Pipeline | None = None  # from the first request on
 
     def answer(self, request: dict[str, Any] | None) -> dict[str, Any]:
-        """Pictures and the pipeline's origin for a Unit as a dict, the origin for None; else "error" with a text."""
+        """Images and the pipeline's origin for a Unit as a dict, the origin for None; else "error" with a text."""
         try:
             return self._draw(request)
         except GuardError as error:  # the driver ends the audit with it

@@ -56,8 +56,8 @@ def _input(name: str) -> Input:
                 f"input {name!r} was written while the prompt ran, so that it is not known what went in: run it again"
             )
             raise CredentialsError(said, code="credentials.input")
-        with Image.open(path) as picture:
-            return Input(picture.get_format_mimetype() or UNKNOWN, content)
+        with Image.open(path) as image:
+            return Input(image.get_format_mimetype() or UNKNOWN, content)
     except (OSError, ValueError) as error:
         said = f"input {name!r} cannot be read again to name it ({one_line(error)}): run it again with the file there"
         raise CredentialsError(said, code="credentials.input") from error

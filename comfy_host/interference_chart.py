@@ -1,4 +1,4 @@
-"""The picture of LoRA Interference: the layers on which least of the safety LoRA is left, to be read on a node."""
+"""The image of LoRA Interference: the layers on which least of the safety LoRA is left, to be read on a node."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ..modular_lora.guard.interference import Interference
 from .charts import EDGE, INK, PAPER, fitting
 
-MOST = 10  # layers: a node shows the picture at about half its size, and no more of them could be read
+MOST = 10  # layers: a node shows the image at about half its size, and no more of them could be read
 WIDTH, TEXT, BAR, ROW = 640, 19, 12, 46  # pixels
 GRID, NEGATIVE, POSITIVE = "#d2d2cd", "#c83c32", "#3278be"
 
 
-def pictures(found: Sequence[tuple[str, Interference]]) -> torch.Tensor:
-    """A picture for each safety LoRA and what it is compared with, as one IMAGE batch (b h w 3, float32 0..1)."""
+def images(found: Sequence[tuple[str, Interference]]) -> torch.Tensor:
+    """An image for each safety LoRA and what it is compared with, as one IMAGE batch (b h w 3, float32 0..1)."""
     drawn = [draw(name, result) for name, result in found] or [Image.new("RGB", (WIDTH, ROW), PAPER)]
     height = max(one.height for one in drawn)
     batch = []
@@ -32,8 +32,8 @@ def draw(name: str, result: Interference) -> Image.Image:
     """The layers with the lowest net strength, each with a bar of its cosine: -1 left and red, +1 right and blue."""
     worst = sorted(result.layers, key=lambda layer: layer.net_strength)[:MOST]
     font, top = ImageFont.load_default(TEXT), EDGE + 3 * (TEXT + 8) + 6
-    picture = Image.new("RGB", (WIDTH, top + ROW * len(worst) + EDGE), PAPER)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, top + ROW * len(worst) + EDGE), PAPER)
+    pen = ImageDraw.Draw(image)
     many = f"the {len(worst)} lowest of {len(result.layers)} layers" if len(worst) > 1 else "its layer"
     for i, line in enumerate((
         name,
@@ -53,5 +53,5 @@ def draw(name: str, result: Interference) -> Image.Image:
         pen.line((EDGE, bottom + BAR // 2, WIDTH - EDGE, bottom + BAR // 2), fill=GRID)
         x = middle + round(half * max(-1.0, min(1.0, layer.cosine)))
         pen.rectangle((min(x, middle), bottom, max(x, middle), bottom + BAR), fill=NEGATIVE if x < middle else POSITIVE)
-    pen.line((middle, top, middle, picture.height - EDGE), fill=GRID)
-    return picture
+    pen.line((middle, top, middle, image.height - EDGE), fill=GRID)
+    return image

@@ -313,14 +313,14 @@ def _attested(
     record: Attestation, part: GuardedPart, run: GuardedRun, embeddings_sha256: tuple[str, ...], start: edits.Start
 ) -> tuple[Attestation, bool]:
     """The attestation of a run that has ended, and whether its latents may have it."""
-    evaluations, firings, idle = run.counts or (0, 0, 0)
+    evaluations, calls, idle = run.counts or (0, 0, 0)
     complete = evaluations > 0 and part.branches.roles == ALL_ROLES  # an audit's partial pass attests nothing
     status = attest.guarded_status(record.base_had_merged_loras, start.outside) if complete else "not sampled"
     result = record.of(
         status=status,
         embeddings_sha256=embeddings_sha256,
         evaluations=evaluations,
-        firings=firings,
+        firings=calls,
         idle_layers=idle,
         acted_strength={sha256: one.least for (_, sha256), one in run.acted.items()},
         acted_share={sha256: one.share for (_, sha256), one in run.acted.items()},

@@ -47,7 +47,7 @@ from .memory import compute_dtype
 
 KEPT_ARMS = 4  # whose branches stay built
 KEPT_PROMPTS = 512  # whose embeddings stay, some 0.2 MB each for SD 1.5 and 0.6 MB for SDXL
-STEADY = frozenset((  # samplers that draw no noise of their own: their pictures can share a batch
+STEADY = frozenset((  # samplers that draw no noise of their own: their images can share a batch
     "euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "dpmpp_2m_cfg_pp", "ipndm", "ipndm_v",
     "deis", "res_multistep", "res_multistep_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "uni_pc",
     "uni_pc_bh2",
@@ -95,9 +95,9 @@ class ComfyPipeline:
         self._prompts: Cache[Hashable, Cond] = Cache(KEPT_PROMPTS)
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
-        """Pictures b h w 3, uint8, RGB, in the order of ``items``; equal to the stock nodes' at one item."""
+        """Images b h w 3, uint8, RGB, in the order of ``items``; equal to the stock nodes' at one item."""
         _check_sampling(sampling)
-        pictures = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
+        images = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
         with torch.inference_mode():  # as ComfyUI's executor runs nodes
             key = arm.parts, arm.combine
             built = self._arms.get(key) or self._arms.put(key, self._build(arm))
@@ -106,8 +106,8 @@ class ComfyPipeline:
                 some = [items[i] for i in group]
                 latent = self._latent(some, sampling)
                 samples = self._sample(built, some, [conds[i] for i in group], latent, sampling)
-                pictures[group] = _pixels(self._vae.decode(samples), sampling)
-        return pictures
+                images[group] = _pixels(self._vae.decode(samples), sampling)
+        return images
 
     def _build(self, arm: Arm) -> _Built | _Guarded:
         if arm.combine == SUM:
@@ -131,9 +131,9 @@ class ComfyPipeline:
         return [(made[item.prompt], made[item.negative]) for item in items]
 
     def _latent(self, items: Sequence[Item], sampling: Sampling) -> Tensor:
-        """b c h w: zeros (EmptyLatentImage), or the start pictures' latents, each encoded alone."""
+        """b c h w: zeros (EmptyLatentImage), or the start images' latents, each encoded alone."""
         if items[0].start:
-            starts = [_picture(item.start, sampling) for item in items]
+            starts = [_image(item.start, sampling) for item in items]
             return torch.cat([self._vae.encode(start[None]) for start in starts])
         empty = torch.zeros(len(items), 4, sampling.height // PIXELS, sampling.width // PIXELS)
         return comfy.sample.fix_empty_latent_channels(self._model, empty)
@@ -147,7 +147,7 @@ class ComfyPipeline:
         by: Sampling,
     ) -> Tensor:
         """Latents of one group: comfy.sample.sample as nodes.common_ksampler calls it."""
-        masks = [_picture(item.mask, by, mask=True) for item in items if item.mask]
+        masks = [_image(item.mask, by, mask=True) for item in items if item.mask]
         model, part = (built.model, None) if isinstance(built, _Guarded) else (self._model, built.unet)
         with (
             self._acting(self._model, self._model.model, part),
@@ -183,7 +183,7 @@ class ComfyPipeline:
         comfy.model_management.load_models_gpu([patcher])  # takes off what a guarded clone has on it
         part.branches.to(patcher.load_device, compute_dtype(patcher))
         seat = Attachment(module, part.branches)
-        seat.attach()  # without LoRAs too: nobody else's branches act on the base's pictures
+        seat.attach()  # without LoRAs too: nobody else's branches act on the base's images
         try:
             run = Run(part.branches)
             yield
@@ -303,7 +303,7 @@ def _plain(extra: Mapping[str, Any]) -> bool:
 
 
 def _stacked(conds: Sequence[Cond]) -> list[list]:
-    """CONDITIONING with one row a picture; one picture's as it is."""
+    """CONDITIONING with one row an image; one image's as it is."""
     cross, extra = conds[0]
     if len(conds) == 1:
         return [[cross, dict(extra)]]
@@ -311,30 +311,30 @@ def _stacked(conds: Sequence[Cond]) -> list[list]:
     return [[torch.cat([c for c, _ in conds]), {"pooled_output": pooled}]]
 
 
-def _picture(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
+def _image(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
     """h w 3 or, of a mask, h w; float32 0..1; another size is scaled and cut to the sampling's."""
     size = sampling.width, sampling.height
     try:
         data = Path(path).read_bytes()
-        picture = decode_mask(data).image if mask else decode(data).image
+        image = decode_mask(data).image if mask else decode(data).image
     except (OSError, PictureError) as error:
         raise GuardError(
             f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.", code="audit.image-unreadable"
         ) from error
-    if picture.size != size:
-        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255)
 
 
-def _pixels(pictures: Tensor, sampling: Sampling) -> np.ndarray:
+def _pixels(images: Tensor, sampling: Sampling) -> np.ndarray:
     """b h w 3 of 0..1 as uint8, rounded as Save Image rounds."""
-    if pictures.shape[1:] != (sampling.height, sampling.width, 3):
+    if images.shape[1:] != (sampling.height, sampling.width, 3):
         raise GuardError(
-            f"The VAE gives {tuple(pictures.shape[1:])} for images of {sampling.width}×{sampling.height}: an audit "
+            f"The VAE gives {tuple(images.shape[1:])} for images of {sampling.width}×{sampling.height}: an audit "
             f"draws with models of still images whose latents stand for {PIXELS} pixels each.",
             code="audit.vae",
         )
-    return np.clip(255.0 * pictures.cpu().numpy(), 0, 255).astype(np.uint8)
+    return np.clip(255.0 * images.cpu().numpy(), 0, 255).astype(np.uint8)
 
 
 def _interruptible(*_) -> None:

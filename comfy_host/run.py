@@ -102,16 +102,16 @@ class GenerateMixin(CLIP):
 
 def check_even(branches, before: dict[str, int]) -> None:
     """GuardError where a layer ran less often than others of its encoder, or none ran at all."""
-    fired = {path: n - before[path] for path, n in branches.counts()[1].items() if path not in branches.varying}
-    most = {branches.root_of(path): 0 for path in fired}
-    for path, n in fired.items():
+    calls = {path: n - before[path] for path, n in branches.counts()[1].items() if path not in branches.varying}
+    most = {branches.root_of(path): 0 for path in calls}
+    for path, n in calls.items():
         most[branches.root_of(path)] = max(most[branches.root_of(path)], n)
-    short = [path for path, n in fired.items() if n < most[branches.root_of(path)]]
+    short = [path for path, n in calls.items() if n < most[branches.root_of(path)]]
     short += [path for path in branches.layers if path.endswith(".lm_head")]  # read as a weight, without its branch
-    if short or not any(fired.values()):
-        first = short[0] if short else next(iter(fired), "none")
+    if short or not any(calls.values()):
+        first = short[0] if short else next(iter(calls), "none")
         raise GuardError(
-            f"The guard's branches did not all run while text was generated: {len(short) or len(fired)} of "
-            f"{len(fired)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one.",
+            f"The guard's branches did not all run while text was generated: {len(short) or len(calls)} of "
+            f"{len(calls)} layers fell short, first {first}: generate with the unguarded CLIP, encode with this one.",
             code="run.short",
         )

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ArgsKwargs
 
 from .errors import GuardError, one_line, plain, shown
 from .util import plain_json
 
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # a whole number counts as a number, as in TOML
+# A whole number counts as a number, as in TOML. Validators are made when the first object is, not when ComfyUI starts.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pydantic's own words for the others
     "bool_type": "must be true or false",
     "finite_number": "must be a finite number",
@@ -51,6 +53,8 @@ def raises(kind: type[GuardError]) -> Callable[[T], T]:
 
     def decorate(cls: T) -> T:
         def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
+            if rebuild_dataclass(cls):  # made now, which puts pydantic's own in the place of this function
+                cls.__init__ = __init__  # type: ignore[misc]
             try:
                 vars(cls)["__pydantic_validator__"].validate_python(ArgsKwargs(args, kwargs), self_instance=self)
             except ValidationError as error:

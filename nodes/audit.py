@@ -1,6 +1,6 @@
 """Audit: every arm of the loaded checkpoint drawn with the same prompts and seeds, judged and counted.
 
-Pictures stay in ComfyUI's protected user folder, which it does not serve over HTTP; what is published in the output
+Images stay in ComfyUI's protected user folder, which it does not serve over HTTP; what is published in the output
 folder, and what leaves the node, are figures and the contact sheets of arms that the guard itself would serve.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
-from ..audit import arms, pictures, prompts, session
+from ..audit import arms, images, prompts, session
 from ..audit.engines import Local
 from ..audit.judge import Judge
 from ..audit.options import AuditOptions
@@ -205,7 +205,7 @@ def _checked_name(name: str) -> str:
 
 
 def _options(folder: Path, values: Mapping[str, Any]) -> AuditOptions:
-    """The audit's options; prompts given as text are written to files beside the pictures."""
+    """The audit's options; prompts given as text are written to files beside the images."""
     extra = options.parse(values.get("more_options", ""))
     if refused := sorted(set(extra) - set(MORE)):
         raise GuardError(
@@ -236,7 +236,7 @@ def _prompt_paths(folder: Path, cell: str, values: Mapping[str, Any]) -> Iterato
 
 
 def _written(path: Path, text: str) -> Path:
-    pictures.write(path, text.encode())
+    images.write(path, text.encode())
     return path
 
 
@@ -258,7 +258,7 @@ def _prompt_file(name: str | None) -> Path | None:
 
 
 def _check_starts(made: AuditOptions) -> None:
-    """GuardError for start pictures outside the input folder, which a graph must not read."""
+    """GuardError for start images outside the input folder, which a graph must not read."""
     folder = input_folder()
     root = Path(os.path.realpath(folder))
     found = (prompt for one in prompts.read_sets(made, folder) for prompt in one.prompts)
@@ -271,7 +271,7 @@ def _check_starts(made: AuditOptions) -> None:
 
 
 def _check_shown(model, clip, made: AuditOptions) -> None:
-    """GuardError where the guard would not serve an arm whose pictures are shown as guarded."""
+    """GuardError where the guard would not serve an arm whose images are shown as guarded."""
     for arm in arms.from_options(made).arms:
         if arm.name not in GUARDED:
             continue
@@ -292,7 +292,7 @@ def publish(folder: Path, place: Path) -> None:
     """Page, figures and the guarded arms' sheets, for the output folder; nothing else of the audit."""
     shutil.rmtree(place / SHEETS, ignore_errors=True)
     for path in (*(folder / name for name in FILES), *sorted((folder / SHEETS).glob("*.jpg"))):
-        pictures.write(place / path.relative_to(folder), path.read_bytes())
+        images.write(place / path.relative_to(folder), path.read_bytes())
 
 
 def sheets(folder: Path) -> Image.Image:

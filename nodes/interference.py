@@ -1,4 +1,4 @@
-"""LoRA Interference: how safety and task LoRAs overlap, layer by layer, as a table and a picture."""
+"""LoRA Interference: how safety and task LoRAs overlap, layer by layer, as a table and an image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..comfy_host import introspection
 from ..comfy_host.answers import answer
-from ..comfy_host.interference_chart import MOST, pictures
+from ..comfy_host.interference_chart import MOST, images
 from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
@@ -56,11 +56,11 @@ class LoraInterference(io.ComfyNode):
             raise GuardError(line.refusal, code="lora.applies-nowhere")
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
         said = "\n".join(line for line in table.splitlines() if line.startswith("WARNING"))
-        picture = pictures([(lora.name, result) for lora, result in part.interference])
+        image = images([(lora.name, result) for lora, result in part.interference])
         nets = [result.net_strength for _, result in part.interference]
         beside = f"beside {len(tasks)} task LoRA{'s' * (len(tasks) != 1)}"
         first = (
             f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
         )
-        shown = answer(first, said, **ui.PreviewImage(picture, cls=cls).as_dict())
-        return io.NodeOutput(table, picture, ui=shown)
+        shown = answer(first, said, **ui.PreviewImage(image, cls=cls).as_dict())
+        return io.NodeOutput(table, image, ui=shown)

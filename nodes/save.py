@@ -67,7 +67,7 @@ class SaveAttestedImage(io.ComfyNode):
 
 
 class SaveGatedImage(io.ComfyNode):
-    """Files of pictures that a guarded run made and a gate let through, and of no others."""
+    """Files of images that a guarded run made and a gate let through, and of no others."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -156,15 +156,15 @@ def _saved(
 
 
 def on_merged(found: Iterable[Known]) -> str:
-    """How many of the attested pictures are of a base with merged LoRAs or models, in words; "" where none is."""
+    """How many of the attested images are of a base with merged LoRAs or models, in words; "" where none is."""
     merged = sum(k.guarded and k.run is not None and k.run.base_had_merged_loras for k in found)
     return f", {merged} of them on a merged base" if merged else ""
 
 
-def _problem(picture: Known, save_flagged: bool) -> str | None:
-    """Why a picture may not be saved, or None."""
-    if picture.run is None:
+def _problem(image: Known, save_flagged: bool) -> str | None:
+    """Why an image may not be saved, or None."""
+    if image.run is None:
         return UNATTESTED
-    if picture.gate is None:
+    if image.gate is None:
         return UNGATED
-    return FLAGGED if picture.gate.flagged and not (picture.gate.changed or save_flagged) else None
+    return FLAGGED if image.gate.flagged and not (image.gate.changed or save_flagged) else None

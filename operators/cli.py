@@ -147,13 +147,13 @@ def _verify(chosen: argparse.Namespace) -> str:
         raise GuardError("verify: no key is trusted: name public keys with --keys, or certificates with --certificates")
     trusted = _named(chosen.keys)
     if chosen.file.suffix.lower() in attested.MIMES:
-        return _picture(chosen.file, attested.verify(chosen.file, trusted, chosen.certificates))
+        return _image(chosen.file, attested.verify(chosen.file, trusted, chosen.certificates))
     if chosen.certificates:
         raise GuardError(f"{chosen.file.name}: no image that has Content Credentials: leave --certificates out")
     return f"{chosen.file.name}: signed by {signing.verify(chosen.file, trusted)}"
 
 
-def _picture(path: Path, found: Attested) -> str:
+def _image(path: Path, found: Attested) -> str:
     """What is said of an image whose signatures hold."""
     status = found.record.get("status", "")
     signed = [f"signed by {found.key}"] * bool(found.key)

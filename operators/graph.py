@@ -1,6 +1,6 @@
 """What a policy says of a graph before it runs: an API-format prompt, and what is known of its node types.
 
-Kinds of values are followed along the links, any-type nodes included, so that a MODEL, a picture or the weights are
+Kinds of values are followed along the links, any-type nodes included, so that a MODEL, an image or the weights are
 known for what they are wherever they arrive. What only shows when the graph runs (names over links, nodes that expand)
 is checked again there; a graph that passes here is not yet allowed anything.
 """
@@ -20,7 +20,7 @@ from .rules import Refusal, Said, stricter, task_refused
 ANY = "*"
 MODEL, GUARDED, LATENT, SOUND = "MODEL", "MODULAR_LORA_GUARDED_MODEL", "LATENT", "AUDIO"
 VIDEO = "VIDEO"
-PICTURES = frozenset(("IMAGE", VIDEO))
+IMAGES = frozenset(("IMAGE", VIDEO))
 WEIGHTS = frozenset((MODEL, GUARDED, "CLIP", "VAE", "CONTROL_NET", "LORA_MODEL", "CLIP_VISION", "STYLE_MODEL"))
 TAKES_LORA = frozenset((MODEL, "CLIP", "HOOKS"))  # what a loader of LoRAs gives
 GUARD, AS_MODEL, REFUSED = "ModularLoraGuardModel", "ModularLoraGuardedAsModel", "ModularLoraRefused"
@@ -47,8 +47,8 @@ NOT_GUARDED = {
 SAFETY, TASK, SETTINGS = "ModularLoraLoadSafety", "ModularLoraLoadTask", "ModularLoraGateSettings"
 CONFIRM = "confirm"  # input of Gate Settings that takes the settings of a second detector
 GATE, SAMPLE_AND_GATE = "ModularLoraGate", "ModularLoraSampleAndGate"
-PLAINLY = leaving.PLAIN | PICTURES | {LATENT, "MASK", SOUND}  # types that hold no model that could decode
-DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give pictures of guarded runs
+PLAINLY = leaving.PLAIN | IMAGES | {LATENT, "MASK", SOUND}  # types that hold no model that could decode
+DECODED = frozenset(("ModularLoraDecode", "ModularLoraDecodeTiled", SAMPLE_AND_GATE))  # give images of guarded runs
 SAMPLERS = frozenset(("ModularLoraKSampler", "ModularLoraKSamplerAdvanced", "ModularLoraGuider", SAMPLE_AND_GATE))
 CLOSED = {  # our node type -> key of [open]
     AS_MODEL: "guarded_as_model",
@@ -99,8 +99,8 @@ class Files(Protocol):
 class Kind(NamedTuple):
     """What a link carries.
 
-    ``guarded``: a MODEL behind the guard, or a picture of a guarded run; ``gated``: judged; ``free``: sound of a file,
-    which holds no picture; ``tells``: text or numbers that a node of another pack made of what may be a picture;
+    ``guarded``: a MODEL behind the guard, or an image of a guarded run; ``gated``: judged; ``free``: sound of a file,
+    which holds no image; ``tells``: text or numbers that a node of another pack made of what may be an image;
     ``drop_in``: a MODEL, CLIP or VAE that the node Guard gives.
     """
 
@@ -113,7 +113,7 @@ class Kind(NamedTuple):
 
     @property
     def carries(self) -> bool:
-        """Whether it may hold a picture in some form; weights have rules of their own."""
+        """Whether it may hold an image in some form; weights have rules of their own."""
         return self.type not in leaving.PLAIN and self.type not in WEIGHTS
 
 
@@ -165,7 +165,7 @@ def may_take_model(kind: str, policy: OperatorPolicy) -> bool:
 
 
 def _unjudgeable(gate: bool) -> frozenset[str]:
-    """Types that are never judged; where a gate must judge, whatever is no picture."""
+    """Types that are never judged; where a gate must judge, whatever is no image."""
     never = frozenset(("MASK", "CONDITIONING", "CLIP_VISION_OUTPUT", "SVG"))
     return never | {"MESH", "VOXEL"} if gate else never
 
@@ -304,8 +304,8 @@ class _Graph:
                     found |= self._model(name, coming)
                 elif type in ("CLIP", "VAE"):
                     found |= self._others(name, type, coming)
-                elif type in PICTURES:
-                    found |= self._pictures(name, type, coming)
+                elif type in IMAGES:
+                    found |= self._images(name, type, coming)
                 elif type == SOUND:
                     found |= self._sound(name, coming)
                 else:
@@ -335,7 +335,7 @@ class _Graph:
     def _is_core(self, name: str, kinds: frozenset[str]) -> bool:
         return self._type(name) in kinds and self._known(name).core
 
-    def _pictures(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
+    def _images(self, name: str, type: str, coming: frozenset[Kind]) -> set[Kind]:
         kind = self._type(name) if self._ours(name) else ""
         if kind in DECODED:
             return {Kind(type, guarded=True, gated=kind == SAMPLE_AND_GATE)}
@@ -344,7 +344,7 @@ class _Graph:
         others = self.policy.attaches and not self._known(name).core
         if others and any(k.type not in PLAINLY for k in coming):  # a pipe may hold a model and a VAE
             return {Kind(type, guarded=True)}
-        passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in PICTURES}
+        passed = {Kind(type, k.guarded, k.gated or kind == GATE) for k in coming if k.type in IMAGES}
         return (passed or {Kind(type)}) | (self._track(name, coming) if type == VIDEO else set())
 
     def _track(self, name: str, coming: frozenset[Kind]) -> set[Kind]:
@@ -362,7 +362,7 @@ class _Graph:
         return sounds if core and kind in leaving.SOUND_EDITS and only and sounds else {Kind(SOUND)}
 
     def _tells(self, name: str, coming: frozenset[Kind]) -> bool:
-        """Whether texts and numbers that a node gives may be made of a picture; ComfyUI's own make none of them."""
+        """Whether texts and numbers that a node gives may be made of an image; ComfyUI's own make none of them."""
         facts = self._known(name)
         if facts.ours or leaving.trusted(frozenset((self._type(name),)), self.policy):
             return False
@@ -407,31 +407,31 @@ class _Graph:
     def _models(self, name: str) -> Iterator[Said]:
         """One refusal an input at most; whatever a link may carry is judged, as a switch may let any of it through."""
         refused = set()
-        for link, carried in self._coming(name):
-            if link.input not in refused and (said := self._refused_model(name, link, carried)):
+        for link, given in self._coming(name):
+            if link.input not in refused and (said := self._refused_model(name, link, given)):
                 refused.add(link.input)
                 yield said
 
-    def _refused_model(self, name: str, link: Link, carried: Kind) -> Said | None:
+    def _refused_model(self, name: str, link: Link, given: Kind) -> Said | None:
         kind, facts, nodes = self._type(name), self._known(name), self.policy.nodes
-        if not self._is_model(facts, link, carried):
+        if not self._is_model(facts, link, given):
             return None
         what = f"{link.input} is a MODEL that did not pass a guard (node {link.source}, output {link.slot})"
-        unguarded = carried.type == MODEL and not carried.guarded
+        unguarded = given.type == MODEL and not given.guarded
         if facts.ours:
             return ("guard.required", what, "connect what the guard gives") if kind in SAMPLERS and unguarded else None
         if kind in nodes.patching or self._is_core(name, LOADERS):  # these are judged in _loads
             return None
-        if carried.drop_in and self._is_core(name, BEHIND):
+        if given.drop_in and self._is_core(name, BEHIND):
             return None
         if kind in nodes.sampling:
             return ("guard.required", what, "connect Guarded Model as MODEL") if unguarded else None
         return "nodes.sampling", f"takes a MODEL ({link.input}) and is not named", _use(kind)
 
-    def _is_model(self, facts: NodeFacts, link: Link, carried: Kind) -> bool:
+    def _is_model(self, facts: NodeFacts, link: Link, given: Kind) -> bool:
         """Whether a link brings a MODEL, or something that is not known into an input for one."""
         declared = MODEL in _types(facts.inputs.get(link.input, ""))
-        return carried.type in (MODEL, GUARDED) or (carried.type == ANY and declared)
+        return given.type in (MODEL, GUARDED) or (given.type == ANY and declared)
 
     def _leaving(self, name: str) -> Iterator[Said]:
         """Of a node that writes, shows or sends: what may not leave, and weights."""
@@ -451,8 +451,8 @@ class _Graph:
             if bad := next(((link, k) for link, k in coming if k.carries or k.tells), None):
                 yield leaving.unknown_type(kind, bad[0].input, bad[1].type, policy)
             return
-        pictures = [(link, k) for link, k in coming if k.type in PICTURES]
-        loose = next((link for link, k in pictures if not k.guarded), None)
+        images = [(link, k) for link, k in coming if k.type in IMAGES]
+        loose = next((link for link, k in images if not k.guarded), None)
         if loose and leaving.attested(policy) and not policy.gates_others:
             source = f"node {loose.source} ({self._type(loose.source)})"
             what = f"{loose.input} comes from {source}, behind which is an image that no guarded run made"
@@ -460,16 +460,16 @@ class _Graph:
         elif (
             policy.gate.required
             and not policy.attaches
-            and (loose := next((link for link, k in pictures if not k.gated), None))
+            and (loose := next((link for link, k in images if not k.gated), None))
         ):
             yield "gate.required", f"{loose.input} shows an image that no gate judged", "put Safety Gate in front"
-        for link, what in ((link, self._no_picture(facts, link, k)) for link, k in coming):
+        for link, what in ((link, self._no_image(facts, link, k)) for link, k in coming):
             if what:
                 yield leaving.rule(policy), f"{link.input} lets out {what}", "take the node out"
                 return
 
-    def _no_picture(self, facts: NodeFacts, link: Link, kind: Kind) -> str:
-        """What comes over a link, where it is no picture and may not leave; "" where it may, or the run tells."""
+    def _no_image(self, facts: NodeFacts, link: Link, kind: Kind) -> str:
+        """What comes over a link, where it is no image and may not leave; "" where it may, or the run tells."""
         gate = self.policy.gate.required
         if kind.tells and _types(facts.inputs.get(link.input, ANY)) & (leaving.PLAIN | {ANY}):
             return "text or numbers that a node of another pack may have made of an image"

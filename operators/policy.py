@@ -89,7 +89,7 @@ def _url(value: str) -> str:
 
 T = TypeVar("T")
 # Tables and lists come as TOML gives them, so the classes are not strict; the values in them are, each by its type.
-CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)  # made when a policy is read
 Text = Annotated[StrictStr, AfterValidator(_text)]
 Sha256 = Annotated[StrictStr, AfterValidator(_sha256)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=10)]

@@ -1,4 +1,4 @@
-"""What a policy asks of LoRAs, runs, pictures and gates; the same rules for a graph in the queue and for what runs."""
+"""What a policy asks of LoRAs, runs, images and gates; the same rules for a graph in the queue and for what runs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _unlike(lora: LoraRecord, one: Required, unsigned: Unsigned) -> str:
     return "" if lora.sha256 == one.sha256 else f"{lora.name} has the sha256 {lora.sha256[:16]}"
 
 
-def check_picture(
+def check_image(
     policy: OperatorPolicy,
     run: Attestation | None,
     gate: GateRecord | None,
@@ -172,7 +172,7 @@ def check_picture(
     attested: bool,
     values: Values = no_values,
 ) -> None:
-    """RefusedError for a picture that may not leave.
+    """RefusedError for an image that may not leave.
 
     ``accepted``: its gate's settings are within the policy; ``attested``: a guarded run must have made it.
     """

@@ -38,7 +38,7 @@ def inputs(policy: OperatorPolicy, node: Node, given: Mapping[str, list]) -> Map
 
 def _takes_pictures(declared: str) -> bool:
     """Whether a socket is one for images or videos: what another prints or writes of them, no gate sees."""
-    return bool(graphs.PICTURES & {part.strip() for part in declared.split(",")})
+    return bool(graphs.IMAGES & {part.strip() for part in declared.split(",")})
 
 
 def _lacks_gate(policy: OperatorPolicy, value: Any) -> bool:

@@ -146,7 +146,7 @@ def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> Non
     gate = policy.gate.required
     if isinstance(leaf, torch.Tensor):
         for picture in _pictures(leaf):
-            policies.check_picture(policy, picture, leaving.attested(policy))
+            policies.check_image(policy, picture, leaving.attested(policy))
         return
     if isinstance(leaf, _Latent) and gate:
         raise RefusedError("gate.required", f"{name} lets out a latent that no gate can judge", "take it out")

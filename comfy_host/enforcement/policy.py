@@ -252,11 +252,11 @@ def check_run(policy: OperatorPolicy, run: Attestation) -> None:
     rules.check_run(policy, run, _unsigned_by(policy), _values)
 
 
-def check_picture(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
-    """RefusedError for one picture (h w c) that may not leave; see rules.check_picture."""
+def check_image(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
+    """RefusedError for one picture (h w c) that may not leave; see rules.check_image."""
     found = ledger.known(picture)
     accepted = _is_accepted(policy, found.gate)
-    rules.check_picture(policy, found.run, found.gate, _unsigned_by(policy), accepted, attested, _values)
+    rules.check_image(policy, found.run, found.gate, _unsigned_by(policy), accepted, attested, _values)
 
 
 def lacks_gate(policy: OperatorPolicy, picture: torch.Tensor) -> bool:

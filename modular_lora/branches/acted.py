@@ -136,7 +136,7 @@ class Meter:
             rows_of: Rows of an evaluation by the arguments of the model's forward; None: they are not told apart.
             steps: How many evaluations of each kind the run is expected to have; one of them is drawn.
             content: What the run starts from. The same run draws the same evaluation as long as the process lives, so
-                that a compiled model, whose measured evaluations run eagerly, gives the same picture again.
+                that a compiled model, whose measured evaluations run eagerly, gives the same image again.
             prompt: Which of the guider's conditionings is the prompt; None: none, and no activity is measured.
         """
         self.stop()

@@ -112,13 +112,13 @@ class Branches:
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """(evaluations by root or part, branch calls by layer path), read from the counters in one go."""
-        values = [*self.evaluated.values(), *(f.fired for f in self.layers.values())]
+        values = [*self.evaluated.values(), *(f.calls for f in self.layers.values())]
         if traced.is_set():  # else nothing compiled has counted
-            compiled = (*self.evaluated_compiled.values(), *(f.fired_compiled for f in self.layers.values()))
+            compiled = (*self.evaluated_compiled.values(), *(f.calls_compiled for f in self.layers.values()))
             ticks = torch.stack([t.to(compiled[0].device) for t in compiled]).tolist()
             values = [a + b for a, b in zip(values, ticks, strict=True)]
-        fired = dict(zip(self.layers, values[len(self.counted) :], strict=True))
-        return dict(zip(self.counted, values, strict=False)), fired
+        calls = dict(zip(self.layers, values[len(self.counted) :], strict=True))
+        return dict(zip(self.counted, values, strict=False)), calls
 
     def root_of(self, path: str) -> str:
         """The root that the layer or part at ``path`` belongs to: the innermost one that holds it."""
@@ -163,7 +163,7 @@ class Branches:
         with plain():
             self.evaluated_compiled = {root: counter.to(device) for root, counter in self.evaluated_compiled.items()}
             for layer in self.layers.values():
-                layer.fired_compiled = layer.fired_compiled.to(device)
+                layer.calls_compiled = layer.calls_compiled.to(device)
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all fused weights in ``dtype``, made or not."""

@@ -44,14 +44,14 @@ class Held:
 class FusedLayer:
     """All terms of one layer, fused over the active roles, and the count of its calls.
 
-    Eager evaluations count in ``fired``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
+    Eager evaluations count in ``calls``, compiled ones in a 0-dim int64 tensor: torch.compile sees a plain in-place add
     there and keeps its graph, and eager runs launch no kernel for the count.
     """
 
     def __init__(self, spec: LayerSpec, terms: Sequence[Term]):
         self.spec, self.terms = spec, tuple(terms)
-        self.fired = 0
-        self.fired_compiled = counter()
+        self.calls = 0
+        self.calls_compiled = counter()
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
         self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
         self.held, self.meter = Held(), OFF
@@ -103,13 +103,13 @@ class FusedLayer:
         if torch.compiler.is_compiling():  # the last call is not asked: it would be one more thing to compile for
             fused = self.fused(roles, x.dtype, x.device)
             note_traced()
-            self.fired_compiled.add_(1)
+            self.calls_compiled.add_(1)
             return y if fused is None else fused(y, x, g)
         before, dtype, device, fused = self._last
         if before is not roles or dtype is not x.dtype or device != x.device:
             fused = self.fused(roles, x.dtype, x.device)
             self._last = roles, x.dtype, x.device, fused
-        self.fired += 1
+        self.calls += 1
         if fused is None:
             return y
         return self.meter.layer(self.spec.path, fused, y, x, g) if self.meter.measuring else fused(y, x, g)

@@ -77,9 +77,10 @@ class LayerSpec:
     @property
     def own(self) -> LayerSpec:
         """Of the layer as it is, without the inputs that a LoRA gives it."""
-        return self if self.narrow is None else self.widened(self.narrow, None)
+        return self if self.narrow is None else self.with_inputs(self.narrow, None)
 
-    def widened(self, inputs: int, narrow: int | None) -> LayerSpec:
+    def with_inputs(self, inputs: int, narrow: int | None) -> LayerSpec:
+        """With so many inputs; ``narrow``: how many of them the layer has by itself, None where it has them all."""
         return replace(self, weight_shape=(self.weight_shape[0], inputs), narrow=narrow)
 
 

@@ -1,4 +1,4 @@
-"""Picture files as every part of the pack reads them: data sets, masks, audits, the gate's own error."""
+"""Image files as every part of the pack reads them: data sets, masks, audits, the gate's own error."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SHOWN = 10
 
 
 class PictureError(GuardError):
-    """A file that is no whole picture."""
+    """A file that is no whole image."""
 
     code = "image"
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """A picture with its EXIF orientation applied."""
+    """An image with its EXIF orientation applied."""
 
     image: Image.Image  # RGB
     alpha: Image.Image | None  # L; None: opaque
@@ -40,10 +40,10 @@ class Decoded:
 
 
 def decode(data: bytes, on_white: bool = True) -> Decoded:
-    """The whole picture of a file's bytes; PictureError for anything truncated, damaged, too large or no picture.
+    """The whole image of a file's bytes; PictureError for anything truncated, damaged, too large or no image.
 
-    Grey, palette, 16-bit and CMYK pictures become RGB; ICC profiles are not applied, as in sd-scripts. Without
-    ``on_white`` transparent parts keep the colour that is hidden in them. Further pictures in a phone's JPEG (depth,
+    Grey, palette, 16-bit and CMYK images become RGB; ICC profiles are not applied, as in sd-scripts. Without
+    ``on_white`` transparent parts keep the colour that is hidden in them. Further images in a phone's JPEG (depth,
     gain map: MPO) are no frames of an animation.
     """
     if not data:
@@ -96,7 +96,7 @@ def decode_mask(data: bytes) -> Mask:
 
 
 def under(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Picture files under a folder by their ending, and other files that are not read; both sorted.
+    """Image files under a folder by their ending, and other files that are not read; both sorted.
 
     Hidden files and those that systems and trainers leave behind are in neither.
     """

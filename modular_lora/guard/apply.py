@@ -95,7 +95,7 @@ def terms(applied: Sequence[Applied], info: ModelInfo) -> Iterator[tuple[LayerSp
 def _widened(spec: LayerSpec, terms: Sequence[Term]) -> LayerSpec:
     """The layer with as many inputs as the widest LoRA gives it."""
     inputs = max((t.part.down.shape[1] for t in terms if isinstance(t.part, LowRank)), default=0)
-    return spec.widened(inputs, spec.inputs) if inputs > spec.inputs else spec
+    return spec.with_inputs(inputs, spec.inputs) if inputs > spec.inputs else spec
 
 
 def _factor(strength: float, block: float, power: int) -> float:

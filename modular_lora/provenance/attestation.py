@@ -34,7 +34,7 @@ class LoraRecord:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """What a gate decided about one picture. ``changed``: these pixels are the gate's work on ``source_sha256``."""
+    """What a gate decided about one image. ``changed``: these pixels are the gate's work on ``source_sha256``."""
 
     detector: str
     detector_sha256: str
@@ -42,7 +42,7 @@ class GateRecord:
     action: str
     flagged: bool
     changed: bool
-    source_sha256: str  # content hash of the picture that was judged
+    source_sha256: str  # content hash of the image that was judged
     answer: str = ""  # "pass", "review" (to a person) or "block"
     second: str = ""  # the detector that had to confirm what the first flagged; "" where there was none
 
@@ -152,7 +152,7 @@ class Counts(NamedTuple):
     """What one run counted. ``idle``: layers that may stay out of a run and did."""
 
     evaluations: int
-    firings: int
+    calls: int
     idle: int
 
 
@@ -167,43 +167,43 @@ class Run:
     def finish(self, may_be_empty: bool) -> Counts:
         """What was counted since the start.
 
-        Raises GuardError unless every guarded layer fired once an evaluation of its root (in a declared part of the
+        Raises GuardError unless every guarded layer ran once an evaluation of its root (in a declared part of the
         root: once a run of the part, and the part as often as declared), or where nothing was evaluated although the
         run had steps to do (``may_be_empty`` False).
         """
-        evaluated, fired = self.branches.counts()
+        evaluated, calls = self.branches.counts()
         evaluations = {root: n - self._start[0][root] for root, n in evaluated.items()}
-        firings = {path: n - self._start[1][path] for path, n in fired.items()}
+        calls = {path: n - self._start[1][path] for path, n in calls.items()}
         total = sum(evaluations[root] for root in self.branches.roots)
         if self.roles != ALL_ROLES:
             return Counts(total, 0, 0)
-        self._check(evaluations, firings)
+        self._check(evaluations, calls)
         if not total and not may_be_empty:
             raise GuardError(
                 "The guarded model was never evaluated although there were steps to sample: another node put a "
                 "different model in its place; remove it.",
                 code="run.never-evaluated",
             )
-        idle = sum(not firings[path] for path in self.branches.varying) if total else 0
-        return Counts(total, sum(firings.values()), idle)
+        idle = sum(not calls[path] for path in self.branches.varying) if total else 0
+        return Counts(total, sum(calls.values()), idle)
 
-    def _check(self, evaluations: Mapping[str, int], firings: Mapping[str, int]) -> None:
+    def _check(self, evaluations: Mapping[str, int], calls: Mapping[str, int]) -> None:
         branches = self.branches
-        expected = {path: evaluations[branches.runs_with(path)] for path in firings}
-        short = {path: f"{n} of {expected[path]}" for path, n in firings.items() if n != expected[path]}
+        expected = {path: evaluations[branches.runs_with(path)] for path in calls}
+        short = {path: f"{n} of {expected[path]}" for path, n in calls.items() if n != expected[path]}
         for part, times in branches.parts.items():
             if not times.allow(evaluations[part], evaluations[branches.root_of(part)]):
                 total = evaluations[branches.root_of(part)]
-                short |= {p: f"{evaluations[part]} of {total}" for p in firings if branches.runs_with(p) == part}
+                short |= {p: f"{evaluations[part]} of {total}" for p in calls if branches.runs_with(p) == part}
         if short:
             path, counts = next(iter(short.items()))
             raise GuardError(
-                f"The guard's branches did not all run: {len(short)} of {len(firings)} layers fell short, first {path} "
+                f"The guard's branches did not all run: {len(short)} of {len(calls)} layers fell short, first {path} "
                 f"in {counts} evaluations; nodes that skip layers or evaluations (EasyCache, TeaCache, skip-layer "
                 "guidance) cannot be used with a guarded model: remove them.",
                 code="run.short",
             )
-        if any(evaluations.values()) and firings and not any(firings.values()):
+        if any(evaluations.values()) and calls and not any(calls.values()):
             raise GuardError(
                 "None of the guarded layers ran: all of them work on inputs that this run does not have; use a safety "
                 "LoRA that acts on layers of every run.",

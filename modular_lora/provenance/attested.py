@@ -58,11 +58,11 @@ def signed(record: Mapping[str, Any], key: Any) -> dict[str, Any]:
     return keys.sign_statement(record, ATTESTATION, key)
 
 
-def pixels(picture: np.ndarray) -> dict[str, Any]:
+def pixels(image: np.ndarray) -> dict[str, Any]:
     """What a record says of the pixels that it is written beside: 8-bit, h w c."""
-    height, width, channels = picture.shape
+    height, width, channels = image.shape
     return {
-        "pixels_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+        "pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest(),
         "pixels_size": [width, height, channels],
     }
 

@@ -150,7 +150,7 @@ def sign(raw: bytes, mime: str, claim: Claim, by: Signer) -> bytes:
 
 
 def trial(by: Signer) -> None:
-    """Sign a tiny image, so that what is wrong with a certificate is known before a picture is waited for."""
+    """Sign a tiny image, so that what is wrong with a certificate is known before an image is waited for."""
     raw = io.BytesIO()
     Image.new("RGB", (1, 1)).save(raw, "PNG")
     sign(raw.getvalue(), "image/png", Claim(COMPOSITE, "{}", ""), by)

@@ -40,7 +40,7 @@ class Lossy:
 
 
 def load(path: Path) -> bytes:
-    """The bytes of a file. Raises SignatureError where it cannot be read, or is longer than a picture can be."""
+    """The bytes of a file. Raises SignatureError where it cannot be read, or is longer than an image can be."""
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)

@@ -1,4 +1,4 @@
-"""A PNG file as the save nodes write one, and nothing beside it: whatever else a file holds may show another picture.
+"""A PNG file as the save nodes write one, and nothing beside it: whatever else a file holds may show another image.
 
 One chunk of Content Credentials (C2PA) may be in it too, which is not looked into here.
 
@@ -51,15 +51,15 @@ def read(path: Path) -> Png:
     Raises:
         SignatureError: there is no such file, or it is no PNG.
         Tampered: it is a PNG of another structure: a header, pixels or an end too many or too few, a wrong check sum,
-            a chunk that may change what is seen, data that do not fill the picture or go beyond it.
+            a chunk that may change what is seen, data that do not fill the image or go beyond it.
     """
     try:
         with path.open("rb") as file:
             if file.read(len(SIGNATURE)) != SIGNATURE:
                 raise SignatureError(f"{path.name}: is no PNG: check the file")
             texts, credentials = _structure(path.name, file)
-        with Image.open(path, formats=("PNG",)) as picture:
-            found = np.asarray(picture)
+        with Image.open(path, formats=("PNG",)) as image:
+            found = np.asarray(image)
     except SignatureError:
         raise
     except (OSError, Image.DecompressionBombError) as error:  # the file itself, or its filters

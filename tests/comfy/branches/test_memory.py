@@ -75,7 +75,7 @@ def test_the_estimate_is_weights_and_branches(patcher, loaded):
 def test_what_is_held_for_a_run_is_the_fused_set_and_nothing_else(patcher):
     sampled(patcher)
     held = [t for layer in patcher.branches.layers.values() for f in layer._fused.values() for t in f.tensors]
-    counters = sum(layer.fired_compiled.nbytes for layer in patcher.branches.layers.values())
+    counters = sum(layer.calls_compiled.nbytes for layer in patcher.branches.layers.values())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert sum(storages.values()) + counters <= 1.01 * patcher.branches.size(torch.float32)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modular_lora_guard.audit import pictures as audit_pictures
+from modular_lora_guard.audit import images as audit_images
 from modular_lora_guard.gate import labelled
 from modular_lora_guard.gate.settings import Settings
 from modular_lora_guard.modular_lora.files.images import PictureError, decode, decode_mask, under
@@ -87,7 +87,7 @@ def test_every_part_sees_the_same_picture(kind):
     for found in (
         255 * load(picture)[0].numpy(),
         np.asarray(thumbnail(path, SIDE)),
-        audit_pictures.read([path], SIDE, SIDE)[0],
+        audit_images.read([path], SIDE, SIDE)[0],
         255 * seen,
         np.asarray(decode(path.read_bytes()).image),
     ):
@@ -107,7 +107,7 @@ def test_every_part_sees_it_upright(orientation, tmp_path):
     (picture,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).pictures
     (seen,) = labelled._pictures(path.parent, [])
     assert picture.size == (96, 64)
-    for found in (255 * seen, np.asarray(thumbnail(path, 96)), audit_pictures.read([path], 96, 64)[0]):
+    for found in (255 * seen, np.asarray(thumbnail(path, 96)), audit_images.read([path], 96, 64)[0]):
         assert found.shape == (64, 96, 3)
         assert np.abs(found[8, 8] - np.array([255, 0, 0])).max() < 8
         assert np.abs(found[8, -8] - np.array([0, 0, 255])).max() < 8
@@ -142,9 +142,9 @@ def test_files_that_are_not_read_are_named_and_side_files_are_not(tmp_path):
     found, others = under(tmp_path)
     assert [p.name for p in found] == ["a.png", "b.JPG"]
     assert [p.name for p in others] == ["c.heic", "d.tif", "notes.txt"]
-    (line,) = audit_pictures.left_out("task_pictures", str(tmp_path))
+    (line,) = audit_images.left_out("task_pictures", str(tmp_path))
     assert line.startswith("task_pictures: 3 files ")
     assert line.endswith("c.heic; d.tif; notes.txt")
-    assert audit_pictures.left_out("task_pictures", "") == []
+    assert audit_images.left_out("task_pictures", "") == []
     error = labelled.measure(tmp_path, tmp_path.parent, Brightness(), Settings({"red": 0.5}))
     assert (error.missed.n, error.others[:3]) == (2, tuple(f"{tmp_path.name}/{p.name}" for p in others))

@@ -137,16 +137,16 @@ def test_a_run_must_carry_what_its_family_asks_for_and_no_more() -> None:
 def test_an_image_that_no_guarded_run_made_leaves_by_a_gate_alone() -> None:
     policy = families('other_families = "gate"')
     gate = GateRecord("d", "1" * 64, "2" * 64, "blur", False, False, "3" * 64)
-    rules.check_picture(policy, None, gate, unsigned, True, True)
-    rules.check_picture(policy, run("SD15"), None, unsigned, False, True)
+    rules.check_image(policy, None, gate, unsigned, True, True)
+    rules.check_image(policy, run("SD15"), None, unsigned, False, True)
     for judged, accepted in ((None, False), (gate, False)):
         with refuses("refused.guard.other_families"):
-            rules.check_picture(policy, None, judged, unsigned, accepted, True)
+            rules.check_image(policy, None, judged, unsigned, accepted, True)
     flagged = GateRecord("d", "1" * 64, "2" * 64, "report", True, False, "3" * 64)
     with refuses("refused.guard.other_families", "flagged"):
-        rules.check_picture(policy, None, flagged, unsigned, True, True)
+        rules.check_image(policy, None, flagged, unsigned, True, True)
     with refuses("refused.open.unattested"):
-        rules.check_picture(families(), None, gate, unsigned, True, True)
+        rules.check_image(families(), None, gate, unsigned, True, True)
 
 
 # At home
@@ -181,6 +181,17 @@ def test_whatever_stands_there_is_a_line_or_an_error_that_names_the_place(text: 
     except PolicyError as error:
         said = str(error)
     assert said.startswith("guard.txt: ") if line is None else line.mode in home.MODES and all(dict(line.loras))
+
+
+@pytest.mark.parametrize("what", ["a link to nowhere", "a folder", "a link to itself"])
+def test_what_lies_there_and_cannot_be_read_is_an_error_and_not_no_line(what: str, tmp_path: Path) -> None:
+    file = tmp_path / home.FILE
+    if what == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to(file if "itself" in what else tmp_path / "gone")
+    with refuses("policy.unreadable", file):
+        home.read(file, "")
 
 
 def test_the_variable_comes_before_the_file(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def counted() -> Branches:
 def evaluate(branches: Branches, *paths: str, root: str = "unet") -> None:
     branches.evaluated[root] += 1
     for path in paths:
-        branches.layers[path].fired += 1
+        branches.layers[path].calls += 1
 
 
 def test_a_run_counts_from_where_it_started():
@@ -150,7 +150,7 @@ def test_a_layer_that_lost_its_branch_inside_a_part_stops_the_run(part):
     branches = in_parts()
     run = Run(branches)
     run_parts(branches, opt=1)
-    branches.layers[f"{part}.y"].fired -= 1
+    branches.layers[f"{part}.y"].calls -= 1
     with refuses("run.short", "1 of 9", f"{part}.y"):
         run.finish(may_be_empty=False)
 

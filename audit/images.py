@@ -1,4 +1,4 @@
-"""Picture files of an audit: folders that the user names, and what is written."""
+"""Image files of an audit: folders that the user names, and what is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..modular_lora.util import atomic
 
 
 def find(folder: str | Path) -> list[Path]:
-    """Every picture file under a folder, sorted. GuardError where there is none."""
+    """Every image file under a folder, sorted. GuardError where there is none."""
     found, _ = under(Path(folder))
     if not found:
         raise GuardError(
@@ -30,15 +30,15 @@ def left_out(name: str, folder: str) -> list[str]:
 
 
 def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:
-    """Pictures n h w 3, uint8, cut and scaled to one size. Raises GuardError that names the file."""
-    pictures = np.empty((len(paths), height, width, 3), np.uint8)
+    """Images n h w 3, uint8, cut and scaled to one size. Raises GuardError that names the file."""
+    images = np.empty((len(paths), height, width, 3), np.uint8)
     for i, path in enumerate(paths):
         try:
-            picture = decode(path.read_bytes()).image
+            image = decode(path.read_bytes()).image
         except (OSError, PictureError) as error:
             raise GuardError(f"{path}: cannot be read as an image ({error}): take it out of the folder.") from error
-        pictures[i] = np.asarray(ImageOps.fit(picture, (width, height)))
-    return pictures
+        images[i] = np.asarray(ImageOps.fit(image, (width, height)))
+    return images
 
 
 def write(path: Path, data: bytes) -> None:
