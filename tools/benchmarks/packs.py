@@ -187,7 +187,6 @@ def main(arguments: list[str]) -> int:
     made.add_argument("--only", nargs="+", default=[], metavar="WORD", help="uses whose name holds one of these")
     options = made.parse_args(arguments)
     world, label = DemoWorld.at(options.world), version(options.comfyui)
-    rows: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         lay_out(folder / "base", options.packs, world)
@@ -195,11 +194,10 @@ def main(arguments: list[str]) -> int:
         with Server(options.comfyui, options.python, folder / "base", log=log, cpu=True) as server:
             for case, said in trial(options, server.url, world.safety.name):
                 name = f"{case.pack}: {case.use}"
-                rows[name] = {"commit": commit(options.packs / case.pack)} | said
                 sys.stdout.write(f"{name}: {said}\n")
                 sys.stdout.flush()
-    if options.record:
-        record(FILE.format(label), rows, COMMAND)
+                if options.record:  # each at once: a server may end on the way
+                    record(FILE.format(label), {name: {"commit": commit(options.packs / case.pack)} | said}, COMMAND)
     return 0
 
 

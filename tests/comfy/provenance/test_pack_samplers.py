@@ -25,7 +25,7 @@ class GiveOthers:
 
     def run(self, image):
         size, (segment,) = pack.Middle().detect(image)
-        drawn = segment._replace(cropped_mask=segment.cropped_mask * image[0, :36, :36, 0].numpy())
+        drawn = segment._replace(cropped_mask=segment.cropped_mask * image[0, :32, :32, 0].numpy())
         controlled = segment._replace(control_net_wrapper=object())
         return Unknown(), lambda picture: picture + 0.01, (size, [drawn]), (size, [controlled])
 
@@ -56,8 +56,9 @@ def graph(**nodes: dict) -> dict:
 
 def detail(kind: str = "Detail", **changes) -> dict:
     links = {"image": ["decode", 0], "model": ["as_model", 0], "vae": ["ckpt", 2]}
+    links |= {"positive": ["pos", 0], "negative": ["neg", 0]}
     given = {"Detail": {"detector": ["detector", 0]}, "DetailSegments": {"segs": ["segments", 0]}}.get(kind, {})
-    return node(kind, **links, positive=["pos", 0], negative=["neg", 0], **given | changes)
+    return node(kind, **links | given | changes)
 
 
 def said(comfy, made: dict) -> dict[str, str]:

@@ -16,12 +16,10 @@ class Middle:
     """A detector that finds the middle of an image."""
 
     def detect(self, image):
-        height, width = image.shape[1:3]
-        top, left, bottom, right = height // 4, width // 4, height * 3 // 4, width * 3 // 4
-        mask = np.zeros((bottom - top, right - left), np.float32)
+        mask = np.zeros((32, 32), np.float32)
         mask[2:-2, 2:-2] = 1
-        crop = image[:, top:bottom, left:right].numpy()
-        return (height, width), [SEG(crop, mask, 1.0, (left, top, right, bottom), None, "middle", None)]
+        crop = image[:, 16:48, 16:48].numpy()
+        return tuple(image.shape[1:3]), [SEG(crop, mask, 1.0, (16, 16, 48, 48), None, "middle", None)]
 
 
 class GiveDetector:
@@ -66,16 +64,14 @@ class Detail(DetailSegments):
 
 
 class Tiles:
-    """Samples an image half by half, as Ultimate SD Upscale does."""
+    """Samples an image half by half, as Ultimate SD Upscale does; of 72 pixels."""
 
     INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), **SAMPLES}})
     RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
 
     def run(self, image, **given):
-        height, width = image.shape[1:3]
-        for left in (0, width // 2):
-            region = left, 0, left + width // 2, height
-            image = pasted(image, region, np.ones((height, width // 2), np.float32), **given)
+        for left in (0, 32):
+            image = pasted(image, (left, 0, left + 40, 72), np.ones((72, 40), np.float32), **given)
         return (image,)
 
 
@@ -88,13 +84,10 @@ def pasted(image, region, outline, model, vae, positive, negative):
     left, top, right, bottom = region
     mask = torch.from_numpy(outline)
     latent = {"samples": vae.encode(image[:, top:bottom, left:right]), "noise_mask": mask[None]}
-    (made,) = nodes.common_ksampler(
-        model, 3, 2, 2.0, "euler", "simple", positive, negative, latent, denoise=0.5, disable_noise=False
-    )
+    (made,) = nodes.common_ksampler(model, 3, 2, 2.0, "euler", "simple", positive, negative, latent, denoise=0.5)
     image = image.clone()
     part = image[:, top:bottom, left:right]
-    decoded = vae.decode(made["samples"])[:, : part.shape[1], : part.shape[2]]
-    image[:, top:bottom, left:right] = part + mask[: part.shape[1], : part.shape[2], None] * (decoded - part)
+    image[:, top:bottom, left:right] = part + mask[..., None] * (vae.decode(made["samples"]) - part)
     return image
 
 
