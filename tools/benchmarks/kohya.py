@@ -44,42 +44,51 @@ def main() -> None:
     chosen = made.parse_args()
     engine = checkout.find_engine(str(chosen.checkout), chosen.python)
     cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True})
-    rows = {f"{name}, {engine}": _row(engine, name) for name in chosen.families}
+    named = _named(engine, {name: _sent(engine, name) for name in chosen.families})
+    rows = {f"{name}, {engine}": _row(name, found) for name, found in named.items()}
     finish(rows, "kohya.json", "python -m tools.benchmarks.kohya CHECKOUT --comfyui COMFYUI --record", chosen.record)
 
 
-def _row(engine: checkout.Engine, name: str) -> dict[str, object]:
+def _sent(engine: checkout.Engine, name: str) -> list[str]:
+    """The script of a family and the arguments that it is started with."""
     family = arguments.FAMILIES[name]
     parts = {part: f"{part}.safetensors" for part, _ in family.parts}
-    run = arguments.Run(
-        Path("base.safetensors"), family, str(engine), "0", dataset_config="data.toml", prompts="p.json", parts=parts
-    )
-    sent = arguments.task_arguments(TaskOptions(**PLAIN), run, (), ())
-    child = Path(__file__).with_name("kohya_child.py")
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    files = {"dataset_config": "data.toml", "prompts": "prompts.json", "parts": parts}
+    run = arguments.Run(Path("base.safetensors"), family, str(engine), "0", **files)
+    return [str(engine.script(family.script)), *arguments.task_arguments(TaskOptions(**PLAIN), run, (), ())]
+
+
+def _named(engine: checkout.Engine, sent: dict[str, list[str]]) -> dict[str, list[str] | str]:
+    """What `kohya_child` found, by family: its layers' names, or what was wrong; RuntimeError where it failed."""
+    child = [engine.python, str(Path(__file__).with_name("kohya_child.py"))]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(
-        [engine.python, str(child), str(engine.script(family.script)), *sent],
-        cwd=engine.checkout, env=os.environ | offline, capture_output=True, text=True,
-    )  # fmt: skip
+        child, cwd=engine.checkout, env=environment, input=json.dumps(sent), capture_output=True, text=True
+    )
     if done.returncode:
-        return {"arguments": f"refused: {done.stderr.splitlines()[-1]}"}
-    names = json.loads(done.stdout.splitlines()[-1])
-    return {"script": family.script, "arguments": "accepted", "layers": len(names), "names": _compared(name, names)}
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(name: str, found: list[str] | str) -> dict[str, object]:
+    if isinstance(found, str):
+        return {"result": f"arguments refused: {found}"}
+    return {"result": f"arguments accepted, {len(found)} layers, {_compared(name, found)}"}
 
 
 def _compared(name: str, names: list[str]) -> str:
-    """Whether every name, numbers aside, is one that ComfyUI loads for a toy of the family."""
+    """Whether every layer's name, numbers aside, is one that ComfyUI loads for a toy of the family."""
     sys.path.append(str(ROOT / "tests"))
     from support import families, families_dit, families_image, families_video
 
     toys = (*families_image.IMAGE, *families_dit.DIT, *families_video.VIDEO)
     toy = next((toy for toy in toys if toy.config == name), None)
     if toy is None:
-        return "not compared: this ComfyUI has no such model"
+        return "their names not compared: this ComfyUI has no such model"
     introspection = importlib.import_module("modular_lora_guard.comfy_host.introspection")
     loaded = {_form(known) for known in introspection.model_info(families.make(toy, filled=False)).key_map}
     strange = sorted({_form(one) for one in names} - loaded)
-    return f"NOT ComfyUI's: {', '.join(strange[:3])}" if strange else "all ComfyUI's"
+    return f"NOT ComfyUI's names: {', '.join(strange[:3])}" if strange else "all of them ComfyUI's names"
 
 
 def _form(name: str) -> str:

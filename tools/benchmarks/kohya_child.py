@@ -1,8 +1,14 @@
-"""Started by ``tools.benchmarks.kohya`` in sd-scripts' interpreter: SCRIPT and its arguments; prints layers' names."""
+"""Started by ``tools.benchmarks.kohya`` in sd-scripts' interpreter and folder; JSON comes in and goes out.
+
+In: by family, a script of the checkout and its arguments. Out: by family, the names of the layers that are trained, or,
+as a text, what its parser said of the arguments.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -36,18 +42,28 @@ def denoiser(script: str, v2: bool):
     return load("library.anima_models").Anima(**form, attn_mode="torch", split_attn=False)
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    sys.path[0] = str(path.parent)
-    arguments = importlib.import_module(path.stem).setup_parser().parse_args(sys.argv[2:])
-    importlib.import_module("library.train_util").verify_command_line_training_args(arguments)
+def names(script: str, *arguments: str) -> list[str] | str:
+    """The trained layers of one family."""
+    path, said = Path(script), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = importlib.import_module(path.stem).setup_parser().parse_args(arguments)
+    except SystemExit:
+        return said.getvalue().strip().splitlines()[-1]
+    importlib.import_module("library.train_util").verify_command_line_training_args(parsed)
     torch = importlib.import_module("torch")
     network = importlib.import_module("modular_lora_guard.training.kohya.network")
     with torch.device("meta"):
-        unet = denoiser(path.name, bool(getattr(arguments, "v2", False)))
-    given = dict(one.partition("=")[::2] for one in arguments.network_args)
-    made = network.create_network(1.0, arguments.network_dim, arguments.network_alpha, None, [], unet, **given)
-    sys.stdout.write("\n" + json.dumps([lora.lora_name for lora in made.unet_loras]) + "\n")
+        unet = denoiser(path.name, bool(getattr(parsed, "v2", False)))
+    given = dict(one.partition("=")[::2] for one in parsed.network_args)
+    made = network.create_network(1.0, parsed.network_dim, parsed.network_alpha, None, [], unet, **given)
+    return [lora.lora_name for lora in made.unet_loras]
+
+
+def main() -> None:
+    sys.path[0] = str(Path.cwd())  # instead of our own folder
+    found = {family: names(*sent) for family, sent in json.load(sys.stdin).items()}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Engine:
     checkout: Path
     python: str
     accelerate_config: str = ""  # accelerate's own file: several GPUs, several machines
+    machine: int = 0  # which of several machines this is, as that file says; the first, 0, writes the LoRA
     version: str = ""  # a release; "0.10.3+": at or after it
     commit: str = ""  # "": the folder is no git checkout
 
@@ -63,7 +64,15 @@ def find_engine(checkout: str = "", python: str = "", accelerate_config: str = "
             f"accelerate_config {config}: no such file: make one with 'accelerate config'.", code="kohya.no-accelerate"
         )
     commit, tag = read_commit(folder)
-    return Engine(folder, _interpreter(folder, python), config, tag or _last_release(folder), commit)
+    version = tag or _last_release(folder)
+    return Engine(folder, _interpreter(folder, python), config, read_machine(config), version, commit)
+
+
+def read_machine(config: str) -> int:
+    """machine_rank of accelerate's configuration file, YAML or JSON; 0 where there is none."""
+    text = Path(config).read_text(encoding="utf-8") if config else ""
+    found = re.search(r"^[ {\"]*machine_rank\"?\s*:\s*\"?(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def read_commit(folder: Path) -> tuple[str, str]:

@@ -71,6 +71,13 @@ class KohyaResult(Trained):
 
 
 @dataclass(frozen=True)
+class Share:
+    """The work of one of several machines that is not the first, which has the file."""
+
+    report: str
+
+
+@dataclass(frozen=True)
 class Base:
     """The checkpoint to train on: one file, as sd-scripts loads it."""
 
@@ -90,7 +97,7 @@ def train_task(
     safety: Sequence[SafetyLora] = (),
     extra: Sequence[str] = (),
     data: DatasetConfig | None = None,
-) -> KohyaResult:
+) -> KohyaResult | Share:
     """Train a task LoRA with sd-scripts; ``extra`` are further arguments of its script, passed on as they are.
 
     ``data``: the data set that `configure` gave, where a host has judged it; else it is made from the options.
@@ -119,7 +126,7 @@ def train_task(
 
 def train_safety(
     engine: Engine, options: SafetyOptions, base: Base, watch: Watch, extra: Sequence[str] = ()
-) -> KohyaResult:
+) -> KohyaResult | Share:
     """Train a safety LoRA with sd-scripts' LECO (0.10.2 and later), which draws x_t anew in every step.
 
     Raises GuardError where this checkout has none, OptionError for what it lacks; else as `train_task`.
@@ -184,7 +191,7 @@ def _train(
     arguments: Callable[[Run, Path], list[str]],
     watch: Watch,
     stoppable: bool = True,
-) -> KohyaResult:
+) -> KohyaResult | Share:
     path = engine.script(script)
     checkpoint = base.checkpoint.absolute()
     if not checkpoint.is_file():
@@ -215,6 +222,9 @@ def _train(
         finally:
             for part in output.glob(f"{PART}*-{glob.escape(options.output_name)}*.safetensors"):  # of a killed process
                 part.unlink(missing_ok=True)
+    if engine.machine:
+        steps = len(progress.losses)
+        return Share(f"machine {engine.machine}: its share of {steps} steps is done; machine 0 wrote the LoRA")
     lora, size = _check(output / f"{options.output_name}.safetensors", before)
     losses = tuple(progress.losses)
     report = _report(lora, losses, size, engine, time.time() - started)

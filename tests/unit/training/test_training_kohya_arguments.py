@@ -21,7 +21,7 @@ from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 from support.errors import refuses
 from support.graphs import save_lora
-from support.kohya_toys import STUB, safety_options, task_options, value
+from support.kohya_toys import STUB, Seen, safety_options, task_options, value
 
 
 @pytest.fixture
@@ -221,3 +221,25 @@ def test_commit_and_tag_are_read_without_git(tmp_path):
     worktree = tmp_path / "tree"
     git("worktree", "add", "-q", str(worktree))
     assert checkout.read_commit(worktree) == (commit, "v2")
+
+
+@pytest.mark.parametrize(
+    ("text", "machine"),
+    [
+        ("machine_rank: 1\nnum_machines: 2", 1),
+        ('{"num_machines": 2,\n "machine_rank": "3"}', 3),
+        ("num_machines: 1", 0),
+    ],
+)
+def test_a_machine_that_is_not_the_first_looks_for_no_file(place, tmp_path, monkeypatch, text, machine):
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(text, encoding="utf-8")
+    engine = checkout.find_engine(str(STUB), sys.executable, str(config))
+    assert engine.machine == machine
+    monkeypatch.setattr(kohya.process, "run", lambda *args: kohya.process.Progress(losses=[1.0, 1.0]))
+    options, base = task_options(place, tmp_path / "out"), kohya.Base(place / "base.safetensors", "SD15")
+    if not machine:
+        with refuses("kohya.no-file"):
+            kohya.train_task(engine, options, base, Seen())
+        return
+    assert f"machine {machine}: its share of 2 steps" in kohya.train_task(engine, options, base, Seen()).report
