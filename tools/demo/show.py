@@ -42,7 +42,7 @@ CHOICE = (
     f"{len(data.KEPT_IDS)} other concepts, in its own order, one seed a row, counted on from the first; nothing was "
     "left out or drawn again. The vehicles' style was chosen by the evidence's counts, as one in which most come back "
     "(twemoji: 6 of 24 unguarded, 1 with the safety LoRA alone). So these pictures show what happens, not how often: "
-    "that stands in the last row, over all six styles."
+    "that stands in the last row, over all six styles. The detector knows no nothing, and calls some blobs a vehicle."
 )
 EVIDENCE = ROOT / "docs" / "figures" / "evidence.json"
 RECIPE, OF_WORDS = "ESD, eta 3, preservation 2", "null space, of words"  # of the evidence

@@ -22,7 +22,7 @@ from modular_lora_guard.training.safety.erasure import Erasure
 from PIL import Image
 from support.errors import refuses
 from support.gate_graphs import install_stub, settings
-from support.graphs import guarded_graph, node
+from support.graphs import guarded_graph, node, sampler
 
 CKPT = "demo_calibrating.safetensors"
 CONCEPT = ("noto, car", "blob, taxi", "twemoji, bus", "flat, fire engine", "noto, locomotive", "emojione, sailboat")
@@ -239,6 +239,23 @@ def test_a_gate_acts_on_the_verdict_where_it_is_told_to_and_the_record_says_so_w
         run_graph(graph)
         (*_, line) = (one for one in operator.record() if one["kind"] == "gate")
         assert line.get("activity") == expected
+
+
+def test_an_image_that_is_flagged_for_its_prompt_is_drawn_again_and_covered(
+    world, comfy, calibrated, run_graph, monkeypatch
+):
+    install_stub(comfy, monkeypatch).score = lambda picture: 0.1
+    graph = drawing("told.safetensors", OTHERS["concept"][0])
+    for name in ("sample", "decode", "save"):
+        del graph[name]
+    graph["set"] = settings(activity="review", action="box")
+    graph["gate"] = sampler(["guard", 0], "ModularLoraSampleAndGate", vae=["ckpt", 2], max_tries=2, gate=["set", 0])
+    graph["show"] = node("PreviewAny", source=["gate", 4])
+    images, flagged, _, _, report, _ = run_graph(graph)["gate"]
+    assert flagged
+    assert "image 1 still flagged at try 2" in report
+    assert "about the safety LoRA's concept in 1 images" in report
+    assert not images.any()
 
 
 def test_without_a_calibration_there_is_a_figure_and_no_verdict(world, comfy, calibrated, run_graph):
