@@ -23,7 +23,7 @@ from .training_files import newest_state
 
 logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT = 640, 360
-RAW, SMOOTH = "#becde1", "#285aaa"
+RAW, SMOOTH, HELD_OUT = "#becde1", "#285aaa", "#c8641e"
 SECONDS = 2.0  # between two pictures of the curve
 
 
@@ -35,6 +35,7 @@ class NodeWatch:
         self.pictures: list[Path] = []
         self.without: Sequence[Path] = ()
         self._bar, self._pace = comfy.utils.ProgressBar(1), Pace()
+        self._validation: list[tuple[int, float]] = []
 
     def check(self) -> None:
         """Raises ComfyUI's InterruptProcessingException."""
@@ -54,9 +55,13 @@ class NodeWatch:
         if self._due() or step == total:
             said = f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}"
             self._show(", ".join(filter(None, (said, pace))))
-            self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses), WIDTH))
+            self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses, self._validation), WIDTH))
         else:
             self._bar.update_absolute(step, total)
+
+    def validated(self, losses: list[tuple[int, float]]) -> None:
+        """Drawn into the loss curve."""
+        self._validation = list(losses)
 
     def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
         self.pictures, self.without = pictures, without or self.without
@@ -76,7 +81,7 @@ class NodeWatch:
 
     def finish(self, losses: Sequence[float]) -> torch.Tensor:
         """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""
-        curve = loss_curve(losses)
+        curve = loss_curve(losses, self._validation)
         self._bar.update_absolute(len(losses), len(losses), ("JPEG", curve, WIDTH))
         return image_tensor(curve)
 
@@ -115,16 +120,23 @@ def smoothed(losses: Sequence[float], decay: float = 0.95) -> list[float]:
     return out
 
 
-def loss_curve(losses: Sequence[float]) -> Image.Image:
-    """Loss of every step and its smoothed curve, from zero to just above the smoothed curve's peak."""
+def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] = ()) -> Image.Image:
+    """Loss of every step and its smoothed curve, from zero to just above the smoothed curve's peak.
+
+    ``validation``: (step, loss) of the images that are held out, a curve of its own, named in a legend.
+    """
     smooth, steps = smoothed(losses), range(1, len(losses) + 1)
 
     def plot(figure) -> None:
         axes = figure.add_subplot(xlabel=f"{len(losses)} steps", ylabel="loss")
         axes.plot(steps, losses, color=RAW, linewidth=0.8)
         axes.plot(steps, smooth, color=SMOOTH, linewidth=2)
-        axes.set_xlim(1, max(2, len(losses)))
-        axes.set_ylim(0, 1.25 * max(filter(math.isfinite, smooth), default=1.0) or 1.0)
+        seen = [loss for _, loss in validation]
+        if validation:
+            axes.plot([step for step, _ in validation], seen, color=HELD_OUT, linewidth=2, marker="o", markersize=4)
+            axes.legend(axes.lines[1:], ["training", "held out"], frameon=False)
+        axes.set_xlim(0 if validation else 1, max(2, len(losses)))
+        axes.set_ylim(0, 1.25 * max(filter(math.isfinite, [*smooth, *seen]), default=1.0) or 1.0)
         axes.spines[["top", "right"]].set_visible(False)
 
     return chart(WIDTH, HEIGHT, plot)

@@ -77,7 +77,8 @@ def data_set_state(name: str) -> str:
     chosen = data_set_option(name)
     places = [Path(path) for path in chosen.values()]
     if "dataset_config" in chosen:
-        places += inside(options.load(TaskOptions, None, chosen)).folders
+        config = inside(options.load(TaskOptions, None, chosen))
+        places += [*config.folders, *config.files]
     files = sorted(p for place in places for p in (place, *place.rglob("*")) if p.is_file())
     found = [(str(file), file_state(file)) for file in files]
     return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -370,6 +370,9 @@ class TrainingLines(Lines):
             mean = sum(window) / len(window)
             logger.info("step %d of %d  loss %.4f  %s  %s", step, total, mean, curve(losses), pace)
 
+    def validated(self, losses: list[tuple[int, float]]) -> None:
+        logger.info("step %d: validation loss %.4f", *losses[-1])
+
     def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
         logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
         if without:

@@ -11,7 +11,8 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from ..modular_lora import command
 from ..modular_lora.errors import GuardError
 from . import memory
+from .average import Average
 from .logs import logs
 from .optim import Masters, make_optimizer, make_scheduler
-from .options import Options
+from .options import Options, schedule_free
 from .previews import Drawn
 from .seeds import role_seed
 from .state import load_state, save_state
@@ -38,6 +40,9 @@ class Watch(command.Watch, Protocol):
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         """``step`` optimizer steps are done; ``losses`` has one a step."""
+
+    def validated(self, losses: list[tuple[int, float]]) -> None:
+        """The validation loss was taken once more; ``losses`` has (step, loss) of every time."""
 
     def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
         """Previews were drawn; ``without``: the same prompts without the safety LoRA."""
@@ -57,6 +62,8 @@ class Job:
     after_step: Callable[[Masters], None] = lambda masters: None  # on the float32 values, before they are given back
     prepare: Callable[[int], None] = lambda step: None  # what a step needs and may be interrupted in: pools
     preview: Callable[[int], Drawn] = lambda step: Drawn([], [])
+    validate: Callable[[], float] | None = None  # loss on pictures that are not trained on, without gradient
+    validate_every: int = 0  # steps; before the first and after the last one as well
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None
     notes: list[str] = field(default_factory=list)  # what the loop has to say in the report
@@ -72,7 +79,9 @@ class _Fit:
     scaler: torch.amp.GradScaler
     stopping: Stopping
     device: torch.device
+    average: Average | None = None  # of the weights, where ema_decay is set
     losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)  # step, loss
     whole: bool = True  # weights, optimizer and schedule are as of one step
     saved: int = 0  # step of the newest state on disk
 
@@ -84,7 +93,10 @@ class _Fit:
         kept = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
         state: dict[str, Any] = {name: part.state_dict() for name, part in kept.items()}
         values = [value.detach().cpu() for value in self.masters.values]
-        return state | {"values": values, "losses": self.losses, "extra": self.job.extra()}
+        state |= {"values": values, "losses": self.losses, "extra": self.job.extra()}
+        if self.average is not None:
+            state["average"] = [value.cpu() for value in self.average.values]
+        return state | {"validation": self.validation}
 
     def load(self, state: dict[str, Any]) -> None:
         self.masters.load(state["values"])
@@ -93,11 +105,36 @@ class _Fit:
         self.scaler.load_state_dict(state["scaler"])
         self.job.load_extra(state["extra"])
         self.losses[:] = state["losses"]
+        self.validation[:] = state["validation"]
+        if self.average is not None:
+            torch._foreach_copy_(self.average.values, state["average"])
         self.saved = self.step
         for group, rate, share in zip(  # as of this many steps: the state's may have been of fewer
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
             group["lr"] = rate * share(self.schedule.last_epoch)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, the weights are what is to be saved, shown and validated: an average, where one is kept."""
+        if self.average is not None:
+            try:
+                with self.average.used():
+                    self.masters.give_back()
+                    yield
+            finally:
+                self.masters.give_back()
+        elif schedule_free(self.options):
+            kept = [value.detach().clone() for value in self.masters.values]
+            self.optimizer.eval()  # type: ignore[attr-defined]  # from where gradients are taken to the average
+            self.masters.give_back()
+            try:
+                yield
+            finally:
+                self.optimizer.train()  # type: ignore[attr-defined]  # back, but for rounding
+                self.masters.load(kept)
+        else:
+            yield
 
 
 def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[float]:
@@ -119,7 +156,10 @@ def fit(job: Job, options: Options, device: torch.device, watch: Watch) -> list[
         with stop.whole(then=False):  # it is done: there is nothing left to stop
             if run.step > run.saved:
                 _save_state(run)
-            job.write(Path(options.output_dir) / f"{options.output_name}.safetensors", run.step, run.masters)
+            with run.saving():
+                job.write(Path(options.output_dir) / f"{options.output_name}.safetensors", run.step, run.masters)
+    if run.validation:
+        job.notes.append(_validated(run.validation))
     return run.losses
 
 
@@ -127,6 +167,7 @@ def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]
     options, job = run.options, run.job
     if options.max_train_steps - run.step >= memory.LEAST_STEPS:
         _say_memory(run, watch)
+    _validate(run, watch, log)
     while run.step < options.max_train_steps:
         run.stopping.check()
         watch.check()
@@ -137,8 +178,32 @@ def _train(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]
             watch.step(run.step, options.max_train_steps, run.losses)
             if _due(options.save_every_n_steps, run.step) and run.step < options.max_train_steps:
                 _save(run)
+        _validate(run, watch, log)
         if _due(options.sample_every_n_steps, run.step):
-            watch.sample(run.step, *job.preview(run.step))
+            with run.saving():
+                drawn = job.preview(run.step)
+            watch.sample(run.step, *drawn)
+
+
+def _validate(run: _Fit, watch: Watch, log: Callable[[int, dict[str, float]], None]) -> None:
+    """The validation loss as of this step, where it is due and a state that was resumed has none of it."""
+    step, every, last = run.step, run.job.validate_every, run.options.max_train_steps
+    due = step in (0, last) or _due(every, step)
+    if run.job.validate is None or not due or (run.validation and run.validation[-1][0] == step):
+        return
+    with run.saving():
+        loss = run.job.validate()
+    run.validation.append((step, loss))
+    log(step, {"validation_loss": loss})
+    watch.validated(run.validation)
+
+
+def _validated(losses: list[tuple[int, float]]) -> str:
+    """The line of the report."""
+    (lowest, least), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
+    line = f"validation loss {losses[0][1]:.4f} before, lowest {least:.4f} at step {lowest}, {loss:.4f} at step {last}"
+    risen = f": it has risen since step {lowest}, a sign that images are being memorized"
+    return line if lowest == last else line + risen
 
 
 def _say_memory(run: _Fit, watch: Watch) -> None:
@@ -180,8 +245,12 @@ def _begin(job: Job, options: Options, device: torch.device, stop: Stopping) -> 
     optimizer = make_optimizer(groups, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
     run = _Fit(job, options, masters, optimizer, make_scheduler(optimizer, options), scaler, stop, device)
+    if options.ema_decay:
+        run.average = Average(masters.values, options.ema_decay, warm=True)
     if options.resume:
         _resume(run)
+    if schedule_free(options):
+        optimizer.train()  # type: ignore[attr-defined]
     return run
 
 
@@ -229,12 +298,15 @@ def _step(run: _Fit) -> None:
         run.job.after_step(run.masters)
         run.masters.give_back()
         run.losses.append(total)
+        if run.average is not None:
+            run.average.update(step=run.step)
         run.whole = True
 
 
 def _save(run: _Fit) -> None:
     name = f"{run.options.output_name}-step{run.step:08d}.safetensors"
-    run.job.write(Path(run.options.output_dir) / name, run.step, run.masters)
+    with run.saving():
+        run.job.write(Path(run.options.output_dir) / name, run.step, run.masters)
     _save_state(run)
 
 

@@ -19,10 +19,15 @@ __all__ = [
 Target = Literal["cross-attention", "attention", "linear", "conv"]
 Precision = Literal["no", "bf16", "fp16"]
 SavePrecision = Literal["fp16", "bf16", "float"]
-Optimizer = Literal["AdamW", "AdamW8bit", "Adafactor", "Prodigy"]
-Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+Optimizer = Literal[
+    "AdamW", "AdamW8bit", "Adafactor", "Prodigy", "CAME", "Lion", "AdamWScheduleFree", "RAdamScheduleFree"
 ]
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+Loss = Literal["l2", "l1", "huber", "smooth_l1"]
+HuberSchedule = Literal["snr", "exponential", "constant"]
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 Density = Literal["own", "uniform", "logit_normal"]
@@ -40,7 +45,9 @@ SAVING = {
     "preset",  # its values are compared, each as the option that it is
 }
 SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
+SHOWING |= {"validate_every_n_steps"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
+HASHED |= {"caption_dir", "in_json"}
 ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # these do not change what is trained
 
 
@@ -58,7 +65,11 @@ class Options(AdapterOptions):
         "linear", "layers: cross-attention, attention, linear (all Linear and 1×1 conv), conv (3×3 too)"
     )
     learning_rate: float = opt(1e-4, "learning rate; Prodigy wants 1", gt=0)
-    optimizer_type: Optimizer = opt("AdamW", "AdamW, AdamW8bit (bitsandbytes), Adafactor, Prodigy (prodigyopt)")
+    optimizer_type: Optimizer = opt(
+        "AdamW",
+        "AdamW, AdamW8bit (bitsandbytes), Adafactor, Prodigy (prodigyopt), CAME (pytorch-optimizer), Lion "
+        "(lion-pytorch), AdamWScheduleFree, RAdamScheduleFree (schedulefree)",
+    )
     optimizer_args: Texts = opt((), "name=value arguments of the optimizer, e.g. weight_decay=0.01")
     lr_scheduler: Scheduler = opt("cosine", "schedule of the learning rate")
     lr_warmup_steps: int = opt(0, "steps of linear warm-up", ge=0)
@@ -88,6 +99,15 @@ class Options(AdapterOptions):
     log_with: Literal["none", "tensorboard", "wandb"] = opt("none", "logs beside the loss curve on the node")
     no_dataset_metadata: bool = opt(False, "leave captions, folder and output names out of the file's metadata")
     training_comment: str = opt("", "a line for the file's metadata (ss_training_comment)")
+    # schedules and the mean of the weights
+    lr_scheduler_min_lr_ratio: float = opt(
+        0.0, "cosine_with_min_lr, warmup_stable_decay: share of the rate that they end at", ge=0, lt=1
+    )
+    lr_decay_steps: int = opt(0, "warmup_stable_decay: steps of its decay, the last ones", ge=0)
+    lr_scheduler_timescale: int = opt(0, "inverse_sqrt: steps; 0: those of warm-up, or 10000 without any", ge=0)
+    ema_decay: float = opt(
+        0.0, "save, preview and validate the running mean of the weights, of this decay, e.g. 0.999; 0: off", ge=0, lt=1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,6 +134,7 @@ class Options(AdapterOptions):
             raise OptionError(
                 "lr_scheduler constant_with_warmup: 0 steps of warm-up: give lr_warmup_steps.", code="option.scheduler"
             )
+        self._check_schedule(kind, warmup)
         if self.optimizer_type == "Prodigy" and self.network_reg_lrs:
             raise OptionError(
                 "network_reg_lrs: Prodigy takes one rate, which it finds: use another optimizer, or leave them out.",
@@ -125,6 +146,40 @@ class Options(AdapterOptions):
                 f"learning_rate: {self.learning_rate:g} with Prodigy, which multiplies the rate that it finds itself: "
                 "set it to 1.",
                 code="option.prodigy",
+            )
+        if schedule_free(self):
+            self._check_schedule_free()
+
+    def _check_schedule(self, kind: Scheduler, warmup: int) -> None:
+        if kind == "cosine_with_min_lr" and not self.lr_scheduler_min_lr_ratio:
+            raise OptionError(
+                "lr_scheduler_min_lr_ratio: 0 is where cosine ends as well: give it, e.g. 0.1, or use cosine.",
+                code="option.scheduler",
+            )
+        if kind == "warmup_stable_decay" and not self.lr_decay_steps:
+            raise OptionError(
+                "lr_decay_steps: warmup_stable_decay without them has no decay: give their number, or use "
+                "constant_with_warmup.",
+                code="option.scheduler",
+            )
+
+    def _check_schedule_free(self) -> None:
+        kind, schedule = self.optimizer_type, self.lr_scheduler
+        if schedule not in ("constant", "constant_with_warmup"):
+            raise OptionError(
+                f"lr_scheduler {schedule}: {kind} averages its steps instead of following a schedule (arXiv "
+                "2405.15682): set it to constant, or to constant_with_warmup.",
+                code="option.schedule-free",
+            )
+        if kind == "RAdamScheduleFree" and schedule == "constant_with_warmup":
+            raise OptionError(
+                "lr_scheduler constant_with_warmup: RAdamScheduleFree warms up by itself: set it to constant.",
+                code="option.schedule-free",
+            )
+        if self.ema_decay:
+            raise OptionError(
+                f"ema_decay: {kind} saves an average of its own: leave out ema_decay, or use another optimizer.",
+                code="option.schedule-free",
             )
 
 
@@ -162,10 +217,47 @@ class TaskOptions(Options):
     density_deviation: float = opt(1.0, "logit_normal: deviation", gt=0)
     noise_offset: float = opt(0.0, "strength of one random shift per channel added to the noise, usually 0.0357", ge=0)
     allow_contaminated_base: bool = opt(False, "train although the base carries a safety LoRA; the file will say so")
+    # loss and noise, captions from elsewhere, validation, epochs
+    loss_type: Loss = opt("l2", "error of a prediction: l2, l1, huber, smooth_l1 (sd-scripts' two smooth ones)")
+    huber_schedule: HuberSchedule = opt(
+        "snr", "huber, smooth_l1: where the error turns from square to straight, at each noise level"
+    )
+    huber_c: float = opt(0.1, "huber, smooth_l1: that place; of snr and exponential at the noisiest level", gt=0, le=1)
+    huber_scale: float = opt(1.0, "huber, smooth_l1 of constant and exponential: factor of that place", gt=0)
+    debiased_estimation_loss: bool = opt(False, "weigh noise levels by 1 / √SNR (arXiv 2310.08442); ε and v alone")
+    multires_noise_iterations: int = opt(
+        0, "levels of coarser noise added to the noise (multires, pyramid noise), usually 6 to 10; 0: none", ge=0
+    )
+    multires_noise_discount: float = opt(0.3, "factor from one level of multires noise to the next", gt=0, le=1)
+    alpha_mask: bool = opt(False, "transparent parts of the images do not count in the loss")
+    caption_extension: str = opt("", "ending of the caption files, e.g. .txt or .json; without it .txt and .caption")
+    caption_dir: str = opt("", "folder of the caption files, where they are not beside the images")
+    in_json: str = opt(
+        "",
+        "sd-scripts' metadata (.json, .jsonl) with the captions of train_data_dir, then a plain folder of images",
+    )
+    validation_split: float = opt(
+        0.0, "share of each folder's images held out of training, for a validation loss", ge=0, le=0.99
+    )
+    validation_seed: int = opt(0, "seed of which images are held out, and of the noise that their loss is taken at")
+    validate_every_n_steps: int = opt(0, "validation loss every N steps; 0: at the end of every epoch", ge=0)
+    max_train_epochs: int = opt(0, "train so many epochs, in the place of max_train_steps; 0: max_train_steps", ge=0)
 
     def __post_init__(self):
         super().__post_init__()
         self._check_adapters()
+        self._check_loss()
+        if self.in_json and (self.dataset_config or self.reg_data_dir):
+            other = "dataset_config" if self.dataset_config else "reg_data_dir"
+            raise OptionError(
+                f"in_json: {other} is given: name the file in a data-set TOML, as a subset's metadata_file.",
+                code="option.data-set",
+            )
+        if self.in_json and (self.caption_dir or self.caption_extension):
+            raise OptionError(
+                "in_json: has the captions, and caption_dir or caption_extension says where others are: leave out one.",
+                code="option.data-set",
+            )
         if self.reg_data_dir and self.dataset_config:
             raise OptionError(
                 "reg_data_dir: dataset_config is given: name the folder there, with is_reg = true.",
@@ -191,6 +283,19 @@ class TaskOptions(Options):
                 f"project: keeps a LoRA's down matrices clear of a row space, and {self.adapter} has none that its "
                 "whole change goes through: use algo lora without dora_wd, or leave it out.",
                 code="option.adapter",
+            )
+
+    def _check_loss(self) -> None:
+        if self.debiased_estimation_loss and self.min_snr_gamma:
+            raise OptionError(
+                "debiased_estimation_loss: min_snr_gamma weighs the noise levels already: leave out one of them.",
+                code="option.loss",
+            )
+        if self.project and schedule_free(self):
+            raise OptionError(
+                f"project: {self.optimizer_type} averages weights of before and after the projection: use another "
+                "optimizer, or project the finished file (Project Task LoRA).",
+                code="option.schedule-free",
             )
 
     def _check_text_rate(self) -> None:
@@ -269,6 +374,17 @@ class SafetyOptions(Options):
                 "target: esd-u trains all but cross-attention, so nothing: use another of the two.",
                 code="option.objective",
             )
+        if self.objective == "sdd" and (self.ema_decay or schedule_free(self)):
+            name = "ema_decay" if self.ema_decay else "optimizer_type"
+            raise OptionError(
+                f"{name}: sdd saves the mean of its weights already, which teaches it: leave it out.",
+                code="option.objective",
+            )
+
+
+def schedule_free(options: Options) -> bool:
+    """Whether the optimizer keeps an average of its steps instead of following a schedule."""
+    return options.optimizer_type.endswith("ScheduleFree")
 
 
 def fingerprint(options: Options) -> dict[str, str]:

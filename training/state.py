@@ -13,7 +13,7 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.util import atomic, plain_json
 
 DESCRIPTION, TENSORS = "state.json", "state.pt"
-MAY_CHANGE = "max_train_steps"  # a finished training can be gone on with
+MAY_CHANGE = {"max_train_steps", "max_train_epochs"}  # a finished training can be gone on with
 
 
 def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any]) -> None:
@@ -44,11 +44,11 @@ def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any
         raise GuardError(
             f"resume {folder.name}: no whole training state ({error}): choose another one.", code="resume.no-state"
         ) from error
-    for name in sorted((set(saved) | set(fingerprint)) - {MAY_CHANGE}):
+    for name in sorted((set(saved) | set(fingerprint)) - MAY_CHANGE):
         if saved.get(name) != fingerprint.get(name):
             raise GuardError(
                 f"resume {folder.name}: {name} was {saved.get(name)!r} and is {fingerprint.get(name)!r} now: set it "
                 "back, or start anew with network_weights.",
                 code="resume.changed",
             )
-    return state, saved.get(MAY_CHANGE, "")
+    return state, saved.get("max_train_steps", "")

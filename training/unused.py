@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from .options import Options, SafetyOptions, TaskOptions
 
 PREVIEWS = ("sample_prompts", "sample_steps", "sample_cfg", "sample_size")
-DATA_SET = ("resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate")  # a TOML can say them
+HUBER = ("huber_schedule", "huber_c", "huber_scale")
+DATA_SET = (  # a TOML can say them
+    "resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "alpha_mask",
+    "caption_extension", "caption_dir", "validation_split", "validation_seed",
+)  # fmt: skip
 
 
 def unused(options: Options, regularisation: int | None = None) -> list[str]:
@@ -30,11 +34,13 @@ def unused(options: Options, regularisation: int | None = None) -> list[str]:
 def unused_by_kohya(options: Options, family: str) -> list[str]:
     """The same of what sd-scripts' script for a family (ComfyUI's name) does not read."""
     found: list[tuple[str, str]] = []
+    is_task = isinstance(options, TaskOptions)
     latent_diffusion = family in ("SD15", "SD20", "SDXL")
     if not latent_diffusion:
         why = f"sd-scripts' trainer of {family} has none"
         found += [(name, why) for name in ("clip_skip", "min_snr_gamma", "noise_offset", "max_token_length")]
-    if isinstance(options, TaskOptions):
+        found += [(name, why) for name in ("debiased_estimation_loss", "multires_noise_iterations") if is_task]
+    if is_task:
         found.append(("timestep_density", "sd-scripts draws timesteps by options of its own, which are passed on"))
     if family == "SDXL":
         found.append(("clip_skip", "sd-scripts' trainer of SDXL takes its own layer"))
@@ -69,6 +75,12 @@ def _of_all(options: Options) -> Iterator[tuple[str, str]]:
         yield "lr_scheduler_num_cycles", f"lr_scheduler is {options.lr_scheduler}"
     if options.lr_scheduler != "polynomial":
         yield "lr_scheduler_power", f"lr_scheduler is {options.lr_scheduler}"
+    if options.lr_scheduler not in ("cosine_with_min_lr", "warmup_stable_decay"):
+        yield "lr_scheduler_min_lr_ratio", f"lr_scheduler is {options.lr_scheduler}"
+    if options.lr_scheduler != "warmup_stable_decay":
+        yield "lr_decay_steps", f"lr_scheduler is {options.lr_scheduler}"
+    if options.lr_scheduler != "inverse_sqrt":
+        yield "lr_scheduler_timescale", f"lr_scheduler is {options.lr_scheduler}"
 
 
 def _of_adapters(options: Options) -> Iterator[tuple[str, str]]:
@@ -85,6 +97,16 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
         yield "text_encoder_lr", "network_train_text_encoder is off"
     if options.timestep_density != "logit_normal":
         yield from ((name, "timestep_density is no logit_normal") for name in ("density_mean", "density_deviation"))
+    if options.loss_type not in ("huber", "smooth_l1"):
+        yield from (
+            (name, f"loss_type is {options.loss_type}") for name in ("huber_schedule", "huber_c", "huber_scale")
+        )
+    elif options.huber_schedule == "snr":
+        yield "huber_scale", "huber_schedule is snr"
+    if not options.multires_noise_iterations:
+        yield "multires_noise_discount", "multires_noise_iterations is 0"
+    if not options.validation_split and not options.dataset_config:
+        yield from ((name, "validation_split is 0") for name in ("validation_seed", "validate_every_n_steps"))
     if regularisation == 0:
         yield "prior_loss_weight", "the data set has no regularisation images"
     if not options.dataset_config and not options.shuffle_caption:

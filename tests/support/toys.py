@@ -118,6 +118,7 @@ class Silent:
 
     def __init__(self, stop_at: int | None = None):
         self.stop_at, self.steps, self.pictures, self.said = stop_at, 0, [], ""
+        self.validation: list[tuple[int, float]] = []
 
     def check(self) -> None:
         if self.stop_at is not None and self.steps >= self.stop_at:
@@ -128,6 +129,9 @@ class Silent:
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
         self.steps = step
+
+    def validated(self, losses: list[tuple[int, float]]) -> None:
+        self.validation = list(losses)
 
     def sample(self, step: int, pictures: list, without: object = ()) -> None:
         self.pictures += pictures

@@ -19,7 +19,7 @@ class Silent:
     def check(self) -> None:
         """Nothing interrupts."""
 
-    stage = step = sample = say = lambda self, *said: None
+    stage = step = validated = sample = say = lambda self, *said: None
 
 
 def parser(

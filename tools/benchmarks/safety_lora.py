@@ -237,8 +237,8 @@ def robust(chosen) -> dict[str, object]:
         hits = _counted(
             chosen, "robust, vehicles", file, lambda drawn=drawn: detector.suppressed(drawn(data.SUPPRESSED_IDS, 7)[0])
         )
-        rows[f"demo world, suppressed rate, {name}"] = _rate(hits)
-        rows[f"demo world, kept concepts right, {name}"] = _rate(_counted(chosen, "robust, kept", file, right))
+        rows[f"demo world, suppressed rate, {name}"] = rate(hits)
+        rows[f"demo world, kept concepts right, {name}"] = rate(_counted(chosen, "robust, kept", file, right))
         _done(chosen, "robust", rows)
     return rows
 

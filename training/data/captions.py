@@ -7,10 +7,13 @@ first and the last line), and ``keep_tokens_separator`` never reaches the text e
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files import texts
@@ -64,6 +67,18 @@ def draw(
     return text
 
 
+def settled(rules: CaptionRules) -> CaptionRules:
+    """The same without what drops or reorders parts of a caption; wildcards still draw."""
+    return replace(
+        rules,
+        shuffle_caption=False,
+        token_warmup_step=0.0,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+    )
+
+
 def varies(rules: CaptionRules) -> bool:
     """Whether two draws of one caption can differ."""
     rates = rules.caption_dropout_rate, rules.caption_dropout_every_n_epochs, rules.caption_tag_dropout_rate
@@ -75,11 +90,59 @@ def read(path: Path) -> str:
 
     In the encodings of `textfiles.decode`; CaptionError for anything else.
     """
+    return "\n".join(line.strip() for line in _decoded(path).splitlines() if line.strip())
+
+
+def read_json(path: Path, rules: CaptionRules) -> str:
+    """The caption in another captioner's JSON file of one image: its "caption" and "tags"; CaptionError for neither."""
+    return of_record(_json(path.name, _decoded(path)), rules, path.name)
+
+
+def of_record(record: Any, rules: CaptionRules, name: str) -> str:
+    """The caption of an entry {"caption": text, "tags": text or texts}, tags behind each line, as in sd-scripts."""
+    if not isinstance(record, Mapping) or not {"caption", "tags"} & set(record):
+        raise CaptionError(f'{name}: has neither "caption" nor "tags": write {{"caption": "..."}}.')
+    text, found = record.get("caption") or "", record.get("tags") or ""
+    if isinstance(found, list) and all(isinstance(tag, str) for tag in found):
+        found = f"{rules.caption_separator} ".join(found)
+    if not isinstance(text, str) or not isinstance(found, str):
+        raise CaptionError(f'{name}: "caption" or "tags" is no text: write {{"caption": "..."}}.')
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = rules.caption_separator.join(found.split("\n")).strip()
+    if found:
+        lines = [f"{line}{rules.caption_separator}{found}" for line in lines] or [found]
+    return "\n".join(lines)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """sd-scripts' metadata by the images' names: an object of a .json, or a line with "image_path" each of a .jsonl.
+
+    CaptionError where it is neither.
+    """
+    text = _decoded(path)
+    if path.suffix.lower() == ".jsonl":
+        rows = [_json(f"{path.name}, line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if not all(isinstance(row, dict) and isinstance(row.get("image_path"), str) for row in rows):
+            raise CaptionError(f'{path.name}: a line has no "image_path": write {{"image_path": ..., "caption": ...}}.')
+        return {row["image_path"]: row for row in rows}
+    found = _json(path.name, text)
+    if not isinstance(found, dict):
+        raise CaptionError(f'{path.name}: is no object of images: write {{"a.png": {{"caption": "..."}}}}.')
+    return found
+
+
+def _decoded(path: Path) -> str:
     try:
-        text = texts.decode(path.read_bytes())
+        return texts.decode(path.read_bytes())
     except texts.TextError as error:
         raise CaptionError(f"{path.name}: {error}: save it as UTF-8.") from error
-    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CaptionError(f"{name}: is no JSON ({error}): mend it.") from error
 
 
 def tags(text: str, separator: str = ",") -> list[str]:

@@ -4,10 +4,11 @@
     [[datasets]]                  a resolution, a batch size, buckets; over [general]
     [[datasets.subsets]]          a folder of pictures with captions; over [[datasets]]
 
-What is accepted here sd-scripts accepts too, key by key and level by level, with three differences in what a missing
-value means: without ``caption_extension`` both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``),
-without ``min_bucket_reso`` and ``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative
-folder that is not in the working directory is looked for beside the TOML. ``to_toml`` writes all of it out.
+What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir``, which is ours, and
+``.json`` as a ``caption_extension``. Three things differ in what a missing value means: without ``caption_extension``
+both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``), without ``min_bucket_reso`` and
+``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative folder that is not in the working
+directory is looked for beside the TOML. ``to_toml`` writes all of it out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .images import INTERPOLATIONS, Buckets
 
 CAPTION_ENDINGS = (".txt", ".caption")
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-ALL, UPPER, LOWEST = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET), (SUBSET,)
+ALL, UPPER = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET)
 REPEATS = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
@@ -54,6 +55,7 @@ EVERYWHERE = {  # [general], [[datasets]] and [[datasets.subsets]]
     "num_repeats": COUNT,
     "class_tokens": Key(str),
     "caption_extension": Key(str),
+    "caption_dir": Key(str),
     "flip_aug": Key(bool),
     "resize_interpolation": Key(str),
     "shuffle_caption": Key(bool),
@@ -78,13 +80,18 @@ OF_DATASETS = {  # [general] and [[datasets]]
     "max_bucket_reso": COUNT,
     "bucket_reso_steps": COUNT,
     "bucket_no_upscale": Key(bool),
+    "validation_split": Key(float, 0, 0.99),
+    "validation_seed": Key(int),
 }
 OF_SUBSETS = {  # [[datasets.subsets]]
     "image_dir": Key(str),
     "is_reg": Key(bool),
     "alpha_mask": Key(bool),
     "conditioning_data_dir": Key(str),
+    "metadata_file": Key(str),
 }
+NO_MASKS = ("class_tokens", "is_reg", "alpha_mask")  # what sd-scripts' subsets with conditioning_data_dir do not take
+NO_METADATA = ("class_tokens", "is_reg", "caption_extension", "caption_dir", "conditioning_data_dir")  # metadata_file
 CACHE = "latents are cached once, so {} can't change from draw to draw: leave it out, or use the sd-scripts engine"
 REFUSED = {  # sd-scripts' keys: levels, values that change nothing, why
     "color_aug": (ALL, (False,), CACHE.format("colours")),
@@ -93,16 +100,15 @@ REFUSED = {  # sd-scripts' keys: levels, values that change nothing, why
     "custom_attributes": (ALL, ({},), "nothing here reads them: leave them out"),
     "cache_info": (ALL, (False,), "every image is opened and checked before training: leave it out"),
     "network_multiplier": (UPPER, (1,), "every data set trains the LoRA at strength 1: leave it out"),
-    "validation_split": (UPPER, (0,), "no images are set aside: leave it out, or use the sd-scripts engine"),
-    "validation_seed": (UPPER, (), "no images are set aside: leave it out, or use the sd-scripts engine"),
-    "metadata_file": (LOWEST, (), "fine-tuning metadata is not read: give image_dir and caption files"),
 }
 NOT_HERE = {
     "prior_loss_weight": "is an option of the training, in sd-scripts too: give it there",
     "masked_loss": "is on where conditioning_data_dir or alpha_mask is given: leave it out",
     "train_data_dir": "is an option of the training, instead of a TOML: give it there, or image_dir here",
 }
+DEFAULTS = "defaults"  # what the training's options say; sd-scripts lets these fall to subsets as well
 LEVELS = {
+    DEFAULTS: EVERYWHERE | OF_DATASETS | {"alpha_mask": Key(bool)},
     GENERAL: EVERYWHERE | OF_DATASETS,
     DATASET: EVERYWHERE | OF_DATASETS,
     SUBSET: EVERYWHERE | OF_SUBSETS,
@@ -123,6 +129,16 @@ class Subset:
     conditioning_data_dir: Path | None  # masks of the loss, a picture of the same name each
     resize_interpolation: str | None
     rules: CaptionRules
+    caption_dir: Path | None = None  # of the caption files, where they are not beside the images
+    metadata_file: Path | None = None  # captions of all images in one JSON file, instead of caption files
+
+    @property
+    def captions_in(self) -> Path:
+        """The folder of the caption files: ``caption_dir``, or the folder in it that is called as ``image_dir``."""
+        if self.caption_dir is None:
+            return self.image_dir
+        own = self.caption_dir / self.image_dir.name
+        return own if own.is_dir() else self.caption_dir
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,8 @@ class Dataset:
     subsets: tuple[Subset, ...]
     batch_size: int
     buckets: Buckets
+    validation_split: float = 0.0  # share of every subset's images that is held out of training
+    validation_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,8 +163,18 @@ class DatasetConfig:
     @property
     def folders(self) -> list[Path]:
         """Every folder that it reads from."""
-        subsets = [subset for data in self.datasets for subset in data.subsets]
-        return [f for subset in subsets for f in (subset.image_dir, subset.conditioning_data_dir) if f]
+        found = ((s.image_dir, s.conditioning_data_dir, s.caption_dir) for s in self.subsets)
+        return [folder for folders in found for folder in folders if folder]
+
+    @property
+    def files(self) -> list[Path]:
+        """Every metadata file that it reads."""
+        return [subset.metadata_file for subset in self.subsets if subset.metadata_file]
+
+    @property
+    def subsets(self) -> list[Subset]:
+        """Of all data sets."""
+        return [subset for data in self.datasets for subset in data.subsets]
 
 
 def from_toml(path: str | Path, defaults: Mapping[str, Any] | None = None, within: Path | None = None) -> DatasetConfig:
@@ -174,6 +202,11 @@ def check_folders(config: DatasetConfig) -> DatasetConfig:
             raise DatasetError(
                 f"{Path(config.source).name}: {folder} is no folder: correct the path.", code="dataset.no-folder"
             )
+    for file in config.files:
+        if not os.path.isfile(file):
+            raise DatasetError(
+                f"{Path(config.source).name}: {file} is no file: correct the path.", code="dataset.no-metadata"
+            )
     return config
 
 
@@ -200,9 +233,26 @@ def from_folders(
             "put the images into one.",
             code="dataset.no-repeats",
         )
-    document = {"general": {"enable_bucket": True} | dict(defaults or {}), "datasets": [{"subsets": subsets}]}
-    config = _Reader("data set", Path.cwd(), {}, within).config(str(train_data_dir), document)
+    config = _folders(str(train_data_dir), subsets, defaults, within)
     return DatasetConfig(config.source, config.datasets, tuple(ignored))
+
+
+def from_metadata(
+    image_dir: str | Path,
+    metadata_file: str | Path,
+    defaults: Mapping[str, Any] | None = None,
+    within: Path | None = None,
+) -> DatasetConfig:
+    """The data set of a plain folder of images with their captions in sd-scripts' metadata, with buckets; see above."""
+    subset = {"image_dir": str(Path(image_dir).absolute()), "metadata_file": str(Path(metadata_file).absolute())}
+    return _folders(str(image_dir), [subset], defaults, within)
+
+
+def _folders(
+    source: str, subsets: list[dict[str, Any]], defaults: Mapping[str, Any] | None, within: Path | None
+) -> DatasetConfig:
+    reader = _Reader("data set", Path.cwd(), {"enable_bucket": True} | dict(defaults or {}), within)
+    return reader.config(source, {"datasets": [{"subsets": subsets}]})
 
 
 def _numbered(folder: Path, is_reg: bool) -> tuple[list[dict[str, Any]], list[str]]:
@@ -235,7 +285,7 @@ class _Reader:
 
     def config(self, source: str, document: Any) -> DatasetConfig:
         self._table("top level", document, {"general": Key(dict), "datasets": Key(list)})
-        self._level("defaults", GENERAL, self.defaults)
+        self._level(DEFAULTS, DEFAULTS, self.defaults)
         general = document.get("general", {})
         self._level(GENERAL, GENERAL, general)
         tables = document.get("datasets", [])
@@ -261,8 +311,12 @@ class _Reader:
             )
         values = above | own
         made = [self._subset(f"{place}, {SUBSET} {i + 1}", values, subset) for i, subset in enumerate(subsets)]
-        self._masked(place, own, subsets)
-        return Dataset(tuple(made), values.get("batch_size", 1), self._buckets(place, values))
+        if mixed := _mixed(own, subsets, "conditioning_data_dir", NO_MASKS):
+            raise DatasetError(f"{self.name}: {place}: conditioning_data_dir: {mixed}", code="dataset.masks")
+        if mixed := _mixed(own, subsets, "metadata_file", NO_METADATA):
+            raise DatasetError(f"{self.name}: {place}: metadata_file: {mixed}", code="dataset.metadata")
+        split = values.get("validation_split", 0.0), values.get("validation_seed", 0)
+        return Dataset(tuple(made), values.get("batch_size", 1), self._buckets(place, values), *split)
 
     def _subset(self, place: str, above: dict[str, Any], table: Any) -> Subset:
         self._level(place, SUBSET, table)
@@ -275,7 +329,8 @@ class _Reader:
         interpolation = values.get("resize_interpolation")
         if interpolation is not None and interpolation not in INTERPOLATIONS:
             self._wrong(place, "resize_interpolation", interpolation, f"is none of {', '.join(INTERPOLATIONS)}")
-        masks = values.get("conditioning_data_dir")
+        masks, metadata = values.get("conditioning_data_dir"), values.get("metadata_file")
+        captions_in = None if metadata else values.get("caption_dir")
         rules = {f.name: values[f.name] for f in fields(CaptionRules) if f.name in values}
         if not rules.get("caption_separator", ","):
             self._wrong(place, "caption_separator", "", "is empty")
@@ -286,28 +341,13 @@ class _Reader:
             is_reg=values.get("is_reg", False),
             caption_endings=("." + ending.lstrip("."),) if ending else CAPTION_ENDINGS,
             flip_aug=values.get("flip_aug", False),
-            alpha_mask=values.get("alpha_mask", False),
+            alpha_mask=values.get("alpha_mask", False) and not masks,
             conditioning_data_dir=self._folder(place, "conditioning_data_dir", masks) if masks else None,
             resize_interpolation=interpolation,
             rules=CaptionRules(**rules),
+            caption_dir=self._folder(place, "caption_dir", captions_in) if captions_in else None,
+            metadata_file=self._folder(place, "metadata_file", metadata) if metadata else None,
         )
-
-    def _masked(self, place: str, own: Mapping[str, Any], subsets: list[dict[str, Any]]) -> None:
-        """Masks are sd-scripts' ControlNet form: in all subsets of a data set or in none, and without three keys."""
-        with_masks = sum("conditioning_data_dir" in subset for subset in subsets)
-        if with_masks and with_masks < len(subsets):
-            raise DatasetError(
-                f"{self.name}: {place}: {with_masks} of {len(subsets)} subsets have conditioning_data_dir: "
-                f"move those without into another {DATASET}.",
-                code="dataset.masks",
-            )
-        for key in ("class_tokens", "is_reg", "alpha_mask"):
-            if with_masks and (key in own or any(key in subset for subset in subsets)):
-                raise DatasetError(
-                    f"{self.name}: {place}: {key} does not go with conditioning_data_dir, in sd-scripts too: "
-                    "leave out one of them.",
-                    code="dataset.masks",
-                )
 
     def _buckets(self, place: str, values: dict[str, Any]) -> Buckets:
         resolution = values.get("resolution", 512)
@@ -328,10 +368,10 @@ class _Reader:
         return Buckets((width, height), enable, least, most, step, no_upscale)
 
     def _folder(self, place: str, key: str, value: str) -> Path:
-        """An absolute path without '..', so that what is looked at later is what was judged here."""
+        """An absolute path without '..', so that what is looked at later is what was judged here; a file's as well."""
         beside = Path(os.path.abspath(self.folder / value))
         if self.within is None:
-            return Path(os.path.abspath(value)) if os.path.isdir(value) else beside
+            return Path(os.path.abspath(value)) if os.path.exists(value) else beside
         if not beside.is_relative_to(os.path.abspath(self.within)):
             raise DatasetError(
                 f"{self.name}: {place}: {key}: {value!r} is outside the folder {self.within.name!r}, where its "
@@ -380,6 +420,15 @@ class _Reader:
         raise DatasetError(f"{self.name}: {place}: {key} = {value!r} {why}: correct it.", code="dataset.wrong-value")
 
 
+def _mixed(own: Mapping[str, Any], subsets: list[dict[str, Any]], key: str, others: tuple[str, ...]) -> str:
+    """What is wrong with a key, which all subsets of a data set have or none, without ``others``; "" for nothing."""
+    having = sum(key in subset for subset in subsets)
+    if having and having < len(subsets):
+        return f"{having} of {len(subsets)} subsets have it: move those without into another {DATASET}."
+    found = [other for other in others if having and (other in own or any(other in subset for subset in subsets))]
+    return f"{found[0]} does not go with it, in sd-scripts too: leave out one of them." if found else ""
+
+
 def _kind(kind: type) -> str:
     names: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text in quotes"}
     names |= {dict: "table", list: "array of tables"}
@@ -388,7 +437,7 @@ def _kind(kind: type) -> str:
 
 def _unknown(key: str, known: Mapping[str, Key]) -> str:
     for level, keys in LEVELS.items():
-        if key in keys and key not in known:
+        if level != DEFAULTS and key in keys and key not in known:
             return f"belongs in {DATASET if level == GENERAL else level}: move it"
     if key in REFUSED:
         return "does not belong here: leave it out"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from .images import Fit, MaskShapeError, Size
 
 WORDS = re.compile(r"\w+|[^\w\s]")
 PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
+JSON = ".json"
 KEPT = 0.6  # share of a picture that its bucket should keep: of 16:9 a square keeps 0.56
 KINDS = {  # finding -> what a report says of it
     "broken": "broken images, LEFT OUT: mend or delete them",
@@ -48,8 +53,12 @@ KINDS = {  # finding -> what a report says of it
     "further_lines": "captions of several lines, only the first is used: enable_wildcard draws among them",
     "long_captions": f"captions of more than about {PROMPT_WORDS} tokens",
     "captions_alone": "caption files without image",
+    "other_captions": "caption files beside the images, NOT read: caption_dir or metadata_file has the captions",
+    "not_in_metadata": "images that metadata_file does not name, LEFT OUT: add them to it (sd-scripts leaves them out)",
+    "metadata_alone": "entries of metadata_file without image",
     "unsupported": "files that are no image for training: convert them to PNG, JPEG or WebP",
     "ignored_folders": "folders not looked into",
+    "held_out": "images HELD OUT of training, for the validation loss",
     "unused_regularisation": "regularisation images beyond the number of training images, not used",
 }
 
@@ -92,6 +101,7 @@ class DatasetReport:
     distinct_captions: int
     dataset_sha256: str  # of files, captions, masks and settings; neither paths nor their order matter
     problems: tuple[str, ...]
+    held_out: tuple[Picture, ...] = ()  # not in ``pictures``
 
 
 def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = None) -> DatasetReport:
@@ -99,6 +109,7 @@ def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = No
     found: dict[str, list[str]] = defaultdict(list)
     found["ignored_folders"] += config.ignored
     folders = [_folder(subset, found) for subset in _once(config, found)]
+    _note_alone(folders, found)
     total, done, out = sum(len(folder.files) for folder in folders), 0, []
     for folder in folders:
         for path in folder.files:
@@ -107,7 +118,9 @@ def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = No
             done += 1
             if progress:
                 progress(done, total)
-    return _report(config, _paired(out, found), folders, found)
+    training, held_out = _split(config, out)
+    found["held_out"] += [picture.name for picture in held_out]
+    return _report(config, _paired(training, found), held_out, folders, found)
 
 
 def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
@@ -165,12 +178,17 @@ class _Folder:
     subset: Subset
     files: tuple[Path, ...]  # pictures, by ending
     captions: Mapping[str, Path]  # stem and ending, this in small letters -> file
+    stems: Mapping[Path, str]  # caption file -> stem
+    entries: Mapping[Path, Any] | None  # of metadata_file: image -> entry
     masks: Mapping[str, Path]  # stem -> mask
     found: dict[str, list[str]]
 
     def picture(self, path: Path) -> Picture | None:
         """None for one that can't be trained on, which is then among the findings."""
         name = self.name(path)
+        if self.entries is not None and path not in self.entries:
+            self.found["not_in_metadata"].append(name)
+            return None
         try:
             data = path.read_bytes()
             decoded = decode(data)
@@ -245,11 +263,16 @@ class _Folder:
 
     def _caption(self, path: Path, name: str) -> tuple[str, str]:
         """What the file says, and its ending; the class tokens where there is none."""
+        if self.entries is not None:
+            return self._noted(captions.of_record(self.entries[path], self.subset.rules, name), name), ""
         found = (self.captions.get(path.stem + ending.lower()) for ending in self.subset.caption_endings)
         file = next(filter(None, found), None)
         if file is not None:
             try:
-                text = captions.read(file)
+                if file.suffix.lower() == JSON:
+                    text = captions.read_json(file, self.subset.rules)
+                else:
+                    text = captions.read(file)
                 if not textfiles.encoding_of(file.read_bytes()).startswith("utf-8"):
                     self.found["other_encodings"].append(name)
                 return self._noted(text, name), file.name[len(path.stem) :]
@@ -257,6 +280,7 @@ class _Folder:
                 self.found["unreadable_captions"].append(f"{name}: {error}")
         else:
             others = [self.captions[path.stem + e].name for e in CAPTION_ENDINGS if path.stem + e in self.captions]
+            others += [f.name for f in (self.subset.captions_in / f"{path.stem}{JSON}",) if f.is_file()]
             wanted = self.subset.caption_endings[0]
             hint = f" (there is {others[0]}, caption_extension is {wanted})" if others else ""
             kind = "without_caption" if self.subset.class_tokens else "without_text"
@@ -293,20 +317,70 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
     entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
     entries = [entry for entry in entries if not SIDE_FILES.fullmatch(entry.name)]
     files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
-    stems, texts = {file.stem for file in files}, _captions(entries, subset)
+    stems, beside = {file.stem for file in files}, _captions(entries, subset)
+    elsewhere = subset.caption_dir is not None or subset.metadata_file is not None
     for entry in sorted(set(entries) - set(files)):
         name = f"{entry.parent.name}/{entry.name}"
         if entry.is_dir():
-            if entry != subset.conditioning_data_dir:
+            if entry not in (subset.conditioning_data_dir, subset.caption_dir):
                 found["ignored_folders"].append(f"{name}: inside a folder of images")
-        elif entry not in texts:
-            found["unsupported"].append(name)
-        elif texts[entry] not in stems:
-            found["captions_alone"].append(name)
+        elif entry not in beside:
+            if entry != subset.metadata_file:
+                found["unsupported"].append(name)
+        elif elsewhere:
+            found["other_captions"].append(name)
+    texts = {} if subset.metadata_file else beside
+    if subset.caption_dir is not None:
+        texts = _captions(sorted(subset.captions_in.iterdir(), key=lambda entry: entry.name), subset)
     masks = _masks(subset, stems, found)
     by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
     found["shared_captions"] += _shared(files, {*texts.values(), *masks})
-    return _Folder(index, dataset, subset, files, by_name, masks, found)
+    return _Folder(index, dataset, subset, files, by_name, texts, _entries(subset, files, found), masks, found)
+
+
+def _entries(subset: Subset, files: Sequence[Path], found: dict[str, list[str]]) -> dict[Path, Any] | None:
+    """Image -> its entry in metadata_file, which names it by its path or without its ending; None without that file.
+
+    CaptionError where the file, or the entry of an image, cannot be read.
+    """
+    if subset.metadata_file is None:
+        return None
+    by_key = {str(file): file for file in files} | {str(file.with_suffix("")): file for file in files}
+    out = {}
+    for key, record in captions.metadata(subset.metadata_file).items():
+        file = by_key.get(os.path.abspath(subset.image_dir / key))
+        if file is None:
+            found["metadata_alone"].append(key)
+        else:
+            out[file] = record
+    return out
+
+
+def _note_alone(folders: Sequence[_Folder], found: dict[str, list[str]]) -> None:
+    """Caption files of no image, in folders that several subsets may share."""
+    stems: dict[Path, set[str]] = defaultdict(set)
+    files: dict[Path, dict[Path, str]] = defaultdict(dict)
+    for folder in folders:
+        place = folder.subset.captions_in
+        stems[place] |= {file.stem for file in folder.files}
+        files[place] |= folder.stems
+    for place, captioned in files.items():
+        alone = sorted(file for file, stem in captioned.items() if stem not in stems[place])
+        found["captions_alone"] += [f"{file.parent.name}/{file.name}" for file in alone]
+
+
+def _split(config: DatasetConfig, out: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on, and those held out of every folder but regularisation: sd-scripts' draw, rounded down."""
+    held: set[int] = set()
+    folders: dict[tuple[int, Path], list[int]] = defaultdict(list)
+    for i, picture in enumerate(out):
+        if not picture.is_reg:
+            folders[picture.dataset, picture.subset.image_dir].append(i)
+    for (dataset, _), rows in folders.items():
+        if share := config.datasets[dataset].validation_split:
+            random.Random(config.datasets[dataset].validation_seed).shuffle(rows)
+            held.update(rows[math.ceil(len(rows) * (1 - share)) :])
+    return [p for i, p in enumerate(out) if i not in held], [out[i] for i in sorted(held)]
 
 
 def _shared(files: Sequence[Path], stems: Container[str]) -> list[str]:
@@ -365,9 +439,13 @@ def regularisation_draws(wanted: int, repeats: Sequence[int]) -> list[int]:
 
 
 def _report(
-    config: DatasetConfig, out: list[Picture], folders: list[_Folder], found: dict[str, list[str]]
+    config: DatasetConfig,
+    out: list[Picture],
+    held_out: list[Picture],
+    folders: list[_Folder],
+    found: dict[str, list[str]],
 ) -> DatasetReport:
-    found["duplicates"] += _duplicates(out)
+    found["duplicates"] += _duplicates([*out, *held_out])
     counted = Counter((picture.dataset, picture.subset.image_dir) for picture in out)
     buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
     for picture in out:
@@ -377,6 +455,11 @@ def _report(
     if not any(not picture.is_reg for picture in out):
         seen = sum(len(folder.files) for folder in folders)
         problems.append(f"{config.source}: none of {seen} images can be trained on: see below, or correct the folder.")
+    if out and not held_out and any(data.validation_split for data in config.datasets):
+        problems.append(
+            f"{config.source}: validation_split holds none of {len(out)} images out, as it is taken of each folder: "
+            "raise it, or leave it out."
+        )
     rows = [(counted[folder.index, folder.subset.image_dir], folder.subset) for folder in folders]
     return DatasetReport(
         source=config.source,
@@ -388,8 +471,9 @@ def _report(
         batches=sum(-(-len(rows) // size) for size, rows in grouped(config, out)),
         regularisation=sum(picture.is_reg for picture in out),
         distinct_captions=len({picture.caption for picture in out}),
-        dataset_sha256=_digest(config, out),
+        dataset_sha256=_digest(config, out, held_out),
         problems=tuple(problems),
+        held_out=tuple(held_out),
     )
 
 
@@ -413,8 +497,8 @@ def _pixels_sha256(decoded: Decoded) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes() + (alpha.tobytes() if alpha else b"")).hexdigest()
 
 
-def _digest(config: DatasetConfig, out: list[Picture]) -> str:
-    rows = []
+def _digest(config: DatasetConfig, out: list[Picture], held_out: list[Picture]) -> str:
+    rows: list[tuple] = [("held out", picture.sha256) for picture in held_out]
     for picture in out:
         subset, dataset = picture.subset, config.datasets[picture.dataset]
         mask = hashlib.sha256(picture.mask_path.read_bytes()).hexdigest() if picture.mask_path else ""

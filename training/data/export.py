@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from ...modular_lora.files.images import ENDINGS, named
 from ...modular_lora.options import toml_value
 from ..output import DatasetRecord
 from . import captions
 from .captions import CaptionRules
 from .config import DATASET, SUBSET, Dataset, DatasetConfig, DatasetError, Subset
-from .dataset import KINDS, DatasetReport
+from .dataset import JSON, KINDS, DatasetReport
 
 STOPS_SD_SCRIPTS = (  # what it stops at, and what it would train otherwise
     "broken", "too_small", "empty_captions", "unreadable_captions", "missing_masks", "unused_masks", "odd_masks",
-    "empty_masks", "transparent_masks", "other_encodings",
+    "empty_masks", "transparent_masks", "other_encodings", "metadata_alone",
 )  # fmt: skip
 
 
@@ -64,6 +66,8 @@ def tag_frequency(report: DatasetReport) -> dict[str, dict[str, int]]:
 def _dataset(dataset: Dataset) -> dict[str, Any]:
     buckets = dataset.buckets
     values = {"resolution": list(buckets.resolution), "batch_size": dataset.batch_size}
+    if dataset.validation_split:
+        values |= {"validation_split": dataset.validation_split, "validation_seed": dataset.validation_seed}
     if not buckets.enable_bucket:
         return values | {"enable_bucket": False}
     return values | {f.name: getattr(buckets, f.name) for f in fields(buckets) if f.name != "resolution"}
@@ -76,6 +80,12 @@ def _subset(subset: Subset, endings: set[str]) -> dict[str, Any]:
             "them: rename the others.",
             code="dataset.captions",
         )
+    if subset.caption_dir is not None or JSON in endings:
+        what = "captions in a folder of their own" if subset.caption_dir else "JSON captions"
+        raise DatasetError(
+            f"{subset.image_dir}: sd-scripts reads no {what}: use the embedded engine, or a metadata_file.",
+            code="dataset.captions",
+        )
     masks = subset.conditioning_data_dir
     values: dict[str, Any] = {
         "image_dir": subset.image_dir,
@@ -85,11 +95,25 @@ def _subset(subset: Subset, endings: set[str]) -> dict[str, Any]:
         "flip_aug": subset.flip_aug,
         "resize_interpolation": subset.resize_interpolation,
     }
-    if masks is None:
+    if subset.metadata_file is not None:
+        _check_names(subset.metadata_file)
+        del values["caption_extension"]
+        values |= {"metadata_file": subset.metadata_file, "alpha_mask": subset.alpha_mask}
+    elif masks is None:
         own = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg, "alpha_mask": subset.alpha_mask}
         values |= own
     rules = subset.rules
     return values | {f.name: getattr(rules, f.name) for f in fields(CaptionRules)}
+
+
+def _check_names(metadata_file: Path) -> None:
+    """DatasetError for images named without their ending, which sd-scripts takes for names of its cache files."""
+    short = [key for key in captions.metadata(metadata_file) if Path(key).suffix.lower() not in ENDINGS]
+    if short:
+        raise DatasetError(
+            f"{metadata_file.name}: sd-scripts wants images by their whole names: {named(short)}: add the endings.",
+            code="dataset.kohya",
+        )
 
 
 def _assignments(values: dict[str, Any]) -> list[str]:

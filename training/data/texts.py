@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from ...modular_lora.files.images import named
 from ..options import OptionError, Options, SafetyOptions
@@ -42,14 +41,7 @@ def cut_captions(options: Options, pictures: Sequence[Picture], too_long: TooLon
 
 
 def _drawn(picture: Picture) -> Iterator[str]:
-    rules, text = picture.subset.rules, picture.caption
-    rules = replace(
-        rules,
-        token_warmup_step=0.0,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        caption_tag_dropout_rate=0.0,
-    )
+    rules, text = captions.settled(picture.subset.rules), picture.caption
     for line in text.splitlines() if rules.enable_wildcard else text.splitlines()[:1]:
         for seed in range(DRAWS if rules.enable_wildcard else 1):
             yield captions.draw(line, rules, random.Random(seed))

@@ -13,9 +13,10 @@ from ...modular_lora.guard import concept
 from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.options import toml_value, tomllib
 from ..adapter_options import pairs
-from ..optim import lr_shape
-from ..options import OptionError, Options, SafetyOptions, TaskOptions
+from ..optim import optimizer_arguments
+from ..options import OptionError, Options, SafetyOptions, TaskOptions, schedule_free
 from ..safety.targets import Term, erased, kept
+from ..unused import HUBER
 from .checks import NAMES
 
 NETWORK_MODULE = "modular_lora_guard.training.kohya.network"
@@ -30,6 +31,7 @@ REFUSED = {  # argument of sd-scripts -> why it cannot be passed on
 }
 
 
+OPTIMIZERS = {"CAME": "pytorch_optimizer.CAME"}  # name -> sd-scripts', where that is another
 DEFAULTS = {"sdpa", "cache_latents", "no_half_vae", "masked_loss", "max_data_loader_n_workers", "tokenizer_cache_dir"}
 
 
@@ -121,6 +123,7 @@ def check_parts(name: str, family: Family, parts: Mapping[str, str], extra: Sequ
 
 def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora], extra: Sequence[str]) -> list[str]:
     """For train_network.py and its kin."""
+    _check_task(options, run)
     network = _network(options, run, "task") | {
         "safety": os.pathsep.join(str(s.lora.path.absolute()) for s in safety),
         "safety_strength": ",".join(str(s.strength) for s in safety),
@@ -147,6 +150,11 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
         "save_state": bool(options.save_every_n_steps),
         "save_state_on_train_end": True,  # a finished training can be gone on with
     }
+    flags |= _losses(options)
+    if options.max_train_epochs:
+        flags |= {"max_train_epochs": options.max_train_epochs}
+    if options.validate_every_n_steps:
+        flags |= {"validate_every_n_steps": options.validate_every_n_steps}
     if options.sample_every_n_steps and options.sample_prompts:
         flags |= {"sample_every_n_steps": options.sample_every_n_steps, "sample_prompts": run.prompts}
     return _arguments(_common(options, run) | flags, network, run, extra)
@@ -158,13 +166,19 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
     OptionError for what else they do not have.
     """
     lacking = {"pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0,
-               "init": "", "robust_steps": 0}  # fmt: skip
+               "init": "", "robust_steps": 0, "ema_decay": 0.0}  # fmt: skip
     for name, wanted in ({"objective": "leco"} | lacking).items():
         if (value := getattr(options, name)) != wanted:
             raise OptionError(
                 f"{name} {value!r}: sd-scripts' LECO has only {wanted!r}: use the embedded engine for it.",
                 code="option.leco",
             )
+    if schedule_free(options):
+        raise OptionError(
+            f"optimizer_type {options.optimizer_type}: whether sd-scripts' LECO saves its average is not known: use "
+            "another optimizer, or the embedded engine.",
+            code="option.leco",
+        )
     prompts = concept.trained((*options.concept, *options.synonyms))
     network = _network(options, run, "safety") | {
         "init_seed": str(options.seed),
@@ -177,6 +191,34 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
         "leco_denoise_guidance_scale": str(options.guidance_scale),
     }
     return _arguments(_common(options, run) | flags, network, run, extra)
+
+
+def _losses(options: TaskOptions) -> dict[str, object]:
+    """Error, weights of the noise levels, and noise."""
+    found: dict[str, object] = {"debiased_estimation_loss": options.debiased_estimation_loss}
+    if options.loss_type != "l2":
+        found |= {"loss_type": options.loss_type}
+    if options.loss_type in ("huber", "smooth_l1"):
+        found |= {name: str(getattr(options, name)) for name in HUBER}
+    if options.multires_noise_iterations:
+        names = ("multires_noise_iterations", "multires_noise_discount")
+        found |= {name: str(getattr(options, name)) for name in names}
+    return found
+
+
+def _check_task(options: TaskOptions, run: Run) -> None:
+    """OptionError for what sd-scripts has not, or stops at."""
+    if options.ema_decay:
+        raise OptionError(
+            f"ema_decay {options.ema_decay:g}: sd-scripts keeps no mean of a LoRA's weights: use the embedded engine.",
+            code="option.kohya",
+        )
+    smooth = options.loss_type in ("huber", "smooth_l1")
+    if smooth and options.huber_schedule == "snr" and run.family.flow:
+        raise OptionError(
+            "huber_schedule snr: sd-scripts has none for this family: set it to constant or exponential.",
+            code="option.kohya",
+        )
 
 
 def leco_prompts(options: SafetyOptions) -> str:
@@ -221,7 +263,7 @@ def _common(options: Options, run: Run) -> dict[str, object]:
     )
     where_set = (
         "lr_warmup_steps gradient_accumulation_steps gradient_checkpointing min_snr_gamma save_every_n_steps "
-        "training_comment optimizer_args"
+        "training_comment"
     )
     logs = options.log_with != "none"
     found: dict[str, object] = {name: str(getattr(options, name)) for name in always.split()}
@@ -237,12 +279,32 @@ def _common(options: Options, run: Run) -> dict[str, object]:
             "v_parameterization": run.v_prediction,
             "max_token_length": options.max_token_length if options.max_token_length > 75 else "",
             "clip_skip": options.clip_skip if options.clip_skip > 1 else "",
-            **{f"lr_scheduler_{name}": str(value) for name, value in lr_shape(options).items()},
+            "optimizer_type": OPTIMIZERS.get(options.optimizer_type, options.optimizer_type),
+            "optimizer_args": tuple(f"{name}={value!r}" for name, value in optimizer_arguments(options).items()),
+            **_schedule(options),
             **run.parts,
             "log_with": options.log_with if logs else "",
             "logging_dir": str(Path(options.output_dir).absolute() / "logs") if logs else "",
         }
     )
+
+
+def _schedule(options: Options) -> dict[str, object]:
+    """What the schedule takes beside its steps; with a schedule-free optimizer sd-scripts has none."""
+    kind, least = options.lr_scheduler, str(options.lr_scheduler_min_lr_ratio)
+    if schedule_free(options):
+        return {"lr_warmup_steps": ""}  # in optimizer_args
+    if kind == "cosine_with_restarts":
+        return {"lr_scheduler_num_cycles": str(options.lr_scheduler_num_cycles)}
+    if kind == "polynomial":
+        return {"lr_scheduler_power": str(options.lr_scheduler_power)}
+    if kind == "cosine_with_min_lr":
+        return {"lr_scheduler_min_lr_ratio": least}
+    if kind == "warmup_stable_decay":
+        return {"lr_decay_steps": str(options.lr_decay_steps), "lr_scheduler_min_lr_ratio": least}
+    if kind == "inverse_sqrt" and options.lr_scheduler_timescale:
+        return {"lr_scheduler_timescale": str(options.lr_scheduler_timescale)}
+    return {}
 
 
 def _network(options: Options, run: Run, role: str) -> dict[str, str]:

@@ -109,6 +109,10 @@ def train_task(
     check_parts(base.family, family(base.family), base.parts, extra)
     report = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     said = _said(base, options, lambda too_long: remarks(options, config, report, too_long))
+    if report.held_out:
+        said.append(
+            "sd-scripts writes the validation loss into its own output and logs (log_with): it is NOT in the report"
+        )
     watch.say("\n".join(said))
     if report.problems:
         raise GuardError(report.problems[0], code="kohya.data-set")

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..average import Average
 from ..model import Cond, HostModel, per_row
 from ..options import OptionError, SafetyOptions
 from ..seeds import role_seed, step_generator
@@ -56,31 +57,6 @@ class Report:
     forward_rows: int  # rows through the network without gradients
     gradient_rows: int  # with forward and backward pass
     notes: tuple[str, ...]
-
-
-class Average:
-    """θ' ← d θ' + (1 − d) θ after every step, as SDD's teacher; starts as θ, kept in float32."""
-
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters, self.decay = list(parameters), decay
-        self.values = [p.detach().float().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self, values: Sequence[Tensor] | None = None) -> None:
-        """``values``: float32 ones that stand behind parameters in half precision."""
-        torch._foreach_lerp_(self.values, [v.detach() for v in values or self.parameters], 1 - self.decay)
-
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """The parameters are the averaged ones inside."""
-        own = [p.data for p in self.parameters]
-        try:
-            for p, value in zip(self.parameters, self.values, strict=True):
-                p.data = value.to(p.dtype)
-            yield
-        finally:
-            for p, value in zip(self.parameters, own, strict=True):
-                p.data = value
 
 
 class Erasure:

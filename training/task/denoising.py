@@ -1,7 +1,7 @@
 """The denoising loss of captioned pictures: latents and text-encoder outputs made once, noise drawn by step.
 
 L = E w(t) |F − F_θ(x_t, t, c)|², F the model's own target (model.py): ε (arXiv 2006.11239, eq. 14), v, or the velocity
-ε − x_0 (arXiv 2210.02747, eq. 23); θ the adapters alone.
+ε − x_0 (arXiv 2210.02747, eq. 23); θ the adapters alone. Other errors, and w(t): losses.py; ε: noise.py.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from ..loop import Watch
 from ..model import Cond, HostModel, per_row
 from ..options import TaskOptions
 from ..seeds import step_generator
-from . import timesteps
+from . import losses, noise, timesteps
 
 CACHE_BYTES = 2**30  # of conditioning
 
 
 class Latents:
-    """Latents, masks and sizes of all pictures, made once; float32 on the CPU."""
+    """Latents, masks and sizes of all pictures, those held out behind the others, made once; float32 on the CPU."""
 
     def __init__(self, host_model: HostModel, report: dataset.DatasetReport, watch: Watch):
+        pictures = (*report.pictures, *report.held_out)
         wanted = [(i, flip) for i, p in enumerate(report.pictures) for flip in range(1 + p.subset.flip_aug)]
+        wanted += [(i, 0) for i in range(len(report.pictures), len(pictures))]
         self.latents: dict[tuple[int, bool], Tensor] = {}
         self.masks: dict[tuple[int, bool], Tensor | None] = {}
         self.sizes: dict[tuple[int, bool], Tensor] = {}
         for done, (i, flipped) in enumerate(wanted, 1):
             flip = bool(flipped)
-            picture = report.pictures[i]
+            picture = pictures[i]
             pixels, self.masks[i, flip] = dataset.load(picture, flip, host_model.downscale)
             self.latents[i, flip] = host_model.encode_pictures(pixels[None])[0].cpu()
             self.sizes[i, flip] = images.sizes(picture.size, picture.fit, flip)
@@ -78,23 +80,24 @@ class Denoising:
     captions: Captions
 
     def loss(self, step: int, micro: int) -> Tensor:
-        """Mean over the batch of w · |target − prediction|²; scalar."""
-        host_model, options, schedule = self.host_model, self.options, self.host_model.schedule
+        """Mean over the batch of w · error; scalar."""
         draws = self.plan.batch(step, micro)
+        generator = step_generator(self.options.seed, "noise", step, micro)
+        return self.at(draws, timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator), generator)
+
+    def at(self, draws: Sequence[Draw], t: Tensor, generator: torch.Generator) -> Tensor:
+        """The same of given pictures at timesteps t (b), with noise from a CPU generator."""
+        host_model, options, schedule = self.host_model, self.options, self.host_model.schedule
         z, mask, sizes = self.latents.of(draws)
         z, sizes = z.to(host_model.device), sizes.to(host_model.device)
         cond = self._conditioning([draw.caption for draw in draws])
-        generator = step_generator(options.seed, "noise", step, micro)
-        t = timesteps.drawn(schedule, options, len(z), generator).to(z.device)  # b
-        eps = torch.randn(z.shape, generator=generator)
-        if options.noise_offset:
-            eps += options.noise_offset * torch.randn(*z.shape[:2], *[1] * (z.dim() - 2), generator=generator)
-        eps = eps.to(z.device)
+        t = t.to(z.device)
+        eps = noise.drawn(z.shape, options, generator).to(z.device)
         prediction = host_model.predict(schedule.add_noise(z, t, eps), t, cond.sized(sizes))
-        error = (prediction - schedule.target(z, t, eps)).square()  # b c ...
+        error = losses.errors(prediction, schedule.target(z, t, eps), t, schedule, options)  # b c ...
         error = per_row(error if mask is None else error * mask.to(host_model.device))  # b
         weight = torch.tensor([draw.weight for draw in draws], device=z.device)
-        return (weight * schedule.min_snr(t, options.min_snr_gamma) * error).mean()
+        return (weight * losses.weights(schedule, t, options) * error).mean()
 
     def _conditioning(self, captions: list[str]) -> Cond:
         return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +30,9 @@ from ..projection import bases, project
 from ..record import Record, Trained
 from ..state import check_state
 from ..unused import DATA_SET, unused
+from . import losses as weighting
 from .denoising import Captions, Denoising, Latents
+from .validation import LEVELS, Validation
 
 ROLE = "task"
 
@@ -44,7 +48,9 @@ def configure(options: TaskOptions, within: Path | None = None) -> dataset_confi
 
 
 def _shared(options: TaskOptions) -> dict[str, object]:
-    return {name: getattr(options, name) for name in DATA_SET} | {"batch_size": options.train_batch_size}
+    """What a data-set TOML that says nothing takes from the options; an empty text is nothing."""
+    found = {name: value for name in DATA_SET if (value := getattr(options, name)) != ""}
+    return found | {"batch_size": options.train_batch_size}
 
 
 def _configured(
@@ -52,6 +58,8 @@ def _configured(
 ) -> dataset_config.DatasetConfig:
     if options.dataset_config:
         config = dataset_config.from_toml(options.dataset_config, defaults, within)
+    elif options.in_json:
+        config = dataset_config.from_metadata(options.train_data_dir, options.in_json, defaults, within)
     else:
         folders = options.train_data_dir, options.reg_data_dir or None
         config = dataset_config.from_folders(*folders, defaults, within)
@@ -62,10 +70,10 @@ def overridden(options: TaskOptions, config: dataset_config.DatasetConfig) -> li
     """A line for each option that was set and that the data set's TOML overrides everywhere."""
     lines, plain = [], TaskOptions()
     if options.dataset_config:
-        for name, value in (given := _shared(options)).items():
+        for name, value in _shared(options).items():
             option = "train_batch_size" if name == "batch_size" else name
             default = getattr(plain, option)
-            if value != default and _configured(options, given | {name: default}) == config:
+            if value != default and _configured(options, _shared(replace(options, **{option: default}))) == config:
                 lines.append(f"{option} {value!r} has NO effect: {Path(options.dataset_config).name} says its own")
     return lines
 
@@ -106,16 +114,19 @@ def train_task(
     of it, so the LoRA is bit for bit the same without it (projection off).
     """
     config = prepare(options, safety, data)
+    weighting.check(options, host_model)
     found = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
     said = [*presets.said(options, of), *remarks(options, config, found, host_model.too_long)]
+    options = in_steps(options, found)
     watch.say("\n".join(said))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
     loss = Denoising(host_model, options, plan, Latents(host_model, found, watch), Captions(host_model))
-    _release(host_model, options, loss, plan.fixed_captions())
+    validation = Validation(loss, found, watch.check)
+    _release(host_model, options, loss, plan.fixed_captions(), [draw.caption for draw in validation.draws()])
     start = _start(host_model, options, loras)
     spec = _spec(host_model, options)
     record = Record(host_model, options, spec, engine, base_name, loras, contaminated, export.record(found))
@@ -135,10 +146,24 @@ def train_task(
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),
             preview=Previews(host_model, adapters, options, watch.check, safety),
+            validate=_validating(adapters, validation) if found.held_out else None,
+            validate_every=options.validate_every_n_steps or epoch_steps(options, found),
         )
         losses = fit(job, options, host_model.device, watch)
     said += patterns.lines(options, (spec.unet, spec.text))
     return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
+
+
+def in_steps(options: TaskOptions, found: dataset.DatasetReport) -> TaskOptions:
+    """The options with ``max_train_epochs`` as steps, an epoch being whole steps, as sd-scripts counts them."""
+    if not options.max_train_epochs:
+        return options
+    return replace(options, max_train_steps=max(1, options.max_train_epochs * epoch_steps(options, found)))
+
+
+def epoch_steps(options: TaskOptions, found: dataset.DatasetReport) -> int:
+    """Steps in which every image is drawn as often as it is to be in an epoch."""
+    return math.ceil(found.batches / options.gradient_accumulation_steps)
 
 
 def remarks(
@@ -149,7 +174,17 @@ def remarks(
 ) -> list[str]:
     """What is worth knowing before the first step: texts that are cut, options without effect, the data set."""
     lines = [*texts.cut_captions(options, found.pictures, too_long), *texts.cut_previews(options, too_long)]
-    lines += [*unused(options, found.regularisation), *overridden(options, config)]
+    stepped = in_steps(options, found)
+    lines += [*unused(stepped, found.regularisation), *overridden(options, config)]
+    if options.max_train_epochs:
+        line = f"max_train_epochs: {options.max_train_epochs} are {stepped.max_train_steps} steps"
+        plain = options.max_train_steps in (TaskOptions().max_train_steps, stepped.max_train_steps)
+        lines.append(line if plain else f"{line}, and max_train_steps {options.max_train_steps} has NO effect")
+    if found.held_out:
+        lines.append(
+            f"validation loss: of {len(found.held_out)} images that are held out, each at {LEVELS} noise levels and "
+            "with the same noise every time"
+        )
     return [*lines, *dataset.format_report(found).splitlines()]
 
 
@@ -186,14 +221,26 @@ def _spec(host_model: HostModel, options: TaskOptions) -> Spec:
     )
 
 
-def _release(host_model: HostModel, options: TaskOptions, loss: Denoising, captions: list[str] | None) -> None:
+def _validating(adapters: Adapters, validation: Validation) -> Callable[[], float]:
+    """The loss without dropout."""
+
+    def validate() -> float:
+        with adapters.evaluating():
+            return validation()
+
+    return validate
+
+
+def _release(
+    host_model: HostModel, options: TaskOptions, loss: Denoising, captions: list[str] | None, held_out: list[str]
+) -> None:
     """Keep VAE and text encoder only where previews or captions that vary will ask for them."""
     if options.sample_every_n_steps:
         return
     if captions is None or options.network_train_text_encoder:
         host_model.release(text=False)
         return
-    loss.captions.of(captions)
+    loss.captions.of([*captions, *held_out])
     host_model.release(text=True)
 
 

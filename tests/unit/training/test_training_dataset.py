@@ -349,7 +349,7 @@ WRONG = {
     GOOD + "color_aug = true\n": ("dataset.not-taken", "color_aug = True"),
     GOOD + "random_crop = true\n": ("dataset.not-taken", "random_crop = True"),
     GOOD + "face_crop_aug_range = [1.0, 2.0]\n": ("dataset.not-taken", "face_crop_aug_range = "),
-    GOOD + 'metadata_file = "m.json"\n': ("dataset.not-taken", "metadata_file = 'm.json'", "image_dir"),
+    GOOD + 'metadata_file = "m.json"\n': ("dataset.no-metadata", "m.json"),
     "[general]\nmetadata_file = 'm.json'\n" + GOOD: ("dataset.unknown-key", "'metadata_file'"),
     "[general]\nprior_loss_weight = 0.5\n" + GOOD: ("dataset.not-taken", "prior_loss_weight"),
     GOOD + "num_repeats = 0\n": ("dataset.wrong-value", "num_repeats = 0", "1"),

@@ -20,6 +20,7 @@ from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.training.adapters import Spec, adapted
 from modular_lora_guard.training.layers import select
 from modular_lora_guard.training.loop import Job, fit
+from modular_lora_guard.training.optim import ELSEWHERE
 from modular_lora_guard.training.options import TaskOptions
 from modular_lora_guard.training.seeds import role_seed, step_generator
 from modular_lora_guard.training.state import load_state
@@ -90,11 +91,21 @@ def same(a: dict, b: dict) -> bool:
         {"network_dropout": 0.3, "gradient_accumulation_steps": 2, "min_snr_gamma": 5.0, "noise_offset": 0.05},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"mixed_precision": "fp16"},
+        {"optimizer_type": "Lion", "lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1},
+        {"optimizer_type": "CAME", "lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 5},
+        {
+            "optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5,
+            "mixed_precision": "bf16",
+        },
+        {
+            "ema_decay": 0.9, "loss_type": "huber", "multires_noise_iterations": 4, "validation_split": 0.3,
+            "network_dropout": 0.3, "mixed_precision": "bf16",
+        },
     ],
-)
+)  # fmt: skip
 def test_twenty_steps_are_ten_and_ten_more_bit_for_bit(changes, options, tmp_path):
-    if changes.get("optimizer_type") == "Prodigy":
-        pytest.importorskip("prodigyopt", reason="prodigyopt is not installed: an optional optimizer")
+    if (kind := changes.get("optimizer_type")) in ELSEWHERE:
+        pytest.importorskip(ELSEWHERE[kind][0], reason=f"{ELSEWHERE[kind][1]} is not installed: an optional optimizer")
     options = replace(options, **changes)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
     host_model = lambda: ToyHostModel(dtype)  # noqa: E731
