@@ -152,7 +152,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Json:
     said = words("page")
     cells = [demo_report.Picture(png(), Seen(vehicle, True), said) for vehicle in (True, False)]
     arm = demo_report.Arm(said, said, cells, 1.0, said)
-    shown = demo_report.Demo([arm], (said, said), 1, said, said, {said: said}, {said: said}, {said: {"status": said}})
+    facts = {said: said}
+    shown = demo_report.Demo([arm] * 7, (said, said), 1, said, said, facts, facts, {said: {"status": said}})
     made = {"demo": demo_report.page(shown), "audit": audit_page.render(hostile(said), {said: png()})}
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -170,6 +171,10 @@ def test_the_packs_own_pages_show_the_words_and_nothing_of_them_runs(which: int,
     found = pages[which]
     assert (found["ran"], found["foreign"], found["complaints"]) == (None, [], [])
     assert found["text"].count(words("page")) >= 5
+
+
+def test_the_demos_report_fits_windows_of_every_width(pages: list[Json]) -> None:
+    assert set(pages[0]["beyond"].values()) == {0}, pages[0]["beyond"]
 
 
 def test_no_drop_down_of_the_pack_offers_a_name_that_would_run(seen: Json) -> None:

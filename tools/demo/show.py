@@ -41,9 +41,10 @@ CHOICE = (
     f"drawn: every second of the world's {len(data.SUPPRESSED_IDS)} vehicles and every thirtieth of its "
     f"{len(data.KEPT_IDS)} other concepts, in its own order, one seed a row, counted on from the first; nothing was "
     "left out or drawn again. The vehicles' style was chosen by the evidence's counts, as one in which most come back "
-    "(twemoji: 6 of 24 unguarded, 1 with the safety LoRA alone). So these pictures show what happens, not how often: "
-    "that stands in the last row, over all six styles. The detector knows no nothing, and calls some blobs a vehicle."
+    "(twemoji: 6 of 24 unguarded, 1 with the safety LoRA alone). So these pictures show what happens, not how often. "
+    "The detector knows no nothing, and calls some blobs a vehicle."
 )
+COUNTED = "The last row has the evidence's counts, over all six styles."
 EVIDENCE = ROOT / "docs" / "figures" / "evidence.json"
 RECIPE, OF_WORDS = "ESD, eta 3, preservation 2", "null space, of words"  # of the evidence
 
@@ -150,7 +151,7 @@ def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: grap
         prompts=setting.prompts,
         suppressed=len(setting.prompts) - len(KEPT),
         lookout=LOOKOUT,
-        choice=CHOICE,
+        choice=" ".join([CHOICE, *[COUNTED] * any(arm.counted for arm in arms.values())]),
         facts=_facts(client, arms, setting),
         texts={
             "What the guard says": guarded.text("guard-report"),

@@ -15,7 +15,12 @@ const result = await withPage(async (page) => {
       ran: window.modularLoraRan ?? null,
       foreign: [...document.querySelectorAll('[src="x"], [onerror], script')].map((one) => one.outerHTML),
     }));
-    seen.push({ ...found, complaints });
+    const beyond = {}; // width of the window -> pixels of the page that are beyond it
+    for (const width of [400, 800, 1280, 1920]) {
+      await page.setViewportSize({ width, height: 800 });
+      beyond[width] = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+    }
+    seen.push({ ...found, complaints, beyond });
   }
   return seen;
 });
