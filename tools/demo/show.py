@@ -37,8 +37,8 @@ LOOKOUT = (
 CHOICE = (
     "How it was chosen: the LoRAs are those of the evidence's first training seed (docs/evidence.md), with a safety "
     "recipe under which fine-tuning brings vehicles back in part while other concepts stay right; under another one, "
-    "LECO with preservation, it brought none back. Prompts and seeds go by a rule that was set before any of them was "
-    f"drawn: every second of the world's {len(data.SUPPRESSED_IDS)} vehicles and every thirtieth of its "
+    "LECO with preservation, it brought none back. Prompts and seeds go by a rule and not by their pictures: every "
+    f"second of the world's {len(data.SUPPRESSED_IDS)} vehicles and every thirtieth of its "
     f"{len(data.KEPT_IDS)} other concepts, in its own order, one seed a row, counted on from the first; nothing was "
     "left out or drawn again. The vehicles' style was chosen by the evidence's counts, as one in which most come back "
     "(twemoji: 6 of 24 unguarded, 1 with the safety LoRA alone). So these pictures show what happens, not how often. "
