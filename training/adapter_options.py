@@ -25,7 +25,7 @@ class AdapterOptions:
     dora_wd: bool = opt(False, "DoRA: a length for every row of the changed weight as well; algo lora")
     conv_dim: int = opt(0, "rank of the convolutions larger than 1×1 that target conv trains; 0: network_dim", ge=0)
     conv_alpha: float = opt(0.0, "their alpha; 0: network_alpha", ge=0)
-    factor: int = opt(-1, "lokr: a size that the first factor is not to exceed; -1: about the root", ge=-1)
+    factor: int = opt(0, "lokr: a size that the first factor is not to exceed; 0 (LyCORIS' -1): about the root", ge=0)
     decompose_both: bool = opt(False, "lokr: the first factor as a product as well")
     use_tucker: bool = opt(False, "loha: kernels of convolutions by themselves (Tucker form), so fewer numbers")
     network_reg_dims: Texts = opt(
@@ -42,8 +42,6 @@ class AdapterOptions:
         if self.use_tucker and self.algo != "loha":
             why = "ComfyUI leaves such layers of a LoKr out" if self.algo == "lokr" else f"PEFT has none of {self.algo}"
             raise OptionError(f"use_tucker: {why}: use algo loha, or leave it out.", code="option.adapter")
-        if self.factor == 0:
-            raise OptionError("factor: 0 divides nothing: give -1, or 1 and more.", code="option.adapter")
         pairs(self.network_reg_dims, "network_reg_dims", whole=True)
         pairs(self.network_reg_lrs, "network_reg_lrs")
 

@@ -236,7 +236,7 @@ class Loha(_Products):
 class Lokr(_Products):
     """LoKr; a factor of which the rank would be half its size or more is whole, and two whole ones are not scaled."""
 
-    factor: int = -1
+    factor: int = 0
     decompose_both: bool = False
 
     kind = "LoKr"
@@ -246,7 +246,7 @@ class Lokr(_Products):
         from peft import LoKrConfig
 
         (rank, alpha), patterns = _usual(sizes), _patterns(sizes)
-        more = {"decompose_factor": self.factor, "decompose_both": self.decompose_both}
+        more = {"decompose_factor": self.factor or -1, "decompose_both": self.decompose_both}
         return LoKrConfig(r=rank, alpha=alpha, **more, **patterns)
 
     def place(self, model: nn.Module, sizes: Mapping[str, Size], dropout: float) -> dict[str, BaseTunerLayer]:

@@ -92,6 +92,27 @@ def test_arguments_of_a_task(tmp_path):
     assert {"--v2", "--v_parameterization", "base_version=sd_v2_v"} <= set(vpred)
 
 
+def test_adapters_that_sd_scripts_has_are_passed_on_and_others_refused(tmp_path):
+    made = lambda **changes: task_options(tmp_path, tmp_path, **changes)  # noqa: E731
+    found = argv(made(target="conv", conv_dim=5, conv_alpha=2.5))
+    assert {"conv_dim=5", "conv_alpha=2.5"} <= set(found)
+    patterns = {"network_reg_dims": ("lora_unet_double.*=4", ".*mlp.*=8"), "network_reg_lrs": ("lora_te1_.*=1e-5",)}
+    flux = argv(made(**patterns), family=kohya_arguments.FAMILIES["Flux"])  # it searches, so the ends are said
+    assert "network_reg_dims=^(?:lora_unet_double.*)$=4,^(?:.*mlp.*)$=8" in flux
+    assert "network_reg_lrs=^(?:lora_te1_.*)$=1e-05" in flux
+    anima = argv(made(**patterns), family=kohya_arguments.FAMILIES["Anima"])  # it matches whole paths
+    assert "network_reg_dims=lora_unet_double.*=4,.*mlp.*=8" in anima
+    for changes, named in (
+        (patterns, "network_reg_dims"),
+        ({"algo": "loha"}, "algo loha"),
+        ({"dora_wd": True}, "dora_wd"),
+    ):
+        with refuses("option.kohya-adapter", named):
+            argv(made(**changes))
+    with refuses("option.kohya-adapter", "'a{1,2}'"):
+        argv(made(network_reg_dims=("a{1,2}=4",)), family=kohya_arguments.FAMILIES["Flux"])
+
+
 @pytest.mark.parametrize("scale", ["refuse", "tensors", "metadata"])
 def test_the_chosen_scale_of_each_safety_lora_is_handed_on(tmp_path, scale):
     save_lora(tmp_path / "safety.safetensors", {"a": LayerSpec("a", (4, 4))}, 2, 0)
