@@ -10,6 +10,7 @@ RESIDUAL_KEY = "modular_lora.residual"  # |W0 + UD - W_safe| / |dW| of a convert
 SAFETY_KEY = "modular_lora.safety_sha256"  # safety LoRA files that a task LoRA was trained beside
 PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05, outputs 3.1e-05": see projection.LayerProjection
 ENGINE_KEY = "modular_lora.engine"
+EMA_KEY = "modular_lora.ema_decay"  # decay of the running mean that was saved
 DATASET_KEY = "modular_lora.dataset_sha256"
 INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
 LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out

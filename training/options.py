@@ -28,6 +28,7 @@ Scheduler = Literal[
 ]  # fmt: skip
 Loss = Literal["l2", "l1", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
+HUBER = ("huber_schedule", "huber_c", "huber_scale")  # what the smooth errors take
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 Density = Literal["own", "uniform", "logit_normal"]

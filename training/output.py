@@ -32,6 +32,7 @@ from .forms import ALPHA, DOWN, LENGTHS, UP
 from .metadata_keys import (
     CONCEPT_KEY,
     DATASET_KEY,
+    EMA_KEY,
     ENGINE_KEY,
     INITIALISATION_KEY,
     LEAKS,
@@ -40,7 +41,7 @@ from .metadata_keys import (
     SAFETY_KEY,
 )
 from .model import Prediction
-from .options import Options, SafetyOptions, SavePrecision, TaskOptions
+from .options import HUBER, Options, SafetyOptions, SavePrecision, TaskOptions
 from .projection import ProjectionReport, project, residual
 
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
@@ -278,6 +279,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
         "ss_cache_latents": True,
         "ss_sd_model_name": made.base_name,
         "ss_min_snr_gamma": options.min_snr_gamma or None,
+        EMA_KEY: options.ema_decay or None,
     }
     if arguments := network_arguments(options):
         found["ss_network_args"] = json.dumps(arguments)
@@ -288,6 +290,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
             "ss_noise_offset": options.noise_offset or None,
             "ss_resolution": f"({options.resolution}, {options.resolution})",
         }
+        found |= _loss(options)
     return found
 
 
@@ -304,6 +307,22 @@ def network_arguments(options: Options) -> dict[str, str]:
     for name in ("network_reg_dims", "network_reg_lrs"):
         found[name] = ",".join(getattr(options, name))
     return {name: str(value) for name, value in found.items() if value not in (False, "")}
+
+
+def _loss(options: TaskOptions) -> dict[str, object]:
+    """Error, noise, validation and epochs, where they are not what they are without options."""
+    smooth = options.loss_type in ("huber", "smooth_l1")
+    levels, held_out = options.multires_noise_iterations, options.validation_split
+    return {
+        "ss_loss_type": options.loss_type if options.loss_type != "l2" else None,
+        **{f"ss_{name}": getattr(options, name) if smooth else None for name in HUBER},
+        "ss_debiased_estimation": options.debiased_estimation_loss or None,
+        "ss_multires_noise_iterations": levels or None,
+        "ss_multires_noise_discount": options.multires_noise_discount if levels else None,
+        "ss_validation_split": held_out or None,
+        "ss_validation_seed": options.validation_seed if held_out else None,
+        "ss_num_epochs": options.max_train_epochs or None,
+    }
 
 
 def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[str, object]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from .options import Options, SafetyOptions, TaskOptions
+from .options import HUBER, Options, SafetyOptions, TaskOptions
 
 PREVIEWS = ("sample_prompts", "sample_steps", "sample_cfg", "sample_size")
-HUBER = ("huber_schedule", "huber_c", "huber_scale")
 DATA_SET = (  # a TOML can say them
     "resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "alpha_mask",
     "caption_extension", "caption_dir", "validation_split", "validation_seed",
@@ -51,6 +50,12 @@ def unused_by_kohya(options: Options, family: str) -> list[str]:
         if not options.on_policy:
             lines.append("a pool is NOT used: sd-scripts' LECO draws anew in every step")
     return lines
+
+
+def unused_by_embedded(options: SafetyOptions) -> list[str]:
+    """The same of what our own erasure does not read and sd-scripts' does."""
+    line = _line(options, "min_snr_gamma", "an erasure weighs noise levels by relative_error, or all alike")
+    return [line] if line else []
 
 
 def _line(options: Options, name: str, why: str) -> str:
@@ -98,9 +103,7 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
     if options.timestep_density != "logit_normal":
         yield from ((name, "timestep_density is no logit_normal") for name in ("density_mean", "density_deviation"))
     if options.loss_type not in ("huber", "smooth_l1"):
-        yield from (
-            (name, f"loss_type is {options.loss_type}") for name in ("huber_schedule", "huber_c", "huber_scale")
-        )
+        yield from ((name, f"loss_type is {options.loss_type}") for name in HUBER)
     elif options.huber_schedule == "snr":
         yield "huber_scale", "huber_schedule is snr"
     if not options.multires_noise_iterations:

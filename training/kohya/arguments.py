@@ -14,9 +14,8 @@ from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.options import toml_value, tomllib
 from ..adapter_options import pairs
 from ..optim import optimizer_arguments
-from ..options import OptionError, Options, SafetyOptions, TaskOptions, schedule_free
+from ..options import HUBER, OptionError, Options, SafetyOptions, TaskOptions, schedule_free
 from ..safety.targets import Term, erased, kept
-from ..unused import HUBER
 from .checks import NAMES
 
 NETWORK_MODULE = "modular_lora_guard.training.kohya.network"

@@ -19,7 +19,7 @@ from ..options import OptionError, SafetyOptions
 from ..previews import Previews
 from ..record import Record, Trained
 from ..state import check_state
-from ..unused import unused
+from ..unused import unused, unused_by_embedded
 from .calibrating import calibration
 from .erasure import Erasure, Report
 from .start import start_from
@@ -36,7 +36,12 @@ def train_safety(
     prepare(options)
     texts.check_prompts(options, host_model.too_long)
     of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
-    said = [*presets.said(options, of), *texts.cut_previews(options, host_model.too_long), *unused(options)]
+    said = [
+        *presets.said(options, of),
+        *texts.cut_previews(options, host_model.too_long),
+        *unused(options),
+        *unused_by_embedded(options),
+    ]
     if said:
         watch.say("\n".join(said))
     name = base_name or host_model.family

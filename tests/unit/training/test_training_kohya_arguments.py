@@ -113,6 +113,40 @@ def test_adapters_that_sd_scripts_has_are_passed_on_and_others_refused(tmp_path)
         argv(made(network_reg_dims=("a{1,2}=4",)), family=kohya_arguments.FAMILIES["Flux"])
 
 
+def test_losses_schedules_and_optimizers_go_by_sd_scripts_names(tmp_path):
+    changes = {"loss_type": "huber", "huber_schedule": "constant", "multires_noise_iterations": 6}
+    changes |= {"debiased_estimation_loss": True, "max_train_epochs": 3, "validate_every_n_steps": 5}
+    changes |= {"optimizer_type": "CAME", "lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 2}
+    found = argv(task_options(tmp_path, tmp_path, **changes))
+    wanted = {"loss_type": "huber", "huber_schedule": "constant", "huber_c": "0.1", "huber_scale": "1.0"}
+    wanted |= {"multires_noise_iterations": "6", "multires_noise_discount": "0.3", "max_train_epochs": "3"}
+    wanted |= {"validate_every_n_steps": "5", "optimizer_type": "pytorch_optimizer.CAME", "lr_decay_steps": "2"}
+    wanted |= {"lr_scheduler_min_lr_ratio": "0.0"}
+    assert {name: value(found, f"--{name}") for name in wanted} == wanted
+    assert "--debiased_estimation_loss" in found
+    plain = argv(task_options(tmp_path, tmp_path))
+    assert not {f"--{name}" for name in {*wanted, "optimizer_args"} - {"optimizer_type"}} & set(plain)
+    adafactor = argv(task_options(tmp_path, tmp_path, optimizer_type="Adafactor"))
+    given = adafactor[adafactor.index("--optimizer_args") + 1 :][:3]
+    assert given == ["scale_parameter=False", "relative_step=False", "warmup_init=False"]
+    free = {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 7}
+    found = argv(task_options(tmp_path, tmp_path, **free))
+    assert value(found, "--optimizer_args") == "warmup_steps=7"
+    assert "--lr_warmup_steps" not in found
+
+
+def test_what_sd_scripts_has_not_is_refused(tmp_path):
+    with refuses("option.kohya", "ema_decay"):
+        argv(task_options(tmp_path, tmp_path, ema_decay=0.99))
+    smooth, flux = task_options(tmp_path, tmp_path, loss_type="smooth_l1"), kohya_arguments.FAMILIES["Flux"]
+    assert value(argv(smooth), "--huber_schedule") == "snr"
+    with refuses("option.kohya", "huber_schedule"):
+        argv(smooth, family=flux)
+    free = {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant"}
+    with refuses("option.leco", "AdamWScheduleFree"):
+        kohya_arguments.safety_arguments(safety_options(tmp_path, **free), run_of(), ())
+
+
 @pytest.mark.parametrize("scale", ["refuse", "tensors", "metadata"])
 def test_the_chosen_scale_of_each_safety_lora_is_handed_on(tmp_path, scale):
     save_lora(tmp_path / "safety.safetensors", {"a": LayerSpec("a", (4, 4))}, 2, 0)

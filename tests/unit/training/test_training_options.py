@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from modular_lora_guard.training.data import texts
-from modular_lora_guard.training.optim import make_optimizer, make_scheduler
+from modular_lora_guard.training.optim import ELSEWHERE, make_optimizer, make_scheduler
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 from modular_lora_guard.training.safety.train import train_safety
 from modular_lora_guard.training.task import train as task
@@ -52,6 +53,77 @@ def test_a_polynomial_is_no_line(power):
     found = rates(lr_scheduler="polynomial", lr_scheduler_power=power)
     assert found == pytest.approx([(RATE - 1e-7) * (1 - n / STEPS) ** power + 1e-7 for n in range(STEPS)])
     assert max(abs(a - b) for a, b in zip(found, rates(lr_scheduler="linear"), strict=True)) > 0.01 * RATE
+
+
+def test_a_cosine_may_end_above_nothing():
+    found = rates(lr_scheduler="cosine_with_min_lr", lr_scheduler_min_lr_ratio=0.2)
+    expected = [RATE * (0.2 + 0.8 * (1 + math.cos(math.pi * n / STEPS)) / 2) for n in range(STEPS)]
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_stable_rate_is_warmed_up_and_decays_in_its_last_steps():
+    decay = {"lr_decay_steps": 20, "lr_scheduler_min_lr_ratio": 0.1}
+    found = rates(lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, **decay)
+    assert found[10:40] == pytest.approx([RATE] * 30)
+    expected = [RATE * (0.1 + 0.9 * (1 + math.cos(math.pi * n / 20)) / 2) for n in range(20)]
+    assert found[40:] == pytest.approx(expected, abs=1e-9)
+    assert found[:10] == sorted(found[:10])
+    with refuses("option.scheduler", "lr_decay_steps", "60"):
+        rates(lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, lr_decay_steps=55)
+
+
+def test_an_inverse_root_has_a_time_of_its_own():
+    found = rates(lr_scheduler="inverse_sqrt", lr_scheduler_timescale=9)
+    assert found == pytest.approx([RATE / math.sqrt((n + 9) / 9) for n in range(STEPS)])
+
+
+@pytest.mark.parametrize("optimizer", ["CAME", "Lion", "AdamWScheduleFree", "RAdamScheduleFree"])
+def test_an_optimizer_that_is_not_installed_is_named_with_its_package(optimizer, monkeypatch):
+    module, package, _ = ELSEWHERE[optimizer]
+    monkeypatch.setitem(sys.modules, module, None)
+    with refuses("option.optimizer-missing", optimizer, package):
+        rates(optimizer_type=optimizer, lr_scheduler="constant")
+
+
+def test_lion_steps_by_signs():
+    pytest.importorskip("lion_pytorch", reason="lion-pytorch is not installed: an optional optimizer")
+    options = TaskOptions(optimizer_type="Lion", optimizer_args=("weight_decay=0.1",))
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+    optimizer = make_optimizer([{"params": [weight], "lr": 0.01}], options)
+    expected, momentum = weight.detach().clone(), torch.zeros(3)
+    for step in range(4):
+        gradient = torch.tensor([0.3, -0.1, 0.2 - 0.2 * step])
+        weight.grad = gradient.clone()
+        optimizer.step()
+        update = (0.9 * momentum + 0.1 * gradient).sign()  # arXiv 2302.06675, program 1
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
+        momentum = 0.99 * momentum + 0.01 * gradient
+    assert torch.allclose(weight.detach(), expected, atol=1e-6)
+
+
+def test_came_scales_its_steps_by_their_confidence():
+    pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed: an optional optimizer")
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    optimizer = make_optimizer([{"params": [weight], "lr": 0.01}], TaskOptions(optimizer_type="CAME"))
+    expected = weight.detach().clone()
+    row, column, m = torch.zeros(2), torch.zeros(3), torch.zeros(2, 3)
+    sure_row, sure_column = torch.zeros(2), torch.zeros(3)
+    for step in range(3):
+        g = torch.tensor([[0.3, -0.1, 0.2], [1.0, 0.5, -0.4]]) * (1 + step)
+        weight.grad = g.clone()
+        optimizer.step()
+        square = g.square() + 1e-30  # arXiv 2307.02047, algorithm 2
+        row, column = 0.999 * row + 0.001 * square.mean(1), 0.999 * column + 0.001 * square.mean(0)
+        u = g / (torch.outer(row, column) / row.mean()).sqrt()
+        u = u / max(1.0, float(u.norm() / math.sqrt(6)))
+        m = 0.9 * m + 0.1 * u
+        unsure = (u - m).square() + 1e-16
+        sure_row, sure_column = (
+            0.9999 * sure_row + 0.0001 * unsure.mean(1),
+            0.9999 * sure_column + 0.0001 * unsure.mean(0),
+        )
+        expected = expected - 0.01 * m / (torch.outer(sure_row, sure_column) / sure_row.mean()).sqrt()
+    assert torch.allclose(weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_schedule_differs_from_every_other():
@@ -147,6 +219,10 @@ def test_a_rate_below_the_end_of_a_polynomial_is_refused():
         (TaskOptions(lr_scheduler="polynomial", lr_scheduler_power=3.0), set()),
         (TaskOptions(text_encoder_lr=1e-5), {"text_encoder_lr"}),
         (TaskOptions(lr_warmup_steps=20, max_train_steps=20), {"learning_rate"}),
+        (TaskOptions(huber_c=0.3), {"huber_c"}),
+        (TaskOptions(huber_c=0.3, huber_scale=2.0, loss_type="huber"), {"huber_scale"}),
+        (TaskOptions(multires_noise_discount=0.5, validation_seed=2), {"multires_noise_discount", "validation_seed"}),
+        (TaskOptions(lr_decay_steps=5, lr_scheduler_timescale=5), {"lr_decay_steps", "lr_scheduler_timescale"}),
         (TaskOptions(keep_tokens=1), {"keep_tokens"}),
         (TaskOptions(keep_tokens=1, shuffle_caption=True), set()),
         (TaskOptions(prior_loss_weight=0.5), {"prior_loss_weight"}),
@@ -170,6 +246,12 @@ def test_what_sd_scripts_does_not_read_is_said():
     assert unused_by_kohya(given, "SD15") == []
     assert {line.split()[0] for line in unused_by_kohya(given, "Flux")} == {"clip_skip", "min_snr_gamma"}
     assert {line.split()[0] for line in unused_by_kohya(given, "SDXL")} == {"clip_skip"}
+    noise = TaskOptions(multires_noise_iterations=6, debiased_estimation_loss=True)
+    assert {line.split()[0] for line in unused_by_kohya(noise, "SD3")} == {
+        "multires_noise_iterations",
+        "debiased_estimation_loss",
+    }
+    assert unused_by_kohya(noise, "SDXL") == []
     plain = SafetyOptions(**CONCEPT, objective="leco", relative_error=False, on_policy=True)
     assert unused_by_kohya(plain, "SD15") == []
     assert len(unused_by_kohya(SafetyOptions(**CONCEPT, objective="leco"), "SD15")) == 2
