@@ -86,5 +86,5 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    hints = typing.get_type_hints(cls)
     return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
