@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, check_coverage, on_each
+from ..modular_lora.tensor_hashing import weights_sha256
 from ..training import presets
 from ..training.kohya import engine
 from ..training.kohya.engine import Base
@@ -108,6 +109,17 @@ class ComfyHostModel:
         further = {name: part for name, part in made.items() if part is None or isinstance(part, Tensor)}
         del further["cond"]
         return Text(made["cond"], further)
+
+    def autoencoder_identity(self) -> str:
+        """See HostModel."""
+        scale = repr(sorted((name, repr(v)) for name, v in vars(self._model.latent_format).items()))
+        weights = weights_sha256(self._vae.first_stage_model.state_dict().items())
+        return f"{self.family} {scale} {self._vae.vae_dtype} {weights}"
+
+    def text_identity(self) -> str:
+        """See HostModel."""
+        weights = weights_sha256(self._clip.cond_stage_model.state_dict().items())
+        return f"{self.family} {self._clip.layer_idx} {self._chunks} {self._clip.patcher.model_dtype()} {weights}"
 
     def too_long(self, prompt: str) -> bool:
         """Whether a prompt is cut off at max_token_length: of several encoders, by all."""

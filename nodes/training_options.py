@@ -25,12 +25,12 @@ from .training import FROM_GRAPH, GROUP, MORE, lines_of, more_of, refuse_from_gr
 
 AS_PRESET, YES, NO = "preset", "yes", "no"
 NONE = "none"  # of the presets
-UNSET = -1  # of a number; no option that an input stands for takes one below zero
-BELOW_ZERO = {"density_mean"}  # the one that does: more_options takes it
+UNSET = -1  # of a number; below zero are only the default of factor, and
+BELOW_ZERO = {"density_mean"}  # which more_options takes
 TASK_SHOWN = ("preset", "data_set", "output_name", "max_train_steps", "seed", "resume")  # on the training nodes
 SAFETY_SHOWN = ("preset", "output_name", "concept", "preserve", "max_train_steps", "seed", "resume")
 OFTEN = {  # what is not folded away; see sockets.rarely
-    "network_dim", "network_alpha", "learning_rate", "train_batch_size", "resolution", "train_size", "objective",
+    "algo", "network_dim", "network_alpha", "learning_rate", "train_batch_size", "resolution", "train_size", "objective",
     "synonyms", "mixed_precision", "gradient_checkpointing", "save_every_n_steps", "sample_every_n_steps",
     "sample_prompts", "sample_size",
 }  # fmt: skip

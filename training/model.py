@@ -235,6 +235,12 @@ class HostModel(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """The base's weights under the guard's keys; to be read before adapters go in."""
 
+    def autoencoder_identity(self) -> str:
+        """The same for the same latents of the same pictures: weights, precision, the latents' scale."""
+
+    def text_identity(self) -> str:
+        """The same for the same conditioning of the same texts: weights, layer, length."""
+
     def too_long(self, prompt: str) -> bool:
         """Whether ``encode`` cuts a prompt off."""
 

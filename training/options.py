@@ -49,7 +49,9 @@ SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg
 SHOWING |= {"validate_every_n_steps"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
 HASHED |= {"caption_dir", "in_json"}
-ELSEWHERE = SAVING | SHOWING | HASHED | {"safety_strength", "safety_scale"}  # these do not change what is trained
+KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"}
+# these do not change what is trained
+ELSEWHERE = SAVING | SHOWING | HASHED | KEEPING | {"safety_strength", "safety_scale"}
 
 
 @raises(OptionError)
@@ -199,6 +201,8 @@ class TaskOptions(Options):
     shuffle_caption: bool = opt(False, "shuffle the tags of a caption, but the first keep_tokens")
     keep_tokens: int = opt(0, "tags at the start of a caption that stay where they are", ge=0)
     caption_dropout_rate: float = opt(0.0, "share of draws without a caption")
+    cache_latents_to_disk: bool = opt(False, "keep latents in files in output_dir, not in memory, for big data sets")
+    cache_text_encoder_outputs_to_disk: bool = opt(False, "keep the captions' encodings in files in output_dir as well")
     safety_lora: str = opt("", "safety LoRA file: recorded, shown in previews, never in the training forward")
     safety_strength: float = opt(1.0, "its strength in the previews")
     safety_scale: Scale = opt(
@@ -271,6 +275,12 @@ class TaskOptions(Options):
             )
         if self.network_train_text_encoder:
             self._check_text_rate()
+            if self.cache_text_encoder_outputs_to_disk:
+                raise OptionError(
+                    "cache_text_encoder_outputs_to_disk: network_train_text_encoder changes the text encoder in every "
+                    "step: leave out one of them.",
+                    code="option.cache",
+                )
 
     def _check_adapters(self) -> None:
         """OptionError for what goes with a LoRA's two factors alone."""

@@ -40,6 +40,8 @@ def unused_by_kohya(options: Options, family: str) -> list[str]:
         found += [(name, why) for name in ("clip_skip", "min_snr_gamma", "noise_offset", "max_token_length")]
         found += [(name, why) for name in ("debiased_estimation_loss", "multires_noise_iterations") if is_task]
     if is_task:
+        why = "sd-scripts has options of its own for it, which are passed on"
+        found.append(("cache_text_encoder_outputs_to_disk", why))
         found.append(("timestep_density", "sd-scripts draws timesteps by options of its own, which are passed on"))
     if family == "SDXL":
         found.append(("clip_skip", "sd-scripts' trainer of SDXL takes its own layer"))

@@ -101,6 +101,12 @@ class ToyHostModel:
     def weights(self):
         return self.unet.state_dict()
 
+    def autoencoder_identity(self) -> str:
+        return "toy"
+
+    def text_identity(self) -> str:
+        return "toy"
+
     def too_long(self, prompt: str) -> bool:
         return len(prompt) > 75
 

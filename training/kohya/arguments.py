@@ -142,6 +142,7 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
         "text_encoder_lr": str(options.text_encoder_lr) if options.network_train_text_encoder else "",
         "masked_loss": run.masked_loss,
         "cache_latents": True,
+        "cache_latents_to_disk": options.cache_latents_to_disk,
         "no_half_vae": True,
         "max_data_loader_n_workers": "0",  # the pictures are in the cache: worker processes would only cost memory
         "resume": _absolute(options.resume),

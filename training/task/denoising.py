@@ -6,12 +6,15 @@ L = E w(t) |F − F_θ(x_t, t, c)|², F the model's own target (model.py): ε (a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ...modular_lora.errors import GuardError
 from ...modular_lora.util.cache import Cache
 from ..data import dataset, images
 from ..data.batches import Draw, Plan
@@ -19,15 +22,23 @@ from ..loop import Watch
 from ..model import Cond, HostModel, per_row
 from ..options import TaskOptions
 from ..seeds import step_generator
-from . import losses, noise, timesteps
+from . import kept, losses, noise, timesteps
 
+LATENT = "latent"  # in a file of one
 CACHE_BYTES = 2**30  # of conditioning
 
 
 class Latents:
-    """Latents, masks and sizes of all pictures, those held out behind the others, made once; float32 on the CPU."""
+    """Latents, masks and sizes of all pictures, those held out behind the others, made once.
 
-    def __init__(self, host_model: HostModel, report: dataset.DatasetReport, watch: Watch):
+    They are float32 on the CPU, or on ``disk`` and read for each batch.
+    """
+
+    def __init__(
+        self, host_model: HostModel, report: dataset.DatasetReport, watch: Watch, disk: kept.Kept | None = None
+    ):
+        self.disk = disk
+        self._keys: dict[tuple[int, bool], bytes] = {}  # of what is on disk
         pictures = (*report.pictures, *report.held_out)
         wanted = [(i, flip) for i, p in enumerate(report.pictures) for flip in range(1 + p.subset.flip_aug)]
         wanted += [(i, 0) for i in range(len(report.pictures), len(pictures))]
@@ -38,14 +49,19 @@ class Latents:
             flip = bool(flipped)
             picture = pictures[i]
             pixels, self.masks[i, flip] = dataset.load(picture, flip, host_model.downscale)
-            self.latents[i, flip] = host_model.encode_pictures(pixels[None])[0].cpu()
+            encode = partial(_encoded, host_model, pixels)
+            if disk is None:
+                self.latents[i, flip] = encode()[LATENT]
+            else:
+                self._keys[i, flip] = hashlib.sha256(kept.pixels_key(pixels)).digest()
+                disk.get(self._keys[i, flip], encode)
             self.sizes[i, flip] = images.sizes(picture.size, picture.fit, flip)
             watch.stage("caching latents", done, len(wanted))
 
     def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Latents (b c [1] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
         keys = [(draw.picture, draw.flipped) for draw in draws]
-        z = torch.stack([self.latents[key] for key in keys])
+        z = torch.stack([self._latent(key) for key in keys])
         masks = [self.masks[key] for key in keys]
         mask = None
         if any(m is not None for m in masks):
@@ -53,12 +69,30 @@ class Latents:
             mask = mask.view(len(z), *[1] * (z.dim() - 3), *mask.shape[-2:])
         return z, mask, torch.stack([self.sizes[key] for key in keys])
 
+    def _latent(self, key: tuple[int, bool]) -> Tensor:
+        if self.disk is None:
+            return self.latents[key]
+        read = self.disk.read(self._keys[key])
+        if read is None:
+            raise GuardError(
+                f"{self.disk.folder.name}: a file was removed or damaged while the training ran: start it again.",
+                code="train.cache-gone",
+            )
+        return read[LATENT]
+
+
+def _encoded(host_model: HostModel, pixels: Tensor) -> dict[str, Tensor]:
+    return {LATENT: host_model.encode_pictures(pixels[None])[0].cpu()}
+
 
 class Captions:
-    """Conditioning by caption, so that shuffling and dropout keep the cache, which is bounded by `CACHE_BYTES`."""
+    """Conditioning by caption, so that shuffling and dropout keep the cache, which is bounded by `CACHE_BYTES`.
 
-    def __init__(self, host_model: HostModel):
-        self.host_model = host_model
+    With ``disk`` every caption's is kept there as well, so that none is encoded twice.
+    """
+
+    def __init__(self, host_model: HostModel, disk: kept.Kept | None = None):
+        self.host_model, self.disk = host_model, disk
         self._kept: Cache[str, Cond] = Cache(CACHE_BYTES, lambda cond: cond.nbytes)
 
     @torch.no_grad()
@@ -66,7 +100,13 @@ class Captions:
         return Cond.cat([self._one(caption) for caption in captions])
 
     def _one(self, caption: str) -> Cond:
-        return self._kept.get(caption) or self._kept.put(caption, self.host_model.encode([caption]))
+        return self._kept.get(caption) or self._kept.put(caption, self._made(caption))
+
+    def _made(self, caption: str) -> Cond:
+        if self.disk is None:
+            return self.host_model.encode([caption])
+        made = self.disk.get(caption.encode(), lambda: kept.as_tensors(self.host_model.encode([caption]).rows[0]))
+        return kept.as_cond({name: part.to(self.host_model.device) for name, part in made.items()})
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from ..projection import bases, project
 from ..record import Record, Trained
 from ..state import check_state
 from ..unused import DATA_SET, unused
+from . import kept
 from . import losses as weighting
 from .denoising import Captions, Denoising, Latents
 from .validation import LEVELS, Validation
@@ -124,7 +125,9 @@ def train_task(
     contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
-    loss = Denoising(host_model, options, plan, Latents(host_model, found, watch), Captions(host_model))
+    of_pictures, of_captions = kept.wanted(host_model, options)
+    latents, captions = Latents(host_model, found, watch, of_pictures), Captions(host_model, of_captions)
+    loss = Denoising(host_model, options, plan, latents, captions)
     validation = Validation(loss, found, watch.check)
     _release(host_model, options, loss, plan.fixed_captions(), [draw.caption for draw in validation.draws()])
     start = _start(host_model, options, loras)
@@ -150,6 +153,7 @@ def train_task(
             validate_every=options.validate_every_n_steps or epoch_steps(options, found),
         )
         losses = fit(job, options, host_model.device, watch)
+    said += [one.line for one in (of_pictures, of_captions) if one]
     said += patterns.lines(options, (spec.unet, spec.text))
     return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
 

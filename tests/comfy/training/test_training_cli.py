@@ -50,7 +50,7 @@ WRONG = "option.wrong-value"
     ("text", "code", "named"),
     [
         ("netwrk_dim = 4", "option.unknown-key", ("netwrk_dim", "network_dim?")),
-        ("xyzzy = 1", "option.unknown-key", ("xyzzy", "preset, output_name, output_dir")),
+        ("xyzzy = 1", "option.unknown-key", ("xyzzy", "algo, dora_wd, conv_dim")),
         ("network_dim = '4'", WRONG, ("network_dim", "'4'")),
         ("network_dim = true", WRONG, ("network_dim", "True")),
         ("target = 'all'", WRONG, ("target", "'cross-attention', 'attention', 'linear' or 'conv'", "'all'")),

@@ -148,6 +148,7 @@ def test_values_of_an_options_node_win_over_the_preset_and_are_those_of_the_form
     few = {"data_set": "pictures", "max_train_steps": 1, "preset": "style", "output_name": "by_node"}
     graph = training(comfy, "ModularLoraTrainTask", **few)
     given = {"network_dim": 4, "network_alpha": 2.0, "target": "attention", "resolution": 64, "flip_aug": "no"}
+    given |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
     given |= {"sample_every_n_steps": 1, "sample_prompts": "gloss, cat\n\ngloss, car", "max_token_length": "150"}
     graph["options"] = options_node(comfy, **given, more_options=SMALL_PREVIEWS + FLOAT)
     listed = comfy.nodes.NODE_CLASS_MAPPINGS["ModularLoraTrainTask"].INPUT_TYPES()
