@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard import activity
-from modular_lora_guard.tools.benchmarks import evidence_equal
+from modular_lora_guard.tools.benchmarks import evidence_equal, white_box
 from modular_lora_guard.tools.world import ASSETS, SAFETY_LORA, TASK_LORA, data, detector, diffusion, lorafile, narrow
 from modular_lora_guard.tools.world.equal import command, counting, drawing, protocol, results, training, work
 from modular_lora_guard.tools.world.equal.drawing import Seen
@@ -176,6 +176,20 @@ def test_the_calibration_of_a_closed_form_is_confirmed_on_the_narrow_net(net):
     lorafile.attach(model.unet)
     assert float(about.min()) == pytest.approx(said.concept.quantiles[0], rel=1e-3)
     assert float(about.max()) == pytest.approx(said.concept.quantiles[-1], rel=1e-3)
+
+
+def test_in_a_white_box_attack_every_row_has_the_task_at_its_own_share(net):
+    model, _ = net
+    arms = white_box.Arms(model, PROTOCOL, NULL_SPACE)
+    x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([999, 500, 40])
+    given = x, t, *model.text(["noto, car"] * 3)
+    with torch.no_grad():
+        arms.attach(torch.tensor([0.0, 0.5, 1.0]))
+        rows = model.unet(*given)
+        for row, share in enumerate((0.0, 0.5, 1.0)):
+            with drawing.folded(model.unet, (arms.factors[0], 1.0), (arms.factors[1], share)):
+                alone = model.unet(*given)
+            assert (rows[row] - alone[row]).abs().max() < 1e-5 * alone.abs().max()
 
 
 def seen(count: int, hit: bool) -> Seen:
