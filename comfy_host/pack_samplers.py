@@ -72,7 +72,7 @@ def _is_known(value: Any) -> bool:
         return value.control_net_wrapper is None
     if isinstance(value, list | tuple | Mapping):
         return all(map(_is_known, value.values() if isinstance(value, Mapping) else value))
-    kind = type(value)
+    kind: type = type(value)
     return kind.__name__ in DETECTORS and folder_sha256(kind) in DETECTORS[kind.__name__]
 
 

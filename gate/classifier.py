@@ -39,15 +39,15 @@ class Classifier:
         self.device, self.notes = self._runner.device, self._runner.notes
         self.embeds = bool(said.embedding)
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
+    def detect(self, images: np.ndarray) -> list[Finding]:
         """See `Detector`; a group's score is the sum of its labels' where they exclude each other, else the highest."""
         found: list[Finding] = []
-        for part in chunks(pictures, self._runner.chunk):
+        for part in chunks(images, self._runner.chunk):
             found += map(self._finding, self._scores(part))
         return found
 
-    def embed(self, pictures: np.ndarray) -> np.ndarray:
-        """The embedding output, b d float32, one row a picture. Raises GateError where the labels file names none."""
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """The embedding output, b d float32, one row an image. Raises GateError where the labels file names none."""
         if not self.embeds:
             raise GateError(
                 f'{self.name}: no embedding is named: name an output under "embedding" in its labels file.',
@@ -55,7 +55,7 @@ class Classifier:
             )
         parts = [
             self._runner.run(self._prepared(part), [self._said.embedding])[0].reshape(len(part), -1)
-            for part in chunks(pictures, self._runner.chunk)
+            for part in chunks(images, self._runner.chunk)
         ]
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
@@ -90,25 +90,25 @@ class Classifier:
         )
 
     def _prepared(self, part: np.ndarray) -> np.ndarray:
-        """Pictures b h w 3, RGB, 0..1, in the form that the labels file names."""
+        """Images b h w 3, RGB, 0..1, in the form that the labels file names."""
         said = self._said
         if part.shape[1:3] != said.size:
             height, width = said.size
-            part = np.stack([_resized(picture, (height, width), said.resize) for picture in part])
+            part = np.stack([_resized(image, (height, width), said.resize) for image in part])
         if said.channels == "bgr":
             part = part[..., ::-1]
         part = (part - np.array(said.mean, np.float32)) / np.array(said.std, np.float32)
         return np.ascontiguousarray(part.transpose(0, 3, 1, 2) if said.layout == "nchw" else part, np.float32)
 
 
-def _resized(picture: np.ndarray, size: tuple[int, int], rule: str) -> np.ndarray:
-    """The picture h w 3 at ``size`` (h, w), bilinear with anti-aliasing, in float so that nothing is rounded."""
-    height, width = picture.shape[:2]
+def _resized(image: np.ndarray, size: tuple[int, int], rule: str) -> np.ndarray:
+    """The image h w 3 at ``size`` (h, w), bilinear with anti-aliasing, in float so that nothing is rounded."""
+    height, width = image.shape[:2]
     if rule == "stretch":
-        return _scaled(picture, size)
+        return _scaled(image, size)
     pick = max if rule == "crop" else min
     scale = pick(size[0] / height, size[1] / width)
-    fitted = _scaled(picture, (max(1, round(height * scale)), max(1, round(width * scale))))
+    fitted = _scaled(image, (max(1, round(height * scale)), max(1, round(width * scale))))
     if rule == "crop":
         y, x = (fitted.shape[0] - size[0]) // 2, (fitted.shape[1] - size[1]) // 2
         return fitted[y : y + size[0], x : x + size[1]]
@@ -118,6 +118,6 @@ def _resized(picture: np.ndarray, size: tuple[int, int], rule: str) -> np.ndarra
     return out
 
 
-def _scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    planes = [Image.fromarray(np.ascontiguousarray(picture[..., c])) for c in range(3)]
+def _scaled(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(3)]
     return np.stack([np.asarray(p.resize((size[1], size[0]), Image.Resampling.BILINEAR)) for p in planes], -1)

@@ -1,4 +1,4 @@
-"""What a detector is and what it says of a picture."""
+"""What a detector is and what it says of an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Box:
-    """Something found in a picture: where, in pixels of that picture, and how surely."""
+    """Something found in an image: where, in pixels of that image, and how surely."""
 
     label: str
     score: float  # 0..1
@@ -23,21 +23,21 @@ class Box:
 
 @dataclass(frozen=True)
 class Finding:
-    """One picture: the highest score of every label the detector knows (0 where it saw nothing of it), and boxes."""
+    """One image: the highest score of every label the detector knows (0 where it saw nothing of it), and boxes."""
 
     scores: Mapping[str, float]
     boxes: tuple[Box, ...] = ()
 
 
 class Detector(Protocol):
-    """A detector; ``detect`` gives one Finding a picture, in order, for pictures b h w 3, float32, RGB, 0..1."""
+    """A detector; ``detect`` gives one Finding an image, in order, for images b h w 3, float32, RGB, 0..1."""
 
     name: str  # "nudenet 320n", with what tells versions apart
     sha256: str  # of the weights' file
     licence: str
     labels: tuple[str, ...]
-    exclusive: tuple[str, ...]  # labels of which a picture has exactly one (their scores sum to 1); () where none are
-    has_boxes: bool  # without boxes, an action falls on the whole picture
+    exclusive: tuple[str, ...]  # labels of which an image has exactly one (their scores sum to 1); () where none are
+    has_boxes: bool  # without boxes, an action falls on the whole image
     covers: str  # what it looks for, in words for the report
     blind_to: str  # what it does not look for
     block: Mapping[str, float]  # default block set: label -> threshold
@@ -45,5 +45,5 @@ class Detector(Protocol):
     device: str  # what it runs on, as onnxruntime names it
     notes: tuple[str, ...]  # lines for the report: an execution provider that is unavailable, ...
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
-        """Raises GateError where the pictures cannot be read as described."""
+    def detect(self, images: np.ndarray) -> list[Finding]:
+        """Raises GateError where the images cannot be read as described."""

@@ -1,4 +1,4 @@
-"""The gate's own error, on pictures that a person has sorted: what it misses and what it flags for nothing."""
+"""The gate's own error, on images that a person has sorted: what it misses and what it flags for nothing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Point:
     """One threshold, the same for every label of the block set."""
 
     threshold: float
-    missed: Rate  # of the pictures that should be flagged
-    false_alarms: Rate  # of the pictures that should pass
+    missed: Rate  # of the images that should be flagged
+    false_alarms: Rate  # of the images that should pass
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class LabelledError:
     missed: Rate  # at the settings' own thresholds
     false_alarms: Rate
     curve: tuple[Point, ...]
-    unreadable: tuple[str, ...]  # files that end like pictures and cannot be read; they count nowhere
-    others: tuple[str, ...]  # files that do not end like pictures that are read; they count nowhere
+    unreadable: tuple[str, ...]  # files that end like images and cannot be read; they count nowhere
+    others: tuple[str, ...]  # files that do not end like images that are read; they count nowhere
 
 
 def measure(flagged: Path, clean: Path, detector: Detector, settings: Settings) -> LabelledError:
-    """Judge all pictures under ``flagged``, which should be flagged, and under ``clean``, which should pass.
+    """Judge all images under ``flagged``, which should be flagged, and under ``clean``, which should pass.
 
-    Of a picture of several frames the first counts. Raises GateError where a folder holds no readable picture.
+    Of an image of several frames the first counts. Raises GateError where a folder holds no readable image.
     """
     settings.check(detector)
     flagged, clean = Path(flagged), Path(clean)
@@ -102,7 +102,7 @@ def save(error: LabelledError, path: Path) -> None:
 
 
 def _judged(folder: Path, detector: Detector, unreadable: list[str], others: list[str]) -> list[Finding]:
-    found = [detector.detect(picture[None])[0] for picture in _pictures(folder, unreadable, others)]
+    found = [detector.detect(image[None])[0] for image in _images(folder, unreadable, others)]
     if not found:
         raise GateError(
             f"{folder.name}: holds no image that can be read: give a folder of images.", code="gate.no-images"
@@ -110,8 +110,8 @@ def _judged(folder: Path, detector: Detector, unreadable: list[str], others: lis
     return found
 
 
-def _pictures(folder: Path, unreadable: list[str], others: list[str] | None = None) -> Iterator[np.ndarray]:
-    """Pictures h w 3 float32, RGB, one at a time; names of files that are not read go to the two lists."""
+def _images(folder: Path, unreadable: list[str], others: list[str] | None = None) -> Iterator[np.ndarray]:
+    """Images h w 3 float32, RGB, one at a time; names of files that are not read go to the two lists."""
     if not folder.is_dir():
         raise GateError(f"{folder.name}: no such folder in {folder.parent}: check the path.", code="gate.no-folder")
     found, left = under(folder)
@@ -120,11 +120,11 @@ def _pictures(folder: Path, unreadable: list[str], others: list[str] | None = No
         others += map(name, left)
     for path in found:
         try:
-            picture = decode(path.read_bytes()).image
+            image = decode(path.read_bytes()).image
         except (OSError, PictureError):
             unreadable.append(name(path))
             continue
-        yield np.asarray(picture, np.float32) / 255
+        yield np.asarray(image, np.float32) / 255
 
 
 def _point(threshold: float, bad: np.ndarray, good: np.ndarray) -> Point:

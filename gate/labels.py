@@ -58,11 +58,11 @@ class Labels:
     report: Mapping[str, Threshold] = field(default_factory=dict)
     layout: Layout = "nchw"
     channels: Channels = "rgb"
-    mean: Colour = (0.0, 0.0, 0.0)  # in the order of ``channels``, of pictures 0..1
+    mean: Colour = (0.0, 0.0, 0.0)  # in the order of ``channels``, of images 0..1
     std: Colour = (1.0, 1.0, 1.0)
     resize: Resize = "stretch"
     output: str = ""  # "" for the first
-    embedding: str = ""  # output to compare pictures by, "" for none
+    embedding: str = ""  # output to compare images by, "" for none
     exclusive: bool = False  # with activation none: the labels exclude each other and their scores sum to 1
     sha256: str = ""  # of the ONNX file that this file belongs to
 
@@ -80,7 +80,7 @@ class Labels:
 
     @property
     def excludes(self) -> bool:
-        """Whether a picture has exactly one of the labels."""
+        """Whether an image has exactly one of the labels."""
         return self.activation == "softmax" or self.exclusive
 
 

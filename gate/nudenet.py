@@ -1,7 +1,7 @@
 """NudeNet's 320n (YOLOv8n, 18 body-part labels), from the weights in the `nudenet` package, which is AGPL-3.0.
 
 Only the weights' file is used; the session, letterbox and post-processing are this module's. Preparation and own
-boxes equal those of nudenet 3.4.2's ``NudeDetector.detect`` on the file of the picture. Seen in that version:
+boxes equal those of nudenet 3.4.2's ``NudeDetector.detect`` on the file of the image. Seen in that version:
 
 * Channels. ``detect`` swaps red and blue twice, so the network sees the order that it is given. A path is read with
   ``cv2.imread``, which is BGR; an RGB array stays RGB, which is what the network was trained on. Scores and thresholds
@@ -94,29 +94,29 @@ class NudeNet:
         self.block = dict.fromkeys(BLOCKED, THRESHOLD)
         self.report = {label: THRESHOLD for label in LABELS if label not in BLOCKED}
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
+    def detect(self, images: np.ndarray) -> list[Finding]:
         """See `Detector`."""
         found: list[Finding] = []
-        for part in chunks(pictures, self._runner.chunk):
+        for part in chunks(images, self._runner.chunk):
             raw = self._runner.run(self._prepared(to_bytes(part)), self._runner.outputs)[0]  # b 22 anchors
-            found += [read(one, pictures.shape[1:3]) for one in raw]
+            found += [read(one, images.shape[1:3]) for one in raw]
         return found
 
-    def _prepared(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures b h w 3 uint8 RGB as the network takes them: b 3 320 320, 0..1, black right and below."""
-        n, height, width, _ = pictures.shape
+    def _prepared(self, images: np.ndarray) -> np.ndarray:
+        """Images b h w 3 uint8 RGB as the network takes them: b 3 320 320, 0..1, black right and below."""
+        n, height, width, _ = images.shape
         side = max(height, width)
         square = np.zeros((side, side, 3), np.uint8)
         out = np.empty((n, SIZE, SIZE, 3), np.uint8)
-        for i, picture in enumerate(pictures):
-            square[:height, :width] = picture if self._rgb else picture[..., ::-1]
+        for i, image in enumerate(images):
+            square[:height, :width] = image if self._rgb else image[..., ::-1]
             # the resize of nudenet itself: another one would shift scores by more than 1e-4
             out[i] = self._cv2.resize(square, (SIZE, SIZE), interpolation=self._cv2.INTER_LINEAR)
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2)).astype(np.float32) * np.float32(1 / 255)
 
 
 def read(output: np.ndarray, size: tuple[int, int]) -> Finding:
-    """One picture's output (22 anchors: centre x, y, width, height in 320ths, 18 scores) for a picture of h, w."""
+    """One image's output (22 anchors: centre x, y, width, height in 320ths, 18 scores) for an image of h, w."""
     boxes, scores = _corners(output[:4].T, size), output[4:].T  # anchors 4, anchors 18
     highest = dict(zip(LABELS, scores.max(0).tolist(), strict=True))
     own = _own(boxes, scores)
@@ -125,7 +125,7 @@ def read(output: np.ndarray, size: tuple[int, int]) -> Finding:
 
 
 def _corners(centred: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Anchors 4 as x, y, width, height in pixels of the picture, clipped as nudenet does: origin first, then extent."""
+    """Anchors 4 as x, y, width, height in pixels of the image, clipped as nudenet does: origin first, then extent."""
     height, width = size
     extent = centred[:, 2:]
     place = np.concatenate([centred[:, :2] - extent / 2, extent], 1) * max(size) / SIZE

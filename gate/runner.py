@@ -15,12 +15,12 @@ from ..modular_lora.util.file_state import FileState, file_state
 from .errors import GateError
 
 CPU = "CPUExecutionProvider"
-CHUNK = 8  # pictures a forward; more is no faster on a CPU and takes memory
+CHUNK = 8  # images a forward; more is no faster on a CPU and takes memory
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 class Runner:
-    """One network of one picture input. Sessions are shared between runners of the same file and settings.
+    """One network of one image input. Sessions are shared between runners of the same file and settings.
 
     ``providers`` are onnxruntime's names in order of preference; the CPU comes last of itself. What is not there is
     said in ``notes``. ``threads`` is the number of CPU threads of one operator, 0 for onnxruntime's own choice.
@@ -82,24 +82,24 @@ class Runner:
         return results
 
 
-def chunks(pictures: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Pictures b h w 3, a few at a time, clipped to 0..1 as saving clips them.
+def chunks(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Images b h w 3, a few at a time, clipped to 0..1 as saving clips them.
 
     Raises GateError for another shape, integers, and values that are not finite: no detector sees what is there.
     """
-    if pictures.ndim != 4 or pictures.shape[-1] != 3 or not np.issubdtype(pictures.dtype, np.floating):
-        shape = "×".join(map(str, pictures.shape))
+    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
+        shape = "×".join(map(str, images.shape))
         raise GateError(
-            f"images are {shape} {pictures.dtype}, must be b×h×w×3 float32: remove the alpha channel.",
+            f"images are {shape} {images.dtype}, must be b×h×w×3 float32: remove the alpha channel.",
             code="gate.images-form",
         )
-    if 0 in pictures.shape[1:3]:
+    if 0 in images.shape[1:3]:
         raise GateError(
-            f"images are {pictures.shape[1]}×{pictures.shape[2]} pixels: there is nothing to judge.",
+            f"images are {images.shape[1]}×{images.shape[2]} pixels: there is nothing to judge.",
             code="gate.images-empty",
         )
-    for start in range(0, len(pictures), size):
-        part = pictures[start : start + size].astype(np.float32, copy=False)
+    for start in range(0, len(images), size):
+        part = images[start : start + size].astype(np.float32, copy=False)
         low, high = part.min(), part.max()
         if not np.isfinite([low, high]).all():
             first = start + int(np.flatnonzero(~np.isfinite(part).all((1, 2, 3)))[0])
@@ -110,9 +110,9 @@ def chunks(pictures: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield part if low >= 0 and high <= 1 else np.clip(part, 0, 1)
 
 
-def to_bytes(pictures: np.ndarray) -> np.ndarray:
-    """Pictures 0..1 as uint8, rounded, so that pictures read from files come out as they were."""
-    return np.rint(pictures * 255).astype(np.uint8)
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Images 0..1 as uint8, rounded, so that images read from files come out as they were."""
+    return np.rint(images * 255).astype(np.uint8)
 
 
 def onnxruntime() -> Any:

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class Rate:
-    """k of n with an interval: Wilson's over pictures, or the bootstrap's over concepts and training seeds."""
+    """k of n with an interval: Wilson's over images, or the bootstrap's over concepts and training seeds."""
 
     k: int
     n: int

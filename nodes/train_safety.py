@@ -14,11 +14,10 @@ from ..modular_lora.places import check_writable
 from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
-from ..training.record import Trained
 from ..training.safety.train import train_safety
 from .search_words import found_by
 from .sockets import SafetyOptionsSocket, SafetySocket
-from .training import GROUP, OUTPUTS, RESUME, loaded_inputs, option_inputs, outcome
+from .training import GROUP, OUTPUTS, RESUME, loaded_inputs, of_this_machine, option_inputs, outcome
 from .training_options import asked, files_of, options_input, preset_input, steps_input
 
 
@@ -63,7 +62,7 @@ class TrainSafetyLora(io.ComfyNode):
         with going_on(cls, name):
             if handed.engine == "kohya":
                 base = trainer_model.kohya_base(model, clip, handed.ckpt_name, made, files_of(handed.kohya_files))
-                trained: Trained = kohya.train_safety(find_engine(), made, base, watch)
+                trained = of_this_machine(kohya.train_safety(find_engine(), made, base, watch))
             else:
                 with trainer_model.opened(model, clip, vae, made) as opened:
                     trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)

@@ -14,12 +14,11 @@ from ..modular_lora.places import check_writable
 from ..training.kohya import engine as kohya
 from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
-from ..training.record import Trained
 from ..training.task.train import train_task
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket, TaskOptionsSocket, TaskSocket
-from .training import GROUP, OUTPUTS, RESUME, data_set_input, loaded_inputs, option_inputs, outcome
+from .training import GROUP, OUTPUTS, RESUME, data_set_input, loaded_inputs, of_this_machine, option_inputs, outcome
 from .training_options import asked, files_of, options_input, preset_input, steps_input
 
 
@@ -73,7 +72,8 @@ class TrainTaskLora(io.ComfyNode):
         with going_on(cls, name):
             if handed.engine == "kohya":
                 base = trainer_model.kohya_base(model, clip, handed.ckpt_name, made, files_of(handed.kohya_files))
-                trained: Trained = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
+                found = kohya.train_task(find_engine(), made, base, watch, safety, data=data)
+                trained = of_this_machine(found)
             else:
                 with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
                     trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)

@@ -17,6 +17,7 @@ from ..comfy_host.progress import NodeWatch
 from ..comfy_host.training_files import data_sets
 from ..modular_lora.errors import GuardError
 from ..training import options
+from ..training.kohya.engine import Share
 from ..training.record import Trained
 
 GROUP = f"{CATEGORY}/train"
@@ -94,6 +95,13 @@ def refuse_from_graph(where: str, found: Iterable[str]) -> None:
             f"{where}: {refused[0]} cannot be set from a graph: use inputs, or the command line.",
             code="train.option-refused",
         )
+
+
+def of_this_machine(found: Trained | Share) -> Trained:
+    """What sd-scripts gave; GuardError on a machine that has done its share of the work and has no file."""
+    if isinstance(found, Share):
+        raise GuardError(f"{found.report}: load it there.", code="kohya.other-machine")
+    return found
 
 
 def outcome(

@@ -113,7 +113,8 @@ def _input(name: str, hint: Any, of: dataclasses.Field) -> io.Input:
     if hint is int:
         return io.Int.Input(name, min=UNSET, max=1_000_000, default=UNSET, optional=True, tooltip=tip)
     if hint is float:
-        step, most = 1e-6 if of.default < 1e-2 else 0.01, 10_000.0
+        default: Any = of.default
+        step, most = 1e-6 if default < 1e-2 else 0.01, 10_000.0
         limits: dict[str, Any] = {"min": float(UNSET), "max": most, "step": step, "round": False}
         return io.Float.Input(name, default=float(UNSET), optional=True, tooltip=tip, **limits)
     return io.String.Input(name, default="", optional=True, tooltip=tip)
@@ -142,7 +143,7 @@ def _handed(cls: type[Options], given: dict[str, Any]) -> Handed:
     return Handed(values | more, **engine)
 
 
-def _engine_of(given: dict[str, Any]) -> dict[str, str]:
+def _engine_of(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in ("engine", "ckpt_name", "kohya_files") if name in given}
 
 

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -260,7 +261,7 @@ def _changes(
             inputs = math.prod(shapes[target.key][1:])
             parts.setdefault(target.key, []).extend((part.compared(inputs, True), scale) for part, scale in changes)
         for key, each in parts.items():
-            found[key] = change(each, lambda key=key: (weights or {})[key])
+            found[key] = change(each, partial((weights or {}).__getitem__, key))
     return found
 
 

@@ -246,11 +246,12 @@ class Lokr(_Products):
         from peft import LoKrConfig
 
         (rank, alpha), patterns = _usual(sizes), _patterns(sizes)
-        more = {"decompose_factor": self.factor or -1, "decompose_both": self.decompose_both}
+        more: dict[str, Any] = {"decompose_factor": self.factor or -1, "decompose_both": self.decompose_both}
         return LoKrConfig(r=rank, alpha=alpha, **more, **patterns)
 
     def place(self, model: nn.Module, sizes: Mapping[str, Size], dropout: float) -> dict[str, BaseTunerLayer]:
         made = super().place(model, sizes, dropout)
+        layer: Any  # PEFT's LoKrLayer
         for layer in made.values():
             if not self._scaled(layer):
                 layer.scaling[ADAPTER] = 1.0
@@ -334,7 +335,8 @@ def _usual(sizes: Mapping[str, Size]) -> tuple[int, Any]:
 
 def _patterns(sizes: Mapping[str, Size]) -> dict[str, Any]:
     """PEFT's arguments that name the layers, and those of another rank or alpha by one expression a size."""
-    usual, paths = _usual(sizes), {}
+    usual = _usual(sizes)
+    paths: dict[Size, list[str]] = {}
     for path, size in sizes.items():
         if (size.rank, size.alpha) != usual:
             paths.setdefault(size, []).append(re.escape(path))

@@ -38,7 +38,7 @@ class Rotated(nn.Module, BaseTunerLayer):
             len(weight) // self.size, half, self.size, len(weight), use_cayley_neumann=False
         )  # in float32: a small rotation would be lost in a half
         self.oft_R = nn.ModuleDict({adapter: turn.to(weight.device, torch.float32)})
-        self._active_adapter = adapter
+        self._active_adapter: str = adapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)

@@ -250,7 +250,7 @@ def test_of_two_processes_that_finish_a_unit_the_first_keeps_its_pictures(tmp_pa
     first.put(unit, np.full((1, 8, 16, 3), 1, np.uint8))
     second.put(unit, np.full((1, 8, 16, 3), 2, np.uint8))
     assert (first.twice, second.twice) == (0, 1)
-    assert (second.pictures(unit) == 1).all()
+    assert (second.images(unit) == 1).all()
     assert [path.name for path in tmp_path.iterdir()] == ["base-0"]
 
 

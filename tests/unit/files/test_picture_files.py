@@ -83,7 +83,7 @@ def test_every_part_sees_the_same_picture(kind):
     """Data set, its sheet, the audit's folders and the gate's own error, against the colour that was stored."""
     path, colour = kind
     (picture,) = scan(from_folders(path.parent.parent, defaults={"resolution": SIDE})).pictures
-    (seen,) = labelled._pictures(path.parent, [])
+    (seen,) = labelled._images(path.parent, [])
     for found in (
         255 * load(picture)[0].numpy(),
         np.asarray(thumbnail(path, SIDE)),
@@ -105,7 +105,7 @@ def test_every_part_sees_it_upright(orientation, tmp_path):
     path = tmp_path / "1_x" / "a.jpg"
     path.write_bytes(saved(stored, "JPEG", quality=100, exif=exif(orientation)))
     (picture,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).pictures
-    (seen,) = labelled._pictures(path.parent, [])
+    (seen,) = labelled._images(path.parent, [])
     assert picture.size == (96, 64)
     for found in (255 * seen, np.asarray(thumbnail(path, 96)), audit_images.read([path], 96, 64)[0]):
         assert found.shape == (64, 96, 3)
