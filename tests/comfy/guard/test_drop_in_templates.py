@@ -129,7 +129,7 @@ def attached(comfy, operator, run_graph, sha256) -> Callable[[dict], dict]:
     return run
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_as_it_is_gives_the_merges_pictures_attested_under_a_policy_that_attaches(
     comfy, attached, name, judged

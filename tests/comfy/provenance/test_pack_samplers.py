@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 from support.detailers import pack
@@ -10,6 +11,7 @@ from support.edit_graphs import show, sources
 from support.graphs import node
 
 LISTED = ("Detect", "Detail", "DetailSegments", "Tiles")
+_seeds = itertools.count()  # images that are alike are known alike
 UNGUARDED = "passed through Detail: not vouched for"
 
 
@@ -56,7 +58,7 @@ def graph(**nodes: dict) -> dict:
 
 def detail(kind: str = "Detail", **changes) -> dict:
     links = {"image": ["decode", 0], "model": ["as_model", 0], "vae": ["ckpt", 2]}
-    links |= {"positive": ["pos", 0], "negative": ["neg", 0]}
+    links |= {"positive": ["pos", 0], "negative": ["neg", 0], "seed": next(_seeds)}
     given = {"Detail": {"detector": ["detector", 0]}, "DetailSegments": {"segs": ["segments", 0]}}.get(kind, {})
     return node(kind, **links | given | changes)
 

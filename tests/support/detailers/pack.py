@@ -8,7 +8,7 @@ import numpy as np
 
 SEG = namedtuple("SEG", "cropped_image cropped_mask confidence crop_region bbox label control_net_wrapper")
 CONDS = {"positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}
-SAMPLES = {"model": ("MODEL",), "vae": ("VAE",), **CONDS}
+SAMPLES = {"model": ("MODEL",), "vae": ("VAE",), "seed": ("INT", {}), **CONDS}
 HOOK = {"optional": {"hook": ("HOOK",)}}
 
 
@@ -75,7 +75,7 @@ class Tiles:
         return (image,)
 
 
-def pasted(image, region, outline, model, vae, positive, negative):
+def pasted(image, region, outline, model, vae, seed, positive, negative):
     """One part of an image sampled anew."""
     import torch
 
@@ -84,7 +84,7 @@ def pasted(image, region, outline, model, vae, positive, negative):
     left, top, right, bottom = region
     mask = torch.from_numpy(outline)
     latent = {"samples": vae.encode(image[:, top:bottom, left:right]), "noise_mask": mask[None]}
-    (made,) = nodes.common_ksampler(model, 3, 2, 2.0, "euler", "simple", positive, negative, latent, denoise=0.5)
+    (made,) = nodes.common_ksampler(model, seed, 2, 2.0, "euler", "simple", positive, negative, latent, denoise=0.5)
     image = image.clone()
     part = image[:, top:bottom, left:right]
     image[:, top:bottom, left:right] = part + mask[..., None] * (vae.decode(made["samples"]) - part)
