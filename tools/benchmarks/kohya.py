@@ -81,7 +81,7 @@ def _compared(name: str, names: list[str]) -> str:
     sys.path.append(str(ROOT / "tests"))
     from support import families, families_dit, families_image, families_video
 
-    toys = (*families_image.IMAGE, *families_dit.DIT, *families_video.VIDEO)
+    toys = (*families_image.IMAGE, *families_dit.DITS, *families_video.VIDEOS)
     toy = next((toy for toy in toys if toy.config == name), None)
     if toy is None:
         return "their names not compared: this ComfyUI has no such model"

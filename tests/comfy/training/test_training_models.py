@@ -19,7 +19,7 @@ from support.encoder_toys import ENCODERS, tokens, toy_clip
 from support.errors import refuses
 from support.families import make
 from support.families_image import IMAGE as PICTURES
-from support.families_video import VIDEO
+from support.families_video import VIDEOS
 from support.graphs import base_graph
 from support.kohya_toys import STUB, Seen, task_options
 
@@ -87,7 +87,7 @@ def test_every_family_of_the_kohya_engine_is_one_of_comfyui_or_named_as_newer(co
 
 
 def test_hunyuan_images_layers_get_the_names_that_comfyui_loads(comfy):
-    model = make(next(family for family in VIDEO if family.config == "HunyuanImage21"), filled=False)
+    model = make(next(family for family in VIDEOS if family.config == "HunyuanImage21"), filled=False)
     loaded = part(comfy, "comfy_host.introspection").model_info(model).key_map
     double = ("mod_linear", "attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2")  # as the checkout calls its own layers
     theirs = [f"double_blocks_0_{stream}_{layer}" for stream in ("img", "txt") for layer in double]
