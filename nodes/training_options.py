@@ -30,8 +30,8 @@ BELOW_ZERO = {"density_mean"}  # which more_options takes
 TASK_SHOWN = ("preset", "data_set", "output_name", "max_train_steps", "seed", "resume")  # on the training nodes
 SAFETY_SHOWN = ("preset", "output_name", "concept", "preserve", "max_train_steps", "seed", "resume")
 OFTEN = {  # what is not folded away; see sockets.rarely
-    "algo", "network_dim", "network_alpha", "learning_rate", "train_batch_size", "resolution", "train_size", "objective",
-    "synonyms", "mixed_precision", "gradient_checkpointing", "save_every_n_steps", "sample_every_n_steps",
+    "algo", "network_dim", "network_alpha", "learning_rate", "train_batch_size", "resolution", "train_size",
+    "objective", "synonyms", "mixed_precision", "gradient_checkpointing", "save_every_n_steps", "sample_every_n_steps",
     "sample_prompts", "sample_size",
 }  # fmt: skip
 
