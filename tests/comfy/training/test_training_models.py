@@ -240,3 +240,29 @@ def test_text_encoders_of_newer_families_are_trained_under_names_that_the_guard_
         reached = [layer for layer in names.values() if made.pair(layer)[1].grad is not None]
     assert {prefix for prefix in prefixes if any(layer.startswith(prefix) for layer in reached)} == prefixes
     assert len(reached) > len(names) // 2
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_text_encoder_is_trained(name, host_model, comfy):
+    """ComfyUI's own classes; what CLIP alone writes into is copied, for the others as beside a transformer."""
+    adapters, encoder = part(comfy, "training.adapters"), ENCODERS[name]
+    with torch.inference_mode():
+        clip = toy_clip(encoder)
+    names, model = host_model.text_names(comfy.anatomy.clip_info(clip)), clip.cond_stage_model
+    spec = adapters.Spec({}, names, rank=2, alpha=2.0, dropout=0.0, seed=1, role="task")
+    alone = set(encoder.streams) <= {"l", "g", "h"}
+    writing = host_model._cloned_norm_inputs(model) if alone else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        host_model._plain_weights(model, torch.float32, torch.device("cpu")),
+        writing,
+        adapters.adapted(torch.nn.Identity(), model, spec) as made,
+    ):
+        found = model.encode_token_weights(tokens(encoder))
+        further = found[2].values() if len(found) > 2 else ()
+        said = [x for x in (*found[:2], *further) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        sum(x.square().sum() for x in said).backward()
+        reached = [layer for layer in names.values() if made.pair(layer)[1].grad is not None]
+    assert len(reached) > len(names) // 2

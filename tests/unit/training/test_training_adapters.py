@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from modular_lora_guard.modular_lora.files.reader import read_lora
-from modular_lora_guard.modular_lora.guard import activity
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.training import loop
+from modular_lora_guard.training.adapters import Spec, adapted
+from modular_lora_guard.training.forms import ADAPTER, Loha
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
+from modular_lora_guard.training.safety.calibrating import _heard
 from modular_lora_guard.training.safety.train import train_safety
 from modular_lora_guard.training.task.train import train_task
 from modular_lora_guard.training.unused import unused
@@ -101,7 +103,6 @@ def test_a_start_of_any_form_is_looked_through_for_the_safety_lora(options, tmp_
     made = train_safety(host_model, erased, Silent(), engine="test")
     assert {layer.kind for layer in made.lora.layers.values()} == {"LoHa"}
     assert "safety LoHa" in made.report
-    assert activity.KEY in made.lora.metadata, "its activity is measured as a LoRA's is"
     safety = [SafetyLora(made.lora, 1.0)]
     assert train(replace(options, algo="lokr"), safety).lora.layers
     tensors = {}
@@ -116,6 +117,25 @@ def test_a_start_of_any_form_is_looked_through_for_the_safety_lora(options, tmp_
     save_file(tensors, tmp_path / "start.safetensors")
     with refuses("start.contaminated", "start.safetensors", "safety.safetensors"):
         train(replace(options, network_weights=str(tmp_path / "start.safetensors"), dora_wd=True), safety)
+
+
+def test_the_activity_of_a_loha_is_that_of_its_change():
+    host_model, seen = ToyHostModel(), {}
+    names = {path: name for path, name in host_model.unet_names.items() if "attn" in path}
+    spec = Spec(names, {}, 2, 1.0, 0.0, 1, "safety", Loha())
+    with torch.no_grad(), adapted(host_model.unet, host_model.text_encoder, spec) as adapters:
+        for weight in adapters.parameters():
+            weight.add_(0.1)
+        for name, layer in adapters.layers.items():
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+        with _heard(adapters) as energies:
+            host_model.predict(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), host_model.encode(["a", "b"]))
+        assert set(energies) == set(names.values())
+        for name, (z, y0) in energies.items():
+            layer, x = adapters.layers[name], seen[name]
+            said = [x @ layer.get_delta_weight(ADAPTER).T, layer.base_layer(x)]
+            assert torch.allclose(z, said[0].flatten(1).square().sum(1), rtol=1e-3)
+            assert torch.allclose(y0, said[1].flatten(1).square().sum(1), rtol=1e-4)
 
 
 def test_a_base_that_carries_a_safety_loha_is_refused(options, tmp_path):

@@ -90,6 +90,8 @@ def same(a: dict, b: dict) -> bool:
         {"optimizer_type": "Prodigy", "learning_rate": 1.0},
         {"network_dropout": 0.3, "gradient_accumulation_steps": 2, "min_snr_gamma": 5.0, "noise_offset": 0.05},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"dora_wd": True, "network_dropout": 0.3},  # previews between leave the dropout on
+        {"algo": "lokr", "gradient_checkpointing": True},
         {"mixed_precision": "fp16"},
         {"optimizer_type": "Lion", "lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1},
         {"optimizer_type": "CAME", "lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 5},
