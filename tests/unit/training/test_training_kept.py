@@ -38,12 +38,18 @@ class Counting(ToyHostModel):
         """Keeps what is counted."""
 
 
+def sided(shade: int) -> Image.Image:
+    """A picture that its mirror image differs from."""
+    across = Image.linear_gradient("L").rotate(90).resize((64, 64))
+    return Image.merge("RGB", (across, Image.new("L", (64, 64), shade), across))
+
+
 @pytest.fixture
 def options(tmp_path) -> TaskOptions:
     folder = tmp_path / "data" / "1_thing"
     folder.mkdir(parents=True)
     for i in range(2):
-        Image.new("RGB", (64, 64), (90 * i, 90, 200)).save(folder / f"{i}.png")
+        sided(90 * i).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"thing {i}", encoding="utf-8")
     return TaskOptions(
         output_dir=str(tmp_path / "out"), train_data_dir=str(tmp_path / "data"), resolution=64, max_train_steps=3,
@@ -69,7 +75,7 @@ def test_the_same_lora_and_nothing_is_encoded_twice_or_stale(options) -> None:
     assert "cache_text_encoder_outputs: 2 found on disk, 0 made" in later
 
     folder = Path(options.train_data_dir) / "1_thing"
-    Image.new("RGB", (64, 64), (10, 20, 30)).save(folder / "0.png")
+    sided(30).save(folder / "0.png")
     (folder / "1.txt").write_text("another thing", encoding="utf-8")
     damaged = next((Path(options.output_dir) / "cache_text_encoder_outputs").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:20])
