@@ -56,7 +56,8 @@ def names(script: str, *arguments: str) -> list[str] | str:
     with torch.device("meta"):
         unet = denoiser(path.name, bool(getattr(parsed, "v2", False)))
     given = dict(one.partition("=")[::2] for one in parsed.network_args)
-    made = network.create_network(1.0, parsed.network_dim, parsed.network_alpha, None, [], unet, **given)
+    text = [torch.nn.Module()]  # a text encoder without layers: not all of the checkout's networks take none
+    made = network.create_network(1.0, parsed.network_dim, parsed.network_alpha, None, text, unet, **given)
     return [lora.lora_name for lora in made.unet_loras]
 
 

@@ -35,7 +35,7 @@ RANK, RATE, PIXELS, PICTURES = 8, 1e-4, 256, 4
 
 
 def said(*words: object) -> None:
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.write("\n" + " ".join(map(str, words)) + "\n")  # a bar may be on the line
     sys.stdout.flush()
 
 
