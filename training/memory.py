@@ -109,8 +109,8 @@ def said(need: Need, device: torch.device) -> str:
     """The line for the report."""
     room = _room(device)
     parts = f"{size(need.batch)} of it for one micro-batch, {size(need.optimizer)} for the optimizer"
-    line = f"memory: the training takes about {size(need.total)} more than there is in use now ({parts}); "
-    line += f"{size(room)} are free"
+    line = f"memory: the tensors of the training take {size(need.total)} more than there is in use now ({parts}); "
+    line += f"what libraries take beside them is not counted; {size(room)} are free"
     if need.total > room:
         line += ", which is NOT ENOUGH: lower train_batch_size or the size of the images, or use gradient_checkpointing"
     return line
