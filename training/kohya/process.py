@@ -30,7 +30,7 @@ logger = logging.getLogger("modular_lora")
 POLL = 0.2  # seconds between looks at interrupt and previews
 GRACE = 10.0  # seconds to end in after SIGTERM
 PATIENCE = 3  # steps to keep a state in, beside GRACE
-TAIL = 25  # lines of stderr in an error
+TAIL = 60  # lines of stderr in an error: torch adds some twenty of its own where one of several processes fails
 _BAR = re.compile(r"^(?P<what>[^|\r\n]*?):?\s*\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<total>\d+) \[(?P<rest>[^\]]*)")
 _LOSS = re.compile(r"\b(?:avr_)?loss=(?P<loss>[-+.\d]+(?:e[-+]?\d+)?|nan|inf)", re.IGNORECASE)
 
