@@ -170,9 +170,8 @@ def test_the_calibration_of_a_closed_form_is_confirmed_on_the_narrow_net(net):
     path = ASSETS / "equal" / "null_space.safetensors"
     said = activity.read(read_lora(path))
     lorafile.attach(model.unet, lorafile.load(path, model.unet))
-    about = training.activities(
-        model, ["a vehicle", *(data.WORDS[i] for i in data.SUPPRESSED_IDS[:15])], torch.zeros(16, 4, 8, 8)
-    )
+    prompts = ["a vehicle", *(data.WORDS[i] for i in data.SUPPRESSED_IDS[:15])]
+    about = training.activities(model, *model.text(prompts), torch.zeros(16, 4, 8, 8))
     lorafile.attach(model.unet)
     assert float(about.min()) == pytest.approx(said.concept.quantiles[0], rel=1e-3)
     assert float(about.max()) == pytest.approx(said.concept.quantiles[-1], rel=1e-3)
