@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +35,13 @@ def net():
 @pytest.fixture(scope="module")
 def bench(net, tmp_path_factory) -> work.Bench:
     """The narrow net with a protocol of two images and trainings of one step, of the recipe that is not trained."""
-    said = dict(PROTOCOL.said)
-    said |= {
-        "recipes": {NULL_SPACE: PROTOCOL.recipes[NULL_SPACE]},
-        "training_seeds": [5],
-        "tasks": {"gloss": PROTOCOL.tasks["gloss"]},
-    }
-    said["task"] = said["task"] | {"max_train_steps": 1, "train_batch_size": 1}
     folder = tmp_path_factory.mktemp("equal")
+    (folder / "gloss" / "10_gloss").mkdir(parents=True)
+    for path in sorted((ASSETS / "gloss" / "10_gloss").iterdir())[:4]:  # two images with their captions
+        shutil.copy(path, folder / "gloss" / "10_gloss")
+    said = dict(PROTOCOL.said) | {"recipes": {NULL_SPACE: PROTOCOL.recipes[NULL_SPACE]}, "training_seeds": [5]}
+    said["tasks"] = {"gloss": str(folder / "gloss")}
+    said["task"] = said["task"] | {"max_train_steps": 1, "train_batch_size": 1}
     host_model = training.HostModel(*net, torch.device("cpu"))
     eye = detector.load(ASSETS / "demo_detector.safetensors")
     return work.Bench(Few(said), host_model, eye, folder / "loras", folder / "work")
@@ -170,9 +170,8 @@ def test_the_calibration_of_a_closed_form_is_confirmed_on_the_narrow_net(net):
     path = ASSETS / "equal" / "null_space.safetensors"
     said = activity.read(read_lora(path))
     lorafile.attach(model.unet, lorafile.load(path, model.unet))
-    about = training.activities(
-        model, ["a vehicle", *(data.WORDS[i] for i in data.SUPPRESSED_IDS[:15])], torch.zeros(16, 4, 8, 8)
-    )
+    prompts = ["a vehicle", *(data.WORDS[i] for i in data.SUPPRESSED_IDS[:15])]
+    about = training.activities(model, *model.text(prompts), torch.zeros(16, 4, 8, 8))
     lorafile.attach(model.unet)
     assert float(about.min()) == pytest.approx(said.concept.quantiles[0], rel=1e-3)
     assert float(about.max()) == pytest.approx(said.concept.quantiles[-1], rel=1e-3)
@@ -307,6 +306,12 @@ def results_of(rates: dict[str, float], tasks=("gloss", INK)) -> dict[Cell, Resu
     return done
 
 
+def few(patch: pytest.MonkeyPatch) -> None:
+    """Few draws of the bootstrap, for the time that they take."""
+    patch.setattr(counting.stats, "DRAWS", 200)
+    patch.setattr(counting.stats, "TOGETHER", 100)
+
+
 RATES = dict.fromkeys(protocol.ARMS, 1 / 6) | {"base": 1.0, "task": 1.0, "sequential": 1.0, "safety_first": 2 / 6}
 
 
@@ -314,7 +319,7 @@ RATES = dict.fromkeys(protocol.ARMS, 1 / 6) | {"base": 1.0, "task": 1.0, "sequen
 def figures():
     """Of synthetic cells of every recipe, by few draws of the bootstrap."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting.stats, "DRAWS", 1000)
+        few(patch)
         return counting.figures(PROTOCOL, results_of(RATES))
 
 
@@ -350,7 +355,7 @@ def test_tests_say_what_the_margins_make_of_the_differences(figures):
 
 
 def test_what_is_not_done_is_listed_and_a_pair_with_a_gap_is_not_counted(monkeypatch):
-    monkeypatch.setattr(counting.stats, "DRAWS", 1000)
+    few(monkeypatch)
     done = results_of(RATES, tasks=("gloss",))
     gap = Cell("projected", NULL_SPACE, "gloss", PROTOCOL.seeds[1])
     del done[gap]

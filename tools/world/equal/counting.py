@@ -163,6 +163,10 @@ def _once(drawn: Iterable[Drawn]) -> list[Drawn]:
 
 def _difference(one: Difference, drawn: Sequence[Drawn]) -> dict[str, Any]:
     found = stats.difference(drawn, one.arm, one.against, METRICS[one.metric])
+    if found.low == found.high:  # of no image that differs the bootstrap knows no width: the exact bound of none in n
+        n = min(sum(image.arm.name == arm for image in drawn) for arm in (one.arm, one.against))
+        wide = 1 - stats.TAIL ** (1 / n)
+        found = stats.Estimate(found.value, found.value - wide, found.value + wide)
     worse = (found.low, found.high) if one.worse > 0 else (-found.high, -found.low)
     verdict = HOLDS if worse[1] <= one.margin else FAILS if worse[0] > one.margin else UNDECIDED
     said = {"test": one.test, "metric": one.metric, "arm": one.arm, "against": one.against, "margin": one.margin}
