@@ -446,7 +446,7 @@ def test_a_pack_that_registers_a_hook_on_the_model_itself(judged, run_graph):
     (run,) = judged(registered(TASK))
     assert tasks(run) == [(OTHER, 0.4, 0.0, False), (TASK, 0.8, 0.0, False)]
     (run,) = judged(registered("task_te.safetensors"))  # nothing encodes under it
-    assert [lora.strength_clip for lora in run.loras] == [0.0, 0.0, 0.0]
+    assert [strength_clip for _, _, strength_clip, _ in tasks(run)] == [0.0, 0.0]
 
 
 def test_a_model_as_a_lora_hook_is_refused_by_name(run_graph):
