@@ -26,7 +26,7 @@ from . import pictures
 from .bound_vae import BoundVaeMixin
 from .patcher import GuardMixin
 
-# SHA-256 over the Python files in the folder of a node's class and below
+# SHA-256 over the Python files in the folder of a node's class and below, as they were read
 IMPACT = ("8d7d37bda43de074051f13e3335573ba7482180de0720a246516a64acb38df70",)  # Impact Pack 7.10.6, modules/impact
 SUBPACK = ("add49f16f7ef0e838ab909cacebc2dad9963d42e17c3e7dca5f320030362171f",)  # Impact Subpack 28c9407, impact
 ULTIMATE = (  # Ultimate SD Upscale, with Coyote-A's script at 2322caa
