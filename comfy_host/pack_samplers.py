@@ -1,10 +1,10 @@
 """Detailers and tiled upscalers of other packs: nodes that sample parts of their images and put them back.
 
 Such a node makes its images of what it is given and of guarded runs of its own, so that they are an edit, while two
-things hold: its pack's files are those that were read and run (docs/compatibility.md), and nothing came to it that may
-bring an image of its own. That is asked of every value that reaches it: models must be guarded, detectors be of files
-that were read as well, and a hook, a ControlNet for a place in the image, or an object that nobody knows is one too
-many. What is known of the images, latents and masks among the values decides about the rest, as for every edit.
+things hold: its pack's files are those that were read (docs/compatibility.md says which were run), and nothing came to
+it that may bring an image of its own. That is asked of every value that reaches it: models must be guarded, detectors
+be of files that were read as well, and a hook, a ControlNet for a place in the image, or an object that nobody knows is
+one too many. What is known of the images, latents and masks among the values decides about the rest, as for every edit.
 """
 
 from __future__ import annotations

@@ -332,7 +332,7 @@ def test_a_lora_that_swaps_modules_is_refused_by_name(place: str, accept_merged:
 def test_a_lora_that_swaps_modules_is_not_taken_by_a_guarded_model(comfy, loaded, loras):
     handle, _ = guard(comfy, loaded[0], loras.folder / SAFETY)
     patcher = comfy.host.unwrap(handle)
-    with refuses("model.not-kept", "'config'", "diffusion_model.input_blocks.0.0"):
+    with refuses("model.refused", "add_patches"):
         patcher.add_patches({"diffusion_model.input_blocks.0.0": ("config", ({},))}, 1.0)
     patcher.patches["diffusion_model.input_blocks.0.0"] = [(1.0, ("config", ({},)), 1.0, None, None)]
     with refuses("model.patched"):
