@@ -76,7 +76,7 @@ def found_in(host, comfy, model, family: Family):
         return host.find(model, text_of(family, 1), names, [(own, own)]), names
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_closed_forms_on_the_layers_that_the_text_alone_feeds(family, host, comfy, toy, tmp_path):
     model = toy(family)

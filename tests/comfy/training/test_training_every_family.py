@@ -162,6 +162,7 @@ def test_a_training_lowers_the_loss_leaves_the_base_and_its_file_is_stock(name, 
     assert check_family(family, comfy, data, tmp_path) == (name != "Flux dev"), "it writes into what blocks are given"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -25,7 +25,7 @@ SMALL = {"max_train_steps": 2, "lr_warmup_steps": 1}
 FIGURES = "training_presets.json"
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("of", TOYS)
 @pytest.mark.parametrize("name", [*TASKS, "safety"])
 def test_a_preset_trains_a_toy_of_its_group(name, of, comfy, tmp_path, matrix):
