@@ -106,7 +106,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("enforcement/attached.py:_had_guard", _OLDER, f"{_PATCHER}.get_wrappers"),
     *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),
     *_touches("drop_in.py:DropInClipMixin", _RUN, "comfy.sd.CLIP.encode_from_tokens_scheduled"),
-    *_touches("hooked_loras.py:HookedMixin.guard_under", _READ, f"{_PATCHER}.forced_hooks"),
+    *_touches("hooked_loras.py:HookedMixin", _READ, f"{_PATCHER}.forced_hooks"),
     *_touches("drop_in.py:DropInClipMixin", _READ, "comfy.sd.CLIP.use_clip_schedule"),
     *_touches("drop_in.py:DropInClipMixin", _READ, "comfy.hooks.HookGroup.get_hooks_for_clip_schedule"),
     *_touches("pack_samplers.py:PLAIN", _READ, "comfy.sd.CLIP", "comfy.samplers.Sampler"),
