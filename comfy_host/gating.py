@@ -40,10 +40,8 @@ class Gate:
     @property
     def settings_sha256(self) -> str:
         said = asdict(self.settings)
-        for name, without in (
-            ("review", {}),
-            ("activity", "ignore"),
-        ):  # presets of before there was one keep their hash
+        # presets of before there was one keep their hash
+        for name, without in (("review", {}), ("activity", "ignore")):
             if said[name] == without:
                 del said[name]
         if self.second is not None:

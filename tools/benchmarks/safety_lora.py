@@ -245,21 +245,42 @@ def robust(chosen) -> dict[str, object]:
 
 def _learned(model: base.Base, word: str, lora: lorafile.Factors) -> tuple[Tensor, Tensor]:
     """Context and bias (6 styles) of "style, v", v learned against the LoRA from the concept's last token on."""
-    pick, x_t, t, wanted, scale = asked_for(model, word)
-    context, bias = model.text([f"{style}, {word}" for style in data.STYLES])
-    context = context.detach()
-    last = bias.isfinite().sum(1) - 2  # the words' last token; the end token is behind it
-    v = context[0, last[0]].clone().requires_grad_()
-    optimizer, generator = torch.optim.Adam([v], RATE), torch.Generator().manual_seed(6)
+    token = Token(model, word)
     lorafile.attach(model.unet, lora)
     for _ in range(STEPS):
-        at = torch.randint(BANK, (BATCH,), generator=generator)
-        given = model.unet(x_t[at], t[at], with_token(context, last, v)[pick[at]], bias[pick[at]])
-        loss = ((given - wanted[at]).square().mean((1, 2, 3)) / scale[at]).mean()
-        optimizer.zero_grad()
+        token.step(token.rows())
+    return token.context, token.bias
+
+
+class Token:
+    """An embedding v in the place of a concept's last token, trained to get the base's predictions for the concept."""
+
+    def __init__(self, model: base.Base, word: str):
+        self.style, self._x_t, self._t, self._wanted, self._scale = asked_for(model, word)  # of BANK rows each
+        words, self.bias = model.text([f"{style}, {word}" for style in data.STYLES])
+        self._unet, self._words = model.unet, words.detach()
+        self._last = self.bias.isfinite().sum(1) - 2  # the words' last token; the end token is behind it
+        self._v = self._words[0, self._last[0]].clone().requires_grad_()
+        self._optimizer, self._generator = torch.optim.Adam([self._v], RATE), torch.Generator().manual_seed(6)
+
+    @property
+    def context(self) -> Tensor:
+        """Of "style, v" (6 styles) with v as it is."""
+        return with_token(self._words, self._last, self._v.detach())
+
+    def rows(self) -> Tensor:
+        """The next batch's rows of the bank."""
+        return torch.randint(BANK, (BATCH,), generator=self._generator)
+
+    def step(self, at: Tensor) -> None:
+        """One step on these rows, with the LoRAs that are attached."""
+        style = self.style[at]
+        context = with_token(self._words, self._last, self._v)[style]
+        given = self._unet(self._x_t[at], self._t[at], context, self.bias[style])
+        loss = ((given - self._wanted[at]).square().mean((1, 2, 3)) / self._scale[at]).mean()
+        self._optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-    return with_token(context, last, v.detach()), bias
+        self._optimizer.step()
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from ..world import ASSETS, DETECTOR, base, data, detector, lorafile, narrow
 from ..world.equal import drawing, training, work
 from ..world.equal.protocol import PACK, Image, Protocol
 from .bench import finish, parser
-from .safety_lora import ATTACKED, BANK, BATCH, PICTURES, RATE, STEPS, asked_for, drawn_with, rate, with_token
+from .safety_lora import ATTACKED, PICTURES, STEPS, Token, drawn_with, rate
 
 logger = logging.getLogger("modular_lora")
 ARMS = ("safety", "modular", "safety_first")
@@ -147,23 +147,14 @@ def attack(chosen, model: base.Base, ae, eye) -> dict[str, object]:
 
 def _attacked(model: base.Base, ae, eye, arms: Arms, arm: str, word: str) -> dict[str, list]:
     """v, learned in the place of the word's last token; images with it, and g of each style."""
-    pick, x_t, t, wanted, scale = asked_for(model, word)
-    context, bias = model.text([f"{style}, {word}" for style in data.STYLES])
-    context = context.detach()
-    last = bias.isfinite().sum(1) - 2  # the words' last token; the end token is behind it
-    v = context[0, last[0]].clone().requires_grad_()
-    optimizer, generator = torch.optim.Adam([v], RATE), torch.Generator().manual_seed(6)
+    token = Token(model, word)
     for step in range(STEPS):
         if step % ANEW == 0:
-            shares = arms.shares(arm, with_token(context, last, v.detach()), bias)
-        at = torch.randint(BANK, (BATCH,), generator=generator)
-        arms.attach(shares[pick[at]])
-        given = model.unet(x_t[at], t[at], with_token(context, last, v)[pick[at]], bias[pick[at]])
-        loss = ((given - wanted[at]).square().mean((1, 2, 3)) / scale[at]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    learned = with_token(context, last, v.detach())
+            shares = arms.shares(arm, token.context, token.bias)
+        at = token.rows()
+        arms.attach(shares[token.style[at]])
+        token.step(at)
+    learned, bias = token.context, token.bias
     shares = arms.shares(arm, learned, bias)
     arms.attach(shares[torch.arange(PICTURES) % len(learned)].repeat(2))
     pictures = drawn_with(model, ae, learned, bias, PICTURES)
