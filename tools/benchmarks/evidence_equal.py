@@ -22,10 +22,9 @@ Rows = list[list[str]]
 
 
 def tables(found: Mapping[str, Any], which: str) -> str:
-    """One table as Markdown; ``which``: arms, tests, differences, tasks or shares."""
-    head, *body = {"arms": _arms, "tests": _tests, "differences": _differences, "tasks": _tasks, "shares": _shares}[
-        which
-    ](found)
+    """One table as Markdown; ``which``: lead, arms, tests, differences, tasks or shares."""
+    makers = {"lead": _lead, "arms": _arms, "tests": _tests, "differences": _differences, "tasks": _tasks}
+    head, *body = (makers | {"shares": _shares})[which](found)
     lines = [f"| {' | '.join(row)} |" for row in body]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines, "", _source(found)]) + "\n"
 
@@ -39,6 +38,26 @@ def _source(found: Mapping[str, Any]) -> str:
         return f"{said}; all {found['done']} cells are done"
     named = "; ".join(missing[:SHOWN]) + ("; ..." if len(missing) > SHOWN else "")
     return f"{said}; {found['done']} cells are done, **{len(missing)} are not yet**: {named}"
+
+
+LEAD = {  # what README's table says of the arms
+    "safety": "the safety LoRA alone",
+    "task": "a style LoRA, no safety LoRA",
+    "sequential": "the style LoRA trained on top of the safety LoRA",
+    "sequential_full": "the whole model trained on top of the safety LoRA",
+    "modular": "guarded: both LoRAs trained on W0, summed",
+    "safety_first": "guarded, *safety first*",
+}
+
+
+def _lead(found: Mapping[str, Any]) -> Rows:
+    """Vehicles, kept concepts and task fidelity of the arms that a reader compares first, a column a recipe."""
+    rows = [["vehicles / kept concepts right / style arrives", *found["recipes"]]]
+    for arm, title in LEAD.items():
+        told = [recipe["arms"][arm] for recipe in found["recipes"].values()]
+        shares = [(one["k"] / one["n"], one["kept"], one["fidelity"]) for one in told]
+        rows.append([title, *(" / ".join(f"{100 * share:.0f}" for share in some) + " %" for some in shares)])
+    return rows
 
 
 def _arms(found: Mapping[str, Any]) -> Rows:
