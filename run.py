@@ -168,12 +168,11 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
         **front_end.ensure(host.python),
         "MODULAR_LORA_COMFYUI": str(host.folder),
         "MODULAR_LORA_WORLD": str(paths.WORLD),
-        **({} if host.bundled else {"PYTHONDONTWRITEBYTECODE": "1"}),
     }
     code = demo_process(host, "world")
     if code:
         return code
-    settings = child_environment(variables)
+    settings = check.test_environment(variables)
     code, _ = check.run_steps(host.python, check.STEPS, settings)
     if spread := spread_over_cores(rest):
         settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")

@@ -58,16 +58,25 @@ def run_check(pytest_entry: str, rest: Sequence[str]) -> int:
     """
     began = time.monotonic()
     python = environment.ensure_check(interpreter())
-    # Tests compile as much as they run, in every worker and child: what is compiled is kept, and in `.run` alone.
-    settings = child_environment({"PYTHONPYCACHEPREFIX": str(paths.BYTECODE)})
-    settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    for name in ("PYTHONDONTWRITEBYTECODE", "MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
+    settings = test_environment({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    for name in ("MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
         settings.pop(name, None)
     tests = ("-c", pytest_entry, "-q", "--hypothesis-profile", "dev", *environment.SPREAD, *UNIT_TESTS, *rest)
     code, failed = run_steps(python, {**STEPS, "unit tests": tests}, settings)
     took = f"{time.monotonic() - began:.0f} s"
     say(f"check: failed in {took}: {', '.join(failed)}" if failed else f"check: passed in {took}")
     return code
+
+
+def test_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of tests, in which what Python compiles is kept, and in `.run` alone.
+
+    Every worker, server and command of the tests imports PyTorch, most of them ComfyUI: where nothing compiled is kept
+    (``PYTHONDONTWRITEBYTECODE`` of the machine is not followed here), each compiles them anew.
+    """
+    settings = child_environment({"PYTHONPYCACHEPREFIX": str(paths.BYTECODE), **extra})
+    settings.pop("PYTHONDONTWRITEBYTECODE", None)
+    return settings
 
 
 def run_steps(python: Path, steps: Mapping[str, Sequence[str]], settings: Mapping[str, str]) -> tuple[int, list[str]]:

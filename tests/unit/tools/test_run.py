@@ -417,6 +417,16 @@ def test_check_runs_every_step_and_fails_if_one_does(monkeypatch: pytest.MonkeyP
     assert "types" in last
 
 
+def test_what_tests_compile_is_kept_whatever_the_machine_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(paths, "BYTECODE", tmp_path / "kept")
+    (module := tmp_path / "compiled_once.py").write_text("", encoding="utf-8")
+    command = [sys.executable, "-c", "import compiled_once"]
+    subprocess.run(command, cwd=tmp_path, env=check.test_environment({}), check=True)
+    assert [path.name.partition(".")[0] for path in (tmp_path / "kept").rglob("*.pyc")].count(module.stem) == 1
+    assert not list(tmp_path.glob("__pycache__")), "nothing is compiled into other folders"
+
+
 def test_a_test_without_a_fixture_of_comfyui_is_a_unit_test(request: pytest.FixtureRequest) -> None:
     assert request.node.get_closest_marker("unit")
     assert not [
