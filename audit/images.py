@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ImageOps
 
 from ..modular_lora.errors import GuardError, writing
-from ..modular_lora.files.images import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.files.images import ENDINGS, ImageError, decode, named, under
 from ..modular_lora.util import atomic
 
 
@@ -35,7 +35,7 @@ def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:
     for i, path in enumerate(paths):
         try:
             image = decode(path.read_bytes()).image
-        except (OSError, PictureError) as error:
+        except (OSError, ImageError) as error:
             raise GuardError(f"{path}: cannot be read as an image ({error}): take it out of the folder.") from error
         images[i] = np.asarray(ImageOps.fit(image, (width, height)))
     return images

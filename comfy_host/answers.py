@@ -6,7 +6,7 @@ asks for it: an operator's policy may cut them down (``history.verdict``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..modular_lora.errors import GuardError
@@ -41,8 +41,3 @@ def _told() -> str:
     except GuardError:
         return "none"
     return "full" if policy is None else policy.history.verdict
-
-
-def pictures(shown: Any) -> Mapping[str, Any]:
-    """Of ComfyUI's own answers with pictures (comfy_api.latest.ui), as the keys of a ``ui``."""
-    return shown.as_dict()

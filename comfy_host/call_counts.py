@@ -23,21 +23,21 @@ NEVER = Times(0, 0)  # kept from training, not called when ComfyUI samples
 # class of the diffusion model (and of what derives from it) -> path of a part inside it, how often it runs
 PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     "Flux": ((r"guidance_in", OPTIONAL),),  # FluxDisableGuidance
-    "ChromaRadiance": ((r"nerf_image_embedder|nerf_blocks\.\d+", ANY),),  # pictures are drawn in tiles
+    "ChromaRadiance": ((r"nerf_image_embedder|nerf_blocks\.\d+", ANY),),  # images are drawn in tiles
     "HunyuanVideo": (
         (r"guidance_in|byt5_in|vision_in", OPTIONAL),  # guidance, glyphs, a first frame's features
         (r"time_r_in", OPTIONAL),  # mean flow, where the sampler's next step is known
-        (r"time_in|img_in", TWICE),  # a first frame kept clean, a reference picture
+        (r"time_in|img_in", TWICE),  # a first frame kept clean, a reference image
     ),
-    "WanModel": ((r"img_emb|ref_conv", OPTIONAL),),  # CLIP vision, a reference picture
+    "WanModel": ((r"img_emb|ref_conv", OPTIONAL),),  # CLIP vision, a reference image
     "VaceWanModel": ((r"vace_blocks\.\d+", ANY),),  # once a control video
     "CameraWanModel": ((r"control_adapter", OPTIONAL),),  # a camera path
     "HumoWanModel": (
-        (r"patch_embedding", TWICE),  # a reference picture
+        (r"patch_embedding", TWICE),  # a reference image
         (r"audio_proj|blocks\.\d+\.audio_cross_attn_wrapper", OPTIONAL),  # sound
     ),
     "WanModel_S2V": (
-        (r"patch_embedding", TWICE),  # a reference picture
+        (r"patch_embedding", TWICE),  # a reference image
         (r"casual_audio_encoder|audio_injector\.(injector|injector_adain_layers)\.\d+", OPTIONAL),  # sound
         (r"casual_audio_encoder\.encoder\.conv[23]", Times(0, 2)),  # once a frame and once for all
         (r"cond_encoder|frame_packer", OPTIONAL),  # a pose video, frames of the video before
@@ -57,8 +57,8 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     "Anima": ((r"llm_adapter", FREELY),),
     "LTXAVModel": ((r"(audio|video)_embeddings_connector|(audio_)?caption_projection", FREELY),),
     "MiniMaxH3Model": ((r"condition_proj|token_refiner", FREELY),),
-    "HiDreamO1Transformer": ((r"visual", OPTIONAL),),  # reference pictures, in a run's first evaluation
-    "LatentSeqMMFlowModel": ((r"cond_embedder2", OPTIONAL),),  # a reference picture
+    "HiDreamO1Transformer": ((r"visual", OPTIONAL),),  # reference images, in a run's first evaluation
+    "LatentSeqMMFlowModel": ((r"cond_embedder2", OPTIONAL),),  # a reference image
     "AceStepConditionGenerationModel": (
         (r"tokenizer\.(audio_acoustic_proj|attention_pooler|quantizer\.project_in)", OPTIONAL),  # no codes given
     ),
@@ -66,7 +66,7 @@ PARTS: dict[str, tuple[tuple[str, Times], ...]] = {
     "SCAIL2WanModel": ((r"patch_embedding_mask", Times(0, 2)),),  # of the pose video, of the references
     "WanDancerModel": (
         (r"(patch_embedding|head)(_global)?", OPTIONAL),  # one for 30 frames a second, one for any other rate
-        (r"img_emb_refimage", OPTIONAL),  # CLIP vision of a reference picture
+        (r"img_emb_refimage", OPTIONAL),  # CLIP vision of a reference image
         (r"music_projection|music_encoder\.\d+|music_injector\.injector\.\d+", OPTIONAL),  # music
     ),
     "WanAnimate2Model": (  # once more for a pose video

@@ -60,8 +60,8 @@ def table(width: int, rows: Sequence[Sequence[str]]) -> Image.Image:
             break
     columns[0] = width - 2 * EDGE - sum(columns[1:]) - BETWEEN * (len(columns) - 1)
     high = size + 10
-    picture = Image.new("RGB", (width, high * len(rows) + 2 * EDGE), PAPER)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, high * len(rows) + 2 * EDGE), PAPER)
+    pen = ImageDraw.Draw(image)
     for number, row in enumerate(rows):
         y, right = EDGE + number * high, float(EDGE)
         for i, (text, wide) in enumerate(zip(row, columns, strict=True)):
@@ -69,7 +69,7 @@ def table(width: int, rows: Sequence[Sequence[str]]) -> Image.Image:
             said = fitting(pen, text, font, wide)
             pen.text((right - (pen.textlength(said, font) if i else wide), y), said, fill=INK, font=font)
     pen.line((EDGE, EDGE + high - 6, width - EDGE, EDGE + high - 6), fill=INK)
-    return picture
+    return image
 
 
 def fitting(pen: ImageDraw.ImageDraw, text: str, font, width: float) -> str:

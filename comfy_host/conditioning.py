@@ -1,7 +1,7 @@
-"""Conditionings that stock nodes make of guarded ones stay guarded: averages, and what a picture adds to a prompt.
+"""Conditionings that stock nodes make of guarded ones stay guarded: averages, and what an image adds to a prompt.
 
 The guard knows an embedding that the guarded CLIP made by its content, and these nodes make new ones. What comes out of
-them is remembered as the guarded CLIP's where all text that went in was; a picture's share is no text, so the safety
+them is remembered as the guarded CLIP's where all text that went in was; an image's share is no text, so the safety
 LoRA's text-encoder half has nothing to do with it.
 """
 

@@ -1,7 +1,7 @@
 """What a network is told beside x_t and time, made by the loaded model itself (BaseModel.extra_conds), for a batch.
 
 Rows of which ComfyUI would put the conditionings into one batch go through the network together, the others apart, as
-when it samples (comfy.samplers.calc_cond_batch). What no text gives (a mask, a first frame, a reference picture) is
+when it samples (comfy.samplers.calc_cond_batch). What no text gives (a mask, a first frame, a reference image) is
 what ComfyUI takes where nothing is connected.
 """
 

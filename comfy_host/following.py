@@ -18,7 +18,7 @@ from ..modular_lora.provenance.edits import Row
 from . import pack_edits, pack_samplers, running, told, weightings
 from .enforcement import node_info
 from .enforcement import policy as policies
-from .pictures import pictures
+from .image_values import image_values
 
 # ComfyUI's node types that make images, latents and masks of what comes to them over links and of nothing else; each
 # is run in tests/comfy/provenance/test_edits.py. Changes of colour (ImageInvert, ImageBlend) are left out on purpose:
@@ -150,5 +150,5 @@ def _then(task: asyncio.Task, after: Callable[[Any], None]) -> asyncio.Task:
 
 def _rows(value: Any) -> Iterator[tuple[Row, ...]]:
     """The rows of every image, latent and mask in a value."""
-    for kind, tensor in pictures(value):
+    for kind, tensor in image_values(value):
         yield edits.rows(tensor, kind)

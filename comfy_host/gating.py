@@ -84,11 +84,11 @@ def default_detector() -> str:
     return next((name for name in detectors.available() if name != detectors.CLASSIFIER), nsfw.NAME)
 
 
-def outcome_of(pictures: torch.Tensor, gate: Gate) -> Outcome:
-    """See gate.gate.run; pictures b h w 3. Of their prompts counts what is known of exactly these pixels."""
-    known = [] if gate.settings.activity == "ignore" else map(ledger.known, pictures)
+def outcome_of(images: torch.Tensor, gate: Gate) -> Outcome:
+    """See gate.gate.run; images b h w 3. Of their prompts counts what is known of exactly these pixels."""
+    known = [] if gate.settings.activity == "ignore" else map(ledger.known, images)
     prompts = [activity.of_prompt(one.run) for one in known]
-    found = pictures.detach().float().cpu().numpy()
+    found = images.detach().float().cpu().numpy()
     return run(found, gate.detector, gate.settings, gate.replacement, gate.second, prompts)
 
 
@@ -111,24 +111,24 @@ class Judged:
     verdicts: list[dict]
 
 
-def judge(pictures: torch.Tensor, gate: Gate) -> Judged:
-    """Judge pictures (b h w 3) and act on them; what the gate decided is remembered by content.
+def judge(images: torch.Tensor, gate: Gate) -> Judged:
+    """Judge images (b h w 3) and act on them; what the gate decided is remembered by content.
 
-    A picture that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
-    put in a picture's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
+    An image that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
+    put in an image's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
     """
     check(gate)
     began = time.monotonic()
-    outcome = outcome_of(pictures, gate)
+    outcome = outcome_of(images, gate)
     seconds = time.monotonic() - began
-    out = pictures.clone() if any(outcome.changed) else pictures
+    out = images.clone() if any(outcome.changed) else images
     for i in np.flatnonzero(outcome.changed):
-        out[i] = torch.from_numpy(outcome.pictures[i]).to(out)
+        out[i] = torch.from_numpy(outcome.images[i]).to(out)
     if gate.settings.action == "replace" and any(outcome.changed):
         _check_replacement(out[outcome.changed.index(True)], gate)
     withheld = [flagged and gate.settings.action == "withhold" for flagged in outcome.flags]
-    digests = [_remember(pictures[i], out[i], gate, outcome, i, withheld[i]) for i in range(len(out))]
-    kept = review.keep(pictures, outcome.answers)
+    digests = [_remember(images[i], out[i], gate, outcome, i, withheld[i]) for i in range(len(out))]
+    kept = review.keep(images, outcome.answers)
     policies.record_gate(gate.settings_sha256, gate.detector, outcome, seconds, kept)
     verdicts = [
         verdict(i, ledger.known_of(digest), withheld=held, refusal=_refusal(gate, outcome, i) if held else None)
@@ -146,16 +146,16 @@ def check(gate: Gate) -> None:
     policies.check_gate(gate.settings, gate.settings_sha256, gate.detector, gate.second)
 
 
-def _check_replacement(picture: torch.Tensor, gate: Gate) -> None:
-    """GateError where the gate flags what it was given to put in a flagged picture's place (h w 3)."""
-    if any(outcome_of(picture[None], reporting(gate)).flags):
+def _check_replacement(image: torch.Tensor, gate: Gate) -> None:
+    """GateError where the gate flags what it was given to put in a flagged image's place (h w 3)."""
+    if any(outcome_of(image[None], reporting(gate)).flags):
         raise GateError(
             f"replacement: {gate.detector.name} flags it too: connect another image.", code="gate.replacement-flagged"
         )
 
 
 def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Outcome, i: int, withheld: bool) -> str:
-    """The hash of the picture that the gate's decision is remembered under: what goes on, or what was withheld."""
+    """The hash of the image that the gate's decision is remembered under: what goes on, or what was withheld."""
     source, detector, settings = tensor_sha256(before), gate.detector, gate.settings
     flagged, changed = outcome.flags[i], outcome.changed[i] and not withheld
     second = gate.second.detector.name if gate.second else ""
@@ -165,7 +165,7 @@ def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Ou
 
 
 def _found(settings: Settings, outcome: Outcome, i: int) -> Iterator[Found]:
-    """The labels found in picture i, those that are acted on first."""
+    """The labels found in image i, those that are acted on first."""
     scores = outcome.findings[i].scores
     for label in outcome.blocked[i]:
         yield Found(label, round(scores[label], 6), settings.acted[label], True)

@@ -156,7 +156,7 @@ class GuardedRun:
     def finish(self, empty: bool = False) -> None:
         """Raise what was wrong with the run; one that was not stopped is discarded.
 
-        ``empty``: no picture came out, so that a run without any evaluation is right.
+        ``empty``: no image came out, so that a run without any evaluation is right.
         """
         for other in self.others:
             other.finish()

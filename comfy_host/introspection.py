@@ -65,7 +65,7 @@ def is_current(module: torch.nn.Module, specs: Iterable[LayerSpec]) -> bool:
 
 
 def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:
-    """What a prompt evaluates, each by itself: it may leave an encoder out (ByT5), or the part that sees pictures.
+    """What a prompt evaluates, each by itself: it may leave an encoder out (ByT5), or the part that sees images.
 
     SDClipModel calls its ``transformer``, and by ``preprocess_embed`` what the transformer holds beside its text
     ``model``; an encoder of another kind is taken to be called as a whole.

@@ -1,4 +1,4 @@
-"""How a loaded model mixes noise into a picture, asked of its own model_sampling: the trainers' table of noise levels.
+"""How a loaded model mixes noise into an image, asked of its own model_sampling: the trainers' table of noise levels.
 
 Whatever ComfyUI or a node has put there (ε, v, flow matching with its shift, EDM, a distilled model's own), three of
 its functions are linear, so their values at 0 and 1 say all of it; `training.model.Schedule` has the formulas.
@@ -43,6 +43,6 @@ def plain(sampling: Any) -> Any:
     return raw
 
 
-def maps_pictures(sampling: Any) -> bool:
-    """Whether the model turns one picture into another instead of taking noise away (Lotus)."""
+def maps_images(sampling: Any) -> bool:
+    """Whether the model turns one image into another instead of taking noise away (Lotus)."""
     return isinstance(sampling, comfy.model_sampling.IMG_TO_IMG)

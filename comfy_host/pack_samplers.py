@@ -22,7 +22,7 @@ import comfy.sd
 import numpy as np
 import torch
 
-from . import pictures
+from . import image_values
 from .bound_vae import BoundVaeMixin
 from .patcher import GuardMixin
 
@@ -61,14 +61,14 @@ def vouched(name: str, kind: type, inputs: Mapping[str, list]) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Whether a value brings no image but those that `pictures` finds in it."""
+    """Whether a value brings no image but those that `image_values` finds in it."""
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         return isinstance(value, GuardMixin)
     if isinstance(value, comfy.sd.VAE):  # another pack's may decode to whatever it likes
         return (type(value).__bases__[1] if isinstance(value, BoundVaeMixin) else type(value)) is comfy.sd.VAE
-    if isinstance(value, PLAIN) or pictures.is_conditioning(value):
+    if isinstance(value, PLAIN) or image_values.is_conditioning(value):
         return True
-    if pictures.is_segment(value):
+    if image_values.is_segment(value):
         return value.control_net_wrapper is None
     if isinstance(value, list | tuple | Mapping):
         return all(map(_is_known, value.values() if isinstance(value, Mapping) else value))

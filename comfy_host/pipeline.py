@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..audit.plan import Arm, Item, Part, Sampling
 from ..modular_lora.branches.attachment import Attachment
 from ..modular_lora.errors import GuardError
-from ..modular_lora.files.images import PictureError, decode, decode_mask
+from ..modular_lora.files.images import ImageError, decode, decode_mask
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import (
     GuardedPart,
@@ -317,7 +317,7 @@ def _image(path: str, sampling: Sampling, mask: bool = False) -> Tensor:
     try:
         data = Path(path).read_bytes()
         image = decode_mask(data).image if mask else decode(data).image
-    except (OSError, PictureError) as error:
+    except (OSError, ImageError) as error:
         raise GuardError(
             f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.", code="audit.image-unreadable"
         ) from error

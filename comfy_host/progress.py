@@ -24,7 +24,7 @@ from .training_files import newest_state
 logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT = 640, 360
 RAW, SMOOTH, HELD_OUT = "#becde1", "#285aaa", "#c8641e"
-SECONDS = 2.0  # between two pictures of the curve
+SECONDS = 2.0  # between two images of the curve
 
 
 class NodeWatch:
@@ -32,7 +32,7 @@ class NodeWatch:
 
     def __init__(self, node: type[io.ComfyNode]):
         self.node, self._shown, self._said = node, 0.0, ""
-        self.pictures: list[Path] = []
+        self.images: list[Path] = []
         self.without: Sequence[Path] = ()
         self._bar, self._pace = comfy.utils.ProgressBar(1), Pace()
         self._validation: list[tuple[int, float]] = []
@@ -63,11 +63,11 @@ class NodeWatch:
         """Drawn into the loss curve."""
         self._validation = list(losses)
 
-    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
-        self.pictures, self.without = pictures, without or self.without
-        for path in pictures[:1]:
-            with Image.open(path) as picture:
-                self._bar.update_absolute(step, None, ("JPEG", picture.convert("RGB"), 512))
+    def sample(self, step: int, images: list[Path], without: Sequence[Path] = ()) -> None:
+        self.images, self.without = images, without or self.without
+        for path in images[:1]:
+            with Image.open(path) as image:
+                self._bar.update_absolute(step, None, ("JPEG", image.convert("RGB"), 512))
         self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -93,7 +93,7 @@ class NodeWatch:
 
     def samples(self) -> torch.Tensor:
         """The last previews as one IMAGE batch (b h w 3); one black pixel where none were drawn."""
-        return _batch(self.pictures)
+        return _batch(self.images)
 
     def samples_without(self) -> torch.Tensor:
         """The same prompts without the safety LoRA."""
@@ -142,23 +142,23 @@ def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] 
     return chart(WIDTH, HEIGHT, plot)
 
 
-def _batch(pictures: Sequence[Path]) -> torch.Tensor:
-    if not pictures:
+def _batch(images: Sequence[Path]) -> torch.Tensor:
+    if not images:
         return torch.zeros(1, 1, 1, 3)
-    return torch.cat([image_tensor(Image.open(path)) for path in pictures])
+    return torch.cat([image_tensor(Image.open(path)) for path in images])
 
 
-def image_tensor(picture: Image.Image) -> torch.Tensor:
-    """IMAGE (1 h w 3, float32 0..1) of a picture."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32)[None] / 255)
+def image_tensor(image: Image.Image) -> torch.Tensor:
+    """IMAGE (1 h w 3, float32 0..1) of an image."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32)[None] / 255)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], size: int, columns: int) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], size: int, columns: int) -> Image.Image:
     """Pictures on a white sheet, each within ``size`` pixels."""
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (size + 4), max(1, rows) * (size + 4)), (255, 255, 255))
-    for i, picture in enumerate(pictures):
-        small = picture.convert("RGB")
+    for i, image in enumerate(images):
+        small = image.convert("RGB")
         small.thumbnail((size, size))
         sheet.paste(small, (i % columns * (size + 4) + 2, i // columns * (size + 4) + 2))
     return sheet

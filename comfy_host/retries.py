@@ -66,8 +66,8 @@ class Job:
         out = host.common_ksampler(
             self.patcher, seed, *self.sampler, self.positive, self.negative, self.latent, denoise=self.denoise
         )
-        pictures, _ = decode(self.vae, out["samples"])
-        return list(pictures.reshape(len(out["samples"]), -1, *pictures.shape[1:]))
+        images, _ = decode(self.vae, out["samples"])
+        return list(images.reshape(len(out["samples"]), -1, *images.shape[1:]))
 
     def of(self, i: int) -> Job:
         """The same for one latent of the batch alone, with what of the conditioning belongs to it."""
@@ -79,7 +79,7 @@ class Job:
         )
 
     def check_hints(self) -> None:
-        """GuardError where a ControlNet has a hint a picture: a retry could not tell which is its own."""
+        """GuardError where a ControlNet has one hint per image: a retry of a single image cannot select its own."""
         most = max(
             (len(hint) for _, options in (*self.positive, *self.negative) for hint in _hints(options)), default=0
         )
@@ -101,7 +101,7 @@ def _hints(options: dict) -> Iterable[torch.Tensor]:
 
 
 def _single(conditioning: list, i: int, n: int) -> list:
-    """Conditioning of picture i of n: ComfyUI repeats a shorter batch, and takes one of n as a prompt a picture."""
+    """Conditioning of image i of n: ComfyUI repeats a shorter batch, and takes one of n as one prompt per image."""
     own = lambda v: _row(v, i) if isinstance(v, torch.Tensor) and v.ndim > 1 and len(v) == n else v  # noqa: E731
     return [[_row(made, i), {key: own(value) for key, value in options.items()}] for made, options in conditioning]
 
@@ -113,7 +113,7 @@ def _row(batch: torch.Tensor, i: int) -> torch.Tensor:
 
 
 def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> list[int]:
-    """Which of the ``asked`` shots have a flagged picture."""
+    """Which of the ``asked`` shots have a flagged image."""
     if not (asked := list(asked)):
         return []
     report = reporting(gate)
@@ -122,14 +122,14 @@ def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> lis
 
 
 def _sparing(gate: Gate, all_flagged: bool) -> Gate:
-    """The gate, with empty in place of block, which would take all for one; where no picture is left, block stays."""
+    """The gate, with empty in place of block, which would take all for one; where no image is left, block stays."""
     if gate.settings.action != "block" or all_flagged:
         return gate
     return replace(gate, settings=replace(gate.settings, action="empty"))
 
 
 def _tried(tries: list[int], pending: list[int], spared: bool) -> str:
-    """Tries of every picture that took more than one, counted from 1; what becomes of those still flagged."""
+    """Tries of every image that took more than one, counted from 1; what becomes of those still flagged."""
     lines = [f"{sum(tries)} tries for {len(tries)} images"]
     for i, n in enumerate(tries):
         if n > 1:

@@ -13,11 +13,11 @@ from . import saving
 from .enforcement import policy as policies
 
 
-def keep(pictures: torch.Tensor, answers: Sequence[str]) -> list[str]:
-    """Write the originals among pictures (b h w 3) that a person should decide about.
+def keep(images: torch.Tensor, answers: Sequence[str]) -> list[str]:
+    """Write the originals among images (b h w 3) that a person should decide about.
 
     Args:
-        pictures: As they came to the gate.
+        images: As they came to the gate.
         answers: The gate's, one each.
 
     Returns:
@@ -34,7 +34,7 @@ def keep(pictures: torch.Tensor, answers: Sequence[str]) -> list[str]:
         folder, name = policy.review_folder, f"{uuid.uuid4().hex}.png"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            saving.write(folder / name, pictures[i], ledger.known(pictures[i]))
+            saving.write(folder / name, images[i], ledger.known(images[i]))
         except OSError as error:
             raise GuardError(
                 f"{folder}: an image for a person to decide about cannot be written ({error.strerror or error}): "

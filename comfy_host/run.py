@@ -52,7 +52,7 @@ def unwatch(model) -> None:
 
 
 def forget(model) -> None:
-    """Keys and values of a prompt, and features of its pictures (HiDreamO1Transformer.clear_kv_cache, 0.33.0)."""
+    """Keys and values of a prompt, and features of its images (HiDreamO1Transformer.clear_kv_cache, 0.33.0)."""
     clear = getattr(getattr(model, "diffusion_model", None), "clear_kv_cache", None)
     if clear is not None:
         clear()

@@ -35,7 +35,7 @@ ENDINGS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 
 @dataclass(frozen=True)
 class Style:
-    """How pictures are written."""
+    """How images are written."""
 
     format: str = "png"
     quality: int = 95  # of jpeg and webp
@@ -65,7 +65,7 @@ class _Seals:
 
 
 def save(node, images, found: list[Known], prefix: str, style: Style) -> Saved:
-    """Write pictures (each h w c, 0..1) into ComfyUI's output folder, each with what is known of it."""
+    """Write images (each h w c, 0..1) into ComfyUI's output folder, each with what is known of it."""
     if not len(images):
         return Saved([])
     height, width = images[0].shape[:2]
@@ -73,10 +73,10 @@ def save(node, images, found: list[Known], prefix: str, style: Style) -> Saved:
     graph = {} if args.disable_metadata else {"prompt": node.hidden.prompt, **_sent(node.hidden.extra_pnginfo)}
     seals = _seals(node, found)
     results = []
-    for i, (image, picture) in enumerate(zip(images, found, strict=True)):
+    for i, (image, known) in enumerate(zip(images, found, strict=True)):
         stem = name.replace("%batch_num%", str(i))
         counter = max(counter, _next(folder, stem))
-        content, written = _content(image, picture, graph, style, seals), None
+        content, written = _content(image, known, graph, style, seals), None
         while written is None:
             path = folder / f"{stem}_{counter:05}_.{ENDINGS[style.format]}"
             with contextlib.suppress(FileExistsError):  # another writer took the name meanwhile
@@ -142,16 +142,16 @@ def _content(image: torch.Tensor, known: Known, graph: Mapping[str, Any], style:
     source = known.source_type
     record = plain_json.finite(known.record(policies.records_activity())) | attested.pixels(pixels)
     record |= {marking.SOURCE_TYPE: source} if source else {}
-    picture = Image.fromarray(pixels)
+    file_image = Image.fromarray(pixels)
     if style.format == "png":
         text = plain_json.dumps(seals.record(record), sort_keys=True)
-        raw = _png(picture, text, source, graph)
+        raw = _png(file_image, text, source, graph)
     else:
-        raw = _encoded(picture, style.format, quality=style.quality)
-        empty = lossy.with_packet(raw, b"", picture.size)
+        raw = _encoded(file_image, style.format, quality=style.quality)
+        empty = lossy.with_packet(raw, b"", file_image.size)
         record |= {attested.DATA: lossy.read("image", empty).data_sha256}
         text = plain_json.dumps(seals.record(record), sort_keys=True)
-        raw = lossy.with_packet(raw, marking.packet(source, text), picture.size)
+        raw = lossy.with_packet(raw, marking.packet(source, text), file_image.size)
     if seals.signer is None or not source:
         return raw
     edits = (*known.edits, *((f"gate: {known.gate.action}",) if known.gate and known.gate.changed else ()))
@@ -159,25 +159,25 @@ def _content(image: torch.Tensor, known: Known, graph: Mapping[str, Any], style:
     return credentials.sign(raw, attested.MIMES[f".{ENDINGS[style.format]}"], claim, seals.signer)
 
 
-def _png(picture: Image.Image, text: str, source: str, graph: Mapping[str, Any]) -> bytes:
+def _png(image: Image.Image, text: str, source: str, graph: Mapping[str, Any]) -> bytes:
     info = PngInfo()
     info.add_text(KEY, text)
     if source:
         info.add_itxt(marking.KEYWORD, marking.packet(source).decode())
     for key, value in graph.items():
         info.add_text(key, plain_json.dumps(value))
-    return _encoded(picture, "png", pnginfo=info, compress_level=4)
+    return _encoded(image, "png", pnginfo=info, compress_level=4)
 
 
-def _encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     stream = streams.BytesIO()
-    picture.save(stream, format, **options)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
 def _write(path: Path, content: bytes, graph: Mapping[str, Any]) -> None:
     """Put a file in its place, with the graph beside it where there is one. FileExistsError where a name is taken."""
-    with contextlib.ExitStack() as undo:  # the graph without its picture does not stay either
+    with contextlib.ExitStack() as undo:  # the graph without its image does not stay either
         with atomic.creating(path) as part:
             part.write_bytes(content)
             if graph:

@@ -25,8 +25,8 @@ from ..modular_lora.util.cache import Cache
 from ..operators.graph import NodeFacts
 from . import running
 from .enforcement import policy as policies
+from .image_values import image_values
 from .node_report import show_above
-from .pictures import pictures
 
 KEY = "modular_lora_images"  # of a prompt's extra_pnginfo, which Save Image writes into PNG files
 OWN = frozenset((KEY, attested.KEY))
@@ -122,7 +122,7 @@ def note(
 
 
 def _images(inputs: Mapping[str, list]) -> Iterator[torch.Tensor]:
-    for kind, batch in (pair for some in inputs.values() for value in some for pair in pictures(value)):
+    for kind, batch in (pair for some in inputs.values() for value in some for pair in image_values(value)):
         if kind == "image" and batch.ndim == 4 and batch.shape[-1] in (1, 3, 4):
             yield from batch
 

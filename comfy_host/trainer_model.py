@@ -127,10 +127,10 @@ class ComfyHostModel:
         return all(name in self._in_chunks and len(chunks) > self._chunks for name, chunks in tokens.items())
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents of pictures (b h w 3, 0..1), in the model's scale; one at a time, as a VAE of video takes frames."""
-        latents = torch.cat([self._vae.encode(picture[None]) for picture in pictures])
-        if latents.shape[1:] != (wanted := self.latent_shape(*pictures.shape[1:3])):
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images (b h w 3, 0..1), in the model's scale; one at a time, as a VAE of video takes frames."""
+        latents = torch.cat([self._vae.encode(image[None]) for image in images])
+        if latents.shape[1:] != (wanted := self.latent_shape(*images.shape[1:3])):
             raise GuardError(
                 f"The VAE makes latents of {tuple(latents.shape[1:])} of an image, a {self.family} takes {wanted}: "
                 "connect the VAE of the same model.",
@@ -141,8 +141,8 @@ class ComfyHostModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of latents; of a model of video the one frame."""
-        pictures = self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
-        return pictures[:, 0] if pictures.dim() == 5 else pictures
+        images = self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
+        return images[:, 0] if images.dim() == 5 else images
 
     def release(self, text: bool) -> None:
         """Let go of the VAE and, with ``text``, of the text encoder; what nobody else holds is freed."""

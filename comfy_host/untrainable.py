@@ -1,6 +1,6 @@
 """Models that the embedded trainers refuse by name, and what to do instead.
 
-They learn from captioned pictures, or from prompts, so a model must take a text and give a picture (a model of video
+They learn from captioned images, or from prompts, so a model must take a text and give an image (a model of video
 gives one of a single frame). What can be asked of the model is asked; what no model says stands in `NAMED`.
 """
 
@@ -30,7 +30,7 @@ def check(model) -> None:
     found = next((why for names, why in NAMED.items() if re.fullmatch(names, family)), "")
     if not found and getattr(network.latent_format, "latent_dimensions", 2) < 2:
         found = f"draws no images: {_ELSEWHERE}."
-    if not found and noising.maps_pictures(network.model_sampling):
+    if not found and noising.maps_images(network.model_sampling):
         found = "turns one image into another and takes no noise away: train the model that it was made of."
     if found:
         raise GuardError(f"The embedded trainer cannot train this {family}: it {found}", code="train.family")

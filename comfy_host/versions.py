@@ -119,7 +119,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("following.py:_prompt", _RUN, "execution.PromptExecutor.execute_async"),
     *_touches("following.py:_node", _RUN, "execution.get_output_data"),
     *_touches("following.py:EDITS", _RUN, "nodes.NODE_CLASS_MAPPINGS"),
-    *_touches("pictures.py:is_video", _READ, "comfy_api.latest.VideoFromComponents"),
+    *_touches("image_values.py:is_video", _READ, "comfy_api.latest.VideoFromComponents"),
     *_touches("told.py:register", _READ, "server.PromptServer.routes"),
     *_touches("told.py:with_entry", _RUN, "execution.get_input_data"),
     *_touches("told.py:SAVES", _RUN, "nodes.SaveImage.save_images"),
@@ -171,7 +171,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("progress.py:going_on", _RUN, "comfy.model_management.InterruptProcessingException"),
     # training and audits
     *_touches("untrainable.py:NAMED", _OLDER, "comfy.supported_models"),
-    *_touches("noising.py:maps_pictures", _OLDER, "comfy.model_sampling.IMG_TO_IMG"),
+    *_touches("noising.py:maps_images", _OLDER, "comfy.model_sampling.IMG_TO_IMG"),
     *_touches("conditions.py:batches", _OLDER, "comfy.conds.CONDRegular", f"{_SAMPLERS}.calc_cond_batch"),
     *_touches("conditions.py:batches", _OLDER, "comfy.ldm.hunyuan_video.model.HunyuanVideo"),
     *_touches("conditions.py:_asked", _OLDER, "comfy.model_base.BaseModel.extra_conds"),

@@ -1,1 +1,1 @@
-"""The gate: detectors of what a picture shows, and what is done about it. Knows no ComfyUI."""
+"""The gate: detectors of what an image shows, and what is done about it. Knows no ComfyUI."""

@@ -1,4 +1,4 @@
-"""What is done to a flagged picture. Pillow and numpy; every action covers a region at least as large as its box."""
+"""What is done to a flagged image. Pillow and numpy; every action covers a region at least as large as its box."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOCAL = ("blur", "pixelate", "box", "ellipse")
 def regions(
     finding: Finding, labels: tuple[str, ...], settings: Settings, size: tuple[int, int], whole: bool = False
 ) -> list[Region]:
-    """Where the found ``labels`` are in a picture of ``size`` (h, w): their boxes at or above the threshold, grown.
+    """Where the found ``labels`` are in an image of ``size`` (h, w): their boxes at or above the threshold, grown.
 
     A label without such a box (a detector of one score, or a threshold below what it draws boxes for) is everywhere,
-    and so is what has no place in the picture (``whole``).
+    and so is what has no place in the image (``whole``).
     """
     if whole:
         return [(0, 0, size[1], size[0])]
@@ -38,7 +38,7 @@ def regions(
 
 
 def _grown(box, factor: float, size: tuple[int, int]) -> Region:
-    """The box about its centre, out to whole pixels, clipped to the picture."""
+    """The box about its centre, out to whole pixels, clipped to the image."""
     more_x, more_y = box.width * (factor - 1) / 2, box.height * (factor - 1) / 2
     x0, y0 = math.floor(box.x - more_x), math.floor(box.y - more_y)
     x1, y1 = math.ceil(box.x + box.width + more_x), math.ceil(box.y + box.height + more_y)
@@ -60,25 +60,25 @@ def mask(found: list[Region], action: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def apply(
-    picture: np.ndarray,
+    image: np.ndarray,
     found: list[Region],
     where: np.ndarray,
     settings: Settings,
     replacement: np.ndarray | None,
 ) -> np.ndarray:
-    """The picture h w 3 with the action done; outside its mask ``where`` (h w) local actions change nothing."""
+    """The image h w 3 with the action done; outside its mask ``where`` (h w) local actions change nothing."""
     if settings.action == "replace":
         assert replacement is not None, "gate.run checked that there is one"
-        return _fitted(replacement, picture.shape[:2]).astype(picture.dtype)
+        return _fitted(replacement, image.shape[:2]).astype(image.dtype)
     if settings.action not in LOCAL:
-        return np.zeros_like(picture)
-    out = picture.copy()
+        return np.zeros_like(image)
+    out = image.copy()
     if settings.action in ("box", "ellipse"):
         out[where > 0] = 0
         return out
     how = Image.Resampling.BICUBIC if settings.action == "blur" else Image.Resampling.NEAREST
     for x0, y0, x1, y1 in found:
-        out[y0:y1, x0:x1] = _coarse(picture[y0:y1, x0:x1], settings.cells, how)
+        out[y0:y1, x0:x1] = _coarse(image[y0:y1, x0:x1], settings.cells, how)
     return out
 
 
@@ -93,22 +93,22 @@ def _coarse(crop: np.ndarray, cells: int, how: Image.Resampling) -> np.ndarray:
     return np.asarray(coarse, np.float32).astype(crop.dtype) / 255
 
 
-def checked_replacement(picture: np.ndarray | None) -> np.ndarray:
-    """The replacement h w 3. Raises GateError where there is none, or it is not one finite picture."""
-    if picture is None:
+def checked_replacement(image: np.ndarray | None) -> np.ndarray:
+    """The replacement h w 3. Raises GateError where there is none, or it is not one finite image."""
+    if image is None:
         raise GateError(
             'replacement: the action is "replace" and there is no image to put in: connect one.',
             code="gate.no-replacement",
         )
-    picture = np.asarray(picture)
-    if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape or not np.isfinite(picture).all():
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape or not np.isfinite(image).all():
         raise GateError(
-            f"replacement: {picture.shape} is not one image h×w×3 of finite numbers: give one.", code="gate.replacement"
+            f"replacement: {image.shape} is not one image h×w×3 of finite numbers: give one.", code="gate.replacement"
         )
-    return picture
+    return image
 
 
-def _fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _fitted(replacement: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The replacement scaled into h, w as a whole, on black."""
-    image = Image.fromarray(to_bytes(np.clip(picture, 0, 1)))
+    image = Image.fromarray(to_bytes(np.clip(replacement, 0, 1)))
     return np.asarray(ImageOps.pad(image, (size[1], size[0])), np.float32) / 255

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..modular_lora.errors import writing
-from ..modular_lora.files.images import ENDINGS, PictureError, decode, named, under
+from ..modular_lora.files.images import ENDINGS, ImageError, decode, named, under
 from ..modular_lora.util import plain_json
 from .errors import GateError
 from .finding import Detector, Finding
@@ -121,7 +121,7 @@ def _images(folder: Path, unreadable: list[str], others: list[str] | None = None
     for path in found:
         try:
             image = decode(path.read_bytes()).image
-        except (OSError, PictureError):
+        except (OSError, ImageError):
             unreadable.append(name(path))
             continue
         yield np.asarray(image, np.float32) / 255

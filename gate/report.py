@@ -82,8 +82,8 @@ def format_limits(detector: Detector) -> list[str]:
 
 
 def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
-    """Detector, settings and every picture's flag, labels found, scores and boxes (pixels: x, y, width, height)."""
-    pictures = [
+    """Detector, settings and every image's flag, labels found, scores and boxes (pixels: x, y, width, height)."""
+    images = [
         {
             "flagged": outcome.flags[i],
             "changed": outcome.changed[i],
@@ -97,7 +97,7 @@ def to_json(outcome: Outcome, detector: Detector, settings: Settings) -> str:
         }
         for i, finding in enumerate(outcome.findings)
     ]
-    said = {"detector": describe(detector), "settings": asdict(settings), "pictures": pictures}
+    said = {"detector": describe(detector), "settings": asdict(settings), "pictures": images}
     return plain_json.dumps(said, ensure_ascii=False)
 
 

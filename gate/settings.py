@@ -86,11 +86,11 @@ class Settings:
         return tuple(label for label in _found(self.review, finding) if label not in blocked)
 
     def answer(self, finding: Finding) -> Answer:
-        """What is said of one picture."""
+        """What is said of one image."""
         return "block" if self.blocked(finding) else "review" if self.reviewed(finding) else "pass"
 
     def answer_to_prompt(self, said: str) -> Answer:
-        """The least answer to a picture, by what its safety LoRAs' calibrations say of its prompt; "" for nothing."""
+        """The least answer to an image, by what its safety LoRAs' calibrations say of its prompt; "" for nothing."""
         return ANSWERS[ACTIVITIES.index(self.activity)] if said == ABOUT else "pass"
 
     @property

@@ -45,7 +45,7 @@ class DatasetReport(io.ComfyNode):
         values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
         found = dataset.scan(inside(options.load(TaskOptions, None, values)), NodeWatch(cls).read)
         line, report = dataset.summary(found), dataset.format_report(found)
-        sheet = contact_sheet([thumbnail(p.path, 96) for p in found.pictures[:48]], 96, 8)
-        picture = image_tensor(sheet)
-        shown = answer(line, report, **ui.PreviewImage(picture, cls=cls).as_dict())
-        return io.NodeOutput(f"{line}\n{report}", picture, ui=shown)
+        sheet = contact_sheet([thumbnail(p.path, 96) for p in found.images[:48]], 96, 8)
+        image = image_tensor(sheet)
+        shown = answer(line, report, **ui.PreviewImage(image, cls=cls).as_dict())
+        return io.NodeOutput(f"{line}\n{report}", image, ui=shown)

@@ -76,5 +76,5 @@ class Guard(io.ComfyNode):
         policies.check_attached(made.model, made.clip, safety)
         line, _, more = made.summary.partition("\n")
         text = made.clip if clip is not None else blocked(NONE.format("CLIP"))
-        pictures = made.vae if vae is not None else blocked(NONE.format("VAE"))
-        return io.NodeOutput(made.model, text, pictures, f"{line}\n{made.report}", ui=answer(line, more))
+        decoder = made.vae if vae is not None else blocked(NONE.format("VAE"))
+        return io.NodeOutput(made.model, text, decoder, f"{line}\n{made.report}", ui=answer(line, more))

@@ -101,7 +101,7 @@ class GateSettings(io.ComfyNode):
             )
         if save_as.strip():
             settings.save(chosen, _preset_file(save_as.strip()))
-        picture = None if replacement is None else replacement[0].float().cpu().numpy()
+        image = None if replacement is None else replacement[0].float().cpu().numpy()
         second = None if confirm is None else second_of(confirm)
         n = len(chosen.block)
         prompts = ", and by its prompt" * (chosen.activity != "ignore")
@@ -109,7 +109,7 @@ class GateSettings(io.ComfyNode):
         error = measured.format_measured(made, chosen, path, second is not None)
         shown = answer(line, "\n".join([error, *format_limits(made)]))
         report = f"{format_settings(made, chosen, second)}\n{error}"
-        return io.NodeOutput(Gate(made, chosen, picture, second), report, ui=shown)
+        return io.NodeOutput(Gate(made, chosen, image, second), report, ui=shown)
 
 
 def _detector_inputs() -> list[io.Input]:

@@ -1,4 +1,4 @@
-"""Safety Gate, and Guarded Sample and Gate: every picture of a batch is judged before it goes on."""
+"""Safety Gate, and Guarded Sample and Gate: every image of a batch is judged before it goes on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _result(judged: Judged, gate: Gate, run: tuple[str, ...] = (), details: str 
 
 
 class SafetyGate(io.ComfyNode):
-    """Between the decode and the save: looks at every picture of the batch."""
+    """Between the decode and the save: looks at every image of the batch."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,7 +101,7 @@ class SafetyGate(io.ComfyNode):
 
 
 class SampleAndGate(io.ComfyNode):
-    """Sampler, decode and gate in one, so that flagged pictures can be drawn again one by one."""
+    """Sampler, decode and gate in one, so that flagged images can be drawn again one by one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

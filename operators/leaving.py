@@ -1,7 +1,7 @@
-"""Which node types may take what leaves the server, where pictures leave only after they were judged.
+"""Which node types may take what leaves the server, where images leave only after they were judged.
 
 Everything that writes, shows or sends (output nodes and ComfyUI's API nodes) and is not named here or by the policy
-takes no picture, latent, mask, sound or video. The names are those of ComfyUI's own types, as of the versions in
+takes no image, latent, mask, sound or video. The names are those of ComfyUI's own types, as of the versions in
 comfy_host/versions.py; one that a later version adds is refused until somebody has looked at what it does.
 """
 
@@ -51,7 +51,7 @@ def closed(policy: OperatorPolicy) -> bool:
 
 
 def attested(policy: OperatorPolicy) -> bool:
-    """Whether pictures leave only where a guarded run made them."""
+    """Whether images leave only where a guarded run made them."""
     return bool(policy.guard.required) and not policy.open.unattested
 
 

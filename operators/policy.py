@@ -190,17 +190,17 @@ class Tasks:
 
 @dataclass(frozen=True, config=CLOSED)
 class Open:
-    """What is open although it samples or shows more than a guarded picture; all is closed that is not named."""
+    """What is open although it samples or shows more than a guarded image; all is closed that is not named."""
 
     guarded_as_model: StrictBool = False
     audit: StrictBool = False
     training: StrictBool = False
-    unattested: StrictBool = False  # pictures that no guarded run made may be saved and shown
+    unattested: StrictBool = False  # images that no guarded run made may be saved and shown
 
 
 @dataclass(frozen=True, config=CLOSED)
 class Gate:
-    """``required``: no picture leaves that no gate judged. ``thresholds``: the highest that a graph may set.
+    """``required``: no image leaves that no gate judged. ``thresholds``: the highest that a graph may set.
 
     ``confirm``: the same of a second detector, without which what the first flags passes; none may be used where it is
     empty and a gate is required or has thresholds. ``activity``: what a gate must do at least about an image
@@ -367,7 +367,7 @@ class OperatorPolicy(Tables):
 
     @property
     def review_folder(self) -> Path | None:
-        """Where pictures are kept that a person should decide about; None: nowhere."""
+        """Where images are kept that a person should decide about; None: nowhere."""
         return self.home / self.gate.review_folder if self.gate.review_folder else None
 
     @property

@@ -373,8 +373,8 @@ class TrainingLines(Lines):
     def validated(self, losses: list[tuple[int, float]]) -> None:
         logger.info("step %d: validation loss %.4f", *losses[-1])
 
-    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
-        logger.info("step %d: previews %s", step, ", ".join(map(str, pictures)))
+    def sample(self, step: int, images: list[Path], without: Sequence[Path] = ()) -> None:
+        logger.info("step %d: previews %s", step, ", ".join(map(str, images)))
         if without:
             logger.info("the same without the safety LoRA: %s", ", ".join(map(str, without)))
 

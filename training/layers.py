@@ -1,6 +1,6 @@
 """Which layers of a network a training takes, by the names that ComfyUI's classes have for its parts.
 
-Most networks are blocks of one kind in a row, with what reads picture, text and time before them. A U-Net is told by
+Most networks are blocks of one kind in a row, with what reads image, text and time before them. A U-Net is told by
 its transformers standing inside of other blocks; its layers are chosen as sd-scripts chooses them.
 """
 
@@ -16,7 +16,7 @@ _RESIDUAL = re.compile(r"\.(in_layers|out_layers|emb_layers|skip_connection|op|c
 _BLOCK = re.compile(r"^\w*(blocks|layers|refiner)\.")  # of any other network
 _ATTENTION = re.compile(r"(^|\.)(attn|attn[12]|\w+_attn|attention|kv_mapper)\.")
 _CROSS = re.compile(  # where the text enters
-    r"\.(attn2|cross_attn|kv_mapper)\."  # attention from picture to text, and what makes the text's keys and values
+    r"\.(attn2|cross_attn|kv_mapper)\."  # attention from image to text, and what makes the text's keys and values
     r"|\.txt_attn\.|\.context_block\.attn\."  # the text's half of a joint attention: Flux, SD3,
     r"|\.attn\.(add_[qkv]_proj|to_add_out)(\.|$)"  # Qwen-Image,
     r"|\.attn1\.to_(q|k|v|out)_t(\.|$)"  # HiDream,

@@ -44,7 +44,7 @@ class Watch(command.Watch, Protocol):
     def validated(self, losses: list[tuple[int, float]]) -> None:
         """The validation loss was taken once more; ``losses`` has (step, loss) of every time."""
 
-    def sample(self, step: int, pictures: list[Path], without: Sequence[Path] = ()) -> None:
+    def sample(self, step: int, images: list[Path], without: Sequence[Path] = ()) -> None:
         """Previews were drawn; ``without``: the same prompts without the safety LoRA."""
 
     def say(self, text: str) -> None:
@@ -62,7 +62,7 @@ class Job:
     after_step: Callable[[Masters], None] = lambda masters: None  # on the float32 values, before they are given back
     prepare: Callable[[int], None] = lambda step: None  # what a step needs and may be interrupted in: pools
     preview: Callable[[int], Drawn] = lambda step: Drawn([], [])
-    validate: Callable[[], float] | None = None  # loss on pictures that are not trained on, without gradient
+    validate: Callable[[], float] | None = None  # loss on images that are not trained on, without gradient
     validate_every: int = 0  # steps; before the first and after the last one as well
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None

@@ -1,6 +1,6 @@
 """What a training loop needs of a model; comfy_host/trainer_model.py offers it for what ComfyUI has loaded.
 
-Every diffusion model that ComfyUI loads mixes picture and noise linearly, and so does what its network is to say:
+Every diffusion model that ComfyUI loads mixes image and noise linearly, and so does what its network is to say:
 
     x_t = a_t x_0 + s_t ε,   F = c_t x_0 + d_t ε,   t an index into the model's own table of noise levels
 
@@ -74,7 +74,7 @@ class Cond:
         return sum(row.nbytes for row in self.rows)
 
     def sized(self, sizes: Tensor) -> Cond:
-        """With pictures' sizes (b 6)."""
+        """With images' sizes (b 6)."""
         return Cond(tuple(replace(row, size=size) for row, size in zip(self.rows, sizes, strict=True)))
 
     def crossing(self, cross: Sequence[Tensor]) -> Cond:
@@ -104,7 +104,7 @@ class Schedule:
     said_of_x0: Tensor
     said_of_noise: Tensor
     times: Tensor  # what the network is told as its time
-    start: float  # deviation of x at the noisiest level where a picture begins as noise alone
+    start: float  # deviation of x at the noisiest level where an image begins as noise alone
     prediction: Prediction
 
     @classmethod
@@ -218,7 +218,7 @@ class HostModel(Protocol):
     downscale: int  # pixels a latent cell
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """c [1] h w of a picture's latent, from its pixels; models of video see it as one frame."""
+        """c [1] h w of an image's latent, from its pixels; models of video see it as one frame."""
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the network says (b c ..., float32) at x_t (b c ..., float32), timesteps t (b, int64)."""
@@ -226,8 +226,8 @@ class HostModel(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of prompts; the empty prompt is ''."""
 
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents (b c [1] h/8 w/8, float32, model scale) of pictures (b h w 3, float32 0..1)."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (b c [1] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (b h w 3, float32 0..1) of latents."""
@@ -236,7 +236,7 @@ class HostModel(Protocol):
         """The base's weights under the guard's keys; to be read before adapters go in."""
 
     def autoencoder_identity(self) -> str:
-        """The same for the same latents of the same pictures: weights, precision, the latents' scale."""
+        """The same for the same latents of the same images: weights, precision, the latents' scale."""
 
     def text_identity(self) -> str:
         """The same for the same conditioning of the same texts: weights, layer, length."""

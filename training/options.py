@@ -189,7 +189,7 @@ class Options(AdapterOptions):
 @raises(OptionError)
 @dataclass(frozen=True, config=STRICT)
 class TaskOptions(Options):
-    """A task LoRA from captioned pictures, on W0; the safety LoRA is given and stays out of the training."""
+    """A task LoRA from captioned images, on W0; the safety LoRA is given and stays out of the training."""
 
     preset: TaskPreset = opt("", "values for a purpose: style, character or object; what is given beside it wins")
     train_data_dir: str = opt("", "folder of N_name folders with images and captions")
@@ -326,7 +326,7 @@ class TaskOptions(Options):
 @raises(OptionError)
 @dataclass(frozen=True, config=STRICT)
 class SafetyOptions(Options):
-    """A safety LoRA that erases a concept given by prompts; no pictures."""
+    """A safety LoRA that erases a concept given by prompts; no images."""
 
     preset: SafetyPreset = opt("", "values for a purpose: safety; what is given beside it wins")
     network_dim: int = opt(8, "rank", gt=0)

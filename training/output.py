@@ -63,7 +63,7 @@ Layers = Mapping[str, Mapping[str, Tensor]]  # layer name -> end of a tensor's n
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What a file says of the pictures that it was trained on."""
+    """What a file says of the images that it was trained on."""
 
     sha256: str
     images: int

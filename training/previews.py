@@ -38,7 +38,7 @@ class Previews:
         check: Callable[[], None],
         safety: Sequence[SafetyLora] = (),
     ):
-        """``check`` is asked before every picture and may raise to interrupt.
+        """``check`` is asked before every image and may raise to interrupt.
 
         ``safety``: what a task LoRA is seen with. A safety LoRA in training is seen beside the plain base (its adapters
         off), which is drawn once.
@@ -86,11 +86,11 @@ class Previews:
         size = (options.sample_size, options.sample_size)
         x_t = sampling.noise(host_model, size, [step_generator(options.seed, "sample", i)])
         walk = (host_model.predict, host_model.schedule, x_t, cond, empty, options.sample_cfg, options.sample_steps)
-        picture = host_model.decode(sampling.sample(*walk))[0]  # h w 3
-        return self._save(Image.fromarray((picture * 255).round().byte().numpy()), name, i)
+        image = host_model.decode(sampling.sample(*walk))[0]  # h w 3
+        return self._save(Image.fromarray((image * 255).round().byte().numpy()), name, i)
 
-    def _save(self, picture: Image.Image, name: str, i: int) -> Path:
+    def _save(self, image: Image.Image, name: str, i: int) -> Path:
         path = Path(self.options.output_dir) / "sample" / f"{self.options.output_name}_{name}_{i:02d}.png"
         with atomic.replacing(path, parents=True) as part:
-            picture.save(part, "PNG")
+            image.save(part, "PNG")
         return path

@@ -17,7 +17,7 @@ DATA_SET = (  # a TOML can say them
 def unused(options: Options, regularisation: int | None = None) -> list[str]:
     """A line for each option that is not at its default and has no effect here.
 
-    ``regularisation``: pictures of the data set that are, where it was looked through.
+    ``regularisation``: images of the data set that are, where it was looked through.
     """
     found = list(_of_all(options))
     if isinstance(options, TaskOptions):

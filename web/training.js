@@ -64,9 +64,9 @@ function putBeside(node, values) {
   made.connect(0, node, node.findInputSlot("options"));
 }
 
-// Nodes 2.0 of front end 1.58 goes on showing the last picture of the progress beside the picture that the node answers
+// Nodes 2.0 of front end 1.58 goes on showing the last image of the progress beside the image that the node answers
 // with, which is the same loss curve. Its store alone can drop it; where there is none of that name, both stay.
-function dropProgressPicture(node) {
+function dropProgressImage(node) {
   const stores = document.getElementById("vue-app")?.__vue_app__?.config.globalProperties.$pinia?._s;
   const inside = node.graph && node.graph !== (app.rootGraph ?? app.graph);
   stores?.get("nodeOutput")?.revokePreviewsByLocatorId?.(inside ? `${node.graph.id}:${node.id}` : String(node.id));
@@ -87,7 +87,7 @@ app.registerExtension({
     const executed = type.prototype.onExecuted;
     type.prototype.onExecuted = function (output, ...more) {
       executed?.call(this, output, ...more);
-      if (output?.images?.length && window.LiteGraph.vueNodesMode) dropProgressPicture(this);
+      if (output?.images?.length && window.LiteGraph.vueNodesMode) dropProgressImage(this);
     };
   },
 });

@@ -16,7 +16,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy
 from .. import gating, values
-from ..pictures import is_video
+from ..image_values import is_video
 from . import policy as policies
 from .leaving import Node
 
@@ -31,12 +31,12 @@ def inputs(policy: OperatorPolicy, node: Node, given: Mapping[str, list]) -> Map
     asked = policy.attaches and (policy.gate.required or policy.gates_others)
     if not (asked and node.leaves(policy) and node.known(policy)) or node.trusted(policy):
         return given
-    pictures = {name: some for name, some in given.items() if _takes_pictures(node.facts.inputs.get(name, ""))}
-    judged = values.exchange(pictures, lambda one: _lacks_gate(policy, one), lambda some: _judged(policy, some))
+    shown = {name: some for name, some in given.items() if _takes_images(node.facts.inputs.get(name, ""))}
+    judged = values.exchange(shown, lambda one: _lacks_gate(policy, one), lambda some: _judged(policy, some))
     return {**given, **judged}
 
 
-def _takes_pictures(declared: str) -> bool:
+def _takes_images(declared: str) -> bool:
     """Whether a socket is one for images or videos: what another prints or writes of them, no gate sees."""
     return bool(graphs.IMAGES & {part.strip() for part in declared.split(",")})
 

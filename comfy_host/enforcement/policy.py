@@ -252,16 +252,16 @@ def check_run(policy: OperatorPolicy, run: Attestation) -> None:
     rules.check_run(policy, run, _unsigned_by(policy), _values)
 
 
-def check_image(policy: OperatorPolicy, picture: torch.Tensor, attested: bool) -> None:
-    """RefusedError for one picture (h w c) that may not leave; see rules.check_image."""
-    found = ledger.known(picture)
+def check_image(policy: OperatorPolicy, image: torch.Tensor, attested: bool) -> None:
+    """RefusedError for one image (h w c) that may not leave; see rules.check_image."""
+    found = ledger.known(image)
     accepted = _is_accepted(policy, found.gate)
     rules.check_image(policy, found.run, found.gate, _unsigned_by(policy), accepted, attested, _values)
 
 
-def lacks_gate(policy: OperatorPolicy, picture: torch.Tensor) -> bool:
-    """Whether a picture (h w c) leaves only if a gate lets it pass, and none that the policy accepts has done so."""
-    found = ledger.known(picture)
+def lacks_gate(policy: OperatorPolicy, image: torch.Tensor) -> bool:
+    """Whether an image (h w c) leaves only if a gate lets it pass, and none that the policy accepts has done so."""
+    found = ledger.known(image)
     asked = policy.gate.required or (policy.gates_others and not found.guarded)
     passed = found.gate is not None and (found.gate.changed or not found.gate.flagged)
     return asked and not (passed and _is_accepted(policy, found.gate))
@@ -278,7 +278,7 @@ def tightened(settings: Settings, detector: Detector) -> Settings:
 
 
 def check_gate(settings: Settings, settings_sha256: str, detector: Detector, second: Second | None = None) -> None:
-    """RefusedError for a gate that is looser than the policy; pictures that others judged may leave."""
+    """RefusedError for a gate that is looser than the policy; images that others judged may leave."""
     if (policy := current()) is None:
         return
     rules.check_gate(policy.gate, settings, detector, second)

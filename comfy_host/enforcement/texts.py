@@ -179,7 +179,7 @@ def _mark(token: Any) -> str:
     value = token[0] if isinstance(token, list | tuple) and token else token
     if isinstance(value, torch.Tensor):  # a textual inversion
         return tensor_sha256(value)
-    if isinstance(value, Mapping):  # a picture between the words
+    if isinstance(value, Mapping):  # an image between the words
         return _digest([f"{key}={_mark([entry])}" for key, entry in value.items()])
     return repr(value) if isinstance(value, int | float | str) else type(value).__name__
 

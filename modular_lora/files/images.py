@@ -23,7 +23,7 @@ SIDE_FILES = re.compile(r"\..*|.*\.(npz|safetensors)|metadata_cache\.json|thumbs
 SHOWN = 10
 
 
-class PictureError(GuardError):
+class ImageError(GuardError):
     """A file that is no whole image."""
 
     code = "image"
@@ -40,20 +40,20 @@ class Decoded:
 
 
 def decode(data: bytes, on_white: bool = True) -> Decoded:
-    """The whole image of a file's bytes; PictureError for anything truncated, damaged, too large or no image.
+    """The whole image of a file's bytes; ImageError for anything truncated, damaged, too large or no image.
 
     Grey, palette, 16-bit and CMYK images become RGB; ICC profiles are not applied, as in sd-scripts. Without
     ``on_white`` transparent parts keep the colour that is hidden in them. Further images in a phone's JPEG (depth,
     gain map: MPO) are no frames of an animation.
     """
     if not data:
-        raise PictureError("empty file (0 bytes)", code="image.empty")
+        raise ImageError("empty file (0 bytes)", code="image.empty")
     try:
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]  # a PIL may be built without WebP
         with _strict(), Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise PictureError(
+                raise ImageError(
                     f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down",
                     code="image.too-large",
                 )
@@ -62,18 +62,18 @@ def decode(data: bytes, on_white: bool = True) -> Decoded:
             upright, turned = _upright(image)
             rgb, alpha = _split(upright, on_white)
             return Decoded(rgb, alpha, turned, frames)
-    except PictureError:
+    except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise PictureError(
+        raise ImageError(
             "no PNG, JPEG, WebP, BMP or GIF, whatever its ending says", code="image.unknown-format"
         ) from error
     except Image.DecompressionBombError as error:
-        raise PictureError(
+        raise ImageError(
             f"too many pixels, maybe a decompression bomb ({error}): scale it down", code="image.too-large"
         ) from error
     except Exception as error:  # PIL's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"damaged or truncated ({type(error).__name__}: {error})", code="image.damaged") from error
+        raise ImageError(f"damaged or truncated ({type(error).__name__}: {error})", code="image.damaged") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class Mask:
 
 
 def decode_mask(data: bytes) -> Mask:
-    """The mask of a file's bytes: its red channel, on black where it is transparent. Raises PictureError."""
+    """The mask of a file's bytes: its red channel, on black where it is transparent. Raises ImageError."""
     decoded = decode(data, on_white=False)
     red, green, blue = decoded.image.split()
     coloured = any(ImageChops.difference(red, other).getbbox() for other in (green, blue))

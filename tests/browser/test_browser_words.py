@@ -150,7 +150,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Json:
     need_browser()
     folder = tmp_path_factory.mktemp("pages")
     said = words("page")
-    cells = [demo_report.Picture(png(), Seen(vehicle, True), said) for vehicle in (True, False)]
+    cells = [demo_report.ShownImage(png(), Seen(vehicle, True), said) for vehicle in (True, False)]
     arm = demo_report.Arm(said, said, cells, 1.0, said)
     facts = {said: said}
     shown = demo_report.Demo([arm] * 7, (said, said), 1, said, said, facts, facts, {said: {"status": said}})

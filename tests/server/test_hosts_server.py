@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from modular_lora_guard.operators import cli
-from modular_lora_guard.tools.demo import base, graphs, pictures
+from modular_lora_guard.tools.demo import base, graphs, images
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
 from modular_lora_guard.tools.world import DETECTOR_CONCEPTS, DETECTOR_ONNX
@@ -179,7 +179,7 @@ def test_disable_metadata_leaves_out_the_graph_and_keeps_the_attestation(hosts: 
     history = hosts.run(graphs.guarded(replace(setting, seed=8)), ACME)
     (picture,) = history["outputs"][graphs.save_node(0)]["images"]
     file = hosts.workers[0].base / "output" / picture["subfolder"] / picture["filename"]
-    (record,) = pictures.attestation(file.read_bytes()).values()
+    (record,) = images.attestation(file.read_bytes()).values()
     assert record["status"] == "guarded"
     assert b"prompt" not in file.read_bytes().partition(b"IDAT")[0].replace(b"prompts", b"")
 
@@ -255,7 +255,7 @@ def test_a_gate_blurs_passes_what_a_second_detector_does_not_confirm_and_keeps_w
     assert verdicts["person"]["withheld"]
     lines = {line["node"]: line for line in hosts.lines("gate")}
     (name,) = lines["person"]["kept"]
-    (record,) = pictures.attestation((hosts.records()[0].parent / "review" / name).read_bytes()).values()
+    (record,) = images.attestation((hosts.records()[0].parent / "review" / name).read_bytes()).values()
     assert record["status"] == "guarded"
     said = figures(hosts)
     answers = [said[f"modular_lora_gate_images_total,{answer}"] for answer in ("block", "pass", "review")]

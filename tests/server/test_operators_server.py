@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from modular_lora_guard.modular_lora.provenance.record import verify
-from modular_lora_guard.tools.demo import base, graphs, pictures
+from modular_lora_guard.tools.demo import base, graphs, images
 from modular_lora_guard.tools.demo.client import Client, Event, Failed, Rejected
 from modular_lora_guard.tools.demo.graphs import Graph, node
 from modular_lora_guard.tools.demo.server import DIRECT, Server
@@ -149,7 +149,7 @@ def test_a_guarded_graph_draws_attested_pictures_and_each_run_is_in_the_record(
 ) -> None:
     result = client.run(graphs.guarded(setting), timeout=300)
     (picture,) = result.images(graphs.save_node(0))
-    (record,) = pictures.attestation(client.image(picture)).values()
+    (record,) = images.attestation(client.image(picture)).values()
     assert record["status"] == "guarded"
     (run,) = [line for line in _lines(server, "run") if line["prompt_id"] == result.prompt_id]
     assert run["node"] == "sampler-0"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import PACK_NAME, ROOT
-from modular_lora_guard.tools.demo import base, graphs, pictures, settings, show
+from modular_lora_guard.tools.demo import base, graphs, images, settings, show
 from modular_lora_guard.tools.demo.client import Client, Event, Failed, Interrupted, Rejected
 from modular_lora_guard.tools.demo.graphs import Graph, node
 from modular_lora_guard.tools.demo.server import Server
@@ -110,7 +110,7 @@ def test_the_guarded_graph_draws_attested_pictures_with_progress(client: Client,
     for index in range(2):
         (reference,) = result.images(graphs.save_node(index))
         png = client.image(reference)
-        (record,) = pictures.attestation(png).values()
+        (record,) = images.attestation(png).values()
         assert record["status"] == "guarded"
         assert [lora["name"] for lora in record["loras"]] == [setting.safety, setting.task]
 
@@ -121,7 +121,7 @@ def test_unguarded_pictures_carry_no_attestation_and_differ(
     asked = world.demo(steps=2, seed=7, prompts=setting.prompts)
     drawn = {arm: draw(client, graph(asked)) for arm, graph in _arms().items()}
     assert all(len(pngs) == 2 for pngs in drawn.values())
-    assert not pictures.attestation(drawn["unguarded"][0])
+    assert not images.attestation(drawn["unguarded"][0])
     others = [pixels(pngs[0]) for arm, pngs in drawn.items() if arm != "first"]
     assert len(set(others)) == len(others)
     first, safety = (list(map(pixels, drawn[arm])) for arm in ("first", "safety"))
@@ -225,7 +225,7 @@ def test_an_interrupt_ends_the_run_and_the_next_one_is_whole(
         client.run(graphs.guarded(long), interrupt, timeout=300)
     assert sent
     again = world.setting(steps=2, seed=8, prompts=setting.prompts)
-    assert all(pictures.attestation(png) for png in draw(client, graphs.guarded(again)))
+    assert all(images.attestation(png) for png in draw(client, graphs.guarded(again)))
     other = world.setting(steps=2, seed=9, prompts=setting.prompts)
     draw(client, graphs.base(other))  # so that nothing of the first run is left in the cache
     assert [pixels(png) for png in draw(client, graphs.base(setting))] == [pixels(png) for png in before]

@@ -91,7 +91,7 @@ class ToyHostModel:
         rows = [torch.Generator().manual_seed(sum(prompt.encode()) * 7919 + len(prompt)) for prompt in prompts]
         return Cond.of(torch.stack([torch.randn(3, TEXT, generator=g) for g in rows]))
 
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         small = F.avg_pool2d(pictures.movedim(-1, 1), self.downscale)  # b 3 h w
         return torch.cat([small, small.mean(1, keepdim=True)], 1) * 2 - 1
 

@@ -3,11 +3,11 @@
     python3 -m tools.benchmarks.reliability clients --comfyui COMFYUI --world WORLD [--prompts 180] --record
 
 Each client has a websocket of its own and queues the same prompts in another order, so that they interleave. Every
-prompt has its own seed, text and strengths. A picture is as it must be when its attestation says "guarded", names its
+prompt has its own seed, text and strengths. An image is as it must be when its attestation says "guarded", names its
 own prompt's LoRAs and strengths, holds the SHA-256 of its pixels and is the one that the record has for that prompt's
 id (for any, where ComfyUI still had the other client's result of the same prompt); when the graph in the file is its
-own; and when the other client's picture of that prompt has the same pixels, which no other prompt's has. An hour of
-pictures at 20 seconds each is 180 prompts.
+own; and when the other client's image of that prompt has the same pixels, which no other prompt's has. An hour of
+images at 20 seconds each is 180 prompts.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def draw(url: str, setting, mine: Sequence[Job], client: int, book: Path) -> lis
 
 
 def judge(job: Job, made: dict, png: bytes, prompt_id: str, book: Path) -> Drawn:
-    with Image.open(io.BytesIO(png)) as picture:
-        said, sent = json.loads(picture.text[attested.KEY]), json.loads(picture.text["prompt"])
-        pixels = np.array(picture.convert("RGB"))
+    with Image.open(io.BytesIO(png)) as image:
+        said, sent = json.loads(image.text[attested.KEY]), json.loads(image.text["prompt"])
+        pixels = np.array(image.convert("RGB"))
     problems = []
     if said["status"] != "guarded":
         problems.append(f"reads {said['status']}")
@@ -131,7 +131,7 @@ def both(server, setting, count: int, seed: int, book: Path) -> list[Drawn]:
 
 
 def compared(drawn: Sequence[Drawn]) -> list[Drawn]:
-    """The same prompt's pictures must be the same, and no other prompt's."""
+    """The same prompt's images must be the same, and no other prompt's."""
     pixels: dict[Job, set[str]] = {}
     owners: dict[str, set[Job]] = {}
     for one in drawn:
@@ -165,7 +165,7 @@ def run(comfyui: Path, world_folder: Path, folder: Path, count: int, seed: int) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every picture is attested for its own prompt, else 1."""
+    """0 where every image is attested for its own prompt, else 1."""
     made = parser(__doc__, "reliability.json", part="clients")
     made.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     made.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")

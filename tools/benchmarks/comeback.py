@@ -61,7 +61,7 @@ class Bench:
 
     host_model: HostModel
     eye: detector.Detector
-    pictures: int
+    count: int  # of images of each cell
     scale: float  # of the numbers of steps
     folder: Path
 
@@ -70,11 +70,11 @@ class Bench:
 
 
 def judge(bench: Bench) -> str:
-    """Vehicles found, base styles / gloss; kept concepts right; pictures called gloss, of kept concepts in gloss."""
+    """Vehicles found, base styles / gloss; kept concepts right; images called gloss, of kept concepts in gloss."""
     rates: dict[str, list[float]] = {"vehicles": [], "kept": []}
     for seed, (kind, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
         for gloss in (False, True):
-            prompts, truth = data.asked(concepts, gloss, bench.pictures)
+            prompts, truth = data.asked(concepts, gloss, bench.count)
             seen, styles = detector.classify(bench.eye, draw(bench.host_model, prompts, 7 + 2 * seed + gloss))
             hits = detector.suppressed(seen) if kind == "vehicles" else seen.argmax(-1) == truth
             rates[kind].append(hits.float().mean().item())

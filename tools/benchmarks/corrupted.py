@@ -300,7 +300,7 @@ def all_zero(rng: Random, sound: Sound) -> bytes:
 
 
 def another_format(rng: Random, sound: Sound) -> bytes:
-    """What lies under the name after a failed download or a renaming: a web page, an archive, a pickle, a picture."""
+    """What lies under the name after a failed download or a renaming: a web page, an archive, a pickle, an image."""
     starts = (
         b"<!DOCTYPE html><html>404 ",
         b"PK\x03\x04",
@@ -327,7 +327,7 @@ def not_the_file(rng: Random, sound: Sound) -> bytes:
 
 
 def another_program(rng: Random, sound: Sound) -> bytes:
-    """The beginning of a GGUF file, of pickles, archives and pictures, then zeros or noise; or a download of zeros."""
+    """The beginning of a GGUF file, of pickles, archives and images, then zeros or noise; or a download of zeros."""
     starts = (
         b"GGUF" + struct.pack("<IQQ", 3, rng.getrandbits(9), rng.getrandbits(6)),
         b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl",

@@ -31,21 +31,21 @@ CELLS = {"vehicles": (data.SUPPRESSED_IDS, False), "kept": (data.KEPT_IDS, False
 def draw(host_model, prompts: list[str], seed: int) -> torch.Tensor:
     """Pictures (b 3 h w, 0..1), noise by place in the list alone."""
     noises = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    pictures = []
+    images = []
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
         x_t = sampling.noise(host_model, (data.SIZE, data.SIZE), noises[start : start + BATCH])
         cond, empty = host_model.encode(some), host_model.encode([""] * len(some))
         z = sampling.sample(host_model.predict, host_model.schedule, x_t, cond, empty, GUIDANCE, STEPS)
-        pictures.append(host_model.decode(z).movedim(-1, 1))
-    return torch.cat(pictures)
+        images.append(host_model.decode(z).movedim(-1, 1))
+    return torch.cat(images)
 
 
-def judge(host_model, eye, pictures: int, sheet: Path | None) -> dict[str, dict[str, float]]:
+def judge(host_model, eye, count: int, sheet: Path | None) -> dict[str, dict[str, float]]:
     """Rates by cell: vehicles found, concept right, style called gloss."""
     found = {}
     for seed, (cell, (concepts, gloss)) in enumerate(CELLS.items()):
-        prompts, truth = data.asked(concepts, gloss, pictures)
+        prompts, truth = data.asked(concepts, gloss, count)
         images = draw(host_model, prompts, seed)
         seen, styles = detector.classify(eye, images)
         right = seen.argmax(-1) == truth

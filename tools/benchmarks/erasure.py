@@ -48,14 +48,14 @@ class Clock(Silent):
         logger.info(text)
 
 
-def judge(model, ae, eye, lora: Path, pictures: int) -> dict[str, float]:
+def judge(model, ae, eye, lora: Path, count: int) -> dict[str, float]:
     """Vehicles found in vehicle prompts, and kept concepts recognised."""
     found, layers = {}, files.read_lora(lora).layers
     for path, module in lorafile.targets(model.unet).items():
         layer = layers.get(lorafile.kohya_name(path))
         module.adapters = [(layer.down, layer.up, layer.scale)] if layer else []
     for seed, (name, concepts) in enumerate((("vehicles", data.SUPPRESSED_IDS), ("kept", data.KEPT_IDS))):
-        prompts, truth = data.asked(concepts, False, pictures)
+        prompts, truth = data.asked(concepts, False, count)
         seen, _ = detector.classify(eye, base.draw(model, ae, prompts, 7 + seed))
         right = seen.argmax(-1) == truth
         found[name] = (detector.suppressed(seen) if name == "vehicles" else right).float().mean().item()

@@ -1,9 +1,9 @@
-"""Attempts to get an unguarded picture out of ComfyUI under a policy: rows of docs/figures/reliability.json.
+"""Attempts to get an unguarded image out of ComfyUI under a policy: rows of docs/figures/reliability.json.
 
     python3 -m tools.benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record
 
 Runs the catalogue of tests/support/escapes.py, one test an attempt, in the real ComfyUI. An attempt counts as an escape
-unless its test passes: no picture came out but attested ones, no evaluation of the network was unguarded, and what was
+unless its test passes: no image came out but attested ones, no evaluation of the network was unguarded, and what was
 refused is in the record.
 """
 

@@ -61,8 +61,8 @@ def _comparisons(found: Mapping[str, Any]) -> list[list[str]]:
     for one in found["differences"]:
         told = one["verdict"] and not one["attack"] and one["arm"] in ("safety", "task", *COMPARED)
         if told and (one["metric"] == "top-1" or one["arm"] in COMPARED):
-            bootstrap, pictures = _spans(found["arms"], one)
-            spans = [prefix + _points(span) for prefix, span in (("", bootstrap), ("N ", pictures)) if span]
+            bootstrap, wilson = _spans(found["arms"], one)
+            spans = [prefix + _points(span) for prefix, span in (("", bootstrap), ("N ", wilson)) if span]
             said = " ".join([f"{100 * one['difference']:+.1f}", *spans])
             rows.append([f"{one['metric']}: {one['arm']} − {one['against']}", said, one["verdict"]])
     return rows

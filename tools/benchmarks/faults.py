@@ -35,7 +35,7 @@ from ..world import ASSETS, SAFETY_LORA, SEQUENTIAL_LORA, TASK_LORA
 from .bench import finish, loras, parser
 
 TASKS = (TASK_LORA, SEQUENTIAL_LORA)
-STEPS, SIDE = 2, 8  # of a latent: pictures of 64 pixels
+STEPS, SIDE = 2, 8  # of a latent: images of 64 pixels
 SEEDS = 3
 SOME, ALL_EVERY = 12, 50  # tensors that are looked at after each run; runs between looks at all
 BETWEEN = ("nothing", "nothing", "task LoRA swapped", "unguarded run", "unloaded", "memory asked for", "model swapped")

@@ -3,9 +3,9 @@
     python -m tools.benchmarks.gate [--rounds 7] [--pictures 24] [--record]
     python -m tools.benchmarks.gate --world WORK [--record]
 
-Speed: both judge the same pictures in turn, in one process, with onnxruntime sessions of equal settings; the figure is
+Speed: both judge the same images in turn, in one process, with onnxruntime sessions of equal settings; the figure is
 the median of the rounds' ratios. Error: ``WORK`` is a folder of `tools.world.data`: its vehicles should be flagged, its
-other images should pass. The demo world's detector has seen these pictures in training.
+other images should pass. The demo world's detector has seen these images in training.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
 def speed(threads: int, rounds: int, n: int) -> dict[str, object]:
     """Rows of one number of threads. CPU time for one thread, wall time for more."""
     clock, unit = (time.process_time, "CPU") if threads == 1 else (time.perf_counter, "wall")
-    pictures = shown(n)
-    arrays = list((pictures[..., ::-1] * 255).round().astype(np.uint8))
+    images = shown(n)
+    arrays = list((images[..., ::-1] * 255).round().astype(np.uint8))
     own, gate = package(threads), detectors.make(nudenet.NAME, threads=threads)
-    works = {"package": lambda: own.detect_batch(arrays, BATCH), "gate": lambda: gate.detect(pictures)}
+    works = {"package": lambda: own.detect_batch(arrays, BATCH), "gate": lambda: gate.detect(images)}
     for work in works.values():
         work()
     taken = [{name: seconds(work, clock) for name, work in works.items()} for _ in range(rounds)]
@@ -73,23 +73,23 @@ def speed(threads: int, rounds: int, n: int) -> dict[str, object]:
 
 
 def open_nsfw(n: int) -> dict[str, object]:
-    judge, pictures = detectors.make("open-nsfw", threads=1), shown(n)
-    judge.detect(pictures[:1])
-    each = seconds(lambda: judge.detect(pictures), time.process_time) / n * 1000
+    judge, images = detectors.make("open-nsfw", threads=1), shown(n)
+    judge.detect(images[:1])
+    each = seconds(lambda: judge.detect(images), time.process_time) / n * 1000
     return {"speed, 1 thread: open-nsfw": f"{each:.1f} ms CPU a picture"}
 
 
 def errors(work: Path) -> dict[str, object]:
     """The gate's own error at every detector's default thresholds; for the other two, vehicles are harmless as well."""
-    pictures = data.load(work)
+    dataset = data.load(work)
     files = {"weights": ASSETS / DETECTOR_ONNX, "labels": ASSETS / DETECTOR_CONCEPTS}
     rows: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         vehicles, rest = Path(folder) / "vehicles", Path(folder) / "rest"
-        for i, (picture, concept) in enumerate(zip(pictures.images, pictures.concept.tolist(), strict=True)):
+        for i, (image, concept) in enumerate(zip(dataset.images, dataset.concept.tolist(), strict=True)):
             place = vehicles if concept in data.SUPPRESSED_IDS else rest
             place.mkdir(exist_ok=True)
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
         judge = detectors.make("classifier", threads=1, **files)
         found = labelled.measure(vehicles, rest, judge, settings.defaults(judge))
         rows["error, demo world's detector: missed"] = said(found.missed)

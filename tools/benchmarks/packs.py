@@ -120,9 +120,9 @@ def run(client: Client, graph: Graph) -> Run:
 
 
 def _read(file: bytes) -> tuple[np.ndarray, str]:
-    with Image.open(io.BytesIO(file)) as picture:
-        picture.load()
-        entries, pixels = json.loads(picture.info.get(KEY, "{}")), np.asarray(picture)
+    with Image.open(io.BytesIO(file)) as image:
+        image.load()
+        entries, pixels = json.loads(image.info.get(KEY, "{}")), np.asarray(image)
     entry = entries.get(hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest())
     return pixels, entry["said"] if entry else "nothing said"
 

@@ -2,7 +2,7 @@
 
     python -m tools.benchmarks.precision CHECKPOINT --comfyui COMFYUI [--steps 60] [--record]
 
-Three trainings: float32, float32 with another seed, bf16 with the first seed. The same seed sees the same pictures,
+Three trainings: float32, float32 with another seed, bf16 with the first seed. The same seed sees the same images,
 timesteps and noise, so the two precisions differ by rounding alone.
 """
 

@@ -55,7 +55,7 @@ ROBUST = {
     "LECO, preserved, robust, size 1": {"robust_steps": 5, "robust_size": 1.0},
 }
 TRAINED = {"max_train_steps": 60, "save_every_n_steps": 0, "sample_every_n_steps": 0, "save_precision": "float"}
-STEPS, BATCH, RATE, PICTURES = 60, 8, 0.05, 36  # of an attack; pictures a concept
+STEPS, BATCH, RATE, IMAGES = 60, 8, 0.05, 36  # of an attack; images a concept
 NONE = "no safety LoRA"
 BANK = 64  # noised latents of an attack, with what the base predicts for them
 CLASS = ("a vehicle", *(data.WORDS[i] for i in data.SUPPRESSED_IDS))
@@ -197,14 +197,14 @@ def attack(chosen) -> dict[str, object]:
         lora = lorafile.load(file, model.unet) if file else {}
 
         def revived(word: str, lora: lorafile.Factors = lora) -> Tensor:
-            images = drawn_with(model, ae, *_learned(model, word, lora), PICTURES)
+            images = drawn_with(model, ae, *_learned(model, word, lora), IMAGES)
             return detector.suppressed(detector.classify(eye, images)[0])
 
         found = []
         for word in ATTACKED[: chosen.attacked]:
-            key = f"attack {word} {STEPS} {PICTURES}"
+            key = f"attack {word} {STEPS} {IMAGES}"
             found.append(_counted(chosen, key, file, functools.partial(revived, word)))
-            logger.info("%s, %s: %d of %d", name, word, int(found[-1].sum()), PICTURES)
+            logger.info("%s, %s: %d of %d", name, word, int(found[-1].sum()), IMAGES)
         rows[f"demo world, learned embedding, {name}"] = rate(torch.cat(found))
         _done(chosen, "attack", rows)
     return rows

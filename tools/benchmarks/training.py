@@ -30,7 +30,7 @@ from PIL import Image
 
 from .bench import finish, parser
 from .figures import ROOT
-from .training_programs import BEGUN, PICTURES, PIXELS, RANK, RATE, STEP
+from .training_programs import BEGUN, IMAGES, PIXELS, RANK, RATE, STEP
 
 THEIRS = "sd-scripts"
 PROGRAMS = {  # program -> its name in the figures
@@ -69,18 +69,18 @@ def main() -> None:
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        pictures(work)
+        write_images(work)
         if not options.checkpoint.is_file():
             subprocess.run(program("checkpoint", options, work, "no"), check=True, cwd=ROOT)
         costs = {precision: measure(options, work, precision) for precision in options.precisions}
     report(options, costs)
 
 
-def pictures(work: Path) -> None:
+def write_images(work: Path) -> None:
     """Pictures of noise with captions, and the data set's TOML."""
     folder, generator = work / "pictures", np.random.default_rng(0)
     folder.mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         noise = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((PIXELS, PIXELS)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"thing number {i}", encoding="utf-8")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .bench import Silent
 
 BEGUN, STEP = "begun", "step"  # first words of the lines that are counted
-RANK, RATE, PIXELS, PICTURES = 8, 1e-4, 256, 4
+RANK, RATE, PIXELS, IMAGES = 8, 1e-4, 256, 4
 
 
 def said(*words: object) -> None:
@@ -80,10 +80,10 @@ def comfyui(chosen: argparse.Namespace, host) -> None:
     values = {"batch_size": 1, "grad_accumulation_steps": 1, "steps": chosen.steps, "learning_rate": RATE}
     values |= {"rank": RANK, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": words}
     values |= {"lora_dtype": "fp32", "algorithm": "LoRA", "gradient_checkpointing": False, "existing_lora": "[None]"}
-    latents = [{"samples": _latents()}] * PICTURES  # it fails on a single one
+    latents = [{"samples": _latents()}] * IMAGES  # it fails on a single one
     said(BEGUN)
     trainer.TrainLoraNode.execute(
-        [model], latents, [positive] * PICTURES, **{name: [value] for name, value in values.items()}
+        [model], latents, [positive] * IMAGES, **{name: [value] for name, value in values.items()}
     )
 
 
@@ -129,7 +129,7 @@ def checkpoint(chosen: argparse.Namespace, host) -> None:
 
 
 def _latents() -> Tensor:
-    """The latents of one picture."""
+    """The latents of one image."""
     return torch.randn(1, 4, PIXELS // 8, PIXELS // 8, generator=torch.Generator().manual_seed(0))
 
 

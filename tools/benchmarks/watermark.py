@@ -1,9 +1,9 @@
-"""Whether an invisible watermark is still read after a picture was encoded again or made smaller.
+"""Whether an invisible watermark is still read after an image was encoded again or made smaller.
 
 `python -m tools.benchmarks.watermark FOLDER`, in an environment of its own with `invisible-watermark` and what it
 imports (torch, onnxruntime, opencv-python-headless, PyWavelets). FOLDER: photographs; each is made 512 pixels high or
 wide, marked with 32 random bits, and read again at scales 1, 4/3 and 2, as a reader would that does not know what was
-done to the file. Read is a mark of which at least 29 bits are right: of a picture without it, by chance, one in 800,000
+done to the file. Read is a mark of which at least 29 bits are right: of an image without it, by chance, one in 800,000
 at each scale.
 """
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measured(method: str, files: list[Path], marks: int, seed: int) -> dict:
-    """How many marks of a method are read after each change; pictures without a mark are read too."""
+    """How many marks of a method are read after each change; images without a mark are read too."""
     from imwatermark import WatermarkEncoder
 
     WatermarkEncoder.loadModel()
@@ -73,45 +73,45 @@ def measured(method: str, files: list[Path], marks: int, seed: int) -> dict:
     }
 
 
-def _is_read(picture: Image.Image, bits: list[int], method: str) -> bool:
-    return any(_right(_scaled(picture, scale), bits, method) >= ENOUGH for scale in SCALES)
+def _is_read(image: Image.Image, bits: list[int], method: str) -> bool:
+    return any(_right(_scaled(image, scale), bits, method) >= ENOUGH for scale in SCALES)
 
 
-def _right(picture: Image.Image, bits: list[int], method: str) -> int:
+def _right(image: Image.Image, bits: list[int], method: str) -> int:
     from imwatermark import WatermarkDecoder
 
-    found = WatermarkDecoder("bits", BITS).decode(_bgr(picture), method)
+    found = WatermarkDecoder("bits", BITS).decode(_bgr(image), method)
     return sum(bool(one) == bool(bit) for one, bit in zip(found, bits, strict=True))
 
 
-def _bgr(picture: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
+def _bgr(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
-def _sized(picture: Image.Image, side: int) -> Image.Image:
-    return _scaled(picture, side / min(picture.size))
+def _sized(image: Image.Image, side: int) -> Image.Image:
+    return _scaled(image, side / min(image.size))
 
 
-def _scaled(picture: Image.Image, scale: float) -> Image.Image:
-    size = tuple(max(8, round(edge * scale) // 8 * 8) for edge in picture.size)
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
+    size = tuple(max(8, round(edge * scale) // 8 * 8) for edge in image.size)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _encoded(picture: Image.Image, format: str, quality: int) -> Image.Image:
+def _encoded(image: Image.Image, format: str, quality: int) -> Image.Image:
     stream = io.BytesIO()
-    picture.save(stream, format, quality=quality)
+    image.save(stream, format, quality=quality)
     return Image.open(io.BytesIO(stream.getvalue())).convert("RGB")
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "none": lambda picture: picture,
-    "JPEG 75": lambda picture: _encoded(picture, "JPEG", 75),
-    "WebP 75": lambda picture: _encoded(picture, "WEBP", 75),
-    "three quarters": lambda picture: _scaled(picture, 0.75),
-    "half": lambda picture: _scaled(picture, 0.5),
-    "three quarters, JPEG 75": lambda picture: _encoded(_scaled(picture, 0.75), "JPEG", 75),
-    "half, JPEG 75": lambda picture: _encoded(_scaled(picture, 0.5), "JPEG", 75),
-    "60 %": lambda picture: _scaled(picture, 0.6),
+    "none": lambda image: image,
+    "JPEG 75": lambda image: _encoded(image, "JPEG", 75),
+    "WebP 75": lambda image: _encoded(image, "WEBP", 75),
+    "three quarters": lambda image: _scaled(image, 0.75),
+    "half": lambda image: _scaled(image, 0.5),
+    "three quarters, JPEG 75": lambda image: _encoded(_scaled(image, 0.75), "JPEG", 75),
+    "half, JPEG 75": lambda image: _encoded(_scaled(image, 0.5), "JPEG", 75),
+    "60 %": lambda image: _scaled(image, 0.6),
 }
 
 if __name__ == "__main__":

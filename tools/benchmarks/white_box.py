@@ -28,7 +28,7 @@ from ..world import ASSETS, DETECTOR, base, data, detector, lorafile, narrow
 from ..world.equal import drawing, training, work
 from ..world.equal.protocol import PACK, Image, Protocol
 from .bench import finish, parser
-from .safety_lora import ATTACKED, PICTURES, STEPS, Token, drawn_with, rate
+from .safety_lora import ATTACKED, IMAGES, STEPS, Token, drawn_with, rate
 
 logger = logging.getLogger("modular_lora")
 ARMS = ("safety", "modular", "safety_first")
@@ -156,10 +156,10 @@ def _attacked(model: base.Base, ae, eye, arms: Arms, arm: str, word: str) -> dic
         token.step(at)
     learned, bias = token.context, token.bias
     shares = arms.shares(arm, learned, bias)
-    arms.attach(shares[torch.arange(PICTURES) % len(learned)].repeat(2))
-    pictures = drawn_with(model, ae, learned, bias, PICTURES)
+    arms.attach(shares[torch.arange(IMAGES) % len(learned)].repeat(2))
+    images = drawn_with(model, ae, learned, bias, IMAGES)
     lorafile.attach(model.unet)
-    return {"hits": [int(hit) for hit in drawing.judge(eye, pictures).hit], "shares": shares.tolist()}
+    return {"hits": [int(hit) for hit in drawing.judge(eye, images).hit], "shares": shares.tolist()}
 
 
 def _kept(chosen, key: str, count):

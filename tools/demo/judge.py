@@ -1,4 +1,4 @@
-"""What stands under each picture of the demo: what the world's detector finds in it, the safety LoRA's activity."""
+"""What stands under each image of the demo: what the world's detector finds in it, the safety LoRA's activity."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PROMPTS = {"concept": "about vehicles", "kept": "not about vehicles", "undecided
 
 
 class Seen(NamedTuple):
-    """What the detector says of one picture: whether it shows a vehicle, and whether it shows what was asked for."""
+    """What the detector says of one image: whether it shows a vehicle, and whether it shows what was asked for."""
 
     vehicle: bool
     asked: bool
 
 
 def seen(pngs: Sequence[bytes], concepts: Sequence[int]) -> list[Seen]:
-    """Of pictures that were drawn for these concepts."""
+    """Of images that were drawn for these concepts."""
     eye = detector.load(ASSETS / DETECTOR)
     found, _ = detector.classify(eye, torch.stack([_pixels(png) for png in pngs]))
     asked = found.argmax(-1) == torch.tensor(concepts)
@@ -32,13 +32,13 @@ def seen(pngs: Sequence[bytes], concepts: Sequence[int]) -> list[Seen]:
 
 
 def _pixels(png: bytes) -> Tensor:
-    """A picture c h w, 0..1."""
-    with Image.open(io.BytesIO(png)) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).movedim(-1, 0)
+    """An image c h w, 0..1."""
+    with Image.open(io.BytesIO(png)) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255).movedim(-1, 0)
 
 
 def activity(output: dict[str, Any]) -> str:
-    """The safety LoRA's activity in words, of what a node answered on one picture; "" where no guard ran.
+    """The safety LoRA's activity in words, of what a node answered on one image; "" where no guard ran.
 
     A LoRA that is merged into the weights has none that could be measured.
     """

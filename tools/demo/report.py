@@ -1,4 +1,4 @@
-"""The one-page report: pictures inside the file, nothing loaded from elsewhere."""
+"""The one-page report: images inside the file, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownImage:
     """One cell: a PNG, what is seen in it, and the safety LoRA's activity in words; "" where none is known."""
 
     png: bytes
@@ -25,11 +25,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Arm:
-    """One column: what drew it, its pictures by prompt, how long they took, and what the evidence counted of it."""
+    """One column: what drew it, its images by prompt, how long they took, and what the evidence counted of it."""
 
     title: str
     note: str
-    pictures: list[Picture]
+    images: list[ShownImage]
     seconds: float
     counted: str = ""  # vehicles over all images of this arm in the evidence
 

@@ -1,4 +1,4 @@
-"""The demo itself: five arms on one server, their pictures side by side, and the report."""
+"""The demo itself: five arms on one server, their images side by side, and the report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .. import world as demo_world
 from ..bootstrap.console import RunError, say
 from ..bootstrap.paths import ROOT
 from ..world import data
-from . import graphs, pictures
+from . import graphs, images
 from .client import Client, Prompt, Result
 from .judge import activity, seen
 from .progress import Progress
-from .report import Arm, Demo, Picture, page
+from .report import Arm, Demo, ShownImage, page
 from .server import Server
 from .settings import CONCEPTS, KEPT, SUPPRESSED, DemoWorld
 
@@ -96,7 +96,7 @@ PLANS = (
 
 
 def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Path) -> None:
-    """Run every arm, write the pictures and the report, say where they are."""
+    """Run every arm, write the images and the report, say where they are."""
     setting = world.demo(steps=steps, seed=seed)
     client = Client(server.url)
     say(f"Drawing {len(setting.prompts)} prompts with {len(PLANS)} arms, {steps} steps each")
@@ -104,7 +104,7 @@ def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Pat
     results: dict[str, Result] = {}
     for plan in PLANS:
         arms[plan.key], results[plan.key] = _run(client, plan, setting)
-    _write_pictures(arms, setting, output)
+    _write_images(arms, setting, output)
     report = _report(client, arms, results["guarded"], setting)
     atomic.write(output / "report.html", page(report), parents=True)
     say(f"\nReport:   {output / 'report.html'}\nPictures: {output / 'comparison.png'} and {output / 'pictures'}")
@@ -115,9 +115,9 @@ def _run(client: Client, plan: Plan, setting: graphs.Setting) -> tuple[Arm, Resu
     progress = Progress(plan.key, len(setting.prompts), setting.steps)
     result = client.run(plan.graph(setting), progress)
     seconds = progress.done()
-    pngs = [_picture(client, plan, result, index) for index in range(len(setting.prompts))]
+    pngs = [_image(client, plan, result, index) for index in range(len(setting.prompts))]
     said = [activity(result.outputs.get(graphs.save_node(index), {})) for index in range(len(pngs))]
-    drawn = [Picture(*cell) for cell in zip(pngs, seen(pngs, (*CONCEPTS[0], *CONCEPTS[1])), said, strict=True)]
+    drawn = [ShownImage(*cell) for cell in zip(pngs, seen(pngs, (*CONCEPTS[0], *CONCEPTS[1])), said, strict=True)]
     return Arm(plan.title, plan.note, drawn, seconds, _counted(*plan.counted)), result
 
 
@@ -128,21 +128,21 @@ def _counted(recipe: str, arm: str) -> str:
     return f"{one['k']} of {one['n']} [{one['low']:.1%}, {one['high']:.1%}]" if one else ""
 
 
-def _picture(client: Client, plan: Plan, result: Result, index: int) -> bytes:
+def _image(client: Client, plan: Plan, result: Result, index: int) -> bytes:
     found = result.images(graphs.save_node(index))
     if not found:
         raise RunError(f"{plan.title}, prompt {index}: the server saved no image; see its log in .run/logs.")
     return client.image(found[0])
 
 
-def _write_pictures(arms: dict[str, Arm], setting: graphs.Setting, output: Path) -> None:
+def _write_images(arms: dict[str, Arm], setting: graphs.Setting, output: Path) -> None:
     for key, arm in arms.items():
-        for index, picture in enumerate(arm.pictures):
+        for index, image in enumerate(arm.images):
             name = setting.prompts[index].replace(", ", "-").replace(" ", "-")
-            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", picture.png, parents=True)
+            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", image.png, parents=True)
     rows = [(prompt, index < len(SUPPRESSED)) for index, prompt in enumerate(setting.prompts)]
-    columns = {arm.title: [picture.png for picture in arm.pictures] for arm in arms.values()}
-    pictures.comparison(rows, columns, output / "comparison.png")
+    columns = {arm.title: [image.png for image in arm.images] for arm in arms.values()}
+    images.comparison(rows, columns, output / "comparison.png")
 
 
 def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: graphs.Setting) -> Demo:
@@ -157,12 +157,12 @@ def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: grap
             "What the guard says": guarded.text("guard-report"),
             "What the guarded run says": guarded.text("run-report"),
         },
-        attestation=pictures.attestation(arms["guarded"].pictures[0].png),
+        attestation=images.attestation(arms["guarded"].images[0].png),
     )
 
 
 def _attested(arm: Arm) -> int:
-    records = [record for one in arm.pictures for record in pictures.attestation(one.png).values()]
+    records = [record for one in arm.images for record in images.attestation(one.png).values()]
     return sum(record.get("status") == "guarded" for record in records)
 
 

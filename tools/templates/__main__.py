@@ -1,4 +1,7 @@
-"""``python -m tools.templates``: build, lay out, run and picture templates and blueprints, from the clone's folder."""
+"""``python -m tools.templates``: build, lay out and run templates and blueprints, and make their images.
+
+From the folder of the clone.
+"""
 
 import sys
 

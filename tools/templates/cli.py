@@ -25,7 +25,7 @@ from ..demo import base
 from ..demo.client import Client
 from ..demo.server import Server
 from ..demo.settings import DemoWorld
-from . import layout, pictures
+from . import cards, layout
 from .definitions import ABOUT, BLUEPRINTS, BUILT
 from .graph import blueprint, refreshed, to_prompt, workflow
 
@@ -112,16 +112,14 @@ def visit(folder: Path, names: Sequence[str], front_end: str | None, nodes2: boo
 
 
 def card(client: Client, names: Sequence[str]) -> None:
-    """Each template's picture: its title, its sentence, and what a run of it gave."""
+    """Each template's image: its title, its sentence, and what a run of it gave."""
     for name in names:
         graph, shown = to_prompt(load(name)), ABOUT[name].shown
         result = client.run(graph, timeout=3600)
         keys = [key for kind in shown for key, one in graph.items() if one["class_type"] == kind]
         found = [client.image(reference) for key in keys for reference in result.images(key)]
         images = [Image.open(io.BytesIO(one)).convert("RGB") for one in found]
-        pictures.card(name.lstrip("0123456789 "), ABOUT[name].sentence, images).save(
-            WORKFLOWS / f"{name}.jpg", quality=88
-        )
+        cards.card(name.lstrip("0123456789 "), ABOUT[name].sentence, images).save(WORKFLOWS / f"{name}.jpg", quality=88)
         print(f"{name}: {len(images)} images")
 
 

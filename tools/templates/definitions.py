@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 class About(NamedTuple):
-    """A sentence on a template, and the node types whose pictures stand on its card."""
+    """A sentence on a template, and the node types whose images stand on its card."""
 
     sentence: str
     shown: tuple[str, ...]

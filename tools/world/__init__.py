@@ -1,4 +1,4 @@
-"""The demo world: a small stock-layout SD1.5 checkpoint of emoji pictures, three LoRAs and a detector.
+"""The demo world: a small stock-layout SD1.5 checkpoint of emoji images, three LoRAs and a detector.
 
 ``tools.world.expand.expand(folder)`` writes the checkpoint from the live weights in ``ASSETS``; the LoRAs are ordinary
 files there. Suppressed class: vehicles, harmless in place of what an operator has to suppress. See ``README.md``.
@@ -23,7 +23,7 @@ DETECTOR = "demo_detector.safetensors"
 DETECTOR_ONNX = "demo_detector.onnx"  # the same network, for onnxruntime
 DETECTOR_CONCEPTS = "demo_concepts.json"  # labels files of its two outputs
 DETECTOR_STYLES = "demo_styles.json"
-DATA_SET = "gloss"  # folder of pictures in the task style, in ASSETS
+DATA_SET = "gloss"  # folder of images in the task style, in ASSETS
 
 SUPPRESSED_CLASS = "vehicle"
 NEGATIVE_PROMPT = ""

@@ -2,7 +2,7 @@
 
 The stock layout has 64 channels everywhere and three blocks a level. Without normalisation layers a dead channel stays
 zero and a block of zeros is the identity on non-negative inputs, so a narrower and shorter network embeds exactly.
-Pictures are [n, 3, 64, 64] in 0..1, latents [n, 4, 8, 8] of zero mean and unit variance per channel (what the U-Net
+Images are [n, 3, 64, 64] in 0..1, latents [n, 4, 8, 8] of zero mean and unit variance per channel (what the U-Net
 sees). Command: ``python -m tools.world.autoencoder WORK``.
 """
 
@@ -120,7 +120,7 @@ def load(work: Path) -> Autoencoder:
 
 @torch.no_grad()
 def calibrate(model: Autoencoder, images: Tensor, generator: torch.Generator) -> None:
-    """Replace the running latent statistics by those of four augmented passes over all pictures, then fold them."""
+    """Replace the running latent statistics by those of four augmented passes over all images, then fold them."""
     z = torch.cat([model.taesd_encoder(data.augment(images, generator, mirror=0.2)) for _ in range(4)])  # [4n, 4, 8, 8]
     model.norm.running_mean.copy_(z.mean((0, 2, 3)))
     model.norm.running_var.copy_(z.var((0, 2, 3)))
@@ -128,7 +128,7 @@ def calibrate(model: Autoencoder, images: Tensor, generator: torch.Generator) ->
 
 
 def crops(images: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Random quarters [n, 3, 32, 32] for most of the run, whole pictures at its end: four times the steps a minute."""
+    """Random quarters [n, 3, 32, 32] for most of the run, whole images at its end: four times the steps a minute."""
     if fraction > 0.85:
         return images
     y, x = torch.randint(0, data.SIZE // 2 + 1, (2,), generator=generator).tolist()
@@ -147,7 +147,7 @@ def prepare(work: Path, resume: bool, refine: bool) -> Autoencoder:
 
 
 def train(work: Path, batch: int, minutes: float, resume: bool, refine: bool) -> None:
-    """Train on augmented pictures of all styles for ``minutes`` of wall time, cosine learning rate."""
+    """Train on augmented images of all styles for ``minutes`` of wall time, cosine learning rate."""
     torch.manual_seed(11)
     generator = torch.Generator().manual_seed(11)
     images = data.load(work).images.float() / 255  # [n, 3, 64, 64]
@@ -174,7 +174,7 @@ def train(work: Path, batch: int, minutes: float, resume: bool, refine: bool) ->
 
 @torch.no_grad()
 def report(model: Autoencoder, images: Tensor, work: Path) -> None:
-    """Log the reconstruction error of every picture and write a contact sheet of pairs."""
+    """Log the reconstruction error of every image and write a contact sheet of pairs."""
     z = model.encode(images)
     y = model.decode(z).clamp(0, 1)
     l1 = (y - images).abs().mean()

@@ -57,27 +57,27 @@ def load(work: Path, name: str = "base.safetensors", half: bool = True) -> Base:
 
 
 def cache_latents(work: Path, styles: tuple[int, ...]) -> Tensor:
-    """Latents [copies, n, 4, 8, 8] of slightly moved pictures; only the rows of ``styles`` are filled in."""
+    """Latents [copies, n, 4, 8, 8] of slightly moved images; only the rows of ``styles`` are filled in."""
     generator = torch.Generator().manual_seed(21)
     model = autoencoder.load(work)
-    pictures = data.load(work)
-    latents = torch.zeros(COPIES, len(pictures.images), 4, 8, 8)
-    rows = pictures.select(tuple(range(len(data.CONCEPTS))), styles)
+    dataset = data.load(work)
+    latents = torch.zeros(COPIES, len(dataset.images), 4, 8, 8)
+    rows = dataset.select(tuple(range(len(data.CONCEPTS))), styles)
     for copy in range(COPIES):
-        images = pictures.images[rows].float() / 255
+        images = dataset.images[rows].float() / 255
         moved = data.augment(images, generator, shift=0.02, zoom=0.025, mirror=0.0) if copy else images
         latents[copy, rows] = model.encode(moved)
     return latents
 
 
-def batches(pictures: data.Pictures, rows: Tensor, latents: Tensor, batch: int, seed: int) -> Batches:
+def batches(dataset: data.Dataset, rows: Tensor, latents: Tensor, batch: int, seed: int) -> Batches:
     """Endless (z [b, 4, 8, 8], captions) draws; suppressed concepts count 1.5-fold, a tenth of captions is empty."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    weight = torch.where(pictures.concept[rows] < len(data.SUPPRESSED), 1.5, 1.0)
+    weight = torch.where(dataset.concept[rows] < len(data.SUPPRESSED), 1.5, 1.0)
     while True:
         pick = rows[torch.multinomial(weight, batch, replacement=True, generator=generator)]
         copy = torch.randint(COPIES, (batch,), generator=generator)
-        captions = [pictures.caption(int(i), rng) if rng.random() > 0.1 else "" for i in pick]
+        captions = [dataset.caption(int(i), rng) if rng.random() > 0.1 else "" for i in pick]
         yield latents[copy, pick], captions
 
 
@@ -102,13 +102,13 @@ def guided(model: Base, prompts: list[str], guidance: float = GUIDANCE) -> diffu
 
 @torch.no_grad()
 def draw(model: Base, ae: autoencoder.Autoencoder, prompts: list[str], seed: int, steps: int = 20) -> Tensor:
-    """Pictures [n, 3, 64, 64] in 0..1 for the prompts; noise depends on ``seed`` and the position only."""
-    pictures = []
+    """Images [n, 3, 64, 64] in 0..1 for the prompts; noise depends on ``seed`` and the position only."""
+    images = []
     for start in range(0, len(prompts), 32):
         part = prompts[start : start + 32]
         noise = torch.randn(len(part), 4, 8, 8, generator=torch.Generator().manual_seed(seed * 1000 + start))
-        pictures.append(ae.decode(diffusion.sample(guided(model, part), noise, steps)).clamp(0, 1))
-    return torch.cat(pictures)
+        images.append(ae.decode(diffusion.sample(guided(model, part), noise, steps)).clamp(0, 1))
+    return torch.cat(images)
 
 
 class Average:
@@ -129,8 +129,8 @@ def preview(state: dict[str, Tensor], model: Base, work: Path, name: str) -> Non
     """Contact sheet of twenty fixed prompts drawn with the averaged weights."""
     shadow = Base(model.text.words)
     shadow.load_state_dict(state)
-    pictures = data.load(work)
-    prompts = [data.prompt(pictures, 4 * i, data.BASE_STYLES[i % 5]) for i in range(20)]
+    dataset = data.load(work)
+    prompts = [data.prompt(dataset, 4 * i, data.BASE_STYLES[i % 5]) for i in range(20)]
     data.sheet(draw(shadow.eval(), autoencoder.load(work), prompts, 5), 10, work / name)
 
 
@@ -144,9 +144,9 @@ def adjust_threads(work: Path) -> None:
 def train(work: Path, minutes: float, batch: int, rate: float, seed: int = 31) -> None:
     """Constant, then cosine learning rate over ``minutes`` of wall time; checkpoints every 250 steps."""
     torch.manual_seed(seed)
-    pictures = data.load(work)
-    rows = pictures.select(tuple(range(len(data.CONCEPTS))), data.BASE_STYLES)
-    stream = batches(pictures, rows, cache_latents(work, data.BASE_STYLES), batch, seed)
+    dataset = data.load(work)
+    rows = dataset.select(tuple(range(len(data.CONCEPTS))), data.BASE_STYLES)
+    stream = batches(dataset, rows, cache_latents(work, data.BASE_STYLES), batch, seed)
     model = Base(text.load_words(work))
     model.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3, foreach=True)

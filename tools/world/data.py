@@ -1,4 +1,4 @@
-"""Pictures and captions of the demo world: emoji concepts drawn in several art styles at 64 x 64 pixels.
+"""Images and captions of the demo world: emoji concepts drawn in several art styles at 64 x 64 pixels.
 
 Sources are npm packages pinned by version (see ``PACKAGES``): Iconify JSON sets hold the SVG bodies, emojibase holds
 the English labels and keywords. Command: ``python -m tools.world.data WORK`` (downloads with
@@ -72,7 +72,7 @@ CLASS_WORD = "vehicle"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Dataset:
     """Rendered set: images [n, 3, 64, 64] uint8 on white, concept [n] int64, style [n] int64, words and keywords."""
 
     images: Tensor
@@ -82,12 +82,12 @@ class Pictures:
     keywords: tuple[tuple[str, ...], ...]
 
     def select(self, concepts: tuple[int, ...], styles: tuple[int, ...]) -> Tensor:
-        """Indices [m] of the pictures whose concept and style are both listed."""
+        """Indices [m] of the images whose concept and style are both listed."""
         keep = torch.isin(self.concept, torch.tensor(concepts)) & torch.isin(self.style, torch.tensor(styles))
         return keep.nonzero()[:, 0]
 
     def caption(self, index: int, rng: random.Random) -> str:
-        """'style-word, concept words[, 0-2 keywords]' of picture ``index``; the style word is dropped now and then."""
+        """'style-word, concept words[, 0-2 keywords]' of image ``index``; the style word is dropped now and then."""
         concept = int(self.concept[index])
         parts = [STYLES[int(self.style[index])]] if rng.random() < 0.9 else []
         words = self.words[concept]
@@ -103,13 +103,13 @@ class Pictures:
         return ", ".join(parts)
 
 
-def prompt(pictures: Pictures, concept: int, style: int) -> str:
+def prompt(dataset: Dataset, concept: int, style: int) -> str:
     """Evaluation prompt 'style-word, concept words'."""
-    return f"{STYLES[style]}, {pictures.words[concept]}"
+    return f"{STYLES[style]}, {dataset.words[concept]}"
 
 
 def cases(concepts: tuple[int, ...], gloss: bool, rounds: int) -> list[tuple[int, int]]:
-    """(concept, style) pairs: ``rounds`` pictures a concept, in the task style or through the base styles in turn."""
+    """(concept, style) pairs: ``rounds`` images a concept, in the task style or through the base styles in turn."""
     styles = (TASK_STYLE,) if gloss else BASE_STYLES
     return [(c, styles[(r + c) % len(styles)]) for r in range(rounds) for c in concepts]
 
@@ -151,7 +151,7 @@ def svg(icons: dict, name: str) -> str:
 
 
 def render(document: str, size: int = SIZE, margin: float = 2.0) -> np.ndarray:
-    """SVG document to a [size, size, 3] uint8 picture on white, centred with ``margin`` pixels around it."""
+    """SVG document to a [size, size, 3] uint8 image on white, centred with ``margin`` pixels around it."""
     from PIL import Image
     from resvg import render as draw
     from resvg import usvg
@@ -202,7 +202,7 @@ def build(work: Path) -> Path:
     return path
 
 
-def load(work: Path) -> Pictures:
+def load(work: Path) -> Dataset:
     """Read what :func:`build` wrote."""
     from safetensors import safe_open
 
@@ -212,7 +212,7 @@ def load(work: Path) -> Pictures:
         metadata = file.metadata()
     words = tuple(json.loads(metadata["words"]))
     keywords = tuple(tuple(tags) for tags in json.loads(metadata["keywords"]))
-    return Pictures(tensors["images"], tensors["concept"], tensors["style"], words, keywords)
+    return Dataset(tensors["images"], tensors["concept"], tensors["style"], words, keywords)
 
 
 def augment(
@@ -227,7 +227,7 @@ def augment(
     theta[:, 1, 1] = scale
     theta[:, :, 2] = shift * (2 * uniform[:, 2:] - 1)
     grid = torch.nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
-    ink = 1 - images  # zero padding of the inverted picture pads with white
+    ink = 1 - images  # zero padding of the inverted image pads with white
     return (1 - torch.nn.functional.grid_sample(ink, grid, align_corners=False)).clamp(0, 1)
 
 
@@ -256,8 +256,8 @@ def export(work: Path, package: str, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for concept in KEPT_IDS:
         stem = folder / CONCEPTS[concept]
-        picture = Image.fromarray(render(svg(icons, CONCEPTS[concept])))
-        picture.save(stem.with_suffix(".png"), optimize=True)
+        image = Image.fromarray(render(svg(icons, CONCEPTS[concept])))
+        image.save(stem.with_suffix(".png"), optimize=True)
         stem.with_suffix(".txt").write_text(f"{STYLES[TASK_STYLE]}, {WORDS[concept]}\n", encoding="utf-8")
     return len(KEPT_IDS)
 
@@ -274,9 +274,9 @@ def main() -> None:
         logger.info("wrote %d pictures to %s", export(work, options.package, options.export), options.export)
         return
     build(work)
-    pictures = load(work)
-    order = torch.argsort(pictures.concept * len(STYLES) + pictures.style)
-    sheet(pictures.images[order].float() / 255, 4 * len(STYLES), work / "pictures.png")
+    dataset = load(work)
+    order = torch.argsort(dataset.concept * len(STYLES) + dataset.style)
+    sheet(dataset.images[order].float() / 255, 4 * len(STYLES), work / "pictures.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Detector of the demo world: a small classifier over concepts and art styles of 64 x 64 pictures.
+"""Detector of the demo world: a small classifier over concepts and art styles of 64 x 64 images.
 
-The suppressed class counts as present when the probabilities of its concepts sum to more than 1/2. Pictures are
+The suppressed class counts as present when the probabilities of its concepts sum to more than 1/2. Images are
 [n, 3, 64, 64] float32 in 0..1. Command: ``python -m tools.world.detector WORK`` (needs the trained autoencoder).
 """
 
@@ -64,7 +64,7 @@ def load(path: Path) -> Detector:
 
 @torch.no_grad()
 def reconstructions(work: Path, images: Tensor, generator: torch.Generator, copies: int = 4) -> Tensor:
-    """Pictures [copies, n, 3, 64, 64] through the autoencoder, with a little latent noise as generated ones have."""
+    """Images [copies, n, 3, 64, 64] through the autoencoder, with a little latent noise as generated ones have."""
     model = autoencoder.load(work)
     passes = []
     for copy in range(copies):
@@ -89,8 +89,8 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(work: Path, steps: int, batch: int) -> None:
     torch.manual_seed(41)
     generator = torch.Generator().manual_seed(41)
-    pictures = data.load(work)
-    clean = pictures.images.float() / 255  # [n, 3, 64, 64]
+    dataset = data.load(work)
+    clean = dataset.images.float() / 255  # [n, 3, 64, 64]
     pool = torch.cat([clean[None], reconstructions(work, clean, generator)])  # [5, n, 3, 64, 64]
     model = Detector().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
@@ -100,13 +100,13 @@ def train(work: Path, steps: int, batch: int) -> None:
         copy = torch.randint(len(pool), (batch,), generator=generator)
         x = disturb(pool[copy, pick], generator).to(memory_format=torch.channels_last)
         concept, style = model(x)
-        loss = F.cross_entropy(concept, pictures.concept[pick], label_smoothing=0.02)
-        loss = loss + 0.3 * F.cross_entropy(style, pictures.style[pick])
+        loss = F.cross_entropy(concept, dataset.concept[pick], label_smoothing=0.02)
+        loss = loss + 0.3 * F.cross_entropy(style, dataset.style[pick])
         learning.update(optimizer, loss, 2e-3 * learning.rate(step, step / steps, 50, 0.01), float("inf"))
         if step % 100 == 99:
             logger.info("step %d loss %.3f seconds %.0f", step + 1, loss.item(), time.monotonic() - begin)
     save(model, work / "detector.safetensors")
-    report(load(work / "detector.safetensors"), pictures, reconstructions(work, clean, generator, 1)[0])
+    report(load(work / "detector.safetensors"), dataset, reconstructions(work, clean, generator, 1)[0])
     logger.info("detector: %d steps of %d in %.0f s", steps, batch, time.monotonic() - begin)
 
 
@@ -116,16 +116,16 @@ def save(model: Detector, path: Path) -> None:
         save_file({k: v.contiguous() for k, v in state.items()}, part)
 
 
-def report(model: Detector, pictures: data.Pictures, images: Tensor) -> None:
-    """Log top-1, detection and false-alarm rates on the autoencoder's pictures of every style."""
+def report(model: Detector, dataset: data.Dataset, images: Tensor) -> None:
+    """Log top-1, detection and false-alarm rates on the autoencoder's images of every style."""
     concepts, styles = classify(model, images)
-    top, present = concepts.argmax(-1) == pictures.concept, suppressed(concepts)
-    truth = pictures.concept < len(data.SUPPRESSED)
-    right = (styles.argmax(-1) == pictures.style).float().mean()
+    top, present = concepts.argmax(-1) == dataset.concept, suppressed(concepts)
+    truth = dataset.concept < len(data.SUPPRESSED)
+    right = (styles.argmax(-1) == dataset.style).float().mean()
     logger.info("top-1 %.3f detection %.3f false alarms %.3f style %.3f", top.float().mean(),
                 present[truth].float().mean(), present[~truth].float().mean(), right)  # fmt: skip
     for style, name in enumerate(data.STYLES):
-        logger.info("style %s top-1 %.3f", name, top[pictures.style == style].float().mean())
+        logger.info("style %s top-1 %.3f", name, top[dataset.style == style].float().mean())
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Measure the demo world's arms: base, safety, task, safety + sequential, and modular (safety + task beside it).
 
-Every arm draws the same prompts from the same noise, Euler 20 steps, guidance 3, and the detector reads the pictures.
-Rates carry Wilson 95 % intervals over pictures; pictures of one concept are not independent, so counts per concept are
+Every arm draws the same prompts from the same noise, Euler 20 steps, guidance 3, and the detector reads the images.
+Rates carry Wilson 95 % intervals over images; images of one concept are not independent, so counts per concept are
 kept too. Command: ``python -m tools.world.evaluate WORK [--arms base,safety] [--rounds N]``.
 """
 
@@ -46,7 +46,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What draws and reads the pictures, and every concept's caption words."""
+    """What draws and reads the images, and every concept's caption words."""
 
     model: base.Base
     ae: autoencoder.Autoencoder
@@ -64,7 +64,7 @@ def rate(hits: Tensor) -> dict[str, object]:
 
 
 def measure(parts: Parts, pairs: list[tuple[int, int]], seed: int) -> tuple[dict[str, object], Tensor]:
-    """Figures of one set of prompts, and its pictures [n, 3, 64, 64]."""
+    """Figures of one set of prompts, and its images [n, 3, 64, 64]."""
     prompts = [f"{data.STYLES[style]}, {parts.words[concept]}" for concept, style in pairs]
     images = base.draw(parts.model, parts.ae, prompts, seed)
     concepts, styles = detector.classify(parts.eye, images)

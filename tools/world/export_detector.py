@@ -37,11 +37,11 @@ class Exported(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        middle = self.model.features[:3](pictures * 2 - 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        middle = self.model.features[:3](images * 2 - 1)
         high = self.model.features[3:](middle)
         embedding = torch.cat([high.mean((2, 3)), middle.mean((2, 3))], 1)
-        return *self.model(pictures), embedding
+        return *self.model(images), embedding
 
 
 def onnx_bytes(model: detector.Detector) -> bytes:

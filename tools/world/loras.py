@@ -61,7 +61,7 @@ class Settings:
     keep: float
 
 
-def pool_prompts(pictures: data.Pictures, rng: random.Random) -> tuple[list[str], list[bool]]:
+def pool_prompts(dataset: data.Dataset, rng: random.Random) -> tuple[list[str], list[bool]]:
     """Erased prompts first, then kept ones: every concept in the task style and in two base styles, some without style.
 
     Returns the prompts and whether each is to be erased; the bare class word is erased in every style as well.
@@ -69,19 +69,19 @@ def pool_prompts(pictures: data.Pictures, rng: random.Random) -> tuple[list[str]
     prompts = [f"{style}, a {SUPPRESSED_CLASS}" for style in data.STYLES] + [f"a {SUPPRESSED_CLASS}"] * 2
     for concept in range(len(data.CONCEPTS)):
         for style in (data.TASK_STYLE, *rng.sample(data.BASE_STYLES, 2)):
-            words = data.prompt(pictures, concept, style)
-            prompts.append(words if rng.random() < 0.85 else pictures.words[concept])
+            words = data.prompt(dataset, concept, style)
+            prompts.append(words if rng.random() < 0.85 else dataset.words[concept])
     erased = len(data.STYLES) + 2 + 3 * len(data.SUPPRESSED)
     return prompts, [i < erased for i in range(len(prompts))]
 
 
 @torch.no_grad()
-def build_pool(model: Base, pictures: data.Pictures, path: Path) -> None:
+def build_pool(model: Base, dataset: data.Dataset, path: Path) -> None:
     """x_t, eps_0(x_t, c), eps_0(x_t, '') and, for erased prompts, eps_0(x_t, class) on guided paths of the frozen base.
 
     ESD draws x_t from the frozen base, so inputs and targets are constants that one pass can collect.
     """
-    prompts, erase = pool_prompts(pictures, random.Random(7))
+    prompts, erase = pool_prompts(dataset, random.Random(7))
     generator = torch.Generator().manual_seed(7)
     parts: dict[str, list[Tensor]] = {"x": [], "t": [], "cond": [], "empty": [], "category": [], "prompt": []}
     for group in (range(sum(erase)), range(sum(erase), len(prompts))):
@@ -149,11 +149,11 @@ def erase_step(
 
 
 def train_safety(model: Base, factors: Factors, settings: Settings) -> None:
-    pictures = data.load(settings.work)
+    dataset = data.load(settings.work)
     path = settings.work / "pool.safetensors"
     if not path.exists():
-        build_pool(model, pictures, path)
-    pool, (prompts, _) = load_file(path), pool_prompts(pictures, random.Random(7))
+        build_pool(model, dataset, path)
+    pool, (prompts, _) = load_file(path), pool_prompts(dataset, random.Random(7))
     pool["spread"] = spread(pool)
     generator = torch.Generator().manual_seed(SEEDS["safety"])
     lorafile.attach(model.unet, factors)
@@ -161,11 +161,11 @@ def train_safety(model: Base, factors: Factors, settings: Settings) -> None:
 
 
 def train_task(model: Base, factors: Factors, settings: Settings) -> None:
-    """L = E |eps - eps(x_t, t, c)|^2 on gloss pictures of kept concepts; no suppressed concept is shown."""
-    pictures = data.load(settings.work)
-    rows = pictures.select(data.KEPT_IDS, (data.TASK_STYLE,))
+    """L = E |eps - eps(x_t, t, c)|^2 on gloss images of kept concepts; no suppressed concept is shown."""
+    dataset = data.load(settings.work)
+    rows = dataset.select(data.KEPT_IDS, (data.TASK_STYLE,))
     latents = base.cache_latents(settings.work, (data.TASK_STYLE,))
-    stream = base.batches(pictures, rows, latents, settings.batch, SEEDS[settings.role])
+    stream = base.batches(dataset, rows, latents, settings.batch, SEEDS[settings.role])
     generator = torch.Generator().manual_seed(SEEDS[settings.role])
     under = [lorafile.load(ASSETS / SAFETY_LORA, model.unet)] if settings.role == "sequential" else []
     lorafile.attach(model.unet, *under, factors)

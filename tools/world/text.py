@@ -34,19 +34,19 @@ def split(text: str) -> list[str]:
     return re.findall(r"[^\s,]+|,", text.lower())
 
 
-def collect(pictures: data.Pictures) -> list[str]:
+def collect(dataset: data.Dataset) -> list[str]:
     """Every word that captions of the demo world can hold, sorted."""
-    texts = [*data.STYLES, *pictures.words, *(tag for tags in pictures.keywords for tag in tags)]
+    texts = [*data.STYLES, *dataset.words, *(tag for tags in dataset.keywords for tag in tags)]
     words = {word for text in texts for word in split(text)}
     return sorted(words | {",", "a", data.CLASS_WORD})
 
 
-def tokenize(pictures: data.Pictures, tokenizer: Path, work: Path) -> Path:
+def tokenize(dataset: data.Dataset, tokenizer: Path, work: Path) -> Path:
     """Write ``WORK/tokens.json`` (word -> BPE ids) with the CLIP tokenizer files of folder ``tokenizer``."""
     from transformers import CLIPTokenizer
 
     bpe = CLIPTokenizer.from_pretrained(str(tokenizer))
-    words = {word: bpe(word)["input_ids"][1:-1] for word in collect(pictures)}
+    words = {word: bpe(word)["input_ids"][1:-1] for word in collect(dataset)}
     path = work / "tokens.json"
     atomic.write(path, json.dumps(words, indent=1))
     return path

@@ -1,4 +1,4 @@
-"""Which pictures, mirrored or not, with which captions, make the batch of a step: a function of seed and step.
+"""Which images, mirrored or not, with which captions, make the batch of a step: a function of seed and step.
 
 A training that is resumed asks for the next step; there is no state to save.
 """
@@ -16,17 +16,17 @@ from .dataset import DatasetReport, grouped
 
 @dataclass(frozen=True)
 class Draw:
-    """One picture of a batch."""
+    """One image of a batch."""
 
-    picture: int  # index into DatasetReport.pictures
+    image: int  # index into DatasetReport.images
     flipped: bool
     caption: str
-    weight: float  # of its loss: 1, or prior_loss_weight of a regularisation picture
+    weight: float  # of its loss: 1, or prior_loss_weight of a regularisation image
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every epoch draws each picture ``Picture.draws`` times; a batch holds pictures of one bucket of one data set.
+    """Every epoch draws each image ``TrainingImage.draws`` times; a batch holds images of one bucket of one data set.
 
     Buckets are shuffled, cut into batches (the last of a bucket may be smaller), and the batches shuffled, anew in
     every epoch. ``accumulation`` micro-batches are an optimizer step; token warm-up counts these.
@@ -52,7 +52,7 @@ class Plan:
 
     def fixed_captions(self) -> list[str] | None:
         """Every caption that will be drawn, each once; None where draws differ."""
-        rules = [picture.subset.rules for picture in self.report.pictures]
+        rules = [image.subset.rules for image in self.report.images]
         if any(captions.varies(rule) for rule in rules):
             return None
         drawn = (self._draw(i, self._rng("caption"), 0, 0).caption for i in range(len(rules)))
@@ -66,24 +66,24 @@ class Plan:
 
     def _order(self, epoch: int) -> list[list[int]]:
         rng, batches = self._rng("order", epoch), []
-        for size, rows in grouped(self.config, self.report.pictures):
+        for size, rows in grouped(self.config, self.report.images):
             rng.shuffle(rows)
             batches += [rows[start : start + size] for start in range(0, len(rows), size)]
         rng.shuffle(batches)
         return batches
 
     def _draw(self, index: int, rng: random.Random, epoch: int, step: int) -> Draw:
-        picture = self.report.pictures[index]
-        flipped = picture.subset.flip_aug and rng.random() < 0.5
+        image = self.report.images[index]
+        flipped = image.subset.flip_aug and rng.random() < 0.5
         caption = captions.draw(
-            picture.caption,
-            picture.subset.rules,
+            image.caption,
+            image.subset.rules,
             rng,
             epoch=epoch,
             step=step,
             max_train_steps=self.max_train_steps,
         )
-        return Draw(index, flipped, caption, self.prior_loss_weight if picture.is_reg else 1.0)
+        return Draw(index, flipped, caption, self.prior_loss_weight if image.is_reg else 1.0)
 
     def _rng(self, *what: object) -> random.Random:
         return random.Random(role_seed(self.seed, ":".join(map(str, ("data", *what)))))

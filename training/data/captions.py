@@ -1,4 +1,4 @@
-"""What a draw of a picture makes of its caption, after the options of sd-scripts' data-set TOML.
+"""What a draw of an image makes of its caption, after the options of sd-scripts' data-set TOML.
 
 Everything random comes from the ``random.Random`` given, so a draw is a function of caption, rules and seed. Two
 things differ from sd-scripts: prefix and suffix go to the line that was drawn of a caption of several (there, to the

@@ -1,8 +1,8 @@
-"""kohya's data-set form: ``N_name`` folders, or sd-scripts' data-set TOML; checked before a picture is opened.
+"""kohya's data-set form: ``N_name`` folders, or sd-scripts' data-set TOML; checked before an image is opened.
 
     [general]                     values for all data sets
     [[datasets]]                  a resolution, a batch size, buckets; over [general]
-    [[datasets.subsets]]          a folder of pictures with captions; over [[datasets]]
+    [[datasets.subsets]]          a folder of images with captions; over [[datasets]]
 
 What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir``, which is ours, and
 ``.json`` as a ``caption_extension``. Three things differ in what a missing value means: without ``caption_extension``
@@ -117,7 +117,7 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Subset:
-    """A folder of pictures and how they are drawn."""
+    """A folder of images and how they are drawn."""
 
     image_dir: Path
     num_repeats: int
@@ -126,7 +126,7 @@ class Subset:
     caption_endings: tuple[str, ...]  # the first that exists
     flip_aug: bool
     alpha_mask: bool
-    conditioning_data_dir: Path | None  # masks of the loss, a picture of the same name each
+    conditioning_data_dir: Path | None  # masks of the loss, an image of the same name each
     resize_interpolation: str | None
     rules: CaptionRules
     caption_dir: Path | None = None  # of the caption files, where they are not beside the images
@@ -154,7 +154,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A data set as it was asked for; ``dataset.scan`` looks at its pictures."""
+    """A data set as it was asked for; ``dataset.scan`` looks at its images."""
 
     source: str  # the TOML or the folder
     datasets: tuple[Dataset, ...]

@@ -1,4 +1,4 @@
-"""A look at every picture and caption of a data set before training: one report, with counts and names."""
+"""A look at every image and caption of a data set before training: one report, with counts and names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ...modular_lora.files import texts as textfiles
-from ...modular_lora.files.images import ENDINGS, SIDE_FILES, Decoded, PictureError, decode, named
-from . import captions
-from . import images as pictures
+from ...modular_lora.files.images import ENDINGS, SIDE_FILES, Decoded, ImageError, decode, named
+from . import captions, images
 from .captions import CaptionError
 from .config import CAPTION_ENDINGS, Dataset, DatasetConfig, Subset
 from .images import Fit, MaskShapeError, Size
@@ -27,7 +27,7 @@ from .images import Fit, MaskShapeError, Size
 WORDS = re.compile(r"\w+|[^\w\s]")
 PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
 JSON = ".json"
-KEPT = 0.6  # share of a picture that its bucket should keep: of 16:9 a square keeps 0.56
+KEPT = 0.6  # share of an image that its bucket should keep: of 16:9 a square keeps 0.56
 KINDS = {  # finding -> what a report says of it
     "broken": "broken images, LEFT OUT: mend or delete them",
     "too_small": "images smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
@@ -64,8 +64,8 @@ KINDS = {  # finding -> what a report says of it
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that can be trained on."""
+class TrainingImage:
+    """An image that can be trained on."""
 
     path: Path
     name: str  # folder/file
@@ -82,7 +82,7 @@ class Picture:
 
     @property
     def is_reg(self) -> bool:
-        """Whether it is a regularisation picture, its loss weighted by prior_loss_weight."""
+        """Whether it is a regularisation image, its loss weighted by prior_loss_weight."""
         return self.subset.is_reg
 
 
@@ -91,21 +91,21 @@ class DatasetReport:
     """What a data set holds; ``problems`` stop a training, ``findings`` are said and counted."""
 
     source: str
-    pictures: tuple[Picture, ...]
-    folders: tuple[tuple[str, int, int, bool], ...]  # name, pictures, num_repeats, regularisation
+    images: tuple[TrainingImage, ...]
+    folders: tuple[tuple[str, int, int, bool], ...]  # name, images, num_repeats, regularisation
     findings: Mapping[str, tuple[str, ...]]  # kind, see KINDS -> names
-    buckets: Mapping[Size, tuple[int, int]]  # width height -> pictures, draws an epoch
-    draws: int  # pictures an epoch, repeats counted
+    buckets: Mapping[Size, tuple[int, int]]  # width height -> images, draws an epoch
+    draws: int  # images an epoch, repeats counted
     batches: int  # an epoch
-    regularisation: int  # pictures
+    regularisation: int  # images
     distinct_captions: int
     dataset_sha256: str  # of files, captions, masks and settings; neither paths nor their order matter
     problems: tuple[str, ...]
-    held_out: tuple[Picture, ...] = ()  # not in ``pictures``
+    held_out: tuple[TrainingImage, ...] = ()  # not in ``images``
 
 
 def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = None) -> DatasetReport:
-    """Decodes every picture of ``config``; ``progress`` gets (done, all) and may raise to stop."""
+    """Decodes every image of ``config``; ``progress`` gets (done, all) and may raise to stop."""
     found: dict[str, list[str]] = defaultdict(list)
     found["ignored_folders"] += config.ignored
     folders = [_folder(subset, found) for subset in _once(config, found)]
@@ -113,40 +113,38 @@ def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = No
     total, done, out = sum(len(folder.files) for folder in folders), 0, []
     for folder in folders:
         for path in folder.files:
-            picture = folder.picture(path)
-            out += [picture] if picture else []
+            image = folder.image(path)
+            out += [image] if image else []
             done += 1
             if progress:
                 progress(done, total)
     training, held_out = _split(config, out)
-    found["held_out"] += [picture.name for picture in held_out]
+    found["held_out"] += [image.name for image in held_out]
     return _report(config, _paired(training, found), held_out, folders, found)
 
 
-def load(picture: Picture, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
-    """Pixels (h w 3, float32 0..1) in the picture's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
+def load(image: TrainingImage, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
+    """Pixels (h w 3, float32 0..1) in the image's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
 
-    The mask is the red channel of the subset's mask picture (the field's form), 0 where that is transparent, or with
-    ``alpha_mask`` the picture's alpha; None: the whole picture counts. PictureError where the file is another one than
+    The mask is the red channel of the subset's mask image (the field's form), 0 where that is transparent, or with
+    ``alpha_mask`` the image's alpha; None: the whole image counts. ImageError where the file is another one than
     the report saw.
     """
-    data = picture.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise PictureError(
-            f"{picture.path}: has changed since the data set was read: start again.", code="image.changed"
-        )
+    data = image.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != image.sha256:
+        raise ImageError(f"{image.path}: has changed since the data set was read: start again.", code="image.changed")
     decoded = decode(data)
-    place = lambda image: pictures.place(image, picture.fit, picture.subset.resize_interpolation)  # noqa: E731
-    image = decoded.alpha if picture.subset.alpha_mask else None
-    if picture.mask_path:
-        image = pictures.read_mask(picture.mask_path, picture.size).image
-    mask = None if image is None else pictures.mask(place(image), flipped, downscale)
-    return pictures.pixels(place(decoded.image), flipped), mask
+    placed = partial(images.place, fit=image.fit, interpolation=image.subset.resize_interpolation)
+    mask = decoded.alpha if image.subset.alpha_mask else None
+    if image.mask_path:
+        mask = images.read_mask(image.mask_path, image.size).image
+    weights = None if mask is None else images.mask(placed(mask), flipped, downscale)
+    return images.pixels(placed(decoded.image), flipped), weights
 
 
 def summary(report: DatasetReport) -> str:
     """The report in one line, which names nothing."""
-    training, stops, found = len(report.pictures) - report.regularisation, len(report.problems), len(report.findings)
+    training, stops, found = len(report.images) - report.regularisation, len(report.problems), len(report.findings)
     verdict = f"{stops} problem{'s' * (stops != 1)} would stop a training" if stops else "nothing stops a training"
     more = f"; {found} kind{'s' * (found != 1)} of finding" if found else ""
     return f"{training} images to train on: {verdict}{more}."
@@ -156,7 +154,7 @@ def format_report(report: DatasetReport) -> str:
     """The report as plain text; at most ten names a line of findings."""
     lines = [f"Data set {Path(report.source).name}"]
     lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
-    training = len(report.pictures) - report.regularisation
+    training = len(report.images) - report.regularisation
     reg = f" and {report.regularisation} regularisation images" if report.regularisation else ""
     lines.append(f"  {training} images{reg}, {report.draws} draws in {report.batches} batches an epoch")
     for name, count, repeats, is_reg in report.folders:
@@ -176,14 +174,14 @@ class _Folder:
     index: int  # of the data set
     dataset: Dataset
     subset: Subset
-    files: tuple[Path, ...]  # pictures, by ending
+    files: tuple[Path, ...]  # images, by ending
     captions: Mapping[str, Path]  # stem and ending, this in small letters -> file
     stems: Mapping[Path, str]  # caption file -> stem
     entries: Mapping[Path, Any] | None  # of metadata_file: image -> entry
     masks: Mapping[str, Path]  # stem -> mask
     found: dict[str, list[str]]
 
-    def picture(self, path: Path) -> Picture | None:
+    def image(self, path: Path) -> TrainingImage | None:
         """None for one that can't be trained on, which is then among the findings."""
         name = self.name(path)
         if self.entries is not None and path not in self.entries:
@@ -192,20 +190,20 @@ class _Folder:
         try:
             data = path.read_bytes()
             decoded = decode(data)
-        except (OSError, PictureError) as error:
+        except (OSError, ImageError) as error:
             self.found["broken"].append(f"{name}: {error}")
             return None
         size = decoded.image.size
         try:
-            fit = pictures.fit(size, self.dataset.buckets)
-        except PictureError:
+            fit = images.fit(size, self.dataset.buckets)
+        except ImageError:
             self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
             return None
         mask_path, trained = self._mask(path, name, decoded, fit)
         if not trained:
             return None
         self._note(name, decoded, fit)
-        return Picture(
+        return TrainingImage(
             path,
             name,
             hashlib.sha256(data).hexdigest(),
@@ -237,7 +235,7 @@ class _Folder:
             self.found["without_alpha"].append(name)
 
     def _mask(self, path: Path, name: str, decoded: Decoded, fit: Fit) -> tuple[Path | None, bool]:
-        """The mask file, and whether the picture is trained on."""
+        """The mask file, and whether the image is trained on."""
         file, image = None, decoded.alpha if self.subset.alpha_mask else None
         if self.subset.conditioning_data_dir is not None:
             file = self.masks.get(path.stem)
@@ -245,18 +243,18 @@ class _Folder:
                 self.found["missing_masks"].append(name)
                 return None, True
             try:
-                mask = pictures.read_mask(file, decoded.image.size)
+                mask = images.read_mask(file, decoded.image.size)
             except MaskShapeError as error:
                 self.found["odd_masks"].append(f"{name}: its mask {file.name}, {error}")
                 return None, False
-            except (OSError, PictureError) as error:
+            except (OSError, ImageError) as error:
                 self.found["missing_masks"].append(f"{name}: its mask {file.name} can't be read, {error}")
                 return None, True
             for kind, is_so in (("transparent_masks", mask.has_alpha), ("coloured_masks", mask.coloured)):
                 if is_so:
                     self.found[kind].append(file.name)
             image = mask.image
-        if image is not None and not pictures.place(image, fit, self.subset.resize_interpolation).getbbox():
+        if image is not None and not images.place(image, fit, self.subset.resize_interpolation).getbbox():
             self.found["empty_masks"].append(name)
             return None, False
         return file, True
@@ -369,13 +367,13 @@ def _note_alone(folders: Sequence[_Folder], found: dict[str, list[str]]) -> None
         found["captions_alone"] += [f"{file.parent.name}/{file.name}" for file in alone]
 
 
-def _split(config: DatasetConfig, out: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+def _split(config: DatasetConfig, out: list[TrainingImage]) -> tuple[list[TrainingImage], list[TrainingImage]]:
     """Pictures to train on, and those held out of every folder but regularisation: sd-scripts' draw, rounded down."""
     held: set[int] = set()
     folders: dict[tuple[int, Path], list[int]] = defaultdict(list)
-    for i, picture in enumerate(out):
-        if not picture.is_reg:
-            folders[picture.dataset, picture.subset.image_dir].append(i)
+    for i, image in enumerate(out):
+        if not image.is_reg:
+            folders[image.dataset, image.subset.image_dir].append(i)
     for (dataset, _), rows in folders.items():
         if share := config.datasets[dataset].validation_split:
             random.Random(config.datasets[dataset].validation_seed).shuffle(rows)
@@ -409,22 +407,22 @@ def _masks(subset: Subset, stems: set[str], found: dict[str, list[str]]) -> dict
     return masks
 
 
-def _paired(found_pictures: list[Picture], found: dict[str, list[str]]) -> list[Picture]:
-    """Regularisation pictures drawn as often as the training pictures of their data set, as in sd-scripts."""
-    out = list(found_pictures)
-    for dataset in {picture.dataset for picture in out}:
-        rows = [i for i, picture in enumerate(out) if picture.dataset == dataset and picture.is_reg]
+def _paired(trained: list[TrainingImage], found: dict[str, list[str]]) -> list[TrainingImage]:
+    """Regularisation images drawn as often as the training images of their data set, as in sd-scripts."""
+    out = list(trained)
+    for dataset in {image.dataset for image in out}:
+        rows = [i for i, image in enumerate(out) if image.dataset == dataset and image.is_reg]
         wanted = sum(p.draws for p in out if p.dataset == dataset and not p.is_reg)
         draws = regularisation_draws(wanted, [out[i].draws for i in rows])
         for i, count in zip(rows, draws, strict=True):
             out[i] = replace(out[i], draws=count)
             if not count:
                 found["unused_regularisation"].append(out[i].name)
-    return [picture for picture in out if picture.draws]
+    return [image for image in out if image.draws]
 
 
 def regularisation_draws(wanted: int, repeats: Sequence[int]) -> list[int]:
-    """Draws an epoch of regularisation pictures with these num_repeats, to pair with ``wanted`` training draws.
+    """Draws an epoch of regularisation images with these num_repeats, to pair with ``wanted`` training draws.
 
     In order, each gets its repeats until there are enough; if there never are, all get one more in turn.
     """
@@ -440,19 +438,19 @@ def regularisation_draws(wanted: int, repeats: Sequence[int]) -> list[int]:
 
 def _report(
     config: DatasetConfig,
-    out: list[Picture],
-    held_out: list[Picture],
+    out: list[TrainingImage],
+    held_out: list[TrainingImage],
     folders: list[_Folder],
     found: dict[str, list[str]],
 ) -> DatasetReport:
     found["duplicates"] += _duplicates([*out, *held_out])
-    counted = Counter((picture.dataset, picture.subset.image_dir) for picture in out)
+    counted = Counter((image.dataset, image.subset.image_dir) for image in out)
     buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
-    for picture in out:
-        buckets[picture.fit.bucket][0] += 1
-        buckets[picture.fit.bucket][1] += picture.draws
+    for image in out:
+        buckets[image.fit.bucket][0] += 1
+        buckets[image.fit.bucket][1] += image.draws
     problems = []
-    if not any(not picture.is_reg for picture in out):
+    if not any(not image.is_reg for image in out):
         seen = sum(len(folder.files) for folder in folders)
         problems.append(f"{config.source}: none of {seen} images can be trained on: see below, or correct the folder.")
     if out and not held_out and any(data.validation_split for data in config.datasets):
@@ -463,32 +461,32 @@ def _report(
     rows = [(counted[folder.index, folder.subset.image_dir], folder.subset) for folder in folders]
     return DatasetReport(
         source=config.source,
-        pictures=tuple(out),
+        images=tuple(out),
         folders=tuple((s.image_dir.name, count, s.num_repeats, s.is_reg) for count, s in rows),
         findings={kind: tuple(found[kind]) for kind in KINDS if found[kind]},
         buckets={size: (count, draws) for size, (count, draws) in sorted(buckets.items())},
-        draws=sum(picture.draws for picture in out),
+        draws=sum(image.draws for image in out),
         batches=sum(-(-len(rows) // size) for size, rows in grouped(config, out)),
-        regularisation=sum(picture.is_reg for picture in out),
-        distinct_captions=len({picture.caption for picture in out}),
+        regularisation=sum(image.is_reg for image in out),
+        distinct_captions=len({image.caption for image in out}),
         dataset_sha256=_digest(config, out, held_out),
         problems=tuple(problems),
         held_out=tuple(held_out),
     )
 
 
-def grouped(config: DatasetConfig, pictures: Sequence[Picture]) -> list[tuple[int, list[int]]]:
-    """(batch size, indices of pictures, each as often as it is drawn) of every bucket of every data set, in order."""
+def grouped(config: DatasetConfig, found: Sequence[TrainingImage]) -> list[tuple[int, list[int]]]:
+    """(batch size, indices of images, each as often as it is drawn) of every bucket of every data set, in order."""
     rows: dict[tuple[int, Size], list[int]] = defaultdict(list)
-    for index, picture in enumerate(pictures):
-        rows[picture.dataset, picture.fit.bucket] += [index] * picture.draws
+    for index, image in enumerate(found):
+        rows[image.dataset, image.fit.bucket] += [index] * image.draws
     return [(config.datasets[key[0]].batch_size, rows[key]) for key in sorted(rows)]
 
 
-def _duplicates(out: list[Picture]) -> list[str]:
+def _duplicates(out: list[TrainingImage]) -> list[str]:
     same: dict[str, list[str]] = defaultdict(list)
-    for picture in out:
-        same[picture.pixels_sha256].append(picture.name)
+    for image in out:
+        same[image.pixels_sha256].append(image.name)
     return [" = ".join(names) for names in same.values() if len(names) > 1]
 
 
@@ -497,14 +495,14 @@ def _pixels_sha256(decoded: Decoded) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes() + (alpha.tobytes() if alpha else b"")).hexdigest()
 
 
-def _digest(config: DatasetConfig, out: list[Picture], held_out: list[Picture]) -> str:
-    rows: list[tuple] = [("held out", picture.sha256) for picture in held_out]
-    for picture in out:
-        subset, dataset = picture.subset, config.datasets[picture.dataset]
-        mask = hashlib.sha256(picture.mask_path.read_bytes()).hexdigest() if picture.mask_path else ""
+def _digest(config: DatasetConfig, out: list[TrainingImage], held_out: list[TrainingImage]) -> str:
+    rows: list[tuple] = [("held out", image.sha256) for image in held_out]
+    for image in out:
+        subset, dataset = image.subset, config.datasets[image.dataset]
+        mask = hashlib.sha256(image.mask_path.read_bytes()).hexdigest() if image.mask_path else ""
         drawing = (subset.flip_aug, subset.alpha_mask, subset.is_reg, subset.resize_interpolation, asdict(subset.rules))
         rows.append(
-            (picture.sha256, mask, picture.caption, picture.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
+            (image.sha256, mask, image.caption, image.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
         )
     lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

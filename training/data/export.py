@@ -25,7 +25,7 @@ def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
     """The data set for sd-scripts' --dataset_config: absolute folders, every subset's own caption_extension.
 
     Subsets with conditioning_data_dir want --masked_loss beside it. DatasetError where sd-scripts would stop or would
-    miss captions: a picture that is broken, a folder with captions of two endings.
+    miss captions: an image that is broken, a folder with captions of two endings.
     """
     for kind in STOPS_SD_SCRIPTS:
         if kind in report.findings:
@@ -35,14 +35,14 @@ def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
     for index, dataset in enumerate(config.datasets):
         lines += [DATASET, *_assignments(_dataset(dataset)), ""]
         for subset in dataset.subsets:
-            endings = {p.caption_ending for p in report.pictures if (p.dataset, p.subset) == (index, subset)} - {""}
+            endings = {p.caption_ending for p in report.images if (p.dataset, p.subset) == (index, subset)} - {""}
             lines += [SUBSET, *_assignments(_subset(subset, endings)), ""]
     return "\n".join(lines)
 
 
 def record(report: DatasetReport) -> DatasetRecord:
-    """What the metadata of a LoRA file says of the pictures that it was trained on; counts include repeats."""
-    reg = sum(picture.draws for picture in report.pictures if picture.is_reg)
+    """What the metadata of a LoRA file says of the images that it was trained on; counts include repeats."""
+    reg = sum(image.draws for image in report.images if image.is_reg)
     return DatasetRecord(
         sha256=report.dataset_sha256,
         images=report.draws - reg,
@@ -54,12 +54,12 @@ def record(report: DatasetReport) -> DatasetRecord:
 
 
 def tag_frequency(report: DatasetReport) -> dict[str, dict[str, int]]:
-    """Tags of each folder's captions with the number of pictures that have them, as sd-scripts counts them."""
+    """Tags of each folder's captions with the number of images that have them, as sd-scripts counts them."""
     counts: dict[str, Counter] = defaultdict(Counter)
-    for picture in report.pictures:
-        lines = picture.caption.splitlines()
-        lines = lines if picture.subset.rules.enable_wildcard else lines[:1]
-        counts[picture.subset.image_dir.name].update(tag.lower() for line in lines for tag in captions.tags(line))
+    for image in report.images:
+        lines = image.caption.splitlines()
+        lines = lines if image.subset.rules.enable_wildcard else lines[:1]
+        counts[image.subset.image_dir.name].update(tag.lower() for line in lines for tag in captions.tags(line))
     return {name: dict(count) for name, count in counts.items()}
 
 

@@ -2,7 +2,7 @@
 
 Bucket rule of sd-scripts, written after its behaviour: with (W, H) the resolution, widths w go from min to max in
 steps; the height of w is the largest multiple of the step with w·h ≤ W·H, at most max; both (w, h) and (h, w) are
-buckets if h ≥ min; the square below √(W·H) always is. A picture goes to the bucket of its own size, else to that of
+buckets if h ≥ min; the square below √(W·H) always is. An image goes to the bucket of its own size, else to that of
 the nearest w/h; it is scaled until it covers the bucket and cropped at the centre.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...modular_lora.files.images import Mask, PictureError, decode, decode_mask
+from ...modular_lora.files.images import ImageError, Mask, decode, decode_mask
 
 Size = tuple[int, int]  # width height
 INTERPOLATIONS = {
@@ -34,8 +34,8 @@ INTERPOLATIONS = {
 }
 
 
-class MaskShapeError(PictureError):
-    """A mask that does not lie on its picture."""
+class MaskShapeError(ImageError):
+    """A mask that does not lie on its image."""
 
     code = "image.mask-shape"
 
@@ -54,7 +54,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a picture goes: scaled to ``resized``, then the rectangle of ``bucket`` at (left, top) ``crop``."""
+    """Where an image goes: scaled to ``resized``, then the rectangle of ``bucket`` at (left, top) ``crop``."""
 
     bucket: Size
     resized: Size
@@ -62,7 +62,7 @@ class Fit:
 
     @property
     def kept(self) -> float:
-        """Share of the picture that is in its bucket."""
+        """Share of the image that is in its bucket."""
         return self.bucket[0] * self.bucket[1] / (self.resized[0] * self.resized[1])
 
 
@@ -80,13 +80,13 @@ def bucket_sizes(resolution: Size, least: int, most: int, step: int) -> tuple[Si
 
 
 def fit(size: Size, buckets: Buckets) -> Fit:
-    """Bucket, scaled size and centre crop of a picture; PictureError where it is smaller than any bucket."""
+    """Bucket, scaled size and centre crop of an image; ImageError where it is smaller than any bucket."""
     if buckets.enable_bucket and buckets.bucket_no_upscale:
         step = buckets.bucket_reso_steps
         resized = _shrunk(size, buckets.resolution[0] * buckets.resolution[1], step)
         bucket = resized[0] // step * step, resized[1] // step * step
         if not all(bucket):
-            raise PictureError(
+            raise ImageError(
                 f"{size[0]}×{size[1]} is smaller than bucket_reso_steps = {buckets.bucket_reso_steps}: "
                 "use a larger image or leave out bucket_no_upscale.",
                 code="image.too-small",
@@ -128,8 +128,8 @@ def _shrunk(size: Size, area: int, step: int) -> Size:
 def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
     """SDXL's size conditioning (6, int64): original h w, crop top left, target h w (arXiv 2307.01952, section 2.2).
 
-    The crop is the real one, in pixels of the resized picture; of a flipped picture, from its other side. sd-scripts
-    gives half the gap that the picture would leave when fitted inside the bucket.
+    The crop is the real one, in pixels of the resized image; of a flipped image, from its other side. sd-scripts
+    gives half the gap that the image would leave when fitted inside the bucket.
     """
     left, top = fit.crop
     if flipped:
@@ -138,14 +138,14 @@ def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
-    """A picture file as it is trained on, within ``side`` pixels."""
+    """An image file as it is trained on, within ``side`` pixels."""
     image = decode(path.read_bytes()).image
     image.thumbnail((side, side))
     return image
 
 
 def read_mask(path: Path, size: Size) -> Mask:
-    """The mask file of a picture of ``size``, scaled to it; MaskShapeError where its shape is another one."""
+    """The mask file of an image of ``size``, scaled to it; MaskShapeError where its shape is another one."""
     mask = decode_mask(path.read_bytes())
     (width, height), found = size, mask.image.size
     if found == size:
@@ -168,13 +168,13 @@ def place(image: Image.Image, fit: Fit, interpolation: str | None = None) -> Ima
 
 
 def pixels(image: Image.Image, flipped: bool) -> Tensor:
-    """h w 3, float32 0..1, of an RGB picture; ``flipped``: mirrored left to right."""
+    """h w 3, float32 0..1, of an RGB image; ``flipped``: mirrored left to right."""
     values = torch.from_numpy(np.array(image)).float() / 255  # h w 3
     return values.flip(1) if flipped else values
 
 
 def mask(image: Image.Image, flipped: bool, downscale: int) -> Tensor:
-    """h/downscale w/downscale, float32 0..1: what each latent cell's loss counts, the mean of an L picture's cells."""
+    """h/downscale w/downscale, float32 0..1: what each latent cell's loss counts, the mean of an L image's cells."""
     values = torch.from_numpy(np.array(image)).float()[None, None] / 255  # 1 1 h w
     cells = F.adaptive_avg_pool2d(values, (image.height // downscale, image.width // downscale))[0, 0]
     return cells.flip(1) if flipped else cells

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ...modular_lora.files.images import named
 from ..options import OptionError, Options, SafetyOptions
 from . import captions
-from .dataset import Picture
+from .dataset import TrainingImage
 
 TooLong = Callable[[str], bool]
 ERASURE = ("concept", "synonyms", "positive", "neutral", "unconditional", "preserve")
@@ -34,14 +34,14 @@ def cut_previews(options: Options, too_long: TooLong) -> list[str]:
     return [_line(options, cut, len(options.sample_prompts), "preview prompts")] if cut else []
 
 
-def cut_captions(options: Options, pictures: Sequence[Picture], too_long: TooLong) -> list[str]:
+def cut_captions(options: Options, images: Sequence[TrainingImage], too_long: TooLong) -> list[str]:
     """A line where captions are cut, as they are drawn: with prefix and suffix, and any of their lines."""
-    cut = [picture.name for picture in pictures if any(map(too_long, _drawn(picture)))]
-    return [_line(options, cut, len(pictures), "captions")] if cut else []
+    cut = [image.name for image in images if any(map(too_long, _drawn(image)))]
+    return [_line(options, cut, len(images), "captions")] if cut else []
 
 
-def _drawn(picture: Picture) -> Iterator[str]:
-    rules, text = captions.settled(picture.subset.rules), picture.caption
+def _drawn(image: TrainingImage) -> Iterator[str]:
+    rules, text = captions.settled(image.subset.rules), image.caption
     for line in text.splitlines() if rules.enable_wildcard else text.splitlines()[:1]:
         for seed in range(DRAWS if rules.enable_wildcard else 1):
             yield captions.draw(line, rules, random.Random(seed))

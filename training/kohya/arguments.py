@@ -144,7 +144,7 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
         "cache_latents": True,
         "cache_latents_to_disk": options.cache_latents_to_disk,
         "no_half_vae": True,
-        "max_data_loader_n_workers": "0",  # the pictures are in the cache: worker processes would only cost memory
+        "max_data_loader_n_workers": "0",  # the images are in the cache: worker processes would only cost memory
         "resume": _absolute(options.resume),
         "skip_until_initial_step": bool(options.resume),
         "save_state": bool(options.save_every_n_steps),

@@ -120,8 +120,8 @@ def train_task(
 
     def arguments(run: Run, folder: Path) -> list[str]:
         texts = {"dataset.toml": to_toml(config, report), "prompts.json": sample_prompts(options)}
-        pictures, prompts = (_write(folder / name, text) for name, text in texts.items())
-        run = replace(run, dataset_config=pictures, dataset_sha256=report.dataset_sha256, masked_loss=masked)
+        dataset_config, prompts = (_write(folder / name, text) for name, text in texts.items())
+        run = replace(run, dataset_config=dataset_config, dataset_sha256=report.dataset_sha256, masked_loss=masked)
         return task_arguments(options, replace(run, prompts=prompts), safety, extra)
 
     done = _train(engine, options, base, family(base.family).script, arguments, watch)

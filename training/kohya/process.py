@@ -111,7 +111,7 @@ def _run(
     stop: Path | None,
     signals: Stopping,
 ) -> Progress:
-    progress, known = Progress(), set(_pictures(samples))
+    progress, known = Progress(), set(_images(samples))
     child = _start(argv, env, cwd)
     lines: queue.Queue[str | None] = queue.Queue()
     pipes = [pipe for pipe in (child.stdout, child.stderr) if pipe is not None]
@@ -223,12 +223,12 @@ def _drain(lines: queue.Queue[str | None], progress: Progress, watch: Watch) -> 
     return ended
 
 
-def _pictures(folder: Path) -> Iterable[Path]:
+def _images(folder: Path) -> Iterable[Path]:
     return sorted(folder.glob("*.png")) if folder.is_dir() else []
 
 
 def _sizes(folder: Path) -> Iterable[tuple[Path, int]]:
-    for path in _pictures(folder):
+    for path in _images(folder):
         with suppress(OSError):
             yield path, path.stat().st_size
 

@@ -13,7 +13,7 @@ in one prompt; here every prompt draws its own: the same for one concept, and lo
 
 Ours, not the papers': with ``relative``, squared errors are divided by d_t, the mean over x_t of |ε_0(x_t, c) −
 ε_0(x_t, ∅)|² near t (of v or velocity where the network says that; the quotient is the same). At the noisiest steps,
-where a picture's content is decided, predictions for different prompts hardly differ, so the plain squared error hardly
+where an image's content is decided, predictions for different prompts hardly differ, so the plain squared error hardly
 counts there and the concept comes back.
 """
 

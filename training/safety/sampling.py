@@ -34,7 +34,7 @@ def timesteps(total: int, steps: int) -> list[int]:
     """``steps`` evenly spaced timesteps, descending from total − 1 ("trailing", arXiv 2305.08891, table 2).
 
     The public codes of ESD and LECO count from the clean end (981, 961, ... of 1000), so that their LoRAs never see
-    t > 981; ComfyUI's samplers begin at 999, where much of the picture is decided.
+    t > 981; ComfyUI's samplers begin at 999, where much of the image is decided.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} sampling steps: the schedule has {total} timesteps, choose 1 to {total}.")
@@ -42,7 +42,7 @@ def timesteps(total: int, steps: int) -> list[int]:
 
 
 def noise(host_model: HostModel, size: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
-    """One x_T (b c ..., float32) a CPU generator, for pictures of ``size`` = (height, width) pixels."""
+    """One x_T (b c ..., float32) a CPU generator, for images of ``size`` = (height, width) pixels."""
     drawn = torch.stack([torch.randn(host_model.latent_shape(*size), generator=g) for g in generators])
     return (host_model.schedule.start * drawn).to(host_model.device)
 

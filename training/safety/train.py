@@ -1,4 +1,4 @@
-"""A safety LoRA by erasure: prompts of a concept in, no pictures."""
+"""A safety LoRA by erasure: prompts of a concept in, no images."""
 
 from __future__ import annotations
 

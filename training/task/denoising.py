@@ -1,4 +1,4 @@
-"""The denoising loss of captioned pictures: latents and text-encoder outputs made once, noise drawn by step.
+"""The denoising loss of captioned images: latents and text-encoder outputs made once, noise drawn by step.
 
 L = E w(t) |F − F_θ(x_t, t, c)|², F the model's own target (model.py): ε (arXiv 2006.11239, eq. 14), v, or the velocity
 ε − x_0 (arXiv 2210.02747, eq. 23); θ the adapters alone. Other errors, and w(t): losses.py; ε: noise.py.
@@ -29,7 +29,7 @@ CACHE_BYTES = 2**30  # of conditioning
 
 
 class Latents:
-    """Latents, masks and sizes of all pictures, those held out behind the others, made once.
+    """Latents, masks and sizes of all images, those held out behind the others, made once.
 
     They are float32 on the CPU, or on ``disk`` and read for each batch.
     """
@@ -39,28 +39,28 @@ class Latents:
     ):
         self.disk = disk
         self._keys: dict[tuple[int, bool], bytes] = {}  # of what is on disk
-        pictures = (*report.pictures, *report.held_out)
-        wanted = [(i, flip) for i, p in enumerate(report.pictures) for flip in range(1 + p.subset.flip_aug)]
-        wanted += [(i, 0) for i in range(len(report.pictures), len(pictures))]
+        found = (*report.images, *report.held_out)
+        wanted = [(i, flip) for i, p in enumerate(report.images) for flip in range(1 + p.subset.flip_aug)]
+        wanted += [(i, 0) for i in range(len(report.images), len(found))]
         self.latents: dict[tuple[int, bool], Tensor] = {}
         self.masks: dict[tuple[int, bool], Tensor | None] = {}
         self.sizes: dict[tuple[int, bool], Tensor] = {}
         for done, (i, flipped) in enumerate(wanted, 1):
             flip = bool(flipped)
-            picture = pictures[i]
-            pixels, self.masks[i, flip] = dataset.load(picture, flip, host_model.downscale)
+            image = found[i]
+            pixels, self.masks[i, flip] = dataset.load(image, flip, host_model.downscale)
             encode = partial(_encoded, host_model, pixels)
             if disk is None:
                 self.latents[i, flip] = encode()[LATENT]
             else:
                 self._keys[i, flip] = hashlib.sha256(kept.pixels_key(pixels)).digest()
                 disk.get(self._keys[i, flip], encode)
-            self.sizes[i, flip] = images.sizes(picture.size, picture.fit, flip)
+            self.sizes[i, flip] = images.sizes(image.size, image.fit, flip)
             watch.stage("caching latents", done, len(wanted))
 
     def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Latents (b c [1] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
-        keys = [(draw.picture, draw.flipped) for draw in draws]
+        keys = [(draw.image, draw.flipped) for draw in draws]
         z = torch.stack([self._latent(key) for key in keys])
         masks = [self.masks[key] for key in keys]
         mask = None
@@ -82,7 +82,7 @@ class Latents:
 
 
 def _encoded(host_model: HostModel, pixels: Tensor) -> dict[str, Tensor]:
-    return {LATENT: host_model.encode_pictures(pixels[None])[0].cpu()}
+    return {LATENT: host_model.encode_images(pixels[None])[0].cpu()}
 
 
 class Captions:
@@ -126,7 +126,7 @@ class Denoising:
         return self.at(draws, timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator), generator)
 
     def at(self, draws: Sequence[Draw], t: Tensor, generator: torch.Generator) -> Tensor:
-        """The same of given pictures at timesteps t (b), with noise from a CPU generator."""
+        """The same of given images at timesteps t (b), with noise from a CPU generator."""
         host_model, options, schedule = self.host_model, self.options, self.host_model.schedule
         z, mask, sizes = self.latents.of(draws)
         z, sizes = z.to(host_model.device), sizes.to(host_model.device)

@@ -1,6 +1,6 @@
 """Latents and text-encoder outputs kept on disk, for data sets that do not fit into memory and trainings begun again.
 
-A file is named by all that it follows from: the picture's pixels as they are encoded, or the caption, and the weights
+A file is named by all that it follows from: the image's pixels as they are encoded, or the caption, and the weights
 of what encodes them. A changed image, caption, size, autoencoder or text encoder therefore never meets an old file.
 """
 
@@ -59,16 +59,16 @@ class Kept:
 
 def wanted(host_model: HostModel, options: TaskOptions) -> tuple[Kept | None, Kept | None]:
     """Where latents and captions' encodings are kept; None of what stays in memory."""
-    folder, pictures, captions = Path(options.output_dir), None, None
+    folder, images, captions = Path(options.output_dir), None, None
     if options.cache_latents_to_disk:
-        pictures = Kept(folder / "cache_latents", host_model.autoencoder_identity())
+        images = Kept(folder / "cache_latents", host_model.autoencoder_identity())
     if options.cache_text_encoder_outputs_to_disk:
         captions = Kept(folder / "cache_text_encoder_outputs", host_model.text_identity())
-    return pictures, captions
+    return images, captions
 
 
 def pixels_key(pixels: Tensor) -> bytes:
-    """Of a picture (h w 3) as it goes to the autoencoder."""
+    """Of an image (h w 3) as it goes to the autoencoder."""
     return f"{tuple(pixels.shape)}{pixels.dtype}".encode() + pixels.contiguous().numpy().tobytes()
 
 

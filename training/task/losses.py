@@ -13,7 +13,7 @@ With e = F_θ − F, element by element, and c_t the place where a smooth error 
 |---|---|
 | constant | scale · c |
 | exponential | scale · c^(place of t in the table, from 0 to 1; of flow matching σ) |
-| snr | (1 − c) / (1 + s_t / a_t)² + c: 1 at a clean picture, c in noise alone |
+| snr | (1 − c) / (1 + s_t / a_t)² + c: 1 at a clean image, c in noise alone |
 
 These are sd-scripts' forms (its options' names too), after arXiv 2403.16728. Weights of a level: min-SNR (model.py), or
 debiased estimation, 1 / √SNR of ε (arXiv 2310.08442) and, as sd-scripts has it, 1 / (SNR + 1) of v, with SNR at
@@ -63,7 +63,7 @@ def thresholds(schedule: Schedule, t: Tensor, options: TaskOptions) -> Tensor:
     if options.huber_schedule == "exponential":
         place = schedule.noise.to(t.device)[t] if schedule.prediction == "velocity" else t / len(schedule)
         return scale * c**place
-    ratio = schedule.noise.to(t.device)[t] / schedule.signal.to(t.device)[t]  # ∞ where nothing is left of the picture
+    ratio = schedule.noise.to(t.device)[t] / schedule.signal.to(t.device)[t]  # ∞ where nothing is left of the image
     return (1 - c) / (1 + ratio).square() + c
 
 

@@ -1,4 +1,4 @@
-"""The noise ε that a picture is mixed with: normal, and what is added to it so that large areas are trained as well.
+"""The noise ε that an image is mixed with: normal, and what is added to it so that large areas are trained as well.
 
 * noise_offset: ε + strength · one number a channel.
 * multires noise (pyramid noise): ε + Σ_i discount^i · U(ε_i), ε_i of a size r^i times smaller, r drawn between 2 and 4,

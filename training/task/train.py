@@ -1,4 +1,4 @@
-"""A task LoRA from captioned pictures, on W0; the safety LoRA is given, recorded, and out of the training."""
+"""A task LoRA from captioned images, on W0; the safety LoRA is given, recorded, and out of the training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROLE = "task"
 
 
 def configure(options: TaskOptions, within: Path | None = None) -> dataset_config.DatasetConfig:
-    """The data set that the options name, its pictures not yet read; DatasetError or OptionError.
+    """The data set that the options name, its images not yet read; DatasetError or OptionError.
 
     ``within``: the folder that all of its folders have to be in, judged before any is looked at.
     """
@@ -125,8 +125,8 @@ def train_task(
     contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
     plan = Plan(config, found, options.seed, options.prior_loss_weight, *steps)
-    of_pictures, of_captions = kept.wanted(host_model, options)
-    latents, captions = Latents(host_model, found, watch, of_pictures), Captions(host_model, of_captions)
+    of_images, of_captions = kept.wanted(host_model, options)
+    latents, captions = Latents(host_model, found, watch, of_images), Captions(host_model, of_captions)
     loss = Denoising(host_model, options, plan, latents, captions)
     validation = Validation(loss, found, watch.check)
     _release(host_model, options, loss, plan.fixed_captions(), [draw.caption for draw in validation.draws()])
@@ -153,7 +153,7 @@ def train_task(
             validate_every=options.validate_every_n_steps or epoch_steps(options, found),
         )
         losses = fit(job, options, host_model.device, watch)
-    said += [one.line for one in (of_pictures, of_captions) if one]
+    said += [one.line for one in (of_images, of_captions) if one]
     said += patterns.lines(options, (spec.unet, spec.text))
     return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
 
@@ -177,7 +177,7 @@ def remarks(
     too_long: texts.TooLong,
 ) -> list[str]:
     """What is worth knowing before the first step: texts that are cut, options without effect, the data set."""
-    lines = [*texts.cut_captions(options, found.pictures, too_long), *texts.cut_previews(options, too_long)]
+    lines = [*texts.cut_captions(options, found.images, too_long), *texts.cut_previews(options, too_long)]
     stepped = in_steps(options, found)
     lines += [*unused(stepped, found.regularisation), *overridden(options, config)]
     if options.max_train_epochs:

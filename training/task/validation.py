@@ -44,10 +44,10 @@ class Validation:
 
     def draws(self) -> Iterator[Draw]:
         """One of each image: unflipped, with its whole caption, tags in their order."""
-        first = len(self.report.pictures)
-        for i, picture in enumerate(self.report.held_out):
+        first = len(self.report.images)
+        for i, image in enumerate(self.report.held_out):
             rng = random.Random(role_seed(self.loss.options.validation_seed, f"caption:{i}"))
-            text = captions.draw(picture.caption, captions.settled(picture.subset.rules), rng)
+            text = captions.draw(image.caption, captions.settled(image.subset.rules), rng)
             yield Draw(first + i, False, text, 1.0)
 
     def _levels(self) -> torch.Tensor:

@@ -64,5 +64,5 @@ def test_what_maps_pictures_is_told(made, comfy):
     noising = importlib.import_module("modular_lora_guard.comfy_host.noising")
     base = importlib.import_module("comfy.model_base")
     config = SimpleNamespace(sampling_settings={})
-    assert noising.maps_pictures(base.model_sampling(config, base.ModelType.IMG_TO_IMG))
-    assert not noising.maps_pictures(base.model_sampling(config, base.ModelType.FLOW))
+    assert noising.maps_images(base.model_sampling(config, base.ModelType.IMG_TO_IMG))
+    assert not noising.maps_images(base.model_sampling(config, base.ModelType.FLOW))

@@ -77,7 +77,7 @@ def fixed_loss(host_model, data, side) -> tuple[torch.Tensor, torch.Tensor]:
     schedule, z, prompts = host_model.schedule, [], []
     for path in sorted(data.glob("*/*.png")) * (len(LEVELS) // 2):
         pixels = Image.open(path).convert("RGB").resize((side, side))
-        z.append(host_model.encode_pictures(torch.from_numpy(np.array(pixels, dtype=np.float32))[None] / 255))
+        z.append(host_model.encode_images(torch.from_numpy(np.array(pixels, dtype=np.float32))[None] / 255))
         prompts.append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
     z = torch.cat(z)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))

@@ -12,7 +12,7 @@ import pytest
 from modular_lora_guard.audit import images as audit_images
 from modular_lora_guard.gate import labelled
 from modular_lora_guard.gate.settings import Settings
-from modular_lora_guard.modular_lora.files.images import PictureError, decode, decode_mask, under
+from modular_lora_guard.modular_lora.files.images import ImageError, decode, decode_mask, under
 from modular_lora_guard.training.data.config import from_folders
 from modular_lora_guard.training.data.dataset import load, scan
 from modular_lora_guard.training.data.images import thumbnail
@@ -82,7 +82,7 @@ def kind(request, tmp_path) -> tuple[Path, np.ndarray]:
 def test_every_part_sees_the_same_picture(kind):
     """Data set, its sheet, the audit's folders and the gate's own error, against the colour that was stored."""
     path, colour = kind
-    (picture,) = scan(from_folders(path.parent.parent, defaults={"resolution": SIDE})).pictures
+    (picture,) = scan(from_folders(path.parent.parent, defaults={"resolution": SIDE})).images
     (seen,) = labelled._images(path.parent, [])
     for found in (
         255 * load(picture)[0].numpy(),
@@ -104,7 +104,7 @@ def test_every_part_sees_it_upright(orientation, tmp_path):
     (tmp_path / "1_x").mkdir()
     path = tmp_path / "1_x" / "a.jpg"
     path.write_bytes(saved(stored, "JPEG", quality=100, exif=exif(orientation)))
-    (picture,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).pictures
+    (picture,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).images
     (seen,) = labelled._images(path.parent, [])
     assert picture.size == (96, 64)
     for found in (255 * seen, np.asarray(thumbnail(path, 96)), audit_images.read([path], 96, 64)[0]):
@@ -132,7 +132,7 @@ def test_a_mask_is_its_red_channel_on_black():
     assert (grey.has_alpha, grey.coloured, grey.image.getpixel((0, 0))) == (False, False, GREY)
     green = decode_mask(saved(Image.new("RGB", (4, 4), (0, 255, 0))))
     assert (green.coloured, green.image.getbbox()) == (True, None)
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         decode_mask(b"no picture")
 
 

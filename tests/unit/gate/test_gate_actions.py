@@ -52,9 +52,9 @@ def test_one_flagged_picture_is_acted_on_and_the_others_stay_bit_for_bit(action:
     assert outcome.flags == outcome.changed == (False, True, False)
     assert outcome.blocked == ((), ("a",), ())
     assert outcome.reported == ((), ("b",), ())
-    assert outcome.pictures.dtype == np.float32
-    assert np.array_equal(outcome.pictures[[0, 2]], shown[[0, 2]])
-    assert not np.array_equal(outcome.pictures[1], shown[1])
+    assert outcome.images.dtype == np.float32
+    assert np.array_equal(outcome.images[[0, 2]], shown[[0, 2]])
+    assert not np.array_equal(outcome.images[1], shown[1])
     assert np.array_equal(shown, before), "the images that came in are not written to"
     assert not outcome.masks[[0, 2]].any()
     assert outcome.masks[1].any()
@@ -63,7 +63,7 @@ def test_one_flagged_picture_is_acted_on_and_the_others_stay_bit_for_bit(action:
 @pytest.mark.parametrize("action", LOCAL)
 def test_local_actions_change_all_of_the_box_and_nothing_outside_the_mask(action: str) -> None:
     shown, outcome = gate(action, FOUND)
-    differs = (outcome.pictures[0] != shown[0]).any(-1)
+    differs = (outcome.images[0] != shown[0]).any(-1)
     assert differs[12:28, 10:30].mean() > 0.99
     assert not differs[outcome.masks[0] == 0].any()
     assert outcome.masks[0, 12:28, 10:30].all()
@@ -73,12 +73,12 @@ def test_local_actions_change_all_of_the_box_and_nothing_outside_the_mask(action
 @pytest.mark.parametrize("action", ["box", "ellipse"])
 def test_solid_shapes_are_black(action: str) -> None:
     _, outcome = gate(action, FOUND)
-    assert not outcome.pictures[0][outcome.masks[0] > 0].any()
+    assert not outcome.images[0][outcome.masks[0] > 0].any()
 
 
 def test_report_changes_nothing_and_still_flags_and_masks() -> None:
     shown, outcome = gate("report", FOUND, NOTHING)
-    assert outcome.pictures is shown
+    assert outcome.images is shown
     assert outcome.flags == (True, False)
     assert outcome.changed == (False, False)
     assert outcome.masks[0].any()
@@ -89,13 +89,13 @@ def test_block_raises_with_count_label_and_score_and_lets_clean_batches_through(
         gate("block", NOTHING, FOUND, FOUND)
     assert isinstance(caught.value, GuardError)
     shown, outcome = gate("block", NOTHING, NOTHING)
-    assert outcome.pictures is shown
+    assert outcome.images is shown
 
 
 def test_empty_puts_a_black_picture_in_its_place_so_that_the_order_stays() -> None:
     shown, outcome = gate("empty", NOTHING, FOUND, NOTHING)
-    assert outcome.pictures.shape == shown.shape
-    assert not outcome.pictures[1].any()
+    assert outcome.images.shape == shown.shape
+    assert not outcome.images[1].any()
 
 
 def test_replace_puts_the_whole_given_picture_in_without_stretching_it() -> None:
@@ -103,8 +103,8 @@ def test_replace_puts_the_whole_given_picture_in_without_stretching_it() -> None
     given_picture = np.zeros((32, 32, 3), np.float32)
     given_picture[..., 0] = 1
     outcome = run(shown, Told([FOUND]), Settings({"a": 0.5}, action="replace"), given_picture)
-    assert np.array_equal(outcome.pictures[0, :, 32:96], np.broadcast_to([1, 0, 0], (64, 64, 3)))
-    assert not outcome.pictures[0, :, :31].any()
+    assert np.array_equal(outcome.images[0, :, 32:96], np.broadcast_to([1, 0, 0], (64, 64, 3)))
+    assert not outcome.images[0, :, :31].any()
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_detector_without_boxes_acts_on_the_whole_picture(action: str) -> None
     told = Told([Finding({"a": 0.7, "b": 0}), Finding({"a": 0.4, "b": 0})], has_boxes=False)
     outcome = run(shown, told, Settings({"a": 0.5}, action=action), np.full((4, 4, 3), 0.25, np.float32))
     assert outcome.masks[0].all()
-    assert (outcome.pictures[0] != shown[0]).any(-1).mean() > 0.99
-    assert np.array_equal(outcome.pictures[1], shown[1])
+    assert (outcome.images[0] != shown[0]).any(-1).mean() > 0.99
+    assert np.array_equal(outcome.images[1], shown[1])
 
 
 def test_a_blocked_label_that_no_box_shows_is_taken_to_be_everywhere() -> None:
@@ -137,13 +137,13 @@ def test_a_blocked_label_that_no_box_shows_is_taken_to_be_everywhere() -> None:
     for finding in (hidden, outside):
         _, outcome = gate("box", finding)
         assert outcome.masks[0].all()
-        assert not outcome.pictures[0].any()
+        assert not outcome.images[0].any()
 
 
 def test_a_score_that_is_not_a_number_is_no_pass() -> None:
     _, outcome = gate("box", Finding({"a": float("nan"), "b": 0.0}))
     assert outcome.flags == (True,)
-    assert not outcome.pictures[0].any()
+    assert not outcome.images[0].any()
 
 
 def test_boxes_grow_about_their_centre_and_are_clipped_to_the_picture() -> None:
@@ -171,7 +171,7 @@ def test_masks_cover_every_box_and_nothing_changes_outside(boxes: list, growth: 
         y0, y1 = (max(0, min(64, int(v))) for v in (y, y + height))
         assert outcome.masks[0, y0:y1, x0:x1].all()
     outside = outcome.masks[0] == 0
-    assert np.array_equal(outcome.pictures[0][outside], shown[0][outside])
+    assert np.array_equal(outcome.images[0][outside], shown[0][outside])
 
 
 @pytest.mark.parametrize("action", ["blur", "pixelate"])
@@ -181,7 +181,7 @@ def test_what_is_finer_than_the_cells_is_gone_and_not_hidden(action: str) -> Non
     board = (np.indices((60, 60)).sum(0) % 2 * 2 - 1).astype(np.float32)
     checks = smooth + board[None, ..., None] * np.float32(100 / 255)
     everywhere = boxed(Box("a", 0.9, 0, 0, 60, 60))
-    outputs = [gate(action, everywhere, shown=shown)[1].pictures for shown in (smooth, checks)]
+    outputs = [gate(action, everywhere, shown=shown)[1].images for shown in (smooth, checks)]
     assert np.array_equal(*outputs)
 
 
@@ -191,7 +191,7 @@ def test_strength_follows_the_size_of_the_box(action: str) -> None:
     for side in (16, 64, 256):
         shown = np.random.default_rng(side).random((1, side, side, 3), np.float32)
         _, outcome = gate(action, boxed(Box("a", 0.9, 0, 0, side, side)), shown=shown)
-        fine = [np.abs(np.fft.fft2(p[0, ..., 0]))[8:-7, 8:-7] for p in (shown, outcome.pictures)]
+        fine = [np.abs(np.fft.fft2(p[0, ..., 0]))[8:-7, 8:-7] for p in (shown, outcome.images)]
         assert (fine[1] ** 2).mean() < 0.02 * (fine[0] ** 2).mean()
 
 
@@ -199,7 +199,7 @@ def test_strength_follows_the_size_of_the_box(action: str) -> None:
 @pytest.mark.parametrize("action", ["blur", "pixelate"])
 def test_small_boxes_lose_their_detail_too(action: str, side: int) -> None:
     shown, outcome = gate(action, boxed(Box("a", 0.9, 4, 4, side, side)))
-    before, after = (p[0, 4 : 4 + side, 4 : 4 + side].std((0, 1)) for p in (shown, outcome.pictures))
+    before, after = (p[0, 4 : 4 + side, 4 : 4 + side].std((0, 1)) for p in (shown, outcome.images))
     assert (after < 0.6 * before).all()
 
 
@@ -211,13 +211,13 @@ def test_after_the_action_the_detector_sees_nothing_there(action: str) -> None:
     chosen = Settings({"FACE_FEMALE": 0.45}, growth={"FACE_FEMALE": GROWTH}, action=action)
     outcome = run(shown, judge, chosen, np.zeros((8, 8, 3), np.float32))
     assert outcome.flags == (True, True)
-    assert not any(run(outcome.pictures, judge, chosen, np.zeros((8, 8, 3), np.float32)).flags)
-    assert max(f.scores["FACE_FEMALE"] for f in judge.detect(outcome.pictures)) < 0.3
+    assert not any(run(outcome.images, judge, chosen, np.zeros((8, 8, 3), np.float32)).flags)
+    assert max(f.scores["FACE_FEMALE"] for f in judge.detect(outcome.images)) < 0.3
 
 
 def test_an_empty_batch_goes_through() -> None:
     shown, outcome = gate("blur", shown=pictures(0))
-    assert outcome.pictures is shown
+    assert outcome.images is shown
     assert outcome.masks.shape == (0, 64, 80)
     assert outcome.flags == ()
 
@@ -419,7 +419,7 @@ def test_the_milder_of_two_detectors_holds_and_the_second_sees_only_what_the_fir
     assert outcome.flags == tuple(min(pair) > 0.1 for pair in scores)
     assert outcome.overruled == tuple(("a",) * (first > 0.1 and other == 0.1) for first, other in scores)
     for i, flag in enumerate(outcome.flags):
-        assert np.array_equal(outcome.pictures[i], shown[i]) is not flag
+        assert np.array_equal(outcome.images[i], shown[i]) is not flag
     assert [len(some) for some in asked] == [len(hits)] * bool(hits)
     for some in asked:
         assert np.array_equal(some, shown[hits])
@@ -470,7 +470,7 @@ def test_a_prompt_about_the_concept_raises_the_answer_and_nothing_else_does(
     assert outcome.flags == outcome.changed == (outcome.answers[0] != "pass",)
     share = 1.0 if least != "pass" else 20 * 16 / (64 * 80) if score > 0.1 else 0.0
     assert outcome.masks[0].mean() == pytest.approx(share)
-    black = (outcome.pictures[0] == 0).all(-1)
+    black = (outcome.images[0] == 0).all(-1)
     assert np.array_equal(black, outcome.masks[0] == 1)
 
 

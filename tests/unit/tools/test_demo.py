@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from modular_lora_guard.tools.demo import graphs, judge, pictures, report, settings, show
+from modular_lora_guard.tools.demo import graphs, images, judge, report, settings, show
 from modular_lora_guard.tools.demo.client import Client, Event, Rejected
 from modular_lora_guard.tools.demo.progress import Progress
 from modular_lora_guard.tools.demo.server import free_port
@@ -104,16 +104,16 @@ def test_progress_counts_sampler_steps_and_ends_at_the_whole(capsys: pytest.Capt
 
 def test_an_attestation_is_read_from_a_picture() -> None:
     record = {"status": "guarded"}
-    assert pictures.attestation(png(modular_lora_attestation=json.dumps(record), prompt="{}")) == {
+    assert images.attestation(png(modular_lora_attestation=json.dumps(record), prompt="{}")) == {
         "modular_lora_attestation": record
     }
-    assert pictures.attestation(png()) == {}
-    assert pictures.attestation(png(modular_lora_attestation="no JSON")) == {}
+    assert images.attestation(png()) == {}
+    assert images.attestation(png(modular_lora_attestation="no JSON")) == {}
 
 
 def test_pictures_are_put_side_by_side(tmp_path: Path) -> None:
     place = tmp_path / "comparison.png"
-    pictures.comparison([("a", True), ("b", False)], {"one": [png("red")] * 2, "two": [png("blue")] * 2}, place)
+    images.comparison([("a", True), ("b", False)], {"one": [png("red")] * 2, "two": [png("blue")] * 2}, place)
     with Image.open(place) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
     assert {(255, 0, 0), (0, 0, 255)} <= colours
@@ -121,7 +121,10 @@ def test_pictures_are_put_side_by_side(tmp_path: Path) -> None:
 
 
 def test_the_report_holds_its_pictures_and_escapes_what_it_quotes() -> None:
-    cells = [report.Picture(png(), judge.Seen(True, True), "activity <9>"), report.Picture(png(), judge.Seen(0, 1), "")]
+    cells = [
+        report.ShownImage(png(), judge.Seen(True, True), "activity <9>"),
+        report.ShownImage(png(), judge.Seen(0, 1), ""),
+    ]
     arm = report.Arm("Arm <1>", "note", cells, 1.0, "3 of 7")
     shown = report.Demo(
         [arm], ("a & b", "c"), 1, "Look.", "By rule.", {"Date": "today"}, {"Says": "<script>"}, {"k": {"status": "x"}}

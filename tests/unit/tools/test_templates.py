@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import ROOT
-from modular_lora_guard.tools.templates import layout, pictures
+from modular_lora_guard.tools.templates import cards, layout
 from modular_lora_guard.tools.templates.definitions import ABOUT, BLUEPRINTS, BUILT
 from modular_lora_guard.tools.templates.graph import Blueprint, Column, blueprint, to_prompt, workflow
 from PIL import Image
@@ -128,7 +128,7 @@ def test_blueprints_are_those_that_are_defined_and_are_plain_ascii() -> None:
 
 def test_a_card_shows_every_image() -> None:
     colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
-    made = pictures.card("Title", "A sentence.", [Image.new("RGB", (8, 8), colour) for colour in colours])
-    assert made.size == pictures.SIZE
+    made = cards.card("Title", "A sentence.", [Image.new("RGB", (8, 8), colour) for colour in colours])
+    assert made.size == cards.SIZE
     seen = {colour for _, colour in made.getcolors(made.width * made.height) or []}
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)} <= seen

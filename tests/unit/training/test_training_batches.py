@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from modular_lora_guard.training.data import config as dataset_config
 from modular_lora_guard.training.data.batches import Plan
 from modular_lora_guard.training.data.config import from_folders, from_toml
-from modular_lora_guard.training.data.dataset import Picture, regularisation_draws, scan
+from modular_lora_guard.training.data.dataset import TrainingImage, regularisation_draws, scan
 from modular_lora_guard.training.data.export import record, to_toml
 from PIL import Image
 from support.errors import refuses
@@ -58,7 +58,7 @@ def epoch(found: Plan, number: int = 0) -> list:
     return [found.batch(step) for step in range(number * batches, (number + 1) * batches)]
 
 
-def bucket(picture: Picture) -> tuple:
+def bucket(picture: TrainingImage) -> tuple:
     return picture.dataset, picture.fit.bucket
 
 
@@ -66,18 +66,18 @@ def bucket(picture: Picture) -> tuple:
 def test_an_epoch_draws_every_picture_as_often_as_its_repeats(folders, reg):
     found = plan(folders, reg)
     for number in range(3):
-        drawn = Counter(draw.picture for batch in epoch(found, number) for draw in batch)
-        assert drawn == {index: picture.draws for index, picture in enumerate(found.report.pictures)}
-    training = [picture for picture in found.report.pictures if not picture.is_reg]
+        drawn = Counter(draw.image for batch in epoch(found, number) for draw in batch)
+        assert drawn == {index: picture.draws for index, picture in enumerate(found.report.images)}
+    training = [picture for picture in found.report.images if not picture.is_reg]
     assert [picture.draws for picture in training] == [1] * 5 + [3] * 7
 
 
 def test_a_batch_has_pictures_of_one_bucket_and_no_more_than_its_size(folders):
     found = plan(folders, batch_size=3)
-    pictures = found.report.pictures
+    pictures = found.report.images
     batches = epoch(found)
     assert len({bucket(picture) for picture in pictures}) > 2
-    assert all(len({bucket(pictures[draw.picture]) for draw in batch}) == 1 for batch in batches)
+    assert all(len({bucket(pictures[draw.image]) for draw in batch}) == 1 for batch in batches)
     assert max(map(len, batches)) == 3
     assert sum(picture.draws for picture in pictures) == sum(map(len, batches)) == found.report.draws
     assert sum(count for count, _ in found.report.buckets.values()) == len(pictures)
@@ -85,10 +85,10 @@ def test_a_batch_has_pictures_of_one_bucket_and_no_more_than_its_size(folders):
 
 def test_regularisation_pictures_pair_with_the_training_pictures_and_have_their_weight(folders):
     found = plan(folders, reg=True)
-    pictures = found.report.pictures
+    pictures = found.report.images
     weights = Counter(draw.weight for batch in epoch(found) for draw in batch)
     assert weights == {1.0: 26, 0.5: 26}
-    assert all((draw.weight == 0.5) == pictures[draw.picture].is_reg for batch in epoch(found) for draw in batch)
+    assert all((draw.weight == 0.5) == pictures[draw.image].is_reg for batch in epoch(found) for draw in batch)
 
 
 @settings(deadline=None)
@@ -116,9 +116,9 @@ def test_going_on_at_a_step_equals_having_come_from_the_first(folders, seed, ste
 
 def test_an_epoch_mixes_buckets_and_the_pictures_within(folders):
     found = plan(folders)
-    first, second = ([tuple(draw.picture for draw in batch) for batch in epoch(found, number)] for number in range(2))
+    first, second = ([tuple(draw.image for draw in batch) for batch in epoch(found, number)] for number in range(2))
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
-    order = [bucket(found.report.pictures[batch[0]]) for batch in first]
+    order = [bucket(found.report.images[batch[0]]) for batch in first]
     assert sum(a != b for a, b in pairwise(order)) >= len(set(order))
 
 
@@ -129,7 +129,7 @@ def test_epochs_and_seeds_differ_in_order_mirroring_and_captions(folders):
     draws = [draw for number in range(4) for batch in epoch(found, number) for draw in batch]
     assert 0.35 < sum(draw.flipped for draw in draws) / len(draws) < 0.65
     assert 0.05 < sum(draw.caption == "" for draw in draws) / len(draws) < 0.4
-    assert len({draw.caption for draw in draws if draw.picture == draws[0].picture}) > 2
+    assert len({draw.caption for draw in draws if draw.image == draws[0].image}) > 2
     still = plan(folders, flip_aug=False, shuffle_caption=False, caption_dropout_rate=0.0)
     assert not any(draw.flipped for batch in epoch(still) for draw in batch)
     assert len({draw.caption for batch in epoch(still) for draw in batch}) == still.report.distinct_captions
@@ -141,7 +141,7 @@ def test_micro_batches_follow_each_other_and_token_warmup_counts_optimizer_steps
     for step in range(6):
         for micro in range(4):
             there, here = one.batch(step * 4 + micro), four.batch(step, micro)
-            assert [draw.picture for draw in there] == [draw.picture for draw in here]
+            assert [draw.image for draw in there] == [draw.image for draw in here]
             assert all(draw.caption == ", ".join("abc"[: step * 4 // 10]) for draw in here)
 
 

@@ -34,7 +34,7 @@ def read(place: Path, **options) -> dataset.DatasetReport:
 
 
 def captions(report: dataset.DatasetReport) -> dict[str, str]:
-    return {picture.name: picture.caption for picture in report.pictures}
+    return {picture.name: picture.caption for picture in report.images}
 
 
 def test_a_folder_of_captions_may_have_the_folders_of_the_images(place):
@@ -121,7 +121,7 @@ def test_sd_scripts_gets_its_metadata_and_its_validation(place):
     (place / "meta.json").write_text(json.dumps({"a.png": {"caption": "one"}, "b.png": {"caption": "two"}}))
     config = from_toml(toml(place, TOML))
     report = scan(config)
-    assert (len(report.pictures), len(report.held_out)) == (1, 1)
+    assert (len(report.images), len(report.held_out)) == (1, 1)
     (written,) = tomllib.loads(to_toml(config, report))["datasets"]
     assert (written["validation_split"], written["validation_seed"]) == (0.5, 0)
     (subset,) = written["subsets"]
@@ -157,8 +157,8 @@ def test_transparent_parts_count_nothing_where_they_are_asked_to(place):
     glass.paste((0, 0, 0, 0), (0, 0, 32, 64))
     glass.save(folder / "a.png")
     plain, masked = read(place), read(place, alpha_mask=True)
-    assert dataset.load(plain.pictures[0])[1] is None
-    mask = dataset.load(masked.pictures[0])[1]
+    assert dataset.load(plain.images[0])[1] is None
+    mask = dataset.load(masked.images[0])[1]
     assert mask[:, :4].sum() == 0
     assert bool((mask[:, 4:] == 1).all())
     assert masked.findings["without_alpha"] == ("1_cat/b.png", "2_dog/a.png", "2_dog/b.png")

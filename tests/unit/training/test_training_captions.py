@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modular_lora_guard.training.data.captions import CaptionRules, draw, read, tags, warmup_steps
-from modular_lora_guard.training.data.images import Buckets, Fit, PictureError, bucket_sizes, fit, sizes
+from modular_lora_guard.training.data.images import Buckets, Fit, ImageError, bucket_sizes, fit, sizes
 from support.errors import refuses
 
 TAG = st.text("abcdxyz_ ", min_size=1, max_size=6).map(str.strip).filter(bool)
@@ -183,7 +183,7 @@ def test_buckets_have_at_most_the_area_and_multiples_of_the_step(options):
 def test_a_picture_covers_its_bucket_and_is_cut_at_the_centre(width, height, options):
     try:
         found = fit((width, height), options)
-    except PictureError:
+    except ImageError:
         assert options.bucket_no_upscale
         assume(False)
     for resized, bucket, crop in zip(found.resized, found.bucket, found.crop, strict=True):

@@ -95,11 +95,11 @@ def test_the_report_names_everything_that_is_wrong(messy):
         "unsupported": ["old.gif"],
         "ignored_folders": ["0_none", "notes", "train", "more"],
     }
-    assert [p.path.name for p in report.pictures] == [
+    assert [p.path.name for p in report.images] == [
         "glass.png", "good.png", "moving.webp", "small.bmp", "turned.jpg", "twin.png",
     ]  # fmt: skip
     assert (report.draws, report.folders, report.problems) == (18, (("3_sks robot", 6, 3, False),), ())
-    assert {p.path.stem: p.caption for p in report.pictures}["turned"] == "sks robot"
+    assert {p.path.stem: p.caption for p in report.images}["turned"] == "sks robot"
     assert report.findings["ignored_folders"][2] == "train: 1 images beside the numbered folders"
 
 
@@ -186,7 +186,7 @@ def test_what_is_loaded_is_upright_in_its_bucket_and_can_be_mirrored(tmp_path):
     (tmp_path / "1_x").mkdir()
     image.save(tmp_path / "1_x" / "a.png", exif=exif)
     _, report = looked_at(tmp_path, resolution=64)
-    picture = report.pictures[0]
+    picture = report.images[0]
     pixels, mask = load(picture)
     assert (picture.size, pixels.shape, pixels.dtype, mask) == ((64, 128), (64, 64, 3), torch.float32, None)
     assert torch.equal(pixels[10, -1], torch.tensor([1.0, 0, 0]))
@@ -201,11 +201,11 @@ def test_pictures_are_averaged_when_they_shrink_and_interpolated_when_they_grow(
     halves = np.zeros((32, 32, 3), np.uint8)
     halves[:, 16:] = 200
     Image.fromarray(halves).save(tmp_path / "1_x" / "b.png")
-    shrunk, grown = (load(picture)[0] for picture in looked_at(tmp_path)[1].pictures)
+    shrunk, grown = (load(picture)[0] for picture in looked_at(tmp_path)[1].images)
     assert torch.equal(shrunk, torch.full((64, 64, 3), 100 / 255))
     assert grown.shape == (64, 64, 3)
     assert 0.1 < grown[5, 32, 0] < 200 / 255
-    for picture in looked_at(tmp_path, resize_interpolation="nearest")[1].pictures:
+    for picture in looked_at(tmp_path, resize_interpolation="nearest")[1].images:
         assert set((load(picture)[0] * 255).round().unique().tolist()) <= {0.0, 200.0}
 
 
@@ -214,7 +214,7 @@ def test_a_picture_that_changed_after_the_report_is_an_error(tmp_path):
     _, report = looked_at(tmp_path)
     noise(file, seed=9)
     with refuses("image.changed"):
-        load(report.pictures[0])
+        load(report.images[0])
 
 
 def test_alpha_and_mask_pictures_are_masks_at_latent_resolution(tmp_path):
@@ -239,16 +239,16 @@ def test_alpha_and_mask_pictures_are_masks_at_latent_resolution(tmp_path):
         conditioning_data_dir = "HERE/masks"
     """
     report = scan(from_toml(toml(tmp_path, text)))
-    (_, alpha), (_, grey), (_, none) = (load(picture) for picture in report.pictures)
+    (_, alpha), (_, grey), (_, none) = (load(picture) for picture in report.images)
     assert alpha.tolist() == [[1.0] * 4 + [0.0] * 4] * 8
-    assert torch.equal(load(report.pictures[0], flipped=True)[1], alpha.flip(1))
+    assert torch.equal(load(report.images[0], flipped=True)[1], alpha.flip(1))
     assert torch.allclose(grey, torch.full((8, 8), 127 / 255))
     assert none is None
     before = report.dataset_sha256
     paint(tmp_path / "masks" / "p.png", colour=(255, 0, 0, 0), mode="RGBA")
     changed = scan(from_toml(toml(tmp_path, text)))
     assert changed.findings["empty_masks"] == ("b/p.png",)
-    assert [p.name for p in changed.pictures] == ["a/p.png", "b/q.png"]
+    assert [p.name for p in changed.images] == ["a/p.png", "b/q.png"]
     assert changed.dataset_sha256 != before
     assert "transparent" not in report.findings
     assert report.findings["missing_masks"] == ("b/q.png",)
@@ -406,13 +406,13 @@ def test_captions_are_found_by_any_ending_that_is_asked_for(pair):
     (pair / "a" / "p.wd14.TXT").write_text("tagged")
     text = GOOD + 'caption_extension = "wd14.txt"\n'
     report = scan(from_toml(toml(pair, text)))
-    assert [(p.caption, p.caption_ending) for p in report.pictures] == [("tagged", ".wd14.TXT")]
-    (plain,) = scan(from_toml(toml(pair, GOOD))).pictures
+    assert [(p.caption, p.caption_ending) for p in report.images] == [("tagged", ".wd14.TXT")]
+    (plain,) = scan(from_toml(toml(pair, GOOD))).images
     assert (plain.caption, plain.caption_ending) == ("x, y", ".txt")
     assert set(report.findings) == {"upscaled"}
 
 
 def test_the_same_folder_twice_in_a_data_set_counts_once(pair):
     report = scan(from_toml(toml(pair, GOOD + '[[datasets.subsets]]\nimage_dir = "HERE/a"\n')))
-    assert len(report.pictures) == 1
+    assert len(report.images) == 1
     assert report.findings["ignored_folders"] == ("a: given twice in a data set, the first counts",)

@@ -44,7 +44,7 @@ def test_a_mask_in_alpha_is_the_same_mask_as_in_grey(mode, tmp_path):
     noise(tmp_path / "a" / "p.png").with_suffix(".txt").write_text("x")
     rectangle(tmp_path / "m" / "p.png", (64, 64), (32, 0, 64, 64), mode)
     report = masked(tmp_path)
-    assert load(report.pictures[0])[1].tolist() == [[0.0] * 4 + [1.0] * 4] * 8
+    assert load(report.images[0])[1].tolist() == [[0.0] * 4 + [1.0] * 4] * 8
     assert report.findings.get("transparent_masks", ()) == (("p.png",) if mode == "RGBA" else ())
     if mode == "RGBA":
         with refuses("dataset.kohya", "p.png"):
@@ -56,10 +56,10 @@ def test_a_mask_of_another_size_is_scaled_and_one_of_another_shape_is_refused(tm
         noise(tmp_path / "a" / f"{name}.png", (128, 64)).with_suffix(".txt").write_text("x")
         rectangle(tmp_path / "m" / f"{name}.png", size, (0, 0, *size))
     report = masked(tmp_path)
-    assert [p.path.stem for p in report.pictures] == ["half", "rounded"]
+    assert [p.path.stem for p in report.images] == ["half", "rounded"]
     assert [name.split(":")[0] for name in report.findings["odd_masks"]] == ["a/square.png", "a/turned.png"]
     assert "64×128 is another shape than its image's 128×64" in report.findings["odd_masks"][1]
-    assert all(torch.equal(load(picture)[1], torch.ones(8, 8)) for picture in report.pictures)
+    assert all(torch.equal(load(picture)[1], torch.ones(8, 8)) for picture in report.images)
     with refuses("dataset.kohya", "a/square.png", "64×64"):
         to_toml(from_toml(tmp_path / "d.toml"), report)
 
@@ -72,7 +72,7 @@ def test_a_picture_that_would_train_nothing_is_left_out_and_said(tmp_path):
     rectangle(tmp_path / "m" / "shown.png", (192, 64), (60, 0, 80, 64))
     report = masked(tmp_path)
     assert report.findings["empty_masks"] == ("a/black.png", "a/cropped.png")
-    assert [p.name for p in report.pictures] == ["a/shown.png"]
+    assert [p.name for p in report.images] == ["a/shown.png"]
     (tmp_path / "m" / "shown.png").unlink()
     (tmp_path / "a" / "shown.png").unlink()
     assert "none of 2 images" in masked(tmp_path).problems[0]
@@ -134,7 +134,7 @@ def test_captions_are_read_in_what_editors_write_and_sd_scripts_is_not_given_the
     noise(tmp_path / "1_x" / "a.png").with_suffix(".txt").write_bytes("gloss, Kätzchen".encode(encoding))
     config = from_folders(tmp_path, defaults={"resolution": 64})
     report = scan(config)
-    assert report.pictures[0].caption == "gloss, Kätzchen"
+    assert report.images[0].caption == "gloss, Kätzchen"
     if encoding == "utf-8-sig":
         assert to_toml(config, report)
     else:
@@ -146,7 +146,7 @@ def test_captions_are_read_in_what_editors_write_and_sd_scripts_is_not_given_the
 def test_a_caption_that_is_no_text_is_not_trained(tmp_path):
     noise(tmp_path / "1_x" / "a.png").with_suffix(".txt").write_bytes("Кот".encode("utf-16-le"))
     report = scan(from_folders(tmp_path, defaults={"resolution": 64}))
-    assert (report.pictures[0].caption, len(report.findings["unreadable_captions"])) == ("x", 1)
+    assert (report.images[0].caption, len(report.findings["unreadable_captions"])) == ("x", 1)
 
 
 def asked(root: Path, **keys: str) -> str:

@@ -26,9 +26,9 @@ class Counting(ToyHostModel):
         super().__init__()
         self.encoded = [0, 0]  # pictures, captions
 
-    def encode_pictures(self, pictures):
+    def encode_images(self, pictures):
         self.encoded[0] += len(pictures)
-        return super().encode_pictures(pictures)
+        return super().encode_images(pictures)
 
     def encode(self, prompts):
         self.encoded[1] += len(prompts)

@@ -307,7 +307,7 @@ def test_captions_count_as_they_are_drawn(rules, cut, tmp_path):
     path.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = {str(folder)!r}\n{rules}")
     options = TaskOptions(dataset_config=str(path))
     found = task.dataset.scan(task.configure(options))
-    assert len(texts.cut_captions(options, found.pictures, lambda text: len(text) > 75)) == cut
+    assert len(texts.cut_captions(options, found.images, lambda text: len(text) > 75)) == cut
 
 
 def test_options_that_the_data_sets_file_overrides_are_said(tmp_path):

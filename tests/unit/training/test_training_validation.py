@@ -56,9 +56,9 @@ def test_what_is_held_out_is_not_trained_on_and_a_share_of_every_folder(options)
     plain = scan(options)
     assert plain.held_out == ()
     found = scan(replace(options, validation_split=0.4))
-    names = {p.name for p in found.pictures} | {p.name for p in found.held_out}
-    assert names == {p.name for p in plain.pictures}
-    assert len(found.pictures) + len(found.held_out) == 9
+    names = {p.name for p in found.images} | {p.name for p in found.held_out}
+    assert names == {p.name for p in plain.images}
+    assert len(found.images) + len(found.held_out) == 9
     assert [p.name.split("/")[0] for p in found.held_out] == ["1_other", "2_thing", "2_thing"]
     assert found.findings["held_out"] == tuple(p.name for p in found.held_out)
     assert found.draws == 2 * 3 + 3
@@ -74,7 +74,7 @@ def test_the_choice_is_sd_scripts_own(options):
         names = [f"{folder}/{i}.png" for i in range(count)]
         random.Random(11).shuffle(names)  # split_train_val of library/train_util.py
         kept = -(-count * 6 // 10)
-        assert {p.name for p in found.pictures if p.name.startswith(folder)} == set(names[:kept])
+        assert {p.name for p in found.images if p.name.startswith(folder)} == set(names[:kept])
 
 
 def test_the_loss_of_held_out_images_is_the_mean_over_fixed_levels(options):
@@ -88,7 +88,7 @@ def test_the_loss_of_held_out_images_is_the_mean_over_fixed_levels(options):
     expected = []
     for number, picture in enumerate(found.held_out):
         pixels, _ = dataset.load(picture)
-        z = host_model.encode_pictures(pixels[None]).expand(4, -1, -1, -1)
+        z = host_model.encode_images(pixels[None]).expand(4, -1, -1, -1)
         generator = validation.step_generator(options.validation_seed, "validation", number, int(levels[0]))
         eps = torch.randn(z.shape, generator=generator)
         cond = host_model.encode([picture.caption] * 4).sized(loss.latents.of([task_draw(found, number)] * 4)[2])
@@ -99,7 +99,7 @@ def test_the_loss_of_held_out_images_is_the_mean_over_fixed_levels(options):
 
 
 def task_draw(found: dataset.DatasetReport, number: int):
-    return validation.Draw(len(found.pictures) + number, False, "", 1.0)
+    return validation.Draw(len(found.images) + number, False, "", 1.0)
 
 
 def test_it_is_taken_before_on_the_way_and_after_and_changes_nothing(options, tmp_path):

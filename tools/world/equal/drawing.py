@@ -43,19 +43,19 @@ class Seen:
         return Seen(*(tuple(column[i] for i in places) for column in (self.hit, self.top, self.style, self.ink)))
 
 
-def judge(eye: detector.Detector, pictures: Tensor) -> Seen:
-    """Of pictures (n 3 64 64) in 0..1."""
-    concepts, styles = detector.classify(eye, pictures)
-    found = detector.suppressed(concepts), concepts.argmax(-1), styles.argmax(-1), drawn_in_ink(pictures)
+def judge(eye: detector.Detector, images: Tensor) -> Seen:
+    """Of images (n 3 64 64) in 0..1."""
+    concepts, styles = detector.classify(eye, images)
+    found = detector.suppressed(concepts), concepts.argmax(-1), styles.argmax(-1), drawn_in_ink(images)
     return Seen(*(tuple(column.tolist()) for column in found))
 
 
-def drawn_in_ink(pictures: Tensor) -> Tensor:
-    """Whether pictures (n 3 h w) are black on white: the mean of max − min over RGB is below GREY, and more than
+def drawn_in_ink(images: Tensor) -> Tensor:
+    """Whether images (n 3 h w) are black on white: the mean of max − min over RGB is below GREY, and more than
     LEAST_DARK of the pixels are darker than DARK (n). The classifier knows no such style; this needs no training.
     """
-    chroma = (pictures.amax(1) - pictures.amin(1)).mean((1, 2))
-    dark = (pictures.mean(1) < DARK).float().mean((1, 2))
+    chroma = (images.amax(1) - images.amin(1)).mean((1, 2))
+    dark = (images.mean(1) < DARK).float().mean((1, 2))
     return (chroma < GREY) & (dark > LEAST_DARK)
 
 
@@ -98,6 +98,6 @@ def seen(
 ) -> Seen:
     """What the judge sees in images, drawn by the net as it is."""
     found = Seen()
-    for pictures in draw(model, ae, images, batch):
-        found += judge(eye, pictures)
+    for drawn in draw(model, ae, images, batch):
+        found += judge(eye, drawn)
     return found

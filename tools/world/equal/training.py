@@ -54,8 +54,8 @@ class HostModel(narrow.NarrowHostModel):
         return host_models.Cond.of(cross, bias=bias)
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        return self.ae.encode(pictures.movedim(-1, 1).to(self.device)).float()
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.ae.encode(images.movedim(-1, 1).to(self.device)).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

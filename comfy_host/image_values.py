@@ -14,7 +14,7 @@ from .patcher import ENCODED
 CONTAINERS = (list, tuple, Mapping)
 
 
-def pictures(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
+def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
     """Every image, latent and mask in a value: a batch each.
 
     ComfyUI tells them apart by form: a latent lies in a mapping under "samples", an image is b h w c, a mask has fewer

@@ -20,8 +20,8 @@ def attestation(png: bytes) -> dict[str, Any]:
     """What the pack's save node wrote into a PNG: the JSON objects in its text entries that name the pack."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(png)) as picture:
-        entries = dict(getattr(picture, "text", None) or {})
+    with Image.open(io.BytesIO(png)) as image:
+        entries = dict(getattr(image, "text", None) or {})
     found = {key: _json(value) for key, value in entries.items() if "modular" in key.lower()}
     return {key: value for key, value in found.items() if isinstance(value, dict)}
 
@@ -34,20 +34,20 @@ def _json(text: str) -> Any:
 
 
 def comparison(rows: Sequence[tuple[str, bool]], columns: Mapping[str, Sequence[bytes]], destination: Path) -> None:
-    """One picture: a row per prompt (name, suppressed), a column per arm."""
+    """One image: a row per prompt (name, suppressed), a column per arm."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default()
-    tiles = {name: [_open(png) for png in pictures] for name, pictures in columns.items()}
+    tiles = {name: [_open(png) for png in images] for name, images in columns.items()}
     side = next(iter(tiles.values()))[0].width
     size = (NAMES + len(tiles) * (side + GAP) + GAP, LABEL + len(rows) * (side + GAP))
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
-    for column, (name, pictures) in enumerate(tiles.items()):
+    for column, (name, images) in enumerate(tiles.items()):
         left = NAMES + column * (side + GAP)
         draw.multiline_text((left, 4), _wrap(name, side), fill=INK, font=font, spacing=2)
-        for row, picture in enumerate(pictures):
-            canvas.paste(picture, (left, LABEL + row * (side + GAP)))
+        for row, image in enumerate(images):
+            canvas.paste(image, (left, LABEL + row * (side + GAP)))
     for row, (prompt, suppressed) in enumerate(rows):
         top = LABEL + row * (side + GAP) + side // 2 - 12
         kind = "suppressed" if suppressed else "kept"
@@ -61,8 +61,8 @@ def comparison(rows: Sequence[tuple[str, bool]], columns: Mapping[str, Sequence[
 def _open(png: bytes) -> Any:
     from PIL import Image
 
-    with Image.open(io.BytesIO(png)) as picture:
-        plain = picture.convert("RGB")
+    with Image.open(io.BytesIO(png)) as image:
+        plain = image.convert("RGB")
     return plain.resize((plain.width * ENLARGE, plain.height * ENLARGE), Image.Resampling.BICUBIC)
 
 
