@@ -10,7 +10,7 @@ these functions of ComfyUI are wrapped:
 * ``execution.PromptQueue.get``, with which the thread that runs prompts waits for one (idle.py),
 * those that texts.py names, through which texts become embeddings,
 * what reads files of weights, and what uses text encoders and VAEs (weights.py),
-* ``comfy.utils.ProgressBar.update_absolute``, which shows pictures on the way,
+* ``comfy.utils.ProgressBar.update_absolute``, which shows images on the way,
 * ``comfy_execution.progress.ProgressRegistry.update_progress``, which does too, and ``execution.format_value``, which
   tells of values.
 
@@ -21,7 +21,6 @@ as well, so that a run that ends has satisfied both.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import logging
 import threading
@@ -53,7 +52,7 @@ from .. import drop_in
 from .. import patcher as host
 from ..functional import measuring
 from ..node_report import CATEGORY
-from . import attached, gated, idle, leaving, node_info, tenants, texts, weights
+from . import attached, gated, idle, leaving, node_info, permits, tenants, texts, weights
 from . import policy as policies
 
 LOOK = 1.0  # seconds between looks at the policy
@@ -62,13 +61,11 @@ MOST_NODES, MOST_INPUTS = 5000, 30_000  # of a prompt: the server's loop waits w
 MOST_NAME = 1024  # characters of a node's id, its type and its inputs' names
 HIDDEN = "load it with ComfyUI's own loader, and leave out nodes that make copies of their own"  # where all is guarded
 IN_FORCE = "ModularLoraInForce"
-ANY_MODEL = object()  # what an open training or audit may evaluate
 
 log = logging.getLogger("modular_lora")
 _lock = threading.Lock()
 _attached: list[str] = []  # state of the policy that was last seen to put safety LoRAs onto every model
 _wants_texts: list[bool] = []  # whether the policy that was last looked at asks for texts
-_evaluating: contextvars.ContextVar = contextvars.ContextVar("modular_lora_evaluating", default=None)
 
 
 class ModularLoraRefused(io.ComfyNode):
@@ -364,18 +361,15 @@ def _node(original: Callable) -> Callable:
     """Around every node as it runs: its type and what has come to it are checked, now that they are known."""
 
     async def get_output_data(prompt_id, unique_id, obj, input_data_all, *args, **kwargs):
-        policy, token, showing = None, None, None
+        policy = None
         where = {"prompt_id": prompt_id, "node": unique_id, "type": ", ".join(node_info.names(type(obj)))}
         where["pack"] = node_info.pack(type(obj))
         try:
-            if (policy := policies.current()) is not None:
-                node = leaving.node_of(type(obj))
-                evaluates, input_data_all = _check_node(policy, unique_id, type(obj), input_data_all)
-                token = _evaluating.set(evaluates)
-                showing = leaving.begin(policy, node)
-            if policy is None:
+            if (policy := policies.current()) is None:
                 return await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
-            with weights.reading() as read:
+            node = leaving.node_of(type(obj))
+            permit, input_data_all = _check_node(policy, unique_id, type(obj), input_data_all)
+            with permits.granted(permit), leaving.showing(policy, node), weights.reading() as read:
                 made = await original(prompt_id, unique_id, obj, input_data_all, *args, **kwargs)
                 weights.end(policy, read, made[0])
                 made = (attached.outputs(policy, made[0]), *made[1:])
@@ -388,11 +382,6 @@ def _node(original: Callable) -> Callable:
         except GuardError as error:
             _failed(policy, error, where)
             raise
-        finally:
-            if showing is not None:
-                leaving.end(showing)
-            if token is not None:
-                _evaluating.reset(token)
 
     return get_output_data
 
@@ -406,10 +395,11 @@ def _failed(policy: OperatorPolicy | None, error: BaseException | None, where: M
 
 def _check_node(
     policy: OperatorPolicy, unique_id: str, kind: type, inputs: Mapping[str, list]
-) -> tuple[object | None, Mapping[str, list]]:
-    """RefusedError for a node that may not run with what has come to it.
+) -> tuple[permits.Permit, Mapping[str, list]]:
+    """What a node may evaluate beside runs that are checked, and its inputs with what the policy puts there.
 
-    Returns ANY_MODEL for an open training or audit, and the inputs with what the policy puts there (attached, gated).
+    A training or an audit that the policy opens may evaluate every model. Raises RefusedError for a node that may not
+    run with what has come to it.
     """
     if tenants.unknown(policy):
         raise RefusedError(*tenants.NOBODYS)
@@ -428,9 +418,9 @@ def _check_node(
     inputs = gated.inputs(policy, node, attached.bare_inputs(policy, node, inputs))
     leaving.check(policy, node, inputs)
     if not said.ours or not graphs.CLOSED.keys() & set(names) - {graphs.AS_MODEL}:
-        return None, inputs
+        return permits.NO_MODEL, inputs
     policies.record(policy, "opened", type=names[0], node=unique_id)
-    return ANY_MODEL, inputs
+    return permits.EVERY_MODEL, inputs
 
 
 def _check_models(policy: OperatorPolicy, names: list[str], values: list[tuple[str, Any]], core: bool) -> None:
@@ -477,7 +467,7 @@ def _sampling(original: Callable) -> Callable:
 
     def sample(self, *args, **kwargs):
         policy = policies.current()
-        if policy is None or _evaluating.get() is ANY_MODEL:
+        if policy is None or permits.current().every_model:
             return original(self, *args, **kwargs)
         guarded = isinstance(self.model_patcher, host.GuardMixin)
         weights.check_base(policy, self.model_patcher)
@@ -487,13 +477,12 @@ def _sampling(original: Callable) -> Callable:
             raise RefusedError("guard.required", what, remedy)
         if guarded:
             policies.check_run(policy, self.model_patcher.guard_record(self.original_conds))
-        token, collecting, said = _evaluating.set(self.model_patcher.model), texts.collect(), None
-        began = time.monotonic()
+        collecting, began = texts.collect(), time.monotonic()
         try:
-            output = original(self, *args, **kwargs)
+            with permits.granted(permits.Permit(self.model_patcher.model)):
+                output = original(self, *args, **kwargs)
         finally:
             said = texts.stop(collecting)
-            _evaluating.reset(token)
         _end(self.model_patcher, guarded, said, time.monotonic() - began)
         return output
 
@@ -518,8 +507,7 @@ def _evaluation(original: Callable) -> Callable:
     """Around every evaluation of a diffusion model: it must belong to the run that was checked."""
 
     def apply_model(self, *args, **kwargs):
-        running = _evaluating.get()
-        if running is not self and running is not ANY_MODEL and measuring.get() is not self:
+        if not permits.current().covers(self) and measuring.get() is not self:
             policy = policies.current()
             if policy is not None and policy.guard.required:
                 what = "a diffusion model was evaluated outside of a guarded run"

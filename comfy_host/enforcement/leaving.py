@@ -1,7 +1,7 @@
 """What comes to a node that writes, shows or sends, judged as it runs by where it came from.
 
 Images and latents are known by their content (modular_lora/provenance/ledger.py). Sound and solids
-have no judge: that they hold nothing of a picture, or that a guarded run made them, is noted here of what ComfyUI's own
+have no judge: that they hold nothing of an image, or that a guarded run made them, is noted here of what ComfyUI's own
 nodes make of what is known. Whatever else holds numbers is of unknown origin, whichever socket it came through.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import pathlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ WEIGHTS = (
 
 SHORT = 32  # characters of a text that is too short to be told from any other of its kind
 
-_told: Cache[str, bool] = Cache(4096)  # content of a text that a node of another pack may have made of a picture
+_told: Cache[str, bool] = Cache(4096)  # content of a text that a node of another pack may have made of an image
 _files: weakref.WeakSet = weakref.WeakSet()  # videos that are files of the user's
 _shows: contextvars.ContextVar[bool] = contextvars.ContextVar("modular_lora_shows", default=False)
 
@@ -128,25 +129,26 @@ def _is_guarded(leaf: Any) -> bool:
     return isinstance(leaf, patcher.GuardMixin | patcher.GuardedClipMixin | BoundVaeMixin)
 
 
-def begin(policy: OperatorPolicy, node: Node) -> contextvars.Token:
-    """Before a node runs: pictures that it shows while it does pass where it was checked; see ``end``.
+@contextmanager
+def showing(policy: OperatorPolicy, node: Node) -> Iterator[None]:
+    """Around a node that runs: images that it shows meanwhile pass where it was checked.
 
     What trainings and audits show on the way is what they sample, which no gate judges.
     """
     opened = node.facts.ours and graphs.CLOSED.keys() & node.names
     checked = node.known(policy) and node.leaves(policy) and not (opened and policy.gate.required)
-    return _shows.set(bool(checked))
-
-
-def end(token: contextvars.Token) -> None:
-    _shows.reset(token)
+    token = _shows.set(bool(checked))
+    try:
+        yield
+    finally:
+        _shows.reset(token)
 
 
 def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> None:
     gate = policy.gate.required
     if isinstance(leaf, torch.Tensor):
-        for picture in _pictures(leaf):
-            policies.check_image(policy, picture, leaving.attested(policy))
+        for image in _images(leaf):
+            policies.check_image(policy, image, leaving.attested(policy))
         return
     if isinstance(leaf, _Latent) and gate:
         raise RefusedError("gate.required", f"{name} lets out a latent that no gate can judge", "take it out")
@@ -160,8 +162,8 @@ def _check_leaf(policy: OperatorPolicy, node: Node, name: str, leaf: Any) -> Non
         policies.check_run(policy, run)
 
 
-def _pictures(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Single pictures (h w c) of a tensor; rows of a mask or of numbers (fewer dimensions) count as one, unknown."""
+def _images(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Single images (h w c) of a tensor; rows of a mask or of numbers (fewer dimensions) count as one, unknown."""
     if tensor.layout != torch.strided or tensor.is_nested:
         yield torch.zeros(0)
     elif tensor.numel():
@@ -203,7 +205,7 @@ def _is_video(value: Any) -> bool:
 
 
 def origin(leaf: Any) -> Runs | None:
-    """The runs that made something that is no picture; None where that is not known."""
+    """The runs that made something that is no image; None where that is not known."""
     if isinstance(leaf, _Latent):
         samples = leaf.samples
         if not isinstance(samples, torch.Tensor) or samples.is_nested or not samples.ndim or not len(samples):
@@ -297,7 +299,7 @@ def _returned(result: Any) -> tuple[Any, Mapping]:
 
 
 def check_shown(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], shown: Mapping[str, Any]) -> None:
-    """RefusedError where a node that is not known shows a file, or shows anything and was given what may be a picture.
+    """RefusedError where a node that is not known shows a file, or shows anything and was given what may be an image.
 
     Of nodes that neither write, show nor send by their own account, ComfyUI hands on what they show all the same.
     """
@@ -327,7 +329,7 @@ def _note(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], output
 
 
 def _note_texts(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list], outputs: Any) -> None:
-    """Remember texts that may be made of a picture, and what is made of them; see operators.graph.Kind.tells."""
+    """Remember texts that may be made of an image, and what is made of them; see operators.graph.Kind.tells."""
     if node.facts.ours or node.trusted(policy):
         return
     values = [value for some in inputs.values() for value in some]
@@ -356,7 +358,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _sources(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> Runs | None:
-    """The runs behind what a node makes that is no picture; None: it is not known to make it of what is known."""
+    """The runs behind what a node makes that is no image; None: it is not known to make it of what is known."""
     if node.trusted(policy) or (node.facts.core and node.names & leaving.SOURCES):
         return ()
     if not (node.facts.core and node.names & (leaving.SOUND_EDITS | leaving.DECODERS)):
@@ -365,7 +367,7 @@ def _sources(policy: OperatorPolicy, node: Node, inputs: Mapping[str, list]) -> 
 
 
 def _silent() -> bool:
-    """Whether no picture may be shown now: the node that runs was not checked, or nobody knows which one it is."""
+    """Whether no image may be shown now: the node that runs was not checked, or nobody knows which one it is."""
     return _closed() and not _shows.get()
 
 
@@ -379,7 +381,7 @@ def _closed() -> bool:
 
 
 def no_previews(original: Callable) -> Callable:
-    """Around ComfyUI's ways to show a picture while a node runs, which is their last argument."""
+    """Around ComfyUI's ways to show an image while a node runs, which is their last argument."""
 
     def update(self, *args, **kwargs):
         if _silent():
@@ -391,7 +393,7 @@ def no_previews(original: Callable) -> Callable:
 
 
 def no_values(original: Callable) -> Callable:
-    """Around what an error tells of a node's inputs, which prints the numbers of pictures and texts made of them."""
+    """Around what an error tells of a node's inputs, which prints the numbers of images and texts made of them."""
 
     def format_value(value: Any) -> Any:
         if value is None or not _closed():
