@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Whole:
     The dense matrix is made where nothing else will do, and not kept.
     """
 
-    span = 1.0
+    span = 1.0  # of the rows that chance gives inside its row space, as Factor.span: all of them
 
     def __init__(self, parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]):
         self.parts, self.W0 = tuple(parts), W0
@@ -133,7 +133,7 @@ class LayerPair:
     inner: float  # <dW_s, dW_t>
     projected_energy: float  # ‖P_U dW_t P_D‖²: what lies in the column and row spaces of dW_s
     row_overlap: float
-    span: float  # of dW_s
+    span: float  # of dW_s, see Factor.span
 
     @property
     def cosine(self) -> float:
@@ -141,13 +141,14 @@ class LayerPair:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """One task LoRA's changes of L weights, at strength 1, as the safety LoRA's changes see them."""
+class TaskFigures:
+    """One task LoRA's changes dW_t of L weights, at strength 1, beside the safety LoRA's changes dW_s of them."""
 
     energy: Tensor  # ‖dW_t‖², L
     inner: Tensor  # <dW_s, dW_t>, L
-    within: Tensor | None  # L r_s r_s: P_U dW_t P_D in orthonormal bases of the two spaces; None: dW_t is all inside
-    rows: tuple[Tensor, Tensor]  # L each: energy of its rows inside the row space of D_s, and in all
+    projected: Tensor | None  # P_U dW_t P_D in orthonormal bases of both spaces, L r_s r_s; None: they hold all of dW_t
+    rows_inside: Tensor  # energy of the rows of D_t inside the row space of D_s, L
+    rows_energy: Tensor  # energy of all rows of D_t, L
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,48 +157,62 @@ class Compared:
 
     layers: tuple[str, ...]
     changes: tuple[Change, ...]  # the safety LoRA's
-    seen: Mapping[int, Seen]  # by the number of the other
+    figures: Mapping[int, TaskFigures]  # by the number of the other
     crosses: Mapping[tuple[int, int], Tensor]  # L: <dW_i, dW_j> of every two others
 
     def pairs(self, strengths: Sequence[float]) -> list[LayerPair]:
         """Against Σ strength·dW_t, weight by weight."""
-        seen = {index: one for index, one in self.seen.items() if strengths[index]}
-        if not seen:
+        acting = {index: one for index, one in self.figures.items() if strengths[index]}
+        if not acting:
             nothing = torch.zeros(len(self.layers))
-            return self._pairs(nothing, nothing, nothing, nothing)
-        alone = _total(strengths[index] ** 2 * one.energy for index, one in seen.items())
-        pairs = [(i, j) for i, j in self.crosses if i in seen and j in seen]
-        energy = alone + 2 * _total(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in pairs)
-        some = (energy > ZERO_ENERGY * alone) & (energy != 0)
-        inner = _total(strengths[index] * one.inner for index, one in seen.items())
+            return self._pairs(energy=nothing, inner=nothing, projected=nothing, overlap=nothing)
+        apart = _total(strengths[index] ** 2 * one.energy for index, one in acting.items())
+        crossed = [(i, j) for i, j in self.crosses if i in acting and j in acting]
+        energy = apart + 2 * _total(strengths[i] * strengths[j] * self.crosses[i, j] for i, j in crossed)
+        inner = _total(strengths[index] * one.inner for index, one in acting.items())
         projected = energy
-        parts = [strengths[index] * one.within for index, one in seen.items() if one.within is not None]
+        parts = [strengths[index] * one.projected for index, one in acting.items() if one.projected is not None]
         if parts:
             projected = torch.minimum(energy, _total(parts).square().sum((1, 2)))
-        figures = (energy, inner, projected, _overlap(seen.values()))
-        return self._pairs(*(torch.where(some, figure, 0.0) for figure in figures))
+        changed = (energy > ZERO_ENERGY * apart) & (energy != 0)  # else the task LoRAs cancel to rounding
+        return self._pairs(
+            energy=torch.where(changed, energy, 0.0),
+            inner=torch.where(changed, inner, 0.0),
+            projected=torch.where(changed, projected, 0.0),
+            overlap=torch.where(changed, _overlap(acting.values()), 0.0),
+        )
 
     def alone(self, index: int) -> list[LayerPair]:
-        """Against one LoRA at strength 1, the weights that it changes."""
-        if (one := self.seen.get(index)) is None:
+        """Against one LoRA at strength 1, the weights that it changes; what it has inside the spaces is not asked."""
+        if (one := self.figures.get(index)) is None:
             return []
-        pairs = self._pairs(one.energy, one.inner, torch.zeros_like(one.energy), _overlap([one]))
+        nothing = torch.zeros_like(one.energy)
+        pairs = self._pairs(energy=one.energy, inner=one.inner, projected=nothing, overlap=_overlap([one]))
         return [pair for pair in pairs if pair.task_energy]
 
-    def _pairs(self, energy: Tensor, inner: Tensor, projected: Tensor, overlap: Tensor) -> list[LayerPair]:
+    def _pairs(self, *, energy: Tensor, inner: Tensor, projected: Tensor, overlap: Tensor) -> list[LayerPair]:
         """By the task LoRAs' figures of every weight (L each)."""
-        figures = zip(
-            self.layers, self.changes, *(t.tolist() for t in (energy, inner, projected, overlap)), strict=True
-        )
+        by_weight = zip(*(figure.tolist() for figure in (energy, inner, projected, overlap)), strict=True)
         return [
-            LayerPair(layer, a.energy, task, product, inside, rows, a.span)
-            for layer, a, task, product, inside, rows in figures
+            LayerPair(
+                layer=layer,
+                safety_energy=change.energy,
+                task_energy=task_energy,
+                inner=product,
+                projected_energy=inside,
+                row_overlap=rows,
+                span=change.span,
+            )
+            for layer, change, (task_energy, product, inside, rows) in zip(
+                self.layers, self.changes, by_weight, strict=True
+            )
         ]
 
 
-def _overlap(seen: Iterable[Seen]) -> Tensor:
+def _overlap(figures: Iterable[TaskFigures]) -> Tensor:
     """Energy of the rows inside over that of all rows (L)."""
-    inside, whole = (_total(energies) for energies in zip(*(one.rows for one in seen), strict=True))
+    some = tuple(figures)
+    inside, whole = _total(one.rows_inside for one in some), _total(one.rows_energy for one in some)
     return (inside / whole.clamp(min=1e-300)).clamp(max=1.0)
 
 
@@ -207,79 +222,104 @@ def compare(safety: Changes, others: Sequence[Changes]) -> list[Compared]:
     Raises GuardError where a change of the safety LoRA does nothing.
     """
     measure(safety.values())
-    alike: dict[str | tuple[int, ...], list[tuple[str, Change, dict[int, Change]]]] = {}
-    for layer, a in safety.items():
-        if a.energy == 0:
+    of_factors: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[str, Factor, dict[int, Factor]]]] = {}
+    of_wholes: list[tuple[str, Change, dict[int, Change]]] = []
+    for layer, own in safety.items():
+        if own.energy == 0:
             raise GuardError(
                 f"safety LoRA: layer {layer} has norm 0, it protects nothing: train the LoRA again",
                 code="lora.zero-layer",
             )
-        changes = {index: found[layer] for index, found in enumerate(others) if layer in found}
-        ranks = [item.down.shape[0] for item in (a, *changes.values()) if isinstance(item, Factor)]
-        kind = (*ranks, *changes) if len(ranks) == 1 + len(changes) else layer
-        alike.setdefault(kind, []).append((layer, a, changes))
-    return [_of_wholes(*group[0]) if isinstance(kind, str) else _of_factors(group) for kind, group in alike.items()]
+        changes = {number: found[layer] for number, found in enumerate(others) if layer in found}
+        factors = {number: change for number, change in changes.items() if isinstance(change, Factor)}
+        if isinstance(own, Factor) and len(factors) == len(changes):
+            ranks = tuple(one.down.shape[0] for one in (own, *factors.values()))
+            of_factors.setdefault((ranks, tuple(factors)), []).append((layer, own, factors))
+        else:
+            of_wholes.append((layer, own, changes))
+    return [*(_of_factors(group) for group in of_factors.values()), *(_of_wholes(*one) for one in of_wholes)]
 
 
-def _of_factors(group: Sequence[tuple[str, Any, Mapping[int, Any]]]) -> Compared:
+def _of_factors(weights: Sequence[tuple[str, Factor, Mapping[int, Factor]]]) -> Compared:
     """Weights whose changes are all factors, of the same ranks by the same LoRAs."""
-    layers, own, changes = zip(*group, strict=True)
-    numbers = tuple(changes[0])
-    members = [own, *([found[number] for found in changes] for number in numbers)]
-    places = range(1, len(members))
-    several = list(combinations(places, 2))
-    products = grams(members, [*((0, i) for i in places), *((i, i) for i in places), *several])
-    seen = {numbers[i - 1]: _see(own, members[i], products[0, i], products[i, i]) for i in places}
-    crosses = {(numbers[i - 1], numbers[j - 1]): inners(members[i], members[j], products[i, j]) for i, j in several}
-    return Compared(layers, own, seen, crosses)
+    layers, safety, changes = zip(*weights, strict=True)
+    tasks = {number: [found[number] for found in changes] for number in changes[0]}
+    place = {number: 1 + i for i, number in enumerate(tasks)}  # among the members, of which the safety LoRA is 0
+    two = list(combinations(tasks, 2))
+    wanted = [pair for i in place.values() for pair in ((0, i), (i, i))]
+    products = grams([safety, *tasks.values()], [*wanted, *((place[i], place[j]) for i, j in two)])
+    return Compared(
+        layers=layers,
+        changes=safety,
+        figures={n: _figures_of_factors(safety, tasks[n], products[0, i], products[i, i]) for n, i in place.items()},
+        crosses={(i, j): inners(tasks[i], tasks[j], products[place[i], place[j]]) for i, j in two},
+    )
 
 
-def _see(own: Sequence[Factor], others: Sequence[Factor], crossed: Grams, alone: Grams) -> Seen:
-    """``others`` (b) by U_aᵀ dW_b D_aᵀ for ``own`` (a); ``crossed``: products of a with b, ``alone``: of b with b."""
-    note_energies(others, alone)
-    up, down = crossed  # L r_a r_b
-    left, right = (torch.stack(roots).mT for roots in zip(*(a.roots for a in own), strict=True))
-    rows = right @ down  # D_b in an orthonormal basis of D_a's rows
-    within = column([b.scale for b in others])[:, None, None] * ((left @ up) @ rows.mT)
-    energies = rows.square().sum((1, 2)), trace(alone[1])
-    return Seen(column([b.energy for b in others]), inners(own, others, crossed), within, energies)
+def _figures_of_factors(safety: Sequence[Factor], task: Sequence[Factor], crossed: Grams, alone: Grams) -> TaskFigures:
+    """L weights' dW_t by U_sᵀ dW_t D_sᵀ; ``crossed``: products of both, ``alone``: of the task LoRA with itself."""
+    note_energies(task, alone)
+    up, down = crossed  # U_sᵀU_t and D_s D_tᵀ, L r_s r_t
+    left, right = (torch.stack(roots).mT for roots in zip(*(one.roots for one in safety), strict=True))  # L r_s r_s
+    rows = right @ down  # D_t in an orthonormal basis of D_s's rows
+    return TaskFigures(
+        energy=column([one.energy for one in task]),
+        inner=inners(safety, task, crossed),
+        projected=column([one.scale for one in task])[:, None, None] * ((left @ up) @ rows.mT),
+        rows_inside=rows.square().sum((1, 2)),
+        rows_energy=trace(alone[1]),
+    )
 
 
-def _of_wholes(layer: str, a: Change, changes: Mapping[int, Change]) -> Compared:
-    """One weight where the safety LoRA's change or another is no product of thin factors."""
-    several = sum(isinstance(b, Whole) for b in (a, *changes.values())) > 1  # then one meets the other densely
-    own = a.dense() if several and isinstance(a, Whole) else None
-    matrices = {index: b.dense() if several and isinstance(b, Whole) else None for index, b in changes.items()}
-    crosses = {
-        (i, j): column([_inner(changes[i], matrices[i], changes[j], matrices[j])]) for i, j in combinations(changes, 2)
-    }
-    seen = {index: _seen(a, own, b, matrices[index]) for index, b in changes.items()}
-    return Compared((layer,), (a,), seen, crosses)
+def _of_wholes(layer: str, own: Change, changes: Mapping[int, Change]) -> Compared:
+    """One weight where the safety LoRA's change or another is no product of thin factors.
+
+    A change that meets another of its kind is made dense once; one that meets factors alone is not.
+    """
+    several = sum(isinstance(one, Whole) for one in (own, *changes.values())) > 1
+    own_dense = own.dense() if several and isinstance(own, Whole) else None
+    dense = {n: one.dense() if several and isinstance(one, Whole) else None for n, one in changes.items()}
+    return Compared(
+        layers=(layer,),
+        changes=(own,),
+        figures={n: _figures_of_change(own, own_dense, one, dense[n]) for n, one in changes.items()},
+        crosses={
+            (i, j): column([_inner(changes[i], dense[i], changes[j], dense[j])]) for i, j in combinations(changes, 2)
+        },
+    )
 
 
-def _seen(a: Change, own: Tensor | None, b: Change, matrix: Tensor | None) -> Seen:
-    """One change by another; ``own`` and ``matrix`` where they are dense already."""
-    energy = column([b.energy])
-    if not isinstance(a, Factor):  # it spans everything: all of dW_b is inside
-        return Seen(energy, column([_inner(a, own, b, matrix)]), None, (torch.ones(1), torch.ones(1)))
-    if isinstance(b, Factor):
-        return _see([a], [b], *grams([[a], [b]], [(0, 1), (1, 1)]).values())
-    up, down = ready(a)
-    change = _times(b, matrix, down.T)  # out r
-    M = product(up, change.T).double()  # r r
-    rows = (change.double() @ a.roots[1]).square().sum()
-    return Seen(energy, a.scale * M.trace()[None], (a.roots[0].T @ M @ a.roots[1])[None], (rows[None], energy))
+def _figures_of_change(own: Change, own_dense: Tensor | None, task: Change, task_dense: Tensor | None) -> TaskFigures:
+    """One weight's dW_t; the two matrices where they are made already."""
+    energy = column([task.energy])
+    if not isinstance(own, Factor):  # it spans everything: all of dW_t is inside
+        inner = column([_inner(own, own_dense, task, task_dense)])
+        return TaskFigures(energy, inner, projected=None, rows_inside=torch.ones(1), rows_energy=torch.ones(1))
+    if isinstance(task, Factor):
+        products = grams([[own], [task]], [(0, 1), (1, 1)])
+        return _figures_of_factors([own], [task], products[0, 1], products[1, 1])
+    up, down = ready(own)
+    seen = _times(task, task_dense, down.T)  # dW_t D_sᵀ, out r_s
+    within = product(up, seen.T).double()  # U_sᵀ dW_t D_sᵀ, r_s r_s
+    left, right = own.roots
+    return TaskFigures(
+        energy=energy,
+        inner=own.scale * within.trace()[None],
+        projected=(left.T @ within @ right)[None],
+        rows_inside=(seen.double() @ right).square().sum()[None],
+        rows_energy=energy,
+    )
 
 
-def _inner(a: Change, A: Tensor | None, b: Change, B: Tensor | None) -> float:
-    """<dW_a, dW_b>; ``A`` and ``B`` where they are dense already."""
+def _inner(a: Change, a_dense: Tensor | None, b: Change, b_dense: Tensor | None) -> float:
+    """<dW_a, dW_b>; the two matrices where they are made already."""
     if isinstance(a, Factor):
         if isinstance(b, Factor):
             return float(inners([a], [b], grams([[a], [b]], [(0, 1)])[0, 1]))
-        return a.scale * _dot(_times(b, B, a.down.T), a.up)
+        return a.scale * _dot(_times(b, b_dense, a.down.T), a.up)
     if isinstance(b, Factor):
-        return _inner(b, B, a, A)
-    return _dot(a.dense() if A is None else A, b.dense() if B is None else B)
+        return _inner(b, b_dense, a, a_dense)
+    return _dot(a.dense() if a_dense is None else a_dense, b.dense() if b_dense is None else b_dense)
 
 
 def _times(b: Whole, matrix: Tensor | None, x: Tensor) -> Tensor:
