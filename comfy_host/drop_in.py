@@ -117,7 +117,7 @@ class DropInMixin(HookedMixin):
         return self.guard_built
 
     @property
-    def guard_seat(self) -> Attachment:  # type: ignore[override]
+    def guard_attachment(self) -> Attachment:  # type: ignore[override]
         """Where the branches sit on this clone's model."""
         if self._guard_seat is None:
             self._guard_seat = Attachment(self.model, self.guard_state.part.branches)

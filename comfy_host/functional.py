@@ -196,15 +196,15 @@ def _acting(patcher, module: nn.Module, part: GuardedPart | None, roles: frozens
         yield
         return
     branches = part.branches
-    seat = Attachment(module, branches)
+    attachment = Attachment(module, branches)
     with branches.only(*roles):
         branches.to(patcher.load_device, compute_dtype(patcher))
-        seat.attach()
+        attachment.attach()
         try:
             yield
-            seat.verify()
+            attachment.verify()
         finally:
-            seat.detach()
+            attachment.detach()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modular_lora.branches.attachment import tree
+from ..modular_lora.branches.module_tree import tree_identity
 from ..modular_lora.guard.build import GuardedPart, GuardLimits, Safety, Tasks
 from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.util.cache import Cache
@@ -55,7 +55,7 @@ def _identity(module: torch.nn.Module) -> object:
     if module not in _watched:
         _watched.add(module)
         weakref.finalize(module, _forget, id(module))
-    return id(module), tree(module)
+    return id(module), tree_identity(module)
 
 
 def _forget(module: int) -> None:

@@ -26,7 +26,8 @@ class GuardedRun:
     is wrong with them is kept (`stop`); `around` then raises it, or discards the run that ended with an error.
 
     Attributes:
-        seat: The branches on the model. No run holds its patcher, which holds the run: it must go when nobody uses it.
+        attachment: The branches on the model. A run holds no patcher, as its patcher holds the run: both must go when
+            nobody uses them.
         steps: How many evaluations of each kind are expected.
         images: How many images are sampled.
         content: What the run starts from; the same content measures the same evaluation.
@@ -37,12 +38,13 @@ class GuardedRun:
         acted: What each safety LoRA did, as far as it was measured.
         measured: How many evaluations were measured.
         result: The attestation of a run that ended well.
+        can_start: Whether it has yet to start; a sampler that starts one without the guard's check is refused.
         shares: g of every image where the task LoRAs give way; None until it is found.
-        muted: How many evaluations found it.
+        muted: In how many evaluations the task LoRAs did not act, as they were to find it.
         others: Parts of the same run in which other branches took the place of these (hooked_loras.py).
     """
 
-    seat: Attachment
+    attachment: Attachment
     steps: int = 1
     images: int = 1
     content: bytes = b""
@@ -72,31 +74,32 @@ class GuardedRun:
             self.discard()
 
     def start(self) -> None:
-        """Start counting, and measuring where all LoRAs act; task LoRAs that give way do not act until it is found how
-        far.
+        """Start counting, and measuring where all LoRAs act.
+
+        Task LoRAs that give way do not act until `restart` or `set_shares` says how far.
         """
-        branches = self.seat.branches
+        branches = self.attachment.branches
         if branches.gives_way:
             branches.task_share, branches.image_shares = 0.0, self.shares
         self._counting = Run(branches)
         self._measure()
 
-    def found(self, shares: tuple[float, ...]) -> None:
-        """g is found: what is counted and measured of the run begins here."""
+    def restart(self, shares: tuple[float, ...]) -> None:
+        """Let the task LoRAs of every image act at its share g, now that it is found; count and measure from here."""
         if self._counting is not None:
             self.muted = self._counting.finish(may_be_empty=True).evaluations  # without a prompt there is none
-        self.shares_are(shares)
-        self._counting = Run(self.seat.branches)
+        self.set_shares(shares)
+        self._counting = Run(self.attachment.branches)
         self._measure()
 
-    def shares_are(self, shares: tuple[float, ...]) -> None:
+    def set_shares(self, shares: tuple[float, ...]) -> None:
         """The task LoRAs of every image act at its share."""
-        self.shares = self.seat.branches.image_shares = shares
+        self.shares = self.attachment.branches.image_shares = shares
 
     def _measure(self) -> None:
-        branches = self.seat.branches
+        branches = self.attachment.branches
         if branches.roles == ALL_ROLES:
-            rows = partial(evaluation_rows, self.images) if isinstance(self.seat.model, BaseModel) else None
+            rows = partial(evaluation_rows, self.images) if isinstance(self.attachment.model, BaseModel) else None
             branches.meter.start(rows, self.steps, self.content, self.prompt)
 
     @property
@@ -106,12 +109,12 @@ class GuardedRun:
 
     def pause(self) -> None:
         """Before other branches take the place of these, which must have been on until now."""
-        self.seat.verify()
+        self.attachment.verify()
         self._paused = True
 
     def resume(self) -> None:
         """Take the place back."""
-        self.seat.attach()
+        self.attachment.attach()
         self._paused = False
 
     def stop(self) -> None:
@@ -121,18 +124,18 @@ class GuardedRun:
         counting, self._counting = self._counting, None
         if counting is None:
             return
-        meter = self.seat.branches.meter
+        meter = self.attachment.branches.meter
         try:
             elsewhere = any(other.counts is not None and other.counts.evaluations for other in self.others)
             counts = counting.finish(self.may_be_empty or elsewhere)
-            if self.seat.branches.gives_way and self.shares is None and counts.evaluations:
+            if self.attachment.branches.gives_way and self.shares is None and counts.evaluations:
                 raise GuardError(
                     "This sampler did not let the guard find how far the task LoRAs must give way, so they did not act "
                     "at all: sample with a node that calls a guider, or choose the sum.",
                     code="safety-first.not-found",
                 )
             if not self._paused:
-                self.seat.verify()  # what took branches and counter off together leaves equal counts
+                self.attachment.verify()  # what took branches and counter off together leaves equal counts
             measured, self.acted = meter.evaluations, meter.finish(self.images)
             self.counts, self.measured = counts, measured
             self._join()
@@ -140,11 +143,11 @@ class GuardedRun:
             self._wrong = error
         finally:
             meter.stop()
-            self._settle()
+            self._let_all_act()
 
-    def _settle(self) -> None:
-        """All LoRAs act in full again."""
-        self.seat.branches.task_share, self.seat.branches.image_shares = 1.0, None
+    def _let_all_act(self) -> None:
+        """Task LoRAs that gave way act in full again."""
+        self.attachment.branches.task_share, self.attachment.branches.image_shares = 1.0, None
 
     def _join(self) -> None:
         """Count and judge the parts of a run as one."""
@@ -172,8 +175,8 @@ class GuardedRun:
         for other in self.others:
             other.discard()
         if self._counting is not None:
-            self.seat.branches.meter.stop()
-            self._settle()
+            self.attachment.branches.meter.stop()
+            self._let_all_act()
         self.can_start, self._counting, self._wrong = False, None, None
         self.counts, self.acted, self.measured = None, {}, 0
 

@@ -98,9 +98,9 @@ class HookedMixin(GuardMixin):
         if known is None:
             known = self._guard_sets[wanted] = self._guard_set(wanted, self.guard_run)
             self.guard_run.others.append(known.run)
-            known.run.seat.attach()
-            known.run.seat.verify()
-            known.run.seat.branches.to(self.load_device, compute_dtype(self))
+            known.run.attachment.attach()
+            known.run.attachment.verify()
+            known.run.attachment.branches.to(self.load_device, compute_dtype(self))
             known.run.start()
         else:
             known.run.resume()
@@ -109,8 +109,8 @@ class HookedMixin(GuardMixin):
     def _guard_set(self, wanted: Acting, main: GuardedRun) -> _Set:
         more = self._guard_of(wanted)
         state = self.guard_with(more)
-        seat = Attachment(self.model, state.part.branches)
-        run = GuardedRun(seat, main.steps, main.images, main.content, may_be_empty=True, shares=main.shares)
+        attachment = Attachment(self.model, state.part.branches)
+        run = GuardedRun(attachment, main.steps, main.images, main.content, may_be_empty=True, shares=main.shares)
         return _Set(run, state, tuple(one.task for one in more))
 
     def _guard_of(self, acting: Acting) -> tuple[Added, ...]:
@@ -121,10 +121,10 @@ class HookedMixin(GuardMixin):
             self.guard_run.stop()
         for acting, one in self._guard_sets.items():
             if acting:
-                one.run.seat.detach()
-                one.run.seat.branches.free()
+                one.run.attachment.detach()
+                one.run.attachment.branches.free()
         if len(self._guard_sets) > 1 and self.is_injected:
-            self.guard_seat.attach()
+            self.guard_attachment.attach()
         super().cleanup()
 
     def guard_acted(self, record: Attestation) -> Attestation:

@@ -9,8 +9,8 @@ import comfy.lora
 import comfy.model_patcher
 import torch
 
-from ..modular_lora.branches.attachment import places, tree
 from ..modular_lora.branches.layer_spec import LayerSpec, layer_spec, layer_specs
+from ..modular_lora.branches.module_tree import modules_at, tree_identity
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import ModelInfo
 from ..modular_lora.tensor_hashing import weights_sha256
@@ -52,7 +52,7 @@ def _norms_of(module: torch.nn.Module, weight: Callable[[str], torch.Tensor]) ->
 
 def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple[dict, dict]:
     """(key map, specs); ``remembered``: as they were last, which the caller holds against the layers (is_current)."""
-    mark, known = tree(module), _layouts.get(module)
+    mark, known = tree_identity(module), _layouts.get(module)
     if not remembered or known is None or known[0] is not mark:
         known = _layouts[module] = mark, names(module, {}), _specs(module)
     return known[1:]
@@ -61,7 +61,7 @@ def _layout(module: torch.nn.Module, names: Callable, remembered: bool) -> tuple
 def is_current(module: torch.nn.Module, specs: Iterable[LayerSpec]) -> bool:
     """Whether these layers are still what their specs say."""
     own = {spec.path: spec.own for spec in specs}
-    return all(layer_spec(path, layer) == own[path] for path, layer in places(module, own).items())
+    return all(layer_spec(path, layer) == own[path] for path, layer in modules_at(module, own).items())
 
 
 def _text_roots(encoders: torch.nn.Module) -> Iterator[str]:

@@ -123,7 +123,7 @@ class GuardMixin(KeptMixin, MemoryMixin):
     """In front of a ModelPatcher's class: attaches, checks and counts the branches; refuses what would lose them."""
 
     guard_state: GuardState
-    guard_seat: Attachment
+    guard_attachment: Attachment
     guard_run: GuardedRun | None  # the latest; clones have runs of their own
     is_injected: bool  # ModelPatcher's: whether the branches are on the layers
     guard_beside = _BESIDE  # remedy for what a node put beside the guard
@@ -185,12 +185,12 @@ class GuardMixin(KeptMixin, MemoryMixin):
         if self.is_injected or self.skip_injection:
             return
         super().inject_model()
-        self.guard_seat.attach()
+        self.guard_attachment.attach()
         self.is_injected = True
 
     def eject_model(self):
         if self.is_injected:
-            self.guard_seat.detach()
+            self.guard_attachment.detach()
         super().eject_model()
 
     def pre_run(self):
@@ -211,11 +211,11 @@ class GuardMixin(KeptMixin, MemoryMixin):
 
     def guard_begin(self, run: GuardedRun | None = None) -> GuardedRun:
         """Verify that nothing was put beside the guard, attach the branches, start a run. Raises GuardError."""
-        self.guard_run = run = run or GuardedRun(self.guard_seat)
+        self.guard_run = run = run or GuardedRun(self.guard_attachment)
         run.can_start = False
         _check_clean(self, self.guard_state.patches, "The guarded model", self.guard_beside)
-        self.guard_seat.attach()
-        self.guard_seat.verify()
+        self.guard_attachment.attach()
+        self.guard_attachment.verify()
         self.branches.to(self.load_device, compute_dtype(self))
         run.start()
         return run
@@ -233,7 +233,7 @@ def _guarded_class(base: type, mixin: type) -> type:
 
 def _wrap(patcher, state: GuardState):
     """Put the guard in front of a patcher that nobody else holds (a fresh clone)."""
-    patcher.guard_state, patcher.guard_seat = state, Attachment(patcher.model, state.part.branches)
+    patcher.guard_state, patcher.guard_attachment = state, Attachment(patcher.model, state.part.branches)
     return dress(patcher, GuardMixin)
 
 
@@ -267,7 +267,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         _silence_previews(callback)
     kept = _Denoised(callback)
     run = patcher.guard_run = GuardedRun(
-        patcher.guard_seat,
+        patcher.guard_attachment,
         steps=max(1, sigmas.shape[-1] - 1),
         images=len(noise),
         content=tensor_sha256(noise).encode(),

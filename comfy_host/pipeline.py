@@ -182,15 +182,15 @@ class ComfyPipeline:
             return
         comfy.model_management.load_models_gpu([patcher])  # takes off what a guarded clone has on it
         part.branches.to(patcher.load_device, compute_dtype(patcher))
-        seat = Attachment(module, part.branches)
-        seat.attach()  # without LoRAs too: nobody else's branches act on the base's images
+        attachment = Attachment(module, part.branches)
+        attachment.attach()  # without LoRAs too: nobody else's branches act on the base's images
         try:
             run = Run(part.branches)
             yield
             run.finish(may_be_empty=False)
-            seat.verify()
+            attachment.verify()
         finally:
-            seat.detach()
+            attachment.detach()
 
 
 def _check(model, clip) -> None:

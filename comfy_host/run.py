@@ -95,7 +95,7 @@ class GenerateMixin(CLIP):
             text = super().generate(tokens, *args, **kwargs)
         finally:
             run.discard()  # each token runs the layers, without an evaluation of what holds them
-        self.patcher.guard_seat.verify()
+        self.patcher.guard_attachment.verify()
         check_even(self.patcher.branches, before)
         return text
 

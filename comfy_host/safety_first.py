@@ -34,10 +34,10 @@ def found_first(executor, guider, sigmas, extra_args, callback, noise, *args, **
     if run is not None and patcher.branches.gives_way and len(sigmas) > 1:
         with_tasks = any(lora.role == "task" for lora in patcher.guard_state.record.loras)
         if with_tasks or getattr(patcher, "guard_hooked", None):
-            run.found(_found(guider, patcher, noise, extra_args["model_options"]))
+            run.restart(_found(guider, patcher, noise, extra_args["model_options"]))
             forget(patcher.model)
         else:
-            run.shares_are((1.0,) * len(noise))
+            run.set_shares((1.0,) * len(noise))
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 

@@ -159,9 +159,9 @@ class ComfyHostModel:
             for module, part in zip((self._model, self.text_encoder), parts, strict=True):
                 if part.branches.layers:
                     part.branches.to(self.device, self.dtype)
-                    seat = Attachment(module, part.branches)
-                    stack.callback(seat.detach)
-                    seat.attach()
+                    attachment = Attachment(module, part.branches)
+                    stack.callback(attachment.detach)
+                    attachment.attach()
             yield
 
 

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 
 from ..errors import GuardError
-from .changes import TASKS, Fused, Owner
+from .changes import TASKS, Owner
+from .fusing import Fused
 
 SHARE = 1e-6  # least Σ|z|² / Σ|y0|² that is judged
 PROBE_FLOOR = 0.5  # least <with s − without s, s> / <s, s> of a layer in the probe

@@ -1,4 +1,4 @@
-"""Unmerged branches on the layers of a model: y = W0·x + b + Σᵢ strengthᵢ·ΔWᵢ·x, summed as changes.py fuses them.
+"""Unmerged branches on the layers of a model: y = W0·x + b + Σᵢ strengthᵢ·ΔWᵢ·x, summed as fusing.py fuses them.
 
 A layer has one down product and two up products, the safety LoRAs' and the task LoRAs', however many there are. The
 branches are plain objects in ``module.__dict__["forward"]``: never an nn.Module, so no state dict, optimizer or save
@@ -7,11 +7,10 @@ path ever sees them.
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import GuardError
 from .acted import Meter
 from .fused import OFF, FusedLayer, Held, counter, make, note_traced, plain, traced
+from .module_tree import modules_at, tree_identity
 
 ALL_ROLES: frozenset[str] = frozenset(("safety", "task"))
 SAFETY_ALONE: frozenset[str] = frozenset(("safety",))
@@ -74,7 +74,7 @@ class Branches:
         self._runs_with: dict[str, str] = {}
         self._held, self._ready = Held(), tuple[object, ...]()
         for layer in self.layers.values():
-            self._held.change(layer.nbytes())
+            self._held.add(layer.nbytes())
             layer.held, layer.meter = self._held, meter
 
     @contextmanager
@@ -141,7 +141,7 @@ class Branches:
         In ``dtype``, but for layers whose activations turned out to have another in a run before.
         """
         ready = (self.roles, device, dtype)
-        if self._ready == (*ready, self._held.changes):
+        if self._ready == (*ready, self._held.version):
             return
         self._move(device)
         wanted = None if dtype == self._dtype else dtype
@@ -149,7 +149,7 @@ class Branches:
             missing = [layer for layer in self.layers.values() if not layer.holds(roles, device, wanted)]
             make(missing, roles, dtype, device)
         self._dtype = dtype
-        self._ready = (*ready, self._held.changes)
+        self._ready = (*ready, self._held.version)
 
     @property
     def _needed(self) -> tuple[frozenset[str], ...]:
@@ -183,7 +183,16 @@ class Branches:
 
 
 class _Branch:
-    """Stands in ``module.forward``: the layer's own forward plus the fused branch."""
+    """A wrapper of ``module.forward``: the layer's own forward plus the fused branch.
+
+    It is made once for a module and serves one attachment after another: ``bind`` gives it what it calls, ``release``
+    takes that away. In between, and where somebody kept it, it calls the forward alone (``live`` is False).
+    """
+
+    forward: Callable
+    layer: FusedLayer
+    branches: Branches
+    live = False
 
     def bind(self, forward: Callable, path: str, branches: Branches) -> None:
         self.forward, self.layer, self.branches, self.live = forward, branches.layers[path], branches, True
@@ -206,7 +215,12 @@ class _WideBranch(_Branch):
 
 
 class _Evaluations:
-    """Stands in the root's ``forward``: counts the evaluations of the model."""
+    """A wrapper of the forward of a root or a part, which counts how often it runs; bound and released as _Branch."""
+
+    forward: Callable
+    root: str
+    branches: Branches
+    live = False
 
     def bind(self, forward: Callable, path: str, branches: Branches) -> None:
         self.forward, self.root, self.branches, self.live = forward, path, branches, True
@@ -235,7 +249,7 @@ class _Wrappers:
     """The wrappers of one model, and where the guard that it had last put them."""
 
     def __init__(self):
-        self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, mark of the tree
+        self.wanted: list = []  # paths of layers, those with more inputs, paths of what is counted, the tree's identity
         self.placements: list[Placement] = []
         self._made: dict[tuple[type[_Wrapper], str], _Wrapper] = {}
 
@@ -288,10 +302,10 @@ class Attachment:
     def _placements(self) -> list[Placement]:
         """One for every layer and then for all that is counted; remembered for the next guard of the same layers."""
         branches = self.branches
-        wanted = [*branches.layers, branches.wide, *branches.counted, tree(self.model)]
+        wanted = [*branches.layers, branches.wide, *branches.counted, tree_identity(self.model)]
         known = _wrappers.setdefault(self.model, _Wrappers())
         if known.wanted != wanted:
-            modules = places(self.model, (*branches.layers, *branches.counted))
+            modules = modules_at(self.model, (*branches.layers, *branches.counted))
             kinds: list[tuple[type[_Wrapper], str]]
             kinds = [(_WideBranch if path in branches.wide else _Branch, path) for path in branches.layers]
             kinds += [(_Evaluations, path) for path in branches.counted]
@@ -334,56 +348,6 @@ def attached(model: nn.Module) -> Branches | None:
     """The branches that sit on a model now."""
     attachment = model.__dict__.get(_ATTACHMENT)
     return attachment.branches if attachment is not None else None
-
-
-def tree(model: nn.Module) -> object:
-    """Identity token of the module tree: another object as soon as an ancestor of a guarded layer is replaced."""
-    return _tree(model).mark
-
-
-@dataclass(frozen=True, eq=False)
-class _Tree:
-    """Modules of a model by path, and where each stands: among its siblings by its name; the root is in neither."""
-
-    found: dict[str, nn.Module] = field(default_factory=dict)
-    siblings: list[dict[str, nn.Module | None]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    mark: object = field(default_factory=object)
-
-    def holds(self) -> bool:
-        """Whether every module still stands where it stood; a loop that Python itself runs takes twice as long."""
-        return all(map(operator.is_, map(dict.get, self.siblings, self.names), self.found.values()))
-
-
-_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> _Tree
-
-
-def _tree(model: nn.Module) -> _Tree:
-    found = _trees.get(model)
-    if found is None or not found.holds():
-        found = _trees[model] = _Tree()
-    return found
-
-
-def places(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules at ``paths``; remembered until one on the way to any of them is replaced."""
-    known = _tree(model)
-    for path in paths:
-        if path and path not in known.found:
-            _walk(model, path, known)
-    return {path: known.found[path] if path else model for path in paths}
-
-
-def _walk(model: nn.Module, path: str, known: _Tree) -> None:
-    """Note every module on the way to ``path``, and where it stands."""
-    module, here = model, ""
-    for name in path.split("."):
-        here = f"{here}.{name}" if here else name
-        if here not in known.found:
-            known.found[here] = module.get_submodule(name)
-            known.siblings.append(module._modules)
-            known.names.append(name)
-        module = known.found[here]
 
 
 def _refuse_foreign_forward(path: str, module: nn.Module, former: object) -> None:

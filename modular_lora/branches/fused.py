@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import GuardError
 from .acted import Meter
-from .changes import Fused, Term, count, fuse
+from .changes import Term
+from .fusing import Fused, count, fuse
 from .layer_spec import LayerSpec
 
 COMPUTE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -31,14 +32,15 @@ OFF = Meter({}, {}, None)  # of layers that belong to no guard
 
 
 class Held:
-    """Bytes of the fused weights of all layers of one model, and how often they were made or dropped."""
+    """The fused weights of all layers of one model: their bytes, and a version that grows as any is made or dropped."""
 
-    def __init__(self):
-        self.nbytes = self.changes = 0
+    def __init__(self) -> None:
+        self.nbytes = self.version = 0
 
-    def change(self, nbytes: int) -> None:
+    def add(self, nbytes: int) -> None:
+        """As many bytes more, or less where it is negative."""
         self.nbytes += nbytes
-        self.changes += 1
+        self.version += 1
 
 
 class FusedLayer:
@@ -53,7 +55,7 @@ class FusedLayer:
         self.calls = 0
         self.calls_compiled = counter()
         self._fused: dict[tuple[frozenset[str], torch.dtype, torch.device], Fused | None] = {}
-        self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it used
+        self._last: tuple = (None, None, None, None)  # roles, dtype, device of the last call, and what it found here
         self.held, self.meter = Held(), OFF
 
     def fused(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> Fused | None:
@@ -66,26 +68,30 @@ class FusedLayer:
             make([self], roles, dtype, device)
         return self._fused[key]
 
-    def clear(self, roles: frozenset[str], dtype: torch.dtype) -> list[Term]:
-        """Make room for these roles in ``dtype``; their terms. GuardError for a dtype that nothing is computed in."""
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise GuardError for a dtype that nothing is computed in."""
         if dtype not in COMPUTE:
             raise GuardError(
                 f"Layer {self.spec.path} got activations in {dtype}, which no branch is computed in: turn off the node "
                 "or option that quantises activations outside the layers.",
                 code="layer.activations",
             )
-        self._drop([k for k in self._fused if k[0] == roles])
-        return [t for t in self.terms if t.role in roles]
+
+    def of(self, roles: frozenset[str]) -> list[Term]:
+        """The terms of these roles."""
+        return [term for term in self.terms if term.role in roles]
 
     def keep(self, roles: frozenset[str], dtype: torch.dtype, device: torch.device, made: Fused | None) -> None:
+        """Hold what was made of the terms of these roles, None where there are none."""
         self._fused[roles, dtype, device] = made
-        self.held.change(made.nbytes if made else 0)
+        self.held.add(made.nbytes if made else 0)
 
-    def _drop(self, keys: list[tuple]) -> None:
+    def free(self, roles: frozenset[str] | None = None) -> None:
+        """Drop the fused weights of these roles, None: all; they are made again from the terms when next needed."""
         self._last = (None, None, None, None)
-        for key in keys:
+        for key in [key for key in self._fused if roles in (None, key[0])]:
             fused = self._fused.pop(key)
-            self.held.change(-fused.nbytes if fused else 0)
+            self.held.add(-fused.nbytes if fused else 0)
 
     def holds(self, roles: frozenset[str], device: torch.device, dtype: torch.dtype | None) -> bool:
         """Whether the active terms are fused on ``device``; None: in whichever dtype the last activation had."""
@@ -93,10 +99,10 @@ class FusedLayer:
 
     def count(self, roles: frozenset[str]) -> int:
         """How many numbers the terms of these roles fused are."""
-        return count(self.spec, [t for t in self.terms if t.role in roles])
+        return count(self.spec, self.of(roles))
 
     def add(self, y: Tensor, x: Tensor, roles: frozenset[str], g: Tensor | None = None) -> Tensor:
-        """(y + s) + g·t (changes.Fused), in the activation's dtype, whatever the weight is stored in.
+        """(y + s) + g·t (fusing.Fused), in the activation's dtype, whatever the weight is stored in.
 
         A call counts whether or not there is a term of these roles.
         """
@@ -118,20 +124,22 @@ class FusedLayer:
         """Bytes of the fused weights that are held now, over all dtypes and devices."""
         return sum(fused.nbytes for fused in self._fused.values() if fused)
 
-    def free(self) -> None:
-        """Drop the fused weights; they are made again from the terms when next needed."""
-        self._drop(list(self._fused))
-
 
 def make(layers: Iterable[FusedLayer], roles: frozenset[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Fuse the active terms of all these layers, in the place of what they held for these roles."""
-    found = [(layer, layer.clear(roles, dtype)) for layer in layers]
-    some = [(layer, terms) for layer, terms in found if terms]
+    """Fuse the active terms of all these layers, in the place of what they held for these roles.
+
+    Raises GuardError for a dtype that nothing is computed in.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.check(dtype)
+        layer.free(roles)
+    with_terms = {layer: terms for layer in layers if (terms := layer.of(roles))}
     with plain():
-        made = fuse([(layer.spec, terms) for layer, terms in some], dtype, device)
-    by_layer = {layer: fused for (layer, _), fused in zip(some, made, strict=True)}
-    for layer, _ in found:
-        layer.keep(roles, dtype, device, by_layer.get(layer))
+        made = fuse([(layer.spec, terms) for layer, terms in with_terms.items()], dtype, device)
+    fused = dict(zip(with_terms, made, strict=True))
+    for layer in layers:
+        layer.keep(roles, dtype, device, fused.get(layer))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How large the LoRAs beside a safety LoRA may be: sums in floating point lose what is small beside what is large.
 
-The guard sums safety and task LoRAs apart (changes.Fused), so only the last addition, (y0 + s) + t, can still round s
+The guard sums safety and task LoRAs apart (fusing.Fused), so only the last addition, (y0 + s) + t, can still round s
 away. It cannot while t is of the size of y0 itself, whose own rounding s outlives. A file whose terms are far larger
 than that is no LoRA that anybody trained, even where they cancel in exact arithmetic.
 """

@@ -4,7 +4,7 @@ Beside the paper's sum, y = (y0 + s) + t, a second way to put modules together, 
 
     y = (y0 + s) + g·t        g in [0, 1], one for each image and all of its run
 
-with y0 = W0·x + b, s and t the shares of the safety LoRAs and of the task LoRAs (branches/changes.py). With a the
+with y0 = W0·x + b, s and t the shares of the safety LoRAs and of the task LoRAs (branches/fusing.py). With a the
 activity of a safety LoRA on the image's prompt (branches/acted.py), in an evaluation without the task LoRAs, and the
 bounds of its calibration (activity.py), low up to where a prompt is one of those kept and high from where it is about
 the concept:

@@ -196,7 +196,7 @@ def guarded(world: World, loras: Loras, latent: int, measuring: bool = False) ->
                     patcher.branches.meter.stop()
                 yield
         finally:
-            patcher.guard_seat.detach()
+            patcher.guard_attachment.detach()
 
     return Contender(ready, world.evaluation(latent))
 

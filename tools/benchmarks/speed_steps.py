@@ -201,7 +201,7 @@ def memory(world: World, job: Job) -> dict:
     layers = patcher.guard_state.part.branches.layers.values()
     fused, held = sum(layer.nbytes() for layer in layers), _held() - before
     run.discard()
-    patcher.guard_seat.detach()
+    patcher.guard_attachment.detach()
     del read
     (name,) = job.rows
     return {"rows": {name: {"ratio": float(f"{held / fused:.4g}")}}, "fused MB": fused / 1e6}

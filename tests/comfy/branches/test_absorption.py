@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term
+from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Gain, Kron, LowRank, Rotation, Term
+from modular_lora_guard.modular_lora.branches.fusing import Fused
 from modular_lora_guard.modular_lora.branches.layer_spec import layer_spec
 from support.errors import refuses
 from support.graphs import guarded_graph, save_lora

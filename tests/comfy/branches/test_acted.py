@@ -11,7 +11,8 @@ import torch
 from modular_lora_guard.modular_lora.branches import acted
 from modular_lora_guard.modular_lora.branches.acted import EVERY, Meter
 from modular_lora_guard.modular_lora.branches.attachment import Attachment, Branches, FusedLayer
-from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Fused, Gain, Kron, LowRank, Rotation, Term
+from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Gain, Kron, LowRank, Rotation, Term
+from modular_lora_guard.modular_lora.branches.fusing import Fused
 from modular_lora_guard.modular_lora.branches.layer_spec import layer_spec
 from modular_lora_guard.modular_lora.errors import GuardError
 from modular_lora_guard.tools.benchmarks import cancelling
@@ -228,9 +229,9 @@ class Absorbing(Fused):
 
 def test_the_probe_sees_a_share_that_rounding_took(monkeypatch):
     """Without the separate sums: up [2^40, −2^40] over equal rows of down."""
-    from modular_lora_guard.modular_lora.branches import changes
+    from modular_lora_guard.modular_lora.branches import fusing
 
-    monkeypatch.setattr(changes, "Fused", Absorbing)
+    monkeypatch.setattr(fusing, "Fused", Absorbing)
     d, u = torch.ones(1, 8), torch.full((8, 1), 2.0**40)
     huge = LowRank(torch.cat([d, d]), torch.cat([u, -u], 1))
     terms = {

@@ -9,17 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches.changes import (
-    Bias,
-    Dense,
-    Fused,
-    Gain,
-    Kron,
-    LowRank,
-    Rotation,
-    Term,
-    count,
-)
+from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Gain, Kron, LowRank, Rotation, Term
+from modular_lora_guard.modular_lora.branches.fusing import Fused, count
 from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from support.graphs import guarded_graph
 from support.small_unet import sampled

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modular_lora_guard.modular_lora.branches import changes
+from modular_lora_guard.modular_lora.branches import fusing
 from modular_lora_guard.modular_lora.branches.attachment import Attachment, Branches
-from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Fused, Gain, LowRank, Term, fuse
+from modular_lora_guard.modular_lora.branches.changes import Bias, Dense, Gain, LowRank, Term
 from modular_lora_guard.modular_lora.branches.fused import FusedLayer, make
+from modular_lora_guard.modular_lora.branches.fusing import Fused, fuse
 from modular_lora_guard.modular_lora.branches.layer_spec import Conv, LayerSpec
 from support.errors import refuses
 from torch import nn
@@ -56,7 +57,7 @@ def held(fused: Fused) -> list[torch.Tensor | None]:
 )
 def test_layers_fused_together_are_bit_for_bit_those_fused_one_by_one(made, dtype, together):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "TOGETHER", together)
+        patch.setattr(fusing, "TOGETHER", together)
         found = fuse(made, dtype, CPU)
     for (spec, terms), fused in zip(made, found, strict=True):
         alone = Fused(spec, terms, dtype, CPU)
