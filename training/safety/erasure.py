@@ -45,6 +45,16 @@ REUSE = 4  # times that an example is trained on where pool_size is 0 and every 
 WALKS = 8  # walks that measure d_t where no pool of the frozen base does
 
 
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row of a micro-batch, without its weight."""
+
+    x_t: Tensor  # c ...
+    t: Tensor  # 0-dim
+    prompt: str
+    target: Tensor | None  # c ...; None: what the student says of the empty prompt, SDD's ε_θ(x_t, ∅)
+
+
 @dataclass(frozen=True)
 class Report:
     """What an erasure run did and cost."""
@@ -187,51 +197,65 @@ class Erasure:
     # -- which rows a micro-batch has
 
     def _rows(self, step: int, micro: int) -> list[tuple[Role, int]]:
-        """(role, running number within the role): half the rows erase; a third of the others is the empty prompt."""
+        """Roles of a micro-batch's rows, each with its running number within the role."""
         b = self.options.train_batch_size
         first = (step * self.options.gradient_accumulation_steps + micro) * b
         return [self._role(i) for i in range(first, first + b)]
 
     def _role(self, i: int) -> tuple[Role, int]:
+        """The role of row i of the whole run, and its number within the role.
+
+        With preservation half the rows erase, and a third of the others is the empty prompt; all of them are where no
+        other prompt is kept.
+
+        | i mod 6 | 0 | 1 | 2 | 3 | 4 | 5 |
+        |---|---|---|---|---|---|---|
+        | role | erase | keep | erase | keep | erase | empty |
+        """
         if not self.options.preserve_weight:
             return "erase", i
         if i % 2 == 0:
             return "erase", i // 2
-        j = i // 2
+        held = i // 2  # number among the rows that do not erase
         if not any(term.prompt for term in self.kept):
-            return "empty", j
-        return ("empty", j // 3) if j % 3 == 2 else ("keep", j - j // 3)
+            return "empty", held
+        return ("empty", held // 3) if held % 3 == 2 else ("keep", held - held // 3)
 
     def _batch(self, rows: list[tuple[Role, int]]) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
         """x_t (b c ...), t (b), prompts, targets (b c ...) and weights (b) of rows."""
         examples = self._drawn(rows) if self.options.on_policy else [self._pooled(*row) for row in rows]
-        x_t = torch.stack([e[0] for e in examples]).to(self.host_model.device)
-        t = torch.stack([e[1] for e in examples]).to(self.host_model.device)
-        names, found = [e[2] for e in examples], [e[3] for e in examples]
-        lacking = [i for i, part in enumerate(found) if part is None]  # SDD: ε_θ(x_t, ∅)
-        own: dict[int, Tensor] = {}
+        device = self.host_model.device
+        x_t = torch.stack([example.x_t for example in examples]).to(device)
+        t = torch.stack([example.t for example in examples]).to(device)
+        lacking = [i for i, example in enumerate(examples) if example.target is None]
+        found = {i: example.target for i, example in enumerate(examples) if example.target is not None}
         if lacking:
             with torch.no_grad():
                 predicted = self.network(x_t[lacking], t[lacking], self.prompts([EMPTY] * len(lacking)))
-            own = dict(zip(lacking, predicted, strict=True))
-        parts = (own[i] if part is None else part for i, part in enumerate(found))
-        wanted = torch.stack([part.to(self.host_model.device, torch.float32) for part in parts])
-        o = self.options
-        weight = [(2.0 if role == "erase" else 2 * o.preserve_weight) if o.preserve_weight else 1.0 for role, _ in rows]
-        return x_t, t, names, wanted, torch.tensor(weight, device=self.host_model.device)
+            found |= zip(lacking, predicted, strict=True)
+        wanted = torch.stack([found[i].to(device, torch.float32) for i in range(len(examples))])
+        weight = [self._weight(role) for role, _ in rows]
+        return x_t, t, [example.prompt for example in examples], wanted, torch.tensor(weight, device=device)
+
+    def _weight(self, role: Role) -> float:
+        """Of a row, so that the mean over all is erasure + preserve_weight × preservation, half of the rows each."""
+        preserve = self.options.preserve_weight
+        if not preserve:
+            return 1.0
+        return 2.0 if role == "erase" else 2 * preserve
 
     # -- x_t from the pool
 
-    def _pooled(self, role: Role, number: int) -> tuple[Tensor, Tensor, str, Tensor | None]:
+    def _pooled(self, role: Role, number: int) -> Example:
         if role == "empty":
             source = self.pools["keep"] if "keep" in self.pools else self.pools["erase"]
             assert isinstance(source, FrozenPool), "a student's pool is beside one of what is kept, which is frozen"
             i = self._pick(role, number, len(source))
-            return source.x_t[i], source.t[i], EMPTY, source.empty[i]
+            return Example(source.x_t[i], source.t[i], EMPTY, source.empty[i])
         source, terms = self.pools[role], self.erased if role == "erase" else self.kept
         i = self._pick(role, number, len(source))
         wanted = source.target[i] if isinstance(source, FrozenPool) else None
-        return source.x_t[i], source.t[i], terms[int(source.term[i])].prompt, wanted
+        return Example(source.x_t[i], source.t[i], terms[int(source.term[i])].prompt, wanted)
 
     def _renewed(self, epoch: int) -> dict[str, Pool]:
         """Pools of age ``epoch``: read, taken from a loaded state, or built."""
@@ -290,25 +314,23 @@ class Erasure:
 
     # -- x_t drawn anew
 
-    def _drawn(self, rows: list[tuple[Role, int]]) -> list[tuple[Tensor, Tensor, str, Tensor | None]]:
-        examples: list[Any] = [None] * len(rows)
+    def _drawn(self, rows: list[tuple[Role, int]]) -> list[Example]:
+        """In the order of the rows; LECO and SDD draw what is erased from the student."""
+        examples: dict[int, Example] = {}
         own = [i for i, (role, _) in enumerate(rows) if role == "erase" and self.options.objective in ("leco", "sdd")]
-        for part, student in ((own, True), ([i for i in range(len(rows)) if i not in own], False)):
-            if part:
-                terms = [self._term(*rows[i]) for i in part]
-                for i, example in zip(part, self._draw([rows[i] for i in part], terms, student), strict=True):
-                    examples[i] = example
-        return examples
+        for some, student in ((own, True), ([i for i in range(len(rows)) if i not in own], False)):
+            if some:
+                examples |= zip(some, self._draw([rows[i] for i in some], student), strict=True)
+        return [examples[i] for i in range(len(rows))]
 
     def _term(self, role: Role, number: int) -> Term:
         terms = self.erased if role == "erase" or not self.kept else self.kept
         return terms[self._pick(role, number, len(terms))]
 
-    def _draw(
-        self, rows: list[tuple[Role, int]], terms: list[Term], student: bool
-    ) -> list[tuple[Tensor, Tensor, str, Tensor | None]]:
-        """x_t, t, prompt and frozen target of rows; x_t from the student (SDD: its average) or the frozen base."""
+    def _draw(self, rows: list[tuple[Role, int]], student: bool) -> list[Example]:
+        """Examples of rows, x_t from the student (SDD: its average) or from the frozen base."""
         o, device = self.options, self.host_model.device
+        terms = [self._term(*row) for row in rows]
         generators = [step_generator(o.seed, f"x_t {role}", number) for role, number in rows]
         x = sampling.noise(self.host_model, (o.train_size, o.train_size), generators)
         t = torch.tensor([self._stop(g) for g in generators], device=device)
@@ -324,7 +346,7 @@ class Erasure:
             known[i, EMPTY] if role == "empty" else None if term.student else targets.target(term, i, known)
             for i, ((role, _), term) in enumerate(zip(rows, terms, strict=True))
         ]
-        return list(zip(x, t, names, found, strict=True))
+        return [Example(*one) for one in zip(x, t, names, found, strict=True)]
 
     def _stop(self, generator: torch.Generator) -> int:
         """A timestep to stop at: on the sampling grid, for SDD anywhere."""
