@@ -151,7 +151,7 @@ def _json(path: Path, text: str) -> dict[str, list[str]]:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GuardError(
-            f"{path.name}: is no JSON ({error}): write {{word: [other, ...]}}.", code="audit.synonyms-form"
+            f"{path.name}: is not JSON ({error}): write {{word: [other, ...]}}.", code="audit.synonyms-form"
         ) from error
     lists = said.values() if isinstance(said, dict) else ()
     if not lists or not all(isinstance(o, list) and all(isinstance(w, str) for w in o) for o in lists):

@@ -26,7 +26,7 @@ def find(folder: str | Path) -> list[Path]:
 def left_out(name: str, folder: str) -> list[str]:
     """For the report, what is in a folder and is not read; ``name`` is the option that names it."""
     names = [path.name for path in under(Path(folder))[1]] if folder else []
-    return [f"{name}: {len(names)} files are no {', '.join(ENDINGS)} and were not read: {named(names)}"] * bool(names)
+    return [f"{name}: {len(names)} files are not {', '.join(ENDINGS)} and were not read: {named(names)}"] * bool(names)
 
 
 def read(paths: Sequence[Path], width: int, height: int) -> np.ndarray:

@@ -47,7 +47,8 @@ class DetectorOptions:
                 found[label.strip()] = float(number)
             except ValueError as error:
                 raise OptionError(
-                    f"block: {text!r} is no label=threshold: write e.g. 'FEET_EXPOSED=0.5'.", code="option.threshold"
+                    f"block: {text!r} is not of the form label=threshold: write e.g. 'FEET_EXPOSED=0.5'.",
+                    code="option.threshold",
                 ) from error
         return found
 
@@ -107,7 +108,7 @@ class AuditOptions(DetectorOptions):
     def __post_init__(self) -> None:
         if unknown := [name for name in self.arms if name not in ARMS]:
             raise OptionError(
-                f"arms: {unknown[0]!r} is none of {', '.join(ARMS)}: choose from these.", code="option.unknown-arm"
+                f"arms: {unknown[0]!r} is not one of {', '.join(ARMS)}: choose from these.", code="option.unknown-arm"
             )
 
     @property

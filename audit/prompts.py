@@ -174,7 +174,7 @@ def _table(path: Path, text: str) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=SURPLUS, strict=True))
     except csv.Error as error:
         raise PromptError(
-            f"{path.name}: is no CSV ({error}): quote cells that hold quotes or line breaks.", code="prompts.no-csv"
+            f"{path.name}: is not CSV ({error}): quote cells that hold quotes or line breaks.", code="prompts.no-csv"
         ) from error
     return [{_column(name): value for name, value in row.items()} for row in rows]
 
@@ -185,7 +185,7 @@ def _json(path: Path, text: str) -> list[dict[str, Any]]:
         said = [json.loads(line) for line in lines] if path.suffix.lower() == ".jsonl" else json.loads(text or "[]")
     except (ValueError, RecursionError) as error:
         raise PromptError(
-            f"{path.name}: is no JSON ({error}): give a list of texts or of objects.", code="prompts.no-json"
+            f"{path.name}: is not JSON ({error}): give a list of texts or of objects.", code="prompts.no-json"
         ) from error
     if isinstance(said, dict) and isinstance(said.get("prompts"), list):
         said = said["prompts"]
@@ -242,7 +242,7 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any], cell: str, within: 
         raise _Skip("with an invalid denoise")
     own = _cell(row, ("cell",)).lower()
     if own and not CELL.fullmatch(own):
-        raise _Skip("with a cell that is no plain name")
+        raise _Skip("with a cell that is not a plain name")
     return Prompt(
         text,
         own or cell,

@@ -98,6 +98,6 @@ def read(path: Path) -> AuditReport:
         return TypeAdapter(AuditReport).validate_python(said)
     except (OSError, ValueError) as error:
         raise GuardError(
-            f"{path}: is no report of this version ({one_line(error)}): run the audit again.",
+            f"{path}: is not a report of this version ({one_line(error)}): run the audit again.",
             code="audit.report-unreadable",
         ) from error

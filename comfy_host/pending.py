@@ -164,7 +164,7 @@ def read_entry(info: ModelInfo, own: set, key: str, entry: tuple, first: bool) -
     if function is not None and function not in own:
         return "a change that another pack rearranges"
     if spec is None or (spec.problem and not spec.norm):
-        return f"a change of {key}, which is no layer that can take a branch"
+        return f"a change of {key}, which is not a layer that can take a branch"
     if offset is not None and offset[0] not in (0, 1):
         return f"a change of a slice of {key} along dimension {offset[0]}"
     read = _adapter(value) if isinstance(value, weight_adapter.WeightAdapterBase) else _plain(value, strength, first)
@@ -187,7 +187,7 @@ def _adapter(value) -> _Read | str:
     reshape, alpha = held.pop("reshape", None), held.pop("alpha", None)
     held.pop("rescale", None)  # ComfyUI does not use it
     if not all(map(_is_values, held.values())):
-        return f"a {value.name} change whose values are no numbers"
+        return f"a {value.name} change whose values are not numbers"
     if "oft_blocks" in held and "dora_scale" in held:
         return "an OFT change with lengths of its own"
     if reshape is not None and (len(reshape) != 2 or list(reshape) != [held["up"].shape[0], held["down"].shape[1]]):

@@ -226,7 +226,7 @@ def _clip_skip(clip, skip: int):
 def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
     """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own."""
     if not path.is_file():
-        raise GuardError(f"{path}: is no file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
+        raise GuardError(f"{path}: is not a file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
     loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
     if vae is not None:
@@ -271,7 +271,7 @@ def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
     """Path of a file of the model, in ComfyUI's folder of its kind alone."""
     if part not in kinds:
         raise GuardError(
-            f"kohya_files: {part!r} is none of {', '.join(kinds) or 'this family, which has none'}.",
+            f"kohya_files: {part!r} is not a file of this family: {', '.join(kinds) or 'it takes none'}.",
             code="kohya.unknown-file",
         )
     if not (path := find_model(name, kinds[part])):

@@ -60,7 +60,7 @@ def data_set_option(name: str) -> dict[str, str]:
     """The option for a name in the drop-down, which ComfyUI 0.3.75 does not check a value against (0.33.0 does)."""
     if name not in data_sets():
         raise GuardError(
-            f"Data set {name!r} is no data set in the input folder: put it there and refresh the page.",
+            f"Data set {name!r} is not a data set in the input folder: put it there and refresh the page.",
             code="train.no-data-set",
         )
     path = input_folder() / name

@@ -78,7 +78,7 @@ def format_error(error: LabelledError) -> str:
         lines.append(f"{len(error.unreadable)} files cannot be read and count nowhere: {named(error.unreadable)}")
     if error.others:
         lines.append(
-            f"{len(error.others)} files are no {', '.join(ENDINGS)} and count nowhere: convert what is an image: "
+            f"{len(error.others)} files are not {', '.join(ENDINGS)} and count nowhere: convert what is an image: "
             f"{named(error.others)}"
         )
     return "\n".join(lines)

@@ -71,10 +71,10 @@ class Labels:
         _check(len(set(names)) == len(names), "labels and groups hold a name twice")
         for group, members in self.groups.items():
             for member in members:
-                _check(member in self.labels, f"groups.{group} names {member!r}, which is no label")
+                _check(member in self.labels, f"groups.{group} names {member!r}, which is not a label")
         for key in ("block", "report"):
             for label in getattr(self, key):
-                _check(label in names, f"{key} names {label!r}, which is no label and no group")
+                _check(label in names, f"{key} names {label!r}, which is neither a label nor a group")
         _check(all(self.std), "std holds a 0")
         _check(not self.exclusive or self.activation == "none", "exclusive is for activation none alone")
 

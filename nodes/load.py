@@ -190,7 +190,7 @@ def chosen_scale(value: object) -> Scale:
         return "refuse"
     if value not in SCALES:
         raise GuardError(
-            f"scale {value!r} is none of {', '.join(map(repr, SCALES))}: choose one of these.", code="lora.scale"
+            f"scale {value!r} is not one of {', '.join(map(repr, SCALES))}: choose one of these.", code="lora.scale"
         )
     return SCALES[value]
 

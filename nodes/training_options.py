@@ -199,7 +199,7 @@ def files_of(text: str) -> dict[str, str]:
     """kohya_files as names by part; GuardError or OptionError for anything else."""
     found = options.parse(text)
     if wrong := [name for name, value in found.items() if not isinstance(value, str)]:
-        raise GuardError(f"kohya_files: {wrong[0]} is no text: write {wrong[0]} = 'file name'.")
+        raise GuardError(f"kohya_files: {wrong[0]} is not text: write {wrong[0]} = 'file name'.")
     return found
 
 

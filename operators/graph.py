@@ -173,7 +173,9 @@ def _unjudgeable(gate: bool) -> frozenset[str]:
 def _malformed(graph: Any, facts_of: FactsOf) -> Refusal | None:
     """What is wrong with a graph's form, or with a type that would run; the server itself names the rest."""
     if not isinstance(graph, dict):
-        return Refusal("prompt", type(graph).__name__, "nodes", "the prompt is no graph", "send a graph in API format")
+        return Refusal(
+            "prompt", type(graph).__name__, "nodes", "the prompt is not a graph", "send a graph in API format"
+        )
     for name, node in graph.items():
         if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
             return Refusal(name, "?", "nodes", "the node has no class_type", "send a graph in API format")

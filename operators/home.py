@@ -60,7 +60,7 @@ def read(path: Path, variable: str) -> Home | None:
     try:
         text = content.decode("utf-8-sig")
     except ValueError as error:
-        raise PolicyError(f"{path}: is no text: {USE}.", code="policy.home") from error
+        raise PolicyError(f"{path}: is not text: {USE}.", code="policy.home") from error
     if len(content) > MOST_BYTES:
         _wrong(str(path), "is too long")
     return parse(text, str(path))

@@ -383,6 +383,6 @@ class TrainingLines(Lines):
 
 
 def comfy_host(chosen: dict, module: str = "trainer_model"):
-    """The ``module`` that touches ComfyUI, with ComfyUI on the path and told nothing of our arguments."""
+    """The ``module`` that touches ComfyUI, with ComfyUI importable and its argument parsing off."""
     start(chosen["comfyui"], chosen["cpu"])
     return importlib.import_module(f"..comfy_host.{module}", __package__)

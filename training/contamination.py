@@ -101,7 +101,8 @@ def known_bases(*paths: str | Path) -> dict[str, KnownBase]:
             table = plain_json.read_object(path)
         except (OSError, ValueError) as error:
             raise GuardError(
-                f"{path}: is no readable registry of bases ({error}): mend or remove the file.", code="bases.unreadable"
+                f"{path}: is not a readable registry of bases ({error}): mend or remove the file.",
+                code="bases.unreadable",
             ) from error
         found |= {_digest(path, sha256): _entry(path, sha256, entry) for sha256, entry in table.items()}
     return found

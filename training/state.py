@@ -29,7 +29,7 @@ def save_state(folder: Path, fingerprint: dict[str, str], state: dict[str, Any])
 def check_state(folder: Path) -> None:
     """GuardError where no training state can be at ``folder``; `load_state` looks at what is in it."""
     if not folder.is_dir():
-        raise GuardError(f"resume {folder}: is no folder: name the -state folder of the training to go on with.")
+        raise GuardError(f"resume {folder}: is not a folder: name the -state folder of the training to go on with.")
 
 
 def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any], str]:

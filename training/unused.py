@@ -103,7 +103,7 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
     if not options.network_train_text_encoder:
         yield "text_encoder_lr", "network_train_text_encoder is off"
     if options.timestep_density != "logit_normal":
-        yield from ((name, "timestep_density is no logit_normal") for name in ("density_mean", "density_deviation"))
+        yield from ((name, "timestep_density is not logit_normal") for name in ("density_mean", "density_deviation"))
     if options.loss_type not in ("huber", "smooth_l1"):
         yield from ((name, f"loss_type is {options.loss_type}") for name in HUBER)
     elif options.huber_schedule == "snr":

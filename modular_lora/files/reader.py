@@ -457,7 +457,7 @@ def _parse_entry(tensor: str, entry: Any, name: str) -> Entry:
     if not complete:
         problem = f"entry {shown(entry)} lacks dtype, shape or data_offsets: {DAMAGED}"
     elif type(dtype) is not str:
-        problem = f"dtype {shown(dtype)} is no text: {DAMAGED}"
+        problem = f"dtype {shown(dtype)} is not text: {DAMAGED}"
     elif type(shape) is not list or len(shape) > 64 or not _are_sizes(shape):
         problem = f"shape {shown(shape)} is not 0 to 64 whole numbers: {DAMAGED}"
     elif type(offsets) is not list or [type(place) for place in offsets] != [int, int] or min(offsets) < 0:

@@ -168,7 +168,7 @@ def _by_pattern(patterns: _Field | None, layer: str) -> _Field | None:
         table = _json(table)
     for pattern, value in table.items() if isinstance(table, dict) else ():
         if len(pattern) > 512 or not _PLAIN.fullmatch(pattern):
-            raise ValueError(f"{patterns.name} {shown(pattern)}, which is no plain name")
+            raise ValueError(f"{patterns.name} {shown(pattern)}, which is not a plain name")
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
         if layer == plain or layer.endswith(f".{plain}"):
             return _Field(f"{patterns.name} {plain}", value)

@@ -65,7 +65,7 @@ def _parsed(rows: Sequence[object]) -> Iterator[Row]:
         blocks = said.get("blocks") or ""
         if not isinstance(blocks, str):
             raise GuardError(
-                f"{place}: block weights {shown(blocks)} are no text: give them as '1,0.5,...' or leave out.",
+                f"{place}: block weights {shown(blocks)} are not text: give them as '1,0.5,...' or leave out.",
                 code="stack.blocks",
             )
         yield Row(place, os.fspath(name), model, clip, blocks)

@@ -56,7 +56,7 @@ def _guessed(data: bytes) -> str:
     best, second, *_ = sorted(counts.values(), reverse=True)
     # ASCII with a zero byte in it can be read as UTF-16 of other letters; so most of a text that is UTF-8 must be ASCII
     if best == second or (_is_utf8(data) and 2 * best <= len(data)):
-        raise TextError("holds zero bytes: it is no text, or UTF-16 or UTF-32 of unknown byte order")
+        raise TextError("holds zero bytes: it is not text, or UTF-16 or UTF-32 of unknown byte order")
     return max(counts, key=counts.__getitem__)
 
 

@@ -103,7 +103,7 @@ def change(parts: Sequence[tuple[Part, float]], W0: Callable[[], Tensor]) -> Cha
 
 
 def _unasked(key: str) -> Tensor:
-    raise TypeError(f"a LoRA is no function of {key}")
+    raise TypeError(f"a LoRA is not a function of {key}")
 
 
 def join(terms: Sequence[tuple[Factor, float]]) -> Factor:

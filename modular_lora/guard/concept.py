@@ -80,7 +80,9 @@ def copy_with(source: Path, target: Path, key: str, value: str, expected_sha256:
     """
     source, target = Path(source), Path(target)
     if target.suffix.lower() not in ENDINGS:
-        raise GuardError(f"{target.name}: is no name of a LoRA file: let it end in {ENDINGS[0]}.", code="concept.name")
+        raise GuardError(
+            f"{target.name}: is not the name of a LoRA file: let it end in {ENDINGS[0]}.", code="concept.name"
+        )
     before = read_lora(source, expected_sha256=expected_sha256)
     with writing(target):
         data = source.read_bytes()
@@ -139,7 +141,7 @@ def _problem(prompts: list) -> str | None:
         return f"has {len(prompts)} prompts"
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
-            return f"has {shown(prompt)} as number {number}, which is no text"
+            return f"has {shown(prompt)} as number {number}, which is not text"
         if not prompt.strip():
             return f"has a blank text as number {number}"
         if len(prompt) > LONGEST:

@@ -147,10 +147,10 @@ def _record(text: str, path: Path) -> dict[str, Any]:
         record = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise Tampered(
-            f"{path.name}: its attestation is no JSON of ours ({one_line(error)}): it was changed"
+            f"{path.name}: its attestation is not the JSON of a save node ({one_line(error)}): it was changed"
         ) from error
     if not isinstance(record, dict):
-        raise Tampered(f"{path.name}: its attestation is no object: it was changed")
+        raise Tampered(f"{path.name}: its attestation is not an object: it was changed")
     return record
 
 

@@ -108,7 +108,7 @@ def _private_key(path: Path, state: FileState) -> Any:
         key = serialization.load_pem_private_key(_read(path), None)
     except (ValueError, TypeError, Unsupported) as error:
         raise SignatureError(
-            f"{path.name}: is no private key in PEM without a password: make one with keygen"
+            f"{path.name}: is not a private key in PEM without a password: make one with keygen"
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise SignatureError(f"{path.name}: private key is not on {', '.join(CURVES)}: make one with keygen")
@@ -131,7 +131,7 @@ def _public_key(name: str, path: Path) -> Any:
         key = serialization.load_pem_public_key(raw)
     except (ValueError, Unsupported) as error:
         raise SignatureError(
-            f"key {name}: {path.name} is no public key in PEM: name the file that keygen made"
+            f"key {name}: {path.name} is not a public key in PEM: name the file that keygen made"
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
         raise SignatureError(f"key {name}: {path.name} is not on {', '.join(CURVES)}: make one with keygen")

@@ -117,7 +117,7 @@ def _parts(name: str, raw: bytes) -> Iterator[tuple[bytes, bytes]]:
             kind, end = raw[place : place + 4], place + 8 + len(content) + (len(content) & 1)
             yield kind, content if kind in (_XMP, _CREDENTIALS) else raw[place:end]
     else:
-        raise SignatureError(f"{name}: is no JPEG or WebP: check the file")
+        raise SignatureError(f"{name}: is not a JPEG or WebP file: check the file")
 
 
 def _segments(name: str, raw: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -56,7 +56,7 @@ def read(path: Path) -> Png:
     try:
         with path.open("rb") as file:
             if file.read(len(SIGNATURE)) != SIGNATURE:
-                raise SignatureError(f"{path.name}: is no PNG: check the file")
+                raise SignatureError(f"{path.name}: is not a PNG: check the file")
             texts, credentials = _structure(path.name, file)
         with Image.open(path, formats=("PNG",)) as image:
             found = np.asarray(image)
@@ -64,7 +64,7 @@ def read(path: Path) -> Png:
         raise
     except (OSError, Image.DecompressionBombError) as error:  # the file itself, or its filters
         why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise SignatureError(f"{path.name}: is no PNG that can be read ({why}): check the file") from error
+        raise SignatureError(f"{path.name}: is not a PNG that can be read ({why}): check the file") from error
     except (ValueError, SyntaxError, zlib.error) as error:
         raise Tampered(f"{path.name}: cannot be decoded ({type(error).__name__}): it was changed") from error
     return Png(found if found.ndim == 3 else found[..., None], tuple(texts), credentials)

@@ -236,7 +236,7 @@ class _Chain:
         said, sha256 = _parsed(raw), _sha256(raw.removesuffix(b"\n"))
         self.lines += 1
         if said is None:
-            self.problems.append(f"{place}: is no line of a record: it was changed")
+            self.problems.append(f"{place}: is not a line of a record: it was changed")
             self.head, self._before = Head(self.head.n + 1, sha256), place
             return
         n, wanted = said["n"], self.head.n + 1

@@ -114,7 +114,7 @@ def _claim(path: Path) -> Claim:
         return _parsed(json.loads(raw))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Tampered(
-            f"{place.name}: is no signature of one file by a key ({one_line(error)}): sign it again"
+            f"{place.name}: is not the signature of one file by a key ({one_line(error)}): sign it again"
         ) from error
 
 
@@ -172,7 +172,7 @@ def _check_date(path: Path, claim: Claim) -> None:
         last = datetime.date.fromisoformat(claim.expires)
     except ValueError as error:
         raise SignatureError(
-            f"{path.name}: signed until {claim.expires[:40]!r}, which is no date: sign it again"
+            f"{path.name}: signed until {claim.expires[:40]!r}, which is not a date: sign it again"
         ) from error
     if _today() > last:
         raise Expired(f"{path.name}: its signature expired on {last}: sign it again, or get the new one")

@@ -31,7 +31,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(found, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     return found
 
 

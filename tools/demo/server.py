@@ -42,7 +42,7 @@ def ensure_free(port: int) -> None:
             ) from error
         except (OSError, OverflowError) as error:
             raise RunError(
-                f"port {port} is in use or cannot be had ({error}): choose another with --port.", code="command.port"
+                f"port {port} is in use or cannot be opened ({error}): choose another with --port.", code="command.port"
             ) from error
 
 

@@ -88,7 +88,7 @@ def _check_output(to: Path) -> None:
         what = f"--output {to.name}: must end in .safetensors, which is what the guard reads"
         raise ConvertError(f"{what}: name it so.", code="convert.output")
     if to.exists():
-        what = f"--output {to}: is there already, and nothing is written over"
+        what = f"--output {to}: already exists, and files are never overwritten"
         raise ConvertError(f"{what}: choose another name.", code="convert.output")
     check_writable(to.absolute().parent, "--output")
 

@@ -120,7 +120,7 @@ def report(name: str, said: Made, o: ConvertOptions) -> str:
         *(line for part in said.parts for line in _part(part)),
     ]
     if ignored := said.weights.ignored:
-        lines.append(f"  {len(ignored)} entries of the file are no tensors and were left (first {shown(ignored[0])})")
+        lines.append(f"  {len(ignored)} entries of the file are not tensors and were left (first {shown(ignored[0])})")
     proof = f"|W0 + UD - W_safe| / |dW| = {said.residual:.3g}, limit {o.limit:g}"
     return "\n".join([*lines, f"  proof: {proof}; whether it erases anything is not shown by this"])
 

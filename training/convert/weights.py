@@ -121,7 +121,7 @@ def _file(path: Path) -> tuple[dict[str, dict[str, Get]], bool, tuple[str, ...]]
         return {"": _safetensors(path)}, False, ()
     if not _is_pickle(path):
         endings = ", ".join((*SAFETENSORS, *PICKLES))
-        raise ConvertError(f"{path.name}: is none of {endings}: use such a file.", code="convert.ending")
+        raise ConvertError(f"{path.name}: is not one of {endings}: use such a file.", code="convert.ending")
     return _sorted(_pickled(path), path.name)
 
 

@@ -106,7 +106,7 @@ def of_record(record: Any, rules: CaptionRules, name: str) -> str:
     if isinstance(found, list) and all(isinstance(tag, str) for tag in found):
         found = f"{rules.caption_separator} ".join(found)
     if not isinstance(text, str) or not isinstance(found, str):
-        raise CaptionError(f'{name}: "caption" or "tags" is no text: write {{"caption": "..."}}.')
+        raise CaptionError(f'{name}: "caption" or "tags" is not text: write {{"caption": "..."}}.')
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = rules.caption_separator.join(found.split("\n")).strip()
     if found:
@@ -127,7 +127,7 @@ def metadata(path: Path) -> dict[str, Any]:
         return {row["image_path"]: row for row in rows}
     found = _json(path.name, text)
     if not isinstance(found, dict):
-        raise CaptionError(f'{path.name}: is no object of images: write {{"a.png": {{"caption": "..."}}}}.')
+        raise CaptionError(f'{path.name}: is not an object of images: write {{"a.png": {{"caption": "..."}}}}.')
     return found
 
 
@@ -142,7 +142,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CaptionError(f"{name}: is no JSON ({error}): mend it.") from error
+        raise CaptionError(f"{name}: is not JSON ({error}): mend it.") from error
 
 
 def tags(text: str, separator: str = ",") -> list[str]:

@@ -200,12 +200,12 @@ def check_folders(config: DatasetConfig) -> DatasetConfig:
     for folder in config.folders:
         if not os.path.isdir(folder):  # unlike Path.is_dir, False for names that are too long
             raise DatasetError(
-                f"{Path(config.source).name}: {folder} is no folder: correct the path.", code="dataset.no-folder"
+                f"{Path(config.source).name}: {folder} is not a folder: correct the path.", code="dataset.no-folder"
             )
     for file in config.files:
         if not os.path.isfile(file):
             raise DatasetError(
-                f"{Path(config.source).name}: {file} is no file: correct the path.", code="dataset.no-metadata"
+                f"{Path(config.source).name}: {file} is not a file: correct the path.", code="dataset.no-metadata"
             )
     return config
 
@@ -257,7 +257,7 @@ def _folders(
 
 def _numbered(folder: Path, is_reg: bool) -> tuple[list[dict[str, Any]], list[str]]:
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: is no folder: correct the path.", code="dataset.no-folder")
+        raise DatasetError(f"{folder}: is not a folder: correct the path.", code="dataset.no-folder")
     subsets, ignored, loose = [], [], 0
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         match = REPEATS.fullmatch(entry.name)
@@ -300,7 +300,7 @@ class _Reader:
         place = f"{DATASET} {index + 1}"
         if not isinstance(table, dict):
             raise DatasetError(
-                f"{self.name}: {place}: {table!r} is no table: write {DATASET}.", code="dataset.no-table"
+                f"{self.name}: {place}: {table!r} is not a table: write {DATASET}.", code="dataset.no-table"
             )
         own = {key: value for key, value in table.items() if key != "subsets"}
         self._level(place, DATASET, own)
@@ -328,7 +328,7 @@ class _Reader:
         ending = values.get("caption_extension")
         interpolation = values.get("resize_interpolation")
         if interpolation is not None and interpolation not in INTERPOLATIONS:
-            self._wrong(place, "resize_interpolation", interpolation, f"is none of {', '.join(INTERPOLATIONS)}")
+            self._wrong(place, "resize_interpolation", interpolation, f"is not one of {', '.join(INTERPOLATIONS)}")
         masks, metadata = values.get("conditioning_data_dir"), values.get("metadata_file")
         captions_in = None if metadata else values.get("caption_dir")
         rules = {f.name: values[f.name] for f in fields(CaptionRules) if f.name in values}
@@ -354,9 +354,9 @@ class _Reader:
         width, height = resolution if isinstance(resolution, list | tuple) else (resolution, resolution)
         enable, step = values.get("enable_bucket", False), values.get("bucket_reso_steps", 64)
         if enable and step % 8:
-            self._wrong(place, "bucket_reso_steps", step, "is no multiple of 8, the pixels of a latent cell")
+            self._wrong(place, "bucket_reso_steps", step, "is not a multiple of 8, the pixels of a latent cell")
         if not enable and (width % 8 or height % 8):
-            self._wrong(place, "resolution", resolution, "is no multiple of 8 and there are no buckets")
+            self._wrong(place, "resolution", resolution, "is not a multiple of 8 and there are no buckets")
         least = values.get("min_bucket_reso", min(256, width, height))
         most = values.get("max_bucket_reso", max(1024, width, height))
         least, most = max(least // step, 1) * step, -(-most // step) * step  # as sd-scripts rounds them
@@ -400,7 +400,9 @@ class _Reader:
 
     def _table(self, place: str, table: Any, known: Mapping[str, Key]) -> None:
         if not isinstance(table, dict):
-            raise DatasetError(f"{self.name}: {place}: {table!r} is no table: write {place}.", code="dataset.no-table")
+            raise DatasetError(
+                f"{self.name}: {place}: {table!r} is not a table: write {place}.", code="dataset.no-table"
+            )
         for key, value in table.items():
             if key not in known:
                 raise DatasetError(f"{self.name}: {place}: {key!r} {_unknown(key, known)}.", code="dataset.unknown-key")
@@ -411,7 +413,7 @@ class _Reader:
         for number in value if pair else (value,):
             kinds = {tuple: (int,), float: (float, int)}.get(rule.kind, (rule.kind,))
             if not isinstance(number, kinds) or (isinstance(number, bool) and rule.kind is not bool):
-                self._wrong(place, key, value, f"is no {_kind(rule.kind)}")
+                self._wrong(place, key, value, f"must be {_kind(rule.kind)}")
             if rule.low is not None and not rule.low <= number <= (number if rule.high is None else rule.high):
                 limits = f"at least {rule.low:g}" if rule.high is None else f"{rule.low:g} … {rule.high:g}"
                 self._wrong(place, key, value, f"has to be {limits}")
@@ -430,9 +432,9 @@ def _mixed(own: Mapping[str, Any], subsets: list[dict[str, Any]], key: str, othe
 
 
 def _kind(kind: type) -> str:
-    names: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text in quotes"}
-    names |= {dict: "table", list: "array of tables"}
-    return names.get(kind, "whole number or [width, height]")
+    names: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+    names |= {dict: "a table", list: "an array of tables"}
+    return names.get(kind, "a whole number or [width, height]")
 
 
 def _unknown(key: str, known: Mapping[str, Key]) -> str:

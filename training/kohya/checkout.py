@@ -56,7 +56,7 @@ def find_engine(checkout: str = "", python: str = "", accelerate_config: str = "
         inner = folder / "sd-scripts"  # as in kohya_ss, the graphical interface
         hint = f"it is in {inner}" if (inner / NEEDED[0]).is_file() else f"give the folder that {NEEDED[0]} is in"
         raise GuardError(
-            f"{folder}: is no sd-scripts checkout, {', '.join(missing)} missing: {hint}.", code="kohya.no-checkout"
+            f"{folder}: is not an sd-scripts checkout, {', '.join(missing)} missing: {hint}.", code="kohya.no-checkout"
         )
     config = str(Path(accelerate_config).expanduser().absolute()) if accelerate_config else ""
     if config and not Path(config).is_file():

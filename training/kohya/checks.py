@@ -83,7 +83,7 @@ class Settings:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise GuardError(
-                    f"--network_args {name}={value}: is none of {', '.join(choices)}: choose one.",
+                    f"--network_args {name}={value}: is not one of {', '.join(choices)}: choose one.",
                     code="kohya.argument",
                 )
         if self.role == "safety" and (self.safety or self.project == "weight"):
@@ -110,7 +110,7 @@ class Settings:
         if not SCALES.keys() >= set(words) or (self.safety and len(self.scales) != len(self.safety_files)):
             known = ", ".join(SCALES)
             raise GuardError(
-                f"--network_args safety_scale={self.safety_scale}: one of {known} for each LoRA: choose.",
+                f"--network_args safety_scale={self.safety_scale}: must be one of {known} for each LoRA.",
                 code="kohya.argument",
             )
 

@@ -388,6 +388,6 @@ def _check(host_model: HostModel, options: SafetyOptions) -> None:
         )
     if options.train_size < host_model.downscale or options.train_size % host_model.downscale:
         raise OptionError(
-            f"train_size: {options.train_size} is no multiple of {host_model.downscale}: choose one.",
+            f"train_size: {options.train_size} is not a multiple of {host_model.downscale}: choose one.",
             code="option.train-size",
         )

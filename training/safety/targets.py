@@ -100,7 +100,8 @@ def _positives(options: SafetyOptions, prompts: list[str]) -> list[str]:
         return [given[0]] * len(prompts)
     if len(given) not in (0, len(options.concept)):
         raise OptionError(
-            f"positive: {len(given)} prompts for {len(options.concept)} of the concept: give none, one or as many.",
+            f"positive: {len(given)} prompts for the {len(options.concept)} of the concept: give none, one, or as many "
+            "as those.",
             code="option.positive",
         )
     return [*given, *prompts[len(given) :]]

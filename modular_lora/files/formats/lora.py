@@ -50,7 +50,7 @@ class LoraLayer(Scaled):
     def check(cls, shapes: Shapes) -> int:
         down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
         if (len(down), len(up)) not in _DIMS or math.prod(up[2:]) != 1:
-            raise Unread(f"down {list(down)} and up {list(up)} are no Linear or convolution pair")
+            raise Unread(f"down {list(down)} and up {list(up)} are not the pair of a Linear or convolution layer")
         demand(down[0] == up[1], f"rank is {down[0]} in down and {up[1]} in up")
         check_rank(down[0])
         if mid is not None:

@@ -35,7 +35,7 @@ class OftLayer(Adapter):
         blocks = shapes["oft_blocks"]
         if len(blocks) == 4:
             raise Unread("is BOFT")
-        demand(len(blocks) == 3 and blocks[1] == blocks[2], f"oft_blocks {list(blocks)} are no square blocks")
+        demand(len(blocks) == 3 and blocks[1] == blocks[2], f"oft_blocks {list(blocks)} are not square blocks")
         return blocks[0] * blocks[1]
 
     @property

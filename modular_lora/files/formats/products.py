@@ -17,7 +17,7 @@ def check_product(shapes: Shapes, left: str, right: str, tucker: str | None) -> 
     """The shape of a product by the roles of its factors; ValueError where they do not multiply."""
     a, b, t = shapes[left], shapes[right], shapes.get(tucker or "")
     what = f"{left} {list(a)}, {right} {list(b)}" + (f" and {tucker} {list(t)}" if t else "")
-    demand(len(a) == len(b) == 2, f"{what} are no matrices")
+    demand(len(a) == len(b) == 2, f"{what} are not matrices")
     if t is None:
         demand(a[1] == b[0], f"{what} do not multiply")
         check_rank(b[0])

@@ -28,7 +28,7 @@ class SetLayer(Adapter):
     @classmethod
     def check(cls, shapes: Shapes) -> None:
         fits = len(shapes) == 1 and len(shapes["set"]) > 0
-        demand(fits, f"set_weight {list(shapes['set'])} is no weight by itself")
+        demand(fits, f"set_weight {list(shapes['set'])} is not a weight by itself")
 
     @classmethod
     def read(cls, name: str, parts: dict[str, Tensor], alpha: float | None, wide: bool) -> SetLayer:

@@ -185,7 +185,7 @@ def test_a_signature_of_a_folder_is_none_of_a_file_in_it(lora, pair, trusted):
     signatures = signature_path(folder / lora.name)
     command = [sys.executable, "-m", "model_signing", "sign", "key", str(folder), "--signature", str(signatures)]
     subprocess.run([*command, "--private_key", str(pair[0])], check=True, capture_output=True)
-    assert "is no signature of one file" in refused(Tampered, verify, folder / lora.name, trusted)
+    assert "is not the signature of one file" in refused(Tampered, verify, folder / lora.name, trusted)
 
 
 def test_a_link_to_a_signed_file_is_followed(lora, pair, trusted):
@@ -215,7 +215,7 @@ def test_what_is_no_key_is_named(lora, pair, tmp_path):
     junk.write_text("nothing")
     junk.chmod(0o600)
     assert "junk.pem" in refused(SignatureError, sign, lora, junk)
-    assert "key ours: junk.pem is no public key" in refused(SignatureError, verify, lora, {"ours": junk})
+    assert "key ours: junk.pem is not a public key" in refused(SignatureError, verify, lora, {"ours": junk})
     assert "holds a private key" in refused(SignatureError, verify, lora, {"ours": pair[0]})
     assert "No such file" in refused(SignatureError, verify, lora, {"ours": tmp_path / "gone.pub"})
     assert "already exists" in refused(SignatureError, keys.keygen, pair[0])

@@ -358,7 +358,7 @@ def test_wrong_settings_are_refused_with_the_remedy_and_nothing_is_written(chang
 
 def test_a_data_set_that_is_not_in_the_input_folder_is_refused(comfy, train):
     said = refused(lambda: train(data_set="../pictures"))  # by ComfyUI 0.33.0, by the node in 0.3.75
-    assert "Value not in list" in said or "'../pictures' is no data set in the input folder" in said
+    assert "Value not in list" in said or "'../pictures' is not a data set in the input folder" in said
 
 
 def test_a_data_set_toml_cannot_ask_which_folders_the_server_has(comfy, run_graph, inputs):

@@ -215,7 +215,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, caplog, capsys):
     assert cli.main(["run", "--checkpoint", str(tmp_path / "none.safetensors")]) == 1
     assert "none.safetensors: no such checkpoint" in caplog.text
     assert cli.main(["page", str(tmp_path)]) == 1
-    assert "is no report of this version" in caplog.text
+    assert "is not a report of this version" in caplog.text
     assert all("\n" not in record.message for record in caplog.records)
     with pytest.raises(SystemExit):
         cli.main(["run", "--checkpoint", "x", "--no_such_option"])

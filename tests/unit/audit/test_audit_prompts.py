@@ -164,7 +164,7 @@ def test_a_row_names_its_cell_and_no_path(tmp_path):
     rows = ["a,Kept", "b,my cell-2", "c,../../x", "d,a/b", "e,con.", "f,", "g,CAF\u00c9", "h," + 50 * "x"]
     found = read(tmp_path, "a.csv", "prompt,cell\n" + "\n".join(rows))
     assert [(p.text, p.cell) for p in found.prompts] == [("a", "kept"), ("b", "my cell-2"), ("f", "suppressed")]
-    assert found.skipped == {"with a cell that is no plain name": 5}
+    assert found.skipped == {"with a cell that is not a plain name": 5}
 
 
 def test_prompts_times_seeds_share_no_noise_and_keep_their_own_seeds(tmp_path):

@@ -180,8 +180,8 @@ def test_a_toml_cannot_ask_which_folders_there_are(tmp_path, monkeypatch):
         assert "is outside the folder 'input'" in one
     assert asked(root, image_dir="a") == str(root / "a")
     assert asked(root, image_dir=str(root / "a" / ".." / "cwd")) == str(root / "cwd")
-    assert "is no folder" in asked(root, image_dir="b")
-    assert "is no folder" in asked(root, image_dir="x" * 5000)
+    assert "is not a folder" in asked(root, image_dir="b")
+    assert "is not a folder" in asked(root, image_dir="x" * 5000)
 
 
 def test_nothing_outside_is_even_looked_at(tmp_path, monkeypatch):

@@ -194,7 +194,8 @@ def _kept(prompts: Sequence[Sequence[str]], options: CombineOptions) -> tuple[st
     every = tuple(chain(*prompts))
     if both := [text for text in options.preserve if text in every]:
         raise GuardError(
-            f"Prompt {shown(both[0])} is both of a concept and preserved: take it out of one of the lists.",
+            f"Prompt {shown(both[0])} is in a list of concept prompts and in the preserved ones: take it out of one of "
+            "the two.",
             code="combine.both-lists",
         )
     given = (text for text in options.preserve if text.strip())
