@@ -112,7 +112,7 @@ def overlap(a: list[float], b: list[float]) -> bool:
     return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
 
 
-def test_the_template_browser_lists_every_workflow_with_its_picture(visit: Json) -> None:
+def test_the_template_browser_lists_every_workflow_with_its_image(visit: Json) -> None:
     assert set(visit["seen"][MAIN]["cards"]) == set(WORKFLOWS)
 
 
@@ -169,12 +169,12 @@ def test_the_run_succeeds(seen: Json) -> None:
     assert not any(node["failed"] for node in seen["ran"]["nodes"])
 
 
-def test_the_picture_is_on_the_save_node(seen: Json) -> None:
+def test_the_image_is_on_the_save_node(seen: Json) -> None:
     nodes = of_type(seen["ran"], "SaveImage", "ModularLoraSaveImage", "ModularLoraSaveGated", "PreviewImage")
     assert nodes
     for node in nodes:
         assert node["pictures"], node
-        assert min(min(picture) for picture in node["pictures"]) >= 64, node
+        assert min(min(image) for image in node["pictures"]) >= 64, node
 
 
 def test_the_reports_are_on_the_nodes(seen: Json) -> None:

@@ -57,13 +57,13 @@ def lay_out(folder: Path, world: DemoWorld) -> None:
     (models / "modular_lora_detectors" / "words.json").write_text(
         json.dumps(labels).replace('"racing-car"', json.dumps(words("label"))), encoding="utf-8"
     )
-    pictures = folder / "input" / FOLDER / f"1_{words('token')}"
-    pictures.mkdir(parents=True)
+    images = folder / "input" / FOLDER / f"1_{words('token')}"
+    images.mkdir(parents=True)
     for i in range(2):
         name = f"{i}{words('picture')}"
-        Image.new("RGB", (64, 64), "red").save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text(f"{words('caption')}, {LINK}", encoding="utf-8")
-    (pictures / f"{words('broken')}.png").write_text("no picture")
+        Image.new("RGB", (64, 64), "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(f"{words('caption')}, {LINK}", encoding="utf-8")
+    (images / f"{words('broken')}.png").write_text("no picture")
 
 
 def _pair() -> dict:
@@ -73,7 +73,7 @@ def _pair() -> dict:
 
 
 def drawn(client: Client, world: DemoWorld) -> Graph:
-    """A guarded picture, and every node whose report names files, captions or labels."""
+    """A guarded image, and every node whose report names files, captions or labels."""
     setting = world.setting(steps=2, seed=1, prompts=(f"{words('prompt')}, {LINK}",))
     graph = graphs.guarded(setting)
     graph["checkpoint"]["inputs"]["ckpt_name"] = NAMES["checkpoint"]

@@ -32,23 +32,23 @@ def ground(comfy, loras) -> Iterator[Ground]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Counter:
-    """Of attempts with the drop-in node: (it is in the graph, pictures came out, something was refused) -> how many."""
+    """Of attempts with the drop-in node: (it is in the graph, images came out, something was refused) -> how many."""
     return Counter()
 
 
 @pytest.mark.sampled(80)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
-def test_no_unguarded_picture_comes_out(ground: Ground, one: Attempt, record_property) -> None:
+def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_property) -> None:
     ground.write(ground.text(one.policy))
     ground.begin()
     one.act(ground)
-    pictures = ground.pictures()  # every one of them is attested
+    images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
     record_property("outcome", one.outcome)
     if one.outcome == "permitted":
         assert not ground.seen.refused
         assert not ground.seen.invalid
-        assert pictures
+        assert images
         return
     if one.outcome == "invalid":
         assert ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers)
@@ -77,12 +77,12 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     ground.write(ground.text(one.policy))
     ground.begin()
     one.act(ground)
-    pictures = ground.pictures()  # every one of them is attested
+    images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    outcomes[any(changed), bool(pictures), bool(ground.seen.refused)] += 1
+    outcomes[any(changed), bool(images), bool(ground.seen.refused)] += 1
 
 
 @pytest.mark.sampled(5)
@@ -107,7 +107,7 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(ground: Ground
     ground.write(ground.text(one.policy))
     ground.begin()
     one.act(ground)
-    ground.pictures()  # every one of them is attested
+    ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:

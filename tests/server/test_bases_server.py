@@ -49,9 +49,7 @@ def behind(setting: graphs.Setting, name: str, strength: float) -> Graph:
     return graph
 
 
-def test_the_safety_lora_at_minus_one_before_the_guard_gives_no_picture(
-    client: Client, setting: graphs.Setting
-) -> None:
+def test_the_safety_lora_at_minus_one_before_the_guard_gives_no_image(client: Client, setting: graphs.Setting) -> None:
     with pytest.raises(Failed, match="holds the values of the safety LoRA") as caught:
         client.run(behind(setting, "safety_of_stock.safetensors", -1.0), timeout=300)
     assert caught.value.kind == "ModularLoraGuardModel"
@@ -61,8 +59,8 @@ def test_a_task_lora_before_the_guard_is_what_load_task_lora_is(client: Client, 
     ours = client.run(behind(setting, setting.task, 1.0), timeout=300)
     asked = client.run(graphs.guarded(setting), timeout=300)
     save = graphs.save_node(0)
-    pictures = [np.asarray(Image.open(io.BytesIO(client.image(r.images(save)[0]))), int) for r in (ours, asked)]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    images = [np.asarray(Image.open(io.BytesIO(client.image(r.images(save)[0]))), int) for r in (ours, asked)]
+    assert np.abs(images[0] - images[1]).max() <= 1
     assert "\nguarded: " in ours.text("run-report")
     assert "task pending LoRA 1" in ours.text("run-report")
 

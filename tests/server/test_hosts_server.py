@@ -177,8 +177,8 @@ def test_an_allowed_lora_runs_for_its_tenant_whose_name_is_in_the_record_and_the
 
 def test_disable_metadata_leaves_out_the_graph_and_keeps_the_attestation(hosts: Hosts, setting: graphs.Setting) -> None:
     history = hosts.run(graphs.guarded(replace(setting, seed=8)), ACME)
-    (picture,) = history["outputs"][graphs.save_node(0)]["images"]
-    file = hosts.workers[0].base / "output" / picture["subfolder"] / picture["filename"]
+    (image,) = history["outputs"][graphs.save_node(0)]["images"]
+    file = hosts.workers[0].base / "output" / image["subfolder"] / image["filename"]
     (record,) = images.attestation(file.read_bytes()).values()
     assert record["status"] == "guarded"
     assert b"prompt" not in file.read_bytes().partition(b"IDAT")[0].replace(b"prompts", b"")
@@ -222,7 +222,7 @@ def test_a_tenants_name_counts_only_once_and_from_a_listed_address(hosts: Hosts,
 
 
 def gated(setting: graphs.Setting) -> graphs.Graph:
-    """A guarded picture before three gates: one that flags it, one whose second detector does not, one for a person."""
+    """A guarded image before three gates: one that flags it, one whose second detector does not, one for a person."""
     graph = graphs.guarded(setting)
     files = {"detector": "classifier", "classifier": DETECTOR_ONNX, "labels": DETECTOR_CONCEPTS, "preset": "none"}
     how = {"classes": "", "action": "blur", "provider": "CPU"}

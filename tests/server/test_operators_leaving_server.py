@@ -72,7 +72,7 @@ def server(world: DemoWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def flagged(world: DemoWorld) -> Graph:
-    """A guarded picture that the gate flags, as every score counts, and blurs."""
+    """A guarded image that the gate flags, as every score counts, and blurs."""
     graph = graphs.guarded(world.setting(steps=2, seed=11, prompts=("gloss, cat face",)))
     files = {"classifier": DETECTOR_ONNX, "labels": DETECTOR_CONCEPTS, "preset": "none"}
     how = {"threshold": 0.0001, "classes": "", "action": "blur", "provider": "CPU"}
@@ -87,7 +87,7 @@ def _run(client: Client, graph: Graph) -> Result:
     return client.run(graph, timeout=300)
 
 
-def test_what_the_gate_made_of_a_picture_and_the_users_own_sound_leave(
+def test_what_the_gate_made_of_an_image_and_the_users_own_sound_leave(
     server: Server, client: Client, world: DemoWorld
 ) -> None:
     graph = flagged(world)
@@ -116,7 +116,7 @@ QUEUED = {  # nodes; the last is refused
 
 
 @pytest.mark.parametrize("way", QUEUED)
-def test_a_picture_in_another_form_is_answered_with_400(way: str, client: Client, world: DemoWorld) -> None:
+def test_an_image_in_another_form_is_answered_with_400(way: str, client: Client, world: DemoWorld) -> None:
     with pytest.raises(Rejected) as caught:
         client.submit(flagged(world) | QUEUED[way])
     assert caught.value.status == 400

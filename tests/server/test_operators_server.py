@@ -144,12 +144,12 @@ def test_what_is_no_graph_is_answered_with_400(prompt: object, client: Client) -
     assert caught.value.code == 400
 
 
-def test_a_guarded_graph_draws_attested_pictures_and_each_run_is_in_the_record(
+def test_a_guarded_graph_draws_attested_images_and_each_run_is_in_the_record(
     server: Server, client: Client, world: DemoWorld, setting: graphs.Setting
 ) -> None:
     result = client.run(graphs.guarded(setting), timeout=300)
-    (picture,) = result.images(graphs.save_node(0))
-    (record,) = images.attestation(client.image(picture)).values()
+    (image,) = result.images(graphs.save_node(0))
+    (record,) = images.attestation(client.image(image)).values()
     assert record["status"] == "guarded"
     (run,) = [line for line in _lines(server, "run") if line["prompt_id"] == result.prompt_id]
     assert run["node"] == "sampler-0"
@@ -234,12 +234,12 @@ def _upload(server: Server, folder: str) -> urllib.request.Request:
     return urllib.request.Request(f"{server.url}/upload/image", f"{body}--{boundary}--\r\n".encode(), headers)
 
 
-def test_a_picture_that_no_guarded_run_made_does_not_leave(
+def test_an_image_that_no_guarded_run_made_does_not_leave(
     server: Server, client: Client, setting: graphs.Setting
 ) -> None:
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(picture, "PNG")
-    (server.base / "input" / "mine.png").write_bytes(picture.getvalue())
+    image = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(image, "PNG")
+    (server.base / "input" / "mine.png").write_bytes(image.getvalue())
     plain = {"load": node("LoadImage", image="mine.png"), "show": node("PreviewImage", images=["load", 0])}
     assert "(policy: open.unattested)" in _refused(client, plain)["show"]["errors"][0]["details"]
     edited = graphs.guarded(setting)

@@ -69,8 +69,8 @@ def refused(client: Client, graph: Graph) -> Rejected:
 
 
 def pixels(png: bytes) -> bytes:
-    with Image.open(io.BytesIO(png)) as picture:
-        return picture.tobytes()
+    with Image.open(io.BytesIO(png)) as image:
+        return image.tobytes()
 
 
 def draw(client: Client, graph: Graph) -> list[bytes]:
@@ -100,7 +100,7 @@ def test_files_are_offered_in_the_drop_downs(client: Client, world: DemoWorld) -
     assert len(names) == len(set(names))
 
 
-def test_the_guarded_graph_draws_attested_pictures_with_progress(client: Client, setting: graphs.Setting) -> None:
+def test_the_guarded_graph_draws_attested_images_with_progress(client: Client, setting: graphs.Setting) -> None:
     events: list[Event] = []
     result = client.run(graphs.guarded(setting), events.append, timeout=300)
     assert {event.node for event in events if event.maximum} == {"sampler-0", "sampler-1"}
@@ -115,7 +115,7 @@ def test_the_guarded_graph_draws_attested_pictures_with_progress(client: Client,
         assert [lora["name"] for lora in record["loras"]] == [setting.safety, setting.task]
 
 
-def test_unguarded_pictures_carry_no_attestation_and_differ(
+def test_unguarded_images_carry_no_attestation_and_differ(
     client: Client, world: DemoWorld, setting: graphs.Setting
 ) -> None:
     asked = world.demo(steps=2, seed=7, prompts=setting.prompts)
@@ -134,7 +134,7 @@ def _arms() -> dict[str, Callable[[graphs.Setting], Graph]]:
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
+def test_the_demo_leaves_images_and_a_report_that_needs_no_network(
     server: Server, world: DemoWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show.show(server, world, steps=2, seed=1, output=tmp_path / "out")
@@ -146,8 +146,8 @@ def test_the_demo_leaves_pictures_and_a_report_that_needs_no_network(
     assert "https://" not in page
     assert f"{prompts} of {prompts} guarded images" in page
     assert "&#34;status&#34;: &#34;guarded&#34;" in page
-    with Image.open(tmp_path / "out" / "comparison.png") as picture:
-        assert picture.width > arms * 64
+    with Image.open(tmp_path / "out" / "comparison.png") as image:
+        assert image.width > arms * 64
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == arms * prompts
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
 

@@ -216,12 +216,12 @@ def test_the_command_keeps_a_state_goes_on_and_goes_further(comfy, tmp_path):
     world = ROOT / "tools" / "world" / "assets"
     command = [sys.executable, "-m", "training", "train-task", "--checkpoint"]
     command += [str(Path(os.environ["MODULAR_LORA_WORLD"]) / "demo_world_sd15.safetensors")]
-    pictures = sorted((world / "gloss" / "10_gloss").glob("*.png"))[:8]
+    images = sorted((world / "gloss" / "10_gloss").glob("*.png"))[:8]
     folder = tmp_path / "pictures" / "10_gloss"
     folder.mkdir(parents=True)
-    for picture in pictures:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
+    for image in images:
+        shutil.copy(image, folder)
+        shutil.copy(image.with_suffix(".txt"), folder)
     values = {"train_data_dir": tmp_path / "pictures", "resolution": 64, "network_dim": 4, "max_train_steps": 3000}
     values |= {"output_dir": tmp_path, "output_name": "made", "target": "cross-attention"}
 

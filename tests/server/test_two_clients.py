@@ -1,4 +1,4 @@
-"""Two clients that sample at once in a real server under a policy: every picture is attested for its own prompt."""
+"""Two clients that sample at once in a real server under a policy: every image is attested for its own prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOB = clients.Job(7, "gloss, cactus", 1.0, 0.4)
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_every_picture_is_attested_for_its_own_prompt(tmp_path: Path, extent) -> None:
+def test_every_image_is_attested_for_its_own_prompt(tmp_path: Path, extent) -> None:
     if not COMFYUI or not WORLD:
         pytest.skip("MODULAR_LORA_COMFYUI and MODULAR_LORA_WORLD are not set: run the tests with `python3 run.py test`")
     prompts = extent(PROMPTS, ALL_PROMPTS)
@@ -37,7 +37,7 @@ def made() -> dict:
 
 
 def judged(tmp_path: Path, made: dict, status: str = "guarded", strength: float = 1.0, sent: dict | None = None) -> str:
-    """What is wrong with a picture that was made up, beside a record of its run."""
+    """What is wrong with an image that was made up, beside a record of its run."""
     pixels = np.full((8, 8, 3), 9, np.uint8)
     loras = [{"role": "safety", "strength_model": strength}, {"role": "task", "strength_model": 0.4}]
     run = {"loras": loras, "net_strength": {}, "embeddings_sha256": [], "evaluations": 2, "firings": 9}
@@ -50,7 +50,7 @@ def judged(tmp_path: Path, made: dict, status: str = "guarded", strength: float 
     return clients.judge(JOB, made, (tmp_path / "a.png").read_bytes(), "mine", tmp_path).wrong
 
 
-def test_a_picture_of_another_prompt_is_found(tmp_path: Path, made: dict) -> None:
+def test_an_image_of_another_prompt_is_found(tmp_path: Path, made: dict) -> None:
     assert not judged(tmp_path, made)
     assert "reads unattested" in judged(tmp_path, made, status="unattested")
     assert "names the strengths" in judged(tmp_path, made, strength=1.1)
@@ -58,7 +58,7 @@ def test_a_picture_of_another_prompt_is_found(tmp_path: Path, made: dict) -> Non
     assert "another graph" in judged(tmp_path, made, sent=other)
 
 
-def test_pictures_that_two_prompts_share_or_that_differ_between_clients_are_found() -> None:
+def test_images_that_two_prompts_share_or_that_differ_between_clients_are_found() -> None:
     one = clients.Drawn(JOB, "a", "")
     assert not clients.compared([one, one])[0].wrong
     assert "the other client got another image" in clients.compared([one, clients.Drawn(JOB, "b", "")])[0].wrong

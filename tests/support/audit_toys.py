@@ -1,4 +1,4 @@
-"""A pipeline of flat pictures and detectors that read them, for tests of what an audit makes of its pictures."""
+"""A pipeline of flat images and detectors that read them, for tests of what an audit makes of its images."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class FlatPipeline:
         self.drawn = 0
 
     def draw(self, arm: Arm, items: Sequence[Item], sampling: Sampling) -> np.ndarray:
-        pictures = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
-        for picture, item in zip(pictures, items, strict=True):
+        images = np.zeros((len(items), sampling.height, sampling.width, 3), np.uint8)
+        for image, item in zip(images, items, strict=True):
             concept = self._concept(arm, item)
             styled = any(part.role == "task" for part in arm.parts) and "ink" in item.prompt
-            picture[..., 0] = 40 * CONCEPTS.index(concept) + 20
-            picture[..., 1] = 200 if styled else 0
-            picture[..., 2] = np.random.default_rng(item.seed).integers(0, 30)
+            image[..., 0] = 40 * CONCEPTS.index(concept) + 20
+            image[..., 1] = 200 if styled else 0
+            image[..., 2] = np.random.default_rng(item.seed).integers(0, 30)
         self.drawn += len(items)
-        return pictures
+        return images
 
     def _concept(self, arm: Arm, item: Item) -> str:
         asked = next(word for word in CONCEPTS if word in item.prompt)
@@ -52,12 +52,12 @@ class Colours:
         self.name, self.labels, self.exclusive, self.sha256 = name, labels, labels, name.encode().hex()
         self.channel, self.step, self.block = channel, step, dict.fromkeys(block, 0.5)
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
-        found = (pictures[:, 0, 0, self.channel] * 255).round().astype(int) // self.step
+    def detect(self, images: np.ndarray) -> list[Finding]:
+        found = (images[:, 0, 0, self.channel] * 255).round().astype(int) // self.step
         return [Finding({label: float(i == k) for i, label in enumerate(self.labels)}) for k in found]
 
-    def embed(self, pictures: np.ndarray) -> np.ndarray:
-        return pictures.mean((1, 2)).astype(np.float32)
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        return images.mean((1, 2)).astype(np.float32)
 
 
 def judge() -> Judge:

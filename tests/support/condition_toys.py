@@ -109,7 +109,7 @@ def prompts() -> tuple[list, list]:
     return random_cond(1), random_cond(2)
 
 
-def picture(size: int) -> torch.Tensor:
+def noise_image(size: int) -> torch.Tensor:
     return torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(5))  # b h w 3
 
 
@@ -130,7 +130,7 @@ def controlled(control, positive, negative, size: int = 8 * SIZE) -> list:
         positive=positive,
         negative=negative,
         control_net=control,
-        image=picture(size),
+        image=noise_image(size),
         strength=0.8,
         start_percent=0.0,
         end_percent=1.0,

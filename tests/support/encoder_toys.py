@@ -160,7 +160,7 @@ def toy_clip(encoder: Encoder):
 
 @contextmanager
 def small_eyes() -> Iterator[None]:
-    """The parts that see pictures at toy size, for which ComfyUI has no options."""
+    """The parts that see images at toy size, for which ComfyUI has no options."""
     from comfy.text_encoders import llama, qwen_vl
 
     vision = qwen_vl.Qwen2VLVisionTransformer

@@ -1,4 +1,4 @@
-"""Attempts of the catalogue (escapes.py) behind nodes that carry anything, and with pictures from elsewhere."""
+"""Attempts of the catalogue (escapes.py) behind nodes that carry anything, and with images from elsewhere."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _(g):
     g["sample"]["inputs"]["model"] = ["ckpt", 0.5]
 
 
-# Pictures and latents from elsewhere
+# Images and latents from elsewhere
 
 
 @graph("an outside picture is shown")
@@ -252,7 +252,7 @@ def _(ground):
     ground.status = "replaced by the gate"
     outside = 1 - np.asarray(Image.open(ground.inputs / "outside.png"), np.float32) / 255
     with pytest.MonkeyPatch.context() as patch:
-        install_stub(ground.comfy, patch).score = lambda picture: float(not np.allclose(picture, outside, atol=1e-6))
+        install_stub(ground.comfy, patch).score = lambda image: float(not np.allclose(image, outside, atol=1e-6))
         made = gated_run(action="replace", replacement=["other", 0])
         made["latent"]["inputs"]["batch_size"] = 1
         made["load"] = node("LoadImage", image="outside.png")

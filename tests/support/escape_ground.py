@@ -23,7 +23,7 @@ from support.operator_graphs import enforcement, required
 
 KEY = "modular_lora_attestation"
 LEAST = 0.9
-PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".webm", ".mp4", ".avif", ".bmp"))
+IMAGE_ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".webm", ".mp4", ".avif", ".bmp"))
 WEIGHTS = frozenset((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
 SOUNDS = frozenset((".flac", ".mp3", ".opus", ".wav", ".m4a"))
 SOLIDS = frozenset((".glb", ".obj", ".svg"))
@@ -50,8 +50,8 @@ class Seen:
     invalid: list[str] = field(default_factory=list)  # ComfyUI's own errors
     prompts: list[str] = field(default_factory=list)  # ids of prompts that were refused
     answers: list[tuple[int, bytes]] = field(default_factory=list)  # of other requests
-    shown: list[Any] = field(default_factory=list)  # pictures that were shown on the way
-    told: list[str] = field(default_factory=list)  # what the server sent beside pictures
+    shown: list[Any] = field(default_factory=list)  # images that were shown on the way
+    told: list[str] = field(default_factory=list)  # what the server sent beside images
     unguarded: int = 0  # evaluations of a network without branches while a policy was in force
 
 
@@ -66,7 +66,7 @@ class Ground:
         self.loras, self.inputs = comfy.loras, Path(comfy.folder_paths.get_input_directory())
         self.between: Callable[[], None] = lambda: None
         self.seen, self.attested, self.passed, self._mark = Seen(), set(), set(), {}
-        self.status = "guarded"  # what an attempt's pictures say of themselves, where they name it
+        self.status = "guarded"  # what an attempt's images say of themselves, where they name it
         self._undo: list[Callable[[], None]] = []
 
     def open(self) -> None:
@@ -92,7 +92,7 @@ class Ground:
         sizes = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
         self.executor = execution.PromptExecutor(self.site, execution.CacheType.CLASSIC, cache_args=sizes)
         self._spy_evaluations()
-        self._spy_pictures()
+        self._spy_images()
         self._spy_gates()
         self._spy_messages()
         self.safety = hashlib.sha256((self.loras / "safety.safetensors").read_bytes()).hexdigest()
@@ -130,8 +130,8 @@ class Ground:
         unet._forward = forward
         self._undo.append(lambda: setattr(unet, "_forward", before))
 
-    def _spy_pictures(self) -> None:
-        """Pixels of the pictures that Guarded VAE Decode attests with the required LoRA; files are compared to them."""
+    def _spy_images(self) -> None:
+        """Pixels of the images that Guarded VAE Decode attests with the required LoRA; files are compared to them."""
         ledger = self.comfy.ledger
         before = ledger.attest_images
 
@@ -146,23 +146,23 @@ class Ground:
         self._undo.append(lambda: setattr(ledger, "attest_images", before))
 
     def _spy_gates(self) -> None:
-        """Pixels of the pictures that a gate let pass as they were, or changed."""
+        """Pixels of the images that a gate let pass as they were, or changed."""
         gated = importlib.import_module("modular_lora_guard.comfy_host.gating")
         before = gated.judge
 
-        def judge(pictures, gate):
-            judged = before(pictures, gate)
+        def judge(images, gate):
+            judged = before(images, gate)
             goes = [one for one in judged.verdicts if not one["withheld"]]
-            for picture, said in zip(judged.images if goes else (), goes, strict=True):
+            for image, said in zip(judged.images if goes else (), goes, strict=True):
                 if not said["gate"]["flagged"] or said["gate"]["changed"]:
-                    self.passed.add(_digest(picture))
+                    self.passed.add(_digest(image))
             return judged
 
         gated.judge = judge
         self._undo.append(lambda: setattr(gated, "judge", before))
 
     def _spy_messages(self) -> None:
-        """What goes to the user's browser: every message, and pictures beside the progress (main.py hooks them)."""
+        """What goes to the user's browser: every message, and images beside the progress (main.py hooks them)."""
         utils, before = importlib.import_module("comfy.utils"), self.site.send_sync
 
         def send_sync(event, data, sid=None):
@@ -178,7 +178,7 @@ class Ground:
         self._undo.append(lambda: utils.set_progress_bar_global_hook(known))
 
     def _prepare_files(self) -> None:
-        """An outside picture, latent and sound, an embedding, another VAE, the checkpoint under a second name."""
+        """An outside image, latent and sound, an embedding, another VAE, the checkpoint under a second name."""
         from safetensors.torch import save_file
 
         self.inputs.mkdir(parents=True, exist_ok=True)
@@ -304,12 +304,12 @@ class Ground:
         """Of this attempt, in the record."""
         return [line for line in self.record() if line["kind"] == "refused"]
 
-    def pictures(self) -> list[Path]:
-        """New files of pictures and latents; AssertionError for one that is not attested, and for weights."""
-        found = [file for file in self.new_files() if file.suffix.lower() in PICTURES]
+    def images(self) -> list[Path]:
+        """New files of images and latents; AssertionError for one that is not attested, and for weights."""
+        found = [file for file in self.new_files() if file.suffix.lower() in IMAGE_ENDINGS]
         for file in found:
             assert file.suffix.lower() in (".png", ".webp"), f"{file.name}: what is in it cannot be compared"
-            self._check_picture(file)
+            self._check_image(file)
         for file in self.new_files():
             assert file.suffix.lower() not in WEIGHTS, f"{file.name}: weights came out"
             if file.suffix == ".latent":
@@ -320,20 +320,20 @@ class Ground:
                 assert np.array_equal(audio_nodes.samples(file), outside), (
                     f"{file.name}: it is not the user's own sound"
                 )
-        for picture in self.seen.shown:
-            self._check_pixels(np.array(picture.convert("RGB")), "shown on the way")
+        for image in self.seen.shown:
+            self._check_pixels(np.array(image.convert("RGB")), "shown on the way")
         for text in self.seen.told:
             assert "tensor(" not in text, f"numbers of a tensor were told: {text[:300]}"
             assert escape_nodes.MARK not in text, f"a picture was told as text: {text[:300]}"
         return found
 
-    def _check_picture(self, file: Path) -> None:
-        with Image.open(file) as picture:
-            text = getattr(picture, "text", {}).get(KEY)
+    def _check_image(self, file: Path) -> None:
+        with Image.open(file) as image:
+            text = getattr(image, "text", {}).get(KEY)
             if text is not None and not self.status.startswith("guarded"):  # it does not claim to be
                 assert json.loads(text)["status"] == self.status
                 return
-            for frame in ImageSequence.Iterator(picture):
+            for frame in ImageSequence.Iterator(image):
                 self._check_pixels(np.array(frame.convert("RGB")), file.name)
         if text is not None:
             assert self.is_guarded(json.loads(text)), f"{file.name} says {text[:300]}"
@@ -366,6 +366,6 @@ class Ground:
 
 
 def _digest(image: torch.Tensor) -> str:
-    """Of a picture's 8-bit pixels (h w 3), rounded as Save Image rounds."""
+    """Of an image's 8-bit pixels (h w 3), rounded as Save Image rounds."""
     pixels = image if image.dtype == torch.uint8 else (image.cpu() * 255.0).clamp(0, 255).to(torch.uint8)
     return hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()

@@ -1,6 +1,6 @@
 """Attempts of the catalogue (escapes.py) to let out what no gate let pass: as sound, text, numbers, behind other nodes.
 
-The gate asks a detector whose answer the attempt decides. Where it flags a picture and blurs it, the picture that went
+The gate asks a detector whose answer the attempt decides. Where it flags an image and blurs it, the image that went
 into the gate must not come out by any way; where it flags nothing, what was not judged must not.
 """
 
@@ -24,7 +24,7 @@ _numbers = iter(range(5000, 10**9))
 def behind_a_gate(flags: bool, change: Callable[[Graph], None], ground: Ground) -> None:
     """Send a graph with a gate, and then again with what ``change`` makes of it, when all has been judged."""
     with pytest.MonkeyPatch.context() as patch:
-        install_stub(ground.comfy, patch).score = lambda picture: float(flags)
+        install_stub(ground.comfy, patch).score = lambda image: float(flags)
         number = next(_numbers)
         made = gated_run(action="blur", threshold=0.2 + number / 1e6)  # its own, as the detector's answer is kept
         made["latent"]["inputs"]["batch_size"] = 1
@@ -45,7 +45,7 @@ def gate(name: str, outcome: str = "refused", why: str = "", policy: str = GATED
 
 
 def needed(made: Graph, number: list) -> None:
-    """Something that is shown needs a number, and says nothing of it but how many pictures there are."""
+    """Something that is shown needs a number, and says nothing of it but how many images there are."""
     made["n"] = node("EmptyImage", width=64, height=64, batch_size=number, color=0)
     made["size"] = node("GetImageSize", image=["n", 0])
     made["said"] = node("PreviewAny", source=["size", 2])

@@ -14,7 +14,7 @@ import torch
 from support.helper_nodes import ANY
 
 CHECKPOINT = "world.safetensors"
-MARK = "picture as text: "  # before every text that is made of a picture
+MARK = "picture as text: "  # before every text that is made of an image
 
 
 def _node(run: Callable, returns: tuple = (), output: bool = False, **inputs) -> type:
@@ -111,9 +111,9 @@ def _expand(model=None) -> dict:
     settings = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     links = {"positive": cond.out(0), "negative": cond.out(0), "latent_image": latent.out(0)}
     samples = graph.node("KSampler", model=loader.out(0) if model is None else model, **settings, **links)
-    picture = graph.node("VAEDecode", samples=samples.out(0), vae=loader.out(2))
-    graph.node("PreviewImage", images=picture.out(0))
-    return {"result": (picture.out(0),), "expand": graph.finalize()}
+    image = graph.node("VAEDecode", samples=samples.out(0), vae=loader.out(2))
+    graph.node("PreviewImage", images=image.out(0))
+    return {"result": (image.out(0),), "expand": graph.finalize()}
 
 
 def _expand_loader() -> dict:
@@ -124,7 +124,7 @@ def _expand_loader() -> dict:
     return {"result": (loader.out(0),), "expand": graph.finalize()}
 
 
-FORMS: dict[str, Callable] = {  # ways to hand on a picture b h w c
+FORMS: dict[str, Callable] = {  # ways to hand on an image b h w c
     "plain": lambda value: value,
     "list": lambda value: [value],
     "pictures in a list": lambda value: list(value),
@@ -195,8 +195,8 @@ def _preview(value: torch.Tensor) -> int:
     import comfy.utils
     from PIL import Image
 
-    picture = Image.fromarray((value[0] * 255).to(torch.uint8).numpy())
-    comfy.utils.ProgressBar(1).update_absolute(1, 1, ("PNG", picture, None))
+    image = Image.fromarray((value[0] * 255).to(torch.uint8).numpy())
+    comfy.utils.ProgressBar(1).update_absolute(1, 1, ("PNG", image, None))
     return 1
 
 

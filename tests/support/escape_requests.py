@@ -169,8 +169,8 @@ def _(ground):
     forged = {"status": "guarded", "loras": [], "note": "forged"}
     texts = {KEY: forged, f"{KEY}\0": forged, f"{KEY}\0{json.dumps(forged)}": ""}
     ground.send(guarded(), extra_data={"extra_pnginfo": texts})
-    (picture,) = ground.pictures()
-    assert b"forged" not in picture.read_bytes()
+    (image,) = ground.images()
+    assert b"forged" not in image.read_bytes()
 
 
 # What the record says: each refusal a bounded line, each run with the texts that it used
@@ -531,4 +531,4 @@ def _(ground):
     for i, made in enumerate((guarded(), only_stock(), hidden, guarded(), only_stock())):
         ground.queue(made, client_id=f"client{i % 2}")
     ground.work()
-    assert len(ground.pictures()) == 2
+    assert len(ground.images()) == 2

@@ -1,11 +1,11 @@
-"""Attempts to get an unguarded picture out of a ComfyUI under a policy: graphs.
+"""Attempts to get an unguarded image out of a ComfyUI under a policy: graphs.
 
 escape_detours.py, escape_actions.py, escape_cancelling.py, escape_bases.py, escape_requests.py and escape_leaves.py add
 those that need files, requests and gates.
 
 Each attempt is a sentence and what ComfyUI is asked to do. ``outcome``: "refused" by the policy or the guard, queued or
 running, and in the record; "invalid", which ComfyUI itself refuses; "permitted" on purpose, for the reason given, and
-then every picture is attested with the required safety LoRA at the strength that the policy asks for.
+then every image is attested with the required safety LoRA at the strength that the policy asks for.
 """
 
 from __future__ import annotations

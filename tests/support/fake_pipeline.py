@@ -30,10 +30,10 @@ class FakePipeline:
         os.write(1, b"a library prints\n")
         shape, arm_key = (sampling.height, sampling.width, 3), list(f"{arm.name} {arm.training_seed}".encode())
         seeds = [[item.seed, *item.prompt.encode(), *arm_key] for item in items]
-        pictures = np.stack([np.random.default_rng(seed).integers(0, 256, shape, np.uint8) for seed in seeds])
+        images = np.stack([np.random.default_rng(seed).integers(0, 256, shape, np.uint8) for seed in seeds])
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(f"{arm.name} {prompts}\n")
-        return pictures
+        return images
 
     def _first_time(self) -> bool:
         """Over all workers."""

@@ -1,4 +1,4 @@
-"""Other models of pictures, sound and shapes at toy size (see families.py)."""
+"""Other models of images, sound and shapes at toy size (see families.py)."""
 
 from __future__ import annotations
 

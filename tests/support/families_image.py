@@ -38,7 +38,7 @@ SVD = {
     "video_kernel_size": [3, 1, 1],
     "disable_temporal_crossattention": False,
 }
-PICTURE = {"concat_latent_image": Noise((1, 4, 8, 8))}
+CONCAT = {"concat_latent_image": Noise((1, 4, 8, 8))}
 POOLED = {"pooled_output": Noise((1, 1280))}
 SMALLER_SDXL = {**ADM, "context_dim": 2048, "adm_in_channels": 2816}
 UNCLIP = {**ADM, "context_dim": 1024}
@@ -46,9 +46,9 @@ DIFFUSERS_UNET = ("lora_unet_", "unet.", "lycoris_")
 
 
 def seen(width: int) -> dict:
-    """What unCLIPConditioning says of a picture: its embedding, how strong, with how much noise."""
-    picture = {"image_embeds": Noise((1, width))}
-    return {"unclip_conditioning": [Entries(clip_vision_output=picture, strength=1.0, noise_augmentation=0.1)]}
+    """What unCLIPConditioning says of an image: its embedding, how strong, with how much noise."""
+    image = {"image_embeds": Noise((1, width))}
+    return {"unclip_conditioning": [Entries(clip_vision_output=image, strength=1.0, noise_augmentation=0.1)]}
 
 
 U_NETS = (
@@ -144,17 +144,17 @@ U_NETS = (
         {**SVD, "adm_in_channels": 768},
         (4, 8, 8),
         (1, 1024),
-        PICTURE,
+        CONCAT,
     ),
-    Family("SV3D", "SV3D_u", {**SVD, "adm_in_channels": 256}, (4, 8, 8), (1, 1024), PICTURE),
-    Family("SV3D with a path", "SV3D_p", {**SVD, "adm_in_channels": 1280}, (4, 8, 8), (1, 1024), PICTURE),
+    Family("SV3D", "SV3D_u", {**SVD, "adm_in_channels": 256}, (4, 8, 8), (1, 1024), CONCAT),
+    Family("SV3D with a path", "SV3D_p", {**SVD, "adm_in_channels": 1280}, (4, 8, 8), (1, 1024), CONCAT),
     Family(
         "InstructPix2Pix",
         "SD15_instructpix2pix",
         {**UNET, "in_channels": 8, "use_linear_in_transformer": False, "context_dim": 768},
         (4, 8, 8),
         (77, 768),
-        PICTURE,
+        CONCAT,
     ),
     Family(
         "SDXL InstructPix2Pix",
@@ -162,7 +162,7 @@ U_NETS = (
         {**ADM, "in_channels": 8, "context_dim": 2048, "adm_in_channels": 2816},
         (4, 8, 8),
         (77, 2048),
-        {**POOLED, **PICTURE},
+        {**POOLED, **CONCAT},
     ),
     Family(
         "Stable Zero123",
@@ -170,7 +170,7 @@ U_NETS = (
         {**UNET, "in_channels": 8, "use_linear_in_transformer": False, "context_dim": 768},
         (4, 8, 8),
         (1, 768),
-        PICTURE,
+        CONCAT,
         state=lambda: {"cc_projection.weight": torch.zeros(768, 772), "cc_projection.bias": torch.zeros(768)},
     ),
     Family(

@@ -210,7 +210,7 @@ def seconds() -> dict:
     return {f"conditioner.conditioners.seconds_total.{k}": v for k, v in state.items()}
 
 
-NEWER_PICTURES = (
+NEWER_IMAGE = (
     Family("Lens", "Lens", LENS, (128, 4, 4), (12, 48)),
     Family(
         "LongCat Image",

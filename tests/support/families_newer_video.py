@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from support.families import Family, Noise
-from support.families_newer import NEWER_PICTURES
+from support.families_newer import NEWER_IMAGE
 from support.families_video import CLIP_FEATURES, FIRST_FRAME, I2V, VIDEO, VIDEO_REFERENCE, WAN
 
 COGVIDEO = {
@@ -102,4 +102,4 @@ NEWER_VIDEOS = (
         cfg=1.0,
     ),
 )
-NEWER = (*NEWER_PICTURES, *NEWER_VIDEOS)
+NEWER = (*NEWER_IMAGE, *NEWER_VIDEOS)

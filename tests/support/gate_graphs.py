@@ -29,7 +29,7 @@ PLAIN = {  # Gate Settings as they stand when the node is new
 
 @dataclass
 class Stub:
-    """A detector whose scores the test decides: ``score`` gets a picture h w 3; ``box`` is x, y, width, height."""
+    """A detector whose scores the test decides: ``score`` gets an image h w 3; ``box`` is x, y, width, height."""
 
     score: Callable[[np.ndarray], float]
     box: tuple[float, ...] | None = None
@@ -44,21 +44,21 @@ class Stub:
     def has_boxes(self) -> bool:
         return self.box is not None
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
-        self.seen.append(len(pictures))
-        return [self._finding(float(self.score(picture))) for picture in pictures]
+    def detect(self, images: np.ndarray) -> list[Finding]:
+        self.seen.append(len(images))
+        return [self._finding(float(self.score(image))) for image in images]
 
     def _finding(self, score: float) -> Finding:
         boxes = (Box("thing", score, *self.box),) if self.box else ()
         return Finding({"thing": score, "odd thing 2": 0.0}, boxes)
 
 
-def redness(picture: np.ndarray) -> float:
-    return float(picture[..., 0].mean() * (1 - picture[..., 1].mean()))
+def redness(image: np.ndarray) -> float:
+    return float(image[..., 0].mean() * (1 - image[..., 1].mean()))
 
 
 def install_stub(comfy, monkeypatch) -> Stub:
-    """A stub in place of every detector; red pictures are what it looks for."""
+    """A stub in place of every detector; red images are what it looks for."""
     detectors, detector = part(comfy, "gate.detectors"), Stub(redness)
     monkeypatch.setattr(detectors, "make", lambda name, *args, **files: detector)
     monkeypatch.setattr(detectors, "available", lambda: ("stub",))
@@ -75,7 +75,7 @@ def settings(**changes) -> dict:
 
 
 def colours(*values: int, size: int = 64) -> dict:
-    """A graph of one IMAGE batch, ["batch", 0], with a picture of each colour."""
+    """A graph of one IMAGE batch, ["batch", 0], with an image of each colour."""
     graph, last = {}, ""
     for i, value in enumerate(values):
         graph[f"one{i}"] = node("EmptyImage", width=size, height=size, batch_size=1, color=value)
@@ -124,5 +124,5 @@ def files(comfy, prefix: str) -> list:
     return sorted(comfy.output.glob(f"{prefix}_*"))
 
 
-def sha(picture: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(picture)).hexdigest()
+def sha(image: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()

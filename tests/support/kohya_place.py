@@ -12,7 +12,7 @@ from support.kohya_toys import stub_weights
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint of the stand-in, a safety LoRA, pictures."""
+    """A checkpoint of the stand-in, a safety LoRA, images."""
     folder = tmp_path_factory.mktemp("kohya")
     save_file(stub_weights(), folder / "base.safetensors")
     name, generator = "lora_unet_attentions_0_transformer_blocks_0_attn2_to_k", torch.Generator().manual_seed(3)
@@ -21,8 +21,8 @@ def place(tmp_path_factory):
     save_file(tensors, folder / "safety.safetensors", {"modular_lora.role": "safety"})
     lost = {key.replace("to_k", "to_x"): value for key, value in tensors.items()}
     save_file(lost, folder / "lost.safetensors")
-    pictures = folder / "pictures" / "2_thing"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64), "red").save(pictures / "a.png")
-    (pictures / "a.txt").write_text("a thing", encoding="utf-8")
+    images = folder / "pictures" / "2_thing"
+    images.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(images / "a.png")
+    (images / "a.txt").write_text("a thing", encoding="utf-8")
     return folder

@@ -41,8 +41,8 @@ class Seen:
         self.steps.append((step, total, len(losses)))
         self.losses = losses
 
-    def sample(self, step, pictures, without=()):
-        self.samples += pictures
+    def sample(self, step, images, without=()):
+        self.samples += images
 
     def say(self, text):
         self.said = text

@@ -1,4 +1,4 @@
-"""Random mutations of guarded graphs, the nodes that they may insert, and the references that judge the pictures."""
+"""Random mutations of guarded graphs, the nodes that they may insert, and the references that judge the images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn portraits that NudeNet takes for faces: pictures that a detector sees something in, made on the spot."""
+"""Drawn portraits that NudeNet takes for faces: images that a detector sees something in, made on the spot."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def portrait(seed: int, width: int = 320, height: int = 320) -> Image.Image:
     """A head with shoulders on a plain ground; soft edges, without which the network sees a drawing and no face."""
     rng = np.random.default_rng(seed)
     colour = lambda low, high: tuple(int(v) for v in rng.integers(low, high, 3))  # noqa: E731
-    picture = Image.new("RGB", (width, height), colour(0, 256))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), colour(0, 256))
+    draw = ImageDraw.Draw(image)
     x, y, a = rng.uniform(0.35, 0.65) * width, 0.42 * height, rng.uniform(0.2, 0.28) * min(width, height)
     b, light = a * 1.25, rng.uniform(0.7, 1)
     skin, shade = (tuple(int(v * light * f) for v in (240, 190, 160)) for f in (1, 0.75))
@@ -30,9 +30,9 @@ def portrait(seed: int, width: int = 320, height: int = 320) -> Image.Image:
         oval(side * 0.4, -0.22, 0.28, 0.03, hair)
     oval(0, 0.2, 0.06, 0.1, shade)
     oval(0, 0.53, 0.35, 0.085, (190, 70, 80))
-    return picture.filter(ImageFilter.GaussianBlur(0.06 * a))
+    return image.filter(ImageFilter.GaussianBlur(0.06 * a))
 
 
-def floats(*pictures: Image.Image) -> np.ndarray:
+def floats(*images: Image.Image) -> np.ndarray:
     """Pictures of one size as b h w 3 float32, 0..1."""
-    return np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
+    return np.stack([np.asarray(image, np.float32) / 255 for image in images])

@@ -128,9 +128,9 @@ EXTRACTED = {  # beside the pairs, as LightX2V and KJNodes extract a LoRA of Wan
     f"{MODEL}blocks.0.diff_m": (1, 6, 32),
     f"{MODEL}head.diff_m": (1, 2, 32),
 }
-PICTURE = {f"{MODEL}blocks.0.cross_attn.norm_k_img.diff": (32,), f"{MODEL}img_emb.proj.4.diff": (32,)}
+IMAGE_LAYERS = {f"{MODEL}blocks.0.cross_attn.norm_k_img.diff": (32,), f"{MODEL}img_emb.proj.4.diff": (32,)}
 OF_T2V = EXTRACTED | {f"{MODEL}patch_embedding.diff": (32, 16, 1, 2, 2)}
-OF_I2V = EXTRACTED | PICTURE | {f"{MODEL}patch_embedding.diff": (32, 36, 1, 2, 2)}
+OF_I2V = EXTRACTED | IMAGE_LAYERS | {f"{MODEL}patch_embedding.diff": (32, 36, 1, 2, 2)}
 SD1, XL, SD3_TEXT = "CLIP-L (SD1.x)", "CLIP-L and CLIP-G (SDXL)", "CLIP-L, CLIP-G and T5-XXL (SD3)"
 FLUX_TEXT, T5_TEXT, CASCADE = "CLIP-L and T5-XXL (Flux)", "T5-XXL (PixArt, Chroma)", "CLIP-G (Stable Cascade)"
 FLUX_TE = (f"lora_te1{UNTIL}", f"lora_te3_{T5}")

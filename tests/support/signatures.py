@@ -1,4 +1,4 @@
-"""What the tests of signatures share: refusals by kind, and saved pictures with attestations."""
+"""What the tests of signatures share: refusals by kind, and saved images with attestations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refused(kind: type[SignatureError], call, *arguments, **options) -> str:
     return str(error.value)
 
 
-def picture(path: Path, key: Path | None, **changes) -> dict:
+def saved_image(path: Path, key: Path | None, **changes) -> dict:
     """A PNG with a record in its text, as nodes/save.py writes it."""
     pixels = np.random.default_rng(3).integers(0, 255, (6, 8, 3), np.uint8)
     record = {"status": "guarded", "net_strength": {"a.safetensors": 0.9731234}, **changes}

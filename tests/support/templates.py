@@ -14,7 +14,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what stands behind a seed in the values of a node
 BYPASSED = 4  # mode of a node
 NOTES = ("Note", "MarkdownNote")
-PICTURE, PIXELS, LARGER = "template.png", 64, 96
+IMAGE_FILE, PIXELS, LARGER = "template.png", 64, 96
 LORAS = ("task.safetensors", "other.safetensors")
 
 
@@ -85,7 +85,7 @@ SMALL = {  # by node type: what the toy model asks for, and how large and long a
     "LatentUpscale": {"width": LARGER, "height": LARGER},
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "ImagePadForOutpaint": {"left": 16, "top": 0, "right": 16, "bottom": 0, "feathering": 8},
-    "LoadImage": {"image": PICTURE},
+    "LoadImage": {"image": IMAGE_FILE},
     "KSampler": {"steps": 2, "sampler_name": "euler", "scheduler": "normal"},
     "KSamplerAdvanced": {"steps": 4, "sampler_name": "euler", "scheduler": "normal"},
     "KSamplerSelect": {"sampler_name": "euler"},

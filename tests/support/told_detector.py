@@ -10,7 +10,7 @@ from modular_lora_guard.gate.finding import Finding
 
 @dataclass
 class Told:
-    """A detector that says what it is told to, picture by picture."""
+    """A detector that says what it is told to, image by image."""
 
     findings: list[Finding]
     has_boxes: bool = True
@@ -26,5 +26,5 @@ class Told:
     device: str = "CPUExecutionProvider"
     notes: tuple[str, ...] = ("execution provider XExecutionProvider is unavailable",)
 
-    def detect(self, pictures: np.ndarray) -> list[Finding]:
+    def detect(self, images: np.ndarray) -> list[Finding]:
         return self.findings

@@ -91,8 +91,8 @@ class ToyHostModel:
         rows = [torch.Generator().manual_seed(sum(prompt.encode()) * 7919 + len(prompt)) for prompt in prompts]
         return Cond.of(torch.stack([torch.randn(3, TEXT, generator=g) for g in rows]))
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
-        small = F.avg_pool2d(pictures.movedim(-1, 1), self.downscale)  # b 3 h w
+    def encode_images(self, images: Tensor) -> Tensor:
+        small = F.avg_pool2d(images.movedim(-1, 1), self.downscale)  # b 3 h w
         return torch.cat([small, small.mean(1, keepdim=True)], 1) * 2 - 1
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Silent:
     """A watch that remembers what it heard; ``stop_at``: interrupts there."""
 
     def __init__(self, stop_at: int | None = None):
-        self.stop_at, self.steps, self.pictures, self.said = stop_at, 0, [], ""
+        self.stop_at, self.steps, self.images, self.said = stop_at, 0, [], ""
         self.validation: list[tuple[int, float]] = []
 
     def check(self) -> None:
@@ -139,8 +139,8 @@ class Silent:
     def validated(self, losses: list[tuple[int, float]]) -> None:
         self.validation = list(losses)
 
-    def sample(self, step: int, pictures: list, without: object = ()) -> None:
-        self.pictures += pictures
+    def sample(self, step: int, images: list, without: object = ()) -> None:
+        self.images += images
 
     def say(self, text: str) -> None:
         self.said = "\n".join(filter(None, (self.said, text)))

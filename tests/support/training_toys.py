@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.encoder_toys import ENCODERS, toy_clip
 from support.families import Family, drawn, make
 
-SIDE = 64  # of a picture; of one for PixArt, which ComfyUI evaluates on nothing as small, 320
+SIDE = 64  # of an image; of one for PixArt, which ComfyUI evaluates on nothing as small, 320
 OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy's conditioning comes of other nodes
     "pooled_output",
     "attention_mask",
@@ -24,7 +24,7 @@ OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy'
 
 
 def side_of(family: Family) -> int:
-    """Of a picture that this family takes, in pixels."""
+    """Of an image that this family takes, in pixels."""
     return 320 if family.latent[-1] > SIDE // 4 else SIDE
 
 

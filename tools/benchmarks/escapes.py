@@ -20,7 +20,7 @@ from .bench import finish, parser
 from .figures import ROOT
 
 TESTS = ROOT / "tests" / "escapes" / "test_operators_escapes.py"
-ATTEMPT = "test_no_unguarded_picture_comes_out"
+ATTEMPT = "test_no_unguarded_image_comes_out"
 _log = logging.getLogger("modular_lora")
 
 

@@ -1,4 +1,4 @@
-"""The Audit node in the real ComfyUI: figures out, pictures kept, and what an operator or the guard forbids."""
+"""The Audit node in the real ComfyUI: figures out, images kept, and what an operator or the guard forbids."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def policy(audit, comfy, run_graph):
     shutil.rmtree(operator.path.parent / "record", ignore_errors=True)
 
 
-def test_an_audit_gives_figures_and_keeps_the_pictures(graph, run_graph, audit, comfy):
+def test_an_audit_gives_figures_and_keeps_the_images(graph, run_graph, audit, comfy):
     report, figures, plot, sheet = run_graph(graph("whole"))["audit"]
     rows = json.loads(figures)["rows"]
     assert {row["arm"] for row in rows} == set(ARMS)
@@ -159,7 +159,7 @@ def test_a_prompt_file_outside_the_input_folder_is_refused(name, audit, comfy):
         audit._prompt_file(name)
 
 
-def test_a_start_picture_outside_the_input_folder_is_refused(graph, run_graph, comfy):
+def test_a_start_image_outside_the_input_folder_is_refused(graph, run_graph, comfy):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(comfy.base / "outside.png")

@@ -1,4 +1,4 @@
-"""The audit's pipeline in the real ComfyUI: stock pictures bit for bit, LoRAs whole, W0 untouched."""
+"""The audit's pipeline in the real ComfyUI: stock images bit for bit, LoRAs whole, W0 untouched."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def arms(part) -> dict[str, Arm]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """Start pictures and a mask, of the sampling's size."""
+def images(tmp_path_factory) -> Path:
+    """Start images and a mask, of the sampling's size."""
     folder = tmp_path_factory.mktemp("starts")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "start.png")
@@ -75,7 +75,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def stock(graph: dict, run_graph) -> np.ndarray:
-    """h w 3 uint8 of the graph's picture, rounded as Save Image does."""
+    """h w 3 uint8 of the graph's image, rounded as Save Image does."""
     graph["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["ckpt", 2]}}
     graph["save"] = {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}
     return to_bytes(run_graph(graph)["decode"][0])
@@ -86,7 +86,7 @@ def to_bytes(image: torch.Tensor) -> np.ndarray:
 
 
 def stock_merge(run_graph, *loras: tuple[str, float]) -> np.ndarray:
-    """The picture of a chain of stock LoRA loaders."""
+    """The image of a chain of stock LoRA loaders."""
     graph, model, clip = base_graph(), ["ckpt", 0], ["ckpt", 1]
     for i, (name, strength) in enumerate(loras):
         inputs = {"model": model, "clip": clip, "lora_name": name}
@@ -150,16 +150,16 @@ def test_an_arm_is_the_stock_merge_of_its_loras_within_rounding(arm, chain, pipe
     assert distance(ours, merged) < NEAR
 
 
-def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(pipeline, arms, pictures, run_graph, comfy):
+def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(pipeline, arms, images, run_graph, comfy):
     folder = Path(comfy.folder_paths.get_input_directory())
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("start.png", "mask.png"):
-        (folder / name).write_bytes((pictures / name).read_bytes())
+        (folder / name).write_bytes((images / name).read_bytes())
     graph = base_graph()
     graph["start"] = {"class_type": "LoadImage", "inputs": {"image": "start.png"}}
     graph["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["start", 0], "vae": ["ckpt", 2]}}
     graph["sample"] = sampler(["ckpt", 0], latent_image=["encode", 0], denoise=0.6)
-    start, mask = str(pictures / "start.png"), str(pictures / "mask.png")
+    start, mask = str(images / "start.png"), str(images / "mask.png")
     ours = pipeline.draw(arms["base"], [item(start=start, denoise=0.6)], SAMPLING)
     assert np.array_equal(ours[0], stock(graph, run_graph))
 
@@ -170,8 +170,8 @@ def test_img2img_and_inpainting_are_the_stock_nodes_bit_for_bit(pipeline, arms, 
     assert np.array_equal(ours[0], stock(graph, run_graph))
 
 
-def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(pipeline, arms, pictures):
-    start, mask = str(pictures / "start.png"), str(pictures / "mask.png")
+def test_a_mixed_unit_comes_back_in_order_and_each_image_is_its_own(pipeline, arms, images):
+    start, mask = str(images / "start.png"), str(images / "mask.png")
     items = [
         item(),
         item(start=start, denoise=0.6),
@@ -187,9 +187,7 @@ def test_a_mixed_unit_comes_back_in_order_and_each_picture_is_its_own(pipeline, 
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "ddpm"])
-def test_a_sampler_with_noise_of_its_own_gives_the_stock_picture_whoever_shares_the_unit(
-    name, pipeline, arms, run_graph
-):
+def test_a_sampler_with_noise_of_its_own_gives_the_stock_image_whoever_shares_the_unit(name, pipeline, arms, run_graph):
     graph = base_graph()
     graph["sample"] = sampler(["ckpt", 0], sampler_name=name)
     by = Sampling(2, 2.0, name, "normal", 64, 64)
@@ -267,13 +265,13 @@ def test_settings_that_comfyui_would_quietly_replace_are_refused(change, named, 
         pipeline.draw(arms["base"], [item()], by)
 
 
-def test_items_that_cannot_be_drawn_are_refused(pipeline, arms, pictures, comfy):
-    text = pictures / "text.png"
+def test_items_that_cannot_be_drawn_are_refused(pipeline, arms, images, comfy):
+    text = images / "text.png"
     text.write_text("no image")
-    start = str(pictures / "start.png")
+    start = str(images / "start.png")
     for wrong, code in (
         ({"start": str(text)}, "audit.image-unreadable"),
-        ({"start": str(pictures / "none.png")}, "audit.image-unreadable"),
+        ({"start": str(images / "none.png")}, "audit.image-unreadable"),
         ({"mask": start}, "audit.item"),
         ({"start": start, "denoise": 0.0}, "audit.item"),
     ):
@@ -336,7 +334,7 @@ with open_pipeline(checkpoint, "", True) as pipeline:
 """
 
 
-def test_a_worker_without_av_and_the_server_draws_the_same_picture(pipeline, arms, comfy, tmp_path):
+def test_a_worker_without_av_and_the_server_draws_the_same_image(pipeline, arms, comfy, tmp_path):
     checkpoint = comfy.base / "models" / "checkpoints" / "world.safetensors"
     arguments = [sys.executable, "-c", WORKER, str(ROOT), str(checkpoint), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)

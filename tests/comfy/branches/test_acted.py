@@ -416,7 +416,7 @@ def test_two_safety_loras_of_one_file_name_both_stay_in_the_record(comfy, run_gr
 
 
 def test_a_prompt_that_stands_in_the_other_conditioning_is_measured_too(run_graph, loras, comfy):
-    """With cfg 0 the negative prompt draws the picture: every conditioning of the guider is judged."""
+    """With cfg 0 the negative prompt draws the image: every conditioning of the guider is judged."""
     graph = guarded_graph()
     graph["sample"]["inputs"]["cfg"] = 0.0
     graph["save"]["inputs"]["filename_prefix"] = "swapped"
@@ -428,7 +428,7 @@ def test_a_prompt_that_stands_in_the_other_conditioning_is_measured_too(run_grap
 
 
 def test_a_graph_with_a_file_that_cancels_on_real_inputs_is_stopped(comfy, run_graph, loras):
-    """The whole way, from the loader to the sampler: the base's picture is not called guarded, nor shown."""
+    """The whole way, from the loader to the sampler: the base's image is not called guarded, nor shown."""
     values = {name: spec for name, spec in loras.unet.items() if spec.path.endswith("attn2.to_v")}
     save_lora(loras.folder / "on_values.safetensors", values, 2, 31, size=0.3)
     sampler = guarded_graph()["sample"] | {"class_type": "KSampler"}

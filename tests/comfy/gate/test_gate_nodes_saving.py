@@ -17,10 +17,10 @@ def stub(comfy, monkeypatch):
     return install_stub(comfy, monkeypatch)
 
 
-def test_unchanged_pictures_keep_their_attestation_and_changed_ones_carry_it(comfy, stub, run_graph, loras):
+def test_unchanged_images_keep_their_attestation_and_changed_ones_carry_it(comfy, stub, run_graph, loras):
     graph = gated_run(action="blur", classes="thing 0.5")
     plain = run_graph(graph | {"save": node("PreviewAny", source=["decode", 1])})["decode"][0].numpy()
-    stub.score = lambda picture: float(sha(picture) == sha(plain[1]))
+    stub.score = lambda image: float(sha(image) == sha(plain[1]))
     graph["settings"]["inputs"]["classes"] = "thing 0.6"  # judged again
     graph["save"] = save(["gate", 0], filename_prefix="carried")
     run_graph(graph)
@@ -36,8 +36,8 @@ def test_unchanged_pictures_keep_their_attestation_and_changed_ones_carry_it(com
 
 
 @pytest.mark.parametrize(("action", "status"), [("replace", "replaced by the gate"), ("empty", "emptied by the gate")])
-def test_what_the_gate_puts_in_a_pictures_place_is_not_called_guarded(action, status, comfy, stub, run_graph, loras):
-    stub.score = lambda picture: float(picture.std() > 0.001)
+def test_what_the_gate_puts_in_an_images_place_is_not_called_guarded(action, status, comfy, stub, run_graph, loras):
+    stub.score = lambda image: float(image.std() > 0.001)
     graph = gated_run(action=action)
     graph["settings"]["inputs"]["replacement"] = ["grey", 0]
     graph["grey"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
@@ -69,14 +69,14 @@ def refused(comfy, run_graph, graph: dict, prefix: str, named: str) -> None:
     assert not files(comfy, prefix)
 
 
-def test_a_picture_that_no_gate_judged_is_not_saved(comfy, stub, run_graph, loras):
+def test_an_image_that_no_gate_judged_is_not_saved(comfy, stub, run_graph, loras):
     graph = gated_run()
-    graph["sample"]["inputs"]["seed"] = 40  # no picture that an earlier test gated
+    graph["sample"]["inputs"]["seed"] = 40  # no image that an earlier test gated
     graph["save"]["inputs"]["images"] = ["decode", 0]
     refused(comfy, run_graph, graph, "ungated", "3 not gated of 3")
 
 
-def test_a_picture_of_the_unguarded_model_and_an_edited_one_are_not_saved(comfy, stub, run_graph, loras):
+def test_an_image_of_the_unguarded_model_and_an_edited_one_are_not_saved(comfy, stub, run_graph, loras):
     graph = gated_run()
     graph["plain"] = sampler(["ckpt", 0])
     graph["decode"] = decode(["plain", 0])
@@ -87,8 +87,8 @@ def test_a_picture_of_the_unguarded_model_and_an_edited_one_are_not_saved(comfy,
     refused(comfy, run_graph, graph, "gate_edited", "3 unattested of 3")
 
 
-def test_pictures_that_are_flagged_and_only_reported_need_an_explicit_yes(comfy, stub, run_graph, loras):
-    stub.score = lambda picture: 1.0
+def test_images_that_are_flagged_and_only_reported_need_an_explicit_yes(comfy, stub, run_graph, loras):
+    stub.score = lambda image: 1.0
     graph = gated_run(action="report")
     refused(comfy, run_graph, graph, "flagged", "3 flagged and left as they are of 3")
     graph["save"]["inputs"]["save_flagged"] = True
@@ -98,7 +98,7 @@ def test_pictures_that_are_flagged_and_only_reported_need_an_explicit_yes(comfy,
 
 def test_a_stricter_gate_takes_back_what_a_gentler_one_passed(comfy, stub, run_graph, loras):
     graph = gated_run(threshold=0.9)
-    stub.score = lambda picture: 0.7
+    stub.score = lambda image: 0.7
     graph["strict"] = settings(threshold=0.5, action="blur")
     graph["second"] = node("ModularLoraGate", images=["gate", 0], gate=["strict", 0])
     graph["both"] = node("ImageBatch", image1=["second", 0], image2=["gate", 0])
@@ -109,7 +109,7 @@ def test_a_stricter_gate_takes_back_what_a_gentler_one_passed(comfy, stub, run_g
     assert "left out: 3 flagged and left as they are" in comfy.server.texts["save"]
 
 
-def test_the_others_are_saved_where_unfit_pictures_are_to_be_skipped(comfy, stub, run_graph, loras):
+def test_the_others_are_saved_where_unfit_images_are_to_be_skipped(comfy, stub, run_graph, loras):
     graph = gated_run()
     graph["red"] = node("EmptyImage", width=64, height=64, batch_size=1, color=RED)
     graph["both"] = node("ImageBatch", image1=["gate", 0], image2=["red", 0])
@@ -131,9 +131,9 @@ def test_formats_without_text_carry_the_record_and_have_the_graph_beside_them(
     run_graph(graph)
     written = files(comfy, f"beside_{ending}")
     assert [f.suffix for f in written] == [".jpg", ".json"] * 3 if ending == "jpg" else [".json", ".webp"] * 3
-    for picture in (f for f in written if f.suffix == f".{ending}"):
-        beside = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
-        with Image.open(picture) as opened:
+    for image in (f for f in written if f.suffix == f".{ending}"):
+        beside = json.loads(image.with_suffix(".json").read_text(encoding="utf-8"))
+        with Image.open(image) as opened:
             assert opened.size == (64, 64)
             packet = opened.info["xmp"]
         record = json.loads(marking.attestation_in(packet))
@@ -154,12 +154,12 @@ def test_where_metadata_are_off_the_record_stays_and_the_graph_does_not(
     run_graph(graph)
     written = files(comfy, f"bare_{format}")
     assert len(written) == 3
-    for picture in written:
-        assert b"modular_lora_attestation" in picture.read_bytes() or b"guard:attestation" in picture.read_bytes()
-        assert b"class_type" not in picture.read_bytes()
+    for image in written:
+        assert b"modular_lora_attestation" in image.read_bytes() or b"guard:attestation" in image.read_bytes()
+        assert b"class_type" not in image.read_bytes()
 
 
-def test_a_picture_is_not_left_without_its_record(comfy, stub, run_graph, loras, monkeypatch):
+def test_an_image_is_not_left_without_its_record(comfy, stub, run_graph, loras, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 

@@ -205,7 +205,7 @@ def test_under_safety_first_the_task_lora_gives_way_on_the_concept_and_files_do_
 def test_a_gate_acts_on_the_verdict_where_it_is_told_to_and_the_record_says_so_where_it_may(
     world, comfy, calibrated, run_graph, operator, monkeypatch
 ):
-    install_stub(comfy, monkeypatch).score = lambda picture: 0.1  # the detector finds nothing
+    install_stub(comfy, monkeypatch).score = lambda image: 0.1  # the detector finds nothing
     answers = {}
     for kind in ("concept", "kept"):
         graph = drawing("told.safetensors", OTHERS[kind][0])
@@ -244,7 +244,7 @@ def test_a_gate_acts_on_the_verdict_where_it_is_told_to_and_the_record_says_so_w
 def test_an_image_that_is_flagged_for_its_prompt_is_drawn_again_and_covered(
     world, comfy, calibrated, run_graph, monkeypatch
 ):
-    install_stub(comfy, monkeypatch).score = lambda picture: 0.1
+    install_stub(comfy, monkeypatch).score = lambda image: 0.1
     graph = drawing("told.safetensors", OTHERS["concept"][0])
     for name in ("sample", "decode", "save"):
         del graph[name]

@@ -15,8 +15,8 @@ from support.condition_toys import (
     make_flux,
     make_trio,
     node,
+    noise_image,
     patch,
-    picture,
     prompts,
     random_cond,
     sample,
@@ -160,9 +160,9 @@ def test_cond_and_uncond_in_calls_of_their_own_keep_the_guard(comfy, trio, monke
 
 @pytest.fixture
 def start(loaded):
-    """A picture's latent and a mask over its left half, faded to the right."""
+    """An image's latent and a mask over its left half, faded to the right."""
     mask = torch.linspace(1, 0, 8 * SIZE).expand(1, 8 * SIZE, 8 * SIZE).clone()
-    return {"samples": loaded[2].encode(picture(8 * SIZE))}, mask
+    return {"samples": loaded[2].encode(noise_image(8 * SIZE))}, mask
 
 
 @pytest.mark.parametrize("change", [None, "DifferentialDiffusion"])
@@ -176,7 +176,7 @@ def test_masks_over_a_latent_keep_the_guard(change, comfy, trio, start):
 
 
 def test_vae_encode_for_inpaint_keeps_the_guard(comfy, trio, start, loaded):
-    (latent,) = node("VAEEncodeForInpaint", pixels=picture(8 * SIZE), vae=loaded[2], mask=start[1], grow_mask_by=6)
+    (latent,) = node("VAEEncodeForInpaint", pixels=noise_image(8 * SIZE), vae=loaded[2], mask=start[1], grow_mask_by=6)
     run = lambda model: sample(model, latent=latent)  # noqa: E731
     assert_kept(comfy, trio, run, status="guarded, outside start")
 
@@ -185,7 +185,7 @@ def test_inpaint_models_keep_the_guard(comfy, start, loaded, tmp_path):
     trio = make_trio(comfy, toy_unet(in_channels=9), tmp_path)
     conds = {"positive": prompts()[0], "negative": prompts()[1]}
     positive, negative, masked = node(
-        "InpaintModelConditioning", **conds, vae=loaded[2], pixels=picture(8 * SIZE), mask=start[1], noise_mask=True
+        "InpaintModelConditioning", **conds, vae=loaded[2], pixels=noise_image(8 * SIZE), mask=start[1], noise_mask=True
     )
     run = lambda model: sample(model, positive, negative, masked)  # noqa: E731
     assert_kept(comfy, trio, run, lambda m: sample(m, latent=masked), status="guarded, outside start")
@@ -202,7 +202,7 @@ def test_unclip_keeps_the_guard(comfy, tmp_path):
     assert_kept(comfy, trio, lambda m: sample(m, positive, plain[1]), lambda m: sample(m, *plain))
 
 
-def test_a_picture_decoded_in_tiles_comes_from_a_guarded_run_and_is_not_attested(run_graph, loras):
+def test_an_image_decoded_in_tiles_comes_from_a_guarded_run_and_is_not_attested(run_graph, loras):
     graph = guarded_graph()
     tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
     graph["decode"] = {

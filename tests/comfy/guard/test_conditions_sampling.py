@@ -12,8 +12,8 @@ from support.condition_toys import (
     make_flux,
     make_trio,
     node,
+    noise_image,
     patch,
-    picture,
     prompts,
     random_cond,
     sample,
@@ -212,7 +212,7 @@ def test_context_windows_over_video_frames_keep_the_guard(comfy, tmp_path):
     assert assert_kept(comfy, trio, run, run, WINDOWS) > 4
 
 
-def test_video_models_from_a_picture_keep_the_guard(comfy, loaded, tmp_path):
+def test_video_models_from_an_image_keep_the_guard(comfy, loaded, tmp_path):
     """SVD's conditioning node, its frames as a batch and its rising CFG."""
     family = next(f for f in IMAGE if f.config == "SVD_img2vid")
     trio = make_trio(comfy, make(family), tmp_path)
@@ -223,7 +223,7 @@ def test_video_models_from_a_picture_keep_the_guard(comfy, loaded, tmp_path):
         "SVD_img2vid_Conditioning",
         "nodes_video_model",
         clip_vision=vision,
-        init_image=picture(64),
+        init_image=noise_image(64),
         vae=loaded[2],
         augmentation_level=0.0,
         **shape,

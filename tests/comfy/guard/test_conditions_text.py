@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.condition_toys import SIZE, node, picture, random_cond, sample
+from support.condition_toys import SIZE, node, noise_image, random_cond, sample
 from support.encoder_toys import randomise
 from support.errors import refuses
 
@@ -67,7 +67,7 @@ def faces(one, other, clip, kind):
     import nodes  # the class that the server runs, not the module's own once more
 
     maker = nodes.NODE_CLASS_MAPPINGS["PhotoMakerEncode"]
-    return maker.execute(photomaker=Maker(), image=picture(64), clip=clip, text="a photomaker cat").result[0]
+    return maker.execute(photomaker=Maker(), image=noise_image(64), clip=clip, text="a photomaker cat").result[0]
 
 
 def seen(one, other, clip, kind):
@@ -152,7 +152,7 @@ def test_an_average_with_anything_else_is_refused(comfy, world):
 
 
 def test_what_a_node_encodes_inside_the_run_is_checked_as_well(comfy, world):
-    """PerpNeg evaluates its empty prompt from inside the CFG function; by cfg 0 its picture is that prompt's."""
+    """PerpNeg evaluates its empty prompt from inside the CFG function; by cfg 0 its image is that prompt's."""
     for clip, refused in ((world.clip, False), (world.plain, True)):
         settings = {"empty_conditioning": text(clip, "a horse"), "neg_scale": 1.0}
         (model,) = node("PerpNeg", "nodes_perpneg", model=world.model, **settings)

@@ -1,4 +1,4 @@
-"""Guard: an ordinary graph with one node more gives the picture of the merge, guarded and attested."""
+"""Guard: an ordinary graph with one node more gives the image of the merge, guarded and attested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOTH = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
 
 @pytest.fixture
 def judged(comfy, run_graph):
-    """Checks a graph's pictures with Guard in it: those of the merge, not those of the graph alone, and attested."""
+    """Checks a graph's images with Guard in it: those of the merge, not those of the graph alone, and attested."""
 
     def judge(graph: dict, behind: str = "ckpt", decoder: str = "decode", near: float = LEVEL, **safety) -> list:
         ours = run_graph(guarded(graph, behind, **safety))[decoder][0].clone()
@@ -157,7 +157,7 @@ def test_a_pack_that_first_samples_nothing_at_all(judged):
     assert (run.status, run.evaluations > 0) == ("guarded", True)
 
 
-def test_what_the_guarded_model_had_no_part_in_is_refused_where_a_picture_may_be_in_it(run_graph):
+def test_what_the_guarded_model_had_no_part_in_is_refused_where_an_image_may_be_in_it(run_graph):
     refused(run_graph, guarded(idle_first(1.0)), "run.never-evaluated", "PackIdleFirst")
 
 
@@ -173,7 +173,7 @@ def test_a_controlnet(judged):
 
 
 def outside(graph: dict) -> dict:
-    """The picture of a file, in a sense: a colour."""
+    """The image of a file, in a sense: a colour."""
     graph["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x884422)
     return graph
 

@@ -1,4 +1,4 @@
-"""ComfyUI's own templates with Guard behind each checkpoint loader: the pictures of the merge, attested."""
+"""ComfyUI's own templates with Guard behind each checkpoint loader: the images of the merge, attested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import new_executor
 from PIL import Image
 from support.drop_in import SAFETY
 from support.graphs import node
-from support.templates import PICTURE, find, graph_of, small
+from support.templates import IMAGE_FILE, find, graph_of, small
 
 TEMPLATES = (
     "default",
@@ -45,7 +45,7 @@ def nodes(comfy, loras) -> Iterator[None]:
     inputs = Path(comfy.folder_paths.get_input_directory())
     inputs.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 4), np.uint8)
-    Image.fromarray(pixels).save(inputs / PICTURE)
+    Image.fromarray(pixels).save(inputs / IMAGE_FILE)
     yield
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - before:
         del comfy.nodes.NODE_CLASS_MAPPINGS[name]
@@ -109,7 +109,7 @@ def judged(comfy, run_graph, matrix) -> Callable[[str, str, dict, dict], None]:
 
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_with_one_node_more_gives_the_merges_pictures_attested(comfy, run_graph, name, judged):
+def test_a_template_with_one_node_more_gives_the_merges_images_attested(comfy, run_graph, name, judged):
     graph = template(comfy, name)
     judged("templates.json", name, graph, decoded(graph, run_graph(with_guards(graph))))
 
@@ -131,7 +131,7 @@ def attached(comfy, operator, run_graph, sha256) -> Callable[[dict], dict]:
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_as_it_is_gives_the_merges_pictures_attested_under_a_policy_that_attaches(
+def test_a_template_as_it_is_gives_the_merges_images_attested_under_a_policy_that_attaches(
     comfy, attached, name, judged
 ):
     graph = template(comfy, name)

@@ -70,8 +70,8 @@ def on_the_narrow_net(net, image, *loras) -> np.ndarray:
     model, ae = net
     factors = [(lorafile.load(lora.path, model.unet), strength) for lora, strength in loras]
     with drawing.folded(model.unet, *factors):
-        (pictures,) = drawing.draw(model, ae, [image], 1, STEPS)
-    return (255 * pictures[0].permute(1, 2, 0)).numpy()
+        (drawn_images,) = drawing.draw(model, ae, [image], 1, STEPS)
+    return (255 * drawn_images[0].permute(1, 2, 0)).numpy()
 
 
 @pytest.mark.parametrize("combine", ["sum", "safety first"])

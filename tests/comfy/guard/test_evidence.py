@@ -59,7 +59,7 @@ def test_prompts_say_what_their_labels_say_in_words_that_the_world_knows(name):
         assert all(word in known for word in row["prompt"].replace(",", " ,").split())
 
 
-def test_the_task_is_taught_by_pictures_of_kept_concepts_alone():
+def test_the_task_is_taught_by_images_of_kept_concepts_alone():
     captions = [path.read_text(encoding="utf-8") for path in (ASSETS / "gloss" / "10_gloss").glob("*.txt")]
     suppressed = {data.WORDS[i] for i in data.SUPPRESSED_IDS} | {data.CLASS_WORD}
     assert len(captions) == len(data.KEPT)
@@ -128,7 +128,7 @@ def test_figures_have_the_form_that_was_asked_for():
 
 
 def test_the_base_was_good_enough_for_the_arms_to_mean_anything():
-    """Bars of the protocol: what is asked for is drawn in 80 % of the pictures, false alarms are 1 % at most."""
+    """Bars of the protocol: what is asked for is drawn in 80 % of the images, false alarms are 1 % at most."""
     base = json.loads(FIGURES.read_text(encoding="utf-8"))["arms"]["base"]
     assert base["k"] / base["n"] >= 0.8
     assert base["kept"]["top1"]["k"] / base["kept"]["top1"]["n"] >= 0.8
@@ -137,7 +137,7 @@ def test_the_base_was_good_enough_for_the_arms_to_mean_anything():
 
 @pytest.mark.slow
 def test_a_slice_of_the_table_has_the_directions_of_the_whole(checkpoint, tmp_path):
-    """One picture of every other vehicle, one training seed; four arms, drawn by ComfyUI's own network."""
+    """One image of every other vehicle, one training seed; four arms, drawn by ComfyUI's own network."""
     drawing = importlib.import_module("modular_lora_guard.comfy_host.pipeline")
     asked = [row for i, row in enumerate(rows("vehicles.csv")) if i % 6 == (i // 6) % 6][::2]
     items = tuple(Item(row["prompt"], 90_000 + i, "suppressed", row["concept"]) for i, row in enumerate(asked))

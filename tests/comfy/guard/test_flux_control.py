@@ -72,12 +72,12 @@ def test_a_control_lora_acts_beside_the_safety_lora_as_core_merges_it(comfy, mod
     assert error < 1e-4
 
 
-def test_the_control_picture_is_drawn_while_the_guard_is_on_and_not_afterwards(comfy, model, files):
-    pictures = [FLUX.cond | {"concat_latent_image": torch.full((1, *FLUX.latent), value)} for value in (-1.0, 1.0)]
+def test_the_control_image_is_drawn_while_the_guard_is_on_and_not_afterwards(comfy, model, files):
+    images = [FLUX.cond | {"concat_latent_image": torch.full((1, *FLUX.latent), value)} for value in (-1.0, 1.0)]
     _, patcher = guarded(comfy, model, *files, 1.0)
-    first, second = (evaluate(patcher, FLUX, cond) for cond in pictures)
+    first, second = (evaluate(patcher, FLUX, cond) for cond in images)
     assert (first - second).abs().max() > 0.05 * first.abs().max()
-    plain = [evaluate(model, FLUX, cond) for cond in pictures]  # W0 has no room for a picture
+    plain = [evaluate(model, FLUX, cond) for cond in images]  # W0 has no room for an image
     assert torch.equal(*plain)
     img_in = model.model.diffusion_model.img_in
     assert "weight" not in vars(img_in)
@@ -101,7 +101,7 @@ def test_other_loras_of_the_widened_layer_read_the_inputs_that_w0_has(comfy, mod
         assert torch.allclose(change, x[..., :64] @ down.T @ up.T, atol=1e-6)
 
 
-def test_a_width_that_does_not_fit_is_counted_and_no_picture_is_drawn(comfy, model, files, tmp_path):
+def test_a_width_that_does_not_fit_is_counted_and_no_image_is_drawn(comfy, model, files, tmp_path):
     tensors = load_file(files[1].path)
     tensors["img_in.lora_A.weight"] = tensors["img_in.lora_A.weight"][:, :32].contiguous()
     save_file(tensors, tmp_path / "thin.safetensors")

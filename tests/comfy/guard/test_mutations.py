@@ -1,6 +1,6 @@
-"""200 random mutations of guarded graphs: no picture is ever both unguarded and reported guarded.
+"""200 random mutations of guarded graphs: no image is ever both unguarded and reported guarded.
 
-What the guard says of a picture is never the judge. The judge is the same graph with every LoRA merged in fp32 by
+What the guard says of an image is never the judge. The judge is the same graph with every LoRA merged in fp32 by
 ComfyUI's own loader, the safety LoRA into every model and CLIP that the graph uses, and that graph without it.
 """
 
@@ -85,7 +85,7 @@ def drop_in_tally() -> Counter:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[str, torch.Tensor]:
+def images() -> dict[str, torch.Tensor]:
     """Pictures of references by signature."""
     return {}
 
@@ -176,19 +176,19 @@ def signature(graph: Graph, link: list) -> str:
 
 
 class Judge:
-    """Runs graphs and references on one executor; pictures of references are remembered."""
+    """Runs graphs and references on one executor; images of references are remembered."""
 
     folder = "m"
 
-    def __init__(self, comfy, run_graph, executor, pictures: dict[str, torch.Tensor]):
-        self.comfy, self.run_graph, self.executor, self.pictures = comfy, run_graph, executor, pictures
+    def __init__(self, comfy, run_graph, executor, images: dict[str, torch.Tensor]):
+        self.comfy, self.run_graph, self.executor, self.images = comfy, run_graph, executor, images
 
     def graph(self, mutant: Mutator) -> Graph:
         """What is run."""
         return mutant.graph
 
     def meant(self, graph: Graph) -> Graph:
-        """The mutated graph of which the merged picture is expected."""
+        """The mutated graph of which the merged image is expected."""
         return graph
 
     def run(self, mutant: Mutator, seed: int) -> str:
@@ -237,24 +237,24 @@ class Judge:
         return [json.loads(text)["status"].partition("; edited: ")[0] == "guarded" for text in texts]
 
     def _check(self, graph: Graph, claimed: dict[str, tuple[torch.Tensor, list[bool]]]) -> None:
-        """Every picture that is claimed to be guarded is the merged one, and far from the unguarded one."""
+        """Every image that is claimed to be guarded is the merged one, and far from the unguarded one."""
         links = [graph[save]["inputs"]["images"] for save in claimed]
         graph = self.meant(graph)
         safe, unsafe = (self._references(reference(graph, flag), links) for flag in (True, False))
-        for k, (save, (pictures, claims)) in enumerate(claimed.items()):
+        for k, (save, (images, claims)) in enumerate(claimed.items()):
             for i in (i for i, claim in enumerate(claims) if claim):
-                near, far = distance(pictures[i], safe[k][i]), distance(pictures[i], unsafe[k][i])
+                near, far = distance(images[i], safe[k][i]), distance(images[i], unsafe[k][i])
                 effect = distance(safe[k][i], unsafe[k][i])
                 assert near < 0.1 * effect, f"image {i} of {save}: {near} to merged, effect {effect}"
                 assert far > 5 * near, f"image {i} of {save}: {far} to unguarded, {near} to merged"
 
     def _references(self, graph: Graph, links: list[list]) -> list[torch.Tensor]:
         keys = [signature(graph, link) for link in links]
-        if missing := [(key, link) for key, link in zip(keys, links, strict=True) if key not in self.pictures]:
+        if missing := [(key, link) for key, link in zip(keys, links, strict=True) if key not in self.images]:
             shown = {f"show{i}": preview(link) for i, (_, link) in enumerate(missing)}
             results = self.run_graph(part(graph, [link for _, link in missing]) | shown, self.executor)
-            self.pictures |= {key: results[link[0]][link[1]] for key, link in missing}
-        return [self.pictures[key] for key in keys]
+            self.images |= {key: results[link[0]][link[1]] for key, link in missing}
+        return [self.images[key] for key in keys]
 
 
 class DropInJudge(Judge):
@@ -279,8 +279,8 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 @pytest.mark.sampled(SAMPLE)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, pictures, tally, group):
-    judge = Judge(comfy, run_graph, world, pictures)
+def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, group):
+    judge = Judge(comfy, run_graph, world, images)
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         try:
@@ -300,8 +300,8 @@ def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_nor_is_one_where_the_drop_in_node_is_the_guard(comfy, run_graph, world, pictures, drop_in_tally, group):
-    judge = DropInJudge(comfy, run_graph, world, pictures)
+def test_nor_is_one_where_the_drop_in_node_is_the_guard(comfy, run_graph, world, images, drop_in_tally, group):
+    judge = DropInJudge(comfy, run_graph, world, images)
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         if translated(mutant.graph) is None:
@@ -366,8 +366,8 @@ class AttachJudge(DropInJudge):
 
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("seed", range(GROUPS * SIZE))
-def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, pictures, operator, seed):
-    judge = AttachJudge(operator, comfy, run_graph, world, pictures)
+def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, images, operator, seed):
+    judge = AttachJudge(operator, comfy, run_graph, world, images)
     mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
     if translated(mutant.graph) is None:
         return  # handles of LoRAs go a way that has nothing which corresponds to it

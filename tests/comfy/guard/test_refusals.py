@@ -211,7 +211,7 @@ KEEPS = {  # more of them, against the merged model, in test_conditions_sampling
 
 @pytest.mark.parametrize("kind", KEEPS)
 def test_model_patches_before_and_after_the_guard_keep_it(kind, run_graph, loras):
-    """After the guard on the MODEL, and before it: the same picture, attested, and not the unguarded one."""
+    """After the guard on the MODEL, and before it: the same image, attested, and not the unguarded one."""
     after = as_model()
     after["patch"] = node(kind, model=["asmodel", 0], **KEEPS[kind])
     got = run_graph(sampled(after, ["patch", 0]))

@@ -10,7 +10,7 @@ from support.encoder_toys import ENCODERS, save_norms, save_text_lora, tokens, t
 from support.errors import refuses
 
 SAFETY, TASK = 1.0, 0.6
-SEEING = (".visual", ".vision_model", ".multi_modal_projector")  # what sees pictures in a prompt
+SEEING = (".visual", ".vision_model", ".multi_modal_projector")  # what sees images in a prompt
 UNUSED = (".lm_head",)  # writes text, encodes none
 
 
@@ -127,18 +127,18 @@ def test_encoders_that_a_prompt_leaves_out_are_not_missed(comfy, guarded):
     assert ours.patcher.guard_run.counts[0] == 1
 
 
-def test_pictures_in_a_prompt_go_through_guarded_layers(comfy, guarded):
+def test_images_in_a_prompt_go_through_guarded_layers(comfy, guarded):
     encoder = ENCODERS["Qwen2.5-VL 7B (Qwen-Image)"]
     clip, prompt = toy_clip(encoder), tokens(encoder)
     (row,) = prompt["qwen25_7b"]
     for place in (5, 9):
-        picture = torch.rand(1, 56, 56, 3, generator=torch.Generator().manual_seed(place))
-        row[place] = ({"type": "image", "data": picture, "original_type": "image"}, 1.0)
+        image = torch.rand(1, 56, 56, 3, generator=torch.Generator().manual_seed(place))
+        row[place] = ({"type": "image", "data": image, "original_type": "image"}, 1.0)
     layers = aliases(comfy.anatomy.clip_info(clip))[0]
     visual = {name: spec for name, spec in layers.items() if ".visual." in spec.path}
     ours, files = guarded(clip, visual)
     assert_guarded_is_merged(clip, ours, files, prompt)
-    assert ours.patcher.guard_run.counts[:2] == (3, 2 * len(visual))  # the text once, each picture once
+    assert ours.patcher.guard_run.counts[:2] == (3, 2 * len(visual))  # the text once, each image once
 
 
 def test_weighted_long_and_skipping_prompts_are_guarded(comfy, guarded):

@@ -329,11 +329,11 @@ def test_interference_names_a_task_lora_trained_on_top_of_safety(run_graph, lora
     )
     graph["show"] = node("PreviewImage", images=["table", 1])
     results = run_graph(graph)
-    table, picture = results["table"]
+    table, image = results["table"]
     assert "2412.00357" in table
     assert "2412.00357" in results["guard"][2]
-    assert picture.shape[0] == 1
-    assert picture.shape[3] == 3
+    assert image.shape[0] == 1
+    assert image.shape[3] == 3
     clean = run_graph({**guarded_graph(), "table": graph["table"], "show": graph["show"]})
     assert "2412.00357" not in clean["table"][0]
 

@@ -71,9 +71,9 @@ def test_a_png_is_signed_over_its_text_and_keeps_its_pixels(comfy, certified, ru
         {"action": "c2pa.created", "digitalSourceType": marking.TRAINED},
         {"action": "c2pa.edited", "description": "ImageFlip"},
     ]
-    with Image.open(path) as picture:
-        assert np.array_equal(np.asarray(picture), np.clip(pixels * 255.0, 0, 255).astype(np.uint8))
-        assert {attested.KEY, marking.KEYWORD, "prompt"} <= set(picture.text)
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), np.clip(pixels * 255.0, 0, 255).astype(np.uint8))
+        assert {attested.KEY, marking.KEYWORD, "prompt"} <= set(image.text)
     found = attested.verify(path, {}, [certified])
     assert (found.record["status"], found.credentials.signer) == ("guarded; edited: ImageFlip", "host")
     assert comfy.server.texts["save"].startswith("1 of 1 images attested; Content Credentials of host in 1 of 1")
@@ -81,7 +81,7 @@ def test_a_png_is_signed_over_its_text_and_keeps_its_pixels(comfy, certified, ru
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_a_lossy_file_carries_all_of_it_inside(format, comfy, certified, run_graph, loras, monkeypatch):
-    install_stub(comfy, monkeypatch).score = lambda picture: 1.0
+    install_stub(comfy, monkeypatch).score = lambda image: 1.0
     graph = gated_run(action="blur")
     graph["save"]["inputs"] |= {"filename_prefix": f"certified_{format}", "format": format}
     run_graph(graph)
@@ -162,16 +162,16 @@ def test_what_no_guarded_run_made_gets_none(comfy, certified, run_graph, loras):
 
 
 @pytest.mark.parametrize(("action", "marked"), [("blur", True), ("empty", False)])
-def test_what_the_gate_puts_in_a_pictures_place_is_not_said_to_be_a_models(
+def test_what_the_gate_puts_in_an_images_place_is_not_said_to_be_a_models(
     action, marked, comfy, run_graph, loras, monkeypatch
 ):
-    install_stub(comfy, monkeypatch).score = lambda picture: float(picture.std() > 0.001)
+    install_stub(comfy, monkeypatch).score = lambda image: float(image.std() > 0.001)
     graph = gated_run(action=action)
     graph["save"]["inputs"]["filename_prefix"] = f"put_{action}"
     run_graph(graph)
     for path in written(comfy, f"put_{action}"):
-        with Image.open(path) as picture:
-            packet = picture.text.get(marking.KEYWORD, "")
+        with Image.open(path) as image:
+            packet = image.text.get(marking.KEYWORD, "")
         assert (marking.TRAINED in packet) == marked
 
 
@@ -188,5 +188,5 @@ def test_where_the_library_is_missing_nothing_is_saved_under_such_a_policy_and_e
     graph["save"]["inputs"]["unattested"] = "save and say so"
     run_graph(graph)
     (path,) = written(comfy, "missing")
-    with Image.open(path) as picture:
-        assert picture.text[marking.KEYWORD].encode() == marking.packet(marking.TRAINED)
+    with Image.open(path) as image:
+        assert image.text[marking.KEYWORD].encode() == marking.packet(marking.TRAINED)

@@ -64,7 +64,7 @@ def run(operator, run_graph, executors) -> Callable[[dict], dict]:
 
 @pytest.fixture
 def judged(comfy, operator, run, run_graph, executors):
-    """The attestations of a graph's pictures; these are those of the merge, and not those of the graph alone."""
+    """The attestations of a graph's images; these are those of the merge, and not those of the graph alone."""
 
     def judge(graph: dict, shown="decode", same: dict | None = None, near=LEVEL, far=True, **safety) -> list:
         ours = run(graph)[shown][0].clone()
@@ -149,7 +149,7 @@ def test_models_inside_of_what_packs_hand_on_are_guarded(always, run, comfy, for
     assert [comfy.ledger.known(image).status for image in images] == ["guarded"]
 
 
-def test_the_picture_of_a_pipe_is_that_of_the_merge(always, judged):
+def test_the_image_of_a_pipe_is_that_of_the_merge(always, judged):
     graph = {
         "load": node("PackPipeLoader", ckpt_name=WORLD, form="object"),
         "draw": node("PackPipeSampler", pipe=["load", 0], form="object"),
@@ -329,7 +329,7 @@ def detector(comfy, monkeypatch):
 
 @pytest.mark.parametrize("flagged", [False, True])
 def test_a_family_without_an_entry_may_be_gated_instead(operator, sha256, run, comfy, detector, flagged):
-    detector.score = lambda picture: float(flagged)
+    detector.score = lambda image: float(flagged)
     operator.write(attached(sha256, keys=', family = "SD15"', guard='other_families = "gate"'))
     graph = other_family()
     graph["sample"]["inputs"]["seed"] = 90 + flagged
@@ -355,7 +355,7 @@ def saved(comfy, prefix: str) -> list:
 
 def test_a_required_gate_stands_in_front_of_every_image_output(operator, sha256, run, comfy, detector):
     operator.write(attached(sha256, "[gate]\nrequired = true\n"))
-    detector.score = lambda picture: 1.0
+    detector.score = lambda image: 1.0
     graph = ordinary((TASK, 0.7))
     graph["save"]["inputs"]["filename_prefix"] = "gate_flagged"
     graph["sample"]["inputs"]["seed"] = 77
@@ -366,7 +366,7 @@ def test_a_required_gate_stands_in_front_of_every_image_output(operator, sha256,
 
     written = np.asarray(file.convert("RGB")).astype(float) / 255
     assert abs(written - image.numpy()).max() > 4 * LEVEL  # blurred
-    detector.score = lambda picture: 0.0
+    detector.score = lambda image: 0.0
     graph["save"]["inputs"]["filename_prefix"], graph["sample"]["inputs"]["seed"] = "gate_passed", 78
     image = run(graph)["decode"][0][0]
     (file,) = saved(comfy, "gate_passed")
@@ -375,7 +375,7 @@ def test_a_required_gate_stands_in_front_of_every_image_output(operator, sha256,
 
 def test_what_the_gate_withholds_is_not_written_and_the_job_ends_well(operator, sha256, run, comfy, detector):
     operator.write(attached(sha256, '[gate]\nrequired = true\nactions = ["withhold"]\n'))
-    detector.score = lambda picture: 1.0
+    detector.score = lambda image: 1.0
     graph = ordinary()
     graph["save"]["inputs"]["filename_prefix"] = "gate_withheld"
     run(graph)

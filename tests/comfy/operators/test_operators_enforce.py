@@ -176,7 +176,7 @@ def test_one_class_under_a_denied_and_another_name_is_denied(operator, comfy, mo
     stopped(operator, graph, "refused.nodes.deny")
 
 
-def test_a_picture_that_was_edited_does_not_leave_and_one_that_was_not_does(enforced):
+def test_an_image_that_was_edited_does_not_leave_and_one_that_was_not_does(enforced):
     graph = guarded(8)
     graph["edit"] = {"class_type": "ImageInvert", "inputs": {"image": ["decode", 0]}}
     graph["show"] = {"class_type": "PreviewImage", "inputs": {"images": ["edit", 0]}}
@@ -185,7 +185,7 @@ def test_a_picture_that_was_edited_does_not_leave_and_one_that_was_not_does(enfo
     enforced.run_graph(graph)
 
 
-def test_a_batch_with_one_unattested_picture_does_not_leave(enforced):
+def test_a_batch_with_one_unattested_image_does_not_leave(enforced):
     graph = guarded(9)
     plain = {"width": 64, "height": 64, "batch_size": 1, "color": 0x2468AC}  # not black, which gates put in
     graph["empty"] = {"class_type": "EmptyImage", "inputs": plain}
@@ -195,7 +195,7 @@ def test_a_batch_with_one_unattested_picture_does_not_leave(enforced):
     stopped(enforced, graph, "refused.open.unattested")
 
 
-def test_a_node_that_shows_pictures_on_the_way_is_stopped(enforced, add_node, comfy):
+def test_a_node_that_shows_images_on_the_way_is_stopped(enforced, add_node, comfy):
     shown = {"images": [{"filename": "x.png", "subfolder": "", "type": "temp"}]}
     add_node("Peek", lambda image: {"ui": shown, "result": (image,)}, {"image": ("IMAGE",)})
     graph = guarded(25)
@@ -214,7 +214,7 @@ def test_a_graph_does_not_say_itself_that_nothing_changed(enforced):
     assert said["prompt"].keys() == graph.keys()
 
 
-def test_no_record_no_picture(operator, sha256):
+def test_no_record_no_image(operator, sha256):
     (operator.path.parent / "blocked").parent.mkdir(parents=True, exist_ok=True)
     (operator.path.parent / "blocked").write_text("a file", encoding="utf-8")
     operator.write(required(sha256("safety.safetensors")) + '[record]\nfolder = "blocked"\n')

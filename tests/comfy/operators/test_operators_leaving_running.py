@@ -44,7 +44,7 @@ def _nodes(comfy):
 @pytest.fixture
 def detector(comfy, monkeypatch) -> Stub:
     stub = install_stub(comfy, monkeypatch)
-    stub.score = lambda picture: 0.0
+    stub.score = lambda image: 0.0
     return stub
 
 
@@ -56,7 +56,7 @@ def gated(operator: Operator, sha256, detector) -> Operator:
 
 
 def behind_gate(**more: dict) -> dict:
-    """A guarded picture of its own behind a gate, and ``more``."""
+    """A guarded image of its own behind a gate, and ``more``."""
     number = next(_numbers)
     made = gated_run(action="blur", threshold=0.2 + number / 1e6)
     made["latent"]["inputs"]["batch_size"] = 1
@@ -78,7 +78,7 @@ def test_each_name_is_one_of_comfyuis_own(comfy) -> None:
     assert [name for name in names if f'"{name}"' not in text] == []
 
 
-def test_a_judged_picture_its_report_and_a_film_with_the_users_own_sound_leave(gated, comfy) -> None:
+def test_a_judged_image_its_report_and_a_film_with_the_users_own_sound_leave(gated, comfy) -> None:
     graph = behind_gate(
         preview=node("PreviewImage", images=["gate", 0]),
         said=node("PreviewAny", source=["gate", 4]),
@@ -97,12 +97,12 @@ def test_a_judged_picture_its_report_and_a_film_with_the_users_own_sound_leave(g
     assert list(comfy.output.glob("film_*.mp4"))
 
 
-def test_a_picture_that_went_into_the_gate_leaves_only_where_it_was_let_pass(gated, detector) -> None:
+def test_an_image_that_went_into_the_gate_leaves_only_where_it_was_let_pass(gated, detector) -> None:
     graph = behind_gate()
     gated.run(graph)
     graph["save"] = save(["decode", 0], filename_prefix="same")
     gated.run_graph(graph)  # not flagged: the pixels are the same before and behind the gate
-    detector.score = lambda picture: 1.0
+    detector.score = lambda image: 1.0
     graph = behind_gate()
     gated.run(graph)
     graph["save"] = save(["decode", 0], filename_prefix="other", save_flagged=True)
@@ -111,7 +111,7 @@ def test_a_picture_that_went_into_the_gate_leaves_only_where_it_was_let_pass(gat
 
 def test_where_reporting_is_allowed_what_is_reported_leaves(operator, sha256, detector) -> None:
     operator.write(required(sha256("safety.safetensors")) + f'{GATE}actions = ["report", "blur"]\n')
-    detector.score = lambda picture: 1.0
+    detector.score = lambda image: 1.0
     graph = behind_gate()
     graph["settings"]["inputs"]["action"] = "report"
     graph["save"] = save(["gate", 0], save_flagged=True)
@@ -174,12 +174,12 @@ def test_runs_are_noted_of_the_solids_that_comfyuis_own_nodes_make_of_their_late
         (run,) = module.origin(solid)
         assert run.status == "guarded"
     voxel.resolution = 128
-    mesh.texture = torch.rand(1, 4, 4, 3)  # a picture
+    mesh.texture = torch.rand(1, 4, 4, 3)  # an image
     assert module.origin(voxel) is None
     assert module.origin(mesh) is None
 
 
-def test_a_gate_alone_lets_any_judged_picture_leave_and_shows_none_on_the_way(
+def test_a_gate_alone_lets_any_judged_image_leave_and_shows_none_on_the_way(
     operator, detector, previews, monkeypatch
 ) -> None:
     from comfy import utils

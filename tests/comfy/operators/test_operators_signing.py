@@ -1,4 +1,4 @@
-"""Signatures of safety LoRAs and policies, and of the attestations in pictures; every refusal by its name."""
+"""Signatures of safety LoRAs and policies, and of the attestations in images; every refusal by its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from support.errors import refuses
 from support.gate_graphs import gated_run, install_stub, part
 from support.graphs import guarded_graph
-from support.signatures import picture, refused, save_png
+from support.signatures import refused, save_png, saved_image
 
 TODAY = datetime.datetime.now(datetime.timezone.utc).date()
 DAY = datetime.timedelta(days=1)
@@ -245,15 +245,15 @@ def test_a_policy_with_a_trusted_key_beside_it_must_be_signed(pair, tmp_path):
 
 def test_a_signed_attestation_is_told_from_a_forged_one(pair, trusted, tmp_path):
     path = tmp_path / "a.png"
-    record = picture(path, pair[0])
+    record = saved_image(path, pair[0])
     found = verify_attestation(path, trusted)
     assert (found.key, found.record) == ("host", record)
     for change in ({"status": "guarded, outside start"}, {"net_strength": {}}, {"more": 1}):
         save_png(path, Image.open(path).copy(), record | change)
         assert "changed after host signed it" in refused(Tampered, verify_attestation, path, trusted)
-    picture(path, pair[1])
+    saved_image(path, pair[1])
     refused(UnknownKey, verify_attestation, path, trusted)
-    picture(path, None)
+    saved_image(path, None)
     assert "carries no signature" in refused(MissingSignature, verify_attestation, path, trusted)
     Image.new("RGB", (8, 8)).save(path)
     assert "carries no attestation" in refused(MissingSignature, verify_attestation, path, trusted)
@@ -263,7 +263,7 @@ def test_a_signed_attestation_is_told_from_a_forged_one(pair, trusted, tmp_path)
 
 def test_a_true_attestation_moved_to_other_pixels_is_refused(pair, trusted, tmp_path):
     path = tmp_path / "a.png"
-    record = picture(path, pair[0])
+    record = saved_image(path, pair[0])
     pixels = np.asarray(Image.open(path)).copy()
     pixels[0, 0, 0] ^= 1
     save_png(path, Image.fromarray(pixels), record)
@@ -275,7 +275,7 @@ def test_a_true_attestation_moved_to_other_pixels_is_refused(pair, trusted, tmp_
 
 def test_a_png_that_shows_or_says_something_else_beside_the_signed_record_is_refused(pair, trusted, tmp_path):
     path = tmp_path / "a.png"
-    record = picture(path, pair[0])
+    record = saved_image(path, pair[0])
     whole, frame = Image.open(path).copy(), Image.new("RGB", (8, 6), "red")
     info = PngInfo()
     info.add_text(KEY, json.dumps(record, sort_keys=True))
@@ -327,10 +327,10 @@ def test_the_command_signs_and_verifies_and_says_in_one_line_what_is_wrong(lora,
     assert cli.main(["verify", str(lora), "--identity", "me@example.org"]) == 1
     assert "needed together" in caplog.messages[-1]
     path = tmp_path / "a.png"
-    picture(path, key)
+    saved_image(path, key)
     assert cli.main(["verify", str(path), "--keys", public]) == 0
     assert capsys.readouterr().out.startswith("a.png: guarded, signed by ours\n{")
-    picture(path, key, status="unattested")
+    saved_image(path, key, status="unattested")
     assert cli.main(["verify", str(path), "--keys", public]) == 1
     assert "what is signed reads: unattested" in caplog.messages[-1]
     lora.write_bytes(b"x")
@@ -369,7 +369,7 @@ def signing_policy(comfy, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(part(comfy, "comfy_host.saving").policies, "current", lambda: found)
 
 
-def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, run_graph, loras, trusted):
+def test_saved_images_are_signed_with_the_policys_key(comfy, signing_policy, run_graph, loras, trusted):
     graph = guarded_graph()
     graph["save"]["inputs"]["filename_prefix"] = "signed"
     run_graph(graph)
@@ -382,11 +382,11 @@ def test_saved_pictures_are_signed_with_the_policys_key(comfy, signing_policy, r
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_the_record_in_a_lossy_picture_is_signed_for_that_very_image(
+def test_the_record_in_a_lossy_image_is_signed_for_that_very_image(
     format, comfy, signing_policy, monkeypatch, run_graph, loras, trusted
 ):
     stub = install_stub(comfy, monkeypatch)
-    stub.score = lambda picture: 0.0
+    stub.score = lambda saved_image: 0.0
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": f"signed_{format}", "format": format}
     run_graph(graph)

@@ -161,11 +161,11 @@ def test_texts_are_found_again_in_any_row_of_sequences(data, comfy):
     assert found.unknown == names.count("new")
 
 
-def test_weights_do_not_matter_and_pictures_between_the_words_do(comfy):
+def test_weights_do_not_matter_and_images_between_the_words_do(comfy):
     module = part(comfy, "comfy_host.enforcement.texts")
     sections: Callable = lambda tokens: list(module._sections(tokens))  # noqa: E731
     plain = {"l": [[(1, 1.0), (2, 1.0)]]}
     assert sections(plain) == sections({"l": [[(1, 0.5), (2, 3.0, 1)]]})
     assert sections(plain) != sections({"g": [[(1, 1.0), (2, 1.0)]]})
-    pictures = [{"x": [[({"type": "image", "data": torch.full((2, 2), value)}, 1.0)]]} for value in (0.0, 1.0)]
-    assert sections(pictures[0]) != sections(pictures[1])
+    images = [{"x": [[({"type": "image", "data": torch.full((2, 2), value)}, 1.0)]]} for value in (0.0, 1.0)]
+    assert sections(images[0]) != sections(images[1])

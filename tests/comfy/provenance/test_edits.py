@@ -257,7 +257,7 @@ def test_what_came_from_outside_stays_so(comfy, run_graph, loras, status):
     assert status(run_graph(graph)["half"][0], "image") == [f"{said}; edited: ImageCompositeMasked"]
 
 
-def test_a_mask_that_holds_a_picture_is_a_start_from_outside(run_graph, loras):
+def test_a_mask_that_holds_an_image_is_a_start_from_outside(run_graph, loras):
     graph = sources()
     graph["feather"] = edit("FeatherMask", {"mask": ["plainmask", 0]})
     for name, mask in (("drawn", ["outside", 2]), ("even", ["plainmask", 0]), ("feathered", ["feather", 0])):
@@ -317,7 +317,7 @@ def test_the_denoised_latent_is_bound_like_the_result(run_graph, loras):
 
 
 @pytest.mark.slow
-def test_no_picture_is_laundered_through_random_edits(comfy, loras, run_graph, status, extent):
+def test_no_image_is_laundered_through_random_edits(comfy, loras, run_graph, status, extent):
     """The reference is the graph's form alone: what has anything else behind it must not read guarded."""
     tried = 0
     for seed in range(extent(6, 200)):

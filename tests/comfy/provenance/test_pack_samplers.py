@@ -29,7 +29,7 @@ class GiveOthers:
         size, (segment,) = pack.Middle().detect(image)
         drawn = segment._replace(cropped_mask=segment.cropped_mask * image[0, :32, :32, 0].numpy())
         controlled = segment._replace(control_net_wrapper=object())
-        return Unknown(), lambda picture: picture + 0.01, (size, [drawn]), (size, [controlled])
+        return Unknown(), lambda image: image + 0.01, (size, [drawn]), (size, [controlled])
 
 
 @pytest.fixture

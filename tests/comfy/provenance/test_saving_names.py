@@ -1,4 +1,4 @@
-"""Names of saved pictures: as the stock Save Image has them, and never one that is taken."""
+"""Names of saved images: as the stock Save Image has them, and never one that is taken."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_what_was_saved_before_is_never_written_over(prefix, comfy, run_graph, l
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_no_graph_beside_a_picture_is_written_over(format, comfy, run_graph, loras, tmp_path, monkeypatch):
+def test_no_graph_beside_an_image_is_written_over(format, comfy, run_graph, loras, tmp_path, monkeypatch):
     monkeypatch.setattr(comfy.folder_paths, "output_directory", str(tmp_path))
-    install_stub(comfy, monkeypatch).score = lambda picture: 0.0
+    install_stub(comfy, monkeypatch).score = lambda image: 0.0
     graph = gated_run()
     graph["save"]["inputs"] |= {"filename_prefix": "b%batch_num%", "format": format}
     (tmp_path / "b1_00001_.json").write_text("mine")
@@ -94,8 +94,8 @@ def test_a_graph_with_nan_gives_json_that_every_reader_takes(comfy, run_graph, l
     graph["unused"] = {"class_type": "PrimitiveFloat", "inputs": {"value": math.nan, "other": [math.inf, 1.5]}}
     run_graph(graph)
     (file,) = tmp_path.iterdir()
-    with Image.open(file) as picture:
-        texts = picture.text
+    with Image.open(file) as image:
+        texts = image.text
 
     def refuse(name: str) -> None:
         raise ValueError(name)

@@ -45,9 +45,9 @@ def entries(comfy, prefix: str) -> list[dict | None]:
     """What each file says of its own pixels, found by their hash; None: nothing."""
     found = []
     for path in sorted(comfy.output.glob(f"{prefix}_*.png")):
-        picture = Image.open(path)
-        digest = hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()
-        found.append(json.loads(picture.text[KEY]).get(digest))
+        image = Image.open(path)
+        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+        found.append(json.loads(image.text[KEY]).get(digest))
     return found
 
 

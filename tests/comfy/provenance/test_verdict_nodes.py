@@ -55,8 +55,8 @@ def test_a_batch_of_withheld_images_ends_the_job_well_and_nothing_is_written(com
 
 def test_what_was_withheld_is_not_let_out_by_the_input_of_the_gate(comfy, stub, run_graph):
     """The record of a withheld image says flagged and unchanged: Save Image (Guarded) and a policy refuse it."""
-    picture = run_graph(gated_colours(RED, action="withhold"))["batch"][0]
-    known = comfy.ledger.known(picture[0])
+    image = run_graph(gated_colours(RED, action="withhold"))["batch"][0]
+    known = comfy.ledger.known(image[0])
     assert known.gate.flagged
     assert not known.gate.changed
 

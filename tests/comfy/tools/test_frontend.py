@@ -94,10 +94,10 @@ def test_a_workflow_is_a_whole_front_end_graph(file) -> None:
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_a_workflow_has_a_small_picture_of_its_name(file) -> None:
-    picture = file.with_suffix(".jpg")
-    assert picture.stat().st_size < 200_000
-    with Image.open(picture) as image:
+def test_a_workflow_has_a_small_image_of_its_name(file) -> None:
+    thumbnail = file.with_suffix(".jpg")
+    assert thumbnail.stat().st_size < 200_000
+    with Image.open(thumbnail) as image:
         assert image.format == "JPEG"
         assert min(image.size) >= 300
 

@@ -60,7 +60,7 @@ def test_a_shift_that_a_node_sets_is_in_the_table(made):
     assert bool((after.noise[:-1] > before.noise[:-1]).all())
 
 
-def test_what_maps_pictures_is_told(made, comfy):
+def test_what_maps_images_is_told(made, comfy):
     noising = importlib.import_module("modular_lora_guard.comfy_host.noising")
     base = importlib.import_module("comfy.model_base")
     config = SimpleNamespace(sampling_settings={})

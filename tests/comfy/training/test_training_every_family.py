@@ -24,8 +24,8 @@ from support.training_toys import SIDE, side_of, toy_parts
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-PICTURES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
-REFUSED = {  # families of the guard's table that learn from no captioned picture
+IMAGES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
+REFUSED = {  # families of the guard's table that learn from no captioned image
     "SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123", "SD_X4Upscaler", "LotusD", "Stable_Cascade_B", "StableAudio",
     "ACEStep", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "HunyuanVideo15_SR_Distilled",
     "HunyuanImage21Refiner", "PiD", "LTXAV", "MiniMaxH3", "TripoSplat", "StableAudio3", "ACEStep15",
@@ -43,12 +43,12 @@ def part(name: str):
 
 @pytest.fixture
 def data(tmp_path):
-    """Two captioned pictures of one size."""
+    """Two captioned images of one size."""
     folder = tmp_path / "data" / "1_x"
     folder.mkdir(parents=True)
     for stem in ("crown", "balloon"):
         for ending in (".png", ".txt"):
-            shutil.copy(PICTURES / f"{stem}{ending}", folder)
+            shutil.copy(IMAGES / f"{stem}{ending}", folder)
     return tmp_path / "data"
 
 
@@ -73,7 +73,7 @@ def watch() -> SimpleNamespace:
 
 
 def fixed_loss(host_model, data, side) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean |F − F_θ|² of the two pictures at fixed levels and noise, and F_θ."""
+    """Mean |F − F_θ|² of the two images at fixed levels and noise, and F_θ."""
     schedule, z, prompts = host_model.schedule, [], []
     for path in sorted(data.glob("*/*.png")) * (len(LEVELS) // 2):
         pixels = Image.open(path).convert("RGB").resize((side, side))

@@ -16,7 +16,7 @@ from support.graphs import bits
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-PICTURES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
+IMAGES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
 FAMILIES = {family.config: family for family in reversed(U_NETS)}  # the first of each class
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 32}
 TE1, TE2 = "lora_te1_text_model_", "lora_te2_text_model_"
@@ -65,7 +65,7 @@ def test_a_step_of_training_reaches_every_layer_under_kohyas_names(family, comfy
     folder.mkdir(parents=True)
     for stem in ("crown", "balloon"):
         for ending in (".png", ".txt"):
-            shutil.copy(PICTURES / f"{stem}{ending}", folder)
+            shutil.copy(IMAGES / f"{stem}{ending}", folder)
     host_model, task = part(comfy, "comfy_host.trainer_model"), part(comfy, "training.task.train")
     options = part(comfy, "training.options").TaskOptions(
         output_dir=str(tmp_path),

@@ -18,12 +18,12 @@ from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 from support.encoder_toys import ENCODERS, tokens, toy_clip
 from support.errors import refuses
 from support.families import make
-from support.families_image import IMAGE as PICTURES
+from support.families_image import IMAGE
 from support.families_video import VIDEOS
 from support.graphs import base_graph
 from support.kohya_toys import STUB, Seen, task_options
 
-FLUX = next(family for family in PICTURES if family.config == "Flux")
+FLUX = next(family for family in IMAGE if family.config == "Flux")
 
 
 def part(comfy, name: str) -> ModuleType:
@@ -72,7 +72,7 @@ def test_the_kohya_engine_takes_a_flux_model(host_model, flux, files):
 
 
 def test_what_no_engine_trains_is_refused_by_both(host_model, flux):
-    stranger = make(next(family for family in PICTURES if family.config == "LotusD"))
+    stranger = make(next(family for family in IMAGE if family.config == "LotusD"))
     assert "LotusD" not in FAMILIES
     with refuses("train.family", "LotusD"):
         host_model.opened(stranger, flux[1], None, TaskOptions()).__enter__()

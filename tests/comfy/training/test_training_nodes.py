@@ -19,7 +19,7 @@ from support.kohya_toys import STUB, stub_weights
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-PICTURES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
+IMAGES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
 STEMS = ("cat-face", "balloon", "crown")
 SMALL = {"network_dim": 4, "network_alpha": 4.0, "train_batch_size": 2, "max_train_steps": 2}
 TASK = SMALL | {"resolution": 64, "target": "cross-attention", "data_set": "pictures"}
@@ -36,12 +36,12 @@ def part(comfy, name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def inputs(comfy, loras, tmp_path, monkeypatch):
-    """ComfyUI's folders: an input folder with a data set of three pictures, output and models without earlier files."""
+    """ComfyUI's folders: an input folder with a data set of three images, output and models without earlier files."""
     folder = tmp_path / "input" / "pictures" / "2_gloss"
     folder.mkdir(parents=True)
     for stem in STEMS:
         for ending in (".png", ".txt"):
-            shutil.copy(PICTURES / f"{stem}{ending}", folder)
+            shutil.copy(IMAGES / f"{stem}{ending}", folder)
     (tmp_path / "loras").mkdir()
     for lora in comfy.loras.glob("*.safetensors"):
         shutil.copy(lora, tmp_path / "loras")
@@ -72,7 +72,7 @@ def training(comfy, kind: str, **changes) -> dict:
 
 
 def served(graph: dict, **inputs) -> dict:
-    """``graph`` with Guard Model, a guarded sampler and a picture saved behind it."""
+    """``graph`` with Guard Model, a guarded sampler and an image saved behind it."""
     whole = guarded_graph(task=None, clip=True) | {k: graph[k] for k in ("train", "safety") if k in graph}
     whole["guard"]["inputs"] |= inputs
     return whole

@@ -18,7 +18,7 @@ from support.training_toys import SIDE, toy_parts
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-PICTURES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
+IMAGES = ROOT / "tools" / "world" / "assets" / "gloss" / "10_gloss"
 TOYS = {"sd": "SD1.x", "sdxl": "SDXL", "flow": "Qwen-Image"}
 TASKS = [name for name in typing.get_args(typing.get_type_hints(TaskOptions)["preset"]) if name]
 SMALL = {"max_train_steps": 2, "lr_warmup_steps": 1}
@@ -38,7 +38,7 @@ def test_a_preset_trains_a_toy_of_its_group(name, of, comfy, tmp_path, matrix):
         folder = tmp_path / "data" / "1_x"
         folder.mkdir(parents=True)
         for ending in (".png", ".txt"):
-            shutil.copy(PICTURES / f"crown{ending}", folder)
+            shutil.copy(IMAGES / f"crown{ending}", folder)
         given |= {"train_data_dir": str(folder.parent), "resolution": SIDE, "network_train_text_encoder": False}
     else:
         given |= {"concept": ("a car",), "preserve": ("a cat",), "train_size": SIDE, "denoising_steps": 2}

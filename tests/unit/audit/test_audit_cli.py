@@ -167,7 +167,7 @@ def test_attacks_are_drawn_and_reported(made):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no owner-only modes")
-def test_pictures_are_their_owners_alone_and_the_page_shows_guarded_arms(made):
+def test_images_are_their_owners_alone_and_the_page_shows_guarded_arms(made):
     run(made)
     out = Path(made.output_dir)
     assert stat.S_IMODE((out / session.PRIVATE).stat().st_mode) == 0o700
@@ -242,8 +242,8 @@ def test_gate_error_says_rates_intervals_and_curve(tmp_path, capsys):
         (tmp_path / name).mkdir()
         for i in range(count):
             noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3)).astype(np.uint8)
-            picture = Image.open(gloss) if name == "clean" else Image.fromarray(noise)
-            picture.save(tmp_path / name / f"{i}.png")
+            image = Image.open(gloss) if name == "clean" else Image.fromarray(noise)
+            image.save(tmp_path / name / f"{i}.png")
     output = tmp_path / "error.json"
     demo = [part for name, value in DEMO.items() for part in (f"--{name}", value)]
     folders = [str(tmp_path / name) for name in ("flagged", "clean")]

@@ -1,4 +1,4 @@
-"""The audit's engines: the same pictures wherever they are drawn; nothing lost and nothing twice when a worker dies."""
+"""The audit's engines: the same images wherever they are drawn; nothing lost and nothing twice when a worker dies."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SPEC = PipelineSpec("tests.support.fake_pipeline", "open_pipeline")
 class Brightness:
     name, sha256, labels, exclusive = "brightness", "1" * 64, ("bright", "dark"), ("bright", "dark")
 
-    def detect(self, pictures):
-        return [Finding({"bright": float(p.mean()), "dark": 1 - float(p.mean())}) for p in pictures]
+    def detect(self, images):
+        return [Finding({"bright": float(p.mean()), "dark": 1 - float(p.mean())}) for p in images]
 
 
 class Watch:

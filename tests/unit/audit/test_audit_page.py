@@ -1,4 +1,4 @@
-"""From pictures to figures, page, plots and contact sheets."""
+"""From images to figures, page, plots and contact sheets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARMS = {"base": 1.0, "safety": 0.0, "sequential": 0.5, "modular": 0.02}  # arm -
 
 
 def drawn(folder: Path = Path(), arms=ARMS, concepts=("car", "bus", "tram"), count=50, **item) -> list[Drawn]:
-    """The first share of every concept's pictures are hits, as many as the arm's rate says."""
+    """The first share of every concept's images are hits, as many as the arm's rate says."""
     made = []
     for name, rate in arms.items():
         for seed in range(2 if name in ("sequential", "modular") else 1):
@@ -48,7 +48,7 @@ def build(some: list[Drawn]) -> report.AuditReport:
     return figures.build("Audit", judge(), some, MARGIN, SETTINGS, (), ["left out"])
 
 
-def test_rows_count_pictures_labels_and_concepts():
+def test_rows_count_images_labels_and_concepts():
     rows = {row.arm: row for row in build(drawn()).rows}
     assert list(rows) == list(ARMS)
     sequential = rows["sequential"]
@@ -77,7 +77,7 @@ def test_differences_are_against_safety_and_base_with_a_verdict_by_the_margin():
     assert words.ratio(found["safety", "base"]) == "0.00"
 
 
-def test_a_few_pictures_without_a_hit_prove_nothing():
+def test_a_few_images_without_a_hit_prove_nothing():
     arms = {"safety": 0.0, "modular": 0.0}
     made = (figures.build("", judge(), drawn(arms=arms, count=n), 0.05, SETTINGS, (), ()) for n in (4, 10, 50))
     least, few, many = (one.differences[0] for one in made)

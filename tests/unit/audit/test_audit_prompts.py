@@ -186,7 +186,7 @@ def test_prompts_times_seeds_share_no_noise_and_keep_their_own_seeds(tmp_path):
     assert prompts_sha256(made) != prompts_sha256(made[:-1])
 
 
-def test_the_hash_of_the_prompts_follows_the_contents_of_start_pictures(tmp_path):
+def test_the_hash_of_the_prompts_follows_the_contents_of_start_images(tmp_path):
     hashes = []
     for folder, colour in (("a", 0), ("b", 0), ("c", 9)):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""KID, FID and CLIP score of an audit's pictures, and what is said where they cannot be had."""
+"""KID, FID and CLIP score of an audit's images, and what is said where they cannot be had."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_kid_grows_with_the_distance_from_the_base_arm(tmp_path):
     assert any("no CLIP score" in note for note in first.notes)
 
 
-def test_the_task_cell_is_compared_with_the_tasks_pictures(tmp_path):
+def test_the_task_cell_is_compared_with_the_tasks_images(tmp_path):
     (tmp_path / "style").mkdir()
     drawn(tmp_path / "style", "any", "any", 200)
     some = [*drawn(tmp_path, "base", "task", 0), *drawn(tmp_path, "task", "task", 200)]
@@ -57,7 +57,7 @@ def test_the_task_cell_is_compared_with_the_tasks_pictures(tmp_path):
     assert task.fid == pytest.approx(0, abs=1e-3)
 
 
-def test_fid_and_kid_of_few_pictures_are_left_out_and_said_so(tmp_path):
+def test_fid_and_kid_of_few_images_are_left_out_and_said_so(tmp_path):
     wide = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
     notes: list[str] = []
     assert set(quality.distances(wide, wide, "kept", notes)) == {"kid"}
@@ -72,7 +72,7 @@ def test_fid_and_kid_of_few_pictures_are_left_out_and_said_so(tmp_path):
 
 
 def test_kids_deviation_is_that_over_subsets_which_differ():
-    """Against the mean over hand-made subsets: none where each subset is all pictures, else as the subsets say."""
+    """Against the mean over hand-made subsets: none where each subset is all images, else as the subsets say."""
     one, other = (torch.randn(260, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     for count, given in ((20, False), (100, False), (199, False), (200, True), (260, True)):
         assert ("kid_std" in quality.distances(one[:count], other[:count], "kept", [])) is given
@@ -138,7 +138,7 @@ def tiny_clip(tmp_path) -> Path:
     return tmp_path / "clip"
 
 
-def test_the_clip_score_is_of_each_picture_with_its_own_prompt(tmp_path, tiny_clip):
+def test_the_clip_score_is_of_each_image_with_its_own_prompt(tmp_path, tiny_clip):
     some = drawn(tmp_path, "base", "kept", 100)
     cut: set[str] = set()
     score = quality.clip_scorer(tiny_clip, cut)

@@ -1,4 +1,4 @@
-"""Intervals and tests of the audit: over concepts and training seeds, not over pictures."""
+"""Intervals and tests of the audit: over concepts and training seeds, not over images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUICK = settings(max_examples=25, deadline=None)
 CONCEPTS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=2, max_size=8)
 
 
-def pictures(arm: str, hits: list[list[bool]], training_seed: int = 0) -> list[Drawn]:
+def images(arm: str, hits: list[list[bool]], training_seed: int = 0) -> list[Drawn]:
     """One list a concept."""
     made = []
     for concept, outcomes in enumerate(hits):
@@ -30,7 +30,7 @@ def pictures(arm: str, hits: list[list[bool]], training_seed: int = 0) -> list[D
 
 
 def test_a_rate_counts_all_trainings_of_an_arm_and_lies_in_its_interval():
-    drawn = pictures("task", [[True, False], [True, True]], 1) + pictures("task", [[False, False], [True, False]], 2)
+    drawn = images("task", [[True, False], [True, True]], 1) + images("task", [[False, False], [True, False]], 2)
     rate = stats.rates(drawn)["task"]
     assert (rate.k, rate.n) == (4, 8)
     assert 0 <= rate.low < rate.rate < rate.high <= 1
@@ -40,7 +40,7 @@ def test_a_rate_counts_all_trainings_of_an_arm_and_lies_in_its_interval():
 @QUICK
 @given(CONCEPTS)
 def test_wilsons_interval_contains_the_rate(hits):
-    rate = stats.wilson_rates(pictures("base", hits))["base"]
+    rate = stats.wilson_rates(images("base", hits))["base"]
     assert 0 <= rate.low <= rate.rate <= rate.high <= 1
 
 
@@ -48,15 +48,15 @@ def test_wilsons_interval_contains_the_rate(hits):
 @given(st.integers(1, 5), st.integers(0, 5), st.integers(2, 8), st.integers(1, 3))
 def test_the_interval_of_data_that_does_not_vary_is_a_point(misses, hits, concepts, trainings):
     one = [True] * hits + [False] * misses
-    drawn = [d for seed in range(trainings) for d in pictures("base", [one] * concepts, seed)]
+    drawn = [d for seed in range(trainings) for d in images("base", [one] * concepts, seed)]
     rate = stats.rates(drawn)["base"]
     assert rate.low == rate.rate == rate.high
 
 
 @QUICK
 @given(CONCEPTS, st.randoms(use_true_random=False))
-def test_the_order_of_pictures_does_not_matter(hits, random):
-    drawn = pictures("base", hits) + pictures("task", hits, 1) + pictures("task", [h[::-1] for h in hits], 2)
+def test_the_order_of_images_does_not_matter(hits, random):
+    drawn = images("base", hits) + images("task", hits, 1) + images("task", [h[::-1] for h in hits], 2)
     shuffled = random.sample(drawn, len(drawn))
     assert stats.rates(shuffled) == stats.rates(drawn)
     assert stats.ratio(shuffled, "task", "base") == stats.ratio(drawn, "task", "base")
@@ -67,7 +67,7 @@ def test_the_order_of_pictures_does_not_matter(hits, random):
 @given(CONCEPTS)
 def test_an_arm_differs_from_itself_by_nothing_since_both_get_the_same_concepts_and_seeds(hits):
     reverse = [[not h for h in concept] for concept in hits]
-    drawn = [d for arm in ("a", "b") for d in pictures(arm, hits, 1) + pictures(arm, reverse, 2)]
+    drawn = [d for arm in ("a", "b") for d in images(arm, hits, 1) + images(arm, reverse, 2)]
     assert stats.difference(drawn, "a", "b") == Estimate(0.0, 0.0, 0.0)
     assert stats.paired(drawn, "a", "b") == stats.Paired(2 * sum(map(len, hits)), 0, 0, 1.0)
 
@@ -76,20 +76,20 @@ def test_an_arm_differs_from_itself_by_nothing_since_both_get_the_same_concepts_
 @given(CONCEPTS, CONCEPTS)
 def test_a_difference_turns_its_sign_with_its_arms(first, second):
     size = min(len(first), len(second))
-    drawn = pictures("a", first[:size]) + pictures("b", second[:size])
+    drawn = images("a", first[:size]) + images("b", second[:size])
     there, back = stats.difference(drawn, "a", "b"), stats.difference(drawn, "b", "a")
     assert there == Estimate(-back.value, -back.high, -back.low)
 
 
 def test_trainings_of_different_seeds_are_drawn_for_each_arm_alone():
     """An arm whose trainings all agree and one whose trainings do not: the interval is that of the second."""
-    varied = pictures("b", [[True], [True]], 1) + pictures("b", [[False], [False]], 2)
-    alone = stats.difference(pictures("a", [[True], [True]], 7) + varied, "a", "b")
+    varied = images("b", [[True], [True]], 1) + images("b", [[False], [False]], 2)
+    alone = stats.difference(images("a", [[True], [True]], 7) + varied, "a", "b")
     assert (alone.low, alone.value, alone.high) == (0.0, 0.5, 1.0)
 
 
 def test_one_concept_says_nothing_of_others():
-    drawn = pictures("a", [[True, False]]) + pictures("b", [[False, False]])
+    drawn = images("a", [[True, False]]) + images("b", [[False, False]])
     assert (stats.rates(drawn)["a"].low, stats.rates(drawn)["a"].high) == (0.0, 1.0)
     assert stats.difference(drawn, "a", "b") == Estimate(0.5, -1.0, 1.0)
     assert stats.ratio(drawn, "a", "b") == Ratio(math.inf, 0.0, math.inf)
@@ -104,12 +104,12 @@ def test_one_concept_says_nothing_of_others():
     ],
 )
 def test_a_ratio_with_zeros_says_so(first, second, expected):
-    assert stats.ratio(pictures("a", first) + pictures("b", second), "a", "b") == expected
+    assert stats.ratio(images("a", first) + images("b", second), "a", "b") == expected
 
 
 def test_bootstrap_draws_without_a_hit_in_either_arm_widen_the_ratio_and_are_counted():
     hits = [[True], [False], [False]]
-    found = stats.ratio(pictures("a", hits) + pictures("b", hits), "a", "b")
+    found = stats.ratio(images("a", hits) + images("b", hits), "a", "b")
     assert (found.value, found.low, found.high) == (1.0, 0.0, math.inf)
     assert found.undefined == pytest.approx(stats.DRAWS * (2 / 3) ** 3, rel=0.05)
 
@@ -118,20 +118,20 @@ def test_bootstrap_draws_without_a_hit_in_either_arm_widen_the_ratio_and_are_cou
 @given(CONCEPTS, CONCEPTS)
 def test_no_estimate_is_nan(first, second):
     size = min(len(first), len(second))
-    drawn = pictures("a", first[:size]) + pictures("b", second[:size])
+    drawn = images("a", first[:size]) + images("b", second[:size])
     for found in (stats.difference(drawn, "a", "b"), stats.ratio(drawn, "a", "b")):
         assert not any(math.isnan(v) for v in (found.value or 0.0, found.low, found.high))
         assert found.low <= found.high
 
 
 @pytest.mark.slow
-def test_the_bootstrap_covers_the_truth_where_pictures_cluster_and_wilson_does_not():
-    """300 audits of 20 concepts × 10 pictures; a concept comes back always or hardly ever."""
+def test_the_bootstrap_covers_the_truth_where_images_cluster_and_wilson_does_not():
+    """300 audits of 20 concepts × 10 images; a concept comes back always or hardly ever."""
     random = np.random.default_rng(7)
     held = {"bootstrap": 0, "wilson": 0}
     for _ in range(300):
         chance = random.choice([0.05, 0.95], size=20, p=[0.6, 0.4])
-        drawn = pictures("a", (random.random((20, 10)) < chance[:, None]).tolist())
+        drawn = images("a", (random.random((20, 10)) < chance[:, None]).tolist())
         for name, rates in (("bootstrap", stats.rates(drawn)), ("wilson", stats.wilson_rates(drawn))):
             held[name] += rates["a"].low <= 0.6 * 0.05 + 0.4 * 0.95 <= rates["a"].high
     assert held["bootstrap"] / 300 == pytest.approx(0.95, abs=0.05)
@@ -145,21 +145,21 @@ def test_non_inferiority_wants_the_whole_interval_below_the_margin():
         stats.non_inferior(Estimate(0.0, 0.0, 0.0), 0.0)
 
 
-def test_pairs_are_pictures_of_one_item_and_an_arm_of_one_training_is_paired_with_every_other():
-    base = pictures("base", [[True, True, False, False]])
-    task = pictures("task", [[True, False, True, False]], 1) + pictures("task", [[False, False, False, False]], 2)
+def test_pairs_are_images_of_one_item_and_an_arm_of_one_training_is_paired_with_every_other():
+    base = images("base", [[True, True, False, False]])
+    task = images("task", [[True, False, True, False]], 1) + images("task", [[False, False, False, False]], 2)
     found = stats.paired(base + task, "base", "task")
     assert (found.n, found.only_first, found.only_second) == (8, 3, 1)
     assert found.p == pytest.approx(0.625)  # 2 × P(X ≤ 1), X binomial of 4 at 1/2
-    again = stats.paired(task + pictures("other", [[True] * 4], 2), "task", "other")
+    again = stats.paired(task + images("other", [[True] * 4], 2), "task", "other")
     assert (again.n, again.only_second) == (8, 6)
 
 
 def test_arms_that_cannot_be_compared_are_refused():
-    drawn = pictures("a", [[True], [False]]) + pictures("b", [[True]])
+    drawn = images("a", [[True], [False]]) + images("b", [[True]])
     with pytest.raises(ValueError, match=r"'c'.* a, b"):
         stats.difference(drawn, "a", "c")
     with pytest.raises(ValueError, match="different concepts"):
         stats.difference(drawn, "a", "b")
     with pytest.raises(ValueError, match="not every training seed"):
-        stats.rates(drawn + pictures("b", [[True], [True]], 2))
+        stats.rates(drawn + images("b", [[True], [True]], 2))

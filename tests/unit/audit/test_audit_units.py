@@ -38,9 +38,9 @@ class Channels:
     def __init__(self, name: str = "channels"):
         self.name, self.asked = name, 0
 
-    def detect(self, pictures):
-        self.asked += len(pictures)
-        return [Finding(dict(zip(self.labels, picture.mean((0, 1)), strict=True))) for picture in pictures]
+    def detect(self, images):
+        self.asked += len(images)
+        return [Finding(dict(zip(self.labels, image.mean((0, 1)), strict=True))) for image in images]
 
 
 class Watch:
@@ -157,7 +157,7 @@ def test_another_audit_in_the_same_folder_reuses_only_the_same_units(run, caplog
     assert run(audit_of("a", "b", unit_size=1))[1] == 4
 
 
-def test_other_labels_of_the_same_pictures_draw_nothing_anew(run):
+def test_other_labels_of_the_same_images_draw_nothing_anew(run):
     run(audit_of("a", "b"))
     audit = audit_of("a", "b")
     audit = replace(audit, items=tuple(replace(item, cell="kept", concept="cat") for item in audit.items))
@@ -173,7 +173,7 @@ def test_an_item_that_is_asked_for_twice_is_drawn_once(run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes")
-def test_pictures_are_for_their_owner_alone(run, tmp_path):
+def test_images_are_for_their_owner_alone(run, tmp_path):
     (tmp_path / "audit").mkdir(mode=0o755)  # there before, and not ours to close
     ran, _ = run(audit_of("a"))
     for one in ran:
@@ -244,7 +244,7 @@ def test_verdicts_that_are_none_are_an_error_or_asked_for_again(tmp_path_factory
     assert said is None
 
 
-def test_of_two_processes_that_finish_a_unit_the_first_keeps_its_pictures(tmp_path):
+def test_of_two_processes_that_finish_a_unit_the_first_keeps_its_images(tmp_path):
     first, second = Store(tmp_path), Store(tmp_path)
     (unit,) = units([Arm("base")], [Item("a", 1, "kept")], SAMPLING, ORIGIN, 1)
     first.put(unit, np.full((1, 8, 16, 3), 1, np.uint8))
@@ -280,9 +280,9 @@ def test_audits_that_make_no_sense_are_refused():
 
 def test_a_verdict_names_hits_reported_labels_and_the_likeliest_of_those_that_exclude_each_other():
     judge = Judge(Channels(), {"red": 0.4, "green": 0.9}, {"blue": 1.0, "red": 0.4}, Channels("style"))
-    picture = np.zeros((2, 4, 4, 3), np.uint8)
-    picture[0] = [102, 204, 255]
-    shown, dark = judge.judge(picture)
+    image = np.zeros((2, 4, 4, 3), np.uint8)
+    image[0] = [102, 204, 255]
+    shown, dark = judge.judge(image)
     assert shown.hit
     assert (shown.score, shown.found, shown.top, shown.style) == (
         pytest.approx(0.8), ("red", "blue"), "green", "green")  # fmt: skip

@@ -34,19 +34,19 @@ NOTHING = boxed()
 FOUND = boxed(Box("a", 0.9, 10, 12, 20, 16), Box("b", 0.8, 50, 50, 8, 8))
 
 
-def pictures(n: int = 3, height: int = 64, width: int = 80) -> np.ndarray:
+def images(n: int = 3, height: int = 64, width: int = 80) -> np.ndarray:
     return np.random.default_rng(0).random((n, height, width, 3), np.float32)
 
 
 def gate(action: str, *findings: Finding, growth: float = 1.0, shown: np.ndarray | None = None, **more):
-    shown = pictures(len(findings)) if shown is None else shown
+    shown = images(len(findings)) if shown is None else shown
     replacement = np.full((8, 8, 3), 0.5, np.float32) if action == "replace" else None
     chosen = Settings({"a": 0.5}, {"b": 0.3}, {"a": growth}, action, **more)
     return shown, run(shown, Told(list(findings)), chosen, replacement)
 
 
 @pytest.mark.parametrize("action", CHANGING)
-def test_one_flagged_picture_is_acted_on_and_the_others_stay_bit_for_bit(action: str) -> None:
+def test_one_flagged_image_is_acted_on_and_the_others_stay_bit_for_bit(action: str) -> None:
     shown, outcome = gate(action, NOTHING, FOUND, NOTHING)
     before = shown.copy()
     assert outcome.flags == outcome.changed == (False, True, False)
@@ -92,17 +92,17 @@ def test_block_raises_with_count_label_and_score_and_lets_clean_batches_through(
     assert outcome.images is shown
 
 
-def test_empty_puts_a_black_picture_in_its_place_so_that_the_order_stays() -> None:
+def test_empty_puts_a_black_image_in_its_place_so_that_the_order_stays() -> None:
     shown, outcome = gate("empty", NOTHING, FOUND, NOTHING)
     assert outcome.images.shape == shown.shape
     assert not outcome.images[1].any()
 
 
-def test_replace_puts_the_whole_given_picture_in_without_stretching_it() -> None:
-    shown = pictures(1, 64, 128)
-    given_picture = np.zeros((32, 32, 3), np.float32)
-    given_picture[..., 0] = 1
-    outcome = run(shown, Told([FOUND]), Settings({"a": 0.5}, action="replace"), given_picture)
+def test_replace_puts_the_whole_given_image_in_without_stretching_it() -> None:
+    shown = images(1, 64, 128)
+    given_image = np.zeros((32, 32, 3), np.float32)
+    given_image[..., 0] = 1
+    outcome = run(shown, Told([FOUND]), Settings({"a": 0.5}, action="replace"), given_image)
     assert np.array_equal(outcome.images[0, :, 32:96], np.broadcast_to([1, 0, 0], (64, 64, 3)))
     assert not outcome.images[0, :, :31].any()
 
@@ -116,14 +116,14 @@ def test_replace_puts_the_whole_given_picture_in_without_stretching_it() -> None
         (np.full((8, 8, 3), np.nan), "gate.replacement"),
     ],
 )
-def test_replace_without_a_usable_picture_is_refused_before_anything_is_judged(bad, code) -> None:
+def test_replace_without_a_usable_image_is_refused_before_anything_is_judged(bad, code) -> None:
     with refuses(code):
-        run(pictures(1), Told([NOTHING]), Settings({"a": 0.5}, action="replace"), bad)
+        run(images(1), Told([NOTHING]), Settings({"a": 0.5}, action="replace"), bad)
 
 
 @pytest.mark.parametrize("action", CHANGING)
-def test_a_detector_without_boxes_acts_on_the_whole_picture(action: str) -> None:
-    shown = pictures(2)
+def test_a_detector_without_boxes_acts_on_the_whole_image(action: str) -> None:
+    shown = images(2)
     told = Told([Finding({"a": 0.7, "b": 0}), Finding({"a": 0.4, "b": 0})], has_boxes=False)
     outcome = run(shown, told, Settings({"a": 0.5}, action=action), np.full((4, 4, 3), 0.25, np.float32))
     assert outcome.masks[0].all()
@@ -146,7 +146,7 @@ def test_a_score_that_is_not_a_number_is_no_pass() -> None:
     assert not outcome.images[0].any()
 
 
-def test_boxes_grow_about_their_centre_and_are_clipped_to_the_picture() -> None:
+def test_boxes_grow_about_their_centre_and_are_clipped_to_the_image() -> None:
     _, outcome = gate("box", boxed(Box("a", 0.9, 30, 20, 20, 10)), growth=2)
     ys, xs = np.nonzero(outcome.masks[0])
     assert (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1) == (20, 60, 15, 35)
@@ -176,7 +176,7 @@ def test_masks_cover_every_box_and_nothing_changes_outside(boxes: list, growth: 
 
 @pytest.mark.parametrize("action", ["blur", "pixelate"])
 def test_what_is_finer_than_the_cells_is_gone_and_not_hidden(action: str) -> None:
-    """Two pictures that differ inside the cells alone come out the same: nothing can tell them apart again."""
+    """Two images that differ inside the cells alone come out the same: nothing can tell them apart again."""
     smooth = np.full((1, 60, 60, 3), 128 / 255, np.float32)
     board = (np.indices((60, 60)).sum(0) % 2 * 2 - 1).astype(np.float32)
     checks = smooth + board[None, ..., None] * np.float32(100 / 255)
@@ -216,7 +216,7 @@ def test_after_the_action_the_detector_sees_nothing_there(action: str) -> None:
 
 
 def test_an_empty_batch_goes_through() -> None:
-    shown, outcome = gate("blur", shown=pictures(0))
+    shown, outcome = gate("blur", shown=images(0))
     assert outcome.images is shown
     assert outcome.masks.shape == (0, 64, 80)
     assert outcome.flags == ()
@@ -224,13 +224,13 @@ def test_an_empty_batch_goes_through() -> None:
 
 def test_a_detector_that_judges_too_few_is_refused() -> None:
     with refuses("gate.findings", "1 ", "3 "):
-        run(pictures(3), Told([NOTHING]), Settings({"a": 0.5}))
+        run(images(3), Told([NOTHING]), Settings({"a": 0.5}))
 
 
 @pytest.mark.parametrize(("block", "code"), [({}, "gate.nothing-blocked"), ({"z": 0.5}, "gate.unknown-label")])
 def test_settings_that_do_not_fit_the_detector_are_refused(block: dict, code: str) -> None:
     with refuses(code):
-        run(pictures(1), Told([NOTHING]), Settings(block))
+        run(images(1), Told([NOTHING]), Settings(block))
 
 
 def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered() -> None:
@@ -252,9 +252,9 @@ def test_the_report_counts_and_names_detector_thresholds_and_what_is_not_covered
     assert "whole image" in format_gate(clean, Told([], False), Settings({"a": 0.5}))
 
 
-def test_the_json_holds_scores_and_boxes_of_every_picture() -> None:
+def test_the_json_holds_scores_and_boxes_of_every_image() -> None:
     chosen = Settings({"a": 0.5}, {"b": 0.3}, {"a": 1.5}, "box")
-    outcome = run(pictures(2), Told([NOTHING, FOUND]), chosen)
+    outcome = run(images(2), Told([NOTHING, FOUND]), chosen)
     said = json.loads(to_json(outcome, Told([]), chosen))
     assert said["settings"] == {
         "block": {"a": 0.5},
@@ -389,8 +389,8 @@ REVIEWED = Settings({"a": 0.8}, {}, {}, "blur", review={"a": 0.2, "b": 0.6})
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
-def test_a_picture_is_blocked_or_for_a_person_or_passes(a: float, b: float) -> None:
-    shown = pictures(1)
+def test_an_image_is_blocked_or_for_a_person_or_passes(a: float, b: float) -> None:
+    shown = images(1)
     outcome = run(shown, Told([scored(a, b)], has_boxes=False), REVIEWED)
     wanted = "block" if a >= 0.8 else "review" if a >= 0.2 or b >= 0.6 else "pass"
     assert outcome.answers == (wanted,)
@@ -403,12 +403,12 @@ def test_a_picture_is_blocked_or_for_a_person_or_passes(a: float, b: float) -> N
 def test_the_milder_of_two_detectors_holds_and_the_second_sees_only_what_the_first_flags(
     scores: list[tuple[float, float]],
 ) -> None:
-    shown = pictures(len(scores))
+    shown = images(len(scores))
     asked: list[np.ndarray] = []
 
     class Asked(Told):
-        def detect(self, pictures: np.ndarray) -> list[Finding]:
-            asked.append(pictures)
+        def detect(self, images: np.ndarray) -> list[Finding]:
+            asked.append(images)
             return self.findings
 
     order = {0.1: "pass", 0.5: "review", 0.9: "block"}
@@ -428,7 +428,7 @@ def test_the_milder_of_two_detectors_holds_and_the_second_sees_only_what_the_fir
 def test_the_report_says_what_a_second_detector_did_not_confirm_and_what_a_person_decides() -> None:
     first, second = Told([scored(0.9), scored(0.5), scored(0.9)]), Told([scored(0.1), scored(0.9), scored(0.9)])
     confirming = Second(second, REVIEWED)
-    outcome = run(pictures(3), first, REVIEWED, second=confirming)
+    outcome = run(images(3), first, REVIEWED, second=confirming)
     assert outcome.answers == ("pass", "review", "block")
     said = format_gate(outcome, first, REVIEWED, confirming)
     assert said.splitlines()[0] == (
@@ -461,7 +461,7 @@ SAYS = ("concept", "kept", "undecided", "")
 def test_a_prompt_about_the_concept_raises_the_answer_and_nothing_else_does(
     said: str, score: float, activity: str
 ) -> None:
-    shown, box = pictures(1), Box("a", score, 10, 12, 20, 16)
+    shown, box = images(1), Box("a", score, 10, 12, 20, 16)
     chosen = dataclasses.replace(REVIEWED, activity=activity, action="box")
     outcome = run(shown, Told([Finding({"a": score, "b": 0.0}, (box,))]), chosen, prompts=[said])
     alone = {0.1: "pass", 0.5: "review", 0.9: "block"}[score]
@@ -476,14 +476,14 @@ def test_a_prompt_about_the_concept_raises_the_answer_and_nothing_else_does(
 
 def test_a_second_detector_has_no_say_about_a_prompt() -> None:
     chosen, second = dataclasses.replace(REVIEWED, activity="review"), Second(Told([scored(0.1)]), REVIEWED)
-    outcome = run(pictures(2), Told([scored(0.9), scored(0.1)]), chosen, second=second, prompts=["concept", "kept"])
+    outcome = run(images(2), Told([scored(0.9), scored(0.1)]), chosen, second=second, prompts=["concept", "kept"])
     assert outcome.answers == ("review", "pass")
     assert outcome.overruled == (("a",), ())
 
 
 def test_the_report_and_the_json_count_prompts_and_those_of_which_nothing_is_known() -> None:
     told, chosen = Told([scored(0.1), scored(0.1), scored(0.9)]), dataclasses.replace(REVIEWED, activity="block")
-    outcome = run(pictures(3), told, chosen, prompts=["concept", "", "concept"])
+    outcome = run(images(3), told, chosen, prompts=["concept", "", "concept"])
     said = format_gate(outcome, told, chosen)
     assert "2 of 3 images flagged" in said
     assert "about the safety LoRA's concept in 2 images" in said
@@ -494,7 +494,7 @@ def test_the_report_and_the_json_count_prompts_and_those_of_which_nothing_is_kno
         "concept",
     ]
     with refuses("gate.blocked", "2 of 3", "image 1", "its prompt"):
-        run(pictures(3), told, dataclasses.replace(chosen, action="block"), prompts=["concept", "", "concept"])
-    quiet = run(pictures(3), told, REVIEWED, prompts=["concept", "", "concept"])
+        run(images(3), told, dataclasses.replace(chosen, action="block"), prompts=["concept", "", "concept"])
+    quiet = run(images(3), told, REVIEWED, prompts=["concept", "", "concept"])
     assert quiet.answers == ("pass", "pass", "block")
     assert "prompt" not in format_gate(quiet, told, REVIEWED) + to_json(quiet, told, REVIEWED)

@@ -32,7 +32,7 @@ def labelled(tmp_path: Path, **changes) -> Path:
 
 @pytest.fixture
 def toy(tmp_path: Path):
-    """A network whose outputs are known: means of the channels, of pictures as the labels file prepares them."""
+    """A network whose outputs are known: means of the channels, of images as the labels file prepares them."""
 
     def make(batch: object = "batch", layout: str = "nchw", **changes):
         onnx = pytest.importorskip("onnx")

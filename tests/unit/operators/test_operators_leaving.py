@@ -15,7 +15,7 @@ CLOSING = {"guard": "", "gate": GATE, "gate alone": f"{GATE}\n{OPEN}"}  # polici
 
 
 def judged(**more: dict) -> dict:
-    """A guarded graph whose pictures pass a gate; what ``more`` adds is to be refused, or not."""
+    """A guarded graph whose images pass a gate; what ``more`` adds is to be refused, or not."""
     graph = guarded() | {"gate": node("ModularLoraGate", images=["decode", 0])}
     graph["save"] = node("SaveImage", images=["gate", 0])
     return graph | more
@@ -26,7 +26,7 @@ def named(key: str, *kinds: str) -> str:
 
 
 @pytest.mark.parametrize("policy", CLOSING)
-def test_what_is_judged_leaves_through_every_type_that_is_known_to_show_pictures(policy: str) -> None:
+def test_what_is_judged_leaves_through_every_type_that_is_known_to_show_images(policy: str) -> None:
     assert refused(judged(), CLOSING[policy]) == {}
     for kind in ("SaveImage", "PreviewAny", "ModularLoraSaveImage"):
         slot = "source" if kind == "PreviewAny" else "images"
@@ -35,7 +35,7 @@ def test_what_is_judged_leaves_through_every_type_that_is_known_to_show_pictures
 
 @pytest.mark.parametrize("policy", CLOSING)
 @pytest.mark.parametrize("kind", ["OtherSave", "SaveNew"])
-def test_types_that_nobody_knows_take_nothing_that_may_hold_a_picture(kind: str, policy: str) -> None:
+def test_types_that_nobody_knows_take_nothing_that_may_hold_an_image(kind: str, policy: str) -> None:
     for source in ("gate", "decode", "sample", "latent"):
         graph = judged(out=node(kind, images=[source, 0]))
         assert set(refused(graph, CLOSING[policy])) == {"out"}, source
@@ -45,7 +45,7 @@ def test_types_that_nobody_knows_take_nothing_that_may_hold_a_picture(kind: str,
     assert refused(judged(out=node(kind, images=["gate", 0])), f"{OPEN}\n{named('allow', *FACTS)}") == {}
 
 
-def test_showing_answers_for_pictures_alone_and_trusted_for_everything() -> None:
+def test_showing_answers_for_images_alone_and_trusted_for_everything() -> None:
     for source, passes in (("gate", True), ("decode", False), ("sample", False)):
         graph = judged(out=node("OtherSave", images=[source, 0]))
         assert ("out" not in refused(graph, GATE, named("showing", "OtherSave"))) == passes
@@ -53,7 +53,7 @@ def test_showing_answers_for_pictures_alone_and_trusted_for_everything() -> None
 
 
 @pytest.mark.parametrize("policy", CLOSING)
-def test_nodes_that_send_to_a_company_take_no_picture_although_they_are_no_outputs(policy: str) -> None:
+def test_nodes_that_send_to_a_company_take_no_image_although_they_are_no_outputs(policy: str) -> None:
     graph = judged(api=node("Sends", image=["gate", 0]), show=node("PreviewAny", source=["api", 1]))
     assert "api" in refused(graph, CLOSING[policy])
     assert "api" not in refused(graph, CLOSING[policy], named("showing", "Sends"))
@@ -126,7 +126,7 @@ def test_latents_and_solids_leave_only_where_no_gate_must_judge() -> None:
 
 
 @pytest.mark.parametrize("policy", CLOSING)
-def test_text_that_another_pack_makes_of_a_picture_is_shown_by_nobody(policy: str) -> None:
+def test_text_that_another_pack_makes_of_an_image_is_shown_by_nobody(policy: str) -> None:
     graph = judged(text=node("Base64", image=["decode", 0]), out=node("PreviewAny", source=["text", 0]))
     assert set(refused(graph, CLOSING[policy])) == {"out"}
     assert refused(graph, CLOSING[policy], named("trusted", "Base64")) == {}
@@ -144,7 +144,7 @@ def test_a_file_name_is_text_too() -> None:
 
 
 @pytest.mark.parametrize("policy", CLOSING)
-def test_text_and_numbers_that_hold_no_picture_are_shown(policy: str) -> None:
+def test_text_and_numbers_that_hold_no_image_are_shown(policy: str) -> None:
     graph = judged(size=node("GetImageSize", image=["decode", 0]), out=node("PreviewAny", source=["size", 0]))
     assert refused(graph, CLOSING[policy]) == {}
     graph["out"] = node("PreviewAny", source=["guard", 2])
@@ -175,7 +175,7 @@ ENDS = [
 
 @given(st.lists(st.sampled_from(BETWEEN), max_size=5), st.sampled_from(ENDS), st.randoms())
 def test_no_wiring_brings_what_no_gate_judged_to_a_node_that_shows_it(kinds: list[str], end: str, random) -> None:
-    """Random wiring between an unjudged latent or picture and whatever shows."""
+    """Random wiring between an unjudged latent or image and whatever shows."""
     graph, sources = judged(), ["decode"]
     for i, kind in enumerate(kinds):
         graph[f"n{i}"] = node(kind, **{name: [random.choice(sources), 0] for name in FACTS[kind].inputs})

@@ -51,21 +51,21 @@ def key(place: Path) -> Path:
 
 def encoded(suffix: str, pixels: np.ndarray = PIXELS, key: Path | None = None) -> tuple[bytes, str]:
     """A file with its record, as comfy_host/saving.py makes one, and the record's text."""
-    picture, stream = Image.fromarray(pixels), io.BytesIO()
+    image, stream = Image.fromarray(pixels), io.BytesIO()
     record = RECORD | attested.pixels(pixels) | {marking.SOURCE_TYPE: marking.TRAINED}
     if suffix != ".png":
-        picture.save(stream, attested.MIMES[suffix].partition("/")[2], quality=90)
+        image.save(stream, attested.MIMES[suffix].partition("/")[2], quality=90)
         raw = stream.getvalue()
-        record |= {attested.DATA: lossy.read("a", lossy.with_packet(raw, b"", picture.size)).data_sha256}
+        record |= {attested.DATA: lossy.read("a", lossy.with_packet(raw, b"", image.size)).data_sha256}
     if key is not None:
         record = attested.signed(record, keys.private_key(key))
     text = json.dumps(record, sort_keys=True)
     if suffix != ".png":
-        return lossy.with_packet(raw, marking.packet(marking.TRAINED, text), picture.size), text
+        return lossy.with_packet(raw, marking.packet(marking.TRAINED, text), image.size), text
     info = PngInfo()
     info.add_text(attested.KEY, text)
     info.add_itxt(marking.KEYWORD, marking.packet(marking.TRAINED).decode())
-    picture.save(stream, "PNG", pnginfo=info)
+    image.save(stream, "PNG", pnginfo=info)
     return stream.getvalue(), text
 
 
@@ -92,8 +92,8 @@ def changed_pixel(path: Path) -> None:
     """One byte of the image's data, with a check sum that fits where there is one."""
     raw = path.read_bytes()
     if path.suffix == ".png":
-        with Image.open(path) as picture:
-            pixels, text = np.asarray(picture).copy(), dict(picture.text)
+        with Image.open(path) as image:
+            pixels, text = np.asarray(image).copy(), dict(image.text)
         pixels[0, 0, 0] ^= 1
         info, stream = PngInfo(), io.BytesIO()
         info.add_text(attested.KEY, text[attested.KEY])
@@ -120,10 +120,10 @@ def test_the_library_calls_a_signed_file_trusted_and_finds_what_was_said(suffix,
     ]
     record = json.loads(said[credentials.LABEL]["json"])
     assert RECORD.items() <= record.items()
-    with Image.open(path) as picture:
+    with Image.open(path) as image:
         if suffix == ".png":
-            assert np.array_equal(np.asarray(picture), PIXELS)
-        assert marking.TRAINED.encode() in picture.info["xmp"]
+            assert np.array_equal(np.asarray(image), PIXELS)
+        assert marking.TRAINED.encode() in image.info["xmp"]
     found = attested.verify(path, {"service": key.with_suffix(".pub")}, [root.certificate])
     assert (found.key, found.record, found.credentials.signer, found.credentials.trusted) == (
         "service",
@@ -171,9 +171,9 @@ def test_credentials_that_were_taken_off_or_lost_by_encoding_again_are_missed(su
     assert attested.verify(path, {"service": key.with_suffix(".pub")}).credentials is None
     assert "no Content Credentials" in refused(MissingSignature, attested.verify, path, {}, [root.certificate])
     again = signed(tmp_path / f"b{suffix}", host, key)
-    with Image.open(again) as picture:
-        picture.load()
-        plain = Image.fromarray(np.asarray(picture))
+    with Image.open(again) as image:
+        image.load()
+        plain = Image.fromarray(np.asarray(image))
     plain.save(again)
     assert b"jumb" not in again.read_bytes()
     assert "no attestation" in refused(MissingSignature, attested.verify, again, {}, [root.certificate])

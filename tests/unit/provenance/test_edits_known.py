@@ -111,7 +111,7 @@ def test_a_run_starts_outside_unless_all_of_it_is_of_guarded_runs_with_the_same_
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 8, 8), (8, 8)])
-def test_a_mask_of_one_value_holds_no_picture_and_another_does(shape):
+def test_a_mask_of_one_value_holds_no_image_and_another_does(shape):
     latent, record = torch.ones(4, 8, 8), run()
     ledger.latents.put(ledger.tensor_sha256(latent), record)
     assert not edits.start([latent], torch.full(shape, 0.5), record).outside

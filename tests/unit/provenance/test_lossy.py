@@ -30,9 +30,9 @@ def encoded(format: str, channels: int = 3, quality: int = 90) -> bytes:
 
 
 def opened(raw: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(raw))
-    picture.load()
-    return picture
+    image = Image.open(io.BytesIO(raw))
+    image.load()
+    return image
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -42,9 +42,9 @@ def test_another_reader_finds_the_packet_and_the_pixels_stay(format, text):
     raw = encoded(format)
     packet = marking.packet(marking.TRAINED, text)
     made = lossy.with_packet(raw, packet, SIZE)
-    picture = opened(made)
-    assert picture.info["xmp"] == packet
-    assert picture.tobytes() == opened(raw).tobytes()
+    image = opened(made)
+    assert image.info["xmp"] == packet
+    assert image.tobytes() == opened(raw).tobytes()
     found = ElementTree.fromstring(packet.decode().partition("?>")[2])
     assert [one.text for one in found.iter(IPTC)] == [marking.TRAINED]
     assert marking.attestation_in(packet) == text
@@ -61,7 +61,7 @@ def test_the_hash_does_not_change_with_the_packet_and_does_with_anything_else(fo
     assert other.data_sha256 != empty.data_sha256
 
 
-def test_a_picture_with_an_alpha_channel_keeps_it():
+def test_an_image_with_an_alpha_channel_keeps_it():
     made = lossy.with_packet(encoded("WEBP", 4), b"packet", SIZE)
     assert opened(made).mode == "RGBA"
     assert opened(made).info["xmp"] == b"packet"

@@ -1,4 +1,4 @@
-"""The demo's parts without a server: graphs, client errors, progress, pictures, report."""
+"""The demo's parts without a server: graphs, client errors, progress, images, report."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_activity_stands_in_words_and_is_nothing_where_no_guard_ran() -> Non
     assert [judge.activity(one) for one in ({}, {"modular_lora": [{"run": None}]}, unmeasured)] == ["", "", ""]
 
 
-def test_the_detector_says_of_each_picture_whether_it_shows_what_was_asked_for() -> None:
+def test_the_detector_says_of_each_image_whether_it_shows_what_was_asked_for() -> None:
     drawn = [(ASSETS / DATA_SET / "10_gloss" / f"{name}.png").read_bytes() for name in ("cat-face", "pizza")]
     cat, pizza = (data.WORDS.index(word) for word in ("cat face", "pizza"))
     assert judge.seen(drawn, (cat, pizza)) == [judge.Seen(False, True)] * 2
@@ -102,7 +102,7 @@ def test_progress_counts_sampler_steps_and_ends_at_the_whole(capsys: pytest.Capt
     assert capsys.readouterr().out.count("\n") == 1, "a log file gets one line an arm"
 
 
-def test_an_attestation_is_read_from_a_picture() -> None:
+def test_an_attestation_is_read_from_an_image() -> None:
     record = {"status": "guarded"}
     assert images.attestation(png(modular_lora_attestation=json.dumps(record), prompt="{}")) == {
         "modular_lora_attestation": record
@@ -111,16 +111,16 @@ def test_an_attestation_is_read_from_a_picture() -> None:
     assert images.attestation(png(modular_lora_attestation="no JSON")) == {}
 
 
-def test_pictures_are_put_side_by_side(tmp_path: Path) -> None:
+def test_images_are_put_side_by_side(tmp_path: Path) -> None:
     place = tmp_path / "comparison.png"
     images.comparison([("a", True), ("b", False)], {"one": [png("red")] * 2, "two": [png("blue")] * 2}, place)
-    with Image.open(place) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
+    with Image.open(place) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
     assert {(255, 0, 0), (0, 0, 255)} <= colours
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_the_report_holds_its_pictures_and_escapes_what_it_quotes() -> None:
+def test_the_report_holds_its_images_and_escapes_what_it_quotes() -> None:
     cells = [
         report.ShownImage(png(), judge.Seen(True, True), "activity <9>"),
         report.ShownImage(png(), judge.Seen(0, 1), ""),

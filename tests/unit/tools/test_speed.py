@@ -39,7 +39,7 @@ def test_every_row_has_a_positive_ratio(printed):
     assert all(float(text.split()[0].rstrip(",")) > 0 for text in rows.values())
 
 
-def test_all_contenders_give_the_same_picture(printed):
+def test_all_contenders_give_the_same_image(printed):
     differences = json.loads(printed["steps"])["differences"]
     assert differences.pop("effect") > 0.05
     assert differences.keys() == {"measured", "merged", "peft"}

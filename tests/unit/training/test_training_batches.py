@@ -1,4 +1,4 @@
-"""Which pictures a step draws, and what sd-scripts is told of a data set."""
+"""Which images a step draws, and what sd-scripts is told of a data set."""
 
 from __future__ import annotations
 
@@ -58,37 +58,37 @@ def epoch(found: Plan, number: int = 0) -> list:
     return [found.batch(step) for step in range(number * batches, (number + 1) * batches)]
 
 
-def bucket(picture: TrainingImage) -> tuple:
-    return picture.dataset, picture.fit.bucket
+def bucket(image: TrainingImage) -> tuple:
+    return image.dataset, image.fit.bucket
 
 
 @pytest.mark.parametrize("reg", [False, True])
-def test_an_epoch_draws_every_picture_as_often_as_its_repeats(folders, reg):
+def test_an_epoch_draws_every_image_as_often_as_its_repeats(folders, reg):
     found = plan(folders, reg)
     for number in range(3):
         drawn = Counter(draw.image for batch in epoch(found, number) for draw in batch)
-        assert drawn == {index: picture.draws for index, picture in enumerate(found.report.images)}
-    training = [picture for picture in found.report.images if not picture.is_reg]
-    assert [picture.draws for picture in training] == [1] * 5 + [3] * 7
+        assert drawn == {index: image.draws for index, image in enumerate(found.report.images)}
+    training = [image for image in found.report.images if not image.is_reg]
+    assert [image.draws for image in training] == [1] * 5 + [3] * 7
 
 
-def test_a_batch_has_pictures_of_one_bucket_and_no_more_than_its_size(folders):
+def test_a_batch_has_images_of_one_bucket_and_no_more_than_its_size(folders):
     found = plan(folders, batch_size=3)
-    pictures = found.report.images
+    images = found.report.images
     batches = epoch(found)
-    assert len({bucket(picture) for picture in pictures}) > 2
-    assert all(len({bucket(pictures[draw.image]) for draw in batch}) == 1 for batch in batches)
+    assert len({bucket(image) for image in images}) > 2
+    assert all(len({bucket(images[draw.image]) for draw in batch}) == 1 for batch in batches)
     assert max(map(len, batches)) == 3
-    assert sum(picture.draws for picture in pictures) == sum(map(len, batches)) == found.report.draws
-    assert sum(count for count, _ in found.report.buckets.values()) == len(pictures)
+    assert sum(image.draws for image in images) == sum(map(len, batches)) == found.report.draws
+    assert sum(count for count, _ in found.report.buckets.values()) == len(images)
 
 
-def test_regularisation_pictures_pair_with_the_training_pictures_and_have_their_weight(folders):
+def test_regularisation_images_pair_with_the_training_images_and_have_their_weight(folders):
     found = plan(folders, reg=True)
-    pictures = found.report.images
+    images = found.report.images
     weights = Counter(draw.weight for batch in epoch(found) for draw in batch)
     assert weights == {1.0: 26, 0.5: 26}
-    assert all((draw.weight == 0.5) == pictures[draw.image].is_reg for batch in epoch(found) for draw in batch)
+    assert all((draw.weight == 0.5) == images[draw.image].is_reg for batch in epoch(found) for draw in batch)
 
 
 @settings(deadline=None)
@@ -114,7 +114,7 @@ def test_going_on_at_a_step_equals_having_come_from_the_first(folders, seed, ste
     assert whole.batch(step) == resumed.batch(step)
 
 
-def test_an_epoch_mixes_buckets_and_the_pictures_within(folders):
+def test_an_epoch_mixes_buckets_and_the_images_within(folders):
     found = plan(folders)
     first, second = ([tuple(draw.image for draw in batch) for batch in epoch(found, number)] for number in range(2))
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}

@@ -34,7 +34,7 @@ def read(place: Path, **options) -> dataset.DatasetReport:
 
 
 def captions(report: dataset.DatasetReport) -> dict[str, str]:
-    return {picture.name: picture.caption for picture in report.images}
+    return {image.name: image.caption for image in report.images}
 
 
 def test_a_folder_of_captions_may_have_the_folders_of_the_images(place):

@@ -180,7 +180,7 @@ def test_buckets_have_at_most_the_area_and_multiples_of_the_step(options):
 
 @settings(max_examples=300, deadline=None)
 @given(SIDE, SIDE, bucket_options())
-def test_a_picture_covers_its_bucket_and_is_cut_at_the_centre(width, height, options):
+def test_an_image_covers_its_bucket_and_is_cut_at_the_centre(width, height, options):
     try:
         found = fit((width, height), options)
     except ImageError:

@@ -114,7 +114,7 @@ def test_the_text_of_a_report_has_its_counts_and_names(messy):
     assert "bucket 64×64: 6 images, 18 draws" in text
 
 
-def test_only_a_data_set_without_a_readable_picture_stops_training(tmp_path):
+def test_only_a_data_set_without_a_readable_image_stops_training(tmp_path):
     (tmp_path / "1_x").mkdir()
     (tmp_path / "1_x" / "a.png").write_bytes(b"")
     config, report = looked_at(tmp_path)
@@ -186,14 +186,14 @@ def test_what_is_loaded_is_upright_in_its_bucket_and_can_be_mirrored(tmp_path):
     (tmp_path / "1_x").mkdir()
     image.save(tmp_path / "1_x" / "a.png", exif=exif)
     _, report = looked_at(tmp_path, resolution=64)
-    picture = report.images[0]
-    pixels, mask = load(picture)
-    assert (picture.size, pixels.shape, pixels.dtype, mask) == ((64, 128), (64, 64, 3), torch.float32, None)
+    found = report.images[0]
+    pixels, mask = load(found)
+    assert (found.size, pixels.shape, pixels.dtype, mask) == ((64, 128), (64, 64, 3), torch.float32, None)
     assert torch.equal(pixels[10, -1], torch.tensor([1.0, 0, 0]))
-    assert torch.equal(load(picture, flipped=True)[0], pixels.flip(1))
+    assert torch.equal(load(found, flipped=True)[0], pixels.flip(1))
 
 
-def test_pictures_are_averaged_when_they_shrink_and_interpolated_when_they_grow(tmp_path):
+def test_images_are_averaged_when_they_shrink_and_interpolated_when_they_grow(tmp_path):
     (tmp_path / "1_x").mkdir()
     stripes = np.zeros((128, 128, 3), np.uint8)
     stripes[::2] = 200  # rows of 200 and 0
@@ -201,15 +201,15 @@ def test_pictures_are_averaged_when_they_shrink_and_interpolated_when_they_grow(
     halves = np.zeros((32, 32, 3), np.uint8)
     halves[:, 16:] = 200
     Image.fromarray(halves).save(tmp_path / "1_x" / "b.png")
-    shrunk, grown = (load(picture)[0] for picture in looked_at(tmp_path)[1].images)
+    shrunk, grown = (load(image)[0] for image in looked_at(tmp_path)[1].images)
     assert torch.equal(shrunk, torch.full((64, 64, 3), 100 / 255))
     assert grown.shape == (64, 64, 3)
     assert 0.1 < grown[5, 32, 0] < 200 / 255
-    for picture in looked_at(tmp_path, resize_interpolation="nearest")[1].images:
-        assert set((load(picture)[0] * 255).round().unique().tolist()) <= {0.0, 200.0}
+    for image in looked_at(tmp_path, resize_interpolation="nearest")[1].images:
+        assert set((load(image)[0] * 255).round().unique().tolist()) <= {0.0, 200.0}
 
 
-def test_a_picture_that_changed_after_the_report_is_an_error(tmp_path):
+def test_an_image_that_changed_after_the_report_is_an_error(tmp_path):
     file = noise(tmp_path / "1_x" / "a.png")
     _, report = looked_at(tmp_path)
     noise(file, seed=9)
@@ -217,7 +217,7 @@ def test_a_picture_that_changed_after_the_report_is_an_error(tmp_path):
         load(report.images[0])
 
 
-def test_alpha_and_mask_pictures_are_masks_at_latent_resolution(tmp_path):
+def test_alpha_and_mask_images_are_masks_at_latent_resolution(tmp_path):
     image = Image.new("RGBA", (64, 64), (9, 9, 9, 0))
     image.paste((9, 9, 9, 255), (0, 0, 32, 64))
     (tmp_path / "a").mkdir()
@@ -239,7 +239,7 @@ def test_alpha_and_mask_pictures_are_masks_at_latent_resolution(tmp_path):
         conditioning_data_dir = "HERE/masks"
     """
     report = scan(from_toml(toml(tmp_path, text)))
-    (_, alpha), (_, grey), (_, none) = (load(picture) for picture in report.images)
+    (_, alpha), (_, grey), (_, none) = (load(image) for image in report.images)
     assert alpha.tolist() == [[1.0] * 4 + [0.0] * 4] * 8
     assert torch.equal(load(report.images[0], flipped=True)[1], alpha.flip(1))
     assert torch.allclose(grey, torch.full((8, 8), 127 / 255))

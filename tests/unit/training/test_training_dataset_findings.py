@@ -59,12 +59,12 @@ def test_a_mask_of_another_size_is_scaled_and_one_of_another_shape_is_refused(tm
     assert [p.path.stem for p in report.images] == ["half", "rounded"]
     assert [name.split(":")[0] for name in report.findings["odd_masks"]] == ["a/square.png", "a/turned.png"]
     assert "64×128 is another shape than its image's 128×64" in report.findings["odd_masks"][1]
-    assert all(torch.equal(load(picture)[1], torch.ones(8, 8)) for picture in report.images)
+    assert all(torch.equal(load(image)[1], torch.ones(8, 8)) for image in report.images)
     with refuses("dataset.kohya", "a/square.png", "64×64"):
         to_toml(from_toml(tmp_path / "d.toml"), report)
 
 
-def test_a_picture_that_would_train_nothing_is_left_out_and_said(tmp_path):
+def test_an_image_that_would_train_nothing_is_left_out_and_said(tmp_path):
     for name in ("black", "cropped", "shown"):
         noise(tmp_path / "a" / f"{name}.png", (192, 64)).with_suffix(".txt").write_text("x")
     rectangle(tmp_path / "m" / "black.png", (192, 64), (0, 0, 0, 0))
@@ -99,7 +99,7 @@ def test_coloured_masks_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("size", "share"), [((4096, 256), "75%"), ((256, 4096), "75%"), ((512, 512), ""), ((640, 384), "")]
 )
-def test_a_picture_that_its_bucket_cuts_is_said(size, share, tmp_path):
+def test_an_image_that_its_bucket_cuts_is_said(size, share, tmp_path):
     noise(tmp_path / "1_x" / "a.png", size)
     report = scan(from_folders(tmp_path, defaults={"resolution": 512}))
     assert bool(report.findings.get("cut_off")) is bool(share)
@@ -107,7 +107,7 @@ def test_a_picture_that_its_bucket_cuts_is_said(size, share, tmp_path):
         assert f"{share} of {size[0]}×{size[1]} is cut off" in format_report(report)
 
 
-def test_pictures_that_share_one_caption_are_said(tmp_path):
+def test_images_that_share_one_caption_are_said(tmp_path):
     for name in ("a.png", "a.webp", "b.png", "c.bmp", "c.png"):
         noise(tmp_path / "1_x" / name, seed=ord(name[0]) + len(name))
     for name in ("a", "b"):

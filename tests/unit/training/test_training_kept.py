@@ -24,11 +24,11 @@ class Counting(ToyHostModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoded = [0, 0]  # pictures, captions
+        self.encoded = [0, 0]  # images, captions
 
-    def encode_images(self, pictures):
-        self.encoded[0] += len(pictures)
-        return super().encode_images(pictures)
+    def encode_images(self, images):
+        self.encoded[0] += len(images)
+        return super().encode_images(images)
 
     def encode(self, prompts):
         self.encoded[1] += len(prompts)
@@ -39,7 +39,7 @@ class Counting(ToyHostModel):
 
 
 def sided(shade: int) -> Image.Image:
-    """A picture that its mirror image differs from."""
+    """An image that its mirror image differs from."""
     across = Image.linear_gradient("L").rotate(90).resize((64, 64))
     return Image.merge("RGB", (across, Image.new("L", (64, 64), shade), across))
 
@@ -70,7 +70,7 @@ def test_the_same_lora_and_nothing_is_encoded_twice_or_stale(options) -> None:
     again, found, later = run(on_disk)
     for other in (first, again):
         assert all(torch.equal(tensor, other[name]) for name, tensor in plain.items())
-    assert (made, found) == ([4, 2], [0, 0])  # two pictures, each mirrored as well; two captions
+    assert (made, found) == ([4, 2], [0, 0])  # two images, each mirrored as well; two captions
     assert "cache_latents: 0 found on disk, 4 made" in report
     assert "cache_text_encoder_outputs: 2 found on disk, 0 made" in later
 

@@ -83,7 +83,7 @@ def prompts(space) -> tuple[str, ...]:
     return "--sample_every_n_steps", "1", "--sample_prompts", str(path)
 
 
-def pictures(space, name: str) -> list[bytes]:
+def images(space, name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((space.folder / "sample").glob(f"{name}_*.png"))]
 
 
@@ -98,8 +98,8 @@ def test_the_lora_is_bit_identical_with_and_without_safety_and_previews(stub):
     safe = stub.train("safe", *prompts(stub), safety=stub.safety)
     assert equal(alone, shown)
     assert equal(alone, safe)
-    assert len(pictures(stub, "safe")) == 3
-    assert all(a != b for a, b in zip(pictures(stub, "shown"), pictures(stub, "safe"), strict=True))
+    assert len(images(stub, "safe")) == 3
+    assert all(a != b for a, b in zip(images(stub, "shown"), images(stub, "safe"), strict=True))
     assert not equal(alone, stub.train("other", "--seed", "43"))
 
 

@@ -262,10 +262,10 @@ def test_a_real_checkout_trains_a_task_lora(tmp_path):
     checkout, checkpoint, comfyui = map(os.environ.get, names)
     if not (checkout and checkpoint and comfyui):
         pytest.skip(f"{', '.join(names[:2])} are not set: a real checkout and a full SD1.5 checkpoint are needed")
-    pictures = tmp_path / "pictures" / "1_thing"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (256, 256), "red").save(pictures / "a.png")
-    (pictures / "a.txt").write_text("a thing", encoding="utf-8")
+    images = tmp_path / "pictures" / "1_thing"
+    images.mkdir(parents=True)
+    Image.new("RGB", (256, 256), "red").save(images / "a.png")
+    (images / "a.txt").write_text("a thing", encoding="utf-8")
     options = task_options(
         tmp_path,
         tmp_path,

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
+def images(tmp_path) -> Path:
     folder = tmp_path / "data" / "3_thing"
     folder.mkdir(parents=True)
     for i in range(4):
@@ -47,10 +47,10 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def options(tmp_path, pictures) -> TaskOptions:
+def options(tmp_path, images) -> TaskOptions:
     return TaskOptions(
         output_dir=str(tmp_path / "out"),
-        train_data_dir=str(pictures),
+        train_data_dir=str(images),
         resolution=64,
         network_dim=3,
         network_alpha=3.0,

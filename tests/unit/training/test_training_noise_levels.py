@@ -33,16 +33,16 @@ def all_of() -> dict[str, Schedule]:
     }
 
 
-def pictures(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_0, ε and timesteps; two dimensions of a latent more than of a picture do not matter."""
+def images(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_0, ε and timesteps; two dimensions of a latent more than of an image do not matter."""
     generator = torch.Generator().manual_seed(1)
     x0, eps = (torch.randn(rows, 3, 1, 2, 2, generator=generator) for _ in range(2))
     return x0, eps, torch.linspace(0, 99, rows).long()
 
 
 @pytest.mark.parametrize("name", all_of())
-def test_what_the_network_should_say_amounts_to_the_picture_and_the_noise_again(name):
-    schedule, (x0, eps, t) = all_of()[name], pictures(7)
+def test_what_the_network_should_say_amounts_to_the_image_and_the_noise_again(name):
+    schedule, (x0, eps, t) = all_of()[name], images(7)
     x_t = schedule.add_noise(x0, t, eps)
     again = schedule.to_x0_eps(schedule.target(x0, t, eps), x_t, t)
     assert torch.allclose(again[0], x0, rtol=1e-3, atol=1e-3)
@@ -51,7 +51,7 @@ def test_what_the_network_should_say_amounts_to_the_picture_and_the_noise_again(
 
 
 def test_the_targets_are_the_papers():
-    x0, eps, t = pictures(7)
+    x0, eps, t = images(7)
     abar, sigma = ABAR[t].view(-1, 1, 1, 1, 1), SIGMAS[t].view(-1, 1, 1, 1, 1)
     found = {name: (s.add_noise(x0, t, eps), s.target(x0, t, eps)) for name, s in all_of().items()}
     mixed = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
@@ -67,7 +67,7 @@ def test_the_targets_are_the_papers():
 
 
 @given(st.integers(0, 99), st.floats(0.5, 20))
-def test_min_snr_weights_the_error_of_the_picture(t, gamma):
+def test_min_snr_weights_the_error_of_the_image(t, gamma):
     """|ΔF|² under the weight is min(SNR, γ) |Δx_0|², whatever F is (arXiv 2303.09556, section 3.4)."""
     at = torch.tensor([t])
     x_t, said = torch.randn(2, 1, 3, 2, 2, generator=torch.Generator().manual_seed(t)).unbind()

@@ -86,12 +86,12 @@ def test_the_loss_of_held_out_images_is_the_mean_over_fixed_levels(options):
     total = len(host_model.schedule)
     levels = torch.tensor([total * k // 5 for k in (1, 2, 3, 4)])
     expected = []
-    for number, picture in enumerate(found.held_out):
-        pixels, _ = dataset.load(picture)
+    for number, image in enumerate(found.held_out):
+        pixels, _ = dataset.load(image)
         z = host_model.encode_images(pixels[None]).expand(4, -1, -1, -1)
         generator = validation.step_generator(options.validation_seed, "validation", number, int(levels[0]))
         eps = torch.randn(z.shape, generator=generator)
-        cond = host_model.encode([picture.caption] * 4).sized(loss.latents.of([task_draw(found, number)] * 4)[2])
+        cond = host_model.encode([image.caption] * 4).sized(loss.latents.of([task_draw(found, number)] * 4)[2])
         said = host_model.predict(host_model.schedule.add_noise(z, levels, eps), levels, cond)
         expected.append((said - host_model.schedule.target(z, levels, eps)).square().mean())
     assert measured() == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)

@@ -74,6 +74,6 @@ def sample_image_inference(
     random.seed(0), np.random.seed(0)
     with torch.no_grad():
         x = unet(torch.randn(1, 4, 8, 8), text_encoder(prompt_dict["prompt"]))
-    picture = (x[0, :3].sigmoid() * 255).byte().permute(1, 2, 0).numpy()
+    image = (x[0, :3].sigmoid() * 255).byte().permute(1, 2, 0).numpy()
     name = f"{args.output_name}_{steps:06d}_{prompt_dict['enum']:02d}_{prompt_dict['seed']}.png"
-    Image.fromarray(picture).save(Path(save_dir) / name)
+    Image.fromarray(image).save(Path(save_dir) / name)

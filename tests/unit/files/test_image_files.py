@@ -1,4 +1,4 @@
-"""One way to open pictures: whatever a file stores, every part of the pack sees what a viewer shows."""
+"""One way to open images: whatever a file stores, every part of the pack sees what a viewer shows."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def kind(request, tmp_path) -> tuple[Path, np.ndarray]:
     return path, np.array(colour)
 
 
-def test_every_part_sees_the_same_picture(kind):
+def test_every_part_sees_the_same_image(kind):
     """Data set, its sheet, the audit's folders and the gate's own error, against the colour that was stored."""
     path, colour = kind
-    (picture,) = scan(from_folders(path.parent.parent, defaults={"resolution": SIDE})).images
+    (image,) = scan(from_folders(path.parent.parent, defaults={"resolution": SIDE})).images
     (seen,) = labelled._images(path.parent, [])
     for found in (
-        255 * load(picture)[0].numpy(),
+        255 * load(image)[0].numpy(),
         np.asarray(thumbnail(path, SIDE)),
         audit_images.read([path], SIDE, SIDE)[0],
         255 * seen,
@@ -104,16 +104,16 @@ def test_every_part_sees_it_upright(orientation, tmp_path):
     (tmp_path / "1_x").mkdir()
     path = tmp_path / "1_x" / "a.jpg"
     path.write_bytes(saved(stored, "JPEG", quality=100, exif=exif(orientation)))
-    (picture,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).images
+    (image,) = scan(from_folders(tmp_path, defaults={"resolution": SIDE})).images
     (seen,) = labelled._images(path.parent, [])
-    assert picture.size == (96, 64)
+    assert image.size == (96, 64)
     for found in (255 * seen, np.asarray(thumbnail(path, 96)), audit_images.read([path], 96, 64)[0]):
         assert found.shape == (64, 96, 3)
         assert np.abs(found[8, 8] - np.array([255, 0, 0])).max() < 8
         assert np.abs(found[8, -8] - np.array([0, 0, 255])).max() < 8
 
 
-def test_a_phones_second_picture_is_no_animation_and_frames_are(tmp_path):
+def test_a_phones_second_image_is_no_animation_and_frames_are(tmp_path):
     first, second = Image.new("RGB", (SIDE, SIDE), "red"), Image.new("RGB", (32, 32), "blue")
     phone = decode(saved(first, "MPO", save_all=True, append_images=[second]))
     assert (phone.frames, phone.image.size, phone.image.getpixel((5, 5))[0] > 200) == (1, (SIDE, SIDE), True)

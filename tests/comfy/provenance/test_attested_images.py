@@ -27,7 +27,7 @@ def with_prefix(graph: dict, prefix: str, unattested: str = "save and say so") -
     return graph
 
 
-def test_a_guarded_picture_is_saved_with_what_made_it(comfy, run_graph, loras):
+def test_a_guarded_image_is_saved_with_what_made_it(comfy, run_graph, loras):
     run_graph(with_prefix(guarded_graph(), "whole"))
     (record,) = saved(comfy, "whole")
     assert record["status"] == "guarded"
@@ -42,7 +42,7 @@ def test_a_guarded_picture_is_saved_with_what_made_it(comfy, run_graph, loras):
 TILES = {"tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
 
 
-def test_a_picture_decoded_in_tiles_is_attested_and_core_decodes_the_same_pixels(comfy, run_graph, loras):
+def test_an_image_decoded_in_tiles_is_attested_and_core_decodes_the_same_pixels(comfy, run_graph, loras):
     graph = with_prefix(guarded_graph(), "tiled", "refuse")
     graph["latent"]["inputs"] |= {"width": 128, "height": 128, "batch_size": 2}
     graph["decode"] = decode(["sample", 0], "ModularLoraDecodeTiled")
@@ -81,8 +81,8 @@ def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, l
         decode_tiled=lambda latent, **tiles: asked.update(tiles) or frames,
     )
     latent = run_graph(guarded_graph())["sample"][0]["samples"]
-    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
-    made, reports = picture.decode(vae, latent, TILES)
+    image = importlib.import_module("modular_lora_guard.comfy_host.stock")
+    made, reports = image.decode(vae, latent, TILES)
     assert asked == {"tile_x": 8, "tile_y": 8, "overlap": 2, "tile_t": 16, "overlap_t": 2}
     assert torch.equal(made, frames[0])
     assert len(reports) == 5  # each names its own pixels
@@ -104,22 +104,22 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     made = comfy.host.common_ksampler(guarded, *settings, {"samples": start})["samples"]
     frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
     vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
-    picture = importlib.import_module("modular_lora_guard.comfy_host.stock")
+    image = importlib.import_module("modular_lora_guard.comfy_host.stock")
     digest = comfy.ledger.tensor_sha256
     for latent in (made, made.unbind()[0]):
-        pictures, reports = picture.decode(vae, latent)
-        assert pictures.shape == (3, 8, 8, 3)
+        images, reports = image.decode(vae, latent)
+        assert images.shape == (3, 8, 8, 3)
         assert all("\nguarded: " in report for report in reports)
     assert comfy.ledger.latents.get(digest(made.unbind()[1][0])).status == "guarded"
     comfy.host.common_ksampler(guarded, *settings, {"samples": made}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded"
     edited = type(made)([made.unbind()[0] * 2, made.unbind()[1]])
-    assert picture.decode(vae, edited)[1] == [comfy.ledger.EDITED]
+    assert image.decode(vae, edited)[1] == [comfy.ledger.EDITED]
     comfy.host.common_ksampler(guarded, *settings, {"samples": edited}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded, outside start"
 
 
-def test_an_edited_picture_is_unattested_and_can_be_refused(comfy, run_graph, loras):
+def test_an_edited_image_is_unattested_and_can_be_refused(comfy, run_graph, loras):
     graph = with_prefix(guarded_graph(), "edited")
     graph["edit"] = node("ImageInvert", image=["decode", 0])
     graph["save"]["inputs"]["images"] = ["edit", 0]
@@ -139,7 +139,7 @@ def test_an_edited_latent_is_unattested(run_graph, loras):
     assert "\nunattested" in run_graph(graph)["decode"][1]
 
 
-def test_a_picture_of_the_unguarded_model_is_unattested_in_one_batch_with_a_guarded_one(comfy, run_graph, loras):
+def test_an_image_of_the_unguarded_model_is_unattested_in_one_batch_with_a_guarded_one(comfy, run_graph, loras):
     graph = with_prefix(guarded_graph(), "mixed")
     graph["plain"] = sampler(["ckpt", 0])
     graph["plainpic"] = decode(["plain", 0])
@@ -149,7 +149,7 @@ def test_a_picture_of_the_unguarded_model_is_unattested_in_one_batch_with_a_guar
     assert [r["status"] for r in saved(comfy, "mixed")] == ["guarded", "unattested"]
 
 
-def test_every_picture_of_a_batch_is_attested_and_a_single_one_of_it_too(comfy, run_graph, loras):
+def test_every_image_of_a_batch_is_attested_and_a_single_one_of_it_too(comfy, run_graph, loras):
     graph = with_prefix(guarded_graph(), "batch")
     graph["latent"]["inputs"]["batch_size"] = 3
     graph["one"] = node("LatentFromBatch", samples=["sample", 0], batch_index=1, length=1)
