@@ -106,7 +106,7 @@ class DropInMixin(HookedMixin):
     guard_shared: _Shared
     guard_added: tuple[Added, ...]
     guard_built: GuardState | None  # None until somebody needs the branches
-    _guard_seat: Attachment | None
+    _guard_attachment: Attachment | None
 
     @property
     def guard_state(self) -> GuardState:  # type: ignore[override]  # made when it is first asked for
@@ -119,9 +119,9 @@ class DropInMixin(HookedMixin):
     @property
     def guard_attachment(self) -> Attachment:  # type: ignore[override]
         """Where the branches sit on this clone's model."""
-        if self._guard_seat is None:
-            self._guard_seat = Attachment(self.model, self.guard_state.part.branches)
-        return self._guard_seat
+        if self._guard_attachment is None:
+            self._guard_attachment = Attachment(self.model, self.guard_state.part.branches)
+        return self._guard_attachment
 
     def guard_on(self, clone) -> None:
         _drop_in(clone, self.guard_side, self.guard_shared, self.guard_added, self.guard_built)
@@ -137,7 +137,7 @@ class DropInMixin(HookedMixin):
     def guard_add(self, more: tuple[Added, ...]) -> None:
         with self.use_ejected():  # a model that is loaded already gets the new branches
             self.guard_added = (*self.guard_added, *more)
-            self.guard_built = self._guard_seat = None
+            self.guard_built = self._guard_attachment = None
 
     def guard_with(self, more: tuple[Added, ...]) -> GuardState:
         return _build(self.guard_side, self.guard_shared, (*self.guard_added, *more))
@@ -180,7 +180,7 @@ def _drop_in(fresh, side: Side, shared: _Shared, added: tuple[Added, ...], built
     dress(fresh, DropInMixin)
     fresh.guard_side, fresh.guard_shared, fresh.guard_added = side, shared, added
     fresh.guard_built = built if fresh.model is side.base.model else None
-    fresh._guard_seat = None
+    fresh._guard_attachment = None
     fresh.guard_hooked, fresh._guard_sets, fresh._guard_acting = {}, {}, ()
     return fresh
 
