@@ -1,7 +1,8 @@
 """Which models may be evaluated now, while a policy is in force.
 
 A permit holds as long as the code that it was granted to runs, in its own thread or task alone; then the one before it
-holds again. A run of a guider inside a node, or inside another run, has its own.
+holds again. A run of a guider inside a node, or inside another run, has its own. Beside these, a model may be evaluated
+while its functional strength is measured (functional.py), of which nothing leaves.
 
 | permit | granted for | evaluations | runs of a guider |
 |---|---|---|---|
