@@ -56,7 +56,7 @@ def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
     known = {word.strip().lower(): tuple(dict.fromkeys(o.strip() for o in others)) for word, others in said.items()}
     if not known or not all(word and others and all(others) for word, others in known.items()):
         raise GuardError(
-            f"{path.name}: a word without synonyms, or none at all: write 'word = other, other' a line.",
+            f"{path.name}: has a word without synonyms, or no word: write 'word = other, other' on each line.",
             code="audit.synonyms-empty",
         )
     return known

@@ -36,7 +36,7 @@ class AdapterOptions:
     def __post_init__(self):
         if self.dora_wd and self.algo != "lora":
             raise OptionError(
-                f"dora_wd: PEFT has DoRA of a LoRA alone, none of {self.algo}: use algo lora, or leave it out.",
+                f"dora_wd: PEFT has DoRA for LoRA alone, not for {self.algo}: use algo lora, or leave it out.",
                 code="option.adapter",
             )
         if self.use_tucker and self.algo != "loha":

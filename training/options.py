@@ -382,7 +382,7 @@ class SafetyOptions(Options):
             )
         if self.objective == "esd-u" and self.target == "cross-attention":
             raise OptionError(
-                "target: esd-u trains all but cross-attention, so nothing: use another of the two.",
+                "target: esd-u trains all but cross-attention, so nothing is left to train: change one of the two.",
                 code="option.objective",
             )
         if self.objective == "sdd" and (self.ema_decay or schedule_free(self)):

@@ -38,7 +38,7 @@ def ensure(ref: str, variables: Mapping[str, str] = os.environ) -> tuple[Path, P
     """
     if not REF.fullmatch(ref) or ".." in ref:
         raise RunError(
-            f"--comfyui-git {ref!r}: no name of a tag, branch or commit. Give one, for instance v0.33.0.",
+            f"--comfyui-git {ref!r}: is not the name of a tag, branch or commit: give one, for instance v0.33.0.",
             code="command.git-ref",
         )
     repository = variables.get(VARIABLE, "").strip() or REPOSITORY

@@ -137,7 +137,7 @@ def check_weights(lora: LoraFile, settings: Settings, safety: tuple[LoraFile, ..
         check_start(lora, safety)
     elif (role := lora.metadata.get(ROLE_KEY)) != settings.role:
         raise GuardError(
-            f"{lora.name} is a {role or 'task'} LoRA: a safety LoRA goes on from one, or from none.",
+            f"{lora.name} is a {role or 'task'} LoRA: start from a safety LoRA, or from none.",
             code="start.other-role",
         )
     pairs = ((BASE_KEY, settings.base_sha256), (FILE_HASH_KEY, settings.base_file_sha256))
