@@ -154,7 +154,7 @@ def image_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def contact_sheet(images: Sequence[Image.Image], size: int, columns: int) -> Image.Image:
-    """Pictures on a white sheet, each within ``size`` pixels."""
+    """Images on a white sheet, each within ``size`` pixels."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (size + 4), max(1, rows) * (size + 4)), (255, 255, 255))
     for i, image in enumerate(images):

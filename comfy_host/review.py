@@ -1,4 +1,4 @@
-"""Pictures that a gate answered "review": kept where the policy says, for a person, whatever the gate's action is."""
+"""Images that a gate answered "review": kept where the policy says, for a person, whatever the gate's action is."""
 
 from __future__ import annotations
 

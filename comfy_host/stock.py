@@ -35,7 +35,7 @@ def cfg_guider(patcher, positive: list, negative: list, cfg: float) -> comfy.sam
 def decode(
     vae, latents: torch.Tensor, tiles: Mapping[str, int] | None = None
 ) -> tuple[torch.Tensor, list[Attestation | str]]:
-    """Pictures (b h w c) of latents, attested where their latents are; of each its attestation, or why it has none.
+    """Images (b h w c) of latents, attested where their latents are; of each its attestation, or why it has none.
 
     ``tiles``: what the stock VAE Decode (Tiled) is given, the stock VAE Decode otherwise (nodes);
     a video's frames come as a batch. Of latents of several kinds (sound beside video) the first is decoded.

@@ -140,7 +140,7 @@ class ComfyHostModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents; of a model of video the one frame."""
+        """Images of latents; of a model of video the one frame."""
         images = self._vae.decode(self._model.process_latent_out(latents)).float().clamp(0, 1).cpu()
         return images[:, 0] if images.dim() == 5 else images
 

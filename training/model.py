@@ -230,7 +230,7 @@ class HostModel(Protocol):
         """Latents (b c [1] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b h w 3, float32 0..1) of latents."""
+        """Images (b h w 3, float32 0..1) of latents."""
 
     def weights(self) -> Mapping[str, Tensor]:
         """The base's weights under the guard's keys; to be read before adapters go in."""

@@ -34,5 +34,5 @@ def portrait(seed: int, width: int = 320, height: int = 320) -> Image.Image:
 
 
 def floats(*images: Image.Image) -> np.ndarray:
-    """Pictures of one size as b h w 3 float32, 0..1."""
+    """Images of one size as b h w 3 float32, 0..1."""
     return np.stack([np.asarray(image, np.float32) / 255 for image in images])

@@ -29,7 +29,7 @@ CELLS = {"vehicles": (data.SUPPRESSED_IDS, False), "kept": (data.KEPT_IDS, False
 
 @torch.no_grad()
 def draw(host_model, prompts: list[str], seed: int) -> torch.Tensor:
-    """Pictures (b 3 h w, 0..1), noise by place in the list alone."""
+    """Images (b 3 h w, 0..1), noise by place in the list alone."""
     noises = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     images = []
     for start in range(0, len(prompts), BATCH):

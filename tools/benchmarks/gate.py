@@ -28,7 +28,7 @@ BATCH = 4  # the package's own default
 
 
 def shown(n: int) -> np.ndarray:
-    """Pictures n 512 512 3 float32 of the demo world's data set, enlarged."""
+    """Images n 512 512 3 float32 of the demo world's data set, enlarged."""
     files = sorted((ASSETS / "gloss").rglob("*.png"))[:n]
     images = [Image.open(file).convert("RGB").resize((SIDE, SIDE)) for file in files]
     return np.stack([np.asarray(image, np.float32) / 255 for image in images])

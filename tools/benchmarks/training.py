@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def write_images(work: Path) -> None:
-    """Pictures of noise with captions, and the data set's TOML."""
+    """Images of noise with captions, and the data set's TOML."""
     folder, generator = work / "pictures", np.random.default_rng(0)
     folder.mkdir()
     for i in range(IMAGES):

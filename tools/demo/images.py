@@ -1,4 +1,4 @@
-"""Pictures side by side, and what is written inside them."""
+"""Images side by side, and what is written inside them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Plan:
             raise DatasetError(self.report.problems[0], code="dataset.not-usable")
 
     def batch(self, step: int, micro: int = 0) -> tuple[Draw, ...]:
-        """Pictures of an optimizer step's micro-batch, both from 0."""
+        """Images of an optimizer step's micro-batch, both from 0."""
         epoch, position = divmod(step * self.accumulation + micro, self.report.batches)
         rng = self._rng("draw", epoch, position)
         return tuple(self._draw(index, rng, epoch, step) for index in self._batches(epoch)[position])

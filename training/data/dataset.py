@@ -368,7 +368,7 @@ def _note_alone(folders: Sequence[_Folder], found: dict[str, list[str]]) -> None
 
 
 def _split(config: DatasetConfig, out: list[TrainingImage]) -> tuple[list[TrainingImage], list[TrainingImage]]:
-    """Pictures to train on, and those held out of every folder but regularisation: sd-scripts' draw, rounded down."""
+    """Images to train on, and those held out of every folder but regularisation: sd-scripts' draw, rounded down."""
     held: set[int] = set()
     folders: dict[tuple[int, Path], list[int]] = defaultdict(list)
     for i, image in enumerate(out):
@@ -382,7 +382,7 @@ def _split(config: DatasetConfig, out: list[TrainingImage]) -> tuple[list[Traini
 
 
 def _shared(files: Sequence[Path], stems: Container[str]) -> list[str]:
-    """Pictures of one stem and different endings, where a caption or mask of that stem is there."""
+    """Images of one stem and different endings, where a caption or mask of that stem is there."""
     same: dict[str, list[str]] = defaultdict(list)
     for file in files:
         same[file.stem].append(f"{file.parent.name}/{file.name}")

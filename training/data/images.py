@@ -1,4 +1,4 @@
-"""Pictures of a data set: buckets, resizing and cropping, masks. Sizes are (width, height), as in PIL.
+"""Images of a data set: buckets, resizing and cropping, masks. Sizes are (width, height), as in PIL.
 
 Bucket rule of sd-scripts, written after its behaviour: with (W, H) the resolution, widths w go from min to max in
 steps; the height of w is the largest multiple of the step with w·h ≤ W·H, at most max; both (w, h) and (h, w) are

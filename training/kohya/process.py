@@ -234,7 +234,7 @@ def _sizes(folder: Path) -> Iterable[tuple[Path, int]]:
 
 
 def _new_previews(folder: Path, known: set[Path], sizes: dict[Path, int], progress: Progress, watch: Watch) -> None:
-    """Pictures that have stopped growing since the last look."""
+    """Images that have stopped growing since the last look."""
     for path, size in list(_sizes(folder)):
         if path not in known and size and sizes.get(path) == size:
             known.add(path)

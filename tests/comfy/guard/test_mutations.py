@@ -86,7 +86,7 @@ def drop_in_tally() -> Counter:
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, torch.Tensor]:
-    """Pictures of references by signature."""
+    """Images of references by signature."""
     return {}
 
 

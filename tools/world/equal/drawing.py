@@ -86,7 +86,7 @@ def noise(images: Sequence[Image]) -> Tensor:
 def draw(
     model: base.Base, ae: autoencoder.Autoencoder, images: Sequence[Image], batch: int, steps: int = STEPS
 ) -> Iterator[Tensor]:
-    """Pictures (n 3 64 64) in 0..1 of one batch after another; Euler, guidance 3."""
+    """Images (n 3 64 64) in 0..1 of one batch after another; Euler, guidance 3."""
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
         predict = base.guided(model, [image.prompt for image in some])
