@@ -17,7 +17,7 @@ from ..training.safety.closed.combine import CombineOptions, combine_safety
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP, MORE, gathered, lines_of, option_inputs
+from .training import GROUP, gathered, lines_of, more_input, option_inputs
 
 NAME = "Combine Safety LoRAs"
 OPTIONS = ("output_name", "preserve", "everything_else", "tokens", "save_precision")
@@ -57,7 +57,7 @@ class CombineSafetyLoras(io.ComfyNode):
                     "in which they are chained; - for those in its file. Empty: those in every file.",
                 ),
                 *option_inputs(CombineOptions, OPTIONS),
-                MORE,
+                more_input("combine-safety"),
                 SafetySocket.Input(
                     "more_safety_lora", optional=True, tooltip="Further ones, for instance one that was just made."
                 ),

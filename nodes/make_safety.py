@@ -14,7 +14,7 @@ from ..modular_lora.places import check_writable
 from ..training.safety.closed.make import make_safety
 from ..training.safety.closed.options import MakeOptions
 from .sockets import SafetySocket
-from .training import GROUP, MORE, gathered, option_inputs
+from .training import GROUP, gathered, more_input, option_inputs
 
 OPTIONS = (
     "output_name", "concept", "synonyms", "guide", "preserve", "everything_else", "method", "tokens", "network_dim",
@@ -37,7 +37,7 @@ class MakeSafetyLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="The checkpoint's MODEL, straight from its loader; it is not changed."),
                 io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
                 *option_inputs(MakeOptions, OPTIONS),
-                MORE,
+                more_input("make-safety"),
             ],
             outputs=[
                 SafetySocket.Output(

@@ -54,16 +54,15 @@ def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
     return io.String.Input(name, **what)
 
 
-MORE = io.String.Input(
-    "more_options",
-    default="",
-    multiline=True,
-    optional=True,
-    tooltip="Further options as TOML, named as on the command line (python -m training train-task --help).",
-)
 RESUME = io.Boolean.Input(
     "resume", default=False, optional=True, tooltip="Resume from the newest saved state of this output_name."
 )
+
+
+def more_input(command: str) -> io.Input:
+    """The field for options as TOML; ``command`` is the command of ``run.py lora`` that takes the same options."""
+    tip = f"Further options as TOML, named as on the command line (python3 run.py lora {command} --help)."
+    return io.String.Input("more_options", default="", multiline=True, optional=True, tooltip=tip)
 
 
 def lines_of(text: str) -> tuple[str, ...]:

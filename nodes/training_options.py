@@ -21,7 +21,7 @@ from ..training import options, presets
 from ..training.options import Options, SafetyOptions, TaskOptions
 from .search_words import found_by
 from .sockets import SafetyOptionsSocket, TaskOptionsSocket, rarely
-from .training import FROM_GRAPH, GROUP, MORE, lines_of, more_of, refuse_from_graph
+from .training import FROM_GRAPH, GROUP, lines_of, more_input, more_of, refuse_from_graph
 
 AS_PRESET, YES, NO = "preset", "yes", "no"
 NONE = "none"  # of the presets
@@ -81,7 +81,7 @@ class SafetyTrainingOptions(io.ComfyNode):
 
 def _schema(kind: str, cls: type[Options], shown: tuple[str, ...], socket: type[io.ComfyTypeIO]) -> io.Schema:
     names = [f.name for f in dataclasses.fields(cls) if f.name not in {*shown, *FROM_GRAPH, *BELOW_ZERO}]
-    inputs = [*_inputs(cls, names), MORE, *_engine_inputs()]
+    inputs = [*_inputs(cls, names), more_input(f"train-{kind.lower()}"), *_engine_inputs()]
     tip = f"For the options input of Train {kind} LoRA."
     return io.Schema(
         node_id=f"ModularLora{kind}TrainingOptions",

@@ -18,7 +18,7 @@ READ_AS = {
     "∞": "inf",
     "→": "->",
     "█": "#",
-} | dict.fromkeys("▁▂▃▄▅▆▇", ".")
+} | {mark: str(height) for height, mark in enumerate("▁▂▃▄▅▆▇", 1)}  # of a curve, which stays one to read
 HANDLER = "modular_lora.plain"
 
 

@@ -21,8 +21,12 @@ def room(saved: Json, states: Iterable[Json]) -> dict[int, tuple[float, float]]:
         states: What ``template.mjs`` saw of it: loaded and after a run, on the classic canvas and with Nodes 2.0.
 
     Nodes 2.0 spreads a saved graph by a factor before it draws it; sizes are brought back to the file's own units.
+    A node that is saved folded has its title alone.
     """
-    found = {node["id"]: (float(node["size"][0]), float(node["size"][1])) for node in saved["nodes"]}
+    found = {
+        node["id"]: (float(node["size"][0]), 0.0 if node["flags"].get("collapsed") else float(node["size"][1]))
+        for node in saved["nodes"]
+    }
     for state in states:
         spread = _spread(saved, state)
         for node in state["nodes"]:

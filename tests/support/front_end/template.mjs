@@ -54,6 +54,8 @@ function drawnGraph(dialog) {
     const [x, y] = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]];
     return [x, y, box.width / scale, box.height / scale];
   };
+  const folded = (one) => Boolean(one.flags?.collapsed); // shown by its title alone
+  const height = (one) => (folded(one) ? 0 : one.size[1]); // below the title
   const drawnPictures = (id) => [...document.querySelectorAll(`[data-node-id="${id}"] img`)];
   const node = (one) => ({
     id: Number(one.id), // a number in front end 1.32, a text in later ones
@@ -61,9 +63,9 @@ function drawnGraph(dialog) {
     title: one.title,
     registered: one.type in LiteGraph.registered_node_types,
     failed: Boolean(one.has_errors),
-    box: [one.pos[0], one.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, one.size[0], one.size[1] + LiteGraph.NODE_TITLE_HEIGHT],
+    box: [one.pos[0], one.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, one.size[0], height(one) + LiteGraph.NODE_TITLE_HEIGHT],
     drawn: drawn(one.id),
-    needs: one.computeSize()[1],
+    needs: folded(one) ? 0 : one.computeSize()[1],
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
     pictures: (one.imgs?.length ? one.imgs : drawnPictures(one.id)).map((image) => [image.naturalWidth, image.naturalHeight]),

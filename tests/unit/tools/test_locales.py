@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from modular_lora_guard.tools.bootstrap.paths import ROOT
@@ -57,6 +58,23 @@ def test_a_language_has_the_keys_of_english_and_other_words(language: str) -> No
             text for text, said in zip(leaves(tree), leaves(there), strict=True) if text == said and text.endswith(".")
         ]
         assert set(same) <= set(KEPT)
+
+
+@pytest.mark.parametrize(
+    ("node", "command"),
+    [
+        ("ModularLoraTaskTrainingOptions", "train-task"),
+        ("ModularLoraSafetyTrainingOptions", "train-safety"),
+        ("ModularLoraMakeSafety", "make-safety"),
+        ("ModularLoraCombineSafety", "combine-safety"),
+    ],
+)
+def test_a_nodes_tooltip_names_its_own_command_in_every_language(node: str, command: str) -> None:
+    for language in ("en", *LANGUAGES):
+        inputs = load(ROOT / "locales" / language / "nodeDefs.json")[node]["inputs"]
+        assert re.findall(r"python\S* .*--help", inputs["more_options"]["tooltip"]) == [
+            f"python3 run.py lora {command} --help"
+        ], language
 
 
 def keys(tree: dict) -> list:

@@ -86,9 +86,23 @@ def _whole(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def test_sizes_of_nodes_2_are_brought_back_to_the_files_own_units() -> None:
-    saved = {"nodes": [{"id": 1, "pos": [0, 0], "size": [100, 50]}, {"id": 2, "pos": [200, 0], "size": [100, 50]}]}
+    saved = {
+        "nodes": [
+            {"id": 1, "pos": [0, 0], "size": [100, 50], "flags": {}},
+            {"id": 2, "pos": [200, 0], "size": [100, 50], "flags": {}},
+        ]
+    }
     nodes = [{"id": 1, "drawn": [0, 0, 120, 276], "box": None}, {"id": 2, "drawn": [240, 0, 180, 60], "box": None}]
     assert layout.room(saved, [{"nodes": nodes}]) == {1: (100.0, 200.0), 2: (150.0, 50.0)}
+
+
+def test_a_folded_node_takes_the_room_of_its_title() -> None:
+    saved = workflow(GRAPH, (Column("All", ("load", "sample"), 200),), "A note.", SCHEMAS)
+    saved["nodes"][0] |= {"size": [200, 2000], "flags": {"collapsed": True}}
+    made = layout.arrange(saved, layout.room(saved, []))
+    folded, below = made["nodes"][:2]
+    assert below["pos"][1] - folded["pos"][1] == layout.TITLE + layout.BETWEEN
+    assert folded["size"] == [200, 2000], "it is as large as before once it is opened"
 
 
 def test_a_node_outside_of_every_column_is_an_error() -> None:

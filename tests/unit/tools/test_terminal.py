@@ -14,6 +14,7 @@ import pytest
 from modular_lora_guard.modular_lora.util import terminal
 from modular_lora_guard.tools.bootstrap import console
 from modular_lora_guard.tools.bootstrap.paths import ROOT
+from modular_lora_guard.training.pace import curve
 
 SAID = "W0 − ΔW is ≥ 0.5, ‖ΔW‖ → ∞, ESD's η, 安全 LoRA, \udc80"
 PLAIN = "W0 - dW is >= 0.5, ||dW|| -> inf, ESD's eta, \\u5b89\\u5168 LoRA, \\udc80"
@@ -54,6 +55,10 @@ def test_the_streams_write_what_their_encoding_lacks() -> None:
 
 def test_run_py_says_it_without_touching_the_stream() -> None:
     assert written_on("cp1252", lambda: console.say(SAID, end="")) == PLAIN
+
+
+def test_a_curve_keeps_its_course() -> None:
+    assert written_on("cp1252", lambda: console.say(curve([7, 6, 5, 4, 3, 2, 1, 0]), end="")) == "#7654321"
 
 
 def test_a_stream_that_can_write_it_writes_it_as_it_is() -> None:
