@@ -105,7 +105,8 @@ def _node(original: Callable) -> Callable:
         edits_only = name in EDITS if facts.core else pack_edits.vouched(name, kind)
         samples = pack_samplers.vouched(name, kind, input_data_all)
         given = [rows for some in input_data_all.values() for value in some for rows in _rows(value) if facts.outputs]
-        if facts.is_output and (name in told.OURS or not facts.ours):  # not what a gate takes out
+        noted = facts.is_output and (name in told.OURS or not facts.ours)  # not what a gate takes out
+        if noted:
             found = told.note(prompt, unique_id, name, input_data_all)
             input_data_all, kwargs = told.with_entry(found, name, facts, input_data_all, kwargs)
         inside = edits.Inside([edits.source(row) for rows in given for row in rows]) if samples else None
@@ -120,7 +121,9 @@ def _node(original: Callable) -> Callable:
             if not facts.ours:  # ours remember themselves what they sample, decode and judge
                 edits.follow(name, edits_only or samples, given, _rows(outputs), inside.ran if inside else ())
 
-        outputs, _, expands, later = made
+        outputs, shown_on_page, expands, later = made
+        if noted:
+            told.note_files(prompt, unique_id, shown_on_page)
         if later:  # what a coroutine encodes is not watched, and stays as it is known
             return [_then(one, after) if isinstance(one, asyncio.Task) else one for one in outputs], *made[1:]
         if not expands:  # else the nodes that it expands to run by themselves

@@ -80,7 +80,7 @@ def _is_known(value: Any) -> bool:
 def folder_sha256(kind: type) -> str:
     """Over the Python files in the folder of a class and below, their names among it; "" where there are none."""
     try:
-        folder = Path(inspect.getfile(kind)).parent
+        folder = _file(kind).parent
         found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
         digest = hashlib.sha256()
         for name in sorted(found):
@@ -89,3 +89,14 @@ def folder_sha256(kind: type) -> str:
         return digest.hexdigest()
     except (OSError, TypeError, UnicodeDecodeError):
         return ""
+
+
+def _file(kind: type) -> Path:
+    """Of a class; by its code where Python does not know its module, as Ultimate SD Upscale takes its own out again."""
+    try:
+        return Path(inspect.getfile(kind))
+    except TypeError:
+        found = next((inspect.unwrap(one) for one in vars(kind).values() if inspect.isfunction(one)), None)
+        if found is None:
+            raise
+        return Path(found.__code__.co_filename)

@@ -27,6 +27,7 @@ class Prompt:
         gated: Whether that policy requires a gate.
         began: When it started to run, in seconds since the epoch.
         shown: What is known of the images that came to nodes which write or show them.
+        wrote: These nodes, with what they wrote.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Prompt:
     gated: bool = False
     began: float = field(default_factory=time.time)
     shown: list[Any] = field(default_factory=list)
+    wrote: list[Any] = field(default_factory=list)
 
     @cached_property
     def followed(self) -> bool:

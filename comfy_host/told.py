@@ -22,8 +22,9 @@ from ..modular_lora.provenance import attested, ledger
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.util import plain_json
 from ..modular_lora.util.cache import Cache
+from ..modular_lora.util.hashing import hash_file
 from ..operators.graph import NodeFacts
-from . import running
+from . import model_folders, running
 from .enforcement import policy as policies
 from .image_values import image_values
 from .node_report import show_above
@@ -32,9 +33,10 @@ KEY = "modular_lora_images"  # of a prompt's extra_pnginfo, which Save Image wri
 OWN = frozenset((KEY, attested.KEY))
 ROUTE = "/modular_lora/images/{prompt_id}"
 OURS = frozenset(("ModularLoraSaveImage", "ModularLoraSaveGated"))  # of our nodes those that write
-SAVES = "SaveImage"  # ComfyUI's own; it gets an entry also where the client sent no extra_pnginfo at all
-MOST_ENTRIES = 64  # images of one node of which the file says something: every file of a batch holds all entries
-MOST_TOLD = 512  # images of one prompt that are told one by one
+FILMS = frozenset(("SaveAnimatedPNG", "SaveAnimatedWEBP", "SaveVideo", "SaveWEBM"))  # all frames go into one file
+SAVES = FILMS | {"SaveImage"}  # ComfyUI's own; they get an entry also where the client sent no extra_pnginfo at all
+MOST_ENTRIES = 64  # images of one node of which its files say something: every file of a batch holds all entries
+MOST_TOLD = 512  # images of one prompt that are told one by one, and frames of which a film says something
 
 _prompts: Cache[str, Ended] = Cache(256)  # by prompt id
 
@@ -67,11 +69,44 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A file that a node wrote into the output folder, of the images that came to it.
+
+    Attributes:
+        subfolder: Of the output folder.
+        filename: Its name there.
+        sha256: Of the whole file, as the node left it: by this a film is known again, whose pixels its codec changes.
+    """
+
+    subfolder: str
+    filename: str
+    sha256: str
+
+
+@dataclass
+class Wrote:
+    """A node which writes or shows images.
+
+    Attributes:
+        node: Its id.
+        type: Its type.
+        said: Each status, and how many of its images have it.
+        files: The files that it wrote, where it was done with them when it returned.
+    """
+
+    node: str
+    type: str
+    said: dict[str, int]
+    files: tuple[Written, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ended:
-    """What is left of a prompt that has ended: who queued it, and its images."""
+    """What is left of a prompt that has ended: who queued it, its images, and the nodes that they came to."""
 
     client: str | None
     shown: tuple[Shown, ...]
+    wrote: tuple[Wrote, ...]
 
 
 def register() -> None:
@@ -86,7 +121,8 @@ async def answer(request: web.Request) -> web.Response:
     if prompt is None or not prompt.client or request.query.get("client_id") != prompt.client:
         said = "No prompt of this id that this client_id queued has ended here, or it held no guard."
         return web.json_response({"error": said}, status=404)
-    return web.json_response({"prompt_id": request.match_info["prompt_id"], "images": list(map(asdict, prompt.shown))})
+    told = {"images": list(map(asdict, prompt.shown)), "nodes": list(map(asdict, prompt.wrote))}
+    return web.json_response({"prompt_id": request.match_info["prompt_id"]} | told)
 
 
 def without_own(extra_data: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +154,30 @@ def note(
         for known, said in found
     ]
     del prompt.shown[MOST_TOLD:]
+    if found:
+        prompt.wrote.append(Wrote(node, name, dict(Counter(known.status for known, _ in found))))
     return found
+
+
+def note_files(prompt: running.Prompt, node: str, shown_on_page: Any) -> None:
+    """What a node that was noted wrote, by what it tells the page: {key: [{filename, subfolder, type}]}."""
+    wrote = next((one for one in reversed(prompt.wrote) if one.node == node), None)
+    if wrote is None or not isinstance(shown_on_page, Mapping):
+        return
+    parts = (part for part in shown_on_page.values() if isinstance(part, list | tuple))
+    files = [one for part in parts for one in part if isinstance(one, Mapping) and one.get("type") == "output"]
+    found = (_written(str(one.get("subfolder", "")), str(one.get("filename", ""))) for one in files)
+    wrote.files = tuple(one for one in dict.fromkeys(found) if one is not None)
+
+
+def _written(subfolder: str, filename: str) -> Written | None:
+    """A file of the output folder; None: it is none, or cannot be read."""
+    folder = model_folders.output_folder().resolve()
+    try:
+        path = (folder / subfolder / filename).resolve()
+        return Written(subfolder, filename, hash_file(path)) if folder in path.parents else None
+    except (OSError, ValueError):
+        return None
 
 
 def _images(inputs: Mapping[str, list]) -> Iterator[torch.Tensor]:
@@ -140,17 +199,19 @@ def with_entry(
 ) -> tuple[dict[str, list], dict[str, Any]]:
     """The inputs and hidden inputs of a node, with an entry in its extra_pnginfo for each image that came to it.
 
-    Only this node's copy has the entry. Nodes whose client sent no extra_pnginfo get none, except ComfyUI's own Save
-    Image: others may look for a workflow in it.
+    Only this node's copy has the entry. Nodes whose client sent no extra_pnginfo get none, except ComfyUI's own that
+    save: others may look for a workflow in it. A film has the key also where it has no entry, as Save Video otherwise
+    copies that of a video file that was loaded.
     """
     told = policies.records_activity()
+    film = facts.core and name in FILMS
     entries = {
         said["pixels_sha256"]: plain_json.finite(known.record(told) | {"said": known.status} | said)
-        for known, said in found[:MOST_ENTRIES]
+        for known, said in found[: MOST_TOLD if film else MOST_ENTRIES]
     }
-    if not entries or facts.ours:  # our own nodes write a record of their own
+    if facts.ours or not (entries or film):  # our own nodes write a record of their own
         return inputs, options
-    own = facts.core and name == SAVES
+    own = facts.core and name in SAVES
     if "extra_pnginfo" in inputs:
         inputs = {**inputs, "extra_pnginfo": [_with(one, entries, own) for one in inputs["extra_pnginfo"]]}
     if hidden := options.get("hidden_inputs"):
@@ -174,19 +235,21 @@ def end(prompt: running.Prompt) -> None:
     """Keep what is known of a prompt's images, and show it on its Guard nodes."""
     if not prompt.followed:
         return
-    _prompts.put(prompt.id, Ended(prompt.client, tuple(prompt.shown)))
+    _prompts.put(prompt.id, Ended(prompt.client, tuple(prompt.shown), tuple(prompt.wrote)))
     if prompt.shown:
         for node in prompt.holding(running.GUARDS):
-            show_above(node, in_words(prompt.shown), prompt.client)
+            show_above(node, in_words(prompt.shown, prompt.wrote), prompt.client)
 
 
-def in_words(shown: list[Shown]) -> str:
+def in_words(shown: list[Shown], wrote: list[Wrote]) -> str:
     """One line for each status: how many images, and which nodes they came to; then what is known of their prompts."""
-    counts: Counter[str] = Counter(one.status for one in shown)
+    counts: Counter[str] = Counter()
+    for one in wrote:
+        counts.update(one.said)
     lines = []
     for status, n in counts.items():
-        nodes = dict.fromkeys(f"{one.type} {one.node}" for one in shown if one.status == status)
-        lines.append(f"{n} of {len(shown)} images ({', '.join(nodes)}): {status}")
+        nodes = dict.fromkeys(f"{one.type} {one.node}" for one in wrote if status in one.said)
+        lines.append(f"{n} of {counts.total()} images ({', '.join(nodes)}): {status}")
     said = {one.pixels_sha256: one.activity for one in shown if one.judged}  # an image may come to several nodes
     lines += [f"image {number}: {words}" if len(said) > 1 else words for number, words in enumerate(said.values(), 1)]
     return "\n".join(lines)

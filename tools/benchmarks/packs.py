@@ -1,13 +1,16 @@
 """A trial of the node Guard with other packs in a real server: rows of docs/figures/packs_<ComfyUI's version>.json.
 
-    python -m tools.benchmarks.packs PACKS --comfyui COMFYUI --world WORLD [--python PYTHON] [--only WORD] [--record]
+    python -m tools.benchmarks.packs PACKS --comfyui COMFYUI --world WORLD [--python PYTHON] [--only WORD] [--attach]
+        [--record]
 
 PACKS is a folder with checkouts of the packs, each under the name that the file's rows begin with, and PYTHON an
 interpreter that has what ComfyUI and the packs ask for. All packs go into one server's custom_nodes.
 Every graph of pack_graphs.py is run with *Guard* in it, with the safety LoRA merged by ComfyUI's own loader in that
 place, and as it is. A row says what Save Image's file tells of the image (`result`), by how many of 255 levels it
 differs from the merge's at most (`levels`), and by how many that of the graph without the safety LoRA does (`without`);
-where the guarded run failed, why, unless the graph fails by itself.
+where the guarded run failed, why, unless the graph fails by itself. With ``--attach`` the graph is guarded without a
+node and as it is, by the line for people at home in guard.txt, which is taken away for the other two runs; the rows
+go to packs_attach_<version>.json.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from modular_lora_guard.operators import home
 from modular_lora_guard.tools.demo import base
 from modular_lora_guard.tools.demo.client import Client, ClientError, Failed
 from modular_lora_guard.tools.demo.graphs import Graph
@@ -37,7 +41,7 @@ from .bench import parser
 from .figures import record
 from .pack_graphs import Case
 
-FILE, COMMAND = "packs_{}.json", "python -m tools.benchmarks.packs PACKS --comfyui COMFYUI --world WORLD --record"
+COMMAND = "python -m tools.benchmarks.packs PACKS --comfyui COMFYUI --world WORLD {}--record"
 KEY = "modular_lora_images"
 HELPERS = Path(__file__).with_name("pack_nodes.py")
 
@@ -78,18 +82,30 @@ def _value(spec: list) -> Any:
     return {"STRING": "", "BOOLEAN": False}.get(kind) if isinstance(kind, str) else None
 
 
-def outcome(client: Client, case: Case, info: dict[str, Any], safety: str) -> dict[str, object]:
-    """What the trial says of one use of a pack."""
+def outcome(client: Client, case: Case, info: dict[str, Any], safety: str, line: Path | None) -> dict[str, object]:
+    """What the trial says of one use of a pack; ``line``: the file of the line that attaches the guard, or None."""
     if missing := {one["class_type"] for one in case.graph.values()} - info.keys():
         return {"result": f"not run: {', '.join(sorted(missing))} did not load"}
     try:
-        ours = run(client, completed(pack_graphs.guarded(case, safety), info))
+        ours = guarded(client, case, info, safety, line)
     except ClientError as error:
         return {"result": _failed(client, case, info, error)}
     merge = run(client, completed(pack_graphs.merged(case, safety), info))
     alone = run(client, completed(case.graph, info))
     said = ", ".join(dict.fromkeys(ours.said))
     return {"result": said, "levels": _levels(ours, merge), "without": _levels(alone, merge)}
+
+
+def guarded(client: Client, case: Case, info: dict[str, Any], safety: str, line: Path | None) -> Run:
+    """The guarded run: with the node Guard, or with the line in force and the graph as it is."""
+    if line is None:
+        return run(client, completed(pack_graphs.guarded(case, safety), info))
+    line.parent.mkdir(exist_ok=True)
+    line.write_text(f"always: {safety}\n", encoding="utf-8")
+    try:
+        return run(client, completed(case.graph, info))
+    finally:
+        line.unlink()
 
 
 def _levels(one: Run, other: Run) -> int:
@@ -166,12 +182,14 @@ def to_gguf(checkpoint: Path, to: Path) -> None:
     writer.close()
 
 
-def trial(options: argparse.Namespace, url: str, safety: str) -> Iterator[tuple[Case, dict[str, object]]]:
+def trial(
+    options: argparse.Namespace, url: str, safety: str, line: Path | None
+) -> Iterator[tuple[Case, dict[str, object]]]:
     client = Client(url)
     info = json.loads(client.get("/object_info", timeout=600))
     for case in pack_graphs.cases():
         if not options.only or any(word.lower() in f"{case.pack}: {case.use}".lower() for word in options.only):
-            yield case, outcome(client, case, info, safety)
+            yield case, outcome(client, case, info, safety, line)
 
 
 def version(comfyui: Path) -> str:
@@ -179,12 +197,13 @@ def version(comfyui: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    made = parser(__doc__ or "", FILE.format("VERSION"))
+    made = parser(__doc__ or "", "packs_VERSION.json")
     made.add_argument("packs", type=Path)
     made.add_argument("--comfyui", type=Path, required=True)
     made.add_argument("--world", type=Path, required=True, help="folder of the expanded demo world")
     made.add_argument("--python", default=sys.executable)
     made.add_argument("--only", nargs="+", default=[], metavar="WORD", help="uses whose name holds one of these")
+    made.add_argument("--attach", action="store_true", help="guard every model without a node")
     options = made.parse_args(arguments)
     world, label = DemoWorld.at(options.world), version(options.comfyui)
     with tempfile.TemporaryDirectory() as temporary:
@@ -192,12 +211,15 @@ def main(arguments: list[str]) -> int:
         lay_out(folder / "base", options.packs, world)
         log = options.packs / f"server_{label}.log"
         with Server(options.comfyui, options.python, folder / "base", log=log, cpu=True) as server:
-            for case, said in trial(options, server.url, world.safety.name):
+            line = folder / "base" / "user" / "__modular_lora" / home.FILE if options.attach else None
+            for case, said in trial(options, server.url, world.safety.name, line):
                 name = f"{case.pack}: {case.use}"
                 sys.stdout.write(f"{name}: {said}\n")
                 sys.stdout.flush()
                 if options.record:  # each at once: a server may end on the way
-                    record(FILE.format(label), {name: {"commit": commit(options.packs / case.pack)} | said}, COMMAND)
+                    file = f"packs_{'attach_' if options.attach else ''}{label}.json"
+                    source = COMMAND.format("--attach " if options.attach else "")
+                    record(file, {name: {"commit": commit(options.packs / case.pack)} | said}, source)
     return 0
 
 

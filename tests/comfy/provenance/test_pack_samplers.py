@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 
 import pytest
 from support.detailers import pack
@@ -65,6 +66,13 @@ def detail(kind: str = "Detail", **changes) -> dict:
 
 def said(comfy, made: dict) -> dict[str, str]:
     return {name: comfy.ledger.known(outputs[0][0]).status for name, outputs in made.items() if name[0] == "_"}
+
+
+def test_a_pack_that_takes_its_modules_out_of_those_that_python_knows_is_known_by_its_code(nodes, monkeypatch):
+    """As Ultimate SD Upscale does."""
+    known = nodes.folder_sha256(pack.Detail)
+    monkeypatch.delitem(sys.modules, pack.Detail.__module__)
+    assert nodes.folder_sha256.__wrapped__(pack.Detail) == known != ""
 
 
 def test_what_a_detailer_makes_of_a_guarded_image_is_an_edit_that_is_named(comfy, run_graph, nodes):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import importlib
 import json
 
 import numpy as np
-from aiohttp.test_utils import make_mocked_request
 from PIL import Image
 from support.drop_in import guarded, ordinary
 from support.edit_graphs import edit, sources
 from support.errors import refuses
 from support.graphs import decode, node, sampler
 from support.operator_graphs import stopped
-
-KEY = "modular_lora_images"
+from support.told import KEY, answer, run
 
 
 def saved(prefix: str) -> dict:
@@ -31,16 +27,6 @@ def saved(prefix: str) -> dict:
     return graph
 
 
-def run(comfy, graph: dict, prompt_id: str, **extra) -> None:
-    """As the server queues it, with what the client sent along."""
-    valid, error, outputs, errors = asyncio.run(comfy.execution.validate_prompt(prompt_id, graph, None))
-    assert valid, (error, errors)
-    comfy.server.messages.clear()
-    comfy.server.texts.clear()
-    comfy.executor.execute(graph, prompt_id, {"client_id": "test"} | extra, outputs)
-    assert not [data for event, data in comfy.server.messages if event == "execution_error"]
-
-
 def entries(comfy, prefix: str) -> list[dict | None]:
     """What each file says of its own pixels, found by their hash; None: nothing."""
     found = []
@@ -49,13 +35,6 @@ def entries(comfy, prefix: str) -> list[dict | None]:
         digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
         found.append(json.loads(image.text[KEY]).get(digest))
     return found
-
-
-def answer(prompt_id: str, client: str | None) -> tuple[int, dict]:
-    told = importlib.import_module("modular_lora_guard.comfy_host.told")
-    path = f"/modular_lora/images/{prompt_id}" + (f"?client_id={client}" if client else "")
-    response = asyncio.run(told.answer(make_mocked_request("GET", path, match_info={"prompt_id": prompt_id})))
-    return response.status, json.loads(response.body)
 
 
 def test_files_of_save_image_say_what_is_known_of_their_pixels(comfy, loras):

@@ -41,3 +41,13 @@ def test_what_a_graph_leaves_out_is_the_servers_default_and_ids_are_numbers():
     assert first[1]["inputs"] == {"a": 5, "b": "x", "c": "z"}
     assert second[1]["inputs"] == {"d": [first[0], 0], "e": {"of": "a pack"}}
     assert first[0].isdigit()
+
+
+def test_with_attach_the_graph_goes_as_it_is_and_the_line_is_there_while_it_runs_alone(tmp_path, monkeypatch):
+    case, line = next(iter(CASES.values())), tmp_path / "of_the_pack" / "guard.txt"
+    seen = []
+    monkeypatch.setattr(packs, "run", lambda client, graph: seen.append((graph, line.exists() and line.read_text())))
+    packs.guarded(None, case, {}, "safety.safetensors", line)
+    packs.guarded(None, case, {}, "safety.safetensors", None)
+    as_it_is = packs.completed(case.graph, {}), packs.completed(pack_graphs.guarded(case, "safety.safetensors"), {})
+    assert seen == [(as_it_is[0], "always: safety.safetensors\n"), (as_it_is[1], False)]
