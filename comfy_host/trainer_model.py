@@ -336,12 +336,18 @@ def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) 
                 for name, value in tensors.items():
                     if isinstance(value, Tensor):
                         kept.append((tensors, name, value))
-                        whole = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
-                        tensors[name] = _plain(value, dtype if tensors is part._parameters else whole, device)
+                        tensors[name] = _plain(
+                            value, dtype if tensors is part._parameters else _whole(value.dtype, dtype), device
+                        )
         yield
     finally:
         for tensors, name, value in reversed(kept):
             tensors[name] = value
+
+
+def _whole(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of ``own`` lose nothing that ``dtype`` could hold as well; float8 does not promote."""
+    return dtype if own.itemsize == 1 else torch.promote_types(own, dtype)
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -51,24 +53,96 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+class OutOfPlace(TorchFunctionMode):
+    """Inside, ``x += y`` and its kin give a new tensor in the place of writing into x.
+
+    PyTorch calls ``x.add_(y)`` the same, whose x stays as it was here: `_try` finds where that makes a difference.
+    """
+
+    PLAIN = {
+        torch.Tensor.add_: torch.add,
+        torch.Tensor.sub_: torch.sub,
+        torch.Tensor.mul_: torch.mul,
+        torch.Tensor.div_: torch.div,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False  # whether there was any
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if (plain := self.PLAIN.get(func)) is None:
+            return func(*args, **(kwargs or {}))
+        self.seen = True
+        return plain(*args, **(kwargs or {})).to(args[0].dtype)
+
+
 class _Recomputed:
-    """A block's forward that keeps no activations."""
+    """A block's forward that keeps no activations.
+
+    Some blocks write into what they are given, and into what their own backward pass needs (Flux adds to its stream in
+    place). Run again, they would find it overwritten, so sums are made out of place here. Before its first call a block
+    is tried: that this changes nothing of what it says, and that nothing it needs is still written over.
+    """
 
     def __init__(self, forward: Callable):
         self.forward = forward
+        self._tried = False
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
+        if not self._tried:
+            _try(self.forward, args, kwargs)
+            self._tried = True
         before = [(part, part._version) for part in _tensors((args, kwargs))]
-        made = checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+        made = checkpoint(self._out_of_place, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
         if any(part._version != version for part, version in before):
-            raise GuardError(
-                "gradient_checkpointing: this network's blocks write into what they are given, so running them again "
-                "would give wrong gradients: switch it off; mixed_precision bf16 halves the memory too.",
-                code="train.recompute",
-            )
+            raise _refused()
         return made
+
+    def _out_of_place(self, *args, **kwargs):
+        with OutOfPlace():
+            return self.forward(*args, **kwargs)
+
+
+def _try(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """GuardError where a block could not be run again, seen by running it on what it is given now."""
+    devices = {part.device for part in _tensors((args, kwargs)) if part.device.type == "cuda"}
+    needed: list[tuple[torch.Tensor, int]] = []
+
+    def keep(part: torch.Tensor) -> torch.Tensor:
+        needed.append((part, part._version))
+        return part
+
+    with (
+        torch.random.fork_rng(devices),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part),
+        OutOfPlace() as mode,
+    ):
+        said = _tensors(forward(*args, **kwargs))
+    if any(part._version != version for part, version in needed):
+        raise _refused()
+    if not mode.seen:
+        return
+    copies = {id(part): part.detach().clone() for part in _tensors((args, list(kwargs.values())))}
+    before = {name: part._version for name, part in copies.items()}
+    with torch.random.fork_rng(devices), torch.no_grad():
+        own = [copies.get(id(part), part) for part in args]
+        plain = _tensors(forward(*own, **{name: copies.get(id(part), part) for name, part in kwargs.items()}))
+    returned = {part.untyped_storage().data_ptr() for part in plain}
+    written = [part for name, part in copies.items() if part._version != before[name]]
+    kept = all(part.untyped_storage().data_ptr() in returned for part in written)  # what the caller goes on with
+    if not (kept and len(said) == len(plain) and all(map(torch.equal, said, plain))):
+        raise _refused()
+
+
+def _refused() -> GuardError:
+    return GuardError(
+        "gradient_checkpointing: this network's blocks write into what they are given or will need again, so running "
+        "them again would give wrong gradients: switch it off; mixed_precision bf16 halves the memory too.",
+        code="train.recompute",
+    )
 
 
 def _tensors(parts: object) -> list[torch.Tensor]:

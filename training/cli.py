@@ -44,6 +44,7 @@ from .task.train import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
+MEMORY = {"fp8_base", "fp8_base_unet", "blocks_to_swap", "cpu_offload_checkpointing"}  # sd-scripts' options for it
 SECONDS = 30.0  # without a line, at most, where a step does not take longer
 logger = logging.getLogger("modular_lora")
 
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     open_to_all()
     made = parser()
     parsed, extra = made.parse_known_args(arguments)
-    if extra and getattr(parsed, "engine", "") != "kohya":
+    engine = getattr(parsed, "engine", "")
+    if extra and engine != "kohya" and not (engine and _name(extra[0]) in MEMORY):
         made.error(f"unknown option {extra[0]}")
     chosen = vars(parsed) | {"extra": extra}
     command = {
@@ -202,6 +204,12 @@ def with_options(chosen: dict) -> str:
     cls: type[TaskOptions] | type[SafetyOptions] = SafetyOptions if chosen["command"] == "train-safety" else TaskOptions
     values = {name: value for name, value in chosen.items() if name not in (*OWN, *KOHYA)}
     kohya_family = chosen["family"] if chosen.get("engine") == "kohya" else ""
+    if chosen["extra"] and not kohya_family:
+        raise OptionError(
+            f"{_name(chosen['extra'][0])}: the embedded engine keeps the base's weights whole and in the precision of "
+            "the training: use mixed_precision bf16 or gradient_checkpointing, or --engine kohya, which passes it on.",
+            code="option.memory",
+        )
     of = presets.group(kohya_family, FAMILIES[kohya_family].flow) if kohya_family else presets.GROUPS[0]
     made = presets.load(cls, chosen["config"], values, of)
     if isinstance(made, TaskOptions) and chosen["command"] == "dataset":
@@ -227,6 +235,11 @@ def with_options(chosen: dict) -> str:
         if isinstance(made, SafetyOptions):
             return train_safety(host_model, made, TrainingLines(), **common).report
         return train_task(host_model, made, TrainingLines(), safety, **common).report
+
+
+def _name(argument: str) -> str:
+    """Of an option as it was typed."""
+    return argument.lstrip("-").partition("=")[0]
 
 
 def make_safety(chosen: dict) -> str:

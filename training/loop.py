@@ -26,7 +26,7 @@ from . import memory
 from .average import Average
 from .logs import logs
 from .optim import Masters, make_optimizer, make_scheduler
-from .options import Options, schedule_free
+from .options import Options, fingerprint, schedule_free
 from .previews import Drawn
 from .seeds import role_seed
 from .state import load_state, save_state
@@ -105,7 +105,7 @@ class _Fit:
         self.scaler.load_state_dict(state["scaler"])
         self.job.load_extra(state["extra"])
         self.losses[:] = state["losses"]
-        self.validation[:] = state["validation"]
+        self.validation[:] = state.get("validation", [])  # a state may be from before there was one
         if self.average is not None:
             torch._foreach_copy_(self.average.values, state["average"])
         self.saved = self.step
@@ -257,7 +257,7 @@ def _begin(job: Job, options: Options, device: torch.device, stop: Stopping) -> 
 def _resume(run: _Fit) -> None:
     """Go on from ``options.resume``, for as many steps as are asked for now."""
     folder, steps = Path(run.options.resume), run.options.max_train_steps
-    state, before = load_state(folder, run.job.fingerprint)
+    state, before = load_state(folder, run.job.fingerprint, fingerprint(type(run.options)()))
     if (step := len(state["losses"])) > steps:
         raise GuardError(
             f"resume {folder.name}: is of step {step}, max_train_steps is {steps}: set it above {step}.",

@@ -1,20 +1,23 @@
 """What a training takes of memory, said before its first step.
 
-One micro-batch is run forward and back and thrown away, and the tensors that it makes are counted as they come and go:
-what is alive at once is what the steps will need, whatever the network, the options and the libraries are. Nothing of
-it stays: the steps draw their own random numbers, and its gradients are dropped.
+One micro-batch is run forward and back and thrown away, and what it takes is measured: of a GPU the most that PyTorch's
+allocator had given out, of the CPU the most resident memory of the process. That holds what kernels and libraries take
+beside the tensors, whatever the network, the options and the libraries are. Nothing of it stays: the steps draw their
+own random numbers, and its gradients are dropped.
 """
 
 from __future__ import annotations
 
-import weakref
+import ctypes
+import ctypes.util
+import gc
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..modular_lora.errors import GuardError
@@ -22,48 +25,63 @@ from .optim import make_optimizer
 from .options import Options
 
 LEAST_STEPS = 50  # of a shorter training the one micro-batch more would be a good part
+SECONDS = 0.002  # between two looks at the process
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside; one that is given from outside is not counted."""
+class Growth:
+    """The most memory of ``device`` that was in use inside, above what was in use at first, in bytes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}  # storages, by their place
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._first = self._most = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for part in _tensors((args, kwargs)):
-            self._add(part, count=False)
-        made = func(*args, **(kwargs or {}))
-        for part in _tensors(made):
-            self._add(part, count=True)
-        return made
+    def __enter__(self) -> Growth:
+        gc.collect()
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._first = torch.cuda.memory_allocated(self._cuda)
+        else:
+            _trim()
+            self._first = self._process.memory_info().rss
+            self._thread.start()
+        return self
 
-    def _add(self, tensor: Tensor, count: bool) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes() if count else 0
-        self._known[key] = weakref.ref(storage, lambda _: self._drop(key, size))
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def __exit__(self, *_: object) -> None:
+        if self._cuda is not None:
+            self._most = torch.cuda.max_memory_allocated(self._cuda)
+        else:
+            self._look()
+            self._done.set()
+            self._thread.join()
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.pop(key, None)
-        self.now -= size
+    @property
+    def bytes(self) -> int:
+        """Of what has been inside; to be asked afterwards."""
+        return max(0, self._most - self._first)
+
+    def _watch(self) -> None:
+        while not self._done.wait(SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self._most = max(self._most, self._process.memory_info().rss)
 
 
-def _tensors(parts: object) -> list[Tensor]:
-    return [part for part in tree_leaves(parts) if isinstance(part, Tensor)]
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: it must not be taken for room."""
+    if name := ctypes.util.find_library("c"):
+        trim = getattr(ctypes.CDLL(name), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes that a training takes beside what the process has when it starts."""
 
-    batch: int  # most that is alive at once in one micro-batch, forward and back
+    batch: int  # most that one micro-batch takes, forward and back
     gradients: int  # of the adapters
     optimizer: int  # what it keeps between two steps
     accumulating: bool  # whether a micro-batch runs beside the gradients of those before it
@@ -80,8 +98,9 @@ def foresee(loss: Callable[[], Tensor], values: Sequence[nn.Parameter], options:
     Raises GuardError where the micro-batch does not fit.
     """
     devices = [device] if device.type == "cuda" else []
+    kept = _kept(values, options)  # first: what its libraries take is no part of a micro-batch
     try:
-        with torch.random.fork_rng(devices), Alive() as alive:
+        with torch.random.fork_rng(devices), Growth(device) as growth:
             loss().backward()
     except torch.cuda.OutOfMemoryError as error:
         raise GuardError(
@@ -91,7 +110,7 @@ def foresee(loss: Callable[[], Tensor], values: Sequence[nn.Parameter], options:
         ) from error
     gradients = sum(value.numel() * value.element_size() for value in values)
     accumulating = options.gradient_accumulation_steps > 1
-    return Need(alive.peak, gradients, _kept(values, options), accumulating)
+    return Need(growth.bytes, gradients, kept, accumulating)
 
 
 def _kept(values: Sequence[nn.Parameter], options: Options) -> int:
@@ -101,7 +120,7 @@ def _kept(values: Sequence[nn.Parameter], options: Options) -> int:
     for copy in copies:
         copy.grad = torch.full_like(copy, 1e-3)
     optimizer.step()
-    found = _tensors(list(optimizer.state.values()))
+    found = [part for part in tree_leaves(list(optimizer.state.values())) if isinstance(part, Tensor)]
     return sum(one.numel() * one.element_size() for one in found)
 
 
@@ -109,8 +128,8 @@ def said(need: Need, device: torch.device) -> str:
     """The line for the report."""
     room = _room(device)
     parts = f"{size(need.batch)} of it for one micro-batch, {size(need.optimizer)} for the optimizer"
-    line = f"memory: the tensors of the training take {size(need.total)} more than there is in use now ({parts}); "
-    line += f"what libraries take beside them is not counted; {size(room)} are free"
+    line = f"memory: the steps take {size(need.total)} more than is in use now, by one micro-batch that was measured "
+    line += f"({parts}); {size(room)} are free"
     if need.total > room:
         line += ", which is NOT ENOUGH: lower train_batch_size or the size of the images, or use gradient_checkpointing"
     return line

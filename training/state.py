@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ def check_state(folder: Path) -> None:
         raise GuardError(f"resume {folder}: is not a folder: name the -state folder of the training to go on with.")
 
 
-def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any], str]:
+def load_state(
+    folder: Path, fingerprint: Mapping[str, str], defaults: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], str]:
     """What `save_state` wrote, and how many steps that run was to have.
 
-    GuardError where it is damaged or of another run, with what differs.
+    ``defaults``: what an option was where the state does not have its name, since it is from before there was one.
+    GuardError where the state is damaged or of another run, with what differs.
     """
     try:
         saved = plain_json.read_object(folder / DESCRIPTION)
@@ -44,6 +48,7 @@ def load_state(folder: Path, fingerprint: dict[str, str]) -> tuple[dict[str, Any
         raise GuardError(
             f"resume {folder.name}: no whole training state ({error}): choose another one.", code="resume.no-state"
         ) from error
+    saved = {**(defaults or {}), **saved}
     for name in sorted((set(saved) | set(fingerprint)) - MAY_CHANGE):
         if saved.get(name) != fingerprint.get(name):
             raise GuardError(

@@ -26,7 +26,8 @@ def unused(options: Options, regularisation: int | None = None) -> list[str]:
         found += _of_safety(options)
     lines = [line for name, why in found if (line := _line(options, name, why))]
     if options.lr_warmup_steps >= options.max_train_steps:
-        lines.append(f"learning_rate is NEVER reached: lr_warmup_steps is {options.lr_warmup_steps} of all steps")
+        warmup, steps = options.lr_warmup_steps, options.max_train_steps
+        lines.append(f"learning_rate is NEVER reached: lr_warmup_steps is {warmup}, and there are {steps} steps")
     return lines
 
 

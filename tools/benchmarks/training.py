@@ -175,11 +175,14 @@ def report(options: argparse.Namespace, costs: dict[str, list[dict[str, Cost]]])
     rows: dict[str, object] = {}
     for precision, rounds in costs.items():
         words = {"no": "fp32"}.get(precision, precision)
+        others = [PROGRAMS[name] for name in options.programs if name != "ours"]
+        beside = "" if THEIRS in options.programs else f", beside {' and '.join(others)}"  # a run of its own
         for name in options.programs:
             step, peak = (statistics.median(getattr(one[name], part) for one in rounds) for part in ("step", "peak"))
-            rows[f"step cpu-s, {PROGRAMS[name]}, {words}"] = round(step, 2)
+            of = words + (beside if name == "ours" else "")
+            rows[f"step cpu-s, {PROGRAMS[name]}, {of}"] = round(step, 2)
             if not name.startswith("bare"):
-                rows[f"peak GiB in training, {PROGRAMS[name]}, {words}"] = round(peak, 2)
+                rows[f"peak GiB in training, {PROGRAMS[name]}, {of}"] = round(peak, 2)
         for name in options.programs if "ours" in options.programs else ():
             if name != "ours":
                 ratio = statistics.median(one["ours"].step / one[name].step for one in rounds)

@@ -2,21 +2,17 @@
 
     python -m tools.benchmarks.training_memory CHECKPOINT --comfyui COMFYUI [--record]
 
-Trainings of a few steps on the demo world, without the count in front of them. The process's resident memory is read
-every few milliseconds from before the first step on; then one micro-batch is counted as `training/memory.py` does it.
+Trainings of a few steps on the demo world (on Linux or macOS). Before the first step a copy of the process measures one
+micro-batch, as `training/memory.py` does; then the steps run, and the process's resident memory is read all the while.
 """
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import gc
+import os
 import sys
 import tempfile
-import threading
 from typing import Any
 
-import psutil
 import torch
 from modular_lora_guard.training import cli, loop, memory, options
 from modular_lora_guard.training.safety import train as safety
@@ -43,45 +39,17 @@ RUNS = {
 }
 
 
-class Watched:
-    """The most resident memory of this process above what it had at first, in bytes."""
-
-    def __enter__(self) -> Watched:
-        gc.collect()
-        if name := ctypes.util.find_library("c"):
-            trim = getattr(ctypes.CDLL(name), "malloc_trim", None)
-            if trim is not None:
-                trim(0)  # what was freed before must not be taken for room
-        self._process, self._done = psutil.Process(), threading.Event()
-        self.first = self.most = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-        return self
-
-    def _read(self) -> None:
-        while not self._done.wait(0.002):
-            self.most = max(self.most, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        return self.most - self.first
-
-
 def measured(host, chosen, values: dict[str, Any], steps: int) -> tuple[int, int]:
-    """(foreseen, taken) bytes of one training."""
+    """(said, taken) bytes of one training."""
     found: list[int] = []
     train = loop._train
 
     def watched(run: loop._Fit, *given: Any) -> None:
         run.job.prepare(run.step)
-        with Watched() as seen:
+        found.append(_said(run))
+        with memory.Growth(run.device) as growth:
             train(run, *given)
-        need = memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device)
-        found.extend((need.total, seen.growth))
+        found.append(growth.bytes)
 
     loop._train = watched
     try:
@@ -100,6 +68,20 @@ def measured(host, chosen, values: dict[str, Any], steps: int) -> tuple[int, int
     return found[0], found[1]
 
 
+def _said(run: loop._Fit) -> int:
+    """What the line would say, found in a copy of the process, so that the steps start as if it had not been asked."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        need = memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device)
+        os.write(writer, str(need.total).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return int(said)
+
+
 def main() -> None:
     made = parser(__doc__, "training_memory.json", checkpoint=True)
     made.add_argument("--steps", type=int, default=2)
@@ -109,13 +91,15 @@ def main() -> None:
     host = cli.comfy_host({"comfyui": chosen.comfyui, "cpu": True})
     rows: dict[str, object] = {}
     for name in chosen.only:
-        foreseen, taken = measured(host, chosen, RUNS[name], chosen.steps)
-        value = f"{memory.size(foreseen)} said, {memory.size(taken)} taken"
-        rows[name] = {"value": value, "ratio": round(foreseen / taken, 3)}
+        said, taken = measured(host, chosen, RUNS[name], chosen.steps)
+        value = f"{memory.size(said)} said, {memory.size(taken)} taken"
+        rows[name] = {"value": value, "ratio": round(said / taken, 3)}
         print(f"{name}: {value}", file=sys.stderr, flush=True)
-    finish(
-        rows, "training_memory.json", "python -m tools.benchmarks.training_memory CHECKPOINT --record", chosen.record
+    only = " ".join(f'"{name}"' for name in chosen.only)
+    command = (
+        f"python -m tools.benchmarks.training_memory CHECKPOINT --comfyui COMFYUI --steps {chosen.steps} --only {only}"
     )
+    finish(rows, "training_memory.json", command, chosen.record)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ REFUSED = {  # argument of sd-scripts -> why it cannot be passed on
     "base_weights": "merges LoRAs into W0, and what is trained on that is not detached",
     "base_weights_multiplier": "merges LoRAs into W0, and what is trained on that is not detached",
     "dim_from_weights": "makes the network from a file: give network_dim",
-    "network_module": "is the guard's own here",
+    "network_module": "is the guard's own here, around sd-scripts' networks (for LyCORIS' forms: embedded engine)",
     "save_model_as": "is safetensors here: other formats have no metadata and can run code",
     "no_metadata": "would leave out what the file was trained on: no_dataset_metadata leaves out what is private",
     "output_config": "writes a file instead of training",

@@ -87,6 +87,23 @@ def describe_states() -> None:
     accelerate.Accelerator.save_state = described
 
 
+def spare_frozen_models() -> None:
+    """A model of which nothing is trained is not given to DistributedDataParallel, which refuses it.
+
+    accelerate (1.6.0, 1.15.0) looks before it does so on GPUs, and does not with several processes on a CPU; sd-scripts
+    gives it the frozen U-Net.
+    """
+    accelerate = importlib.import_module("accelerate")
+    prepare = accelerate.Accelerator.prepare_model
+
+    @functools.wraps(prepare)
+    def prepared(self, model, device_placement=None, evaluation_mode=False):
+        frozen = not any(weight.requires_grad for weight in model.parameters())
+        return prepare(self, model, device_placement, evaluation_mode or frozen)
+
+    accelerate.Accelerator.prepare_model = prepared
+
+
 def stop_at_steps() -> None:
     """Before a step, where the file that `STOP` names has come to be: a state of the last step, and the end.
 
@@ -121,6 +138,7 @@ def main() -> None:
     guard_error = importlib.import_module(f"{PACK}.modular_lora.errors").GuardError
     try:
         describe_states()
+        spare_frozen_models()
         stop_at_steps()
         guard_previews(script.name)
         runpy.run_path(str(script), run_name="__main__")

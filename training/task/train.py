@@ -288,7 +288,8 @@ def _lines(
         for s in safety
     ]
     if not safety:
-        lines.append("no safety LoRA was given: the previews show the task LoRA alone")
+        alone = ": the previews show the task LoRA alone" if options.sample_every_n_steps else ""
+        lines.append(f"no safety LoRA was given{alone}")
     if spans:
         lines.append(f"projection: {len(spans)} layers kept clear of the safety LoRA's row space after every step")
     if contaminated:

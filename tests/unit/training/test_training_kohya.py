@@ -458,6 +458,20 @@ def test_layers_can_have_other_names_in_files_than_in_the_checkout(stub, monkeyp
     assert again.layers.keys() == first.layers.keys()
 
 
+def test_a_frozen_model_is_prepared_as_one_to_evaluate(monkeypatch):
+    seen = []
+
+    def prepare(self, model, device_placement=None, evaluation_mode=False):
+        seen.append((device_placement, evaluation_mode))
+
+    monkeypatch.setattr(accelerate.Accelerator, "prepare_model", prepare)
+    entry.spare_frozen_models()
+    trained, frozen = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False)
+    for model in (trained, frozen):
+        accelerate.Accelerator.prepare_model(None, model, device_placement=True)
+    assert seen == [(True, False), (True, True)]
+
+
 def test_a_script_that_draws_previews_itself_shows_the_safety_lora(stub, monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("train_network"), "NetworkTrainer", type("Trainer", (), {}), raising=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -129,6 +130,25 @@ def test_another_run_is_not_gone_on_from(options, tmp_path):
         train(replace(options, resume=state, learning_rate=0.5))
     with refuses("resume.no-state"):
         train(replace(options, resume=str(tmp_path)))
+
+
+def test_a_state_from_before_an_option_was_made_at_its_default(options):
+    options = replace(options, max_train_steps=6)
+    whole = train(options)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, Silent(stop_at=4))
+    folder = next(Path(options.output_dir).glob("*-state"))
+    description = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name in ("loss_type", "algo", "ema_decay", "timestep_density"):
+        del description[name]
+    (folder / "state.json").write_text(json.dumps(description), encoding="utf-8")
+    tensors = torch.load(folder / "state.pt", weights_only=True)
+    del tensors["validation"]
+    torch.save(tensors, folder / "state.pt")
+    options = replace(options, resume=str(folder))
+    with refuses("resume.changed", "loss_type", "'l2'", "'l1'"):
+        train(replace(options, loss_type="l1"))
+    assert same(whole, train(options))
 
 
 def test_the_safety_lora_is_in_nothing_that_trains(options, tmp_path, monkeypatch):

@@ -1,0 +1,83 @@
+"""Blocks that are run again going back: the gradients of a network that writes in place, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modular_lora_guard.training.checkpointing import checkpointed
+from support.errors import refuses
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Adds to its two streams in place, as Flux's does, and needs what it writes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.line, self.text = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.text(txt)
+        img += self.line(self.norm(img)) * keys.mean(1, keepdim=True) * gate
+        img += self.line(self.norm(img)).tanh() * gate
+        txt += keys.sin() * gate
+        return img, txt
+
+
+class Streams(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(8, 8), nn.ModuleList(block() for _ in range(3)), nn.Linear(8, 8)
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> Tensor:
+        img, txt = self.first(img), self.first(txt)
+        for block in self.blocks:
+            img, txt = block(img=img, txt=txt, gate=gate)
+        return self.last(torch.cat([txt, img], 1))
+
+
+def gradients(network: nn.Module, again: bool) -> list[Tensor]:
+    given = [torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(rows)) for rows in (5, 3, 1)]
+    network.zero_grad()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors(), checkpointed(network, again):
+        network(*given).square().sum().backward()
+    return [weight.grad.clone() for weight in network.parameters()]
+
+
+def test_gradients_are_the_same_where_blocks_write_in_place() -> None:
+    torch.manual_seed(0)
+    network = Streams(Block)
+    assert all(map(torch.equal, gradients(network, False), gradients(network, True)))
+
+
+class Silent(Block):
+    """Gives back other tensors than it wrote into."""
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        img += gate
+        return img * 2, txt
+
+
+class Statement(Block):
+    """Writes by a call whose answer nobody takes."""
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        img = self.line(img)
+        img.add_(gate)
+        return img, txt
+
+
+class Slices(Block):
+    """Writes over what its backward pass needs, in a part of a tensor."""
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        img = self.line(img)
+        squared = img.square()
+        img[:, :1] = gate
+        return img + squared, txt
+
+
+@pytest.mark.parametrize("block", [Silent, Statement, Slices])
+def test_what_running_again_would_make_wrong_is_refused(block) -> None:
+    with refuses("train.recompute"):
+        gradients(Streams(block), True)
