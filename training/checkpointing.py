@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ class OutOfPlace(TorchFunctionMode):
     PyTorch calls ``x.add_(y)`` the same, whose x stays as it was here: `_try` finds where that makes a difference.
     """
 
-    PLAIN = {
+    PLAIN: ClassVar[dict[Callable[..., Any], Callable[..., torch.Tensor]]] = {
         torch.Tensor.add_: torch.add,
         torch.Tensor.sub_: torch.sub,
         torch.Tensor.mul_: torch.mul,
