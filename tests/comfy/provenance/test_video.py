@@ -67,8 +67,8 @@ def said(path: Path) -> dict:
         size = int.from_bytes(data[start - 8 : start - 4], "big")
         return json.loads(data[start : start + size].partition(b"\0")[2])
     if path.suffix == ".webp":
-        with Image.open(path) as picture:
-            texts = [str(value).partition(":") for value in picture.getexif().values()]
+        with Image.open(path) as image:
+            texts = [str(value).partition(":") for value in image.getexif().values()]
         return json.loads(next(rest for name, _, rest in texts if name == KEY))
     import av
 
@@ -80,8 +80,8 @@ def said(path: Path) -> dict:
 def frames(path: Path) -> list[str]:
     """SHA-256 of each frame's 8-bit pixels, as a player shows them."""
     if path.suffix in (".png", ".webp"):
-        with Image.open(path) as picture:
-            shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+        with Image.open(path) as image:
+            shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
     else:
         import av
 
