@@ -96,4 +96,7 @@ class Record:
             f"base {self.base_name or self.host_model.family}, content SHA-256 {self.host_model.base_sha256[:12]}",
             f"file SHA-256 {self.last.sha256}",
         ]
+        trained = len(self.spec.unet) + len(self.spec.text)
+        if zero := trained - len(self.last.layers):
+            head.append(f"{zero} of {trained} layers are zero as saved, and left out of the file")
         return Trained(self.last, tuple(losses), "\n".join([*head, *self.host_model.notes, *lines]))

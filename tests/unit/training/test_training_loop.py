@@ -151,6 +151,17 @@ def test_a_state_from_before_an_option_was_made_at_its_default(options):
     assert same(whole, train(options))
 
 
+def test_layers_that_are_zero_as_saved_are_counted_on_the_report(options):
+    options = replace(options, max_train_steps=1, target="conv", network_reg_lrs=(".*attn.*=1e-12",))
+    options = replace(options, save_precision="fp16")
+    trained = train_task(ToyHostModel(), options, Silent(), engine="test")
+    names = ToyHostModel().unet_names.values()
+    still = [name for name in names if "attn" in name]
+    assert 0 < len(still) < len(names)
+    assert not any(name in trained.lora.layers for name in still)
+    assert f"{len(still)} of {len(names)} layers are zero as saved" in trained.report
+
+
 def test_the_safety_lora_is_in_nothing_that_trains(options, tmp_path, monkeypatch):
     from modular_lora_guard.training import loop
 
