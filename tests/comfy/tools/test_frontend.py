@@ -31,6 +31,8 @@ FEW = {  # in place of a workflow's own
     "max_train_steps": 2,
     "train_batch_size": 2,
     "sample_every_n_steps": 2,
+    "sample_steps": 2,
+    "sample_prompts": "gloss, cat face",
     "synonyms": "twemoji, racing car",
     "preserve": "twemoji, cat face",
 }

@@ -81,7 +81,7 @@ def test_files_that_cannot_be_read_are_named_and_count_nowhere(folders) -> None:
     assert error.others == ("flagged/notes.txt",)
     said = labelled.format_error(error)
     assert "2 files cannot be read and count nowhere: flagged/broken.png; clean/sub/cut.png" in said
-    assert re.search(r"1 files are no .png, .* count nowhere: .*: flagged/notes.txt", said)
+    assert re.search(r"1 files are not .png, .* count nowhere: .*: flagged/notes.txt", said)
 
 
 def test_images_are_seen_the_way_up_that_their_file_says(tmp_path: Path) -> None:

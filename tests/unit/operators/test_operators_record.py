@@ -116,16 +116,16 @@ CUTS = {  # name -> (index of the file, change of its lines, what verify must sa
         lambda f: [re.sub(rb'"n":\d+', b'"n":99', f[0]), *f[1:]],
         r"000002\.jsonl line 1: number 99",
     ),
-    "no JSON": (0, lambda f: [b"junk\n", *f[1:]], r"000001\.jsonl line 1: is no line"),
+    "no JSON": (0, lambda f: [b"junk\n", *f[1:]], r"000001\.jsonl line 1: is not a line"),
     "a removed first line": (0, lambda f: f[1:], r"000001\.jsonl line 1: number 2 after 0: line 1 was removed"),
     "a removed line": (1, lambda f: [f[0], *f[2:]], r"jsonl line \d: number \d+ after \d+: line \d+ was removed"),
     "reordered lines": (1, swapped, r"000002\.jsonl line 1: number \d+ after \d+: line \d+ was removed or moved"),
     "a line written twice": (0, lambda f: [f[0], f[0], *f[1:]], r"000001\.jsonl line 2: .* written twice"),
-    "a file cut in a line": (0, lambda f: [*f[:-1], f[-1][:-9]], r"000001\.jsonl line \d: is no line of a record"),
+    "a file cut in a line": (0, lambda f: [*f[:-1], f[-1][:-9]], r"000001\.jsonl line \d: is not a line of a record"),
     "a file cut by a line": (0, lambda f: f[:-1], r"000002\.jsonl line 1: number \d+ after \d+: line \d+ was removed"),
     "an end cut off": (-1, lambda f: f[:-1], r"names 12: the end was cut off"),
     "a changed end": (-1, lambda f: [*f[:-1], f[-1].replace(b"p11", b"p12")], r"number 12 is not the line that head"),
-    "a line too long": (0, lambda f: [b"x" * 2**21 + b"\n", *f], r"000001\.jsonl line 1: is no line of a record"),
+    "a line too long": (0, lambda f: [b"x" * 2**21 + b"\n", *f], r"000001\.jsonl line 1: is not a line of a record"),
 }
 
 
