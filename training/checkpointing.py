@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ..modular_lora.errors import GuardError
@@ -125,11 +125,11 @@ def _try(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         raise _refused()
     if not mode.seen:
         return
-    copies = {id(part): part.detach().clone() for part in _tensors((args, list(kwargs.values())))}
+    copies = {id(part): part.detach().clone() for part in _tensors((args, kwargs))}
     before = {name: part._version for name, part in copies.items()}
     with torch.random.fork_rng(devices), torch.no_grad():
-        own = [copies.get(id(part), part) for part in args]
-        plain = _tensors(forward(*own, **{name: copies.get(id(part), part) for name, part in kwargs.items()}))
+        own, named = tree_map(lambda part: copies.get(id(part), part), (args, kwargs))
+        plain = _tensors(forward(*own, **named))
     returned = {part.untyped_storage().data_ptr() for part in plain}
     written = [part for name, part in copies.items() if part._version != before[name]]
     kept = all(part.untyped_storage().data_ptr() in returned for part in written)  # what the caller goes on with

@@ -23,8 +23,15 @@ Rows = list[list[str]]
 
 def tables(found: Mapping[str, Any], which: str) -> str:
     """One table as Markdown; ``which``: lead, arms, tests, differences, tasks or shares."""
-    makers = {"lead": _lead, "arms": _arms, "tests": _tests, "differences": _differences, "tasks": _tasks}
-    head, *body = (makers | {"shares": _shares})[which](found)
+    makers = {
+        "lead": _lead,
+        "arms": _arms,
+        "tests": _tests,
+        "differences": _differences,
+        "tasks": _tasks,
+        "shares": _shares,
+    }
+    head, *body = makers[which](found)
     lines = [f"| {' | '.join(row)} |" for row in body]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines, "", _source(found)]) + "\n"
 

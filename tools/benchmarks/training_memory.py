@@ -8,7 +8,7 @@ micro-batch, as `training/memory.py` does; then the steps run, and the process's
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import sys
 import tempfile
 from typing import Any
@@ -70,16 +70,18 @@ def measured(host, chosen, values: dict[str, Any], steps: int) -> tuple[int, int
 
 def _said(run: loop._Fit) -> int:
     """What the line would say, found in a copy of the process, so that the steps start as if it had not been asked."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        need = memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device)
-        os.write(writer, str(need.total).encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as answer:
-        said = answer.read()
-    os.waitpid(child, 0)
-    return int(said)
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+
+    def measure() -> None:
+        found.put(memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device).total)
+
+    child = context.Process(target=measure)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"the copy of the process that measures ended with {child.exitcode}; why stands above")
+    return found.get()
 
 
 def main() -> None:

@@ -50,6 +50,27 @@ def test_gradients_are_the_same_where_blocks_write_in_place() -> None:
     assert all(map(torch.equal, gradients(network, False), gradients(network, True)))
 
 
+class Together(Streams):
+    """Gives a block its streams in a tuple."""
+
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> Tensor:
+        streams = self.first(img), self.first(txt)
+        for block in self.blocks:
+            streams = block(streams, gate)
+        return self.last(torch.cat(streams[::-1], 1))
+
+
+class OfTuple(Block):
+    def forward(self, streams: tuple[Tensor, Tensor], gate: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(*streams, gate)
+
+
+def test_trying_a_block_leaves_what_is_in_a_tuple_as_it_was() -> None:
+    torch.manual_seed(0)
+    network = Together(OfTuple)
+    assert all(map(torch.equal, gradients(network, False), gradients(network, True)))
+
+
 class Silent(Block):
     """Gives back other tensors than it wrote into."""
 
