@@ -14,7 +14,7 @@ from ..modular_lora.guard.build import GuardLimits, SafetyLora
 from ..modular_lora.provenance.attestation import SUM
 from .load import handles, read, safety_inputs, safety_problem
 from .search_words import found_by
-from .sockets import SafetySocket, combine_input
+from .sockets import SafetySocket, combine_input, guard_report
 
 NONE = "Guard gives no {0}, because none is connected to it: connect the checkpoint's {0}."
 
@@ -50,11 +50,7 @@ class Guard(io.ComfyNode):
                 io.Model.Output("model_out", display_name="model", tooltip="The guarded model, for any node."),
                 io.Clip.Output("clip_out", display_name="clip", tooltip="The guarded CLIP: encode prompts with it."),
                 io.Vae.Output("vae_out", display_name="vae", tooltip="The VAE: images that it decodes are attested."),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Which layers matched, at which strength, with hashes and warnings.",
-                ),
+                guard_report(),
             ],
             hidden=[io.Hidden.unique_id],
         )

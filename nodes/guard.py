@@ -12,7 +12,7 @@ from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora
 from ..modular_lora.provenance.attestation import SUM
 from .load import handles, stacked
 from .search_words import found_by
-from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, combine_input, rarely
+from .sockets import GuardedSocket, SafetySocket, StackSocket, TaskSocket, combine_input, guard_report, rarely
 
 NO_CLIP = "Guard Model gives no CLIP, because none is connected to it: connect the checkpoint's CLIP."
 
@@ -58,11 +58,7 @@ class GuardModel(io.ComfyNode):
                     tooltip="For the Guarded samplers; no merging or saving node takes it.",
                 ),
                 io.Clip.Output("guarded_clip", display_name="clip", tooltip="Encode every prompt with this CLIP."),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Which layers matched, at which strength, with hashes and warnings.",
-                ),
+                guard_report(),
             ],
             hidden=[io.Hidden.unique_id],
         )

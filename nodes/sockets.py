@@ -31,6 +31,13 @@ def combine_input() -> io.Input:
     return rarely([made], made.id)[0]
 
 
+def guard_report() -> io.Output:
+    """What the nodes that put the guard in say of it."""
+    return io.String.Output(
+        "report", display_name="report", tooltip="Which layers matched, at which strength, with hashes and warnings."
+    )
+
+
 def rarely(inputs: list[io.Input], *names: str) -> list[io.Input]:
     """The inputs, those of these names marked as changed by few: front ends that know the mark fold them away.
 
