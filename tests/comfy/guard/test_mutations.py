@@ -277,7 +277,7 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 @pytest.mark.sampled(SAMPLE)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_no_picture_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, group):
+def test_no_image_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, group):
     judge = Judge(comfy, run_graph, world, images)
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)

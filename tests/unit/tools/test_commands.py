@@ -460,7 +460,7 @@ def test_long_trials_are_samples_with_a_fixed_seed_unless_all_are_asked_for() ->
     given = ("tests/comfy/guard/test_mutations.py", "--collect-only")
     some, again, whole = collect(*given), collect(*given), collect(*given, "--all")
     groups = [
-        [line for line in answer.stdout.splitlines() if "test_no_picture_is_unguarded" in line]
+        [line for line in answer.stdout.splitlines() if "test_no_image_is_unguarded" in line]
         for answer in (some, again, whole)
     ]
     assert groups[0] == groups[1]
