@@ -180,9 +180,9 @@ def run_test(host: comfyui.Host, rest: Sequence[str]) -> int:
 
 
 def spread_over_cores(rest: Sequence[str]) -> tuple[str, ...]:
-    """Options with which whole files go to a worker a core; none where files or tests are named."""
+    """Options with which whole files go to workers; none where files or tests are named."""
     named = any((paths.ROOT / argument.partition("::")[0]).is_file() for argument in rest)
-    return () if named else environment.SPREAD
+    return () if named else environment.spread()
 
 
 def main(arguments: Sequence[str]) -> int:

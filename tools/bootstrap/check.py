@@ -61,7 +61,7 @@ def run_check(pytest_entry: str, rest: Sequence[str]) -> int:
     settings = test_environment({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
     for name in ("MODULAR_LORA_COMFYUI", "MODULAR_LORA_WORLD"):
         settings.pop(name, None)
-    tests = ("-c", pytest_entry, "-q", "--hypothesis-profile", "dev", *environment.SPREAD, *UNIT_TESTS, *rest)
+    tests = ("-c", pytest_entry, "-q", "--hypothesis-profile", "dev", *environment.spread(), *UNIT_TESTS, *rest)
     code, failed = run_steps(python, {**STEPS, "unit tests": tests}, settings)
     took = f"{time.monotonic() - began:.0f} s"
     say(f"check: failed in {took}: {', '.join(failed)}" if failed else f"check: passed in {took}")

@@ -35,9 +35,21 @@ CHECK_REQUIREMENTS = "requirements-check.txt"
 LEFT_OUT = {"torch", "torchvision", "torchaudio"}  # torchaudio: only for audio models, often without a matching wheel
 GIBIBYTES_NEEDED = 9 if sys.platform.startswith("linux") else 4
 OLDEST_PYTHON = (3, 10)
-# Two workers of pytest-xdist at most: each takes 2 to 3 GB, and a server that a test starts 1 GB more.
-SPREAD = ("-n", "logical", "--maxprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+WORKERS, GIBIBYTES_A_WORKER = 3, 4  # a worker of pytest-xdist takes 2 to 3 GB, a server that a test starts 1 GB more
 PIP_REMEDY = "Look at the lines above, check the network and the free disk, then run the same command again."
+
+
+def spread() -> tuple[str, ...]:
+    """Options of pytest by which whole files go to several workers.
+
+    One worker more than processors, as far as the memory goes: tests wait for servers and for pages of a browser, and
+    two workers left a fifth of two processors idle.
+    """
+    workers = min((os.cpu_count() or 1) + 1, WORKERS)
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        workers = max(1, min(workers, round(memory / GIBIBYTES_A_WORKER)))
+    return ("-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def python_of(folder: Path) -> Path:

@@ -71,6 +71,17 @@ def test_whole_runs_are_spread_over_the_cores_and_named_files_are_not(given: lis
     assert spread or not answer.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    ("processors", "gibibytes", "workers"),
+    [(2, 24, 3), (16, 62.8, 3), (2, 7.7, 2), (2, 15.6, 3), (1, 16, 2), (4, 1.9, 1)],
+)
+def test_there_are_as_many_workers_as_processors_and_memory_serve(processors, gibibytes, workers, monkeypatch) -> None:
+    known = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gibibytes * 2**30) // 4096}
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    monkeypatch.setattr(os, "sysconf", known.__getitem__, raising=False)
+    assert environment.spread()[:2] == ("-n", str(workers))
+
+
 def test_an_unknown_option_of_the_demo_is_refused() -> None:
     answer = run("demo", "--step", "3", COMFYUI_PATH=os.devnull)
     assert answer.returncode == 2
