@@ -29,13 +29,16 @@ from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, ModelInfo, SafetyLora, check_coverage, on_each
 from ..modular_lora.tensor_hashing import weights_sha256
 from ..training import presets
+from ..training.in_place import writing_allowed
 from ..training.kohya import engine
 from ..training.kohya.engine import Base
 from ..training.model import Cond, Text
 from ..training.options import Options, SafetyOptions
 from . import conditions, introspection, noising, patcher, untrainable
 from .convolutions import small_as_products
+from .fused import with_gradients
 from .model_folders import find_model
+from .run import forget
 
 TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
     "SD15": frozenset({"l"}),
@@ -93,6 +96,7 @@ class ComfyHostModel:
         for rows, known in conditions.batches(self._model, x_t, cond, self.downscale):
             x, sigma = (x_t, sigmas) if len(rows) == len(t) else (x_t[rows], sigmas[rows])
             options = conditions.transformer_options(sigma)
+            forget(self._model)  # what another adapter made of the same prompt
             found.append(self._model.apply_model(x, sigma, transformer_options=options, **known))
             order += rows
         return found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(order, device=x_t.device).argsort()]
@@ -193,12 +197,13 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     del clip, vae  # held by the host model alone, which may let go of them
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
+        stack.enter_context(with_gradients())
         stack.enter_context(_plain_weights(host_model.unet, dtype, host_model.device))
         stack.enter_context(
             small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
         )
         if not isinstance(host_model.unet, openaimodel.UNetModel):  # Flux, LTX and others write into their activations
-            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            stack.enter_context(writing_allowed())
         if train_text_encoder:
             stack.enter_context(_plain_weights(host_model.text_encoder, dtype, text_device))
             stack.enter_context(_cloned_norm_inputs(host_model.text_encoder))

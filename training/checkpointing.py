@@ -54,9 +54,9 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Inside, ``x += y`` and its kin give a new tensor in the place of writing into x.
+    """Inside, ``x += y`` and its kin, and ``out=x``, write into no x: what uses x from then on finds the sum instead.
 
-    PyTorch calls ``x.add_(y)`` the same, whose x stays as it was here: `_try` finds where that makes a difference.
+    A part of x that is written into (``x[:n] += y``) changes no x here: `_try` finds where that makes a difference.
     """
 
     PLAIN: ClassVar[dict[Callable[..., Any], Callable[..., torch.Tensor]]] = {
@@ -64,17 +64,37 @@ class OutOfPlace(TorchFunctionMode):
         torch.Tensor.sub_: torch.sub,
         torch.Tensor.mul_: torch.mul,
         torch.Tensor.div_: torch.div,
+        torch.Tensor.addcmul_: torch.addcmul,
     }
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False  # whether there was any
+        self._now: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> what was written into, and its new value
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``forward`` of these arguments inside."""
+        with self:
+            said = forward(*args, **kwargs)
+        return tree_map(self._current, said)
+
+    def _current(self, part: Any) -> Any:
+        while isinstance(part, torch.Tensor) and (found := self._now.get(id(part))) is not None:
+            part = found[1]
+        return part
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if (plain := self.PLAIN.get(func)) is None:
-            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(self._current, (args, kwargs or {}))
+        if isinstance(written := kwargs.get("out"), torch.Tensor):
+            plain, kwargs = func, {name: value for name, value in kwargs.items() if name != "out"}
+        elif (plain := self.PLAIN.get(func)) is not None:
+            written = args[0]
+        else:
+            return func(*args, **kwargs)
         self.seen = True
-        return plain(*args, **(kwargs or {})).to(args[0].dtype)
+        new = plain(*args, **kwargs).to(written.dtype)
+        self._now[id(written)] = written, new
+        return new
 
 
 class _Recomputed:
@@ -102,8 +122,7 @@ class _Recomputed:
         return made
 
     def _out_of_place(self, *args, **kwargs):
-        with OutOfPlace():
-            return self.forward(*args, **kwargs)
+        return OutOfPlace().run(self.forward, *args, **kwargs)
 
 
 def _try(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -115,12 +134,9 @@ def _try(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         needed.append((part, part._version))
         return part
 
-    with (
-        torch.random.fork_rng(devices),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part),
-        OutOfPlace() as mode,
-    ):
-        said = _tensors(forward(*args, **kwargs))
+    mode = OutOfPlace()
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+        said = _tensors(mode.run(forward, *args, **kwargs))
     if any(part._version != version for part, version in needed):
         raise _refused()
     if not mode.seen:

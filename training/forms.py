@@ -342,7 +342,7 @@ def _patterns(sizes: Mapping[str, Size]) -> dict[str, Any]:
             paths.setdefault(size, []).append(re.escape(path))
     keys = {size: f"^(?:{'|'.join(found)})" for size, found in paths.items()}
     return {
-        "target_modules": list(sizes),
+        "target_modules": "|".join(map(re.escape, sizes)),  # of a list, PEFT takes what ends so as well
         "rank_pattern": {key: size.rank for size, key in keys.items()},
         "alpha_pattern": {key: size.alpha for size, key in keys.items()},
     }

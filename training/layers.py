@@ -13,7 +13,7 @@ from .options import Objective, Target
 
 _TRANSFORMER = re.compile(r"\.transformer_blocks\.|\.proj_(in|out)$")
 _RESIDUAL = re.compile(r"\.(in_layers|out_layers|emb_layers|skip_connection|op|conv)(\.|$)")
-_BLOCK = re.compile(r"^\w*(blocks|layers|refiner)\.")  # of any other network
+_BLOCK = re.compile(r"^(language_model\.)?\w*(blocks|layers|refiner)\.")  # of any other; HiDream O1 is a language model
 _ATTENTION = re.compile(r"(^|\.)(attn|attn[12]|\w+_attn|attention|kv_mapper)\.")
 _CROSS = re.compile(  # where the text enters
     r"\.(attn2|cross_attn|kv_mapper)\."  # attention from image to text, and what makes the text's keys and values

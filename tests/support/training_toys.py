@@ -20,6 +20,7 @@ OF_TEXT = (  # what encoders put beside cross-attention rows; the rest of a toy'
     "conditioning_mt5xl",
     "attention_mask_mt5xl",
     "conditioning_byt5small",
+    "text_input_ids",
 )
 
 
@@ -37,7 +38,7 @@ def toy_parts(family: Family) -> tuple:
         made = importlib.import_module("comfy.latent_formats").LatentFormat()
         made.latent_channels, made.latent_dimensions = family.latent[0], len(family.latent) - 1
         model.model.latent_format = made
-    return model, _clip(family), _vae(family)
+    return model, _clip(family), _vae(family, getattr(model.model.latent_format, "latent_dimensions", 2))
 
 
 def _clip(family: Family):
@@ -61,15 +62,16 @@ def _clip(family: Family):
     return clip
 
 
-def _vae(family: Family):
-    ratio = 8 if side_of(family) != SIDE else SIDE // family.latent[-1]
+def _vae(family: Family, dimensions: int):
+    whole = side_of(family) == SIDE or family.latent[0] == 3  # latents of the toy's own size; pixels are latents, too
+    ratio = side_of(family) // family.latent[-1] if whole else 8
     mix = torch.randn(family.latent[0], 3, generator=torch.Generator().manual_seed(3))
     cpu = torch.device("cpu")
 
     def encode(pixels):
         small = F.avg_pool2d(pixels.movedim(-1, 1), ratio)  # 1 3 h w
         latents = torch.einsum("dc,bchw->bdhw", mix, small * 2 - 1)
-        return latents if len(family.latent) == 3 else latents[:, :, None]
+        return latents if dimensions == 2 else latents[:, :, None]
 
     patcher = importlib.import_module("comfy.model_patcher").ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu)
     return SimpleNamespace(patcher=patcher, encode=encode, spacial_compression_encode=lambda: ratio)

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from modular_lora_guard.modular_lora.files.names import is_text
+from modular_lora_guard.training.in_place import writing_allowed
 from modular_lora_guard.training.kohya import checkout
 from modular_lora_guard.training.kohya import engine as kohya
 from modular_lora_guard.training.kohya.arguments import FAMILIES
@@ -232,7 +233,7 @@ def test_text_encoders_of_newer_families_are_trained_under_names_that_the_guard_
     spec = adapters.Spec({}, names, rank=2, alpha=2.0, dropout=0.0, seed=1, role="task")
     with (
         host_model._plain_weights(encoder, torch.float32, cpu),
-        torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        writing_allowed(),
         adapters.adapted(torch.nn.Identity(), encoder, spec) as made,
     ):
         found = encoder.encode_token_weights(tokens(ENCODERS[name]))
@@ -252,7 +253,7 @@ def test_every_text_encoder_is_trained(name, host_model, comfy):
     names, model = host_model.text_names(comfy.anatomy.clip_info(clip)), clip.cond_stage_model
     spec = adapters.Spec({}, names, rank=2, alpha=2.0, dropout=0.0, seed=1, role="task")
     alone = set(encoder.streams) <= {"l", "g", "h"}
-    writing = host_model._cloned_norm_inputs(model) if alone else torch.autograd.graph.allow_mutation_on_saved_tensors()
+    writing = host_model._cloned_norm_inputs(model) if alone else writing_allowed()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

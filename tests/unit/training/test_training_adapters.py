@@ -11,7 +11,7 @@ from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.training import loop
 from modular_lora_guard.training.adapters import Spec, adapted
-from modular_lora_guard.training.forms import ADAPTER, Loha
+from modular_lora_guard.training.forms import ADAPTER, Loha, Size, form_of
 from modular_lora_guard.training.options import SafetyOptions, TaskOptions
 from modular_lora_guard.training.safety.calibrating import _heard
 from modular_lora_guard.training.safety.train import train_safety
@@ -200,3 +200,12 @@ def test_adapters_options_without_effect_are_said():
     said = "\n".join(unused(TaskOptions(conv_dim=4, factor=8, decompose_both=True, algo="diag-oft", network_alpha=1.0)))
     for name in ("conv_dim 4", "factor 8", "decompose_both True", "network_alpha 1.0"):
         assert f"{name} has NO effect" in said
+
+
+@pytest.mark.parametrize("changes", [{}, *FORMS])
+def test_a_layer_is_taken_and_not_those_whose_path_ends_so(changes):
+    """Anima has blocks.0.q and llm_adapter.blocks.0.q, which PEFT takes for the same."""
+    block = lambda: torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)})  # noqa: E731
+    model = torch.nn.ModuleDict({"blocks": block(), "adapter": torch.nn.ModuleDict({"blocks": block()})})
+    form = form_of(TaskOptions(**changes))
+    assert list(form.place(model, {"blocks.q": Size(2, 2.0)}, 0.0)) == ["blocks.q"]

@@ -189,6 +189,8 @@ def test_layers_of_objectives_in_a_joint_attention_and_in_one_without_a_text_of_
     single = {path: path for path in ("layers.0.attention.qkv", "layers.0.feed_forward.w1", "x_embedder")}
     assert not layers.tells_text_apart(single)
     assert list(layers.erasing(single, "linear", "sdd")) == ["layers.0.attention.qkv"]
+    o1 = ["language_model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv"]  # the latter reads reference images
+    assert list(layers.select(dict(zip(o1, o1, strict=True)), "linear")) == o1[:1]
 
 
 # -- pools
