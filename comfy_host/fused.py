@@ -32,7 +32,7 @@ def _plain() -> list[tuple[ModuleType, str, Callable]]:
 @contextmanager
 def with_gradients() -> Iterator[None]:
     """ComfyUI's models compute by operations that have gradients, while inside."""
-    changes: list[tuple[ModuleType, str, object]] = _plain()
+    changes: list[tuple[ModuleType, str, object]] = [*_plain()]
     if hasattr(comfy.model_management, "in_training"):
         changes.append((comfy.model_management, "in_training", True))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
