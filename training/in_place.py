@@ -80,13 +80,12 @@ class _Out(TorchFunctionMode):
 
 
 def _place(tensor: Tensor) -> Place | None:
-    """None for a tensor that is made of others, or that has no elements."""
-    if hasattr(tensor, "__tensor_flatten__") or not tensor.numel() or tensor.layout != torch.strided:
-        return None
+    """None for a tensor that nothing is to be told of: without elements, made of others, sparse, of inference mode."""
     try:
-        return tensor.untyped_storage().data_ptr(), tensor._version
-    except RuntimeError:  # it has no storage of its own, or keeps no count
+        place = tensor.untyped_storage().data_ptr(), tensor._version
+    except (RuntimeError, NotImplementedError):
         return None
+    return place if tensor.numel() else None
 
 
 @contextmanager
