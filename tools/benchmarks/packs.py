@@ -10,7 +10,7 @@ place, and as it is. A row says what Save Image's file tells of the image (`resu
 differs from the merge's at most (`levels`), and by how many that of the graph without the safety LoRA does (`without`);
 where the guarded run failed, why, unless the graph fails by itself. With ``--attach`` the graph is guarded without a
 node and as it is, by the line for people at home in guard.txt, which is taken away for the other two runs; the rows
-go to packs_attach_<version>.json.
+go to packs_attach_<version>.json. ComfyUI looks at the line once a second and then drops what it kept of runs before.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from modular_lora_guard.operators import home
+from modular_lora_guard.tools.bootstrap.console import RunError
 from modular_lora_guard.tools.demo import base
 from modular_lora_guard.tools.demo.client import Client, ClientError, Failed
 from modular_lora_guard.tools.demo.graphs import Graph
@@ -43,6 +45,7 @@ from .pack_graphs import Case
 
 COMMAND = "python -m tools.benchmarks.packs PACKS --comfyui COMFYUI --world WORLD {}--record"
 KEY = "modular_lora_images"
+IN_FORCE = "ModularLoraInForce"  # a node in the list while the line is in force
 HELPERS = Path(__file__).with_name("pack_nodes.py")
 
 
@@ -103,9 +106,24 @@ def guarded(client: Client, case: Case, info: dict[str, Any], safety: str, line:
     line.parent.mkdir(exist_ok=True)
     line.write_text(f"always: {safety}\n", encoding="utf-8")
     try:
+        _heeded(client, in_force=True)
         return run(client, completed(case.graph, info))
     finally:
         line.unlink()
+        _heeded(client, in_force=False)
+
+
+def _heeded(client: Client, in_force: bool, patience: float = 30) -> None:
+    """Wait until the server's node list says that every model is guarded, or no longer says so."""
+    deadline = time.monotonic() + patience
+    while bool(client.get_json(f"/object_info/{IN_FORCE}")) != in_force:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"the line {'put in' if in_force else 'taken out'} was not heeded within {patience:.0f} s",
+                code="command.no-answer",
+            )
+        time.sleep(0.2)
+    time.sleep(0.5)  # the queue's thread drops what it kept
 
 
 def _levels(one: Run, other: Run) -> int:
