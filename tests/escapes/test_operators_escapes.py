@@ -19,6 +19,8 @@ from support.drop_in import translated, without_node
 from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 
+ATTACH_SAMPLE = 5
+
 
 @pytest.fixture(scope="module")
 def ground(comfy, loras) -> Iterator[Ground]:
@@ -33,6 +35,12 @@ def ground(comfy, loras) -> Iterator[Ground]:
 @pytest.fixture(scope="module")
 def outcomes() -> Counter:
     """Of attempts with the drop-in node: (it is in the graph, images came out, something was refused) -> how many."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def attached() -> Counter:
+    """Of attempts without a node: (the policy attaches, images came out, something was refused) -> how many."""
     return Counter()
 
 
@@ -85,15 +93,19 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     outcomes[any(changed), bool(images), bool(ground.seen.refused)] += 1
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(ATTACH_SAMPLE)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
-def test_nor_does_one_where_every_model_is_guarded_without_a_node(ground: Ground, one: Attempt, monkeypatch) -> None:
+def test_nor_does_one_where_every_model_is_guarded_without_a_node(
+    ground: Ground, one: Attempt, monkeypatch, attached
+) -> None:
     """The same graphs without any node of the guard, and those that cannot be had so as they are."""
     queue, put = ground.queue, ground.put
     required = f'{{sha256 = "{ground.safety}"'
+    changed = []
 
     def attaching(text):
         if text and required in text:
+            changed.append(True)
             text = text.replace("[guard]\n", '[guard]\nattach = "always"\n', 1)
             text = text.replace(required, f'{{file = "safety.safetensors", {required[1:]}')
         put(text)
@@ -107,11 +119,20 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(ground: Ground
     ground.write(ground.text(one.policy))
     ground.begin()
     one.act(ground)
-    ground.images()  # every one of them is attested
+    images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
+    attached[bool(changed), bool(images), bool(ground.seen.refused)] += 1
+
+
+def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:
+    count = extent(ATTACH_SAMPLE, len(ATTEMPTS))
+    if sum(attached.values()) < count:
+        pytest.skip("needs the attempts above in the same process")
+    by_policy = {key[1:]: n for key, n in attached.items() if key[0]}
+    assert sum(by_policy.values()) >= 0.3 * count
 
 
 def test_with_the_drop_in_node_graphs_were_sent_sampled_and_refused(outcomes) -> None:

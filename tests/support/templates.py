@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.graphs import node
+from support.template_toys import FILE
 
 PARTS = ("core", "media_api", "media_image", "media_other", "media_video")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what stands behind a seed in the values of a node
-BYPASSED = 4  # mode of a node
+MUTED, BYPASSED = 2, 4  # modes of a node
 NOTES = ("Note", "MarkdownNote")
 IMAGE_FILE, PIXELS, LARGER = "template.png", 64, 96
+FILM = {"width": PIXELS, "height": PIXELS, "length": 9, "batch_size": 1}
 LORAS = ("task.safetensors", "other.safetensors")
 
 
@@ -33,12 +35,12 @@ def graph_of(path: Path, classes: dict) -> dict:
     said = json.loads(path.read_text(encoding="utf-8"))
     assert not said.get("definitions", {}).get("subgraphs")
     nodes = {one["id"]: one for one in said["nodes"] if one["type"] not in NOTES}
-    assert all(one.get("mode", 0) in (0, BYPASSED) for one in nodes.values())
+    assert all(one.get("mode", 0) in (0, MUTED, BYPASSED) for one in nodes.values())
     links = {link[0]: (link[1], link[2]) for link in said["links"]}
     return {
         f"n{number}": node(one["type"], **_inputs(one, nodes, links, classes))
         for number, one in nodes.items()
-        if one["type"] not in ("PrimitiveNode", "Reroute") and one.get("mode", 0) != BYPASSED
+        if one["type"] not in ("PrimitiveNode", "Reroute") and one.get("mode", 0) == 0
     }
 
 
@@ -81,6 +83,16 @@ def _source(link: tuple[int, int], nodes: dict, links: dict):
 SMALL = {  # by node type: what the toy model asks for, and how large and long a test may be
     "CheckpointLoaderSimple": {"ckpt_name": "world.safetensors"},
     "EmptyLatentImage": {"width": PIXELS, "height": PIXELS, "batch_size": 1},
+    "ConditioningSetArea": {"width": PIXELS, "height": PIXELS, "x": 0, "y": 0},
+    "VAELoader": {"vae_name": FILE},
+    "ControlNetLoader": {"control_net_name": FILE},
+    "UpscaleModelLoader": {"model_name": FILE},
+    "GLIGENLoader": {"gligen_name": FILE},
+    **{f"Empty{name}LatentVideo": FILM for name in ("Hunyuan", "Mochi")},
+    **{f"Wan{name}ToVideo": FILM for name in ("Image", "FirstLastFrame")},
+    "VAEDecodeTiled": {"tile_size": 64, "overlap": 16},
+    "BasicScheduler": {"steps": 2},
+    "ImageScale": {"width": LARGER, "height": LARGER},
     "EmptySD3LatentImage": {"width": PIXELS, "height": PIXELS, "batch_size": 1},
     "LatentUpscale": {"width": LARGER, "height": LARGER},
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
@@ -93,13 +105,14 @@ SMALL = {  # by node type: what the toy model asks for, and how large and long a
 }
 
 
-def small(graph: dict) -> dict:
-    """The same for the demo world's checkpoint, at a size and number of steps for a test."""
-    loras = iter(LORAS * len(graph))
+def small(graph: dict, loras: tuple[str, ...]) -> dict:
+    """The same for toy models and ``loras``, at a size and number of steps for a test."""
+    names = iter(loras * len(graph))
     for one in graph.values():
         one["inputs"] |= SMALL.get(one["class_type"], {})
-        if one["class_type"] == "LoraLoader":
-            one["inputs"] |= {"lora_name": next(loras), "strength_model": 0.7, "strength_clip": 0.7}
+        if one["class_type"] in ("LoraLoader", "LoraLoaderModelOnly"):
+            one["inputs"]["lora_name"] = next(names)
+            one["inputs"] |= {key: 0.7 for key in ("strength_model", "strength_clip") if key in one["inputs"]}
         if one["class_type"] == "KSamplerAdvanced":  # the first half of the steps by one model, the rest by another
             one["inputs"]["start_at_step"] = 2 if one["inputs"]["start_at_step"] else 0
             one["inputs"]["end_at_step"] = 2 if one["inputs"]["end_at_step"] < 1000 else 10_000

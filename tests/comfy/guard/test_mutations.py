@@ -23,7 +23,7 @@ from support.graphs import GraphError, guarded_graph, keeping_code, sampler, sav
 from support.mutations import COPY, LORAS, Graph, Mutator, ancestors, edges, install
 
 pytestmark = pytest.mark.slow
-GROUPS, SIZE, SAMPLE = 20, 10, 8
+GROUPS, SIZE, SAMPLE, ATTACH_SAMPLE = 20, 10, 8, 5
 GUARDED = ("guarded: ", "guarded; edited: ")  # how a decode's report of a guarded image begins
 STOCK = {
     "ModularLoraGuardedAsModel": ("TestReroute", {"guarded_model": "value"}),
@@ -79,6 +79,11 @@ def tally() -> Counter:
 
 @pytest.fixture(scope="module")
 def drop_in_tally() -> Counter:
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def attach_tally() -> Counter:
     return Counter()
 
 
@@ -362,18 +367,29 @@ class AttachJudge(DropInJudge):
         return super()._refusal(error)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(ATTACH_SAMPLE)
 @pytest.mark.parametrize("seed", range(GROUPS * SIZE))
-def test_nor_is_one_where_every_model_is_guarded_without_a_node(comfy, run_graph, world, images, operator, seed):
+def test_nor_is_one_where_every_model_is_guarded_without_a_node(
+    comfy, run_graph, world, images, operator, attach_tally, seed
+):
     judge = AttachJudge(operator, comfy, run_graph, world, images)
     mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
     if translated(mutant.graph) is None:
-        return  # handles of LoRAs go a way that has nothing which corresponds to it
+        attach_tally["not translated"] += 1  # handles of LoRAs go a way that has nothing which corresponds to it
+        return
     try:
-        judge.run(mutant, seed)
+        attach_tally[judge.run(mutant, seed)] += 1
     except (AssertionError, Exception) as error:
         made = json.dumps(judge.graph(mutant), indent=1)
         raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{made}") from error
+
+
+def test_enough_of_these_were_attested_and_enough_refused(attach_tally, extent):
+    count = extent(ATTACH_SAMPLE, GROUPS * SIZE)
+    if sum(attach_tally.values()) < count:
+        pytest.skip("needs all mutations of this file in one process")
+    assert attach_tally["attested"] >= 0.2 * count
+    assert attach_tally["refused by the guard"] + attach_tally["refused by ComfyUI"] >= 0.1 * count
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:

@@ -131,6 +131,19 @@ def test_an_ordinary_graph_runs_as_it_is(always, judged, make):
     assert tasks == ([(TASK, 0.7, False), (OTHER, -0.4, False)] if make is two_loaders else [(TASK, 0.7, False)])
 
 
+def test_a_batch_with_a_packs_loader_is_decoded_in_tiles_as_it_is(always, judged):
+    graph = ordinary()
+    both = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
+    graph["power"] = node("PackPowerLoader", **both, loras=f"{TASK}: 0.7, {OTHER}: 0.5")
+    graph["sample"]["inputs"]["model"] = ["power", 0]
+    graph["latent"]["inputs"]["batch_size"] = 2
+    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
+    graph["decode"] = node("VAEDecodeTiled", samples=["sample", 0], vae=["ckpt", 2], **tiles)
+    runs = judged(graph)
+    assert [run.status for run in runs] == ["guarded"] * 2
+    assert [lora.name for lora in runs[0].loras if lora.role == "task"] == [TASK, OTHER]
+
+
 def alone() -> dict:
     """What PackOneNode draws, as a graph of ComfyUI's own nodes."""
     graph = ordinary()

@@ -1,0 +1,91 @@
+"""What ComfyUI's templates load besides a checkpoint, at toy size.
+
+VAEs, ControlNets, upscale models and GLIGEN are small files that ComfyUI's own loaders read. In the place of the
+loaders of a diffusion model or text encoder by itself stand classes with the same inputs, which give what a toy has
+of that kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.encoder_toys import randomise
+
+FILE = "toy.safetensors"
+FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
+MODELS = ("UNETLoader",)
+CLIPS = ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader")
+
+
+@contextmanager
+def files(comfy, model) -> Iterator[None]:
+    """The files in ComfyUI's folders, for the demo world's ``model``."""
+    paths = comfy.folder_paths.folder_names_and_paths
+    before = {name: paths[name] for name in FOLDERS}
+    made = (_vae(comfy), _control_network(model), _upscale_model(), _gligen(model))
+    for name, tensors in zip(FOLDERS, made, strict=True):
+        folder = comfy.base / "models" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / FILE)
+        paths[name] = ([str(folder)], {".safetensors"})
+    yield
+    paths.update(before)
+
+
+def _vae(comfy) -> dict[str, torch.Tensor]:
+    """The checkpoint's own."""
+    prefix = "first_stage_model."
+    tensors = load_file(comfy.base / "models" / "checkpoints" / "world.safetensors")
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _control_network(model) -> dict[str, torch.Tensor]:
+    from comfy import ops
+    from comfy.cldm import cldm
+
+    left = ("out_channels", "disable_unet_model_creation")
+    settings = {key: value for key, value in model.model.model_config.unet_config.items() if key not in left}
+    network = cldm.ControlNet(**settings, hint_channels=3, operations=ops.manual_cast)
+    randomise(network)
+    return network.state_dict()
+
+
+def _upscale_model() -> dict[str, torch.Tensor]:
+    from spandrel.architectures.ESRGAN import ESRGAN
+
+    network = ESRGAN(num_filters=8, num_blocks=1, scale=2)
+    randomise(network)
+    return network.state_dict()
+
+
+def _gligen(model) -> dict[str, torch.Tensor]:
+    from comfy import gligen
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+
+    made = {}
+    for name, block in model.model.diffusion_model.named_modules():
+        if isinstance(block, BasicTransformerBlock):
+            fuser = gligen.GatedSelfAttentionDense(
+                block.attn1.to_q.in_features, 768, 8, block.attn1.to_q.in_features // 8
+            )
+            randomise(fuser)
+            made |= {f"{name}.fuser.{key}": value for key, value in fuser.state_dict().items()}
+    place = gligen.PositionNet(768, 768)
+    randomise(place)
+    return made | {f"position_net.{key}": value for key, value in place.state_dict().items()}
+
+
+def stand_in(real: type, made: Any) -> type:
+    """A class with the inputs of a loader, of which none is read, that gives ``made``."""
+    inputs = {
+        part: {name: ("STRING", {}) for name in said}
+        for part, said in real.INPUT_TYPES().items()
+        if part in ("required", "optional")
+    }
+    members = {"INPUT_TYPES": classmethod(lambda cls: inputs), "RETURN_TYPES": real.RETURN_TYPES}
+    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **_: (made,)})
