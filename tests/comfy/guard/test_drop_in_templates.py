@@ -33,6 +33,7 @@ VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     "video_wan2_2_14B_i2v",
 )
 TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
+SHOWING = ("controlnet_example",)  # these show an image from outside, for which a policy must say so
 EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
 EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced")
 LOADER, VAE_LOADER = "CheckpointLoaderSimple", "VAELoader"
@@ -172,11 +173,13 @@ def test_a_template_with_one_node_more_gives_the_merges_images_attested(comfy, t
 
 @pytest.fixture
 def attached(comfy, operator, run_graph, sha256) -> Callable[[dict, str], dict]:
-    """Queues a graph as it is under a policy that guards every model, and runs it."""
+    """Queues a template's graph as it is under a policy that guards every model, and runs it."""
 
-    def run(graph: dict, safety: str) -> dict:
+    def run(graph: dict, name: str) -> dict:
+        safety = safety_of(name)
         one = f'{{sha256 = "{sha256(safety)}", file = "{safety}", min_net_strength = 0.9}}'
-        operator.write(f'[guard]\nattach = "always"\nrequired = [{one}]\n')
+        shown = "[open]\nunattested = true\n" if name in SHOWING else ""
+        operator.write(f'[guard]\nattach = "always"\nrequired = [{one}]\n{shown}')
         assert operator.queue(graph) == {}
         made = run_graph(copy.deepcopy(graph), new_executor(comfy))  # the server empties its cache for a policy
         operator.remove()
@@ -191,4 +194,4 @@ def test_a_template_as_it_is_gives_the_merges_images_attested_under_a_policy_tha
     comfy, toys, attached, name, judged
 ):
     graph = template(comfy, name)
-    judged("templates_attach.json", name, graph, decoded(graph, attached(graph, safety_of(name))))
+    judged("templates_attach.json", name, graph, decoded(graph, attached(graph, name)))
