@@ -8,6 +8,7 @@ costs the network's size once. On leaving, the parameters themselves are put bac
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,7 +266,7 @@ def kohya_base(model, clip, ckpt_name: str, options: Options, files: Mapping[str
         introspection.family(model),
         introspection.model_sha256(model),
         isinstance(model.model.model_sampling, comfy.model_sampling.V_PREDICTION),
-        str(Path(comfy.sd1_clip.__file__).parent / engine.COMFYUI_TOKENIZER.name),
+        str(Path(inspect.getfile(comfy.sd1_clip)).parent / engine.COMFYUI_TOKENIZER.name),
         {part: _part(part, kinds, name) for part, name in files.items()},
     )
     comfy.model_management.unload_all_models()

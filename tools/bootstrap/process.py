@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .console import RunError, status
+from ...modular_lora.util.endings import ending
+from ...modular_lora.util.endings import remedy as remedy_of
+from .console import RunError, say, status
 
 TAIL_LINES = 15
+CRASHED = "A compiled package has a fault, or does not fit this processor: the lines above may say which."
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -96,7 +99,8 @@ def run_logged(
     if code:
         status(f"  {title}: failed after {took:.0f} s", final=True)
         raise RunError(
-            f"{title}: exit code {code}. Last lines of {log}:\n{tail(log, start)}\n{remedy}", code="command.exit-code"
+            f"{title} {ending(code)}. Last lines of {log}:\n{tail(log, start)}\n{remedy_of(code, remedy)}",
+            code="command.exit-code",
         )
     status(f"  {title}: {took:.0f} s", final=True)
 
@@ -113,10 +117,18 @@ def _watch(child: subprocess.Popen[bytes], title: str, began: float) -> int:
 
 
 def run_attached(command: Sequence[str | Path], *, environment: Mapping[str, str], cwd: Path | None = None) -> int:
-    """Run a child on this terminal and give its exit code; an interrupt waits for the child to clean up."""
+    """Run a child on this terminal and give its exit code; an interrupt waits for the child to clean up.
+
+    A child that a signal ended said nothing itself: that is said here, and the code is 128 and the signal's number, as
+    shells have it.
+    """
     child = subprocess.Popen(list(map(str, command)), env=dict(environment), cwd=cwd)
     try:
-        return child.wait()
+        code = child.wait()
+        if code >= 0:
+            return code
+        say(f"run.py: what it started {ending(code)}. {remedy_of(code, CRASHED)}")
+        return 128 - code
     except KeyboardInterrupt:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=30)
@@ -161,6 +173,8 @@ def output_of(command: Iterable[str | Path], *, subject: str, remedy: str) -> st
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RunError(f"{subject}: {error}. {remedy}") from error
     if answer.returncode:
-        lines = (answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"]
-        raise RunError(f"{subject}: {lines[-1].strip()}. {remedy}")
+        code = answer.returncode
+        lines = (answer.stderr or answer.stdout).strip().splitlines() if code > 0 else []
+        said = lines[-1].strip() if lines else f"the command {ending(code)}"
+        raise RunError(f"{subject}: {said}. {remedy_of(code, remedy)}")
     return answer.stdout.strip()

@@ -82,7 +82,8 @@ def _comfy(options: argparse.Namespace, world: DemoWorld) -> int:
     say("Starting ComfyUI …")
     with server(options, world, "comfy-server", port=options.port, extra=options.extra) as running:
         say(f"ComfyUI is at {running.url}  (log: {running.log}; Ctrl+C ends it)")
-        say("Open a workflow from the template browser: Workflow > Browse Templates > modular-lora-guard")
+        say("Workflow > Browse Templates > Modular LoRA Guard has graphs to start from.")
+        say("In a graph of yours: put the node Guard behind the checkpoint loader, and choose the safety LoRA on it.")
         if not options.no_browser:
             webbrowser.open(running.url)
         return running.wait()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ...modular_lora.util.endings import ending, remedy
 from ..bootstrap.console import RunError
 from ..bootstrap.paths import RUN
 from ..bootstrap.process import child_environment, stop, tail
@@ -123,8 +124,11 @@ class Server:
         return self
 
     def _environment(self) -> dict[str, str]:
-        ours = RUN in self.comfyui.parents
-        return child_environment({} if ours else {"PYTHONDONTWRITEBYTECODE": "1"})
+        return child_environment({} if self._ours() else {"PYTHONDONTWRITEBYTECODE": "1"})
+
+    def _ours(self) -> bool:
+        """Whether ComfyUI and its environment were made by run.py."""
+        return RUN in self.comfyui.parents
 
     def _wait(self, deadline: float, timeout: float) -> None:
         while not (self.listens() and self.answers()):
@@ -158,17 +162,28 @@ class Server:
 
     def check(self) -> None:
         """Raise with the log's last lines if the server has ended."""
-        if self._child is None or self._child.poll() is None:
+        code = None if self._child is None else self._child.poll()
+        if code is None:
             return
         raise RunError(
-            f"ComfyUI in {self.comfyui} ended with exit code {self._child.returncode}. Last lines of {self.log}:\n"
-            f"{tail(self.log)}\nIf a package is missing, delete {RUN} and run the same command again.",
+            f"ComfyUI in {self.comfyui} {ending(code)}. Last lines of {self.log}:\n{tail(self.log)}\n"
+            f"{remedy(code, self._remedy(code))}",
             code="command.server-ended",
         )
 
+    def _remedy(self, code: int) -> str:
+        """For a server that no signal ended."""
+        if not code:
+            return "It was asked to end, by a signal or an option: without that, run the same command again."
+        where = f"delete {RUN}" if self._ours() else f"install it for {self.python}"
+        return f"If a package is missing, {where} and run the same command again."
+
     def wait(self) -> int:
-        """Wait until the server ends by itself."""
-        return self._child.wait() if self._child else 0
+        """Wait until the server ends: 0 where it was asked to; RunError where it failed or a signal ended it."""
+        code = self._child.wait() if self._child else 0
+        if code:
+            self.check()
+        return code
 
     def stop(self) -> None:
         if self._child is not None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from ...modular_lora.errors import GuardError
+from ...modular_lora.util.endings import ending, remedy
 from ..loop import Watch
 from ..stopping import Stopping, stopping
 from .entry import MARK
@@ -245,4 +246,5 @@ def _new_previews(folder: Path, known: set[Path], sizes: dict[Path, int], progre
 
 def _failure(code: int, tail: Iterable[str]) -> str:
     output = "\n".join(tail) or "(none)"
-    return f"sd-scripts ended with exit code {code}; last output:\n{output}"
+    again = remedy(code, "")
+    return f"sd-scripts {ending(code)}; last output:\n{output}" + (f"\n{again}" if again else "")

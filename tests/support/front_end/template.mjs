@@ -68,7 +68,7 @@ function drawnGraph(dialog) {
     needs: folded(one) ? 0 : one.computeSize()[1],
     widgets: Object.fromEntries((one.widgets ?? []).map((widget) => [widget.name, widget.value])),
     unlinked: (one.inputs ?? []).filter((slot) => slot.link == null && !slot.widget && slot.shape !== 7).map((slot) => slot.name),
-    pictures: (one.imgs?.length ? one.imgs : drawnPictures(one.id)).map((image) => [image.naturalWidth, image.naturalHeight]),
+    pictures: (drawn(one.id) ? drawnPictures(one.id) : (one.imgs ?? [])).map((image) => [image.naturalWidth, image.naturalHeight]),
     report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.value || null,
     outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });

@@ -186,6 +186,38 @@ def test_a_failing_step_shows_its_last_lines_and_the_remedy(tmp_path: Path) -> N
         process.run_logged([sys.executable, "-c", script], title="step", log=tmp_path / "log", remedy="Do this.")
 
 
+KILLS_ITSELF = "import os, signal; os.kill(os.getpid(), signal.{})"
+BY_SIGNAL = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that end a process")
+
+
+@BY_SIGNAL
+@pytest.mark.parametrize(
+    ("name", "blamed", "memory"), [("SIGTERM", False, False), ("SIGKILL", False, True), ("SIGSEGV", True, False)]
+)
+def test_a_step_that_a_signal_ended_names_it_and_blames_no_file(
+    tmp_path: Path, name: str, blamed: bool, memory: bool
+) -> None:
+    command = [sys.executable, "-c", KILLS_ITSELF.format(name)]
+    for run_step in (
+        lambda: process.run_logged(command, title="step", log=tmp_path / "log", remedy="Delete the folder."),
+        lambda: process.output_of(command, subject="step", remedy="Delete the folder."),
+    ):
+        with pytest.raises(RunError) as caught:
+            run_step()
+        assert name in str(caught.value)
+        assert ("Delete the folder." in str(caught.value)) == blamed, "only a crash is a fault of the step's own"
+        assert ("memory" in str(caught.value)) == memory
+
+
+@BY_SIGNAL
+def test_a_child_on_the_terminal_that_a_signal_ended_is_told_as_shells_do(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", KILLS_ITSELF.format("SIGKILL")]
+    assert process.run_attached(command, environment=os.environ) == 128 + 9
+    assert "SIGKILL" in capsys.readouterr().out
+    assert process.run_attached([sys.executable, "-c", "exit(3)"], environment=os.environ) == 3
+    assert capsys.readouterr().out == "", "who ends by himself has said why"
+
+
 def test_a_command_that_cannot_start_names_itself(tmp_path: Path) -> None:
     with refuses("command.not-started", "no-such-program", "Do this."):
         process.run_logged([tmp_path / "no-such-program"], title="step", log=tmp_path / "log", remedy="Do this.")
@@ -267,6 +299,39 @@ def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None
     failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
     with refuses("command.server-ended", "1", "broken on purpose"):
         failing.start(timeout=60)
+
+
+@BY_SIGNAL
+@pytest.mark.parametrize(("last", "named"), [(KILLS_ITSELF.format("SIGTERM"), "SIGTERM"), ("", "exit code 0")])
+def test_a_server_that_was_ended_from_outside_is_not_called_broken(tmp_path: Path, last: str, named: str) -> None:
+    comfy = tmp_path / "ComfyUI/comfy"
+    comfy.mkdir(parents=True)
+    (comfy / "cli_args.py").touch()
+    (comfy.parent / "main.py").write_text(last)
+    ended = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+    with refuses("command.server-ended", named) as caught:
+        ended.start(timeout=60)
+    assert "package" not in str(caught.value)
+
+
+@BY_SIGNAL
+def test_a_server_that_ends_later_by_a_signal_ends_the_command_with_its_name(tmp_path: Path) -> None:
+    with _binding(tmp_path, lost=0) as started:
+        assert started._child is not None
+        started._child.kill()
+        with refuses("command.server-ended", "SIGKILL", "memory"):
+            started.wait()
+
+
+def test_a_missing_package_of_an_own_comfyui_is_not_looked_for_in_ours(tmp_path: Path) -> None:
+    comfy = tmp_path / "ComfyUI/comfy"
+    comfy.mkdir(parents=True)
+    (comfy / "cli_args.py").touch()
+    (comfy.parent / "main.py").write_text("import no_such_package")
+    failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+    with refuses("command.server-ended", "no_such_package", sys.executable) as caught:
+        failing.start(timeout=60)
+    assert str(paths.RUN) not in str(caught.value)
 
 
 BINDING = """

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -472,7 +473,7 @@ def test_a_frozen_model_is_prepared_as_one_to_evaluate(monkeypatch):
     assert seen == [(True, False), (True, True)]
 
 
-def test_a_script_that_draws_previews_itself_shows_the_safety_lora(stub, monkeypatch):
+def test_a_script_that_draws_previews_itself_shows_the_safety_lora(stub, monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.import_module("train_network"), "NetworkTrainer", type("Trainer", (), {}), raising=False
     )
@@ -480,8 +481,9 @@ def test_a_script_that_draws_previews_itself_shows_the_safety_lora(stub, monkeyp
     network.apply_to(encoder, unet)
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 10)
     entry.guard_previews("hunyuan_image_train_network.py")
-    script = """
-import train_network
+    script = tmp_path / "previews.py"
+    script.write_text("""
+import torch, train_network
 def sample_image_inference():
     torch.rand(1)
     return unet(x, context)
@@ -489,10 +491,9 @@ class Own(train_network.NetworkTrainer):
     def sample_images(self):
         return sample_image_inference()
 shown = Own().sample_images()
-"""
-    names = {"torch": torch, "unet": unet, "x": x, "context": context}
+""")
     before = torch.get_rng_state()
-    exec(script, names)
+    names = runpy.run_path(str(script), {"unet": unet, "x": x, "context": context})
     assert torch.equal(torch.get_rng_state(), before)
     with kohya_network.previewing():
         assert torch.equal(names["shown"], unet(x, context))
