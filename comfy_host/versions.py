@@ -187,6 +187,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("trainer_model.py:opened", _RUN, "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"),
     *_touches("trainer_model.py:_clip_skip", _RUN, "comfy.sd.CLIP.clip_layer"),
     *_touches("trainer_model.py:load_checkpoint", _RUN, "comfy.sd.load_checkpoint_guess_config"),
+    *_touches("trainer_model.py:load_checkpoint", _OLDER, "comfy.model_detection.unet_prefix_from_state_dict"),
     *_touches("trainer_model.py:_cloned_norm_inputs", _RUN, "comfy.clip_model.CLIPLayer"),
     *_touches("fused.py:with_gradients", _NEWER, "comfy.model_management.in_training"),
     *_touches("noising.py:schedule_of", _RUN, "comfy.model_sampling.EPS.calculate_denoised"),
