@@ -1,17 +1,16 @@
-"""Whether the memory that a training says it will take is what it takes: resident memory beside what was counted.
+"""Whether the memory that a training says it will take is what it takes: resident memory beside what was said.
 
     python -m tools.benchmarks.training_memory CHECKPOINT --comfyui COMFYUI [--record]
 
-Trainings of a few steps on the demo world (on Linux or macOS). Before the first step a copy of the process measures one
-micro-batch, as `training/memory.py` does; then the steps run, and the process's resident memory is read all the while.
-What the process holds with the model loaded and made ready, above what it held before, is counted as well, text encoder
-and VAE included.
+Trainings of a few steps on the demo world. Before the first step one micro-batch is measured, as `training/memory.py`
+does where there are 50 steps or more; then the steps run, and the process's resident memory is read all the while,
+above what it was before the measuring. What the process holds with the model loaded and made ready, above what it held
+before that, is counted as well, text encoder and VAE included.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import sys
 import tempfile
 from typing import Any
@@ -52,10 +51,14 @@ def measured(host, chosen, values: dict[str, Any], steps: int) -> tuple[int, int
 
     def watched(run: loop._Fit, *given: Any) -> None:
         run.job.prepare(run.step)
-        found.append(_said(run))
+        before = _resident()
+        found.append(memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device).total)
+        for working in run.masters.working:
+            working.grad = None
+        start = _resident()
         with memory.Growth(run.device) as growth:
             train(run, *given)
-        found.append(growth.bytes)
+        found.append(growth.bytes + start - before)
 
     loop._train = watched
     try:
@@ -80,22 +83,6 @@ def _resident() -> int:
     gc.collect()
     memory._trim()
     return psutil.Process().memory_info().rss
-
-
-def _said(run: loop._Fit) -> int:
-    """What the line would say, found in a copy of the process, so that the steps start as if it had not been asked."""
-    context = multiprocessing.get_context("fork")
-    found = context.SimpleQueue()
-
-    def measure() -> None:
-        found.put(memory.foresee(lambda: run.job.loss(0, 0), run.masters.values, run.options, run.device).total)
-
-    child = context.Process(target=measure)
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise RuntimeError(f"the copy of the process that measures ended with {child.exitcode}; why stands above")
-    return found.get()
 
 
 def main() -> None:
