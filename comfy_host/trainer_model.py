@@ -59,18 +59,19 @@ _OWN = "connect the checkpoint loader's own"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger("modular_lora")
 ENGINE = f"{patcher.PACK}, embedded"
+ALL = 1e32  # bytes of a model to load, as ComfyUI says it
 CHUNK = 75  # tokens between start and end token
 
 
 class ComfyHostModel:
     """See training.model.HostModel; made by `opened`."""
 
-    def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int, device: torch.device):
+    def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
         self.infos = introspection.model_info(model), introspection.clip_info(clip)  # as of now: PEFT changes paths
         self._loaded = self._model.state_dict()  # as of now: they may be rounded for the training
         self._chunks = max_token_length // CHUNK
-        self.family, self.dtype, self.device = introspection.family(model), dtype, device
+        self.family, self.dtype, self.device = introspection.family(model), dtype, model.load_device
         self.base_sha256, self.patches = introspection.model_sha256(model), len(model.patches)
         self.unet, self.text_encoder = self._model.diffusion_model, clip.cond_stage_model
         self.unet_names: Mapping[str, str] = unet_names(self.infos[0], self.family)
@@ -193,17 +194,20 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     clip = _clip_skip(clip, options.clip_skip)
     if getattr(model, "is_dynamic", lambda: False)():
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
-    device = model.load_device
-    if options.fp8_base_unet or options.blocks_to_swap:  # whole, it is to lie in main memory alone
-        model = model.clone()
-        model.load_device = MAIN_MEMORY
-    comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
-    dtype = DTYPES[options.mixed_precision]
-    host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length, device)
-    text_device = clip.patcher.load_device
-    del clip, vae  # held by the host model alone, which may let go of them
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    dtype, device = DTYPES[options.mixed_precision], model.load_device
+    with ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
+        others = [clip.patcher, vae.patcher]
+        if options.fp8_base_unet or options.blocks_to_swap:
+            stack.enter_context(_in_main_memory(model))
+            comfy.model_management.load_models_gpu(others, force_full_load=True)
+        else:
+            comfy.model_management.load_models_gpu([model, *others], force_full_load=True)
+        host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length)
+        text_device = clip.patcher.load_device
+        del clip, vae, others  # held by the host model alone, which may let go of them
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(with_gradients())
         storage = Storage(host_model.unet, options, dtype, device)
         stack.enter_context(_plain_weights(host_model.unet, dtype, device, storage))
@@ -217,6 +221,17 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
         stack.enter_context(_attribute(model.model, "model_sampling", noising.plain(model.model.model_sampling)))
         yield host_model
+
+
+@contextmanager
+def _in_main_memory(model) -> Iterator[None]:
+    """A model whole in main memory alone, with what is merged into it, though it is computed with elsewhere."""
+    comfy.model_management.unload_all_models()
+    model.partially_load(MAIN_MEMORY, ALL)
+    try:
+        yield
+    finally:
+        model.detach()
 
 
 def _node(options: Options) -> str:

@@ -185,6 +185,8 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("conditions.py:_sdpa", _RUN, "comfy.ldm.modules.attention.attention_pytorch"),
     *_touches("trainer_model.py:opened", _RUN, "comfy.model_base.BaseModel.manual_cast_dtype"),
     *_touches("trainer_model.py:opened", _RUN, "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"),
+    *_touches("trainer_model.py:_in_main_memory", _OLDER, f"{_PATCHER}.partially_load", f"{_PATCHER}.detach"),
+    *_touches("trainer_model.py:_in_main_memory", _OLDER, "comfy.model_management.unload_all_models"),
     *_touches("trainer_model.py:_clip_skip", _RUN, "comfy.sd.CLIP.clip_layer"),
     *_touches("trainer_model.py:load_checkpoint", _RUN, "comfy.sd.load_checkpoint_guess_config"),
     *_touches("trainer_model.py:load_checkpoint", _OLDER, "comfy.model_detection.unet_prefix_from_state_dict"),

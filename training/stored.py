@@ -37,11 +37,11 @@ class Stored(Tensor):
 
     held: Tensor
     scale: float
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, held: Tensor, scale: float, dtype: torch.dtype, device: torch.device) -> Stored:
-        made = Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=dtype, device=device)
         made.held, made.scale = held, scale
         return made
 
@@ -57,19 +57,14 @@ class Stored(Tensor):
         """By which PyTorch tells what was written to (allow_mutation_on_saved_tensors)."""
         return self.held.data_ptr()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Stored({list(self.shape)}, {self.dtype} on {self.device}, held as {self.held.dtype})"
-
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _VIEWS:
             return cls(func(args[0].held, *args[1:], **kwargs), args[0].scale, args[0].dtype, args[0].device)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, Stored) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise TypeError(f"{func}: {value} is read alone: what is written would be lost")
+                raise TypeError(f"{func}: a stored weight is read alone: what is written would be lost")
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
 

@@ -227,6 +227,30 @@ def test_a_base_in_eight_bits_gives_the_lora_of_its_rounded_weights(name, change
     assert ("1 blocks wait in main memory" in stored.report) == ("blocks_to_swap" in changes)
 
 
+def test_what_is_merged_into_a_base_is_in_what_waits_in_main_memory(comfy, data, tmp_path):
+    trainer, task, options = part("comfy_host.trainer_model"), part("training.task.train"), part("training.options")
+    family = next(family for family in EVERY if family.name == "SD1.x")
+    layer = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+    def train(name: str, **changes):
+        model, clip, vae = toy_parts(family)
+        before, merged = bits(model.model), model.clone()
+        assert merged.add_patches({layer: (torch.full_like(dict(model.model.named_parameters())[layer], 0.5),)})
+        o = options.TaskOptions(
+            output_name=name, output_dir=str(tmp_path), train_data_dir=str(data), network_dim=2, max_train_steps=1,
+            resolution=SIDE, save_precision="float", allow_contaminated_base=True, **changes,
+        )  # fmt: skip
+        with trainer.opened(merged, clip, vae, o) as opened:
+            made = task.train_task(opened, o, watch(), engine="test").lora
+        merged.detach()
+        assert all(torch.equal(before[key], value) for key, value in bits(model.model).items())
+        return made.tensors
+
+    plain, waiting = train("plain"), train("waiting", blocks_to_swap=3)
+    assert plain.keys() == waiting.keys()
+    assert all(torch.equal(tensor, waiting[name]) for name, tensor in plain.items())
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "changes"),
