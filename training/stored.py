@@ -53,10 +53,6 @@ class Stored(Tensor):
         values = self.held.to(self.device).to(self.dtype)
         return values if self.scale == 1 else values.mul_(self.scale)
 
-    def data_ptr(self) -> int:
-        """By which PyTorch tells what was written to (allow_mutation_on_saved_tensors)."""
-        return self.held.data_ptr()
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}

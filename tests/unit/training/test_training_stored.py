@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from modular_lora_guard.training.checkpointing import checkpointed
+from modular_lora_guard.training.in_place import writing_allowed
 from modular_lora_guard.training.options import TaskOptions
 from modular_lora_guard.training.stored import Storage, Stored
 from support.errors import refuses
@@ -83,7 +84,7 @@ def rounded(network: nn.Module) -> nn.Module:
 def test_gradients_in_eight_bits_are_those_of_the_rounded_weights(dtype, again, mutating) -> None:
     network = made(dtype)
     stored(network, dtype, fp8_base_unet=True, blocks_to_swap=2)
-    context = torch.autograd.graph.allow_mutation_on_saved_tensors() if mutating else nullcontext()
+    context = writing_allowed() if mutating else nullcontext()
     with context, checkpointed(network, again):
         found = gradients(network)
     assert all(map(torch.equal, found, gradients(rounded(made(dtype)))))
