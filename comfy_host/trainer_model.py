@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
@@ -35,6 +36,7 @@ from ..training.kohya import engine
 from ..training.kohya.engine import Base
 from ..training.model import Cond, Text
 from ..training.options import Options, SafetyOptions
+from ..training.stored import MAIN_MEMORY, Storage
 from . import conditions, introspection, noising, patcher, untrainable
 from .convolutions import small_as_products
 from .fused import with_gradients
@@ -58,6 +60,7 @@ _OWN = "connect the checkpoint loader's own"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger("modular_lora")
 ENGINE = f"{patcher.PACK}, embedded"
+ALL = 1e32  # bytes of a model to load, as ComfyUI says it
 CHUNK = 75  # tokens between start and end token
 
 
@@ -67,6 +70,7 @@ class ComfyHostModel:
     def __init__(self, model, clip, vae, dtype: torch.dtype, max_token_length: int):
         self._model, self._clip, self._vae = model.model, clip, vae
         self.infos = introspection.model_info(model), introspection.clip_info(clip)  # as of now: PEFT changes paths
+        self._loaded = self._model.state_dict()  # as of now: they may be rounded for the training
         self._chunks = max_token_length // CHUNK
         self.family, self.dtype, self.device = introspection.family(model), dtype, model.load_device
         self.base_sha256, self.patches = introspection.model_sha256(model), len(model.patches)
@@ -74,7 +78,7 @@ class ComfyHostModel:
         self.unet_names: Mapping[str, str] = unet_names(self.infos[0], self.family)
         self.text_names: Mapping[str, str] = text_names(self.infos[1])
         self.downscale = vae.spacial_compression_encode()
-        self.notes = tuple(slow_notes(self.device, dtype))
+        self.notes: tuple[str, ...] = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         self.schedule = noising.schedule_of(self._model.model_sampling)
         self._in_chunks = {
@@ -82,8 +86,8 @@ class ComfyHostModel:
         }  # the streams of tokens that CLIP reads a piece at a time; other encoders take a text whole
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The base's weights by the guard's keys, for the contamination check; read before adapters go in."""
-        return self._model.state_dict()
+        """The base's weights by the guard's keys, as they were loaded, for the contamination check."""
+        return self._loaded
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """See HostModel; LatentFormat says how many dimensions there are, and channels."""
@@ -191,18 +195,25 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
     clip = _clip_skip(clip, options.clip_skip)
     if getattr(model, "is_dynamic", lambda: False)():
         model = model.clone(disable_dynamic=True)  # 0.33.0 on a GPU: weights that are only paged in
-    comfy.model_management.load_models_gpu([model, clip.patcher, vae.patcher], force_full_load=True)
-    dtype = DTYPES[options.mixed_precision]
-    host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length)
-    text_device = clip.patcher.load_device
-    del clip, vae  # held by the host model alone, which may let go of them
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    dtype, device = DTYPES[options.mixed_precision], model.load_device
+    with ExitStack() as stack:
         stack.callback(comfy.model_management.soft_empty_cache)
+        others = [clip.patcher, vae.patcher]
+        if options.fp8_base_unet or options.blocks_to_swap:
+            stack.enter_context(_in_main_memory(model))
+            comfy.model_management.load_models_gpu(others, force_full_load=True)
+        else:
+            comfy.model_management.load_models_gpu([model, *others], force_full_load=True)
+        host_model = ComfyHostModel(model, clip, vae, dtype, options.max_token_length)
+        text_device = clip.patcher.load_device
+        del clip, vae, others  # held by the host model alone, which may let go of them
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(with_gradients())
-        stack.enter_context(_plain_weights(host_model.unet, dtype, host_model.device))
-        stack.enter_context(
-            small_as_products(host_model.unet, host_model.device.type == "cpu" and dtype == torch.float32)
-        )
+        storage = Storage(host_model.unet, options, dtype, device)
+        stack.enter_context(_plain_weights(host_model.unet, dtype, device, storage))
+        host_model.notes += tuple(storage.lines())
+        stack.enter_context(small_as_products(host_model.unet, device.type == "cpu" and dtype == torch.float32))
         if not isinstance(host_model.unet, openaimodel.UNetModel):  # Flux, LTX and others write into their activations
             stack.enter_context(writing_allowed())
         if train_text_encoder:
@@ -211,6 +222,17 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         stack.enter_context(_attribute(model.model, "manual_cast_dtype", dtype))  # compute dtype
         stack.enter_context(_attribute(model.model, "model_sampling", noising.plain(model.model.model_sampling)))
         yield host_model
+
+
+@contextmanager
+def _in_main_memory(model) -> Iterator[None]:
+    """A model whole in main memory alone, with what is merged into it, though it is computed with elsewhere."""
+    comfy.model_management.unload_all_models()
+    model.partially_load(MAIN_MEMORY, ALL)
+    try:
+        yield
+    finally:
+        model.detach()
 
 
 def _node(options: Options) -> str:
@@ -229,11 +251,17 @@ def _clip_skip(clip, skip: int):
     return clip
 
 
-def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None):
-    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own."""
+def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None, as_stored: bool = False):
+    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own.
+
+    ``as_stored``: in the file's, whatever the others are.
+    """
     if not path.is_file():
         raise GuardError(f"{path}: is not a file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
+    if as_stored:
+        weights = comfy.utils.load_torch_file(str(path))
+        options["dtype"] = comfy.utils.weight_dtype(weights, comfy.model_detection.unet_prefix_from_state_dict(weights))
     loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
     if vae is not None:
         loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
@@ -329,10 +357,13 @@ def _named(encoders: frozenset[str]) -> str:
 
 
 @contextmanager
-def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def _plain_weights(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, storage: Storage | None = None
+) -> Iterator[None]:
     """Every tensor of a module as a plain one, over the same storage or, in another dtype or place, copied.
 
-    What is no weight (frequencies of positions) loses no digits to a smaller dtype.
+    What is no weight (frequencies of positions) loses no digits to a smaller dtype. ``storage``: which weights are to
+    be stored otherwise.
     """
     kept: list[tuple[dict, str, Tensor]] = []
     try:
@@ -340,11 +371,13 @@ def _plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) 
             places: tuple[dict[str, Any], ...] = part._parameters, part._buffers, part.__dict__
             for tensors in places:
                 for name, value in tensors.items():
-                    if isinstance(value, Tensor):
-                        kept.append((tensors, name, value))
-                        tensors[name] = _plain(
-                            value, dtype if tensors is part._parameters else _whole(value.dtype, dtype), device
-                        )
+                    if not isinstance(value, Tensor):
+                        continue
+                    kept.append((tensors, name, value))
+                    weight = tensors is part._parameters
+                    stored = storage.of(part, name, value) if weight and storage is not None else None
+                    wanted = dtype if weight else _whole(value.dtype, dtype)
+                    tensors[name] = _plain(value, wanted, device) if stored is None else stored
         yield
     finally:
         for tensors, name, value in reversed(kept):

@@ -22,7 +22,7 @@ def checkpointed(network: nn.Module, wanted: bool = True) -> Iterator[None]:
     """The forward of every block of ``network`` under torch.utils.checkpoint, non-reentrant, while inside."""
     placed: list[nn.Module] = []
     try:
-        for block in _blocks(network) if wanted else ():
+        for block in blocks_of(network) if wanted else ():
             if "forward" not in block.__dict__:
                 block.__dict__["forward"] = _Recomputed(block.forward)
                 placed.append(block)
@@ -35,7 +35,7 @@ def checkpointed(network: nn.Module, wanted: bool = True) -> Iterator[None]:
 @contextmanager
 def suspended(network: nn.Module) -> Iterator[None]:
     """The blocks' own forwards in place, for previews: the guard refuses to stack its branches on replaced ones."""
-    blocks = [block for block in _blocks(network) if isinstance(block.__dict__.get("forward"), _Recomputed)]
+    blocks = [block for block in blocks_of(network) if isinstance(block.__dict__.get("forward"), _Recomputed)]
     placed = {block: block.__dict__.pop("forward") for block in blocks}
     try:
         yield
@@ -44,11 +44,11 @@ def suspended(network: nn.Module) -> Iterator[None]:
             block.__dict__["forward"] = forward
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules with parameters that are no mere containers."""
     for child in module.children():
         if isinstance(child, CONTAINERS):
-            yield from _blocks(child)
+            yield from blocks_of(child)
         elif next(child.parameters(), None) is not None:
             yield child
 

@@ -44,7 +44,7 @@ from .task.train import prepare as prepare_task
 
 OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
-MEMORY = {"fp8_base", "fp8_base_unet", "blocks_to_swap", "cpu_offload_checkpointing"}  # sd-scripts' options for it
+MEMORY = {"fp8_base", "cpu_offload_checkpointing"}  # sd-scripts' options for it that are its own
 SECONDS = 30.0  # without a line, at most, where a step does not take longer
 logger = logging.getLogger("modular_lora")
 
@@ -206,8 +206,8 @@ def with_options(chosen: dict) -> str:
     kohya_family = chosen["family"] if chosen.get("engine") == "kohya" else ""
     if chosen["extra"] and not kohya_family:
         raise OptionError(
-            f"{_name(chosen['extra'][0])}: the embedded engine keeps the base's weights whole and in the precision of "
-            "the training: use mixed_precision bf16 or gradient_checkpointing, or --engine kohya, which passes it on.",
+            f"{_name(chosen['extra'][0])}: the embedded engine has fp8_base_unet for the network's weights, "
+            "blocks_to_swap and gradient_checkpointing: use these, or --engine kohya, which passes it on.",
             code="option.memory",
         )
     of = presets.group(kohya_family, FAMILIES[kohya_family].flow) if kohya_family else presets.GROUPS[0]
@@ -226,7 +226,8 @@ def with_options(chosen: dict) -> str:
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
     host = comfy_host(chosen)
-    where = chosen["checkpoint"], chosen["vae"], made.mixed_precision
+    stored = bool(made.fp8_base_unet or made.blocks_to_swap)  # a copy in the training's precision would take the room
+    where = chosen["checkpoint"], chosen["vae"], made.mixed_precision, stored
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     loaded = host.load_checkpoint(*where)
     made = presets.load(cls, chosen["config"], values, host.preset_group(loaded[0]))

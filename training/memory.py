@@ -105,7 +105,8 @@ def foresee(loss: Callable[[], Tensor], values: Sequence[nn.Parameter], options:
     except torch.cuda.OutOfMemoryError as error:
         raise GuardError(
             f"One micro-batch of {options.train_batch_size} does not fit into the memory of {device}: lower "
-            "train_batch_size or the size of the images, or switch gradient_checkpointing on.",
+            "train_batch_size or the size of the images, or use gradient_checkpointing, fp8_base_unet or "
+            "blocks_to_swap.",
             code="train.memory",
         ) from error
     gradients = sum(value.numel() * value.element_size() for value in values)
@@ -132,6 +133,7 @@ def said(need: Need, device: torch.device) -> str:
     line += f"({parts}); {size(room)} are free"
     if need.total > room:
         line += ", which is NOT ENOUGH: lower train_batch_size or the size of the images, or use gradient_checkpointing"
+        line += ", fp8_base_unet or blocks_to_swap" * (device.type == "cuda")  # the network is in use now
     return line
 
 

@@ -49,7 +49,7 @@ SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg
 SHOWING |= {"validate_every_n_steps"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
 HASHED |= {"caption_dir", "in_json"}
-KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"}
+KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "blocks_to_swap"}
 # these do not change what is trained
 ELSEWHERE = SAVING | SHOWING | HASHED | KEEPING | {"safety_strength", "safety_scale"}
 
@@ -82,6 +82,12 @@ class Options(AdapterOptions):
     train_batch_size: int = opt(1, "images, or noisy latents, per micro-batch", gt=0)
     gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", gt=0)
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
+    fp8_base_unet: bool = opt(
+        False, "the network's weights in 8 bits (float8); the LoRA is trained on what they round to"
+    )
+    blocks_to_swap: int = opt(
+        0, "blocks whose weights wait in main memory until they are computed with, the largest; 0: none", ge=0
+    )
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm; 0: no clipping", ge=0)
     mixed_precision: Precision = opt("no", "weights and activations: no (float32), bf16, fp16; adapters stay float32")
     save_precision: SavePrecision = opt("fp16", "type of the saved LoRA: fp16, bf16, float")

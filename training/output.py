@@ -279,6 +279,7 @@ def _training(options: Options, made: Provenance) -> dict[str, object]:
         "ss_cache_latents": True,
         "ss_sd_model_name": made.base_name,
         "ss_min_snr_gamma": options.min_snr_gamma or None,
+        "ss_fp8_base_unet": options.fp8_base_unet or None,
         EMA_KEY: options.ema_decay or None,
     }
     if arguments := network_arguments(options):

@@ -55,7 +55,8 @@ def _sent(engine: checkout.Engine, name: str) -> list[str]:
     parts = {part: f"{part}.safetensors" for part, _ in family.parts}
     files = {"dataset_config": "data.toml", "prompts": "prompts.json", "parts": parts}
     run = arguments.Run(Path("base.safetensors"), family, str(engine), "0", **files)
-    return [str(engine.script(family.script)), *arguments.task_arguments(TaskOptions(**PLAIN), run, (), ())]
+    options = TaskOptions(**PLAIN, fp8_base_unet=family.eight_bits, blocks_to_swap=4 if family.flow else 0)
+    return [str(engine.script(family.script)), *arguments.task_arguments(options, run, (), ())]
 
 
 def _named(engine: checkout.Engine, sent: dict[str, list[str]]) -> dict[str, list[str] | str]:

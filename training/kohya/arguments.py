@@ -46,7 +46,8 @@ class Family:
     parts: tuple[tuple[str, str], ...] = ()  # arguments that name further files, and their kind in ComfyUI
     whole: bool = True  # one checkpoint file can hold all parts
     pattern: str = ""  # how its network matches the whole of a name, "{}" the pattern; "": it takes none
-    flow: bool = False  # flow matching
+    flow: bool = False  # flow matching; these swap blocks as well
+    eight_bits: bool = True  # whether it reads fp8_base_unet
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -75,12 +76,14 @@ FAMILIES = {
         whole=False,
         pattern="{}",
         flow=True,
+        eight_bits=False,
     ),
     "HunyuanImage21": Family(
         "hunyuan_image_train_network.py",
         parts=(("text_encoder", "text_encoders"), ("byt5", "text_encoders"), _VAE),
         whole=False,
         flow=True,
+        eight_bits=False,  # fp8_scaled, which is passed on
     ),
 }
 
@@ -151,8 +154,9 @@ def task_arguments(options: TaskOptions, run: Run, safety: Sequence[SafetyLora],
         "save_state_on_train_end": True,  # a finished training can be gone on with
     }
     flags |= _losses(options)
-    if options.max_train_epochs:
-        flags |= {"max_train_epochs": options.max_train_epochs}
+    for name in ("max_train_epochs", "fp8_base_unet", "blocks_to_swap"):  # unset, --fp8_base may be given beside them
+        if value := getattr(options, name):
+            flags[name] = value
     if options.validate_every_n_steps:
         flags |= {"validate_every_n_steps": options.validate_every_n_steps}
     if options.sample_every_n_steps and options.sample_prompts:
@@ -165,8 +169,10 @@ def safety_arguments(options: SafetyOptions, run: Run, extra: Sequence[str]) -> 
 
     OptionError for what else they do not have.
     """
-    lacking = {"pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0,
-               "init": "", "robust_steps": 0, "ema_decay": 0.0}  # fmt: skip
+    lacking = {
+        "pool_size": 0, "pool_refresh_every": 0, "resume": "", "sample_every_n_steps": 0, "init": "",
+        "robust_steps": 0, "ema_decay": 0.0, "fp8_base_unet": False, "blocks_to_swap": 0,
+    }  # fmt: skip
     for name, wanted in ({"objective": "leco"} | lacking).items():
         if (value := getattr(options, name)) != wanted:
             raise OptionError(
@@ -217,6 +223,20 @@ def _check_task(options: TaskOptions, run: Run) -> None:
     if smooth and options.huber_schedule == "snr" and run.family.flow:
         raise OptionError(
             "huber_schedule snr: sd-scripts has none for this family: set it to constant or exponential.",
+            code="option.kohya",
+        )
+    if options.blocks_to_swap and not run.family.flow:
+        raise OptionError(
+            f"blocks_to_swap: {run.family.script} swaps no blocks: use the embedded engine for it.", code="option.kohya"
+        )
+    if options.fp8_base_unet and not run.family.eight_bits:
+        raise OptionError(
+            f"fp8_base_unet: {run.family.script} does not keep its weights so: use the embedded engine for it.",
+            code="option.kohya",
+        )
+    if options.fp8_base_unet and options.mixed_precision == "no":
+        raise OptionError(
+            "fp8_base_unet: sd-scripts then computes in half precision alone: set mixed_precision to bf16 or fp16.",
             code="option.kohya",
         )
 

@@ -110,8 +110,8 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, capsys, caplog):
     with pytest.raises(SystemExit):
         run("train-task", "--checkpoint", "x", "--no_such_option")
     assert "no_such_option" in capsys.readouterr().err
-    assert run("train-task", "--checkpoint", "x", "--blocks_to_swap", "9") == 1
-    assert "blocks_to_swap: the embedded engine" in caplog.text
+    assert run("train-task", "--checkpoint", "x", "--cpu_offload_checkpointing") == 1
+    assert "cpu_offload_checkpointing: the embedded engine" in caplog.text
 
 
 def test_the_data_set_of_the_demo_world_is_looked_through(capsys):

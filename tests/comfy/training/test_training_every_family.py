@@ -183,6 +183,74 @@ def test_a_base_in_float8_is_trained_as_the_values_that_it_holds(comfy, data, tm
     assert all(torch.equal(tensor, whole[name]) for name, tensor in eighth.items())
 
 
+def in_eight_bits(model) -> None:
+    """Every weight of a linear layer or convolution as max |W| / 448 times the nearest float8."""
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d):
+            W = layer.weight.detach()
+            scale = W.abs().max().item() / 448
+            layer._parameters["weight"] = torch.nn.Parameter((W / scale).to(torch.float8_e4m3fn).float() * scale, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("SD1.x", {}), ("Flux dev", {"gradient_checkpointing": True, "blocks_to_swap": 1})],
+    ids=str,
+)
+def test_a_base_in_eight_bits_gives_the_lora_of_its_rounded_weights(name, changes, comfy, data, tmp_path):
+    trainer, task, options = part("comfy_host.trainer_model"), part("training.task.train"), part("training.options")
+    family = next(family for family in EVERY if family.name == name)
+
+    def train(name: str, rounded: bool, **changes):
+        model, clip, vae = toy_parts(family)
+        if rounded:
+            in_eight_bits(model)
+        before = bits(model.model)
+        o = options.TaskOptions(
+            output_name=name, output_dir=str(tmp_path), train_data_dir=str(data), network_dim=2, max_train_steps=3,
+            resolution=side_of(family), save_precision="float", learning_rate=5e-3, **changes,
+        )  # fmt: skip
+        with trainer.opened(model, clip, vae, o) as opened:
+            made = task.train_task(opened, o, watch(), engine="test")
+        assert all(torch.equal(before[key], value) for key, value in bits(model.model).items())
+        return made, part("comfy_host.introspection").model_sha256(model)
+
+    stored, base = train("stored", False, fp8_base_unet=True, **changes)
+    rounded, _ = train("rounded", True, **{key: value for key, value in changes.items() if key != "blocks_to_swap"})
+    plain, _ = train("plain", False)
+    assert stored.lora.tensors.keys() == rounded.lora.tensors.keys()
+    assert all(torch.equal(tensor, rounded.lora.tensors[name]) for name, tensor in stored.lora.tensors.items())
+    assert not all(torch.equal(tensor, plain.lora.tensors[name]) for name, tensor in stored.lora.tensors.items())
+    assert stored.lora.metadata["ss_fp8_base_unet"] == "True"
+    assert stored.lora.metadata["modular_lora.base_sha256"] == base, "of the weights as they were loaded"
+    assert "ROUNDED" in stored.report
+    assert ("1 blocks wait in main memory" in stored.report) == ("blocks_to_swap" in changes)
+
+
+def test_what_is_merged_into_a_base_is_in_what_waits_in_main_memory(comfy, data, tmp_path):
+    trainer, task, options = part("comfy_host.trainer_model"), part("training.task.train"), part("training.options")
+    family = next(family for family in EVERY if family.name == "SD1.x")
+    layer = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+    def train(name: str, **changes):
+        model, clip, vae = toy_parts(family)
+        before, merged = bits(model.model), model.clone()
+        assert merged.add_patches({layer: (torch.full_like(dict(model.model.named_parameters())[layer], 0.5),)})
+        o = options.TaskOptions(
+            output_name=name, output_dir=str(tmp_path), train_data_dir=str(data), network_dim=2, max_train_steps=1,
+            resolution=SIDE, save_precision="float", allow_contaminated_base=True, **changes,
+        )  # fmt: skip
+        with trainer.opened(merged, clip, vae, o) as opened:
+            made = task.train_task(opened, o, watch(), engine="test").lora
+        merged.detach()
+        assert all(torch.equal(before[key], value) for key, value in bits(model.model).items())
+        return made.tensors
+
+    plain, waiting = train("plain"), train("waiting", blocks_to_swap=3)
+    assert plain.keys() == waiting.keys()
+    assert all(torch.equal(tensor, waiting[name]) for name, tensor in plain.items())
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -190,6 +258,7 @@ def test_a_base_in_float8_is_trained_as_the_values_that_it_holds(comfy, data, tm
         ("SD1.x", {"algo": "loha", "target": "conv", "conv_dim": 2, "learning_rate": 1e-3}),
         ("SD1.x", {"algo": "diag-oft", "target": "conv"}),
         ("Lumina 2", {"algo": "lokr", "factor": 4}),
+        ("SD3", {"dora_wd": True, "fp8_base_unet": True}),
         ("Wan 2.1 T2V", {"dora_wd": True, "network_reg_dims": (".*ffn.*=2",), "network_reg_lrs": (".*attn.*=1e-3",)}),
     ],
     ids=str,

@@ -113,6 +113,25 @@ def test_adapters_that_sd_scripts_has_are_passed_on_and_others_refused(tmp_path)
         argv(made(network_reg_dims=("a{1,2}=4",)), family=kohya_arguments.FAMILIES["Flux"])
 
 
+def test_memory_goes_by_sd_scripts_names_where_its_script_has_it(tmp_path):
+    made = lambda **changes: task_options(tmp_path, tmp_path, **{"mixed_precision": "bf16"} | changes)  # noqa: E731
+    both = {"fp8_base_unet": True, "blocks_to_swap": 4}
+    found = argv(made(**both), family=kohya_arguments.FAMILIES["Flux"])
+    assert (value(found, "--blocks_to_swap"), found.count("--fp8_base_unet")) == ("4", 1)
+    assert "--fp8_base" in argv(made(), extra=("--fp8_base",))
+    for family, changes, named in (
+        ("SD15", {"blocks_to_swap": 4}, "blocks_to_swap"),
+        ("Anima", {"fp8_base_unet": True}, "anima_train_network.py"),
+        ("SDXL", {"fp8_base_unet": True, "mixed_precision": "no"}, "mixed_precision"),
+    ):
+        with refuses("option.kohya", named):
+            argv(made(**changes), family=kohya_arguments.FAMILIES[family])
+    for name, changed in both.items():
+        options = safety_options(tmp_path, **{"objective": "leco", name: changed})
+        with refuses("option.leco", name):
+            kohya_arguments.safety_arguments(options, run_of(), ())
+
+
 def test_losses_schedules_and_optimizers_go_by_sd_scripts_names(tmp_path):
     changes = {"loss_type": "huber", "huber_schedule": "constant", "multires_noise_iterations": 6}
     changes |= {"debiased_estimation_loss": True, "max_train_epochs": 3, "validate_every_n_steps": 5}
