@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from modular_lora_guard.tools.demo import base, graphs
-from modular_lora_guard.tools.demo.client import Client
 from modular_lora_guard.tools.demo.graphs import Graph, node
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
@@ -28,9 +27,6 @@ TEXTS = {  # by node type: the first line
     "ModularLoraInterference": "A net strength of 1.001 is left beside 1 task LoRA.",
 }
 ABOVE = "1 of 1 images (ModularLoraSaveImage save-0): guarded"
-TRAINER = "ModularLoraTrainSafety"  # in one of the looks: its loss curve is a picture while it runs, and one that stays
-TRAINING = {"preset": "none", "concept": "twemoji, car", "preserve": "twemoji, cat face", "network_dim": 2}
-TRAINING |= {"train_batch_size": 1, "train_size": 64, "max_train_steps": 2, "target": "cross-attention"}
 AGAIN = set(TEXTS) - {"ModularLoraGuardModel", "ModularLoraKSampler"}  # ComfyUI does not look behind what is cached
 LOOKS = [("pinned", False), ("newest", False), ("newest", True)]  # docs/compatibility.md: what 1.32's Nodes 2.0 lacks
 NAMES = [f"{front_end}, {'Nodes 2.0' if nodes2 else 'classic'}" for front_end, nodes2 in LOOKS]
@@ -45,14 +41,6 @@ def graph(world: DemoWorld, task: str, seed: int) -> Graph:
     made["interference"] = node("ModularLoraInterference", model=["checkpoint", 0], **both)
     del made["guard-report"], made["run-report"]
     return made
-
-
-def training(client: Client) -> Graph:
-    """A training of two steps, to be added to the graph."""
-    asked = client.get_json(f"/object_info/{TRAINER}")[TRAINER]["input"]
-    given = {name: one[-1]["default"] for part in asked.values() for name, one in part.items() if "default" in one[-1]}
-    sockets = {name: ["checkpoint", slot] for slot, name in enumerate(("model", "clip", "vae"))}
-    return {"training": node(TRAINER, **given | TRAINING | sockets)}
 
 
 def visits(front_end: str, folder: Path) -> list[Json]:
@@ -70,10 +58,7 @@ def visits(front_end: str, folder: Path) -> list[Json]:
                 folder / "base" / "models" / "loras" / f"strange-{nodes2}.safetensors"
             )  # nothing comes from the cache
             save_file(load_file(world.task), task, {"modular_lora.trained_on": f"{HOSTILE}{nodes2}"})
-            made = graph(world, task.name, int(nodes2))
-            if front_end == "newest" and nodes2:
-                made |= training(Client(server.url))
-            (shots / "graph.json").write_text(json.dumps(made), encoding="utf-8")
+            (shots / "graph.json").write_text(json.dumps(graph(world, task.name, int(nodes2))), encoding="utf-8")
             given = {"url": server.url, "nodes2": nodes2, "graph": str(shots / "graph.json"), "folder": str(shots)}
             found.append(visit("reports.mjs", json.dumps(given), timeout=900))
     return found
@@ -96,12 +81,10 @@ def seen(request: pytest.FixtureRequest) -> Json:
 
 
 def texts(state: Json) -> dict[str, str]:
-    """Reports by node type, without the activity's figure, which goes with the seed; `above` gives what is above.
-
-    The training's, which is in one of the looks, is left out.
-    """
-    reports = [one for one in state["reports"] if one["type"] != TRAINER]
-    return {one["type"]: re.sub(r" \(activity [^)]*\)", "", one["text"].rpartition("\n\n")[2]) for one in reports}
+    """Reports by node type, without the activity's figure, which goes with the seed; `above` gives what is above."""
+    return {
+        one["type"]: re.sub(r" \(activity [^)]*\)", "", one["text"].rpartition("\n\n")[2]) for one in state["reports"]
+    }
 
 
 def above(state: Json) -> str:
@@ -115,13 +98,6 @@ def test_every_node_shows_its_report_when_the_job_has_ended(seen: Json) -> None:
     assert all(one["fixed"] for one in seen["first"]["reports"]), "nobody writes into it"
     assert all(one["drawn"] for one in seen["first"]["reports"])
     assert above(seen["first"]) == ABOVE
-
-
-def test_a_training_shows_its_loss_curve_once_with_nodes_2(newest: list[Json]) -> None:
-    seen = newest[True]["seen"]
-    (report,) = [one["text"] for one in seen["first"]["reports"] if one["type"] == TRAINER]
-    assert report.startswith("Trained in 2 steps and saved.")
-    assert seen["pictures"][TRAINER] == [[640, 360]]
 
 
 def test_line_breaks_are_kept_and_words_are_only_words(seen: Json) -> None:

@@ -1,8 +1,7 @@
 // node reports.mjs VISIT
 // VISIT is a JSON object: url, nodes2 (draw with Nodes 2.0), graph (a file with an API graph), folder (of screenshots).
 // Runs the graph, and runs it again, so that its results come from the cache; goes to another workflow and back; loads
-// the page anew. Prints as JSON what is read on the nodes of this pack each time, which pictures Nodes 2.0 draws on them, and
-// whether any of it became HTML.
+// the page anew. Prints as JSON what is read on the nodes of this pack each time, and whether any of it became HTML.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { withFrontEnd } from "./front_end.mjs";
@@ -62,13 +61,6 @@ function read() {
   };
 }
 
-// Every picture that Nodes 2.0 draws on a node of this pack, by the node's type: width and height of the image.
-function drawnPictures() {
-  const sizes = (id) => [...document.querySelectorAll(`[data-node-id="${id}"] img`)].map((one) => [one.naturalWidth, one.naturalHeight]);
-  const ours = window.app.graph.nodes.filter((node) => node.type.startsWith("ModularLora"));
-  return Object.fromEntries(ours.map((node) => [node.type, sizes(node.id)]));
-}
-
 async function look(page, name) {
   await page.evaluate(() => {
     const { canvas, graph } = window.app;
@@ -95,10 +87,6 @@ const result = await withFrontEnd(url, async (page) => {
   }, graph);
   await run(page);
   seen.first = await look(page, "first");
-  await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
-  await page.waitForTimeout(1000);
-  await page.screenshot({ path: join(folder, "pictures.png") });
-  seen.pictures = await page.evaluate(drawnPictures);
   seen.prompt = await page.evaluate(async () => JSON.stringify((await window.app.graphToPrompt()).output));
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.NewBlankWorkflow"));
   await page.waitForTimeout(2000);
