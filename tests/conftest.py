@@ -73,7 +73,7 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 # `run.py check`: few examples, also where a test asks for more of them (see `_fewer_examples`).
 settings.register_profile("dev", settings.get_profile("suite"), max_examples=20)
 settings.load_profile("suite")
-ENCODER_LAYERS = 2
+ENCODER_LAYERS = 3  # SDXL takes what the last but one says
 COMFYUI_FIXTURES = {"comfy", "world"}  # tests that use neither, nor have one of these marks, are marked "unit"
 COMFYUI_MARKS = ("server", "browser", "needs_comfyui")
 
