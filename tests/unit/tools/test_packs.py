@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from modular_lora_guard.tools.benchmarks import pack_graphs, packs
+from support.errors import refuses
 
 CASES = {f"{case.pack}: {case.use}": case for case in pack_graphs.cases()}
 
@@ -43,11 +46,17 @@ def test_what_a_graph_leaves_out_is_the_servers_default_and_ids_are_numbers():
     assert first[0].isdigit()
 
 
+def test_a_line_that_the_server_does_not_heed_ends_the_trial():
+    with refuses("command.no-answer", "put in"):
+        packs._heeded(SimpleNamespace(get_json=lambda path: {}), in_force=True, patience=0)
+
+
 def test_with_attach_the_graph_goes_as_it_is_and_the_line_is_there_while_it_runs_alone(tmp_path, monkeypatch):
     case, line = next(iter(CASES.values())), tmp_path / "of_the_pack" / "guard.txt"
     seen = []
     monkeypatch.setattr(packs, "run", lambda client, graph: seen.append((graph, line.exists() and line.read_text())))
-    packs.guarded(None, case, {}, "safety.safetensors", line)
+    client = SimpleNamespace(get_json=lambda path: {"found": True} if line.exists() else {})
+    packs.guarded(client, case, {}, "safety.safetensors", line)
     packs.guarded(None, case, {}, "safety.safetensors", None)
     as_it_is = packs.completed(case.graph, {}), packs.completed(pack_graphs.guarded(case, "safety.safetensors"), {})
     assert seen == [(as_it_is[0], "always: safety.safetensors\n"), (as_it_is[1], False)]
