@@ -192,7 +192,7 @@ def test_the_safety_options_node_is_heard_and_base_previews_are_drawn_once(comfy
 def test_text_encoder_and_unet_layers_are_trained_and_stock_nodes_load_every_key(comfy, train, loaded, caplog):
     lora, _ = train(network_train_text_encoder=True, target="conv", max_train_steps=1)
     text = [layer for name, layer in lora.layers.items() if name.startswith("lora_te_text_model_encoder_layers_")]
-    assert len(text) == 12 * 6
+    assert len(text) == 6 * len(loaded[1].cond_stage_model.clip_l.transformer.text_model.encoder.layers) > 0
     assert all(layer.up.float().norm() > 0 for layer in lora.layers.values())
     infos = comfy.anatomy.model_info(loaded[0]), comfy.anatomy.clip_info(loaded[1])
     known = infos[0].key_map.keys() | infos[1].key_map.keys()
