@@ -9,37 +9,22 @@ theirs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 import comfy.model_management
 
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln")  # how the names begin
+Change = tuple[ModuleType, str, object]  # a module, the name of what it has there, and what is to stand in its place
 
 
-def _plain() -> list[tuple[ModuleType, str, Callable]]:
-    """comfy-kitchen, the names of its fused functions, and the plain ones for them; nothing without that library."""
+def with_gradients() -> list[Change]:
+    """What is to be changed while a training runs, so that models compute by operations that have gradients."""
+    known = comfy.model_management
+    changes: list[Change] = [(known, "in_training", True)] if hasattr(known, "in_training") else []
     try:
         kitchen = importlib.import_module("comfy_kitchen")
         eager = importlib.import_module("comfy_kitchen.backends.eager")
     except ImportError:
-        return []
+        return changes
     names = [name for name in vars(eager) if name.startswith(FUSED) and hasattr(kitchen, name)]
-    return [(kitchen, name, getattr(eager, name)) for name in names]
-
-
-@contextmanager
-def with_gradients() -> Iterator[None]:
-    """ComfyUI's models compute by operations that have gradients, while inside."""
-    changes: list[tuple[ModuleType, str, object]] = [*_plain()]
-    if hasattr(comfy.model_management, "in_training"):
-        changes.append((comfy.model_management, "in_training", True))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+    return [*changes, *((kitchen, name, getattr(eager, name)) for name in names)]

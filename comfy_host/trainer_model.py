@@ -209,7 +209,8 @@ def opened(model, clip, vae, options: Options, train_text_encoder: bool = False)
         del clip, vae, others  # held by the host model alone, which may let go of them
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(with_gradients())
+        for change in with_gradients():
+            stack.enter_context(_attribute(*change))
         storage = Storage(host_model.unet, options, dtype, device)
         stack.enter_context(_plain_weights(host_model.unet, dtype, device, storage))
         host_model.notes += tuple(storage.lines())

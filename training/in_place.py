@@ -72,11 +72,10 @@ class _Out(TorchFunctionMode):
     """``out=``, which has no gradient, as the write in place that it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not (torch.is_grad_enabled() and isinstance(kwargs.get("out"), Tensor)):
-            return func(*args, **kwargs)
-        out = kwargs.pop("out")
-        return out.copy_(func(*args, **kwargs))
+        out = (kwargs or {}).get("out")
+        if not isinstance(out, Tensor) or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return out.copy_(func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "out"}))
 
 
 def _place(tensor: Tensor) -> Place | None:

@@ -291,12 +291,17 @@ def test_the_server_stays_on_the_loopback_and_out_of_a_foreign_comfyui(tmp_path:
     assert f"sqlite:///{(tmp_path / 'base/user/comfyui.db').as_posix()}" in found.arguments
 
 
-def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None:
+def _running(tmp_path: Path, main: str) -> server.Server:
+    """A server of a ComfyUI that does what ``main`` says; to be started."""
     comfy = tmp_path / "ComfyUI/comfy"
     comfy.mkdir(parents=True)
     (comfy / "cli_args.py").touch()
-    (comfy.parent / "main.py").write_text("raise SystemExit('broken on purpose')")
-    failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+    (comfy.parent / "main.py").write_text(main)
+    return server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+
+
+def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None:
+    failing = _running(tmp_path, "raise SystemExit('broken on purpose')")
     with refuses("command.server-ended", "1", "broken on purpose"):
         failing.start(timeout=60)
 
@@ -304,11 +309,7 @@ def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None
 @BY_SIGNAL
 @pytest.mark.parametrize(("last", "named"), [(KILLS_ITSELF.format("SIGTERM"), "SIGTERM"), ("", "exit code 0")])
 def test_a_server_that_was_ended_from_outside_is_not_called_broken(tmp_path: Path, last: str, named: str) -> None:
-    comfy = tmp_path / "ComfyUI/comfy"
-    comfy.mkdir(parents=True)
-    (comfy / "cli_args.py").touch()
-    (comfy.parent / "main.py").write_text(last)
-    ended = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+    ended = _running(tmp_path, last)
     with refuses("command.server-ended", named) as caught:
         ended.start(timeout=60)
     assert "package" not in str(caught.value)
@@ -324,11 +325,7 @@ def test_a_server_that_ends_later_by_a_signal_ends_the_command_with_its_name(tmp
 
 
 def test_a_missing_package_of_an_own_comfyui_is_not_looked_for_in_ours(tmp_path: Path) -> None:
-    comfy = tmp_path / "ComfyUI/comfy"
-    comfy.mkdir(parents=True)
-    (comfy / "cli_args.py").touch()
-    (comfy.parent / "main.py").write_text("import no_such_package")
-    failing = server.Server(comfy.parent, sys.executable, tmp_path, log=tmp_path / "log", cpu=True)
+    failing = _running(tmp_path, "import no_such_package")
     with refuses("command.server-ended", "no_such_package", sys.executable) as caught:
         failing.start(timeout=60)
     assert f"delete {paths.RUN}" not in str(caught.value)
