@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import functools
 import gc
 import hashlib
 import html
@@ -64,6 +63,7 @@ sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lo
 from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
+from support import short_encoders  # noqa: E402
 from support.graphs import GraphError, keeping_code, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
 from support.pack_nodes import NODES  # noqa: E402
@@ -73,7 +73,6 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 # `run.py check`: few examples, also where a test asks for more of them (see `_fewer_examples`).
 settings.register_profile("dev", settings.get_profile("suite"), max_examples=20)
 settings.load_profile("suite")
-ENCODER_LAYERS = 3  # SDXL takes what the last but one says
 COMFYUI_FIXTURES = {"comfy", "world"}  # tests that use neither, nor have one of these marks, are marked "unit"
 COMFYUI_MARKS = ("server", "browser", "needs_comfyui")
 
@@ -199,7 +198,7 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
     folder_paths.models_dir = str(base / "models")
     folder_paths.set_output_directory(str(base / "output"))
     asyncio.run(_load_nodes(nodes))
-    _shorten_text_encoders()
+    short_encoders.shorten()
     _write_lively(Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors")
     pack = lambda name: importlib.import_module(f"modular_lora_guard.{name}")  # noqa: E731
     space = SimpleNamespace(
@@ -230,23 +229,6 @@ def _import_comfyui(base: Path) -> list:
     return [importlib.import_module(name) for name in ("execution", "folder_paths", "nodes", "server")]
 
 
-def _shorten_text_encoders() -> None:
-    """CLIP-L with ENCODER_LAYERS of its 12 layers, which took half of a graph's time; ComfyUI has an option for it."""
-    model = importlib.import_module("comfy.sd1_clip").SDClipModel
-    whole = model.__init__
-
-    @functools.wraps(whole)
-    def shorter(self, *args, model_options: dict = {}, **rest) -> None:  # noqa: B006 - ComfyUI's own default
-        whole(
-            self,
-            *args,
-            model_options={"clip_l_model_config": {"num_hidden_layers": ENCODER_LAYERS}} | model_options,
-            **rest,
-        )
-
-    model.__init__ = shorter
-
-
 def _write_lively(world: Path, path: Path) -> None:
     """The demo world with a random text encoder: its own is a lookup table whose layers are zero and take no LoRA."""
     from safetensors.torch import load_file, save_file
@@ -254,7 +236,7 @@ def _write_lively(world: Path, path: Path) -> None:
     generator, tensors = torch.Generator().manual_seed(0), load_file(world)
     for name, tensor in list(tensors.items()):
         layer = re.search(r"^cond_stage_model\..*\.encoder\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= ENCODER_LAYERS:
+        if layer and int(layer[1]) >= short_encoders.LAYERS:
             del tensors[name]
         elif layer and tensor.is_floating_point():
             size = 0.03 if tensor.dim() > 1 else 0.0

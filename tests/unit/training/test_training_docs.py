@@ -59,7 +59,7 @@ def test_the_page_names_only_options_that_exist():
     given = set(re.findall(r"--[a-z]+_[a-z0-9_]+", text))
     assert given
     theirs = {f"--{part}" for family in FAMILIES.values() for part, _ in family.parts}
-    assert given <= known | theirs
+    assert given <= known | theirs | {f"--{name}" for name in cli.MEMORY}
 
 
 def test_the_recipe_of_words_names_every_concept_of_the_demo_world_once():

