@@ -17,6 +17,7 @@ PRESET_FOLDER = "modular_lora_gates"  # settings of gates, as JSON
 LORA_FOLDER = "loras"
 SAFETY_FOLDERS = (SAFETY_FOLDER, LORA_FOLDER)
 TASK_FOLDERS = (LORA_FOLDER,)
+BASE_FOLDERS = ("checkpoints", "diffusion_models")  # that a checkpoint named to the kohya engine is looked for in
 
 
 def register_folders() -> None:

@@ -40,7 +40,7 @@ from ..training.stored import MAIN_MEMORY, Storage
 from . import conditions, introspection, noising, patcher, untrainable
 from .convolutions import small_as_products
 from .fused import with_gradients
-from .model_folders import find_model
+from .model_folders import BASE_FOLDERS, find_model
 from .run import forget
 
 TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
@@ -54,7 +54,6 @@ TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_
     "FluxSchnell": frozenset({"l", "t5xxl"}),
     "Lumina2": frozenset({"gemma2_2b"}),
 }
-BASE_FOLDERS = ("checkpoints", "diffusion_models")  # model folders that ckpt_name is looked for in
 TASK_NODE, SAFETY_NODE = "Train Task LoRA", "Train Safety LoRA"
 _OWN = "connect the checkpoint loader's own"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,15 +9,17 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..modular_lora.errors import GuardError
 from ..modular_lora.util import atomic
 from ..modular_lora.util.file_state import file_state
 from ..training import options
-from ..training.data.config import DatasetConfig
 from ..training.options import TaskOptions
-from ..training.task.train import configure
 from .model_folders import SAFETY_FOLDER, input_folder, model_folder, output_folder
+
+if TYPE_CHECKING:
+    from ..training.data.config import DatasetConfig
 
 NUMBERED = re.compile(r"\d+_.*")
 NAME = re.compile(r"[\w][\w .+-]*")
@@ -69,6 +71,8 @@ def data_set_option(name: str) -> dict[str, str]:
 
 def inside(made: TaskOptions) -> DatasetConfig:
     """The data set; DatasetError where it is outside ComfyUI's input folder, whether or not anything is there."""
+    from ..training.task.train import configure  # when there is a data set: what trains is not imported at the start
+
     return configure(made, input_folder())
 
 

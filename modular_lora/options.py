@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import typing
@@ -85,6 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
         parser.add_argument(f"--{f.name}", **what)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a class's options, each as its own module names it; they are read once."""
+    return _hints(cls)
+
+
 def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(cls)  # each class in the names of its own module
-    return [(f, hints[f.name]) for f in dataclasses.fields(cls)]
+    found = hints(cls)
+    return [(f, found[f.name]) for f in dataclasses.fields(cls)]

@@ -6,14 +6,13 @@ from itertools import groupby
 
 from comfy_api.latest import io
 
-from ..comfy_host import text_inputs, trainer_model
 from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
 from ..comfy_host.training_files import published, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
-from ..training.safety.closed.combine import CombineOptions, combine_safety
+from ..training.safety.closed.options import CombineOptions
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
@@ -80,6 +79,9 @@ class CombineSafetyLoras(io.ComfyNode):
     def execute(
         cls, model, clip, safety_lora, concept_prompts, more_options="", more_safety_lora=(), **values
     ) -> io.NodeOutput:
+        from ..comfy_host import text_inputs, trainer_model  # imported when it runs, as what trains
+        from ..training.safety.closed.combine import combine_safety
+
         safety = (*handles(safety_lora, SafetyLora), *handles(more_safety_lora, SafetyLora))
         ours = {"output_dir": str(work_folder(values["output_name"]))}
         chosen = gathered(CombineOptions, values, more_options, **ours)

@@ -8,8 +8,6 @@ from ..comfy_host.answers import answer
 from ..comfy_host.progress import NodeWatch, contact_sheet, image_tensor
 from ..comfy_host.training_files import data_set_option, data_set_state, inside
 from ..training import options
-from ..training.data import dataset
-from ..training.data.images import thumbnail
 from ..training.options import TaskOptions
 from .search_words import found_by
 from .training import GROUP, data_set_input, option_inputs
@@ -42,6 +40,9 @@ class DatasetReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, data_set, resolution, train_batch_size) -> io.NodeOutput:
+        from ..training.data import dataset  # imported when it runs, as what trains
+        from ..training.data.images import thumbnail
+
         values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
         found = dataset.scan(inside(options.load(TaskOptions, None, values)), NodeWatch(cls).read)
         line, report = dataset.summary(found), dataset.format_report(found)

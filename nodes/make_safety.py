@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..comfy_host import text_inputs, trainer_model
 from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
 from ..comfy_host.training_files import published, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
-from ..training.safety.closed.make import make_safety
 from ..training.safety.closed.options import MakeOptions
 from .sockets import SafetySocket
 from .training import GROUP, gathered, more_input, option_inputs
@@ -55,6 +53,9 @@ class MakeSafetyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, more_options="", **values) -> io.NodeOutput:
+        from ..comfy_host import text_inputs, trainer_model  # imported when it runs, as what trains
+        from ..training.safety.closed.make import make_safety
+
         ours = {"output_dir": str(work_folder(values["output_name"]))}
         made = gathered(MakeOptions, values, more_options, **ours)
         check_writable(model_folder(SAFETY_FOLDER), f"{SAFETY_FOLDER} folder")

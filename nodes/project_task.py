@@ -12,7 +12,7 @@ from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import LORA_FOLDER, model_folder
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from ..training import output, projection
+from ..training.options import SavePrecision, Sides
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket
@@ -37,11 +37,14 @@ class ProjectTaskLora(io.ComfyNode):
                 TaskSocket.Input("task_lora", tooltip="One task LoRA, from Load Task LoRA."),
                 SafetySocket.Input("safety_lora", tooltip="From Load Safety LoRA."),
                 io.Combo.Input(
-                    "save_precision", list(output.DTYPES), default="fp16", tooltip="Type of the new file's numbers."
+                    "save_precision",
+                    list(typing.get_args(SavePrecision)),
+                    default="fp16",
+                    tooltip="Type of the new file's numbers.",
                 ),
                 io.Combo.Input(
                     "sides",
-                    list(typing.get_args(projection.Sides)),
+                    list(typing.get_args(Sides)),
                     default="input",
                     optional=True,
                     tooltip="What is kept clear: the inputs that the safety LoRA reacts to, the outputs that it "
@@ -58,6 +61,8 @@ class ProjectTaskLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, task_lora, safety_lora, save_precision, sides="input") -> io.NodeOutput:
+        from ..training import output, projection  # imported when it runs, as what trains
+
         tasks, safety = handles(task_lora, TaskLora), handles(safety_lora, SafetyLora)
         if len(tasks) != 1:
             raise GuardError(

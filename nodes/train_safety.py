@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..comfy_host import trainer_model
 from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
 from ..comfy_host.progress import NodeWatch, going_on
 from ..comfy_host.training_files import published, state_to_resume, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
-from ..training.kohya import engine as kohya
-from ..training.kohya.checkout import find_engine
 from ..training.options import SafetyOptions
-from ..training.safety.train import train_safety
 from .search_words import found_by
 from .sockets import SafetyOptionsSocket, SafetySocket
 from .training import GROUP, OUTPUTS, RESUME, loaded_inputs, of_this_machine, option_inputs, outcome
@@ -54,6 +50,11 @@ class TrainSafetyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, options=None, resume=False, **given):
+        from ..comfy_host import trainer_model  # what trains is imported when it does: ComfyUI's start is shorter by it
+        from ..training.kohya import engine as kohya
+        from ..training.kohya.checkout import find_engine
+        from ..training.safety.train import train_safety
+
         name = given["output_name"]
         ours = {"output_dir": str(work_folder(name)), "resume": state_to_resume(name, resume)}
         wanted = asked(cls, SafetyOptions, given, options, lambda: trainer_model.preset_group(model), **ours)

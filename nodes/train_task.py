@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..comfy_host import trainer_model
 from ..comfy_host.model_folders import LORA_FOLDER, model_folder
 from ..comfy_host.progress import NodeWatch, going_on
 from ..comfy_host.training_files import data_set_option, data_set_state, inside, published, state_to_resume, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora, TaskLora
 from ..modular_lora.places import check_writable
-from ..training.kohya import engine as kohya
-from ..training.kohya.checkout import find_engine
 from ..training.options import TaskOptions
-from ..training.task.train import train_task
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket, TaskOptionsSocket, TaskSocket
@@ -59,6 +55,11 @@ class TrainTaskLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, data_set, safety_lora=(), options=None, resume=False, **given):
+        from ..comfy_host import trainer_model  # what trains is imported when it does: ComfyUI's start is shorter by it
+        from ..training.kohya import engine as kohya
+        from ..training.kohya.checkout import find_engine
+        from ..training.task.train import train_task
+
         safety, name = handles(safety_lora, SafetyLora), given["output_name"]
         ours = {
             "output_dir": str(work_folder(name)),

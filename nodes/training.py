@@ -17,8 +17,10 @@ from ..comfy_host.progress import NodeWatch
 from ..comfy_host.training_files import data_sets
 from ..modular_lora.errors import GuardError
 from ..training import options
-from ..training.kohya.engine import Share
-from ..training.record import Trained
+
+if typing.TYPE_CHECKING:
+    from ..training.kohya.engine import Share
+    from ..training.record import Trained
 
 GROUP = f"{CATEGORY}/train"
 FROM_GRAPH = (  # files, folders and services that a graph must not name
@@ -29,7 +31,7 @@ FROM_GRAPH = (  # files, folders and services that a graph must not name
 
 def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
     """Inputs of a node for the named options, with the command line's defaults and help."""
-    hints = typing.get_type_hints(cls)
+    hints = options.hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     return [_input(name, hints[name], fields[name]) for name in names]
 
@@ -73,7 +75,7 @@ def lines_of(text: str) -> tuple[str, ...]:
 def gathered(cls: type, values: dict, more: str, **ours: str):
     """Options of a node's inputs; multi-line texts become lists. GuardError or OptionError with the remedy."""
     policies.check_open("training")
-    hints = typing.get_type_hints(cls)
+    hints = options.hints(cls)
     for name, value in values.items():
         if typing.get_origin(hints[name]) is tuple:
             values[name] = lines_of(value)
@@ -98,6 +100,8 @@ def refuse_from_graph(where: str, found: Iterable[str]) -> None:
 
 def of_this_machine(found: Trained | Share) -> Trained:
     """What sd-scripts gave; GuardError on a machine that has done its share of the work and has no file."""
+    from ..training.kohya.engine import Share
+
     if isinstance(found, Share):
         raise GuardError(f"{found.report}: load it there.", code="kohya.other-machine")
     return found

@@ -12,9 +12,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..comfy_host import trainer_model
 from ..comfy_host.enforcement import policy as policies
-from ..comfy_host.model_folders import file_names
+from ..comfy_host.model_folders import BASE_FOLDERS, file_names
 from ..comfy_host.prompt_inputs import unlisted
 from ..modular_lora.errors import GuardError
 from ..training import options, presets
@@ -96,7 +95,7 @@ def _schema(kind: str, cls: type[Options], shown: tuple[str, ...], socket: type[
 
 
 def _inputs(cls: type[Options], names: list[str]) -> list[io.Input]:
-    hints = typing.get_type_hints(cls)
+    hints = options.hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     return [_input(name, hints[name], fields[name]) for name in names]
 
@@ -126,7 +125,7 @@ def _engine_inputs() -> list[io.Input]:
     )
     name_tip = "kohya engine: the file of the loaded checkpoint, which sd-scripts reads itself."
     files_tip = "kohya engine: further files of the model as TOML, e.g. Flux: ae = 'ae.safetensors', clip_l and t5xxl."
-    names = ["", *file_names(*trainer_model.BASE_FOLDERS)]
+    names = ["", *file_names(*BASE_FOLDERS)]
     return [
         io.Combo.Input("engine", ["embedded", "kohya"], default="embedded", optional=True, tooltip=engine_tip),
         io.Combo.Input("ckpt_name", names, default="", optional=True, tooltip=name_tip),
@@ -136,7 +135,7 @@ def _engine_inputs() -> list[io.Input]:
 
 def _handed(cls: type[Options], given: dict[str, Any]) -> Handed:
     more, engine = more_of(given.pop("more_options", "")), _engine_of(given)
-    hints, values = typing.get_type_hints(cls), {}
+    hints, values = options.hints(cls), {}
     for name, value in given.items():
         if value not in (AS_PRESET, UNSET, ""):
             values[name] = _value(hints[name], value)
@@ -178,7 +177,7 @@ def asked(
         ours: Options that no graph sets.
     """
     policies.check_open("training")
-    hints, handed = typing.get_type_hints(cls), handed or Handed()
+    hints, handed = options.hints(cls), handed or Handed()
     listed = {one.id for one in node.define_schema().inputs}
     further = unlisted(node, listed) | {name: given.pop(name) for name in set(given) - listed}
     engine, more = _engine_of(further), more_of(further.pop("more_options", ""))
@@ -205,7 +204,7 @@ def files_of(text: str) -> dict[str, str]:
 
 def preset_input(cls: type[Options]) -> io.Input:
     """The presets of a training; a prompt without one has the options' own defaults, as before there were presets."""
-    names = [name for name in typing.get_args(typing.get_type_hints(cls)["preset"]) if name]
+    names = [name for name in typing.get_args(options.hints(cls)["preset"]) if name]
     tip = "Option values for a purpose, by the model's family; what is set here or on an options node wins over them."
     return io.Combo.Input("preset", [NONE, *names], default=names[0], optional=True, tooltip=tip)
 

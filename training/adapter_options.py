@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
-
 from ..modular_lora.options import OptionError, Texts, opt
-from ..modular_lora.validation import STRICT, raises
 
 Algo = Literal["lora", "loha", "lokr", "diag-oft"]
 
 
-@raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class AdapterOptions:
-    """What both trainings put beside the layers."""
+    """What both trainings put beside the layers; checked as part of their options."""
 
     algo: Algo = opt(
         "lora", "what is trained beside a layer: lora (with target conv LoCon), loha, lokr, diag-oft (OFT)"

@@ -34,9 +34,8 @@ from .kohya.checkout import find_engine
 from .options import OptionError, SafetyOptions, TaskOptions
 from .pace import Pace, curve
 from .safety.closed import make as closed
-from .safety.closed.combine import CombineOptions
 from .safety.closed.combine import combine_safety as combined
-from .safety.closed.options import MakeOptions
+from .safety.closed.options import CombineOptions, MakeOptions
 from .safety.train import prepare as prepare_safety
 from .safety.train import train_safety
 from .task.train import configure, train_task
@@ -115,10 +114,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("task", type=Path)
     command.add_argument("safety", type=Path, nargs="+")
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
-    command.add_argument("--save_precision", choices=tuple(output.DTYPES), help="type to save in (the file's own)")
+    command.add_argument(
+        "--save_precision", choices=typing.get_args(options.SavePrecision), help="type to save in (the file's own)"
+    )
     command.add_argument(
         "--sides",
-        choices=typing.get_args(projection.Sides),
+        choices=typing.get_args(options.Sides),
         default="input",
         help="what is kept clear of the safety LoRA: the inputs that it reacts to, the outputs that it writes, or both "
         "(input)",
@@ -169,7 +170,9 @@ def _convert_arguments(commands) -> None:
     command.add_argument("--base_sha256", default="", help="SHA-256 that the base must have")
     command.add_argument("--rank", type=int, default=0, help="largest rank of a layer (0: as many as --limit asks for)")
     command.add_argument("--limit", type=float, default=LIMIT, help=f"largest |W0 + UD - W_safe| / |dW| ({LIMIT:g})")
-    command.add_argument("--save_precision", choices=tuple(output.DTYPES), default="float", help="type of the factors")
+    command.add_argument(
+        "--save_precision", choices=typing.get_args(options.SavePrecision), default="float", help="type of the factors"
+    )
     command.add_argument(
         "--concept", action="append", default=[], metavar="TEXT", help="a prompt of what is erased; once for each"
     )

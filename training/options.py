@@ -8,17 +8,18 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from ..modular_lora.files.scales import Scale
-from ..modular_lora.options import OptionError, Texts, add_arguments, load, opt, parse
+from ..modular_lora.options import OptionError, Texts, add_arguments, hints, load, opt, parse
 from ..modular_lora.validation import STRICT, raises
 from .adapter_options import AdapterOptions
 
 __all__ = [
-    "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "load", "parse",
+    "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "hints", "load", "parse",
 ]  # fmt: skip
 
 Target = Literal["cross-attention", "attention", "linear", "conv"]
 Precision = Literal["no", "bf16", "fp16"]
 SavePrecision = Literal["fp16", "bf16", "float"]
+Sides = Literal["input", "output", "both"]  # of the safety LoRA that a projection keeps clear
 Optimizer = Literal[
     "AdamW", "AdamW8bit", "Adafactor", "Prodigy", "CAME", "Lion", "AdamWScheduleFree", "RAdamScheduleFree"
 ]
@@ -54,10 +55,9 @@ KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "block
 ELSEWHERE = SAVING | SHOWING | HASHED | KEEPING | {"safety_strength", "safety_scale"}
 
 
-@raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclasses.dataclass(frozen=True)
 class Options(AdapterOptions):
-    """What both trainings share."""
+    """What both trainings share; checked as part of theirs."""
 
     preset: str = opt("", "values for a purpose (training/presets); what is given beside it wins")
     output_name: str = opt("lora", "file name of the LoRA, without ending")

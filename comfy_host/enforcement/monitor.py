@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from aiohttp import web
@@ -58,35 +60,35 @@ class Monitor:
         self._asked: Future | None = None
         self._lock = threading.Lock()
         self._sender = Sender(_destination, self._sent)
-        self.counters: Counters | None = None
-        self._why = ""
-        try:
-            self.counters = Counters()
-        except NoCounters as error:
-            self._why = str(error)
+
+    @cached_property
+    def counters(self) -> Counters:
+        """Made with the first line that is counted, not at ComfyUI's start; NoCounters without the package."""
+        return Counters()
 
     def listen(self, policy: OperatorPolicy | None, kind: str, said: Mapping[str, Any]) -> None:
         """Count a line of the record, and send it where it is a refusal."""
         try:
-            with self._lock:
-                if self.counters is not None:
-                    self.counters.count(kind, said)
+            with self._lock, suppress(NoCounters):
+                self.counters.count(kind, said)
             if kind == "refused" and policy is not None and policy.webhook.url:
                 self._sender.send("modular_lora.refused", {**said, "policy": policy.sha256})
         except Exception:  # nobody waits for this, and nothing of a run hangs on it
             log.exception("A line of the record was not counted or sent.")
 
     def _sent(self, outcome: str) -> None:
-        with self._lock:
-            if self.counters is not None:
-                self.counters.count_sent(outcome)
+        with self._lock, suppress(NoCounters):
+            self.counters.count_sent(outcome)
 
     async def metrics(self, request: web.Request) -> web.Response:
         if (refused := _refused(request)) is not None:
             return refused
-        if self.counters is None:
-            return web.json_response({"error": self._why}, status=501)
-        return web.Response(body=self.counters.text(), headers={"Content-Type": TEXT})
+        try:
+            with self._lock:
+                counters = self.counters
+        except NoCounters as error:
+            return web.json_response({"error": str(error)}, status=501)
+        return web.Response(body=counters.text(), headers={"Content-Type": TEXT})
 
     async def ready(self, request: web.Request) -> web.Response:
         if (refused := _refused(request)) is not None:

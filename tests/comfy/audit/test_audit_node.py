@@ -51,7 +51,7 @@ def audit(comfy) -> ModuleType:
         shutil.copyfile(ASSETS / name, detectors / name)
     (comfy.base / "input").mkdir(exist_ok=True)
     comfy.folder_paths.filename_list_cache.clear()
-    return importlib.import_module("modular_lora_guard.nodes.audit")
+    return importlib.import_module("modular_lora_guard.comfy_host.auditing")
 
 
 @pytest.fixture
@@ -96,7 +96,12 @@ def test_an_audit_gives_figures_and_keeps_the_images(graph, run_graph, audit, co
     place = comfy.output / "modular_lora_audit" / "whole"
     published = {str(path.relative_to(place).as_posix()) for path in place.rglob("*") if path.is_file()}
     assert published == {*audit.FILES, "sheets/suppressed.jpg", "sheets/kept.jpg"}
-    private = audit.policies.folder() / "audit" / "whole" / "private"
+    private = (
+        importlib.import_module("modular_lora_guard.comfy_host.enforcement.policy").folder()
+        / "audit"
+        / "whole"
+        / "private"
+    )
     assert len(list(private.rglob("[0-9]*.png"))) == 3 * len(ARMS)
     assert json.loads((place / "report.json").read_text(encoding="utf-8")) == json.loads(figures)
 
@@ -104,7 +109,7 @@ def test_an_audit_gives_figures_and_keeps_the_images(graph, run_graph, audit, co
 def test_an_interrupted_audit_goes_on_where_it_stopped(graph, run_graph, audit, comfy, monkeypatch):
     import comfy.model_management as management
 
-    pipeline, drawn = audit.ComfyPipeline, []
+    pipeline, drawn = importlib.import_module("modular_lora_guard.comfy_host.pipeline").ComfyPipeline, []
     draw = pipeline.draw
 
     def stop_at_the_third(self, arm, items, sampling):
@@ -156,7 +161,7 @@ def test_what_a_graph_must_not_ask_for_is_refused(changes, code, named, graph, r
 def test_a_prompt_file_outside_the_input_folder_is_refused(name, audit, comfy):
     (comfy.base / "secret.txt").write_text("words", encoding="utf-8")
     with refuses("audit.no-prompts-file"):
-        audit._prompt_file(name)
+        audit.prompt_file(name)
 
 
 def test_a_start_image_outside_the_input_folder_is_refused(graph, run_graph, comfy):

@@ -22,8 +22,8 @@ def text(loaded):
 
 @pytest.fixture(autouse=True)
 def folders(comfy, loras, text, tmp_path, monkeypatch):
-    node = importlib.import_module("modular_lora_guard.nodes.combine_safety")
-    monkeypatch.setattr(node.text_inputs, "opened", lambda model, clip, name: text)
+    text_inputs = importlib.import_module("modular_lora_guard.comfy_host.text_inputs")
+    monkeypatch.setattr(text_inputs, "opened", lambda model, clip, name: text)
     for kind in ("loras", "safety_loras"):
         (tmp_path / kind).mkdir()
         monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))

@@ -33,10 +33,22 @@ DOORS = {("training/cli.py", "comfy_host/standalone.py")}
 # where it stands in one line with it.
 LAYERS = (("errors.py", "tensor_hashing.py", "util"), ("branches",), ("files",), ("guard", "provenance"))
 
+START = "nodes/extension.py"  # what ComfyUI loads
+AT_WORK = {  # what trains and audits is imported when it does, so that ComfyUI starts sooner
+    "audit/session.py",
+    "comfy_host/pipeline.py",
+    "comfy_host/trainer_model.py",
+    "training/kohya/engine.py",
+    "training/output.py",
+    "training/safety/closed/make.py",
+    "training/safety/train.py",
+    "training/task/train.py",
+}
 
-def imports(path: Path, root: Path) -> Iterator[str]:
+
+def imports(path: Path, root: Path, walk=ast.walk) -> Iterator[str]:
     """What a file imports: a dotted name; of a relative import the path in ``root``, of a folder with a slash last."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -49,6 +61,40 @@ def imports(path: Path, root: Path) -> Iterator[str]:
                 yield found.relative_to(root).as_posix() + ("/" if found.is_dir() else ".py")
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from (str(given.value) for given in node.args[:1] if isinstance(given, ast.Constant))
+
+
+def at_once(module: ast.Module) -> Iterator[ast.AST]:
+    """What runs when a module is imported: nothing inside functions, and nothing that is for type checkers alone."""
+    waiting: list[ast.AST] = [module]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def loaded_with(root: Path, first: str) -> set[str]:
+    """Our files that are imported as soon as ``first`` is."""
+    found, waiting = set(), [first]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        waiting += ours_of(root / name, root)
+    return found
+
+
+def ours_of(path: Path, root: Path) -> Iterator[str]:
+    """Our files that a file imports at once."""
+    for name in imports(path, root, at_once):
+        if name.endswith(".py"):
+            yield name
+        elif name.endswith("/") and (root / name / "__init__.py").exists():
+            yield f"{name}__init__.py"
 
 
 def python_files(root: Path, *folders: str) -> Iterator[Path]:
@@ -96,6 +142,25 @@ def test_only_comfy_host_imports_comfyui_and_the_nodes_import_its_schemas() -> N
 
 def test_the_core_imports_no_host() -> None:
     assert ours_in(ROOT, CORE_FOLDERS, (HOST, NODES)) == DOORS
+
+
+def test_what_trains_and_audits_is_not_imported_when_comfyui_starts() -> None:
+    assert all((ROOT / name).is_file() for name in AT_WORK)
+    loaded = loaded_with(ROOT, START)
+    assert "comfy_host/patcher.py" in loaded
+    assert not loaded & AT_WORK
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("from . import b", True), ("def f():\n    from . import b", False), ("class C:\n    from .b import x", True),
+     ("if TYPE_CHECKING:\n    from . import b", False)],
+)  # fmt: skip
+def test_what_is_imported_at_once(line: str, found: bool, tmp_path: Path) -> None:
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "a.py").write_text(line)
+    (tmp_path / "core" / "b.py").write_text("")
+    assert ("core/b.py" in loaded_with(tmp_path, "core/a.py")) == found
 
 
 def test_comfy_host_imports_no_node() -> None:

@@ -12,10 +12,10 @@ from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard import activity, concept
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.training import cli, output
-from modular_lora_guard.training.safety.closed.combine import CombineOptions, combine_safety
+from modular_lora_guard.training.safety.closed.combine import combine_safety
 from modular_lora_guard.training.safety.closed.fusion import confined, reaches
 from modular_lora_guard.training.safety.closed.make import make_safety
-from modular_lora_guard.training.safety.closed.options import MakeOptions
+from modular_lora_guard.training.safety.closed.options import CombineOptions, MakeOptions
 from support.closed_formulas import formula_fusion
 from support.closed_words import LAYERS, MIXED, OUT, WIDTH, Words, file_name
 from support.errors import refuses

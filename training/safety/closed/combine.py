@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from ....modular_lora.errors import GuardError, shown
@@ -25,44 +24,21 @@ from ....modular_lora.guard import activity, concept
 from ....modular_lora.guard.build import SafetyLora
 from ....modular_lora.guard.comparing import Factor, factors
 from ....modular_lora.guard.model_info import ModelInfo
-from ....modular_lora.options import OptionError, Texts, opt
 from ....modular_lora.places import check_writable
-from ....modular_lora.validation import STRICT, raises
 from ... import contamination, output
 from ...metadata_keys import COMBINED_KEY
-from ...options import SavePrecision
 from ..metadata import safety_metadata
 from . import everything_else
-from .activity import CALIBRATE, Prompts, calibration, chosen
+from .activity import Prompts, calibration, chosen
 from .effects import Measured, Solved, measure, report
-from .everything_else import EverythingElse
 from .fusion import confined, reaches
 from .layers import TextInput
 from .make import TextModel
-from .words import EMPTY, Encoded, Tokens, distinct, held, own
+from .options import CombineOptions
+from .words import EMPTY, Encoded, distinct, held, own
 
 RIDGE = 1e-3  # of the mean energy of the concepts' tokens
 METHOD = "combined"
-
-
-@raises(OptionError)
-@checked(frozen=True, config=STRICT)
-class CombineOptions:
-    """Several safety LoRAs as one file, each on its own concept only."""
-
-    output_name: str = opt("combined", "file name of the LoRA, without ending")
-    output_dir: str = opt("output", "folder of the LoRA")
-    preserve: Texts = opt((), "prompts that none of them is to change; the empty prompt is always one")
-    everything_else: EverythingElse = opt(
-        "none", "a list of prompts to preserve as well: none, things, people, places, styles, all of them"
-    )
-    tokens: Tokens = opt(
-        "all", "all (the words and what comes behind them), subject (the words), last (their last token)"
-    )
-    ridge: float = opt(0.0, "weight against a large change; 0: 0.1 % of the concepts' mean energy", ge=0)
-    save_precision: SavePrecision = opt("float", "type of the saved LoRA: fp16, bf16, float")
-    calibrate: bool = opt(True, CALIBRATE)
-    no_dataset_metadata: bool = opt(False, "leave the output's name out of the file's metadata")
 
 
 class NamedModel(TextModel, Protocol):

@@ -1,4 +1,4 @@
-"""Options of Make Safety LoRA."""
+"""Options of Make Safety LoRA and Combine Safety LoRAs."""
 
 from __future__ import annotations
 
@@ -103,3 +103,23 @@ class MakeOptions:
         """Prompts to preserve, those of the chosen list that do not name the concept included."""
         own = chosen(self.everything_else, self.erased)
         return tuple(dict.fromkeys((*(text for text in self.preserve if text.strip()), *own)))
+
+
+@raises(OptionError)
+@dataclass(frozen=True, config=STRICT)
+class CombineOptions:
+    """Several safety LoRAs as one file, each on its own concept only."""
+
+    output_name: str = opt("combined", "file name of the LoRA, without ending")
+    output_dir: str = opt("output", "folder of the LoRA")
+    preserve: Texts = opt((), "prompts that none of them is to change; the empty prompt is always one")
+    everything_else: EverythingElse = opt(
+        "none", "a list of prompts to preserve as well: none, things, people, places, styles, all of them"
+    )
+    tokens: Tokens = opt(
+        "all", "all (the words and what comes behind them), subject (the words), last (their last token)"
+    )
+    ridge: float = opt(0.0, "weight against a large change; 0: 0.1 % of the concepts' mean energy", ge=0)
+    save_precision: SavePrecision = opt("float", "type of the saved LoRA: fp16, bf16, float")
+    calibrate: bool = opt(True, CALIBRATE)
+    no_dataset_metadata: bool = opt(False, "leave the output's name out of the file's metadata")
