@@ -74,13 +74,13 @@ def newer(unet: dict) -> dict:
     return {k: v for k, v in NEWER.items() if k in asked and k not in unet}
 
 
-def make(family: Family, filled: bool = True):
+def make(family: Family, filled: bool = True, dtype: torch.dtype = torch.float32):
     """A ModelPatcher of the family, made by ComfyUI's own classes; not ``filled``: shapes only."""
     from comfy import model_patcher, supported_models
 
     config = getattr(supported_models, family.config)(dict(family.unet))
     config.unet_config.update(family.unet | newer(family.unet))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     with torch.no_grad():
         model = config.get_model(family.state(), "", device="meta" if family.on_meta and not filled else None)
     if filled:
@@ -96,7 +96,7 @@ def fill(model: nn.Module) -> None:
         random = torch.randn(p.shape, generator=generator)
         gain = p.dim() < 2 and name.endswith(("weight", "scale", "gamma"))  # of a norm
         fan_in = p[0].numel() if p.dim() > 1 else 400
-        p.data = 1 + random / 20 if gain else random / fan_in**0.5
+        p.data = (1 + random / 20 if gain else random / fan_in**0.5).to(p.dtype)
     buffers = dict(model.diffusion_model.named_buffers())
     for name in buffers.keys() & model.diffusion_model.state_dict().keys():
         if buffers[name].is_floating_point():

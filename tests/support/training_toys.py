@@ -29,10 +29,10 @@ def side_of(family: Family) -> int:
     return 320 if family.latent[-1] > SIDE // 4 else SIDE
 
 
-def toy_parts(family: Family) -> tuple:
+def toy_parts(family: Family, dtype: torch.dtype = torch.float32) -> tuple:
     """(MODEL, CLIP, VAE), made in inference mode as ComfyUI 0.3.75 loads them."""
     with torch.inference_mode():
-        model = make(family)
+        model = make(family, dtype=dtype)
     form = model.model.latent_format
     if form.latent_channels != family.latent[0]:  # narrower than the family's own
         made = importlib.import_module("comfy.latent_formats").LatentFormat()

@@ -1,4 +1,4 @@
-"""Writes formats, families, templates, training_families and training_presets.json from tests that try each row.
+"""Writes formats, families, templates and training_{families,width,presets}.json from tests that try each row.
 
     python -m tools.benchmarks.matrix [pytest arguments]
 
@@ -24,6 +24,7 @@ TESTS = (
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
 TESTS += ("tests/comfy/training/test_training_every_family.py", "tests/comfy/training/test_training_presets_run.py")
+TESTS += ("tests/comfy/training/test_training_real_width.py",)
 TESTS += ("tests/comfy/guard/test_drop_in_templates.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 
