@@ -34,7 +34,6 @@ FEW = {  # in place of a workflow's own
     "sample_steps": 2,
     "denoising_steps": 2,
     "pool_size": 6,
-    "noises": 1,
     "sample_prompts": "gloss, cat face",
     "synonyms": "twemoji, racing car",
     "preserve": "twemoji, cat face",
