@@ -16,7 +16,6 @@ import inspect
 import json
 import os
 import random
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -63,8 +62,8 @@ sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lo
 from modular_lora_guard.tools.demo.client import Client  # noqa: E402
 from modular_lora_guard.tools.demo.server import Server  # noqa: E402
 from modular_lora_guard.tools.demo.settings import DemoWorld  # noqa: E402
-from support import short_encoders  # noqa: E402
-from support.graphs import GraphError, keeping_code, save_lora  # noqa: E402
+from support import small_world  # noqa: E402
+from support.graphs import GraphError, keeping_code, layers_of, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
 from support.pack_nodes import NODES  # noqa: E402
 
@@ -198,8 +197,10 @@ def comfy(tmp_path_factory) -> SimpleNamespace:
     folder_paths.models_dir = str(base / "models")
     folder_paths.set_output_directory(str(base / "output"))
     asyncio.run(_load_nodes(nodes))
-    short_encoders.shorten()
-    _write_lively(Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors")
+    small_world.accept()
+    small_world.write(
+        Path(WORLD) / "demo_world_sd15.safetensors", base / "models" / "checkpoints" / "world.safetensors"
+    )
     pack = lambda name: importlib.import_module(f"modular_lora_guard.{name}")  # noqa: E731
     space = SimpleNamespace(
         base=base,
@@ -227,22 +228,6 @@ def _import_comfyui(base: Path) -> list:
     args.cpu, args.base_directory = True, str(base)
     importlib.import_module("utils.install_util")
     return [importlib.import_module(name) for name in ("execution", "folder_paths", "nodes", "server")]
-
-
-def _write_lively(world: Path, path: Path) -> None:
-    """The demo world with a random text encoder: its own is a lookup table whose layers are zero and take no LoRA."""
-    from safetensors.torch import load_file, save_file
-
-    generator, tensors = torch.Generator().manual_seed(0), load_file(world)
-    for name, tensor in list(tensors.items()):
-        layer = re.search(r"^cond_stage_model\..*\.encoder\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= short_encoders.LAYERS:
-            del tensors[name]
-        elif layer and tensor.is_floating_point():
-            size = 0.03 if tensor.dim() > 1 else 0.0
-            random = torch.randn(tensor.shape, generator=generator) * size
-            tensors[name] = (random + ("norm" in name and name.endswith("weight"))).half()
-    save_file(tensors, path)
 
 
 async def _load_nodes(nodes) -> None:
@@ -317,11 +302,21 @@ def loaded(comfy):
 
 
 @pytest.fixture(scope="session")
+def trained(comfy) -> str:
+    """Name of a checkpoint with the demo world's own U-Net, for tests that ask what it has learnt."""
+    name = "trained.safetensors"
+    path = comfy.base / "models" / "checkpoints" / name
+    small_world.write(Path(WORLD) / "demo_world_sd15.safetensors", path, narrow=False)
+    comfy.folder_paths.filename_list_cache.clear()
+    return name
+
+
+@pytest.fixture(scope="session")
 def loras(comfy, loaded) -> SimpleNamespace:
     """Random LoRA files of large effect, under kohya names, in ComfyUI's loras folder."""
     model, clip, _ = loaded
-    unet = dict(_layers(comfy.anatomy.model_info(model), "lora_unet_"))
-    text = dict(_layers(comfy.anatomy.clip_info(clip), "lora_te_"))
+    unet = dict(layers_of(comfy.anatomy.model_info(model), "lora_unet_"))
+    text = dict(layers_of(comfy.anatomy.clip_info(clip), "lora_te_"))
     made = {
         "safety.safetensors": (unet, 4, 1),
         "task.safetensors": (unet, 8, 2),
@@ -342,15 +337,6 @@ def packs(comfy, loras) -> Iterator[None]:
     yield
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - before:
         del comfy.nodes.NODE_CLASS_MAPPINGS[name]
-
-
-def _layers(info, prefix: str):
-    seen = set()
-    for name, key in info.key_map.items():
-        spec = info.specs.get(key) if isinstance(key, str) else None
-        if name.startswith(prefix) and spec and not spec.problem and key not in seen:
-            seen.add(key)
-            yield name, spec
 
 
 @pytest.fixture

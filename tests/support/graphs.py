@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -110,3 +111,13 @@ def save_lora(
 def bits(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all of a module's tensors as bytes: what ComfyUI leaves uninitialised may be NaN, unequal to itself."""
     return {name: t.detach().clone().reshape(-1).view(torch.uint8) for name, t in module.state_dict().items()}
+
+
+def layers_of(info, prefix: str) -> Iterator[tuple]:
+    """Name and form of every layer that takes a branch, once each, by its name with this prefix."""
+    seen = set()
+    for name, key in info.key_map.items():
+        spec = info.specs.get(key) if isinstance(key, str) else None
+        if name.startswith(prefix) and spec and not spec.problem and key not in seen:
+            seen.add(key)
+            yield name, spec

@@ -328,9 +328,9 @@ sys.path += [root + "/importable", root + "/tests"]
 from modular_lora_guard.audit.plan import Arm, Item, Sampling
 from modular_lora_guard.comfy_host.standalone import start
 from modular_lora_guard.comfy_host.standalone_pipeline import open_pipeline
-from support import short_encoders
+from support import small_world
 start(None, True)
-short_encoders.shorten()  # as the tests' own ComfyUI
+small_world.accept()  # as the tests' own ComfyUI
 with open_pipeline(checkpoint, "", True) as pipeline:
     pictures = pipeline.draw(Arm("base"), [Item("gloss, cat", 1, "kept")], Sampling(2, 2.0, width=64, height=64))
     open(out, "wb").write(pipeline.base_sha256.encode() + pictures.tobytes())

@@ -55,7 +55,7 @@ def free_memory(size: float):
 
 def test_the_estimate_is_weights_and_branches(patcher, loaded):
     branches, weights = patcher.branches.size(torch.float32), loaded[0].model_size()
-    assert branches > 5 * MB
+    assert branches > MB
     assert patcher.model_size() == weights + branches
     assert patcher.clone().clone().model_size() == weights + branches
     sampled(patcher)
@@ -169,5 +169,6 @@ def test_the_size_is_known_before_anything_is_fused(made):
 
 
 def test_the_report_says_what_the_branches_take(comfy, run_graph, loras):
-    report = run_graph(guarded_graph())["guard"]
-    assert "branches: 8.4 MB beside the weights; warm cache: " in str(report)
+    model, *report = run_graph(guarded_graph())["guard"]
+    size = comfy.host.unwrap(model).branches.size(torch.float32) / 1e6
+    assert f"branches: {size:.1f} MB beside the weights; warm cache: " in str(report)

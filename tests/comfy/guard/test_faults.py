@@ -13,13 +13,13 @@ RUNS, ALL_RUNS = 20, 1000
 
 
 @pytest.fixture(scope="module")
-def rig(comfy) -> Iterator[faults.Rig]:
+def rig(comfy, trained) -> Iterator[faults.Rig]:
     from comfy import utils
 
     before = utils.PROGRESS_BAR_HOOK, utils.PROGRESS_BAR_ENABLED
     faults.stop_where_interrupted()
     with torch.inference_mode():
-        yield faults.Rig(comfy.base / "models" / "checkpoints" / "world.safetensors")
+        yield faults.Rig(comfy.base / "models" / "checkpoints" / trained)
     utils.PROGRESS_BAR_HOOK, utils.PROGRESS_BAR_ENABLED = before
 
 

@@ -34,7 +34,6 @@ FEW = {  # in place of a workflow's own
     "sample_steps": 2,
     "denoising_steps": 2,
     "pool_size": 6,
-    "noises": 1,
     "sample_prompts": "gloss, cat face",
     "synonyms": "twemoji, racing car",
     "preserve": "twemoji, cat face",
@@ -129,7 +128,7 @@ def test_workflow_nodes_have_the_slots_of_their_schemas(schemas) -> None:
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_a_workflow_runs(file, comfy, run_graph) -> None:
+def test_a_workflow_runs(file, comfy, trained, run_graph) -> None:
     graph = to_prompt(load(f"workflows/{file.name}"))
     for folder, name in PLACES:
         (comfy.base / "models" / folder).mkdir(exist_ok=True)
@@ -137,7 +136,7 @@ def test_a_workflow_runs(file, comfy, run_graph) -> None:
     shutil.copytree(ASSETS / DATA_SET, comfy.base / "input" / DATA_SET, dirs_exist_ok=True)
     for node in graph.values():
         if "ckpt_name" in node["inputs"]:
-            node["inputs"]["ckpt_name"] = "world.safetensors"
+            node["inputs"]["ckpt_name"] = trained
         node["inputs"] |= {name: few for name, few in FEW.items() if name in node["inputs"]}
     run_graph(graph)
     texts = list(comfy.server.texts.values())

@@ -144,7 +144,7 @@ def test_every_method_and_choice_of_tokens_makes_a_file(text, tmp_path):
             assert part.erased["racing car"] > (0.2 if tokens == "last" or method == "rece" else 0.9), (method, tokens)
             if method in ("null-space", "alphaedit"):
                 assert part.exact
-                assert max(part.kept.values()) < 1e-5
+                assert max(part.kept.values()) < 3e-5  # of a file in fp32
     assert ranks["null-space", "last"] == ranks["uce", "last"] == 1
     assert ranks["uce", "subject"] == 2
     assert ranks["rece", "subject"] == 6

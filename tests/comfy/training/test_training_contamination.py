@@ -236,14 +236,20 @@ def test_a_broken_registry_names_file_and_entry(text, code, named, tmp_path):
         known_bases(tmp_path / "none.json")
 
 
-def test_the_demo_world_is_in_the_bundled_registry_under_the_hash_that_the_host_gives_it(comfy, loaded):
-    assert comfy.anatomy.model_sha256(loaded[0]) == DEMO
+@pytest.fixture(scope="module")
+def demo(comfy, trained):
+    """The demo world's U-Net, as ComfyUI loads it."""
+    return comfy.nodes.CheckpointLoaderSimple().load_checkpoint(trained)[0]
+
+
+def test_the_demo_world_is_in_the_bundled_registry_under_the_hash_that_the_host_gives_it(comfy, demo):
+    assert comfy.anatomy.model_sha256(demo) == DEMO
     assert known_bases()[DEMO].name == "demo world"
 
 
-def test_the_demo_safety_lora_is_found_in_the_demo_base_by_the_names_of_comfyui(comfy, loaded):
-    info = comfy.anatomy.model_info(loaded[0])
-    W = {key: w.detach().clone() for key, w in loaded[0].model.state_dict().items()}
+def test_the_demo_safety_lora_is_found_in_the_demo_base_by_the_names_of_comfyui(comfy, demo):
+    info = comfy.anatomy.model_info(demo)
+    W = {key: w.detach().clone() for key, w in demo.model.state_dict().items()}
     safety = read_lora(ASSETS / "demo_safety_vehicles.safetensors")
     clean = measure(W, safety, [info])
     assert (clean.layers, clean.missing, clean.verdict) == (84, 0, "clean")
