@@ -35,8 +35,8 @@ from ..modular_lora.guard.build import (
     notes,
     text_digest,
 )
-from ..modular_lora.guard.report import format_attestation, format_functional, format_guard, format_memory
-from ..modular_lora.guard.summary import guard_summary, run_line
+from ..modular_lora.guard.report import format_functional, format_guard, format_memory
+from ..modular_lora.guard.summary import guard_summary, run_summary
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import SAFETY_FIRST, SUM, Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
@@ -155,7 +155,7 @@ class DropInMixin(HookedMixin):
 
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
-            show_run(self.guard_shared.node_id, f"{run_line(result)}\n{format_attestation(result)}")
+            show_run(self.guard_shared.node_id, run_summary(result))
 
     def set_injections(self, *args, **kwargs):
         raise GuardError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 
@@ -58,10 +57,11 @@ def sampled(patcher, size: int = 8, batch: int = 1, steps: int = 1, cfg: float =
 
 
 def tiny_lora(model: model_patcher.ModelPatcher) -> tuple[LoraFile, model_patcher.ModelPatcher]:
-    """A LoRA on every linear layer of a tiny model, and that model with it merged into its weights."""
+    """A LoRA on every linear layer of the tiny model, and another one with it merged into its weights."""
     generator = torch.Generator().manual_seed(2)
     tensors: dict[str, torch.Tensor] = {}
-    merged, info, done = copy.deepcopy(model.model), model_info(model), set()
+    merged = tiny_model(model.load_device)  # the same weights: 0.33.0's models cannot be copied by copy.deepcopy
+    info, done = model_info(model), set()
     for name, key in info.key_map.items():
         spec = info.specs.get(key) if isinstance(key, str) else None
         if not name.startswith("lora_unet_") or spec is None or spec.problem or spec.conv is not None or key in done:
@@ -72,9 +72,9 @@ def tiny_lora(model: model_patcher.ModelPatcher) -> tuple[LoraFile, model_patche
         up = torch.randn(out, RANK, generator=generator) * 0.2 / RANK**0.5
         alpha = torch.tensor(float(RANK))
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-        merged.get_submodule(spec.path).weight.data += up @ down
+        merged.model.get_submodule(spec.path).weight.data += up @ down
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.safetensors"
         save_file(tensors, path)
         lora = read_lora(path)
-    return lora, model_patcher.ModelPatcher(merged, load_device=model.load_device, offload_device=model.offload_device)
+    return lora, merged

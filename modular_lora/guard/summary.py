@@ -46,6 +46,12 @@ def run_line(a: Attestation) -> str:
     return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}{how}.{edited}"
 
 
+def run_summary(a: Attestation) -> str:
+    """What Guard shows of one sampling run: its line, and the task LoRAs that acted, with both strengths of each."""
+    tasks = [f"{r.name} at {r.strength_model:g} / {r.strength_clip:g}" for r in a.loras if r.role == "task"]
+    return "\n".join([run_line(a), *["task: " + ", ".join(tasks)] * bool(tasks)])
+
+
 _LIMITS = (  # words, and what stands in a status; see provenance.attestation.guarded_status
     (", on a base with merged LoRAs or models", "merged base"),
     (", from a start that no guarded run made", "outside start"),

@@ -153,7 +153,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Json:
     cells = [demo_report.ShownImage(png(), Seen(vehicle, True), said) for vehicle in (True, False)]
     arm = demo_report.Arm(said, said, cells, 1.0, said)
     facts = {said: said}
-    shown = demo_report.Demo([arm] * 7, (said, said), 1, said, said, facts, facts, {said: {"status": said}})
+    shown = demo_report.Demo([arm] * 7, [said], (said, said), 1, said, said, facts, facts, {said: {"status": said}})
     made = {"demo": demo_report.page(shown), "audit": audit_page.render(hostile(said), {said: png()})}
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")

@@ -165,7 +165,11 @@ class Client:
             prompt_id = asyncio.run(asyncio.wait_for(self._follow(prompt, on_event or _ignore), timeout))
         except (asyncio.TimeoutError, TimeoutError) as error:
             self.interrupt()
-            raise ClientError(f"the graph did not finish within {timeout:.0f} s; it was interrupted") from error
+            raise ClientError(
+                f"the graph did not finish within {timeout:.0f} s and was interrupted: end other programs that use the "
+                "processor, or draw with fewer steps.",
+                code="client.too-slow",
+            ) from error
         record = self.history(prompt_id)
         messages = record.get("status", {}).get("messages", [])
         return Result(prompt_id, record.get("outputs", {}), time.monotonic() - began, messages)

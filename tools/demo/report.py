@@ -39,6 +39,7 @@ class Demo:
     """All that the report shows."""
 
     arms: list[Arm]
+    missing: Sequence[str]  # titles of the arms that were not drawn
     prompts: Sequence[str]
     suppressed: int  # the first so many prompts name something that the safety LoRA suppresses
     lookout: str

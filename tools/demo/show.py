@@ -1,4 +1,4 @@
-"""The demo itself: five arms on one server, their images side by side, and the report."""
+"""The demo itself: every arm on one server, their images side by side, and the report, kept after each arm."""
 
 from __future__ import annotations
 
@@ -96,19 +96,37 @@ PLANS = (
 
 
 def show(server: Server, world: DemoWorld, *, steps: int, seed: int, output: Path) -> None:
-    """Run every arm, write the images and the report, say where they are."""
+    """Run every arm, a graph each; write images and report after each one, and say where they are.
+
+    What was drawn is kept where a later arm fails, takes too long or is interrupted. The arm that was being drawn is
+    not: its graph has ended without a record.
+    """
     setting = world.demo(steps=steps, seed=seed)
     client = Client(server.url)
     say(f"Drawing {len(setting.prompts)} prompts with {len(PLANS)} arms, {steps} steps each")
     arms: dict[str, Arm] = {}
     results: dict[str, Result] = {}
-    for plan in PLANS:
-        arms[plan.key], results[plan.key] = _run(client, plan, setting)
-    _write_images(arms, setting, output)
-    report = _report(client, arms, results["guarded"], setting)
-    atomic.write(output / "report.html", page(report), parents=True)
+    kept = 0
+    try:
+        for plan in PLANS:
+            arms[plan.key], results[plan.key] = _run(client, plan, setting)
+            _write_images(arms, setting, output)
+            report = _report(client, arms, results.get("guarded"), setting)
+            atomic.write(output / "report.html", page(report), parents=True)
+            kept += 1
+    finally:
+        if kept < len(PLANS):
+            say(_stopped(kept, output))
     say(f"\nReport:   {output / 'report.html'}\nPictures: {output / 'comparison.png'} and {output / 'pictures'}")
     say(f"\n{textwrap.fill(LOOKOUT, 100)}\n\n{textwrap.fill(CHOICE, 100)}")
+
+
+def _stopped(kept: int, output: Path) -> str:
+    """What is there of a demo that did not come to its end."""
+    whole = f"{kept} of {len(PLANS)} columns were drawn"
+    if not kept:
+        return f"\n{whole}: nothing was written."
+    return f"\n{whole} and are in {output / 'report.html'}. The next run draws all of them anew."
 
 
 def _run(client: Client, plan: Plan, setting: graphs.Setting) -> tuple[Arm, Result]:
@@ -136,28 +154,33 @@ def _image(client: Client, plan: Plan, result: Result, index: int) -> bytes:
 
 
 def _write_images(arms: dict[str, Arm], setting: graphs.Setting, output: Path) -> None:
-    for key, arm in arms.items():
-        for index, image in enumerate(arm.images):
-            name = setting.prompts[index].replace(", ", "-").replace(" ", "-")
-            atomic.write(output / "pictures" / f"{index}-{name}-{key}.png", image.png, parents=True)
+    """The pictures of these arms; those that a former run left of the others are taken away."""
+    for index, prompt in enumerate(setting.prompts):
+        name = f"{index}-{prompt.replace(', ', '-').replace(' ', '-')}"
+        for key in (plan.key for plan in PLANS):
+            place = output / "pictures" / f"{name}-{key}.png"
+            if key in arms:
+                atomic.write(place, arms[key].images[index].png, parents=True)
+            else:
+                place.unlink(missing_ok=True)
     rows = [(prompt, index < len(SUPPRESSED)) for index, prompt in enumerate(setting.prompts)]
     columns = {arm.title: [image.png for image in arm.images] for arm in arms.values()}
     images.comparison(rows, columns, output / "comparison.png")
 
 
-def _report(client: Client, arms: dict[str, Arm], guarded: Result, setting: graphs.Setting) -> Demo:
+def _report(client: Client, arms: dict[str, Arm], guarded: Result | None, setting: graphs.Setting) -> Demo:
+    """Of the arms that are drawn; ``guarded`` is what the guarded one's graph left, once it is among them."""
+    says = {"What the guard says": "guard-report", "What the guarded run says": "run-report"}
     return Demo(
         arms=list(arms.values()),
+        missing=[plan.title for plan in PLANS if plan.key not in arms],
         prompts=setting.prompts,
         suppressed=len(setting.prompts) - len(KEPT),
         lookout=LOOKOUT,
         choice=" ".join([CHOICE, *[COUNTED] * any(arm.counted for arm in arms.values())]),
         facts=_facts(client, arms, setting),
-        texts={
-            "What the guard says": guarded.text("guard-report"),
-            "What the guarded run says": guarded.text("run-report"),
-        },
-        attestation=images.attestation(arms["guarded"].images[0].png),
+        texts={title: guarded.text(node) for title, node in says.items()} if guarded else {},
+        attestation=images.attestation(arms["guarded"].images[0].png) if guarded else {},
     )
 
 
@@ -174,7 +197,9 @@ def _facts(client: Client, arms: dict[str, Arm], setting: graphs.Setting) -> dic
         f"seeds from {setting.seed}, {setting.size} × {setting.size} pixels",
         "Files": f"{setting.checkpoint}, {setting.safety}, {setting.task} (guarded), {setting.sequential} (unguarded), "
         f"{setting.words} (made of words)",
-        "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded images",
+        "Attested": f"{_attested(arms['guarded'])} of {len(setting.prompts)} guarded images"
+        if "guarded" in arms
+        else "the guarded column is not drawn",
         "Times": ", ".join(f"{arm.title} {arm.seconds:.1f} s" for arm in arms.values()),
         "ComfyUI": str(system.get("comfyui_version")),
         "PyTorch": str(system.get("pytorch_version")),

@@ -53,10 +53,10 @@ def test_an_ordinary_graph_with_one_node_more(comfy, judged, sha256):
     assert [one.sha256 for one in run.loras] == [sha256(SAFETY), sha256(TASK)]
     assert run.firings == run.layers * run.evaluations
     assert run.vae_sha256
-    shown = comfy.server.texts["guard"]  # the run's own report, on the node
-    assert "Guarded: the safety LoRA ran in all " in shown
-    assert "\nguarded: " in shown
-    assert f"task {TASK} at 0.7 / 0" in shown
+    shown = comfy.server.texts["guard"].split("\n\n")  # what is read on the node
+    line = f"Guarded: the safety LoRA ran in all {run.evaluations} evaluations of the model. 1 task LoRA."
+    assert f"{line}\ntask: {TASK} at 0.7 / 0" in shown
+    assert not any("sha256" in one for one in shown), "details are in the file and at the output"
 
 
 @pytest.mark.parametrize("behind", ["ckpt", "lora0", "lora1"])

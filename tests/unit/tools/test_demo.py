@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from modular_lora_guard.tools.demo import graphs, images, judge, report, settings, show
-from modular_lora_guard.tools.demo.client import Client, Event, Rejected
+from modular_lora_guard.tools.demo.client import Client, ClientError, Event, Rejected, Result
 from modular_lora_guard.tools.demo.progress import Progress
 from modular_lora_guard.tools.demo.server import free_port
 from modular_lora_guard.tools.world import ASSETS, DATA_SET, data
@@ -126,9 +129,8 @@ def test_the_report_holds_its_images_and_escapes_what_it_quotes() -> None:
         report.ShownImage(png(), judge.Seen(0, 1), ""),
     ]
     arm = report.Arm("Arm <1>", "note", cells, 1.0, "3 of 7")
-    shown = report.Demo(
-        [arm], ("a & b", "c"), 1, "Look.", "By rule.", {"Date": "today"}, {"Says": "<script>"}, {"k": {"status": "x"}}
-    )
+    says, attested = {"Says": "<script>"}, {"k": {"status": "x"}}
+    shown = report.Demo([arm], ["Arm <2>"], ("a & b", "c"), 1, "Look.", "By rule.", {"Date": "today"}, says, attested)
     page = report.page(shown)
     assert "activity &lt;9&gt;" in page
     assert "By rule." in page
@@ -138,3 +140,77 @@ def test_the_report_holds_its_images_and_escapes_what_it_quotes() -> None:
     assert "<script>" not in page
     assert "Arm &lt;1&gt;" in page
     assert "a &amp; b" in page
+    assert "1 of 2 columns are drawn" in page
+    assert "Missing: Arm &lt;2&gt;." in page
+
+
+class StoppedClient:
+    """Answers as a server does, up to the graph that is stopped; ``drawn`` counts the graphs that came to their end."""
+
+    def __init__(self, most: int, stop: BaseException) -> None:
+        self.most, self.stop, self.drawn = most, stop, 0
+
+    def run(self, prompt: graphs.Graph, on_event: Callable[[Event], None]) -> Result:
+        on_event(Event("sampler-0", 1, 20))
+        if self.drawn == self.most:
+            raise self.stop
+        self.drawn += 1
+        saves = {key: {"images": [{"filename": key}]} for key in prompt if key.startswith("save-")}
+        return Result("id", saves | {"guard-report": {"text": ["The model is guarded."]}}, 1.0)
+
+    def image(self, reference: dict[str, str]) -> bytes:
+        return png()
+
+    def get_json(self, path: str) -> Any:
+        return {"system": {}, "devices": []}
+
+
+def stopped_demo(monkeypatch: pytest.MonkeyPatch, folder: Path, drawn: int, stop: BaseException) -> None:
+    """A run of the demo in which the graph after so many is stopped."""
+    monkeypatch.setattr(show, "Client", lambda url: StoppedClient(drawn, stop))
+    files = [Path(f"{name}.safetensors") for name in ("base", "safety", "task", "sequential", "of-words")]
+    world = settings.DemoWorld(*files[:4], settings.Shown(*files[1:]))
+    with pytest.raises(type(stop)):
+        show.show(SimpleNamespace(url=""), world, steps=20, seed=1, output=folder)
+
+
+PROMPTS = len(settings.SUPPRESSED + settings.KEPT)
+
+
+@pytest.mark.parametrize("stop", [ClientError("too slow"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_a_demo_that_is_stopped_keeps_the_columns_that_were_drawn_and_counts_the_others(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_demo(monkeypatch, tmp_path, 2, stop)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2 * PROMPTS
+    assert f"2 of {len(show.PLANS)} columns are drawn" in page
+    assert f"Missing: {'; '.join(plan.title for plan in show.PLANS[2:])}." in page
+    assert "the guarded column is not drawn" in page
+    with Image.open(tmp_path / "comparison.png") as image:
+        two = image.width
+    assert len(list((tmp_path / "pictures").iterdir())) == 2 * PROMPTS
+    said = capsys.readouterr().out
+    assert f"2 of {len(show.PLANS)} columns were drawn" in said
+    assert str(tmp_path / "report.html") in said
+
+    stopped_demo(monkeypatch, tmp_path, 5, stop)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 5 * PROMPTS
+    assert "The model is guarded." in page, "the guarded column is among them"
+    with Image.open(tmp_path / "comparison.png") as image:
+        assert image.width > two
+
+    stopped_demo(monkeypatch, tmp_path, 1, stop)
+    names = {file.stem.rpartition("-")[2] for file in (tmp_path / "pictures").iterdir()}
+    assert names == {show.PLANS[0].key}, "nothing of the run before stands beside this one's"
+
+
+def test_a_demo_that_is_stopped_in_its_first_column_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_demo(monkeypatch, tmp_path, 1, KeyboardInterrupt())
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    stopped_demo(monkeypatch, tmp_path, 0, KeyboardInterrupt())
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert "nothing was written" in capsys.readouterr().out
