@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support import (
@@ -34,14 +35,23 @@ def ground(comfy, loras) -> Iterator[Ground]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Counter:
-    """Of attempts with the drop-in node: (it is in the graph, images came out, something was refused) -> how many."""
+    """Of attempts with the drop-in node: (it is in the graph, what came of it) -> how many."""
     return Counter()
 
 
 @pytest.fixture(scope="module")
 def attached() -> Counter:
-    """Of attempts without a node: (the policy attaches, images came out, something was refused) -> how many."""
+    """Of attempts without a node: (the policy attaches, what came of it) -> how many."""
     return Counter()
+
+
+def what_came(ground: Ground, images: list[Path]) -> str:
+    """What came of an attempt whose images all passed the judge."""
+    if ground.seen.refused:
+        return "refused and attested" if images else "refused"
+    if images:
+        return "attested"
+    return "invalid" if ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers) else "nothing"
 
 
 @pytest.mark.sampled(80)
@@ -52,7 +62,7 @@ def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_prope
     one.act(ground)
     images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
-    record_property("outcome", one.outcome)
+    record_property("outcomes", {one.outcome: 1})
     if one.outcome == "permitted":
         assert not ground.seen.refused
         assert not ground.seen.invalid
@@ -71,7 +81,9 @@ def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_prope
 
 @pytest.mark.sampled(60)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
-def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: Attempt, monkeypatch, outcomes) -> None:
+def test_nor_does_one_where_the_drop_in_node_is_the_guard(
+    ground: Ground, one: Attempt, monkeypatch, record_property, outcomes
+) -> None:
     """Every graph of the catalogue with Guard, stock loaders, samplers and decode in the place of our own nodes."""
     queue = ground.queue
     changed = []
@@ -90,13 +102,14 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    outcomes[any(changed), bool(images), bool(ground.seen.refused)] += 1
+    outcomes[any(changed), what_came(ground, images)] += 1
+    record_property("outcomes", {what_came(ground, images): 1})
 
 
 @pytest.mark.sampled(ATTACH_SAMPLE)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(
-    ground: Ground, one: Attempt, monkeypatch, attached
+    ground: Ground, one: Attempt, monkeypatch, record_property, attached
 ) -> None:
     """The same graphs without any node of the guard, and those that cannot be had so as they are."""
     queue, put = ground.queue, ground.put
@@ -124,7 +137,8 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    attached[bool(changed), bool(images), bool(ground.seen.refused)] += 1
+    attached[bool(changed), what_came(ground, images)] += 1
+    record_property("outcomes", {what_came(ground, images): 1})
 
 
 def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:

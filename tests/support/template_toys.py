@@ -7,10 +7,13 @@ of that kind.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +23,19 @@ FILE = "toy.safetensors"
 FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
 MODELS = ("UNETLoader",)
 CLIPS = ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader")
+CHECKPOINT, IMAGE_CHECKPOINT, VISION = "CheckpointLoaderSimple", "ImageOnlyCheckpointLoader", "CLIPVisionLoader"
+VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_act": "quick_gelu",
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "projection_dim": 768,
+}
 
 
 @contextmanager
@@ -80,7 +96,32 @@ def _gligen(model) -> dict[str, torch.Tensor]:
     return made | {f"position_net.{key}": value for key, value in place.state_dict().items()}
 
 
-def stand_in(real: type, made: Any) -> type:
+def vision(folder: Path) -> Any:
+    """A model of CLIP vision of two layers, whose embedding is as wide as the demo world's text."""
+    from comfy.clip_vision import ClipVisionModel
+
+    config = folder / "vision.json"
+    config.write_text(json.dumps(VISION_CONFIG), encoding="utf-8")
+    made = ClipVisionModel(config)
+    randomise(made.model)
+    return made
+
+
+def write_film(to: Path, frames: int, side: int) -> None:
+    """A film of noise."""
+    import av
+
+    generator = np.random.default_rng(1)
+    with av.open(str(to), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = side
+        for _ in range(frames):
+            pixels = generator.integers(0, 256, (side, side, 3), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        file.mux(stream.encode())
+
+
+def stand_in(real: type, made: tuple) -> type:
     """A class with the inputs of a loader, of which none is read, that gives ``made``."""
     inputs = {
         part: {name: ("STRING", {}) for name in said}
@@ -88,4 +129,4 @@ def stand_in(real: type, made: Any) -> type:
         if part in ("required", "optional")
     }
     members = {"INPUT_TYPES": classmethod(lambda cls: inputs), "RETURN_TYPES": real.RETURN_TYPES}
-    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **_: (made,)})
+    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **_: made})

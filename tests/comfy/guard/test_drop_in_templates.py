@@ -13,7 +13,8 @@ from conftest import new_executor
 from PIL import Image
 from support import drop_in, template_toys, video_toys
 from support.graphs import node
-from support.templates import IMAGE_FILE, LORAS, find, graph_of, small
+from support.mutations import ancestors
+from support.templates import FILM, FILM_FILE, IMAGE_FILE, LARGER, LORAS, PIXELS, find, graph_of, small
 
 CHECKPOINT = (  # on the demo world's checkpoint, with small files of what else they load
     *("default", "embedding_example", "image2image", "inpaint_example", "inpaint_model_outpainting"),
@@ -22,22 +23,36 @@ CHECKPOINT = (  # on the demo world's checkpoint, with small files of what else 
     *("flux_dev_checkpoint_example", "flux_schnell", "sd3.5_simple_example"),
     *("area_composition", "area_composition_square_area_for_subject", "controlnet_example", "depth_controlnet"),
     *("mixing_controlnets", "2_pass_pose_worship", "esrgan_example", "hiresfix_esrgan_workflow"),
-    *("gligen_textbox_example", "sd3.5_large_blur"),
+    *("gligen_textbox_example", "sd3.5_large_blur", "sd3.5_large_canny_controlnet_example"),
+    *("image_netayume_lumina_t2i", "sdxl_revision_text_prompts", "image_to_video", "txt_to_image_to_video"),
 )
 SPLIT = (  # the same, with stand-ins for the loaders of the diffusion model and of the text encoder
     *("flux1_krea_dev", "flux_fill_inpaint_example", "flux_fill_outpaint_example", "image_qwen_image"),
     *("image_z_image_turbo", "image_chroma_text_to_image", "hidream_i1_dev", "image_omnigen2_t2i"),
+    *("hidream_i1_fast", "hidream_i1_full", "hidream_e1_1", "hidream_e1_full", "image_omnigen2_image_edit"),
+    *("flux_canny_model_example", "flux_kontext_dev_basic", "image_qwen_image_union_control_lora"),
+    *("image_flux2", "image_flux2_fp8", "image_chroma1_radiance_text_to_image"),
+    *("image_qwen_image_edit", "image_qwen_image_edit_2509", "01_qwen_t2i_subgraphed"),
+    *("02_qwen_Image_edit_subgraphed", "image_flux.1_fill_dev_OneReward"),
+    "image_qwen_image_instantx_inpainting_controlnet",
 )
 VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("text_to_video_wan", "video_wan2_2_14B_t2v", "hunyuan_video_text_to_video", "mochi_text_to_video_example"),
-    "video_wan2_2_14B_i2v",
+    *("video_wan2_2_14B_i2v", "video_wan2_2_14B_flf2v", "03_video_wan2_2_14B_i2v_subgraphed"),
+    *("video_wan2_2_14B_fun_inpaint", "video_wan2_2_14B_fun_camera", "video_wan2_2_14B_fun_control"),
+    *("video_wan2_2_5B_ti2v", "video_wan2_2_5B_fun_inpaint", "video_wan2_2_5B_fun_control"),
+    *("video_wan2.1_alpha_t2v_14B", "video_wan2.1_fun_camera_v1.1_1.3B", "video_wan2.1_fun_camera_v1.1_14B"),
+    *("image_to_video_wan", "wan2.1_flf2v_720_f16", "video_wan_ati", "image_chrono_edit_14B"),
+    *("video_wan_vace_14B_t2v", "video_wan_vace_14B_ref2v", "video_wan_vace_14B_v2v", "video_wan_vace_flf2v"),
+    *("video_wan_vace_inpainting", "video_wan_vace_outpainting", "ltxv_text_to_video"),
 )
 TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
-SHOWING = ("controlnet_example",)  # these show an image from outside, for which a policy must say so
 EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
-EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced")
-LOADER, VAE_LOADER = "CheckpointLoaderSimple", "VAELoader"
-DECODERS = ("VAEDecode", "VAEDecodeTiled")
+EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced", "video_model", "lt", "camera_trajectory", "rope")
+EXTRAS += ("edit_model", "qwen", "cfg", "chroma_radiance", "ip2p", "controlnet", "differential_diffusion")
+EXTRAS += ("primitive", "string", "compositing", "rebatch")
+VAE_LOADER = "VAELoader"
+DECODERS, SHOWN = ("VAEDecode", "VAEDecodeTiled"), ("PreviewImage", "MaskPreview", "SaveImage")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +67,7 @@ def nodes(comfy, loras, loaded) -> Iterator[None]:
     pixels[..., 3] = 255
     pixels[24:72, 24:72, 3] = 0  # the mask
     Image.fromarray(pixels).save(inputs / IMAGE_FILE)
+    template_toys.write_film(inputs / FILM_FILE, FILM["length"], PIXELS)
     with template_toys.files(comfy, loaded[0]):
         yield
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - set(before):
@@ -65,17 +81,26 @@ def video(comfy) -> tuple:
     return video_toys.VideoLoader().run()
 
 
+@pytest.fixture(scope="module")
+def vision(comfy):
+    """A small model of CLIP vision."""
+    return template_toys.vision(comfy.base)
+
+
 @pytest.fixture
-def toys(comfy, loaded, request, monkeypatch) -> None:
+def toys(comfy, loaded, vision, request, monkeypatch) -> None:
     """Stand-ins for the loaders that a template has."""
-    name = request.node.callspec.params["name"]
-    if name in CHECKPOINT:
-        return
+    name, classes = request.node.callspec.params["name"], comfy.nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = request.getfixturevalue("video") if name in VIDEO else loaded
-    classes = comfy.nodes.NODE_CLASS_MAPPINGS
-    made = dict.fromkeys(template_toys.MODELS, model) | dict.fromkeys(template_toys.CLIPS, clip)
-    for kind, one in (made | ({VAE_LOADER: vae} if name in VIDEO else {})).items():
+    made: dict[str, tuple] = {template_toys.VISION: (vision,), template_toys.IMAGE_CHECKPOINT: (model, vision, vae)}
+    if name not in CHECKPOINT:
+        made |= dict.fromkeys(template_toys.MODELS, (model,)) | dict.fromkeys(template_toys.CLIPS, (clip,))
+    if name in VIDEO:
+        made |= {template_toys.CHECKPOINT: (model, clip, vae), VAE_LOADER: (vae,)}
+    for kind, one in made.items():
         monkeypatch.setitem(classes, kind, template_toys.stand_in(classes[kind], one))
+    sizes = classes["FluxKontextImageScale"].execute.__func__.__globals__
+    monkeypatch.setitem(sizes, "PREFERED_KONTEXT_RESOLUTIONS", [(LARGER, LARGER)])  # not a million pixels
 
 
 def safety_of(name: str) -> str:
@@ -89,8 +114,10 @@ def sources(graph: dict) -> dict[str, dict[str, list]]:
     """
     found = {}
     for name, one in graph.items():
-        if one["class_type"] == LOADER:
+        if one["class_type"] == template_toys.CHECKPOINT:
             found[name] = {"model": [name, 0], "clip": [name, 1], "vae": [name, 2]}
+        elif one["class_type"] == template_toys.IMAGE_CHECKPOINT:
+            found[name] = {"model": [name, 0], "vae": [name, 2]}
         elif one["class_type"] in template_toys.MODELS:
             found[name] = {"model": [name, 0]}
     first = found[next(iter(found))]
@@ -141,6 +168,12 @@ def template(comfy, name: str) -> dict:
     return graph
 
 
+def shows_outside(graph: dict) -> bool:
+    """Whether an image is shown that no VAE decoded: a policy must say so."""
+    shown = (name for name, one in graph.items() if one["class_type"] in SHOWN)
+    return not all(any(graph[n]["class_type"] in DECODERS for n in ancestors(graph, name)) for name in shown)
+
+
 def decoded(graph: dict, results: dict) -> dict:
     """What each VAE Decode of a graph gave."""
     return {key: results[key][0].clone() for key, one in graph.items() if one["class_type"] in DECODERS}
@@ -178,7 +211,7 @@ def attached(comfy, operator, run_graph, sha256) -> Callable[[dict, str], dict]:
     def run(graph: dict, name: str) -> dict:
         safety = safety_of(name)
         one = f'{{sha256 = "{sha256(safety)}", file = "{safety}", min_net_strength = 0.9}}'
-        shown = "[open]\nunattested = true\n" if name in SHOWING else ""
+        shown = "[open]\nunattested = true\n" if shows_outside(graph) else ""
         operator.write(f'[guard]\nattach = "always"\nrequired = [{one}]\n{shown}')
         assert operator.queue(graph) == {}
         made = run_graph(copy.deepcopy(graph), new_executor(comfy))  # the server empties its cache for a policy

@@ -282,14 +282,16 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 @pytest.mark.sampled(SAMPLE)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_no_image_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, group):
-    judge = Judge(comfy, run_graph, world, images)
+def test_no_image_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, record_property, group):
+    judge, came = Judge(comfy, run_graph, world, images), Counter()
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         try:
-            tally[judge.run(mutant, seed)] += 1
+            came[judge.run(mutant, seed)] += 1
         except (AssertionError, Exception) as error:
             raise AssertionError(f"graph {seed}: {error}\n{mutant}") from error
+    tally += came
+    record_property("outcomes", dict(came))
 
 
 def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
@@ -303,18 +305,22 @@ def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_nor_is_one_where_the_drop_in_node_is_the_guard(comfy, run_graph, world, images, drop_in_tally, group):
-    judge = DropInJudge(comfy, run_graph, world, images)
+def test_nor_is_one_where_the_drop_in_node_is_the_guard(
+    comfy, run_graph, world, images, drop_in_tally, record_property, group
+):
+    judge, came = DropInJudge(comfy, run_graph, world, images), Counter()
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         if translated(mutant.graph) is None:
-            drop_in_tally["not translated"] += 1
+            came["not translated"] += 1
             continue
         try:
-            drop_in_tally[judge.run(mutant, seed)] += 1
+            came[judge.run(mutant, seed)] += 1
         except (AssertionError, Exception) as error:
             made = translated(mutant.graph, savers=False)
             raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{json.dumps(made, indent=1)}") from error
+    drop_in_tally += came
+    record_property("outcomes", dict(came))
 
 
 def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
@@ -370,18 +376,18 @@ class AttachJudge(DropInJudge):
 @pytest.mark.sampled(ATTACH_SAMPLE)
 @pytest.mark.parametrize("seed", range(GROUPS * SIZE))
 def test_nor_is_one_where_every_model_is_guarded_without_a_node(
-    comfy, run_graph, world, images, operator, attach_tally, seed
+    comfy, run_graph, world, images, operator, attach_tally, record_property, seed
 ):
     judge = AttachJudge(operator, comfy, run_graph, world, images)
-    mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
-    if translated(mutant.graph) is None:
-        attach_tally["not translated"] += 1  # handles of LoRAs go a way that has nothing which corresponds to it
-        return
+    mutant, came = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS), "not translated"
     try:
-        attach_tally[judge.run(mutant, seed)] += 1
+        if translated(mutant.graph) is not None:  # else handles of LoRAs go a way that has no counterpart
+            came = judge.run(mutant, seed)
     except (AssertionError, Exception) as error:
         made = json.dumps(judge.graph(mutant), indent=1)
         raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{made}") from error
+    attach_tally[came] += 1
+    record_property("outcomes", {came: 1})
 
 
 def test_enough_of_these_were_attested_and_enough_refused(attach_tally, extent):
