@@ -8,7 +8,7 @@ of that kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.encoder_toys import randomise
+from support.families import make, named
+from support.families_image import U_NETS
+from support.graphs import save_lora
 
 FILE = "toy.safetensors"
 FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
@@ -34,8 +37,9 @@ VISION_CONFIG = {
     "intermediate_size": 64,
     "num_attention_heads": 2,
     "num_hidden_layers": 2,
-    "projection_dim": 768,
+    "projection_dim": 1024,
 }
+OTHERS = {"LotusD": "lotus_safety.safetensors", "SVD_img2vid": "svd_safety.safetensors"}  # family -> a LoRA for it
 
 
 @contextmanager
@@ -97,7 +101,7 @@ def _gligen(model) -> dict[str, torch.Tensor]:
 
 
 def vision(folder: Path) -> Any:
-    """A model of CLIP vision of two layers, whose embedding is as wide as the demo world's text."""
+    """A model of CLIP vision of two layers, whose embedding is as wide as Stable Video Diffusion asks for."""
     from comfy.clip_vision import ClipVisionModel
 
     config = folder / "vision.json"
@@ -121,12 +125,25 @@ def write_film(to: Path, frames: int, side: int) -> None:
         file.mux(stream.encode())
 
 
-def stand_in(real: type, made: tuple) -> type:
-    """A class with the inputs of a loader, of which none is read, that gives ``made``."""
+def other(comfy, family: str) -> Any:
+    """A toy of a family that some templates load beside, or in place of, the model that makes the image; its LoRA."""
+    model = make(next(one for one in U_NETS if one.config == family))
+    layers = named(comfy.anatomy.model_info(model), "lora_unet_", sliced=False)
+    save_lora(comfy.loras / OTHERS[family], layers, 4, 5, size=0.3)
+    return model
+
+
+def is_lotus(inputs: dict) -> bool:
+    """Whether a loader is asked for the model that makes a picture of depth."""
+    return "lotus" in inputs.get("unet_name", "")
+
+
+def stand_in(real: type, made: Callable[[dict], tuple]) -> type:
+    """A class with a loader's inputs, which gives what ``made`` makes of their values."""
     inputs = {
         part: {name: ("STRING", {}) for name in said}
         for part, said in real.INPUT_TYPES().items()
         if part in ("required", "optional")
     }
     members = {"INPUT_TYPES": classmethod(lambda cls: inputs), "RETURN_TYPES": real.RETURN_TYPES}
-    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **_: made})
+    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **v: made(v)})

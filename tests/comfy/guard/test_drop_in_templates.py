@@ -25,6 +25,7 @@ CHECKPOINT = (  # on the demo world's checkpoint, with small files of what else 
     *("mixing_controlnets", "2_pass_pose_worship", "esrgan_example", "hiresfix_esrgan_workflow"),
     *("gligen_textbox_example", "sd3.5_large_blur", "sd3.5_large_canny_controlnet_example"),
     *("image_netayume_lumina_t2i", "sdxl_revision_text_prompts", "image_to_video", "txt_to_image_to_video"),
+    *("depth_t2i_adapter", "sd3.5_large_depth"),
 )
 SPLIT = (  # the same, with stand-ins for the loaders of the diffusion model and of the text encoder
     *("flux1_krea_dev", "flux_fill_inpaint_example", "flux_fill_outpaint_example", "image_qwen_image"),
@@ -34,7 +35,8 @@ SPLIT = (  # the same, with stand-ins for the loaders of the diffusion model and
     *("image_flux2", "image_flux2_fp8", "image_chroma1_radiance_text_to_image"),
     *("image_qwen_image_edit", "image_qwen_image_edit_2509", "01_qwen_t2i_subgraphed"),
     *("02_qwen_Image_edit_subgraphed", "image_flux.1_fill_dev_OneReward"),
-    "image_qwen_image_instantx_inpainting_controlnet",
+    *("image_qwen_image_instantx_inpainting_controlnet", "image_qwen_image_instantx_controlnet"),
+    *("flux_depth_lora_example", "image_lotus_depth_v1_1"),
 )
 VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("text_to_video_wan", "video_wan2_2_14B_t2v", "hunyuan_video_text_to_video", "mochi_text_to_video_example"),
@@ -50,8 +52,10 @@ TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
 EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
 EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced", "video_model", "lt", "camera_trajectory", "rope")
 EXTRAS += ("edit_model", "qwen", "cfg", "chroma_radiance", "ip2p", "controlnet", "differential_diffusion")
-EXTRAS += ("primitive", "string", "compositing", "rebatch")
+EXTRAS += ("primitive", "string", "compositing", "rebatch", "lotus")
 VAE_LOADER = "VAELoader"
+OWN = "SD15"  # the family of the demo world's model
+KEPT = {VAE_LOADER: "vae_name", template_toys.CHECKPOINT: "ckpt_name"}
 DECODERS, SHOWN = ("VAEDecode", "VAEDecodeTiled"), ("PreviewImage", "MaskPreview", "SaveImage")
 
 
@@ -82,37 +86,46 @@ def video(comfy) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def vision(comfy):
-    """A small model of CLIP vision."""
-    return template_toys.vision(comfy.base)
+def beside(comfy) -> tuple:
+    """What some templates load besides: CLIP vision, and toys of Lotus and of Stable Video Diffusion."""
+    return template_toys.vision(comfy.base), *(template_toys.other(comfy, family) for family in template_toys.OTHERS)
 
 
 @pytest.fixture
-def toys(comfy, loaded, vision, request, monkeypatch) -> None:
+def toys(comfy, loaded, beside, request, monkeypatch) -> None:
     """Stand-ins for the loaders that a template has."""
     name, classes = request.node.callspec.params["name"], comfy.nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = request.getfixturevalue("video") if name in VIDEO else loaded
-    made: dict[str, tuple] = {template_toys.VISION: (vision,), template_toys.IMAGE_CHECKPOINT: (model, vision, vae)}
-    if name not in CHECKPOINT:
-        made |= dict.fromkeys(template_toys.MODELS, (model,)) | dict.fromkeys(template_toys.CLIPS, (clip,))
+    vision, lotus, film = beside
+    made: dict[str, Callable[[dict], tuple]] = {template_toys.VISION: lambda given: (vision,)}
+    made[template_toys.IMAGE_CHECKPOINT] = lambda given: (film, vision, vae)
+    for kind in template_toys.MODELS:
+        made[kind] = lambda given: (lotus if template_toys.is_lotus(given) else model,)
+    made |= {kind: lambda given: (clip,) for kind in template_toys.CLIPS}
     if name in VIDEO:
-        made |= {template_toys.CHECKPOINT: (model, clip, vae), VAE_LOADER: (vae,)}
+        made |= {template_toys.CHECKPOINT: lambda given: (model, clip, vae), VAE_LOADER: lambda given: (vae,)}
     for kind, one in made.items():
         monkeypatch.setitem(classes, kind, template_toys.stand_in(classes[kind], one))
     sizes = classes["FluxKontextImageScale"].execute.__func__.__globals__
     monkeypatch.setitem(sizes, "PREFERED_KONTEXT_RESOLUTIONS", [(LARGER, LARGER)])  # not a million pixels
 
 
-def safety_of(name: str) -> str:
+def safety_of(name: str, loader: dict) -> str:
+    """The safety LoRA for what a loader of a template gives."""
+    if template_toys.is_lotus(loader["inputs"]):
+        return template_toys.OTHERS["LotusD"]
+    if loader["class_type"] == template_toys.IMAGE_CHECKPOINT:
+        return template_toys.OTHERS["SVD_img2vid"]
     return video_toys.SAFETY if name in VIDEO else drop_in.SAFETY
 
 
 def sources(graph: dict) -> dict[str, dict[str, list]]:
     """What goes through each guard: of every loader of a diffusion model the MODEL, and the CLIP and VAE beside it.
 
-    Where a CLIP or VAE is loaded by itself, it goes through the first guard.
+    A CLIP or VAE that is loaded by itself goes through the first guard that has none in use. A VAE for which there is
+    none has a guard of its own.
     """
-    found = {}
+    found: dict[str, dict[str, list]] = {}
     for name, one in graph.items():
         if one["class_type"] == template_toys.CHECKPOINT:
             found[name] = {"model": [name, 0], "clip": [name, 1], "vae": [name, 2]}
@@ -120,32 +133,39 @@ def sources(graph: dict) -> dict[str, dict[str, list]]:
             found[name] = {"model": [name, 0], "vae": [name, 2]}
         elif one["class_type"] in template_toys.MODELS:
             found[name] = {"model": [name, 0]}
-    first = found[next(iter(found))]
+    used = [link for one in graph.values() for link in one["inputs"].values() if isinstance(link, list)]
     for name, one in graph.items():
-        if one["class_type"] in template_toys.CLIPS:
-            first["clip"] = [name, 0]
-        if one["class_type"] == VAE_LOADER:
-            first["vae"] = [name, 0]
+        key = "vae" if one["class_type"] == VAE_LOADER else "clip" if one["class_type"] in template_toys.CLIPS else ""
+        if key:
+            free = next((links for links in found.values() if links.get(key) not in used), None)
+            if free is None:
+                free = found[name] = {}
+            free[key] = [name, 0]
     return found
 
 
-def with_guards(graph: dict, safety: str) -> dict:
+def with_guards(graph: dict, name: str) -> dict:
     """A Guard behind each loader of a model, and no other change but the links that now come from it."""
-    made = copy.deepcopy(graph)
-    for name, links in sources(graph).items():
-        _moved(made, links, f"guard_{name}", ("model", "clip", "vae"))
-        made[f"guard_{name}"] = node("ModularLoraGuard", lora_name=safety, strength=1.0, **links)
+    made, found = copy.deepcopy(graph), sources(graph)
+    first = next(iter(found))
+    for loader, links in found.items():
+        of = loader if "model" in links else first
+        _moved(made, links, f"guard_{loader}", ("model", "clip", "vae"))
+        given = {"model": found[of]["model"], **links, "lora_name": safety_of(name, graph[of]), "strength": 1.0}
+        made[f"guard_{loader}"] = node("ModularLoraGuard", **given)
     return made
 
 
-def with_merges(graph: dict, safety: str) -> dict:
+def with_merges(graph: dict, name: str) -> dict:
     made = copy.deepcopy(graph)
-    for name, links in sources(graph).items():
+    for loader, links in sources(graph).items():
         links.pop("vae", None)
-        _moved(made, links, f"merge_{name}", ("model", "clip"))
+        if not links:
+            continue
+        _moved(made, links, f"merge_{loader}", ("model", "clip"))
         both = {f"strength_{key}": 1.0 for key in links}
         kind = "LoraLoader" if "clip" in links else "LoraLoaderModelOnly"
-        made[f"merge_{name}"] = node(kind, lora_name=safety, **links, **both)
+        made[f"merge_{loader}"] = node(kind, lora_name=safety_of(name, graph[loader]), **links, **both)
     return made
 
 
@@ -163,8 +183,8 @@ def template(comfy, name: str) -> dict:
     assert path is not None, "the templates package that ComfyUI asks for has no such template"
     graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS), (video_toys.TASK,) if name in VIDEO else LORAS)
     for one in graph.values():
-        if one["class_type"] == VAE_LOADER and name in VIDEO:
-            one["inputs"]["vae_name"] = "video"  # ComfyUI keeps what the loader of this name gave of the other file
+        if one["class_type"] in KEPT and name in VIDEO:  # ComfyUI keeps what the loader gave of the other file
+            one["inputs"][KEPT[one["class_type"]]] = "video"
     return graph
 
 
@@ -185,7 +205,7 @@ def judged(comfy, run_graph, matrix) -> Callable[[str, str, dict, dict], None]:
 
     def judge(file: str, name: str, graph: dict, ours: dict) -> None:
         known = [comfy.ledger.known(image) for images in ours.values() for image in images]
-        merge, alone = (decoded(graph, run_graph(made)) for made in (with_merges(graph, safety_of(name)), graph))
+        merge, alone = (decoded(graph, run_graph(made)) for made in (with_merges(graph, name), graph))
         errors = [float((ours[key] - merge[key]).abs().max()) for key in ours]
         effects = [float((merge[key] - alone[key]).abs().max()) for key in ours]
         assert all(one.guarded for one in known)
@@ -201,7 +221,12 @@ def judged(comfy, run_graph, matrix) -> Callable[[str, str, dict, dict], None]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_with_one_node_more_gives_the_merges_images_attested(comfy, toys, run_graph, name, judged):
     graph = template(comfy, name)
-    judged("templates.json", name, graph, decoded(graph, run_graph(with_guards(graph, safety_of(name)))))
+    judged("templates.json", name, graph, decoded(graph, run_graph(with_guards(graph, name))))
+
+
+def _required(sha256: str, file: str, family: str) -> str:
+    said = f', family = "{family}"' if family else ""
+    return f'{{sha256 = "{sha256}", file = "{file}", min_net_strength = 0.9{said}}}'
 
 
 @pytest.fixture
@@ -209,10 +234,12 @@ def attached(comfy, operator, run_graph, sha256) -> Callable[[dict, str], dict]:
     """Queues a template's graph as it is under a policy that guards every model, and runs it."""
 
     def run(graph: dict, name: str) -> dict:
-        safety = safety_of(name)
-        one = f'{{sha256 = "{sha256(safety)}", file = "{safety}", min_net_strength = 0.9}}'
+        loaders = [(graph[loader], links) for loader, links in sources(graph).items()]
+        files = dict.fromkeys(safety_of(name, loader) for loader, links in loaders if "model" in links)
+        families = dict(zip(template_toys.OTHERS.values(), template_toys.OTHERS, strict=True))
+        some = [_required(sha256(file), file, families.get(file, OWN) if len(files) > 1 else "") for file in files]
         shown = "[open]\nunattested = true\n" if shows_outside(graph) else ""
-        operator.write(f'[guard]\nattach = "always"\nrequired = [{one}]\n{shown}')
+        operator.write(f'[guard]\nattach = "always"\nrequired = [{", ".join(some)}]\n{shown}')
         assert operator.queue(graph) == {}
         made = run_graph(copy.deepcopy(graph), new_executor(comfy))  # the server empties its cache for a policy
         operator.remove()
