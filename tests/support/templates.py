@@ -133,8 +133,13 @@ SMALL = {  # by node type: what the toy model asks for, and how large and long a
     "UpscaleModelLoader": {"model_name": FILE},
     "GLIGENLoader": {"gligen_name": FILE},
     **{f"Empty{name}LatentVideo": FILM for name in ("Hunyuan", "Mochi")},
-    **{f"Wan{name}ToVideo": FILM for name in ("Image", "FirstLastFrame", "Vace", "FunInpaint", "CameraImage", "Track")},
+    **{
+        f"Wan{name}ToVideo": FILM
+        for name in ("Image", "FirstLastFrame", "Vace", "FunInpaint", "FunControl", "CameraImage", "Track")
+    },
     **dict.fromkeys(("EmptyLTXVLatentVideo", "Wan22ImageToVideoLatent", "Wan22FunControlToVideo"), FILM),
+    **dict.fromkeys(("EmptyHunyuanVideo15Latent", "HunyuanVideo15ImageToVideo"), FILM),
+    "SkipLayerGuidanceDiT": {"double_layers": "0", "single_layers": "0"},  # the toy has no tenth layer
     "WanCameraEmbedding": {key: FILM[key] for key in ("width", "height", "length")},
     "EmptyFlux2LatentImage": {"width": 2 * PIXELS, "height": 2 * PIXELS, "batch_size": 1},
     "Flux2Scheduler": {"steps": 2, "width": PIXELS, "height": PIXELS},

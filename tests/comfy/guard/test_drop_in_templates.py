@@ -12,6 +12,7 @@ import pytest
 from conftest import new_executor
 from PIL import Image
 from support import drop_in, template_toys, video_toys
+from support.errors import refuses
 from support.graphs import node
 from support.mutations import ancestors
 from support.templates import FILM, FILM_FILE, IMAGE_FILE, LARGER, LORAS, PIXELS, find, graph_of, small
@@ -47,12 +48,28 @@ VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("image_to_video_wan", "wan2.1_flf2v_720_f16", "video_wan_ati", "image_chrono_edit_14B"),
     *("video_wan_vace_14B_t2v", "video_wan_vace_14B_ref2v", "video_wan_vace_14B_v2v", "video_wan_vace_flf2v"),
     *("video_wan_vace_inpainting", "video_wan_vace_outpainting", "ltxv_text_to_video"),
+    *("video_hunyuan_video_1.5_720p_t2v", "video_hunyuan_video_1.5_720p_i2v"),
 )
+SKIPPING = {  # templates that skip layers or evaluations -> the code with which that is refused
+    "wan2.1_fun_inp": "run.short",
+    "wan2.1_fun_control": "run.short",
+    "flux1_dev_uso_reference_image_gen": "model.patched",
+}
 TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
 EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
 EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced", "video_model", "lt", "camera_trajectory", "rope")
 EXTRAS += ("edit_model", "qwen", "cfg", "chroma_radiance", "ip2p", "controlnet", "differential_diffusion")
-EXTRAS += ("primitive", "string", "compositing", "rebatch", "lotus")
+EXTRAS += (
+    "primitive",
+    "string",
+    "compositing",
+    "rebatch",
+    "lotus",
+    "slg",
+    "attention_multiply",
+    "model_patch",
+    "easycache",
+)
 VAE_LOADER = "VAELoader"
 OWN = "SD15"  # the family of the demo world's model
 KEPT = {VAE_LOADER: "vae_name", template_toys.CHECKPOINT: "ckpt_name"}
@@ -95,14 +112,14 @@ def beside(comfy) -> tuple:
 def toys(comfy, loaded, beside, request, monkeypatch) -> None:
     """Stand-ins for the loaders that a template has."""
     name, classes = request.node.callspec.params["name"], comfy.nodes.NODE_CLASS_MAPPINGS
-    model, clip, vae = request.getfixturevalue("video") if name in VIDEO else loaded
+    model, clip, vae = request.getfixturevalue("video") if _is_film(name) else loaded
     vision, lotus, film = beside
     made: dict[str, Callable[[dict], tuple]] = {template_toys.VISION: lambda given: (vision,)}
     made[template_toys.IMAGE_CHECKPOINT] = lambda given: (film, vision, vae)
     for kind in template_toys.MODELS:
         made[kind] = lambda given: (lotus if template_toys.is_lotus(given) else model,)
     made |= {kind: lambda given: (clip,) for kind in template_toys.CLIPS}
-    if name in VIDEO:
+    if _is_film(name):
         made |= {template_toys.CHECKPOINT: lambda given: (model, clip, vae), VAE_LOADER: lambda given: (vae,)}
     for kind, one in made.items():
         monkeypatch.setitem(classes, kind, template_toys.stand_in(classes[kind], one))
@@ -116,7 +133,11 @@ def safety_of(name: str, loader: dict) -> str:
         return template_toys.OTHERS["LotusD"]
     if loader["class_type"] == template_toys.IMAGE_CHECKPOINT:
         return template_toys.OTHERS["SVD_img2vid"]
-    return video_toys.SAFETY if name in VIDEO else drop_in.SAFETY
+    return video_toys.SAFETY if _is_film(name) else drop_in.SAFETY
+
+
+def _is_film(name: str) -> bool:
+    return name in VIDEO or name.startswith("wan2.1")
 
 
 def sources(graph: dict) -> dict[str, dict[str, list]]:
@@ -181,9 +202,9 @@ def template(comfy, name: str) -> dict:
     """A template's graph, small."""
     path = find(name)
     assert path is not None, "the templates package that ComfyUI asks for has no such template"
-    graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS), (video_toys.TASK,) if name in VIDEO else LORAS)
+    graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS), (video_toys.TASK,) if _is_film(name) else LORAS)
     for one in graph.values():
-        if one["class_type"] in KEPT and name in VIDEO:  # ComfyUI keeps what the loader gave of the other file
+        if one["class_type"] in KEPT and _is_film(name):  # ComfyUI keeps what the loader gave of the other file
             one["inputs"][KEPT[one["class_type"]]] = "video"
     return graph
 
@@ -222,6 +243,13 @@ def judged(comfy, run_graph, matrix) -> Callable[[str, str, dict, dict], None]:
 def test_a_template_with_one_node_more_gives_the_merges_images_attested(comfy, toys, run_graph, name, judged):
     graph = template(comfy, name)
     judged("templates.json", name, graph, decoded(graph, run_graph(with_guards(graph, name))))
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_template_that_skips_layers_or_evaluations_is_refused(comfy, toys, run_graph, name):
+    with refuses(SKIPPING[name]):
+        run_graph(with_guards(template(comfy, name), name))
 
 
 def _required(sha256: str, file: str, family: str) -> str:
