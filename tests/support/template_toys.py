@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.encoder_toys import randomise
+from support.encoder_toys import ENCODERS, randomise, toy_clip
 from support.families import make, named
 from support.families_image import U_NETS
 from support.graphs import save_lora
 
 FILE = "toy.safetensors"
+TEXT = 768  # width of the demo world's text
 FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
 MODELS = ("UNETLoader",)
 CLIPS = ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader")
 CHECKPOINT, IMAGE_CHECKPOINT, VISION = "CheckpointLoaderSimple", "ImageOnlyCheckpointLoader", "CLIPVisionLoader"
+STYLE = "StyleModelLoader"
 VISION_CONFIG = {
     "model_type": "clip_vision_model",
     "hidden_act": "quick_gelu",
@@ -91,11 +94,11 @@ def _gligen(model) -> dict[str, torch.Tensor]:
     for name, block in model.model.diffusion_model.named_modules():
         if isinstance(block, BasicTransformerBlock):
             fuser = gligen.GatedSelfAttentionDense(
-                block.attn1.to_q.in_features, 768, 8, block.attn1.to_q.in_features // 8
+                block.attn1.to_q.in_features, TEXT, 8, block.attn1.to_q.in_features // 8
             )
             randomise(fuser)
             made |= {f"{name}.fuser.{key}": value for key, value in fuser.state_dict().items()}
-    place = gligen.PositionNet(768, 768)
+    place = gligen.PositionNet(TEXT, TEXT)
     randomise(place)
     return made | {f"position_net.{key}": value for key, value in place.state_dict().items()}
 
@@ -109,6 +112,27 @@ def vision(folder: Path) -> Any:
     made = ClipVisionModel(config)
     randomise(made.model)
     return made
+
+
+def style() -> Any:
+    """Redux's model between CLIP vision and a text of the demo world's width."""
+    from comfy.ldm.flux.redux import ReduxImageEncoder
+    from comfy.sd import StyleModel
+
+    network = ReduxImageEncoder(VISION_CONFIG["hidden_size"], TEXT)
+    randomise(network)
+    return StyleModel(network)
+
+
+def flux_clip() -> Any:
+    """CLIP-L and a T5 of the demo world's text's width, with their own tokenizers."""
+    from comfy.text_encoders.flux import FluxTokenizer
+
+    flux = ENCODERS["CLIP-L and T5-XXL (Flux)"]
+    t5 = {**flux.sizes["t5xxl"], "d_model": TEXT, "vocab_size": 32128}
+    clip = toy_clip(replace(flux, sizes={**flux.sizes, "t5xxl": t5}))
+    clip.tokenizer = FluxTokenizer()
+    return clip
 
 
 def write_film(to: Path, frames: int, side: int) -> None:

@@ -37,7 +37,8 @@ SPLIT = (  # the same, with stand-ins for the loaders of the diffusion model and
     *("image_qwen_image_edit", "image_qwen_image_edit_2509", "01_qwen_t2i_subgraphed"),
     *("02_qwen_Image_edit_subgraphed", "image_flux.1_fill_dev_OneReward"),
     *("image_qwen_image_instantx_inpainting_controlnet", "image_qwen_image_instantx_controlnet"),
-    *("flux_depth_lora_example", "image_lotus_depth_v1_1"),
+    *("flux_depth_lora_example", "image_lotus_depth_v1_1", "flux_redux_model_example"),
+    *("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image"),
 )
 VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("text_to_video_wan", "video_wan2_2_14B_t2v", "hunyuan_video_text_to_video", "mochi_text_to_video_example"),
@@ -55,6 +56,7 @@ SKIPPING = {  # templates that skip layers or evaluations -> the code with which
     "wan2.1_fun_control": "run.short",
     "flux1_dev_uso_reference_image_gen": "model.patched",
 }
+FLUX_TEXT = ("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image")
 TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
 EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
 EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced", "video_model", "lt", "camera_trajectory", "rope")
@@ -104,8 +106,15 @@ def video(comfy) -> tuple:
 
 @pytest.fixture(scope="module")
 def beside(comfy) -> tuple:
-    """What some templates load besides: CLIP vision, and toys of Lotus and of Stable Video Diffusion."""
-    return template_toys.vision(comfy.base), *(template_toys.other(comfy, family) for family in template_toys.OTHERS)
+    """What some templates load besides: CLIP vision, a style model, toys of Lotus and of Stable Video Diffusion."""
+    others = (template_toys.other(comfy, family) for family in template_toys.OTHERS)
+    return template_toys.vision(comfy.base), template_toys.style(), *others
+
+
+@pytest.fixture(scope="module")
+def flux_clip():
+    """A text encoder for the templates whose prompts are for Flux's."""
+    return template_toys.flux_clip()
 
 
 @pytest.fixture
@@ -113,8 +122,11 @@ def toys(comfy, loaded, beside, request, monkeypatch) -> None:
     """Stand-ins for the loaders that a template has."""
     name, classes = request.node.callspec.params["name"], comfy.nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = request.getfixturevalue("video") if _is_film(name) else loaded
-    vision, lotus, film = beside
+    vision, style, lotus, film = beside
+    if name in FLUX_TEXT:
+        clip = request.getfixturevalue("flux_clip")
     made: dict[str, Callable[[dict], tuple]] = {template_toys.VISION: lambda given: (vision,)}
+    made[template_toys.STYLE] = lambda given: (style,)
     made[template_toys.IMAGE_CHECKPOINT] = lambda given: (film, vision, vae)
     for kind in template_toys.MODELS:
         made[kind] = lambda given: (lotus if template_toys.is_lotus(given) else model,)
