@@ -137,9 +137,9 @@ SMALL = {  # by node type: what the toy model asks for, and how large and long a
         f"Wan{name}ToVideo": FILM
         for name in ("Image", "FirstLastFrame", "Vace", "FunInpaint", "FunControl", "CameraImage", "Track")
     },
-    **dict.fromkeys(("EmptyLTXVLatentVideo", "Wan22ImageToVideoLatent", "Wan22FunControlToVideo"), FILM),
-    **dict.fromkeys(("EmptyHunyuanVideo15Latent", "HunyuanVideo15ImageToVideo"), FILM),
-    "SkipLayerGuidanceDiT": {"double_layers": "0", "single_layers": "0"},  # the toy has no tenth layer
+    "Wan22FunControlToVideo": FILM,
+    **dict.fromkeys(("EmptyLTXVLatentVideo", "EmptyHunyuanVideo15Latent", "Wan22ImageToVideoLatent"), FILM),
+    "ImageBlur": {"blur_radius": 4, "sigma": 1.0},
     "WanCameraEmbedding": {key: FILM[key] for key in ("width", "height", "length")},
     "EmptyFlux2LatentImage": {"width": 2 * PIXELS, "height": 2 * PIXELS, "batch_size": 1},
     "Flux2Scheduler": {"steps": 2, "width": PIXELS, "height": PIXELS},

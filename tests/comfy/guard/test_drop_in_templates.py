@@ -49,11 +49,11 @@ VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("image_to_video_wan", "wan2.1_flf2v_720_f16", "video_wan_ati", "image_chrono_edit_14B"),
     *("video_wan_vace_14B_t2v", "video_wan_vace_14B_ref2v", "video_wan_vace_14B_v2v", "video_wan_vace_flf2v"),
     *("video_wan_vace_inpainting", "video_wan_vace_outpainting", "ltxv_text_to_video"),
-    *("video_hunyuan_video_1.5_720p_t2v", "video_hunyuan_video_1.5_720p_i2v"),
+    "video_hunyuan_video_1.5_720p_t2v",
 )
-SKIPPING = {  # templates that skip layers or evaluations -> the code with which that is refused
-    "wan2.1_fun_inp": "run.short",
-    "wan2.1_fun_control": "run.short",
+REFUSED = {  # templates in which attention is multiplied or evaluations are skipped -> the code
+    "wan2.1_fun_inp": "model.refused",
+    "wan2.1_fun_control": "model.refused",
     "flux1_dev_uso_reference_image_gen": "model.patched",
 }
 FLUX_TEXT = ("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image")
@@ -258,9 +258,9 @@ def test_a_template_with_one_node_more_gives_the_merges_images_attested(comfy, t
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", SKIPPING)
-def test_a_template_that_skips_layers_or_evaluations_is_refused(comfy, toys, run_graph, name):
-    with refuses(SKIPPING[name]):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_multiplies_attention_or_skips_evaluations_is_refused(comfy, toys, run_graph, name):
+    with refuses(REFUSED[name]):
         run_graph(with_guards(template(comfy, name), name))
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -112,20 +113,22 @@ def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
     return found
 
 
-def without_empty_hooks(graph: Graph) -> Graph:
+def without_empty_hooks(graph: Graph, guarded: Callable[[dict], bool]) -> Graph:
     """The graph without Set CLIP Hooks of no hook, and without those before it, which it takes the place of.
 
     A CLIP of ComfyUI 0.3.75 encodes nothing behind such a node with schedule_clip, as no hook has no step: a reference
-    could not tell safe from unsafe. A guarded CLIP encodes as without the node.
+    could not tell safe from unsafe. A guarded CLIP encodes as without the node; ``guarded``: whether what comes from a
+    node is one. Another keeps the node.
     """
     made = copy.deepcopy(graph)
-    while empty := [name for name, one in made.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
-        link = made[empty[0]]["inputs"]["clip"]
-        while made[link[0]]["class_type"] == "SetClipHooks":
-            link = made[link[0]]["inputs"]["clip"]
-        for name, key, _ in [edge for edge in edges(made) if edge[2][0] == empty[0]]:
-            made[name]["inputs"][key] = link
-        del made[empty[0]]
+    for name in [name for name, one in graph.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
+        link = graph[name]["inputs"]["clip"]
+        while graph[link[0]]["class_type"] == "SetClipHooks":
+            link = graph[link[0]]["inputs"]["clip"]
+        if guarded(source(graph, link)):
+            for consumer, key, _ in [edge for edge in edges(made) if edge[2][0] == name]:
+                made[consumer]["inputs"][key] = link
+            del made[name]
     return made
 
 
@@ -269,7 +272,7 @@ class DropInJudge(Judge):
         return translated(mutant.graph, savers=False)
 
     def meant(self, graph: Graph) -> Graph:
-        return without_empty_hooks(graph)
+        return without_empty_hooks(graph, lambda one: one["class_type"] == "ModularLoraGuardModel")
 
 
 def preview(link: list) -> dict:
@@ -342,6 +345,9 @@ class AttachJudge(DropInJudge):
 
     def graph(self, mutant: Mutator) -> Graph:
         return without_node(super().graph(mutant))
+
+    def meant(self, graph: Graph) -> Graph:
+        return without_empty_hooks(graph, lambda one: True)
 
     def run(self, mutant: Mutator, seed: int) -> str:
         guard = next(one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel")
