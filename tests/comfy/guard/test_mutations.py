@@ -350,9 +350,10 @@ class AttachJudge(DropInJudge):
         return without_empty_hooks(graph, lambda one: True)
 
     def run(self, mutant: Mutator, seed: int) -> str:
-        guard = next(one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel")
+        guard = next((one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel"), None)
+        asked = chain(mutant.graph, guard, "safety_lora") if guard else [{"lora_name": LORAS[0], "strength": 1.0}]
         some = []
-        for one in chain(mutant.graph, guard, "safety_lora"):
+        for one in asked:
             sha256 = hashlib.sha256((self.comfy.loras / one["lora_name"]).read_bytes()).hexdigest()
             least = "min_net_strength = 0.1, min_acted_strength = 0.0"
             what = f'sha256 = "{sha256}", file = "{one["lora_name"]}", strength = {float(one["strength"])}'
