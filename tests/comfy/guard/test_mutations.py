@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,23 +112,29 @@ def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
     return found
 
 
-def without_empty_hooks(graph: Graph, guarded: Callable[[dict], bool]) -> Graph:
+def without_empty_hooks(graph: Graph, all_guarded: bool) -> Graph:
     """The graph without Set CLIP Hooks of no hook, and without those before it, which it takes the place of.
 
     A CLIP of ComfyUI 0.3.75 encodes nothing behind such a node with schedule_clip, as no hook has no step: a reference
-    could not tell safe from unsafe. A guarded CLIP encodes as without the node; ``guarded``: whether what comes from a
-    node is one. Another keeps the node.
+    could not tell safe from unsafe. A guarded CLIP encodes as without the node, be it in front of the guard or behind
+    it; a CLIP that no guard is on keeps the node, unless ``all_guarded``.
     """
     made = copy.deepcopy(graph)
     for name in [name for name, one in graph.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
         link = graph[name]["inputs"]["clip"]
         while graph[link[0]]["class_type"] == "SetClipHooks":
             link = graph[link[0]]["inputs"]["clip"]
-        if guarded(source(graph, link)):
-            for consumer, key, _ in [edge for edge in edges(made) if edge[2][0] == name]:
+        behind = all_guarded or source(graph, link)["class_type"] == "ModularLoraGuardModel"
+        for consumer, key, _ in [edge for edge in edges(made) if edge[2][0] == name]:
+            if behind or _leads_to_guard(graph, consumer):
                 made[consumer]["inputs"][key] = link
-            del made[name]
     return made
+
+
+def _leads_to_guard(graph: Graph, name: str) -> bool:
+    if graph[name]["class_type"] in ("SetClipHooks", "TestReroute", "TestSwitch"):
+        return any(_leads_to_guard(graph, consumer) for consumer, _, link in edges(graph) if link[0] == name)
+    return graph[name]["class_type"] == "ModularLoraGuardModel"
 
 
 def _is_empty(node: dict) -> bool:
@@ -272,7 +277,7 @@ class DropInJudge(Judge):
         return translated(mutant.graph, savers=False)
 
     def meant(self, graph: Graph) -> Graph:
-        return without_empty_hooks(graph, lambda one: one["class_type"] == "ModularLoraGuardModel")
+        return without_empty_hooks(graph, all_guarded=False)
 
 
 def preview(link: list) -> dict:
@@ -347,7 +352,7 @@ class AttachJudge(DropInJudge):
         return without_node(super().graph(mutant))
 
     def meant(self, graph: Graph) -> Graph:
-        return without_empty_hooks(graph, lambda one: True)
+        return without_empty_hooks(graph, all_guarded=True)
 
     def run(self, mutant: Mutator, seed: int) -> str:
         guard = next((one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel"), None)
