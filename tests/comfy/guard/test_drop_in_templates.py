@@ -221,10 +221,11 @@ def template(comfy, name: str) -> dict:
     return graph
 
 
-def shows_outside(graph: dict) -> bool:
-    """Whether an image is shown that no VAE decoded: a policy must say so."""
-    shown = (name for name, one in graph.items() if one["class_type"] in SHOWN)
-    return not all(any(graph[n]["class_type"] in DECODERS for n in ancestors(graph, name)) for name in shown)
+def shows_unattested(graph: dict) -> bool:
+    """Whether an image is shown that no VAE decoded, or that is inverted, which is no edit: a policy must say so."""
+    behind = (ancestors(graph, name) for name, one in graph.items() if one["class_type"] in SHOWN)
+    kinds = ({graph[name]["class_type"] for name in names} for names in behind)
+    return any(not some & set(DECODERS) or "ImageInvert" in some for some in kinds)
 
 
 def decoded(graph: dict, results: dict) -> dict:
@@ -278,7 +279,7 @@ def attached(comfy, operator, run_graph, sha256) -> Callable[[dict, str], dict]:
         files = dict.fromkeys(safety_of(name, loader) for loader, links in loaders if "model" in links)
         families = dict(zip(template_toys.OTHERS.values(), template_toys.OTHERS, strict=True))
         some = [_required(sha256(file), file, families.get(file, OWN) if len(files) > 1 else "") for file in files]
-        shown = "[open]\nunattested = true\n" if shows_outside(graph) else ""
+        shown = "[open]\nunattested = true\n" if shows_unattested(graph) else ""
         operator.write(f'[guard]\nattach = "always"\nrequired = [{", ".join(some)}]\n{shown}')
         assert operator.queue(graph) == {}
         made = run_graph(copy.deepcopy(graph), new_executor(comfy))  # the server empties its cache for a policy
