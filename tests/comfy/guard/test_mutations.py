@@ -335,8 +335,9 @@ def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
     count = extent(4, GROUPS) * SIZE
     if sum(drop_in_tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert drop_in_tally["attested"] >= 0.2 * count
+    assert drop_in_tally["attested"] >= 0.4 * count  # of all 200: 118 attested, 30 refused by the guard, 29 by ComfyUI
     assert drop_in_tally["refused by the guard"] >= 0.1 * count
+    assert drop_in_tally["refused by the guard"] + drop_in_tally["refused by ComfyUI"] >= 0.2 * count
 
 
 class AttachJudge(DropInJudge):
@@ -406,8 +407,9 @@ def test_enough_of_these_were_attested_and_enough_refused(attach_tally, extent):
     count = extent(ATTACH_SAMPLE, GROUPS * SIZE)
     if sum(attach_tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert attach_tally["attested"] >= 0.2 * count
-    assert attach_tally["refused by the guard"] + attach_tally["refused by ComfyUI"] >= 0.1 * count
+    assert attach_tally["attested"] >= 0.4 * count  # of all 200: 120 attested, 32 and 31 refused
+    assert attach_tally["refused by the guard"] + attach_tally["refused by ComfyUI"] >= 0.15 * count
+    assert attach_tally["refused by the guard"] >= (0.1 * count if count == GROUPS * SIZE else 0)
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:
