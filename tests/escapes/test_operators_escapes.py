@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from modular_lora_guard.modular_lora.util.hashing import hash_file
 from support import (
     escape_actions,  # noqa: F401 - these add their attempts
     escape_bases,  # noqa: F401 - these add their attempts
@@ -21,6 +23,7 @@ from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 
 ATTACH_SAMPLE = 5
+REQUIRED = re.compile(r'{sha256 = "(\w+)"')  # a safety LoRA in a policy
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,12 @@ def outcomes() -> Counter:
 def attached() -> Counter:
     """Of attempts without a node: (the policy attaches, what came of it) -> how many."""
     return Counter()
+
+
+def file_of(ground: Ground, sha256: str) -> str:
+    """The name of a LoRA's file; "" where none has this SHA-256."""
+    files = (path for path in sorted(ground.loras.glob("*.safetensors")) if hash_file(path) == sha256)
+    return next((path.name for path in files), "")
 
 
 def what_came(ground: Ground, images: list[Path]) -> str:
@@ -113,14 +122,14 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
 ) -> None:
     """The same graphs without any node of the guard, and those that cannot be had so as they are."""
     queue, put = ground.queue, ground.put
-    required = f'{{sha256 = "{ground.safety}"'
     changed = []
 
     def attaching(text):
-        if text and required in text:
+        named = REQUIRED.search(text or "")
+        if named and (file := file_of(ground, named[1])):
             changed.append(True)
             text = text.replace("[guard]\n", '[guard]\nattach = "always"\n', 1)
-            text = text.replace(required, f'{{file = "safety.safetensors", {required[1:]}')
+            text = text.replace(named[0], f'{{file = "{file}", {named[0][1:]}')
         put(text)
 
     def queued(graph, *args, **kwargs):
