@@ -48,6 +48,10 @@ def attached() -> Counter:
     return Counter()
 
 
+# without a node this is an ordinary graph, and ComfyUI encodes its prompt in 20 GB and more, with a guard or without
+TOO_LARGE = ("the sampler stands behind a prompt of a million characters",)
+
+
 def file_of(ground: Ground, sha256: str) -> str:
     """The name of a LoRA's file; "" where none has this SHA-256."""
     files = (path for path in sorted(ground.loras.glob("*.safetensors")) if hash_file(path) == sha256)
@@ -116,7 +120,7 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(
 
 
 @pytest.mark.sampled(ATTACH_SAMPLE)
-@pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [one for one in ATTEMPTS if one.name not in TOO_LARGE], ids=lambda one: one.name)
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(
     ground: Ground, one: Attempt, monkeypatch, record_property, attached
 ) -> None:
@@ -151,7 +155,7 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
 
 
 def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:
-    count = extent(ATTACH_SAMPLE, len(ATTEMPTS))
+    count = extent(ATTACH_SAMPLE, len(ATTEMPTS) - len(TOO_LARGE))
     if sum(attached.values()) < count:
         pytest.skip("needs the attempts above in the same process")
     by_policy = {key[1:]: n for key, n in attached.items() if key[0]}
