@@ -335,9 +335,8 @@ def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
     count = extent(4, GROUPS) * SIZE
     if sum(drop_in_tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert drop_in_tally["attested"] >= 0.4 * count  # of all 200: 118 attested, 30 refused by the guard, 29 by ComfyUI
+    assert drop_in_tally["attested"] >= 0.3 * count  # of all 200: 118 attested, 30 refused by the guard
     assert drop_in_tally["refused by the guard"] >= 0.1 * count
-    assert drop_in_tally["refused by the guard"] + drop_in_tally["refused by ComfyUI"] >= 0.2 * count
 
 
 class AttachJudge(DropInJudge):
