@@ -48,8 +48,14 @@ def attached() -> Counter:
     return Counter()
 
 
-# without a node this is an ordinary graph, and ComfyUI encodes its prompt in 20 GB and more, with a guard or without
-TOO_LARGE = ("the sampler stands behind a prompt of a million characters",)
+def _without_a_node() -> list[Attempt]:
+    """The attempts that are some without a node.
+
+    Left out are a prompt of a million characters, which ComfyUI itself encodes in 20 GB and more, with a guard or
+    without, and files that come as a second safety LoRA, which only a node of the guard takes.
+    """
+    left = ("the sampler stands behind a prompt of a million characters",)
+    return [one for one in ATTEMPTS if one.name not in left and "as a second safety LoRA" not in one.name]
 
 
 def file_of(ground: Ground, sha256: str) -> str:
@@ -120,7 +126,7 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(
 
 
 @pytest.mark.sampled(ATTACH_SAMPLE)
-@pytest.mark.parametrize("one", [one for one in ATTEMPTS if one.name not in TOO_LARGE], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", _without_a_node(), ids=lambda one: one.name)
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(
     ground: Ground, one: Attempt, monkeypatch, record_property, attached
 ) -> None:
@@ -155,12 +161,12 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
 
 
 def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:
-    count = extent(ATTACH_SAMPLE, len(ATTEMPTS) - len(TOO_LARGE))
+    count = extent(ATTACH_SAMPLE, len(_without_a_node()))
     if sum(attached.values()) < count:
         pytest.skip("needs the attempts above in the same process")
     came = Counter({what: n for (by_policy, what), n in attached.items() if by_policy})
     assert came.total() >= 0.3 * count
-    assert came["attested"] >= 0.1 * count
+    assert came["attested"] + came["refused and attested"] >= 0.1 * count
     assert came["refused"] + came["refused and attested"] >= 0.1 * count
 
 
