@@ -53,6 +53,7 @@ EDITS = frozenset((
     "MaskToImage",
     "ResizeAndPadImage",
     "SolidMask",
+    "TrimVideoLatent",
     "VAEEncode",
     "VAEEncodeForInpaint",
     "VAEEncodeTiled",

@@ -56,6 +56,7 @@ EXTRA_NODES = (
     "nodes_post_processing",
     "nodes_upscale_model",
     "nodes_rebatch",
+    "nodes_wan",
 )
 
 sys.path += [str(ROOT / "importable"), str(Path(__file__).parent)]  # modular_lora_guard; support, shared by the tests

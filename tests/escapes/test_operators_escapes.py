@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from modular_lora_guard.modular_lora.util.hashing import hash_file
 from support import (
     escape_actions,  # noqa: F401 - these add their attempts
     escape_bases,  # noqa: F401 - these add their attempts
@@ -20,6 +24,7 @@ from support.escape_ground import Ground
 from support.escapes import ATTEMPTS, Attempt
 
 ATTACH_SAMPLE = 5
+REQUIRED = re.compile(r'{sha256 = "(\w+)"')  # a safety LoRA in a policy
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +39,39 @@ def ground(comfy, loras) -> Iterator[Ground]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Counter:
-    """Of attempts with the drop-in node: (it is in the graph, images came out, something was refused) -> how many."""
+    """Of attempts with the drop-in node: (it is in the graph, what came of it) -> how many."""
     return Counter()
 
 
 @pytest.fixture(scope="module")
 def attached() -> Counter:
-    """Of attempts without a node: (the policy attaches, images came out, something was refused) -> how many."""
+    """Of attempts without a node: (the policy attaches, what came of it) -> how many."""
     return Counter()
+
+
+def _without_a_node() -> list[Attempt]:
+    """The attempts that are some without a node.
+
+    Left out are a prompt of a million characters, which ComfyUI itself encodes in 20 GB and more, with a guard or
+    without, and files that come as a second safety LoRA, which only a node of the guard takes.
+    """
+    left = ("the sampler stands behind a prompt of a million characters",)
+    return [one for one in ATTEMPTS if one.name not in left and "as a second safety LoRA" not in one.name]
+
+
+def file_of(ground: Ground, sha256: str) -> str:
+    """The name of a LoRA's file; "" where none has this SHA-256."""
+    files = (path for path in sorted(ground.loras.glob("*.safetensors")) if hash_file(path) == sha256)
+    return next((path.name for path in files), "")
+
+
+def what_came(ground: Ground, images: list[Path]) -> str:
+    """What came of an attempt whose images all passed the judge."""
+    if ground.seen.refused:
+        return "refused and attested" if images else "refused"
+    if images:
+        return "attested"
+    return "invalid" if ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers) else "nothing"
 
 
 @pytest.mark.sampled(80)
@@ -52,7 +82,7 @@ def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_prope
     one.act(ground)
     images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
-    record_property("outcome", one.outcome)
+    record_property("outcomes", {one.outcome: 1})
     if one.outcome == "permitted":
         assert not ground.seen.refused
         assert not ground.seen.invalid
@@ -71,7 +101,9 @@ def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_prope
 
 @pytest.mark.sampled(60)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
-def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: Attempt, monkeypatch, outcomes) -> None:
+def test_nor_does_one_where_the_drop_in_node_is_the_guard(
+    ground: Ground, one: Attempt, monkeypatch, record_property, outcomes
+) -> None:
     """Every graph of the catalogue with Guard, stock loaders, samplers and decode in the place of our own nodes."""
     queue = ground.queue
     changed = []
@@ -90,24 +122,28 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(ground: Ground, one: A
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    outcomes[any(changed), bool(images), bool(ground.seen.refused)] += 1
+    outcomes[any(changed), what_came(ground, images)] += 1
+    record_property("outcomes", {what_came(ground, images): 1})
 
 
 @pytest.mark.sampled(ATTACH_SAMPLE)
-@pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", _without_a_node(), ids=lambda one: one.name)
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(
-    ground: Ground, one: Attempt, monkeypatch, attached
+    ground: Ground, one: Attempt, monkeypatch, record_property, attached
 ) -> None:
-    """The same graphs without any node of the guard, and those that cannot be had so as they are."""
+    """The same graphs without any node of the guard, and those that cannot be had so as they are.
+
+    What an attempt itself asks of its refusals holds for this pack's nodes; here the judge alone decides.
+    """
     queue, put = ground.queue, ground.put
-    required = f'{{sha256 = "{ground.safety}"'
     changed = []
 
     def attaching(text):
-        if text and required in text:
+        named = REQUIRED.search(text or "")
+        if named and (file := file_of(ground, named[1])):
             changed.append(True)
             text = text.replace("[guard]\n", '[guard]\nattach = "always"\n', 1)
-            text = text.replace(required, f'{{file = "safety.safetensors", {required[1:]}')
+            text = text.replace(named[0], f'{{file = "{file}", {named[0][1:]}')
         put(text)
 
     def queued(graph, *args, **kwargs):
@@ -118,30 +154,34 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
     monkeypatch.setattr(ground, "put", attaching)
     ground.write(ground.text(one.policy))
     ground.begin()
-    one.act(ground)
+    with suppress(AssertionError):
+        one.act(ground)
     images = ground.images()  # every one of them is attested
     assert not ground.seen.unguarded
     said = {line["reason"] for line in ground.refusals()}
     for sentence in ground.seen.refused:
         assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    attached[bool(changed), bool(images), bool(ground.seen.refused)] += 1
+    attached[bool(changed), what_came(ground, images)] += 1
+    record_property("outcomes", {what_came(ground, images): 1})
 
 
 def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:
-    count = extent(ATTACH_SAMPLE, len(ATTEMPTS))
+    count = extent(ATTACH_SAMPLE, len(_without_a_node()))
     if sum(attached.values()) < count:
         pytest.skip("needs the attempts above in the same process")
-    by_policy = {key[1:]: n for key, n in attached.items() if key[0]}
-    assert sum(by_policy.values()) >= 0.3 * count
+    came = Counter({what: n for (by_policy, what), n in attached.items() if by_policy})
+    assert came.total() >= 0.3 * count
+    assert came["attested"] + came["refused and attested"] >= 0.1 * count
+    assert came["refused"] + came["refused and attested"] >= 0.1 * count
 
 
 def test_with_the_drop_in_node_graphs_were_sent_sampled_and_refused(outcomes) -> None:
     if sum(outcomes.values()) < 60:
         pytest.skip("needs the attempts above in the same process")
-    with_guard = {key[1:]: n for key, n in outcomes.items() if key[0]}
-    assert sum(with_guard.values()) >= 20
-    assert with_guard.get((True, False), 0) >= 1
-    assert with_guard.get((False, True), 0) >= 10
+    with_guard = Counter({what: n for (in_graph, what), n in outcomes.items() if in_graph})
+    assert with_guard.total() >= 20
+    assert with_guard["attested"] >= 1
+    assert with_guard["refused"] >= 10
 
 
 def test_there_are_enough_attempts_and_each_has_a_name_of_its_own() -> None:

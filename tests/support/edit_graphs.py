@@ -72,6 +72,7 @@ EDITS: dict[str, tuple[dict[str, str], dict, str]] = {
         "image",
     ),
     "SolidMask": ({}, {"value": 0.5, "width": 64, "height": 64}, "mask"),
+    "TrimVideoLatent": ({"samples": "latent"}, {"trim_amount": 1}, "latent"),
     "VAEEncode": ({"pixels": "image"}, {"vae": VAE}, "latent"),
     "VAEEncodeForInpaint": ({"pixels": "image", "mask": "mask"}, {"vae": VAE, "grow_mask_by": 2}, "latent"),
     "VAEEncodeTiled": (

@@ -21,7 +21,7 @@ from PIL import Image, ImageSequence
 from support import audio_nodes, escape_nodes
 from support.operator_graphs import enforcement, required
 
-KEY = "modular_lora_attestation"
+KEY, ENTRIES = "modular_lora_attestation", "modular_lora_images"
 LEAST = 0.9
 IMAGE_ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".webm", ".mp4", ".avif", ".bmp"))
 WEIGHTS = frozenset((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
@@ -66,6 +66,7 @@ class Ground:
         self.loras, self.inputs = comfy.loras, Path(comfy.folder_paths.get_input_directory())
         self.between: Callable[[], None] = lambda: None
         self.seen, self.attested, self.passed, self._mark = Seen(), set(), set(), {}
+        self.frames: set[str] = set()  # of attested images, SHA-256 of the pixels alone, as films name their frames
         self.status = "guarded"  # what an attempt's images say of themselves, where they name it
         self._undo: list[Callable[[], None]] = []
 
@@ -140,6 +141,7 @@ class Ground:
             for image, run in zip(images, found, strict=True):
                 if not isinstance(run, str) and self.is_guarded(json.loads(run.to_json())):
                     self.attested.add(_digest(image))
+                    self.frames.add(hashlib.sha256(_pixels(image).tobytes()).hexdigest())
             return found
 
         ledger.attest_images = attest_images
@@ -308,6 +310,9 @@ class Ground:
         """New files of images and latents; AssertionError for one that is not attested, and for weights."""
         found = [file for file in self.new_files() if file.suffix.lower() in IMAGE_ENDINGS]
         for file in found:
+            if file.suffix.lower() == ".webm":
+                self._check_film(file)
+                continue
             assert file.suffix.lower() in (".png", ".webp"), f"{file.name}: what is in it cannot be compared"
             self._check_image(file)
         for file in self.new_files():
@@ -338,6 +343,16 @@ class Ground:
         if text is not None:
             assert self.is_guarded(json.loads(text)), f"{file.name} says {text[:300]}"
 
+    def _check_film(self, file: Path) -> None:
+        """Its frames are compressed: those that it names, as they were before, are of guarded runs."""
+        import av
+
+        with av.open(str(file)) as film:
+            said = {key.lower(): value for key, value in film.metadata.items()}.get(ENTRIES, "{}")
+        named = json.loads(said).keys()
+        assert named, f"{file.name}: what is in it cannot be compared"
+        assert named <= self.frames, f"{file.name}: no guarded run made it"
+
     def _check_pixels(self, pixels: np.ndarray, where: str) -> None:
         """A guarded run made them, if they must be attested, and a gate let them pass, if there must be one."""
         digest, policy = _digest(torch.from_numpy(pixels)), self.policies.current() if self.in_force() else None
@@ -367,5 +382,10 @@ class Ground:
 
 def _digest(image: torch.Tensor) -> str:
     """Of an image's 8-bit pixels (h w 3), rounded as Save Image rounds."""
+    pixels = _pixels(image)
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
     pixels = image if image.dtype == torch.uint8 else (image.cpu() * 255.0).clamp(0, 255).to(torch.uint8)
-    return hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
+    return pixels.contiguous().numpy()

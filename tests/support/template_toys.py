@@ -7,19 +7,42 @@ of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.encoder_toys import randomise
+from support.encoder_toys import ENCODERS, randomise, toy_clip
+from support.families import make, named
+from support.families_image import U_NETS
+from support.graphs import save_lora
 
 FILE = "toy.safetensors"
+TEXT = 768  # width of the demo world's text
 FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
 MODELS = ("UNETLoader",)
 CLIPS = ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader")
+CHECKPOINT, IMAGE_CHECKPOINT, VISION = "CheckpointLoaderSimple", "ImageOnlyCheckpointLoader", "CLIPVisionLoader"
+STYLE = "StyleModelLoader"
+VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_act": "quick_gelu",
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "projection_dim": 1024,
+}
+OTHERS = {"LotusD": "lotus_safety.safetensors", "SVD_img2vid": "svd_safety.safetensors"}  # family -> a LoRA for it
 
 
 @contextmanager
@@ -71,21 +94,80 @@ def _gligen(model) -> dict[str, torch.Tensor]:
     for name, block in model.model.diffusion_model.named_modules():
         if isinstance(block, BasicTransformerBlock):
             fuser = gligen.GatedSelfAttentionDense(
-                block.attn1.to_q.in_features, 768, 8, block.attn1.to_q.in_features // 8
+                block.attn1.to_q.in_features, TEXT, 8, block.attn1.to_q.in_features // 8
             )
             randomise(fuser)
             made |= {f"{name}.fuser.{key}": value for key, value in fuser.state_dict().items()}
-    place = gligen.PositionNet(768, 768)
+    place = gligen.PositionNet(TEXT, TEXT)
     randomise(place)
     return made | {f"position_net.{key}": value for key, value in place.state_dict().items()}
 
 
-def stand_in(real: type, made: Any) -> type:
-    """A class with the inputs of a loader, of which none is read, that gives ``made``."""
+def vision(folder: Path) -> Any:
+    """A model of CLIP vision of two layers, whose embedding is as wide as Stable Video Diffusion asks for."""
+    from comfy.clip_vision import ClipVisionModel
+
+    config = folder / "vision.json"
+    config.write_text(json.dumps(VISION_CONFIG), encoding="utf-8")
+    made = ClipVisionModel(config)
+    randomise(made.model)
+    return made
+
+
+def style() -> Any:
+    """Redux's model between CLIP vision and a text of the demo world's width."""
+    from comfy.ldm.flux.redux import ReduxImageEncoder
+    from comfy.sd import StyleModel
+
+    network = ReduxImageEncoder(VISION_CONFIG["hidden_size"], TEXT)
+    randomise(network)
+    return StyleModel(network)
+
+
+def flux_clip() -> Any:
+    """CLIP-L and a T5 of the demo world's text's width, with their own tokenizers."""
+    from comfy.text_encoders.flux import FluxTokenizer
+
+    flux = ENCODERS["CLIP-L and T5-XXL (Flux)"]
+    t5 = {**flux.sizes["t5xxl"], "d_model": TEXT, "vocab_size": 32128}
+    clip = toy_clip(replace(flux, sizes={**flux.sizes, "t5xxl": t5}))
+    clip.tokenizer = FluxTokenizer()
+    return clip
+
+
+def write_film(to: Path, frames: int, side: int) -> None:
+    """A film of noise."""
+    import av
+
+    generator = np.random.default_rng(1)
+    with av.open(str(to), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = side
+        for _ in range(frames):
+            pixels = generator.integers(0, 256, (side, side, 3), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        file.mux(stream.encode())
+
+
+def other(comfy, family: str) -> Any:
+    """A toy of a family that some templates load beside, or in place of, the model that makes the image; its LoRA."""
+    model = make(next(one for one in U_NETS if one.config == family))
+    layers = named(comfy.anatomy.model_info(model), "lora_unet_", sliced=False)
+    save_lora(comfy.loras / OTHERS[family], layers, 4, 5, size=0.3)
+    return model
+
+
+def is_lotus(inputs: dict) -> bool:
+    """Whether a loader is asked for the model that makes a picture of depth."""
+    return "lotus" in inputs.get("unet_name", "")
+
+
+def stand_in(real: type, made: Callable[[dict], tuple]) -> type:
+    """A class with a loader's inputs, which gives what ``made`` makes of their values."""
     inputs = {
         part: {name: ("STRING", {}) for name in said}
         for part, said in real.INPUT_TYPES().items()
         if part in ("required", "optional")
     }
     members = {"INPUT_TYPES": classmethod(lambda cls: inputs), "RETURN_TYPES": real.RETURN_TYPES}
-    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **_: (made,)})
+    return type(real.__name__, (), members | {"FUNCTION": "run", "CATEGORY": "test", "run": lambda self, **v: made(v)})

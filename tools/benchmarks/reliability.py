@@ -3,6 +3,7 @@
     python3 -m tools.benchmarks.reliability files --record
     python3 -m tools.benchmarks.reliability faults CHECKPOINT --comfyui COMFYUI --record (faults.py)
     python3 -m tools.benchmarks.reliability escapes --comfyui COMFYUI --world WORLD --record (escapes.py)
+    python3 -m tools.benchmarks.reliability mutations --comfyui COMFYUI --world WORLD --record (escapes.py)
     python3 -m tools.benchmarks.reliability clients --comfyui COMFYUI --world WORLD --record (clients.py)
 
 10,000 different corrupted LoRA files of a seeded corpus (corrupted.py) go through read_lora. 7,900 are no
@@ -37,7 +38,12 @@ from . import clients, corrupted, escapes, faults
 from .bench import finish, parser
 
 FILE = "reliability.json"
-OTHERS = {"faults": faults.main, "escapes": escapes.main, "clients": clients.main}  # parts with options of their own
+OTHERS = {  # parts with options of their own
+    "faults": faults.main,
+    "escapes": escapes.main,
+    "mutations": escapes.mutations,
+    "clients": clients.main,
+}
 _log = logging.getLogger("modular_lora")
 
 

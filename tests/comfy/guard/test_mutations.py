@@ -112,21 +112,29 @@ def chain(graph: Graph, guard: dict, key: str) -> list[dict]:
     return found
 
 
-def without_empty_hooks(graph: Graph) -> Graph:
+def without_empty_hooks(graph: Graph, all_guarded: bool) -> Graph:
     """The graph without Set CLIP Hooks of no hook, and without those before it, which it takes the place of.
 
     A CLIP of ComfyUI 0.3.75 encodes nothing behind such a node with schedule_clip, as no hook has no step: a reference
-    could not tell safe from unsafe. A guarded CLIP encodes as without the node.
+    could not tell safe from unsafe. A guarded CLIP encodes as without the node, be it in front of the guard or behind
+    it; a CLIP that no guard is on keeps the node, unless ``all_guarded``.
     """
     made = copy.deepcopy(graph)
-    while empty := [name for name, one in made.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
-        link = made[empty[0]]["inputs"]["clip"]
-        while made[link[0]]["class_type"] == "SetClipHooks":
-            link = made[link[0]]["inputs"]["clip"]
-        for name, key, _ in [edge for edge in edges(made) if edge[2][0] == empty[0]]:
-            made[name]["inputs"][key] = link
-        del made[empty[0]]
+    for name in [name for name, one in graph.items() if one["class_type"] == "SetClipHooks" and _is_empty(one)]:
+        link = graph[name]["inputs"]["clip"]
+        while graph[link[0]]["class_type"] == "SetClipHooks":
+            link = graph[link[0]]["inputs"]["clip"]
+        behind = all_guarded or source(graph, link)["class_type"] == "ModularLoraGuardModel"
+        for consumer, key, _ in [edge for edge in edges(made) if edge[2][0] == name]:
+            if behind or _leads_to_guard(graph, consumer):
+                made[consumer]["inputs"][key] = link
     return made
+
+
+def _leads_to_guard(graph: Graph, name: str) -> bool:
+    if graph[name]["class_type"] in ("SetClipHooks", "TestReroute", "TestSwitch"):
+        return any(_leads_to_guard(graph, consumer) for consumer, _, link in edges(graph) if link[0] == name)
+    return graph[name]["class_type"] == "ModularLoraGuardModel"
 
 
 def _is_empty(node: dict) -> bool:
@@ -269,7 +277,7 @@ class DropInJudge(Judge):
         return translated(mutant.graph, savers=False)
 
     def meant(self, graph: Graph) -> Graph:
-        return without_empty_hooks(graph)
+        return without_empty_hooks(graph, all_guarded=False)
 
 
 def preview(link: list) -> dict:
@@ -282,14 +290,16 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 @pytest.mark.sampled(SAMPLE)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_no_image_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, group):
-    judge = Judge(comfy, run_graph, world, images)
+def test_no_image_is_unguarded_and_reported_guarded(comfy, run_graph, world, images, tally, record_property, group):
+    judge, came = Judge(comfy, run_graph, world, images), Counter()
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         try:
-            tally[judge.run(mutant, seed)] += 1
+            came[judge.run(mutant, seed)] += 1
         except (AssertionError, Exception) as error:
             raise AssertionError(f"graph {seed}: {error}\n{mutant}") from error
+    tally += came
+    record_property("outcomes", dict(came))
 
 
 def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
@@ -303,25 +313,29 @@ def test_enough_mutations_were_attested_and_enough_refused(tally, extent):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_nor_is_one_where_the_drop_in_node_is_the_guard(comfy, run_graph, world, images, drop_in_tally, group):
-    judge = DropInJudge(comfy, run_graph, world, images)
+def test_nor_is_one_where_the_drop_in_node_is_the_guard(
+    comfy, run_graph, world, images, drop_in_tally, record_property, group
+):
+    judge, came = DropInJudge(comfy, run_graph, world, images), Counter()
     for seed in range(group * SIZE, (group + 1) * SIZE):
         mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
         if translated(mutant.graph) is None:
-            drop_in_tally["not translated"] += 1
+            came["not translated"] += 1
             continue
         try:
-            drop_in_tally[judge.run(mutant, seed)] += 1
+            came[judge.run(mutant, seed)] += 1
         except (AssertionError, Exception) as error:
             made = translated(mutant.graph, savers=False)
             raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{json.dumps(made, indent=1)}") from error
+    drop_in_tally += came
+    record_property("outcomes", dict(came))
 
 
 def test_enough_of_them_were_attested_and_enough_refused(drop_in_tally, extent):
     count = extent(4, GROUPS) * SIZE
     if sum(drop_in_tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert drop_in_tally["attested"] >= 0.2 * count
+    assert drop_in_tally["attested"] >= 0.3 * count  # of all 200: 118 attested, 30 refused by the guard
     assert drop_in_tally["refused by the guard"] >= 0.1 * count
 
 
@@ -337,10 +351,14 @@ class AttachJudge(DropInJudge):
     def graph(self, mutant: Mutator) -> Graph:
         return without_node(super().graph(mutant))
 
+    def meant(self, graph: Graph) -> Graph:
+        return without_empty_hooks(graph, all_guarded=True)
+
     def run(self, mutant: Mutator, seed: int) -> str:
-        guard = next(one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel")
+        guard = next((one for one in mutant.graph.values() if one["class_type"] == "ModularLoraGuardModel"), None)
+        asked = chain(mutant.graph, guard, "safety_lora") if guard else [{"lora_name": LORAS[0], "strength": 1.0}]
         some = []
-        for one in chain(mutant.graph, guard, "safety_lora"):
+        for one in asked:
             sha256 = hashlib.sha256((self.comfy.loras / one["lora_name"]).read_bytes()).hexdigest()
             least = "min_net_strength = 0.1, min_acted_strength = 0.0"
             what = f'sha256 = "{sha256}", file = "{one["lora_name"]}", strength = {float(one["strength"])}'
@@ -370,26 +388,27 @@ class AttachJudge(DropInJudge):
 @pytest.mark.sampled(ATTACH_SAMPLE)
 @pytest.mark.parametrize("seed", range(GROUPS * SIZE))
 def test_nor_is_one_where_every_model_is_guarded_without_a_node(
-    comfy, run_graph, world, images, operator, attach_tally, seed
+    comfy, run_graph, world, images, operator, attach_tally, record_property, seed
 ):
     judge = AttachJudge(operator, comfy, run_graph, world, images)
-    mutant = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS)
-    if translated(mutant.graph) is None:
-        attach_tally["not translated"] += 1  # handles of LoRAs go a way that has nothing which corresponds to it
-        return
+    mutant, came = Mutator(seed, comfy.nodes.NODE_CLASS_MAPPINGS), "not translated"
     try:
-        attach_tally[judge.run(mutant, seed)] += 1
+        if translated(mutant.graph) is not None:  # else handles of LoRAs go a way that has no counterpart
+            came = judge.run(mutant, seed)
     except (AssertionError, Exception) as error:
         made = json.dumps(judge.graph(mutant), indent=1)
         raise AssertionError(f"graph {seed}: {error}\n{mutant}\n{made}") from error
+    attach_tally[came] += 1
+    record_property("outcomes", {came: 1})
 
 
 def test_enough_of_these_were_attested_and_enough_refused(attach_tally, extent):
     count = extent(ATTACH_SAMPLE, GROUPS * SIZE)
     if sum(attach_tally.values()) < count:
         pytest.skip("needs all mutations of this file in one process")
-    assert attach_tally["attested"] >= 0.2 * count
-    assert attach_tally["refused by the guard"] + attach_tally["refused by ComfyUI"] >= 0.1 * count
+    assert attach_tally["attested"] >= 0.4 * count  # of all 200: 120 attested, 32 and 31 refused
+    assert attach_tally["refused by the guard"] + attach_tally["refused by ComfyUI"] >= 0.15 * count
+    assert attach_tally["refused by the guard"] >= (0.1 * count if count == GROUPS * SIZE else 0)
 
 
 def stock_graph(safety: str = LORAS[0]) -> Graph:
