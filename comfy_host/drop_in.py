@@ -519,7 +519,7 @@ def _report(made: list[DropInMixin]) -> tuple[str, str]:
     size = sum(one.branches.size(compute_dtype(one)) for one in made)
     lines.append(format_memory(size, len(guard_cache.guards), guard_cache.guards.size))
     behind = "LoRAs that are loaded behind this node are kept beside the weights as well, and counted when it runs"
-    return "\n".join([*lines, behind]), f"{guard_summary(parts, remarks)}\n{behind}"
+    return "\n".join([*lines, behind]), f"{guard_summary(parts, remarks, ' in front of this node')}\n{behind}"
 
 
 def _safety_lines(part: GuardedPart) -> GuardedPart:

@@ -12,7 +12,7 @@ from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import LORA_FOLDER, model_folder
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import SafetyLora, TaskLora
-from ..training.options import SavePrecision, Sides
+from ..training.choices import SavePrecision, Sides
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket

@@ -24,7 +24,7 @@ from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import SafetyLora
 from ..modular_lora.places import check_writable
 from ..modular_lora.util.terminal import open_to_all
-from . import inspection, options, output, presets, projection
+from . import choices, inspection, options, output, presets, projection
 from .convert.convert import convert
 from .convert.difference import LIMIT, ConvertOptions
 from .data import captions, dataset
@@ -115,11 +115,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("safety", type=Path, nargs="+")
     command.add_argument("--output", type=Path, required=True, help="the new LoRA file")
     command.add_argument(
-        "--save_precision", choices=typing.get_args(options.SavePrecision), help="type to save in (the file's own)"
+        "--save_precision", choices=typing.get_args(choices.SavePrecision), help="type to save in (the file's own)"
     )
     command.add_argument(
         "--sides",
-        choices=typing.get_args(options.Sides),
+        choices=typing.get_args(choices.Sides),
         default="input",
         help="what is kept clear of the safety LoRA: the inputs that it reacts to, the outputs that it writes, or both "
         "(input)",
@@ -171,7 +171,7 @@ def _convert_arguments(commands) -> None:
     command.add_argument("--rank", type=int, default=0, help="largest rank of a layer (0: as many as --limit asks for)")
     command.add_argument("--limit", type=float, default=LIMIT, help=f"largest |W0 + UD - W_safe| / |dW| ({LIMIT:g})")
     command.add_argument(
-        "--save_precision", choices=typing.get_args(options.SavePrecision), default="float", help="type of the factors"
+        "--save_precision", choices=typing.get_args(choices.SavePrecision), default="float", help="type of the factors"
     )
     command.add_argument(
         "--concept", action="append", default=[], metavar="TEXT", help="a prompt of what is erased; once for each"

@@ -11,6 +11,7 @@ from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import OptionError, Texts, add_arguments, hints, load, opt, parse
 from ..modular_lora.validation import STRICT, raises
 from .adapter_options import AdapterOptions
+from .choices import SavePrecision
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "hints", "load", "parse",
@@ -18,8 +19,6 @@ __all__ = [
 
 Target = Literal["cross-attention", "attention", "linear", "conv"]
 Precision = Literal["no", "bf16", "fp16"]
-SavePrecision = Literal["fp16", "bf16", "float"]
-Sides = Literal["input", "output", "both"]  # of the safety LoRA that a projection keeps clear
 Optimizer = Literal[
     "AdamW", "AdamW8bit", "Adafactor", "Prodigy", "CAME", "Lion", "AdamWScheduleFree", "RAdamScheduleFree"
 ]

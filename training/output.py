@@ -28,6 +28,7 @@ from ..modular_lora.files.reader import LoraFile, read_lora
 from ..modular_lora.guard import activity, concept
 from ..modular_lora.guard.build import BASE_KEY, CONTAMINATED_KEY, ROLE_KEY
 from ..modular_lora.util import atomic
+from .choices import SavePrecision
 from .forms import ALPHA, DOWN, LENGTHS, UP
 from .metadata_keys import (
     CONCEPT_KEY,
@@ -41,7 +42,7 @@ from .metadata_keys import (
     SAFETY_KEY,
 )
 from .model import Prediction
-from .options import HUBER, Options, SafetyOptions, SavePrecision, TaskOptions
+from .options import HUBER, Options, SafetyOptions, TaskOptions
 from .projection import ProjectionReport, project, residual
 
 DTYPES: dict[SavePrecision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}

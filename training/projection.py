@@ -36,7 +36,7 @@ from ..modular_lora.files.reader import LoraFile, LoraLayer
 from ..modular_lora.files.target import Place, Target
 from ..modular_lora.guard.build import ModelInfo
 from ..modular_lora.guard.comparing import Factor, factors, norm
-from .options import Sides
+from .choices import Sides
 
 RTOL = 1e-6  # of the largest singular value: below it a direction is rounding
 MOSTLY = 0.5  # of a layer's energy: what one random initialisation costs, and little else does

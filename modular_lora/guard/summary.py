@@ -12,8 +12,11 @@ from .build import GuardedPart
 from .report import format_shortfall
 
 
-def guard_summary(parts: Sequence[GuardedPart], notes: Iterable[str]) -> str:
-    """What Guard Model shows: the LoRAs in one line, then each warning, what was left out of a file, and the notes."""
+def guard_summary(parts: Sequence[GuardedPart], notes: Iterable[str], where: str = "") -> str:
+    """What Guard Model shows: the LoRAs in one line, then each warning, what was left out of a file, and the notes.
+
+    ``where``: which task LoRAs are counted, for a guard that takes further ones later.
+    """
     lines = [line for part in parts for line in part.lines]
     names = {
         role: list(dict.fromkeys(line.sha256 for line in lines if line.role == role)) for role in ("safety", "task")
@@ -21,7 +24,7 @@ def guard_summary(parts: Sequence[GuardedPart], notes: Iterable[str]) -> str:
     layers = sum(part.layers for part in parts)
     said = [
         f"The model is guarded by {_count(len(names['safety']), 'safety LoRA')}, on {_count(layers, 'layer')}. "
-        f"{_tasks(len(names['task']))}."
+        f"{_tasks(len(names['task']))}{where}."
     ]
     said += [f"WARNING: {w}" for part in parts for _, result in part.interference for w in result.warnings]
     said += filter(None, map(format_shortfall, lines))

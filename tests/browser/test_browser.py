@@ -202,7 +202,7 @@ def test_the_reports_are_on_the_nodes(seen: Json) -> None:
         told, run, *_ = node["report"].split("\n\n")
         assert re.fullmatch(r"(\d) of \1 images \(SaveImage \d+\): guarded", told)
         assert re.match(r"Guarded: the safety LoRA ran in all \d+ evaluations of the model\.", run)
-    assert not any("sha256" in (node["report"] or "") for node in seen["ran"]["nodes"]), "details are in the outputs"
+        assert "sha256" not in node["report"], "it is in the output"
     assert decoded or gated or audited or dropped_in or of_type(seen["ran"], "ModularLoraInterference")
 
 

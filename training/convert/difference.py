@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...modular_lora.errors import shown
-from ..options import SavePrecision
+from ..choices import SavePrecision
 from ..output import DTYPES
 from .change import Rounding, factored, outside
 from .errors import ConvertError

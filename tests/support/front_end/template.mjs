@@ -85,6 +85,8 @@ const FEW = {
   max_train_steps: 4,
   train_batch_size: 2,
   sample_every_n_steps: 4,
+  denoising_steps: 2,
+  pool_size: 6,
   synonyms: "twemoji, racing car",
   preserve: "twemoji, cat face",
 };

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from ....modular_lora.options import OptionError, Texts, opt
 from ....modular_lora.validation import STRICT, raises
-from ...options import SavePrecision
+from ...choices import SavePrecision
 from .activity import CALIBRATE
 from .everything_else import EverythingElse, chosen
 from .null_space import THRESHOLD

@@ -1,0 +1,8 @@
+"""Choices that options and the code behind them share; nothing is imported for them, as in sd-scripts' environment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SavePrecision = Literal["fp16", "bf16", "float"]
+Sides = Literal["input", "output", "both"]  # of the safety LoRA that a projection keeps clear
