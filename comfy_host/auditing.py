@@ -86,9 +86,9 @@ def check_shown(model, clip, made: AuditOptions) -> None:
         if arm.name not in GUARDED:
             continue
         read = [read_lora(Path(p.path), expected_sha256=p.sha256, scale=p.scale) for p in arm.parts]
-        loras = list(zip(arm.parts, read, strict=True))
-        safety = tuple(SafetyLora(lora, part.strength) for part, lora in loras if part.role == "safety")
-        tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in loras if part.role == "task")
+        files = list(zip(arm.parts, read, strict=True))
+        safety = tuple(SafetyLora(lora, part.strength) for part, lora in files if part.role == "safety")
+        tasks = tuple(TaskLora(lora, part.strength, part.strength) for part, lora in files if part.role == "task")
         patcher.guard(model, clip, safety, tasks, False, GuardLimits())
 
 
