@@ -55,7 +55,7 @@ def free_memory(size: float):
 
 def test_the_estimate_is_weights_and_branches(patcher, loaded):
     branches, weights = patcher.branches.size(torch.float32), loaded[0].model_size()
-    assert branches > MB
+    assert branches > 1.25 * MB
     assert patcher.model_size() == weights + branches
     assert patcher.clone().clone().model_size() == weights + branches
     sampled(patcher)
