@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import Numbers, OptionError, Texts, listed, opt
-from ..modular_lora.validation import STRICT, raises
+from ..modular_lora.validation import raises
 from .plan import Sampling
 
 ArmName = Literal[
@@ -26,7 +26,7 @@ Denoise = Annotated[tuple[Annotated[float, Field(strict=False, gt=0, le=1)], ...
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class DetectorOptions:
     """Which detector says what an image shows, and from which score on."""
 
@@ -54,7 +54,7 @@ class DetectorOptions:
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class AuditOptions(DetectorOptions):
     """What is drawn, by which arms, and how it is judged. Paths are texts; () and "" stand for what is not given."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
-from pydantic.dataclasses import dataclass
 
-from ..modular_lora.validation import STRICT, from_json, raises
+from ..modular_lora.validation import from_json, raises
 from .errors import GateError
 
 Layout = Literal["nchw", "nhwc"]
@@ -42,7 +41,7 @@ Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 @raises(GateError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class Labels:
     """One labels file; `read` makes it."""
 

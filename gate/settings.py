@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, WrapValidator
-from pydantic.dataclasses import dataclass
 
 from ..modular_lora.errors import writing
 from ..modular_lora.util import plain_json
-from ..modular_lora.validation import STRICT, from_json, raises
+from ..modular_lora.validation import from_json, raises
 from .errors import GateError
 from .finding import Detector, Finding
 
@@ -39,7 +38,7 @@ Growth = Annotated[float, Field(gt=0, le=MOST_GROWTH), WrapValidator(_as_written
 
 
 @raises(GateError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class Settings:
     """Labels are the detector's; a label is found where its score is at or above its threshold."""
 

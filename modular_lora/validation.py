@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import rebuild_dataclass
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from .errors import GuardError, one_line, plain, shown
 from .util import plain_json
 
-# A whole number counts as a number, as in TOML. Validators are made when the first object is, not when ComfyUI starts.
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # a whole number counts as a number, as in TOML
 WORDS = {  # kind of error -> what must be there, as TOML and JSON name it; pydantic's own words for the others
     "bool_type": "must be true or false",
     "finite_number": "must be a finite number",
@@ -48,20 +47,25 @@ class Problem(NamedTuple):
     code: str = "wrong-value"  # the end of the error's code; "unknown-key" and "missing-key" are the others
 
 
+@functools.cache
+def checks(cls: type[Made]) -> TypeAdapter[Made]:
+    """Pydantic's checks of a dataclass: made when the first object is, not when ComfyUI starts."""
+    return TypeAdapter(cls)
+
+
 def raises(kind: type[GuardError]) -> Callable[[T], T]:
-    """A decorator on top of pydantic's ``dataclass``: objects that cannot be made raise ``kind``, with one problem."""
+    """A decorator on top of ``dataclass``: values are checked by STRICT; one that does not fit raises ``kind``."""
 
     def decorate(cls: T) -> T:
         def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
-            if rebuild_dataclass(cls):  # made now, which puts pydantic's own in the place of this function
-                cls.__init__ = __init__  # type: ignore[misc]
             try:
-                vars(cls)["__pydantic_validator__"].validate_python(ArgsKwargs(args, kwargs), self_instance=self)
+                checks(cls).validator.validate_python(ArgsKwargs(args, kwargs), self_instance=self)
             except ValidationError as error:
                 found = problem(cls, error)
                 raise kind(found.text, code=f"{kind.code}.{found.code}") from None
 
-        cls.__init__ = __init__  # type: ignore[misc]  # pydantic's own, with the same arguments, raises ValidationError
+        cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[misc]  # with the arguments of the dataclass's own
         return cls
 
     return decorate

@@ -17,20 +17,19 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from ..gate.settings import ACTIONS, Action, Activity
 from ..modular_lora.errors import GuardError
 from ..modular_lora.options import tomllib
 from ..modular_lora.util.file_state import FileState
-from ..modular_lora.validation import Place, Problem, dotted, problem
+from ..modular_lora.validation import Place, Problem, checks, dotted, problem
 from . import lines
 
 FILE = "policy.toml"
@@ -88,8 +87,6 @@ def _url(value: str) -> str:
 
 
 T = TypeVar("T")
-# Tables and lists come as TOML gives them, so the classes are not strict; the values in them are, each by its type.
-CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)  # made when a policy is read
 Text = Annotated[StrictStr, AfterValidator(_text)]
 Sha256 = Annotated[StrictStr, AfterValidator(_sha256)]
 Strength = Annotated[float, Field(strict=True, ge=0, le=10)]
@@ -113,8 +110,17 @@ def _must(description: str) -> Any:
     return field(metadata={"description": description})
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Required:
+class Table:
+    """A table of the file, in which no other key may stand.
+
+    Tables and lists come as TOML gives them, so the classes are not strict; the values in them are, each by its type.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Required(Table):
     """A safety LoRA that every sampling must carry: this file, or any file that this key has signed."""
 
     sha256: Sha256 = ""
@@ -138,8 +144,8 @@ class Required:
         return (f"signed by {self.signed_by}" if self.signed_by else f"sha256 {self.sha256[:16]}") + of
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Guard:
+@dataclass(frozen=True)
+class Guard(Table):
     """What every sampling must carry, who puts it there, and which warnings of the guard are errors.
 
     ``attach`` "always": every MODEL, CLIP and VAE that leaves a node is guarded with it, whatever the graph says.
@@ -173,23 +179,23 @@ class Guard:
         return tuple(dict.fromkeys(one.family for one in self.required if one.family))
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Base:
+@dataclass(frozen=True)
+class Base(Table):
     """Diffusion models, text encoders and VAEs by their files' SHA-256. ``allow`` None: every one."""
 
     allow: tuple[Sha256, ...] | None = None
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Tasks:
+@dataclass(frozen=True)
+class Tasks(Table):
     """Task LoRAs by SHA-256. ``allow`` None: every one that ``deny`` does not name."""
 
     allow: tuple[Sha256, ...] | None = None
     deny: tuple[Sha256, ...] = ()
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Open:
+@dataclass(frozen=True)
+class Open(Table):
     """What is open although it samples or shows more than a guarded image; all is closed that is not named."""
 
     guarded_as_model: StrictBool = False
@@ -198,8 +204,8 @@ class Open:
     unattested: StrictBool = False  # images that no guarded run made may be saved and shown
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Gate:
+@dataclass(frozen=True)
+class Gate(Table):
     """``required``: no image leaves that no gate judged. ``thresholds``: the highest that a graph may set.
 
     ``confirm``: the same of a second detector, without which what the first flags passes; none may be used where it is
@@ -222,8 +228,8 @@ class Gate:
         return tuple(action for action in ACTIONS if action != "report" or not self.required)
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Nodes:
+@dataclass(frozen=True)
+class Nodes(Table):
     """Node types of core and other packs. ``allow`` None: every one that ``deny`` does not name.
 
     A node that takes a MODEL is refused unless it is named: ``sampling`` may run on a guarded MODEL, ``patching`` may
@@ -238,8 +244,8 @@ class Nodes:
     trusted: tuple[Text, ...] = ()  # may take anything; texts and sound of theirs pass
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Record:
+@dataclass(frozen=True)
+class Record(Table):
     """Where the record goes; ``folder`` "": beside the policy."""
 
     folder: Text = ""
@@ -249,15 +255,15 @@ class Record:
     signing_key: Text = ""  # private key, relative to the policy: signs attestations and the record's head
 
 
-@dataclass(frozen=True, config=CLOSED)
-class History:
+@dataclass(frozen=True)
+class History(Table):
     """How much of what the nodes answer stands in ``/history``, which ComfyUI shows to everybody who asks for it."""
 
     verdict: Literal["full", "brief", "none"] = "full"
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Credentials:
+@dataclass(frozen=True)
+class Credentials(Table):
     """Content Credentials (C2PA) in the images that this pack's nodes save; neither key: none."""
 
     certificate: Text = ""  # PEM, the signer's first, relative to the policy
@@ -268,8 +274,8 @@ class Credentials:
             raise ValueError("must have certificate and key, both of them")
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Monitor:
+@dataclass(frozen=True)
+class Monitor(Table):
     """What may be read over HTTP by those who have the token: counters, and whether the guard works.
 
     ``token`` "": nobody; see secret_text.
@@ -279,8 +285,8 @@ class Monitor:
     ready_seconds: Seconds = 300  # how long the answer of a ready check is kept
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Webhook:
+@dataclass(frozen=True)
+class Webhook(Table):
     """Where refusals are sent; ``secret`` signs them, see secret_text."""
 
     url: Url = ""
@@ -291,8 +297,8 @@ class Webhook:
             raise ValueError("must have both url and secret: what is not signed could come from anybody")
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Tenants:
+@dataclass(frozen=True)
+class Tenants(Table):
     """Whose prompt it is, as a reverse proxy says in a header; from any other address it says nothing.
 
     ``loras``: task LoRAs of each tenant, beside those that [tasks] allows to everybody.
@@ -309,8 +315,8 @@ class Tenants:
             raise ValueError("must have header and proxies where it has loras")
 
 
-@dataclass(frozen=True, config=CLOSED)
-class Tables:
+@dataclass(frozen=True)
+class Tables(Table):
     """The whole file."""
 
     guard: Guard = _must("a table [guard] with the key required")
@@ -328,7 +334,7 @@ class Tables:
     keys: Named[Text] = _named()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class OperatorPolicy(Tables):
     """What a file says, and where it comes from."""
 
@@ -499,7 +505,7 @@ def parse(content: bytes, path: Path) -> OperatorPolicy:
     except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or more digits than Python reads
         raise PolicyError(f"{path}: cannot be read as TOML: {error}: correct it.", code="policy.toml") from error
     try:
-        found = TypeAdapter(Tables).validate_python(said)
+        found = checks(Tables).validate_python(said)
         wrong = _without_key(found) or _without_effect(found)
     except ValidationError as error:
         wrong = problem(Tables, error)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Literal
-
-from pydantic.dataclasses import dataclass
 
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import OptionError, Texts, add_arguments, hints, load, opt, parse
-from ..modular_lora.validation import STRICT, raises
+from ..modular_lora.validation import raises
 from .adapter_options import AdapterOptions
 from .choices import SavePrecision
 
@@ -54,7 +53,7 @@ KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "block
 ELSEWHERE = SAVING | SHOWING | HASHED | KEEPING | {"safety_strength", "safety_scale"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Options(AdapterOptions):
     """What both trainings share; checked as part of theirs."""
 
@@ -192,7 +191,7 @@ class Options(AdapterOptions):
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class TaskOptions(Options):
     """A task LoRA from captioned images, on W0; the safety LoRA is given and stays out of the training."""
 
@@ -329,7 +328,7 @@ class TaskOptions(Options):
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class SafetyOptions(Options):
     """A safety LoRA that erases a concept given by prompts; no images."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
-
 from ....modular_lora.options import OptionError, Texts, opt
-from ....modular_lora.validation import STRICT, raises
+from ....modular_lora.validation import raises
 from ...choices import SavePrecision
 from .activity import CALIBRATE
 from .everything_else import EverythingElse, chosen
@@ -19,7 +18,7 @@ Method = Literal["null-space", "alphaedit", "uce", "rece"]
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class MakeOptions:
     """A safety LoRA made of words, in closed form."""
 
@@ -106,7 +105,7 @@ class MakeOptions:
 
 
 @raises(OptionError)
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class CombineOptions:
     """Several safety LoRAs as one file, each on its own concept only."""
 
