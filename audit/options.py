@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import Numbers, OptionError, Texts, listed, opt
 from ..modular_lora.validation import raises
-from .plan import Sampling
+
+if TYPE_CHECKING:
+    from .plan import Sampling
 
 ArmName = Literal[
     "base", "safety", "task", "sequential", "modular", "projected", "safety_first", "minus_safety",
@@ -113,4 +115,6 @@ class AuditOptions(DetectorOptions):
 
     @property
     def sampling(self) -> Sampling:
+        from .plan import Sampling  # with an audit, not with ComfyUI's start
+
         return Sampling(self.steps, self.cfg, self.sampler, self.scheduler, self.width, self.height)

@@ -99,7 +99,6 @@ _OTHERS = (  # by the name of a tensor: no LoRA in any format, and what to do wi
         _DENOISER,
     ),
 )
-_OTHER_FILES = tuple((re.compile(pattern), kind) for pattern, kind in _OTHERS)
 
 
 @dataclass
@@ -145,8 +144,8 @@ def refuse_other_files(tensors: Collection[str], name: str) -> None:
         raise LoraFileError(
             f"{name}: is {part} ({saved}) and no LoRA: {erased.remedy(layout, name)}", code="file.another-kind"
         )
-    for pattern, kind in _OTHER_FILES:
-        if any(pattern.fullmatch(tensor[:NAME_LIMIT]) for tensor in tensors):
+    for pattern, kind in _OTHERS:
+        if any(re.fullmatch(pattern, tensor[:NAME_LIMIT]) for tensor in tensors):
             what, _, remedy = kind.partition(": ")
             raise LoraFileError(f"{name}: is {what} and no LoRA: {remedy}", code="file.another-kind")
 
