@@ -1,8 +1,8 @@
 """What a network is told beside x_t and time, made by the loaded model itself (BaseModel.extra_conds), for a batch.
 
 Rows of which ComfyUI would put the conditionings into one batch go through the network together, the others apart, as
-when it samples (comfy.samplers.calc_cond_batch). What no text gives (a mask, a first frame, a reference image) is
-what ComfyUI takes where nothing is connected.
+when it samples (comfy.samplers.calc_cond_batch). What neither text nor data set gives (a mask, a first frame) is what
+ComfyUI takes where nothing is connected.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from torch import Tensor
 
 from ..training.model import Cond, Text
 
+# As extra_conds calls Text.reference: ReferenceLatent's latents go behind the image's tokens (Flux Kontext, Qwen Image
+# Edit, OmniGen2), InstructPixToPixConditioning's beside its channels (InstructPix2Pix, Flux Canny and Depth).
+REFERENCE_NAMES = (REFERENCES := "reference_latents", "concat_latent_image")
 SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # as extra_conds calls Text.size
 
 
-def batches(model, x: Tensor, cond: Cond, downscale: int) -> Iterator[tuple[list[int], dict]]:
-    """(rows, keyword arguments of BaseModel.apply_model for them) of a batch x_t (b c ...), each row once."""
-    asked = [_asked(model, one, row, downscale) for one, row in zip(x.split(1), cond.rows, strict=True)]
+def batches(model, x: Tensor, cond: Cond, downscale: int, reference_name: str = "") -> Iterator[tuple[list[int], dict]]:
+    """(rows, keyword arguments of BaseModel.apply_model for them) of a batch x_t (b c ...), each row once.
+
+    ``reference_name``: one of REFERENCE_NAMES, where rows have reference images.
+    """
+    rows_of = zip(x.split(1), cond.rows, strict=True)
+    asked = [_asked(model, one, row, downscale, reference_name) for one, row in rows_of]
     groups: list[list[int]] = []
     alone = isinstance(model.diffusion_model, comfy.ldm.hunyuan_video.model.HunyuanVideo)  # it takes one mask of a text
     for i, own in enumerate(asked):
@@ -36,6 +43,12 @@ def batches(model, x: Tensor, cond: Cond, downscale: int) -> Iterator[tuple[list
         yield rows, {name: one.concat([other[name] for other in others]) for name, one in first.items()}
 
 
+def takes_more(model, x: Tensor, row: Text, downscale: int, reference_name: str) -> bool:
+    """Whether more than an image of x's shape (1 c ...) goes beside the channels: a mask, which no data set has."""
+    beside = _asked(model, x, row, downscale, reference_name).get("c_concat")
+    return beside is not None and beside.cond.shape != x.shape
+
+
 def transformer_options(sigmas: Tensor) -> dict:
     """What ComfyUI tells every network's blocks of an evaluation at sigmas (b), and PyTorch's own attention."""
     return {
@@ -46,7 +59,7 @@ def transformer_options(sigmas: Tensor) -> dict:
     }
 
 
-def _asked(model, x: Tensor, row: Text, downscale: int) -> dict:
+def _asked(model, x: Tensor, row: Text, downscale: int, reference_name: str) -> dict:
     """The conditioning of one row, by name (comfy.conds)."""
     pixels = [downscale * n for n in x.shape[-2:]]
     size = [*pixels, 0, 0, *pixels] if row.size is None else row.size.tolist()
@@ -60,6 +73,9 @@ def _asked(model, x: Tensor, row: Text, downscale: int) -> dict:
         "prompt_type": "positive",
         "seed": 0,
     }
+    if row.reference is not None:
+        reference = row.reference.to(x.device)
+        known[reference_name] = [reference] if reference_name == REFERENCES else reference
     further = {name: part if part is None else part.to(x.device) for name, part in row.further.items()}
     found = model.extra_conds(**dict(zip(SIZES, size, strict=True)), **further, **known)
     return {name: one.process_cond(batch_size=1, area=None) for name, one in found.items()}

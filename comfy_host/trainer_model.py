@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class ComfyHostModel:
         self.unet_names: Mapping[str, str] = unet_names(self.infos[0], self.family)
         self.text_names: Mapping[str, str] = text_names(self.infos[1])
         self.downscale = vae.spacial_compression_encode()
+        self._reference_name = ""  # found with the first reference image
         self.notes: tuple[str, ...] = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         self.schedule = noising.schedule_of(self._model.model_sampling)
@@ -97,7 +99,7 @@ class ComfyHostModel:
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See HostModel: BaseModel.apply_model with its model_sampling handing on x_t, and giving the raw output."""
         sigmas, order, found = self._sigmas[t], [], []
-        for rows, known in conditions.batches(self._model, x_t, cond, self.downscale):
+        for rows, known in conditions.batches(self._model, x_t, cond, self.downscale, self._reference_name):
             x, sigma = (x_t, sigmas) if len(rows) == len(t) else (x_t[rows], sigmas[rows])
             options = conditions.transformer_options(sigma)
             forget(self._model)  # what another adapter made of the same prompt
@@ -145,6 +147,32 @@ class ComfyHostModel:
                 code="train.other-vae",
             )
         return self._model.process_latent_in(latents).float().to(self.device)
+
+    @torch.no_grad()
+    def encode_reference(self, image: Tensor) -> Tensor:
+        """See HostModel; the VAE's own scale is what ComfyUI's conditionings hold."""
+        latent = self._vae.encode(image[None]).float()
+        self._reference_name = self._reference_name or self._asked_for_reference(latent)
+        return latent
+
+    def _asked_for_reference(self, latent: Tensor) -> str:
+        """The one of REFERENCE_NAMES under which an image changes what the network says. GuardError: neither does."""
+        x, t = torch.zeros_like(latent, device=self.device), torch.tensor([len(self._sigmas) // 2], device=self.device)
+        row = self.encode([""]).rows[0]
+        shown = replace(row, reference=torch.ones_like(x))
+        without = self.predict(x, t, Cond((row,)))
+        try:
+            for self._reference_name in conditions.REFERENCE_NAMES:
+                more = conditions.takes_more(self._model, x, shown, self.downscale, self._reference_name)
+                if not more and not torch.equal(without, self.predict(x, t, Cond((shown,)))):
+                    return self._reference_name
+        finally:
+            self._reference_name = ""
+        raise GuardError(
+            f"reference_dir: a {self.family} takes no image beside the text, or one with a mask, which a data set does "
+            "not have: leave reference_dir out, or train on an edit model.",
+            code="train.no-reference",
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

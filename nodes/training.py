@@ -26,6 +26,7 @@ GROUP = f"{CATEGORY}/train"
 FROM_GRAPH = (  # files, folders and services that a graph must not name
     "output_name", "output_dir", "train_data_dir", "reg_data_dir", "dataset_config", "resume", "safety_lora",
     "safety_strength", "safety_scale", "network_weights", "init", "known_bases", "log_with", "caption_dir", "in_json",
+    "reference_dir",
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Text:
         default_factory=dict
     )  # what encoders made beside it, by ComfyUI's names
     size: Tensor | None = None  # 6, int64: original h w, crop top left, target h w; None: the latent's own size
+    reference: Tensor | None = None  # 1 c ..., latent of a reference image in the autoencoder's scale
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +74,10 @@ class Cond:
     def nbytes(self) -> int:
         return sum(row.nbytes for row in self.rows)
 
-    def sized(self, sizes: Tensor) -> Cond:
-        """With images' sizes (b 6)."""
-        return Cond(tuple(replace(row, size=size) for row, size in zip(self.rows, sizes, strict=True)))
+    def of_images(self, sizes: Tensor, references: Sequence[Tensor | None]) -> Cond:
+        """With images' sizes (b 6) and the latents (1 c ... each) of what an edit model is given beside the text."""
+        rows = zip(self.rows, sizes, references, strict=True)
+        return Cond(tuple(replace(row, size=size, reference=reference) for row, size, reference in rows))
 
     def crossing(self, cross: Sequence[Tensor]) -> Cond:
         """With other cross-attention rows (1 n d each)."""
@@ -228,6 +230,12 @@ class HostModel(Protocol):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (b c [1] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1)."""
+
+    def encode_reference(self, image: Tensor) -> Tensor:
+        """Latent (1 c ..., float32, the autoencoder's own scale) of a reference image (h w 3, float32 0..1).
+
+        Raises GuardError where the network takes no such image.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b h w 3, float32 0..1) of latents."""

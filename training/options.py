@@ -47,7 +47,7 @@ SAVING = {
 SHOWING = {"sample_every_n_steps", "sample_prompts", "sample_steps", "sample_cfg", "sample_size", "log_with"}
 SHOWING |= {"validate_every_n_steps"}
 HASHED = {"resume", "known_bases", "safety_lora", "train_data_dir", "reg_data_dir", "dataset_config"}  # by content
-HASHED |= {"caption_dir", "in_json"}
+HASHED |= {"caption_dir", "reference_dir", "in_json"}
 KEEPING = {"cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "blocks_to_swap"}
 # these do not change what is trained
 ELSEWHERE = SAVING | SHOWING | HASHED | KEEPING | {"safety_strength", "safety_scale"}
@@ -241,6 +241,9 @@ class TaskOptions(Options):
     alpha_mask: bool = opt(False, "transparent parts of the images do not count in the loss")
     caption_extension: str = opt("", "ending of the caption files, e.g. .txt or .json; without it .txt and .caption")
     caption_dir: str = opt("", "folder of the caption files, where they are not beside the images")
+    reference_dir: str = opt(
+        "", "folder of reference images, of the same names, which an edit model is given beside the caption"
+    )
     in_json: str = opt(
         "",
         "sd-scripts' metadata (.json, .jsonl) with the captions of train_data_dir, then a plain folder of images",

@@ -10,7 +10,7 @@ from .options import HUBER, Options, SafetyOptions, TaskOptions
 PREVIEWS = ("sample_prompts", "sample_steps", "sample_cfg", "sample_size")
 DATA_SET = (  # a TOML can say them
     "resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "alpha_mask",
-    "caption_extension", "caption_dir", "validation_split", "validation_seed",
+    "caption_extension", "caption_dir", "reference_dir", "validation_split", "validation_seed",
 )  # fmt: skip
 
 

@@ -4,11 +4,11 @@
     [[datasets]]                  a resolution, a batch size, buckets; over [general]
     [[datasets.subsets]]          a folder of images with captions; over [[datasets]]
 
-What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir``, which is ours, and
-``.json`` as a ``caption_extension``. Three things differ in what a missing value means: without ``caption_extension``
-both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``), without ``min_bucket_reso`` and
-``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative folder that is not in the working
-directory is looked for beside the TOML. ``to_toml`` writes all of it out.
+What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir`` and
+``reference_dir``, which are ours, and ``.json`` as a ``caption_extension``. Three things differ in what a missing value
+means: without ``caption_extension`` both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``), without
+``min_bucket_reso`` and ``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative folder
+that is not in the working directory is looked for beside the TOML. ``to_toml`` writes all of it out.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ EVERYWHERE = {  # [general], [[datasets]] and [[datasets.subsets]]
     "class_tokens": Key(str),
     "caption_extension": Key(str),
     "caption_dir": Key(str),
+    "reference_dir": Key(str),
     "flip_aug": Key(bool),
     "resize_interpolation": Key(str),
     "shuffle_caption": Key(bool),
@@ -131,14 +132,21 @@ class Subset:
     rules: CaptionRules
     caption_dir: Path | None = None  # of the caption files, where they are not beside the images
     metadata_file: Path | None = None  # captions of all images in one JSON file, instead of caption files
+    reference_dir: Path | None = None  # what an edit model is given beside the caption, an image of the same name each
 
     @property
     def captions_in(self) -> Path:
         """The folder of the caption files: ``caption_dir``, or the folder in it that is called as ``image_dir``."""
-        if self.caption_dir is None:
-            return self.image_dir
-        own = self.caption_dir / self.image_dir.name
-        return own if own.is_dir() else self.caption_dir
+        return self.image_dir if self.caption_dir is None else self._own(self.caption_dir)
+
+    @property
+    def references_in(self) -> Path | None:
+        """The folder of the reference images, found as that of the captions."""
+        return None if self.reference_dir is None else self._own(self.reference_dir)
+
+    def _own(self, folder: Path) -> Path:
+        own = folder / self.image_dir.name
+        return own if own.is_dir() else folder
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ class DatasetConfig:
     @property
     def folders(self) -> list[Path]:
         """Every folder that it reads from."""
-        found = ((s.image_dir, s.conditioning_data_dir, s.caption_dir) for s in self.subsets)
+        found = ((s.image_dir, s.conditioning_data_dir, s.caption_dir, s.reference_dir) for s in self.subsets)
         return [folder for folders in found for folder in folders if folder]
 
     @property
@@ -331,6 +339,7 @@ class _Reader:
             self._wrong(place, "resize_interpolation", interpolation, f"is not one of {', '.join(INTERPOLATIONS)}")
         masks, metadata = values.get("conditioning_data_dir"), values.get("metadata_file")
         captions_in = None if metadata else values.get("caption_dir")
+        references = None if values.get("is_reg") else values.get("reference_dir")
         rules = {f.name: values[f.name] for f in fields(CaptionRules) if f.name in values}
         if not rules.get("caption_separator", ","):
             self._wrong(place, "caption_separator", "", "is empty")
@@ -347,6 +356,7 @@ class _Reader:
             rules=CaptionRules(**rules),
             caption_dir=self._folder(place, "caption_dir", captions_in) if captions_in else None,
             metadata_file=self._folder(place, "metadata_file", metadata) if metadata else None,
+            reference_dir=self._folder(place, "reference_dir", references) if references else None,
         )
 
     def _buckets(self, place: str, values: dict[str, Any]) -> Buckets:

@@ -40,11 +40,14 @@ KINDS = {  # finding -> what a report says of it
     "empty_masks": "images with nothing of their mask or alpha in the bucket, LEFT OUT, since they train nothing",
     "missing_masks": "images WITHOUT mask in conditioning_data_dir, trained whole: add the masks (sd-scripts stops)",
     "unused_masks": "masks without image",
+    "missing_references": "images WITHOUT image in reference_dir, LEFT OUT: put one of the same name there",
+    "broken_references": "images whose reference image cannot be used, LEFT OUT: mend it",
+    "unused_references": "reference images without image",
     "transparent_masks": "masks with transparent parts, which count as black (sd-scripts does not see transparency)",
     "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
     "without_alpha": "images without transparent parts under alpha_mask, trained whole",
     "duplicates": "images that are there more than once: delete all but one, or use num_repeats",
-    "shared_captions": "images of one name, which share one caption file or mask: give each a name of its own",
+    "shared_captions": "images of one name, which share a caption file, mask or reference image: give each its own name",
     "cut_off": "images that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
     "upscaled": "images smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
     "turned": "images turned by their EXIF orientation (sd-scripts takes them unturned)",
@@ -64,6 +67,15 @@ KINDS = {  # finding -> what a report says of it
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The image that an edit model is given beside the caption."""
+
+    path: Path
+    sha256: str  # of the file
+    fit: Fit  # in the bucket of its own shape
+
+
+@dataclass(frozen=True)
 class TrainingImage:
     """An image that can be trained on."""
 
@@ -79,6 +91,7 @@ class TrainingImage:
     dataset: int
     subset: Subset
     pixels_sha256: str  # of what is seen, whatever the file's encoding
+    reference: Reference | None = None
 
     @property
     def is_reg(self) -> bool:
@@ -130,16 +143,32 @@ def load(image: TrainingImage, flipped: bool = False, downscale: int = 8) -> tup
     ``alpha_mask`` the image's alpha; None: the whole image counts. ImageError where the file is another one than
     the report saw.
     """
-    data = image.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != image.sha256:
-        raise ImageError(f"{image.path}: has changed since the data set was read: start again.", code="image.changed")
-    decoded = decode(data)
+    decoded = _as_seen(image.path, image.sha256)
     placed = partial(images.place, fit=image.fit, interpolation=image.subset.resize_interpolation)
     mask = decoded.alpha if image.subset.alpha_mask else None
     if image.mask_path:
         mask = images.read_mask(image.mask_path, image.size).image
     weights = None if mask is None else images.mask(placed(mask), flipped, downscale)
     return images.pixels(placed(decoded.image), flipped), weights
+
+
+def load_reference(image: TrainingImage, flipped: bool = False) -> Tensor | None:
+    """Pixels (h w 3, float32 0..1) of the image's reference, mirrored as the image is; None where it has none.
+
+    ImageError as for `load`.
+    """
+    if image.reference is None:
+        return None
+    decoded = _as_seen(image.reference.path, image.reference.sha256)
+    placed = images.place(decoded.image, image.reference.fit, image.subset.resize_interpolation)
+    return images.pixels(placed, flipped)
+
+
+def _as_seen(path: Path, sha256: str) -> Decoded:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ImageError(f"{path}: has changed since the data set was read: start again.", code="image.changed")
+    return decode(data)
 
 
 def summary(report: DatasetReport) -> str:
@@ -179,6 +208,7 @@ class _Folder:
     stems: Mapping[Path, str]  # caption file -> stem
     entries: Mapping[Path, Any] | None  # of metadata_file: image -> entry
     masks: Mapping[str, Path]  # stem -> mask
+    references: Mapping[str, Path]  # stem -> reference image
     found: dict[str, list[str]]
 
     def image(self, path: Path) -> TrainingImage | None:
@@ -202,6 +232,9 @@ class _Folder:
         mask_path, trained = self._mask(path, name, decoded, fit)
         if not trained:
             return None
+        reference = self._reference(path, name)
+        if reference is None and self.subset.reference_dir is not None:
+            return None
         self._note(name, decoded, fit)
         return TrainingImage(
             path,
@@ -215,6 +248,7 @@ class _Folder:
             self.index,
             self.subset,
             _pixels_sha256(decoded),
+            reference,
         )
 
     def name(self, path: Path) -> str:
@@ -258,6 +292,23 @@ class _Folder:
             self.found["empty_masks"].append(name)
             return None, False
         return file, True
+
+    def _reference(self, path: Path, name: str) -> Reference | None:
+        """None where the subset has none, and where it cannot be used, which is then among the findings."""
+        if self.subset.reference_dir is None:
+            return None
+        file = self.references.get(path.stem)
+        if file is None:
+            self.found["missing_references"].append(name)
+            return None
+        try:
+            data = file.read_bytes()
+            return Reference(
+                file, hashlib.sha256(data).hexdigest(), images.fit(decode(data).image.size, self.dataset.buckets)
+            )
+        except (OSError, ImageError) as error:
+            self.found["broken_references"].append(f"{name}: {file.name}, {error}")
+            return None
 
     def _caption(self, path: Path, name: str) -> tuple[str, str]:
         """What the file says, and its ending; the class tokens where there is none."""
@@ -320,7 +371,7 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
     for entry in sorted(set(entries) - set(files)):
         name = f"{entry.parent.name}/{entry.name}"
         if entry.is_dir():
-            if entry not in (subset.conditioning_data_dir, subset.caption_dir):
+            if entry not in (subset.conditioning_data_dir, subset.caption_dir, subset.reference_dir):
                 found["ignored_folders"].append(f"{name}: inside a folder of images")
         elif entry not in beside:
             if entry != subset.metadata_file:
@@ -330,10 +381,13 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
     texts = {} if subset.metadata_file else beside
     if subset.caption_dir is not None:
         texts = _captions(sorted(subset.captions_in.iterdir(), key=lambda entry: entry.name), subset)
-    masks = _masks(subset, stems, found)
+    masks = _partners(subset.conditioning_data_dir, stems, found["unused_masks"])
+    references = _partners(subset.references_in, stems, found["unused_references"])
     by_name = {stem + entry.name[len(stem) :].lower(): entry for entry, stem in texts.items()}
-    found["shared_captions"] += _shared(files, {*texts.values(), *masks})
-    return _Folder(index, dataset, subset, files, by_name, texts, _entries(subset, files, found), masks, found)
+    found["shared_captions"] += _shared(files, {*texts.values(), *masks, *references})
+    return _Folder(
+        index, dataset, subset, files, by_name, texts, _entries(subset, files, found), masks, references, found
+    )
 
 
 def _entries(subset: Subset, files: Sequence[Path], found: dict[str, list[str]]) -> dict[Path, Any] | None:
@@ -398,13 +452,14 @@ def _captions(entries: list[Path], subset: Subset) -> dict[Path, str]:
     return out
 
 
-def _masks(subset: Subset, stems: set[str], found: dict[str, list[str]]) -> dict[str, Path]:
-    if subset.conditioning_data_dir is None:
+def _partners(folder: Path | None, stems: set[str], unused: list[str]) -> dict[str, Path]:
+    """Stem -> image of a folder that has one for each image, as masks; those of no image go to ``unused``."""
+    if folder is None:
         return {}
-    entries = sorted(subset.conditioning_data_dir.iterdir(), key=lambda entry: entry.name, reverse=True)
-    masks = {entry.stem: entry for entry in entries if entry.suffix.lower() in ENDINGS}  # the first by name counts
-    found["unused_masks"] += [mask.name for stem, mask in masks.items() if stem not in stems]
-    return masks
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name, reverse=True)
+    partners = {entry.stem: entry for entry in entries if entry.suffix.lower() in ENDINGS}  # the first by name counts
+    unused += [partner.name for stem, partner in partners.items() if stem not in stems]
+    return partners
 
 
 def _paired(trained: list[TrainingImage], found: dict[str, list[str]]) -> list[TrainingImage]:
@@ -504,5 +559,7 @@ def _digest(config: DatasetConfig, out: list[TrainingImage], held_out: list[Trai
         rows.append(
             (image.sha256, mask, image.caption, image.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
         )
+        if image.reference:
+            rows[-1] += ("reference", image.reference.sha256)
     lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

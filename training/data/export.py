@@ -86,6 +86,12 @@ def _subset(subset: Subset, endings: set[str]) -> dict[str, Any]:
             f"{subset.image_dir}: sd-scripts reads no {what}: use the embedded engine, or a metadata_file.",
             code="dataset.captions",
         )
+    if subset.reference_dir is not None:
+        raise DatasetError(
+            f"{subset.image_dir}: the sd-scripts engine gives no model a reference image: use the embedded engine, or "
+            "leave out reference_dir.",
+            code="dataset.references",
+        )
     masks = subset.conditioning_data_dir
     values: dict[str, Any] = {
         "image_dir": subset.image_dir,

@@ -7,9 +7,8 @@ L = E w(t) |F − F_θ(x_t, t, c)|², F the model's own target (model.py): ε (a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,12 +23,22 @@ from ..options import TaskOptions
 from ..seeds import step_generator
 from . import kept, losses, noise, timesteps
 
-LATENT = "latent"  # in a file of one
+LATENT, REFERENCE = "latent", "reference"  # the first is its name in a file, too
 CACHE_BYTES = 2**30  # of conditioning
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of a batch as the network sees them."""
+
+    latents: Tensor  # b c [1] h w
+    mask: Tensor | None  # b 1 [1] h w; None: whole images count
+    sizes: Tensor  # b 6
+    references: tuple[Tensor | None, ...]  # 1 c ... each
+
+
 class Latents:
-    """Latents, masks and sizes of all images, those held out behind the others, made once.
+    """Latents, masks, sizes and reference images of all images, those held out behind the others, made once.
 
     They are float32 on the CPU, or on ``disk`` and read for each batch.
     """
@@ -38,40 +47,46 @@ class Latents:
         self, host_model: HostModel, report: dataset.DatasetReport, watch: Watch, disk: kept.Kept | None = None
     ):
         self.disk = disk
-        self._keys: dict[tuple[int, bool], bytes] = {}  # of what is on disk
+        self._keys: dict[tuple[str, int, bool], bytes] = {}  # of what is on disk
         found = (*report.images, *report.held_out)
         wanted = [(i, flip) for i, p in enumerate(report.images) for flip in range(1 + p.subset.flip_aug)]
         wanted += [(i, 0) for i in range(len(report.images), len(found))]
-        self.latents: dict[tuple[int, bool], Tensor] = {}
+        self._made: dict[tuple[str, int, bool], Tensor] = {}  # LATENT or REFERENCE, image, mirrored; without ``disk``
         self.masks: dict[tuple[int, bool], Tensor | None] = {}
         self.sizes: dict[tuple[int, bool], Tensor] = {}
         for done, (i, flipped) in enumerate(wanted, 1):
             flip = bool(flipped)
             image = found[i]
             pixels, self.masks[i, flip] = dataset.load(image, flip, host_model.downscale)
-            encode = partial(_encoded, host_model, pixels)
-            if disk is None:
-                self.latents[i, flip] = encode()[LATENT]
-            else:
-                self._keys[i, flip] = hashlib.sha256(kept.pixels_key(pixels)).digest()
-                disk.get(self._keys[i, flip], encode)
+            self._encode((LATENT, i, flip), pixels, lambda image: host_model.encode_images(image[None])[0])
+            if (reference := dataset.load_reference(image, flip)) is not None:
+                self._encode((REFERENCE, i, flip), reference, host_model.encode_reference)
             self.sizes[i, flip] = images.sizes(image.size, image.fit, flip)
             watch.stage("caching latents", done, len(wanted))
 
-    def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Latents (b c [1] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
+    def _encode(self, key: tuple[str, int, bool], pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
+        if self.disk is None:
+            self._made[key] = encode(pixels).cpu()
+        else:
+            content = (b"" if key[0] == LATENT else key[0].encode()) + kept.pixels_key(pixels)
+            self._keys[key] = hashlib.sha256(content).digest()
+            self.disk.get(self._keys[key], lambda: {LATENT: encode(pixels)})
+
+    def of(self, draws: Sequence[Draw]) -> Batch:
         keys = [(draw.image, draw.flipped) for draw in draws]
-        z = torch.stack([self._latent(key) for key in keys])
+        z = torch.stack([self._read((LATENT, *key)) for key in keys])
         masks = [self.masks[key] for key in keys]
         mask = None
         if any(m is not None for m in masks):
             mask = torch.stack([torch.ones(z.shape[-2:]) if m is None else m for m in masks])
             mask = mask.view(len(z), *[1] * (z.dim() - 3), *mask.shape[-2:])
-        return z, mask, torch.stack([self.sizes[key] for key in keys])
+        there = self._made if self.disk is None else self._keys
+        references = (self._read((REFERENCE, *key)) if (REFERENCE, *key) in there else None for key in keys)
+        return Batch(z, mask, torch.stack([self.sizes[key] for key in keys]), tuple(references))
 
-    def _latent(self, key: tuple[int, bool]) -> Tensor:
+    def _read(self, key: tuple[str, int, bool]) -> Tensor:
         if self.disk is None:
-            return self.latents[key]
+            return self._made[key]
         read = self.disk.read(self._keys[key])
         if read is None:
             raise GuardError(
@@ -79,10 +94,6 @@ class Latents:
                 code="train.cache-gone",
             )
         return read[LATENT]
-
-
-def _encoded(host_model: HostModel, pixels: Tensor) -> dict[str, Tensor]:
-    return {LATENT: host_model.encode_images(pixels[None])[0].cpu()}
 
 
 class Captions:
@@ -128,12 +139,13 @@ class Denoising:
     def at(self, draws: Sequence[Draw], t: Tensor, generator: torch.Generator) -> Tensor:
         """The same of given images at timesteps t (b), with noise from a CPU generator."""
         host_model, options, schedule = self.host_model, self.options, self.host_model.schedule
-        z, mask, sizes = self.latents.of(draws)
-        z, sizes = z.to(host_model.device), sizes.to(host_model.device)
+        batch = self.latents.of(draws)
+        z, mask = batch.latents.to(host_model.device), batch.mask
         cond = self._conditioning([draw.caption for draw in draws])
+        cond = cond.of_images(batch.sizes.to(host_model.device), batch.references)
         t = t.to(z.device)
         eps = noise.drawn(z.shape, options, generator).to(z.device)
-        prediction = host_model.predict(schedule.add_noise(z, t, eps), t, cond.sized(sizes))
+        prediction = host_model.predict(schedule.add_noise(z, t, eps), t, cond)
         error = losses.errors(prediction, schedule.target(z, t, eps), t, schedule, options)  # b c ...
         error = per_row(error if mask is None else error * mask.to(host_model.device))  # b
         weight = torch.tensor([draw.weight for draw in draws], device=z.device)

@@ -184,6 +184,9 @@ def remarks(
         line = f"max_train_epochs: {options.max_train_epochs} are {stepped.max_train_steps} steps"
         plain = options.max_train_steps in (TaskOptions().max_train_steps, stepped.max_train_steps)
         lines.append(line if plain else f"{line}, and max_train_steps {options.max_train_steps} has NO effect")
+    if references := sum(image.reference is not None for image in found.images):
+        line = f"reference images: {references}, beside captions that the text encoders read alone"
+        lines.append(line + "; previews are drawn without one" * bool(options.sample_every_n_steps))
     if found.held_out:
         lines.append(
             f"validation loss: of {len(found.held_out)} images that are held out, each at {LEVELS} noise levels and "
