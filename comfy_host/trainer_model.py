@@ -287,10 +287,13 @@ def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None, a
     if not path.is_file():
         raise GuardError(f"{path}: is not a file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
+    weights, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     if as_stored:
-        weights = comfy.utils.load_torch_file(str(path))
         options["dtype"] = comfy.utils.weight_dtype(weights, comfy.model_detection.unet_prefix_from_state_dict(weights))
-    loaded = comfy.sd.load_checkpoint_guess_config(str(path), model_options=options)[:3]
+    found = comfy.sd.load_state_dict_guess_config(weights, model_options=options, metadata=metadata)
+    if found is None:
+        raise GuardError(f"{path.name}: is no checkpoint that ComfyUI knows: use a whole checkpoint of a model.")
+    loaded = found[:3]
     if vae is not None:
         loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
     for part, what in zip(loaded, ("U-Net", "text encoder", "VAE"), strict=True):

@@ -188,7 +188,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("trainer_model.py:_in_main_memory", _OLDER, f"{_PATCHER}.partially_load", f"{_PATCHER}.detach"),
     *_touches("trainer_model.py:_in_main_memory", _OLDER, "comfy.model_management.unload_all_models"),
     *_touches("trainer_model.py:_clip_skip", _RUN, "comfy.sd.CLIP.clip_layer"),
-    *_touches("trainer_model.py:load_checkpoint", _RUN, "comfy.sd.load_checkpoint_guess_config"),
+    *_touches("trainer_model.py:load_checkpoint", _RUN, "comfy.sd.load_state_dict_guess_config"),
     *_touches("trainer_model.py:load_checkpoint", _OLDER, "comfy.model_detection.unet_prefix_from_state_dict"),
     *_touches("trainer_model.py:_cloned_norm_inputs", _RUN, "comfy.clip_model.CLIPLayer"),
     *_touches("fused.py:with_gradients", _NEWER, "comfy.model_management.in_training"),

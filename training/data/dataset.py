@@ -47,7 +47,7 @@ KINDS = {  # finding -> what a report says of it
     "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
     "without_alpha": "images without transparent parts under alpha_mask, trained whole",
     "duplicates": "images that are there more than once: delete all but one, or use num_repeats",
-    "shared_captions": "images of one name, which share a caption file, mask or reference image: give each its own name",
+    "shared_captions": "images of one name, which share a caption, mask or reference image: give each its own name",
     "cut_off": "images that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
     "upscaled": "images smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
     "turned": "images turned by their EXIF orientation (sd-scripts takes them unturned)",
