@@ -11,7 +11,7 @@ from ..gate.gate import Second
 from ..gate.settings import ACTIVITIES, Activity, Settings
 from ..modular_lora.errors import GuardError
 from ..modular_lora.provenance.attestation import Attestation, GateRecord, LoraRecord
-from . import bounds
+from ..modular_lora.util import bounds
 from .policy import Gate, OperatorPolicy, Required, named
 
 REPORT = "report"  # the action of a gate that changes nothing

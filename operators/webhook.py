@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..modular_lora.errors import GuardError
-from . import bounds
+from ..modular_lora.util import bounds
 
 PAUSES = (1.0, 5.0, 25.0, 125.0, 625.0)  # seconds between tries; after the last try it is given up
 PATIENCE = 10.0  # seconds that one try may take

@@ -44,7 +44,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...modular_lora.errors import GuardError
-from ...operators import bounds
+from ...modular_lora.util import bounds
 from ...operators import graph as graphs
 from ...operators.policy import OperatorPolicy, PolicyError
 from ...operators.rules import Refusal, RefusedError

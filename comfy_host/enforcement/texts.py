@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ...modular_lora.tensor_hashing import row_digests, tensor_sha256
+from ...modular_lora.util.bounds import bounded
 from ...modular_lora.util.cache import Cache
-from ...operators.bounds import bounded
 from ...operators.policy import PolicyError
 from .. import patcher
 from . import policy as policies

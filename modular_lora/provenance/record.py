@@ -21,9 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...operators import bounds
 from ..errors import GuardError
-from ..util import atomic
+from ..util import atomic, bounds
 from . import keys
 
 START = "0" * 64  # what the first line names as the line before

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from modular_lora_guard.modular_lora.provenance.record import verify
-from modular_lora_guard.operators import bounds
+from modular_lora_guard.modular_lora.util import bounds
 from support.graphs import GraphError
 from support.operator_graphs import guarded, required
 

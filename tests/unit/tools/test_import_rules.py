@@ -29,6 +29,13 @@ COMFYUI = {
 SCHEMAS = "comfy_api"  # ComfyUI's stable API of nodes: all that nodes/ imports
 # Command lines open ComfyUI themselves, as they start outside it. The left side may shrink and must not grow.
 DOORS = {("training/cli.py", "comfy_host/standalone.py")}
+STANDS_ON = {  # folder of the core -> the others that it may import
+    "modular_lora": (),
+    "gate": ("modular_lora",),
+    "training": ("modular_lora",),
+    "operators": ("modular_lora", "gate"),
+    "audit": ("modular_lora", "gate", "training"),
+}
 # Parts of modular_lora/, the lowest first: each imports those above it in this list, and none below or beside it but
 # where it stands in one line with it.
 LAYERS = (("errors.py", "tensor_hashing.py", "util"), ("branches",), ("files",), ("guard", "provenance"))
@@ -142,6 +149,13 @@ def test_only_comfy_host_imports_comfyui_and_the_nodes_import_its_schemas() -> N
 
 def test_the_core_imports_no_host() -> None:
     assert ours_in(ROOT, CORE_FOLDERS, (HOST, NODES)) == DOORS
+
+
+@pytest.mark.parametrize("folder", CORE_FOLDERS)
+def test_a_folder_of_the_core_imports_those_that_it_stands_on(folder: str) -> None:
+    others = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {folder, *STANDS_ON[folder], HOST}
+    assert others >= {"nodes", "tools"} - {folder}
+    assert ours_in(ROOT, (folder,), tuple(others)) == set()
 
 
 def test_what_trains_and_audits_is_not_imported_when_comfyui_starts() -> None:
