@@ -59,7 +59,7 @@ class Latents:
             watch.stage("caching latents", done, len(wanted))
 
     def of(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Latents (b c [1] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
+        """Latents (b c [f] h w), masks (b 1 [1] h w, or None) and sizes (b 6) of a batch."""
         keys = [(draw.image, draw.flipped) for draw in draws]
         z = torch.stack([self._latent(key) for key in keys])
         masks = [self.masks[key] for key in keys]
@@ -121,9 +121,15 @@ class Denoising:
 
     def loss(self, step: int, micro: int) -> Tensor:
         """Mean over the batch of w · error; scalar."""
-        draws = self.plan.batch(step, micro)
-        generator = step_generator(self.options.seed, "noise", step, micro)
-        return self.at(draws, timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator), generator)
+        return self._drawn(self.plan.batch(step, micro), step_generator(self.options.seed, "noise", step, micro))
+
+    def largest(self) -> Tensor:
+        """The loss of the micro-batch that takes most memory, with noise of its own."""
+        return self._drawn(self.plan.largest(), step_generator(self.options.seed, "largest", 0))
+
+    def _drawn(self, draws: Sequence[Draw], generator: torch.Generator) -> Tensor:
+        t = timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator)
+        return self.at(draws, t, generator)
 
     def at(self, draws: Sequence[Draw], t: Tensor, generator: torch.Generator) -> Tensor:
         """The same of given images at timesteps t (b), with noise from a CPU generator."""
