@@ -25,7 +25,12 @@ def part(name: str):
 
 def watch() -> SimpleNamespace:
     return SimpleNamespace(
-        check=lambda: None, stage=lambda *_: None, say=lambda *_: None, step=lambda *_: None, sample=lambda *_: None
+        check=lambda: None,
+        stage=lambda *_: None,
+        say=lambda *_: None,
+        step=lambda *_: None,
+        sample=lambda *_: None,
+        validated=lambda *_: None,
     )
 
 
