@@ -155,8 +155,8 @@ class ComfyHostModel:
         One at a time: a VAE of video takes a batch of images as the frames of a clip.
         """
         latents = torch.cat([self._vae.encode(one if one.dim() == 4 else one[None]) for one in images])
-        frames, *sides = images.shape[-4:-1] if images.dim() == 5 else (1, *images.shape[1:3])
-        if latents.shape[1:] != (wanted := self.latent_shape(*sides, frames)):
+        *times, height, width = images.shape[1:-1]
+        if latents.shape[1:] != (wanted := self.latent_shape(height, width, *times)):
             raise GuardError(
                 f"The VAE makes latents of {tuple(latents.shape[1:])} of an image or clip, a {self.family} takes "
                 f"{wanted}: connect the VAE of the same model.",

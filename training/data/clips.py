@@ -8,7 +8,7 @@ frames is not changed, and sound is not read.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -70,7 +70,7 @@ def _taken(count: int, wanted: int) -> tuple[int, ...]:
     return tuple((i * (count - 1) + gaps // 2) // gaps for i in range(wanted))
 
 
-def _frames(data: bytes, ending: str) -> Iterator[tuple[Image.Image, Image.Image | None, bool]]:
+def _frames(data: bytes, ending: str) -> Generator[tuple[Image.Image, Image.Image | None, bool], None, None]:
     """(RGB, alpha or None, whether it was turned) of each frame."""
     if ending.lower() in ANIMATED:
         yield from ((image, alpha, False) for image, alpha in decode_frames(data))
