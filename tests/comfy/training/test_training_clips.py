@@ -15,6 +15,7 @@ from support.families_image import IMAGE
 from support.families_newer_video import NEWER
 from support.families_video import VIDEOS
 from support.family_training import check_family, part, watch
+from support.graphs import base_graph
 from support.training_toys import SIDE, toy_parts
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
@@ -42,7 +43,12 @@ def moving(data):
     return data
 
 
-@pytest.mark.sampled(2)
+def test_a_training_on_clips_lowers_the_loss_leaves_the_base_and_its_file_is_stock(comfy, moving, tmp_path):
+    family = next(family for family in EVERY if family.name == "LTX Video")
+    check_family(family, comfy, moving, tmp_path, clip_frames=FRAMES, clip_extraction="spread")
+
+
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", TRAINED, ids=lambda family: family.name)
 def test_every_model_of_video_is_trained_on_clips(family, comfy, moving, tmp_path, matrix):
     from comfy import supported_models
@@ -124,3 +130,37 @@ def test_clips_with_a_vae_of_still_images_name_the_vae(comfy, moving, tmp_path):
     o = options.TaskOptions(output_dir=str(tmp_path), train_data_dir=str(moving), clip_frames=FRAMES, resolution=SIDE)
     with trainer.opened(model, clip, vae, o) as opened, refuses("train.other-vae", "WAN21_T2V"):
         task.train_task(opened, o, watch(), engine="test")
+
+
+def test_the_report_s_node_looks_into_clips_and_a_training_node_hands_their_length_on(
+    comfy, run_graph, moving, monkeypatch
+):
+    import av
+
+    monkeypatch.setattr(comfy.folder_paths, "input_directory", str(moving.parent))
+    with av.open(str(moving / "1_x" / "red.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = SIDE
+        for _ in range(FRAMES):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (SIDE, SIDE), "red"))))
+        container.mux(stream.encode())
+
+    def run(**values):
+        values = {"data_set": moving.name, "resolution": SIDE, "train_batch_size": 1} | values
+        return run_graph({"report": {"class_type": "ModularLoraDatasetReport", "inputs": values}})["report"]
+
+    report, sheet = run(clip_frames=FRAMES)
+    assert f"bucket {SIDE}×{SIDE}: 3 clips of {FRAMES} frames, 3 draws" in report
+    assert (sheet[0, :, :, 0] - sheet[0, :, :, 1] > 0.9).sum() > SIDE * SIDE / 2, "the red clip is on it"
+    report, _ = run()
+    assert "1 clips, NOT read" in report
+    graph = base_graph()
+    graph["options"] = {
+        "class_type": "ModularLoraTaskTrainingOptions",
+        "inputs": {"clip_frames": FRAMES, "resolution": SIDE, "clip_extraction": "spread"},
+    }
+    inputs = {"model": ["ckpt", 0], "clip": ["ckpt", 1], "vae": ["ckpt", 2], "options": ["options", 0]}
+    inputs |= {"data_set": moving.name, "output_name": "clips", "max_train_steps": 1, "seed": 1}
+    graph["train"] = {"class_type": "ModularLoraTrainTask", "inputs": inputs}
+    with refuses("dataset.clip-frames", FRAMES, "SD15", "still"):
+        run_graph(graph)
