@@ -79,6 +79,8 @@ class ComfyHostModel:
         self.text_names: Mapping[str, str] = text_names(self.infos[1])
         self.downscale = vae.spacial_compression_encode()
         self._reference_name = ""  # found with the first reference image
+        ratios = vae.downscale_ratio, vae.upscale_ratio  # of a VAE of video: (frames -> frames, height, width)
+        self._times = tuple(ratio[0] for ratio in ratios) if all(isinstance(r, tuple) for r in ratios) else None
         self.notes: tuple[str, ...] = tuple(slow_notes(self.device, dtype))
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         self.schedule = noising.schedule_of(self._model.model_sampling)
@@ -90,11 +92,23 @@ class ComfyHostModel:
         """The base's weights by the guard's keys, as they were loaded, for the contamination check."""
         return self._loaded
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """See HostModel; LatentFormat says how many dimensions there are, and channels."""
         form = self._model.latent_format
-        frames = [1] * (getattr(form, "latent_dimensions", 2) - 2)
-        return (form.latent_channels, *frames, height // self.downscale, width // self.downscale)
+        latent_frames = 1 if frames == 1 or self._times is None else self._times[0](frames)
+        times = [latent_frames] * (getattr(form, "latent_dimensions", 2) - 2)
+        return (form.latent_channels, *times, height // self.downscale, width // self.downscale)
+
+    def frames_of(self, latent_frames: int) -> int:
+        """See HostModel; the VAE says how many frames it makes of so many latent ones."""
+        if getattr(self._model.latent_format, "latent_dimensions", 2) < 3 or untrainable.is_still(self.family):
+            return 0
+        if self._times is None:
+            raise GuardError(
+                f"The VAE takes still images alone, and a {self.family} clips: connect the VAE of the same model.",
+                code="train.other-vae",
+            )
+        return self._times[1](latent_frames)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See HostModel: BaseModel.apply_model with its model_sampling handing on x_t, and giving the raw output."""
@@ -138,12 +152,16 @@ class ComfyHostModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents of images (b h w 3, 0..1), in the model's scale; one at a time, as a VAE of video takes frames."""
-        latents = torch.cat([self._vae.encode(image[None]) for image in images])
-        if latents.shape[1:] != (wanted := self.latent_shape(*images.shape[1:3])):
+        """Latents of images (b h w 3, 0..1) or clips (b t h w 3), in the model's scale.
+
+        One at a time: a VAE of video takes a batch of images as the frames of a clip.
+        """
+        latents = torch.cat([self._vae.encode(one if one.dim() == 4 else one[None]) for one in images])
+        *times, height, width = images.shape[1:-1]
+        if latents.shape[1:] != (wanted := self.latent_shape(height, width, *times)):
             raise GuardError(
-                f"The VAE makes latents of {tuple(latents.shape[1:])} of an image, a {self.family} takes {wanted}: "
-                "connect the VAE of the same model.",
+                f"The VAE makes latents of {tuple(latents.shape[1:])} of an image or clip, a {self.family} takes "
+                f"{wanted}: connect the VAE of the same model.",
                 code="train.other-vae",
             )
         return self._model.process_latent_in(latents).float().to(self.device)

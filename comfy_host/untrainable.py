@@ -23,6 +23,13 @@ NAMED = {  # family (comfy.supported_models) -> why not, and what instead
     r"LTXAV|MiniMaxH3": f"draws several latents at once, of which an image is one: {_ELSEWHERE}.",
 }
 
+STILL = r"QwenImage|CosmosT2IPredict2|Anima|Krea2|JoyImage"  # draw images, on latents of a VAE of video
+
+
+def is_still(family: str) -> bool:
+    """Whether a family draws still images, though its latents have frames."""
+    return re.fullmatch(STILL, family) is not None
+
 
 def check(model) -> None:
     """GuardError for a MODEL that no LoRA can be trained on here."""

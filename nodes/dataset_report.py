@@ -25,7 +25,11 @@ class DatasetReport(io.ComfyNode):
             category=GROUP,
             description="Counts and names what a data set holds: images, captions, buckets; broken images, empty "
             "or missing captions, duplicates.",
-            inputs=[data_set_input(), *option_inputs(TaskOptions, ("resolution", "train_batch_size"))],
+            inputs=[
+                data_set_input(),
+                *option_inputs(TaskOptions, ("resolution", "train_batch_size")),
+                *option_inputs(TaskOptions, ("clip_frames",), optional=True),
+            ],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="Counts and names."),
                 io.Image.Output("pictures", display_name="pictures", tooltip="The first 48 images."),
@@ -39,11 +43,12 @@ class DatasetReport(io.ComfyNode):
         return data_set_state(data_set)
 
     @classmethod
-    def execute(cls, data_set, resolution, train_batch_size) -> io.NodeOutput:
+    def execute(cls, data_set, resolution, train_batch_size, clip_frames=0) -> io.NodeOutput:
         from ..training.data import dataset  # imported when it runs, as what trains
         from ..training.data.images import thumbnail
 
-        values = {"resolution": resolution, "train_batch_size": train_batch_size, **data_set_option(data_set)}
+        values = {"resolution": resolution, "train_batch_size": train_batch_size, "clip_frames": clip_frames}
+        values |= data_set_option(data_set)
         found = dataset.scan(inside(options.load(TaskOptions, None, values)), NodeWatch(cls).read)
         line, report = dataset.summary(found), dataset.format_report(found)
         sheet = contact_sheet([thumbnail(p.path, 96) for p in found.images[:48]], 96, 8)

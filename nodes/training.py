@@ -30,15 +30,15 @@ FROM_GRAPH = (  # files, folders and services that a graph must not name
 )  # fmt: skip
 
 
-def option_inputs(cls: type, names: tuple[str, ...]) -> list[io.Input]:
-    """Inputs of a node for the named options, with the command line's defaults and help."""
+def option_inputs(cls: type, names: tuple[str, ...], **more: typing.Any) -> list[io.Input]:
+    """Inputs of a node for the named options, with the command line's defaults and help, and ``more`` of each."""
     hints = options.hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    return [_input(name, hints[name], fields[name]) for name in names]
+    return [_input(name, hints[name], fields[name], more) for name in names]
 
 
-def _input(name: str, hint: typing.Any, field: dataclasses.Field) -> io.Input:
-    what: dict[str, typing.Any] = {"tooltip": field.metadata["description"], "default": field.default}
+def _input(name: str, hint: typing.Any, field: dataclasses.Field, more: dict[str, typing.Any]) -> io.Input:
+    what: dict[str, typing.Any] = {"tooltip": field.metadata["description"], "default": field.default, **more}
     if typing.get_origin(hint) is typing.Literal:
         return io.Combo.Input(name, list(typing.get_args(hint)), **what)
     if typing.get_origin(hint) is tuple:

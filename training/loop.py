@@ -66,6 +66,7 @@ class Job:
     validate_every: int = 0  # steps; before the first and after the last one as well
     extra: Callable[[], dict[str, Any]] = dict  # further state, and how it is put back
     load_extra: Callable[[dict[str, Any]], None] = lambda state: None
+    largest: Callable[[], Tensor] | None = None  # the loss of the micro-batch that takes most memory; None: the first
     notes: list[str] = field(default_factory=list)  # what the loop has to say in the report
 
 
@@ -210,7 +211,8 @@ def _say_memory(run: _Fit, watch: Watch) -> None:
     """What the steps will take, on the report and before the first of them."""
     watch.check()
     run.job.prepare(run.step)
-    need = memory.foresee(lambda: run.job.loss(run.step, 0), run.masters.values, run.options, run.device)
+    largest = run.job.largest or (lambda: run.job.loss(run.step, 0))
+    need = memory.foresee(largest, run.masters.values, run.options, run.device)
     for working in run.masters.working:
         working.grad = None
     line = memory.said(need, run.device)

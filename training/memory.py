@@ -105,7 +105,7 @@ def foresee(loss: Callable[[], Tensor], values: Sequence[nn.Parameter], options:
     except torch.cuda.OutOfMemoryError as error:
         raise GuardError(
             f"One micro-batch of {options.train_batch_size} does not fit into the memory of {device}: lower "
-            "train_batch_size or the size of the images, or use gradient_checkpointing, fp8_base_unet or "
+            "train_batch_size, the size of the images or clip_frames, or use gradient_checkpointing, fp8_base_unet or "
             "blocks_to_swap.",
             code="train.memory",
         ) from error
@@ -132,7 +132,8 @@ def said(need: Need, device: torch.device) -> str:
     line = f"memory: the steps take {size(need.total)} more than is in use now, by one micro-batch that was measured "
     line += f"({parts}); {size(room)} are free"
     if need.total > room:
-        line += ", which is NOT ENOUGH: lower train_batch_size or the size of the images, or use gradient_checkpointing"
+        line += ", which is NOT ENOUGH: lower train_batch_size, the size of the images or clip_frames, or use "
+        line += "gradient_checkpointing"
         line += ", fp8_base_unet or blocks_to_swap" * (device.type == "cuda")  # the network is in use now
     return line
 

@@ -12,5 +12,6 @@ PROJECTED_KEY = "modular_lora.projected"  # "residual 3.5e-05, outputs 3.1e-05":
 ENGINE_KEY = "modular_lora.engine"
 EMA_KEY = "modular_lora.ema_decay"  # decay of the running mean that was saved
 DATASET_KEY = "modular_lora.dataset_sha256"
+CLIPS_KEY = "modular_lora.clip_frames"  # frames of the clips that were trained on, e.g. "9" or "9,17"
 INITIALISATION_KEY = "modular_lora.initialisation"  # role and seed that A was drawn from
 LEAKS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_output_name")  # what no_dataset_metadata leaves out

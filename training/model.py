@@ -219,8 +219,11 @@ class HostModel(Protocol):
     notes: tuple[str, ...]  # what is worth a line in the report
     downscale: int  # pixels a latent cell
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """c [1] h w of an image's latent, from its pixels; models of video see it as one frame."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """c [f] h w of an image's latent, from its pixels; models of video see it as one frame, and clips of more."""
+
+    def frames_of(self, latent_frames: int) -> int:
+        """How many frames of a clip so many of a latent are; 0 of a model of still images."""
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the network says (b c ..., float32) at x_t (b c ..., float32), timesteps t (b, int64)."""
@@ -229,7 +232,7 @@ class HostModel(Protocol):
         """Conditioning of prompts; the empty prompt is ''."""
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (b c [1] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1)."""
+        """Latents (b c [f] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1) or clips (b t h w 3)."""
 
     def encode_reference(self, image: Tensor) -> Tensor:
         """Latent (1 c ..., float32, the autoencoder's own scale) of a reference image (h w 3, float32 0..1).

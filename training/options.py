@@ -31,6 +31,7 @@ HUBER = ("huber_schedule", "huber_c", "huber_scale")  # what the smooth errors t
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 Density = Literal["own", "uniform", "logit_normal"]
+ClipExtraction = Literal["head", "spread"]
 TaskPreset = Literal["", "style", "character", "object"]  # files of training/presets
 SafetyPreset = Literal["", "safety"]
 PIXELS = 8  # of a side for one of a latent
@@ -254,6 +255,13 @@ class TaskOptions(Options):
     validation_seed: int = opt(0, "seed of which images are held out, and of the noise that their loss is taken at")
     validate_every_n_steps: int = opt(0, "validation loss every N steps; 0: at the end of every epoch", ge=0)
     max_train_epochs: int = opt(0, "train so many epochs, in the place of max_train_steps; 0: max_train_steps", ge=0)
+    # clips, for models of video
+    clip_frames: int = opt(
+        0, "models of video: frames of each clip (.mp4, .webm, .mkv, .mov, animated .gif and .webp); 0: no clips", ge=0
+    )
+    clip_extraction: ClipExtraction = opt(
+        "head", "which frames of a clip: head (the first, in a row), spread (evenly from the first to the last)"
+    )
 
     def __post_init__(self):
         super().__post_init__()

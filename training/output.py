@@ -31,6 +31,7 @@ from ..modular_lora.util import atomic
 from .choices import SavePrecision
 from .forms import ALPHA, DOWN, LENGTHS, UP
 from .metadata_keys import (
+    CLIPS_KEY,
     CONCEPT_KEY,
     DATASET_KEY,
     EMA_KEY,
@@ -72,6 +73,7 @@ class DatasetRecord:
     batches_per_epoch: int = 0
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> tag -> captions with it
     dirs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder -> {"n_repeats", "img_count"}
+    clip_frames: tuple[int, ...] = ()  # of the clips among the images, each number once
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ def _modelspec(options: TaskOptions | SafetyOptions, made: Provenance) -> dict[s
 def _dataset(data: DatasetRecord) -> dict[str, object]:
     return {
         DATASET_KEY: data.sha256,
+        CLIPS_KEY: ",".join(map(str, data.clip_frames)),
         "ss_num_train_images": data.images,
         "ss_num_reg_images": data.reg_images,
         "ss_num_batches_per_epoch": data.batches_per_epoch or None,

@@ -10,7 +10,8 @@ from .options import HUBER, Options, SafetyOptions, TaskOptions
 PREVIEWS = ("sample_prompts", "sample_steps", "sample_cfg", "sample_size")
 DATA_SET = (  # a TOML can say them
     "resolution", "flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "alpha_mask",
-    "caption_extension", "caption_dir", "reference_dir", "validation_split", "validation_seed",
+    "caption_extension", "caption_dir", "reference_dir", "validation_split", "validation_seed", "clip_frames",
+    "clip_extraction",
 )  # fmt: skip
 
 
@@ -113,6 +114,8 @@ def _of_task(options: TaskOptions, regularisation: int | None) -> Iterator[tuple
         yield "multires_noise_discount", "multires_noise_iterations is 0"
     if not options.validation_split and not options.dataset_config:
         yield from ((name, "validation_split is 0") for name in ("validation_seed", "validate_every_n_steps"))
+    if not options.clip_frames and not options.dataset_config:
+        yield "clip_extraction", "clip_frames is 0"
     if regularisation == 0:
         yield "prior_loss_weight", "the data set has no regularisation images"
     if not options.dataset_config and not options.shuffle_caption:

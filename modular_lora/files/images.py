@@ -46,6 +46,25 @@ def decode(data: bytes, on_white: bool = True) -> Decoded:
     ``on_white`` transparent parts keep the colour that is hidden in them. Further images in a phone's JPEG (depth,
     gain map: MPO) are no frames of an animation.
     """
+    with _opened(data) as image:
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        image.load()
+        upright, turned = _upright(image)
+        rgb, alpha = _split(upright, on_white)
+        return Decoded(rgb, alpha, turned, frames)
+
+
+def decode_frames(data: bytes) -> Iterator[tuple[Image.Image, Image.Image | None]]:
+    """Each frame of an animation as `decode` gives the first: (RGB on white, alpha or None). Raises ImageError."""
+    with _opened(data) as image:
+        for index in range(getattr(image, "n_frames", 1)):
+            image.seek(index)
+            yield _split(image.copy(), on_white=True)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The bytes as PIL opens them; what PIL raises inside becomes an ImageError."""
     if not data:
         raise ImageError("empty file (0 bytes)", code="image.empty")
     try:
@@ -57,11 +76,7 @@ def decode(data: bytes, on_white: bool = True) -> Decoded:
                     f"{image.width}×{image.height} has more than {MAX_PIXELS} pixels: scale it down",
                     code="image.too-large",
                 )
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            image.load()
-            upright, turned = _upright(image)
-            rgb, alpha = _split(upright, on_white)
-            return Decoded(rgb, alpha, turned, frames)
+            yield image
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:

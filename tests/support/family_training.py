@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from support.encoder_toys import save_text_lora
 from support.errors import refuses
@@ -25,16 +25,23 @@ def part(name: str):
 
 def watch() -> SimpleNamespace:
     return SimpleNamespace(
-        check=lambda: None, stage=lambda *_: None, say=lambda *_: None, step=lambda *_: None, sample=lambda *_: None
+        check=lambda: None,
+        stage=lambda *_: None,
+        say=lambda *_: None,
+        step=lambda *_: None,
+        sample=lambda *_: None,
+        validated=lambda *_: None,
     )
 
 
 def fixed_loss(host_model, data, side) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean |F − F_θ|² of the two images at fixed levels and noise, and F_θ."""
+    """Mean |F − F_θ|² of the two images or clips at fixed levels and noise, and F_θ."""
     schedule, z, prompts = host_model.schedule, [], []
-    for path in sorted(data.glob("*/*.png")) * (len(LEVELS) // 2):
-        pixels = Image.open(path).convert("RGB").resize((side, side))
-        z.append(host_model.encode_images(torch.from_numpy(np.array(pixels, dtype=np.float32))[None] / 255))
+    for path in sorted([*data.glob("*/*.png"), *data.glob("*/*.webp")]) * (len(LEVELS) // 2):
+        with Image.open(path) as image:
+            frames = [one.convert("RGB").resize((side, side)) for one in ImageSequence.Iterator(image)]
+        pixels = torch.from_numpy(np.array([np.asarray(one) for one in frames], dtype=np.float32)) / 255  # t h w 3
+        z.append(host_model.encode_images(pixels[None] if len(pixels) > 1 else pixels))
         prompts.append(path.with_suffix(".txt").read_text(encoding="utf-8").strip())
     z = torch.cat(z)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))

@@ -84,6 +84,9 @@ class ToyHostModel:
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return 4, height // self.downscale, width // self.downscale
 
+    def frames_of(self, latent_frames: int) -> int:
+        return 0
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.unet(x_t.to(self.dtype), t.to(self.dtype), cond.cross.to(self.dtype)).float()
 

@@ -69,9 +69,20 @@ def _vae(family: Family, dimensions: int):
     cpu = torch.device("cpu")
 
     def encode(pixels):
-        small = F.avg_pool2d(pixels.movedim(-1, 1), ratio)  # 1 3 h w
+        small = F.avg_pool2d(pixels.movedim(-1, 1), ratio)  # t 3 h w, t 1 of an image
         latents = torch.einsum("dc,bchw->bdhw", mix, small * 2 - 1)
-        return latents if dimensions == 2 else latents[:, :, None]
+        if dimensions == 2:
+            return latents
+        first, rest = latents[:1], latents[1:].unflatten(0, (-1, 4)).mean(1)  # a frame, then four at a time
+        return torch.cat([first, rest]).movedim(0, 1)[None]
 
     patcher = importlib.import_module("comfy.model_patcher").ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu)
-    return SimpleNamespace(patcher=patcher, encode=encode, spacial_compression_encode=lambda: ratio)
+    times = (lambda n: (n + 3) // 4, lambda k: 4 * k - 3)
+    ratios = (ratio, ratio) if dimensions == 2 else [(time, ratio, ratio) for time in times]
+    return SimpleNamespace(
+        patcher=patcher,
+        encode=encode,
+        spacial_compression_encode=lambda: ratio,
+        downscale_ratio=ratios[0],
+        upscale_ratio=ratios[1],
+    )

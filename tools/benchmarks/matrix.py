@@ -24,7 +24,7 @@ TESTS = (
 )
 TESTS += ("tests/comfy/guard/test_text_encoders.py", "tests/comfy/files/test_precision.py")
 TESTS += ("tests/comfy/training/test_training_every_family.py", "tests/comfy/training/test_training_presets_run.py")
-TESTS += ("tests/comfy/training/test_training_real_width.py",)
+TESTS += ("tests/comfy/training/test_training_real_width.py", "tests/comfy/training/test_training_clips.py")
 TESTS += ("tests/comfy/guard/test_drop_in_templates.py",)
 COMMAND = "python -m tools.benchmarks.matrix"
 

@@ -50,6 +50,9 @@ class NarrowHostModel:
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return 4, height // self.downscale, width // self.downscale
 
+    def frames_of(self, latent_frames: int) -> int:
+        return 0
+
     def predict(self, x_t: Tensor, t: Tensor, cond) -> Tensor:
         bias = torch.cat([row.further["bias"] for row in cond.rows])
         return self.unet(x_t, t, cond.cross, bias)

@@ -5,6 +5,7 @@ A training that is resumed asks for the next step; there is no state to save.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every epoch draws each image ``TrainingImage.draws`` times; a batch holds images of one bucket of one data set.
+    """Every epoch draws each image ``TrainingImage.draws`` times; a batch holds images of one bucket of one data set,
+    or clips of one bucket and number of frames.
 
     Buckets are shuffled, cut into batches (the last of a bucket may be smaller), and the batches shuffled, anew in
     every epoch. ``accumulation`` micro-batches are an optimizer step; token warm-up counts these.
@@ -49,6 +51,13 @@ class Plan:
         epoch, position = divmod(step * self.accumulation + micro, self.report.batches)
         rng = self._rng("draw", epoch, position)
         return tuple(self._draw(index, rng, epoch, step) for index in self._batches(epoch)[position])
+
+    def largest(self) -> tuple[Draw, ...]:
+        """The batch that has most pixels: of images and clips, or of buckets of several sizes, batches differ much."""
+        groups = [rows[:size] for size, rows in grouped(self.config, self.report.images)]
+        rows = max(groups, key=lambda rows: len(rows) * math.prod(self.report.images[rows[0]].bucket))
+        rng = self._rng("largest")
+        return tuple(self._draw(index, rng, 0, 0) for index in rows)
 
     def fixed_captions(self) -> list[str] | None:
         """Every caption that will be drawn, each once; None where draws differ."""

@@ -4,11 +4,12 @@
     [[datasets]]                  a resolution, a batch size, buckets; over [general]
     [[datasets.subsets]]          a folder of images with captions; over [[datasets]]
 
-What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir`` and
-``reference_dir``, which are ours, and ``.json`` as a ``caption_extension``. Three things differ in what a missing value
-means: without ``caption_extension`` both ``.txt`` and ``.caption`` are looked for (there, only ``.caption``), without
-``min_bucket_reso`` and ``max_bucket_reso`` the usual 256 and 1024 give way to the resolution, and a relative folder
-that is not in the working directory is looked for beside the TOML. ``to_toml`` writes all of it out.
+What is accepted here sd-scripts accepts too, key by key and level by level, but for ``caption_dir``,
+``reference_dir``, ``clip_frames`` and ``clip_extraction``, which are ours, and ``.json`` as a ``caption_extension``.
+Three things differ in what a missing value means: without ``caption_extension`` both ``.txt`` and ``.caption`` are
+looked for (there, only ``.caption``), without ``min_bucket_reso`` and ``max_bucket_reso`` the usual 256 and 1024 give
+way to the resolution, and a relative folder that is not in the working directory is looked for beside the TOML.
+``to_toml`` writes all of it out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .images import INTERPOLATIONS, Buckets
 CAPTION_ENDINGS = (".txt", ".caption")
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 ALL, UPPER = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET)
+CLIP_EXTRACTIONS = ("head", "spread")  # which frames of a clip are taken, see `clips.look`
 REPEATS = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
@@ -83,6 +85,8 @@ OF_DATASETS = {  # [general] and [[datasets]]
     "bucket_no_upscale": Key(bool),
     "validation_split": Key(float, 0, 0.99),
     "validation_seed": Key(int),
+    "clip_frames": STEPS,
+    "clip_extraction": Key(str),
 }
 OF_SUBSETS = {  # [[datasets.subsets]]
     "image_dir": Key(str),
@@ -158,6 +162,8 @@ class Dataset:
     buckets: Buckets
     validation_split: float = 0.0  # share of every subset's images that is held out of training
     validation_seed: int = 0
+    clip_frames: int = 0  # of each clip; 0: clips are not read
+    clip_extraction: str = CLIP_EXTRACTIONS[0]
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,33 @@ def check_folders(config: DatasetConfig) -> DatasetConfig:
                 f"{Path(config.source).name}: {file} is not a file: correct the path.", code="dataset.no-metadata"
             )
     return config
+
+
+def check_clips(config: DatasetConfig, family: str, frames_of: Callable[[int], int]) -> None:
+    """DatasetError for a number of frames that a model cannot be trained on.
+
+    Args:
+        config: The data set, its files not yet read.
+        family: Of the model.
+        frames_of: Gives the frames of a clip that so many frames of a latent are; 0 of a model of still images.
+    """
+    for wanted in sorted({data.clip_frames for data in config.datasets} - {0, 1}):
+        if not frames_of(1):
+            raise DatasetError(
+                f"clip_frames: {wanted}, and {family} draws still images: train a model of video, or set it to 1, the "
+                "first frame of each clip, or to 0.",
+                code="dataset.clip-frames",
+            )
+        latent = 1
+        while frames_of(latent) < wanted:
+            latent += 1
+        if (above := frames_of(latent)) != wanted:
+            first = ", ".join(str(frames_of(k)) for k in range(1, 4))
+            raise DatasetError(
+                f"clip_frames: {wanted}, and the VAE of this {family} takes {first} and so on: set it to "
+                f"{frames_of(latent - 1)} or {above}.",
+                code="dataset.clip-frames",
+            )
 
 
 def from_folders(
@@ -324,7 +357,11 @@ class _Reader:
         if mixed := _mixed(own, subsets, "metadata_file", NO_METADATA):
             raise DatasetError(f"{self.name}: {place}: metadata_file: {mixed}", code="dataset.metadata")
         split = values.get("validation_split", 0.0), values.get("validation_seed", 0)
-        return Dataset(tuple(made), values.get("batch_size", 1), self._buckets(place, values), *split)
+        extraction = values.get("clip_extraction", CLIP_EXTRACTIONS[0])
+        if extraction not in CLIP_EXTRACTIONS:
+            self._wrong(place, "clip_extraction", extraction, f"is not one of {', '.join(CLIP_EXTRACTIONS)}")
+        clips = values.get("clip_frames", 0), extraction
+        return Dataset(tuple(made), values.get("batch_size", 1), self._buckets(place, values), *split, *clips)
 
     def _subset(self, place: str, above: dict[str, Any], table: Any) -> Subset:
         self._level(place, SUBSET, table)

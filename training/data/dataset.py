@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...modular_lora.files import texts as textfiles
 from ...modular_lora.files.images import ENDINGS, SIDE_FILES, Decoded, ImageError, decode, named
-from . import captions, images
+from . import captions, clips, images
 from .captions import CaptionError
 from .config import CAPTION_ENDINGS, Dataset, DatasetConfig, Subset
 from .images import Fit, MaskShapeError, Size
@@ -29,7 +30,7 @@ PROMPT_WORDS = 75  # tokens of one chunk of CLIP's
 JSON = ".json"
 KEPT = 0.6  # share of an image that its bucket should keep: of 16:9 a square keeps 0.56
 KINDS = {  # finding -> what a report says of it
-    "broken": "broken images, LEFT OUT: mend or delete them",
+    "broken": "broken images and clips, LEFT OUT: mend or delete them",
     "too_small": "images smaller than a bucket step, LEFT OUT: use larger ones or leave out bucket_no_upscale",
     "empty_captions": "EMPTY caption files, trained without text: write captions, or delete them for class tokens",
     "unreadable_captions": "UNREADABLE caption files, class tokens instead: save them as UTF-8",
@@ -45,14 +46,16 @@ KINDS = {  # finding -> what a report says of it
     "unused_references": "reference images without image",
     "transparent_masks": "masks with transparent parts, which count as black (sd-scripts does not see transparency)",
     "coloured_masks": "masks in colours, of which red alone counts, as in sd-scripts: draw them in grey",
-    "without_alpha": "images without transparent parts under alpha_mask, trained whole",
+    "without_alpha": "images without transparent parts, and clips, under alpha_mask, trained whole",
     "duplicates": "images that are there more than once: delete all but one, or use num_repeats",
     "shared_captions": "images of one name, which share a caption, mask or reference image: give each its own name",
     "cut_off": "images that lose much to their bucket: cut them yourself, or use enable_bucket or other limits",
     "upscaled": "images smaller than their bucket, scaled up: use larger ones, or bucket_no_upscale",
-    "turned": "images turned by their EXIF orientation (sd-scripts takes them unturned)",
+    "turned": "images and clips turned as their files say (sd-scripts takes images unturned)",
     "transparent": "images with transparent parts, put on white",
     "animated": "animated images, first frame taken",
+    "unread_clips": "clips, NOT read: clip_frames says how many frames of each a model of video is trained on",
+    "short_clips": "clips of fewer frames than clip_frames, LEFT OUT: use longer ones, or lower clip_frames",
     "further_lines": "captions of several lines, only the first is used: enable_wildcard draws among them",
     "long_captions": f"captions of more than about {PROMPT_WORDS} tokens",
     "captions_alone": "caption files without image",
@@ -66,6 +69,9 @@ KINDS = {  # finding -> what a report says of it
 }
 
 
+Bucket = tuple[int, int, int]  # width, height, frames
+
+
 @dataclass(frozen=True)
 class Reference:
     """The image that an edit model is given beside the caption."""
@@ -77,7 +83,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """An image that can be trained on."""
+    """An image or clip that can be trained on."""
 
     path: Path
     name: str  # folder/file
@@ -90,13 +96,19 @@ class TrainingImage:
     mask_path: Path | None
     dataset: int
     subset: Subset
-    pixels_sha256: str  # of what is seen, whatever the file's encoding
+    pixels_sha256: str  # of what is seen, whatever the file's encoding; of a clip's file
+    frames: tuple[int, ...] = ()  # of a clip, those that are taken
     reference: Reference | None = None
 
     @property
     def is_reg(self) -> bool:
         """Whether it is a regularisation image, its loss weighted by prior_loss_weight."""
         return self.subset.is_reg
+
+    @property
+    def bucket(self) -> Bucket:
+        """What it shares batches with; a clip of one frame is an image."""
+        return (*self.fit.bucket, max(1, len(self.frames)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class DatasetReport:
     images: tuple[TrainingImage, ...]
     folders: tuple[tuple[str, int, int, bool], ...]  # name, images, num_repeats, regularisation
     findings: Mapping[str, tuple[str, ...]]  # kind, see KINDS -> names
-    buckets: Mapping[Size, tuple[int, int]]  # width height -> images, draws an epoch
+    buckets: Mapping[Bucket, tuple[int, int]]  # images, draws an epoch
     draws: int  # images an epoch, repeats counted
     batches: int  # an epoch
     regularisation: int  # images
@@ -139,17 +151,25 @@ def scan(config: DatasetConfig, progress: Callable[[int, int], None] | None = No
 def load(image: TrainingImage, flipped: bool = False, downscale: int = 8) -> tuple[Tensor, Tensor | None]:
     """Pixels (h w 3, float32 0..1) in the image's bucket, and the loss mask (h/downscale w/downscale, float32 0..1).
 
-    The mask is the red channel of the subset's mask image (the field's form), 0 where that is transparent, or with
-    ``alpha_mask`` the image's alpha; None: the whole image counts. ImageError where the file is another one than
-    the report saw.
+    Of a clip of more than one frame they are t h w 3, and its mask is that of every frame. The mask is the red channel
+    of the subset's mask image (the field's form), 0 where that is transparent, or with ``alpha_mask`` the image's
+    alpha; None: the whole image counts. ImageError where the file is another one than the report saw.
     """
-    decoded = _as_seen(image.path, image.sha256)
+    data = _as_seen(image.path, image.sha256)
     placed = partial(images.place, fit=image.fit, interpolation=image.subset.resize_interpolation)
-    mask = decoded.alpha if image.subset.alpha_mask else None
+    mask = None
+    if image.frames:
+        frames = clips.read(data, image.path.suffix, image.frames)
+        pixels = torch.stack([images.pixels(placed(frame), flipped) for frame in frames])
+        pixels = pixels if len(pixels) > 1 else pixels[0]
+    else:
+        decoded = decode(data)
+        pixels = images.pixels(placed(decoded.image), flipped)
+        mask = decoded.alpha if image.subset.alpha_mask else None
     if image.mask_path:
         mask = images.read_mask(image.mask_path, image.size).image
     weights = None if mask is None else images.mask(placed(mask), flipped, downscale)
-    return images.pixels(placed(decoded.image), flipped), weights
+    return pixels, weights
 
 
 def load_reference(image: TrainingImage, flipped: bool = False) -> Tensor | None:
@@ -159,16 +179,16 @@ def load_reference(image: TrainingImage, flipped: bool = False) -> Tensor | None
     """
     if image.reference is None:
         return None
-    decoded = _as_seen(image.reference.path, image.reference.sha256)
+    decoded = decode(_as_seen(image.reference.path, image.reference.sha256))
     placed = images.place(decoded.image, image.reference.fit, image.subset.resize_interpolation)
     return images.pixels(placed, flipped)
 
 
-def _as_seen(path: Path, sha256: str) -> Decoded:
+def _as_seen(path: Path, sha256: str) -> bytes:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ImageError(f"{path}: has changed since the data set was read: start again.", code="image.changed")
-    return decode(data)
+    return data
 
 
 def summary(report: DatasetReport) -> str:
@@ -176,7 +196,13 @@ def summary(report: DatasetReport) -> str:
     training, stops, found = len(report.images) - report.regularisation, len(report.problems), len(report.findings)
     verdict = f"{stops} problem{'s' * (stops != 1)} would stop a training" if stops else "nothing stops a training"
     more = f"; {found} kind{'s' * (found != 1)} of finding" if found else ""
-    return f"{training} images to train on: {verdict}{more}."
+    return f"{training} images{_clips(report)} to train on: {verdict}{more}."
+
+
+def _clips(report: DatasetReport) -> str:
+    """How many of the images to train on are clips."""
+    count = sum(bool(image.frames) for image in report.images if not image.is_reg)
+    return f" ({count} of them clips)" if count else ""
 
 
 def format_report(report: DatasetReport) -> str:
@@ -185,11 +211,12 @@ def format_report(report: DatasetReport) -> str:
     lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
     training = len(report.images) - report.regularisation
     reg = f" and {report.regularisation} regularisation images" if report.regularisation else ""
-    lines.append(f"  {training} images{reg}, {report.draws} draws in {report.batches} batches an epoch")
+    lines.append(f"  {training} images{_clips(report)}{reg}, {report.draws} draws in {report.batches} batches an epoch")
     for name, count, repeats, is_reg in report.folders:
         lines.append(f"  {name}: {count} images, {repeats} repeats{', regularisation' if is_reg else ''}")
-    for (width, height), (count, draws) in report.buckets.items():
-        lines.append(f"  bucket {width}×{height}: {count} images, {draws} draws")
+    for (width, height, frames), (count, draws) in report.buckets.items():
+        what = f"{count} clips of {frames} frames" if frames > 1 else f"{count} images"
+        lines.append(f"  bucket {width}×{height}: {what}, {draws} draws")
     lines.append(f"  {report.distinct_captions} distinct captions")
     for kind, names in report.findings.items():
         lines.append(f"  {len(names)} {KINDS[kind]}: {named(names)}")
@@ -219,9 +246,12 @@ class _Folder:
             return None
         try:
             data = path.read_bytes()
-            decoded = decode(data)
+            decoded, frames = self._decoded(path, data)
         except (OSError, ImageError) as error:
             self.found["broken"].append(f"{name}: {error}")
+            return None
+        if frames == ():
+            self.found["short_clips"].append(f"{name}: {decoded.frames}")
             return None
         size = decoded.image.size
         try:
@@ -229,17 +259,18 @@ class _Folder:
         except ImageError:
             self.found["too_small"].append(f"{name}: {size[0]}×{size[1]}")
             return None
+        sha256 = hashlib.sha256(data).hexdigest()
         mask_path, trained = self._mask(path, name, decoded, fit)
         if not trained:
             return None
         reference = self._reference(path, name)
         if reference is None and self.subset.reference_dir is not None:
             return None
-        self._note(name, decoded, fit)
+        self._note(name, decoded, fit, is_clip=frames is not None)
         return TrainingImage(
             path,
             name,
-            hashlib.sha256(data).hexdigest(),
+            sha256,
             size,
             fit,
             *self._caption(path, name),
@@ -247,20 +278,32 @@ class _Folder:
             mask_path,
             self.index,
             self.subset,
-            _pixels_sha256(decoded),
+            sha256 if frames else _pixels_sha256(decoded),
+            frames or (),
             reference,
         )
+
+    def _decoded(self, path: Path, data: bytes) -> tuple[Decoded, tuple[int, ...] | None]:
+        """The image, or the first frame of a clip, and the frames that are taken of it; None of an image."""
+        wanted, ending = self.dataset.clip_frames, path.suffix.lower()
+        if ending in ENDINGS:
+            decoded = decode(data)
+            if not (wanted and ending in clips.ANIMATED and decoded.frames > 1):
+                return decoded, None
+        decoded, frames = clips.look(data, ending, wanted, self.dataset.clip_extraction)
+        return (replace(decoded, alpha=None) if self.subset.alpha_mask else decoded), frames
 
     def name(self, path: Path) -> str:
         return f"{path.parent.name}/{path.name}"
 
-    def _note(self, name: str, decoded: Decoded, fit: Fit) -> None:
+    def _note(self, name: str, decoded: Decoded, fit: Fit, is_clip: bool) -> None:
         size = decoded.image.size
         if fit.kept < KEPT:
             self.found["cut_off"].append(f"{name}: {1 - fit.kept:.0%} of {size[0]}×{size[1]} is cut off")
         if fit.resized[0] > size[0] or fit.resized[1] > size[1]:
             self.found["upscaled"].append(f"{name}: {size[0]}×{size[1]} to {fit.resized[0]}×{fit.resized[1]}")
-        for kind, is_so in (("turned", decoded.turned), ("animated", decoded.frames > 1)):
+        animated = decoded.frames > 1 and not is_clip
+        for kind, is_so in (("turned", decoded.turned), ("animated", animated)):
             if is_so:
                 self.found[kind].append(name)
         if decoded.alpha is not None and not self.subset.alpha_mask:
@@ -365,7 +408,8 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
     index, dataset, subset = where
     entries = sorted(subset.image_dir.iterdir(), key=lambda entry: entry.name)
     entries = [entry for entry in entries if not SIDE_FILES.fullmatch(entry.name)]
-    files = tuple(entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file())
+    endings = {*ENDINGS, *clips.VIDEOS, *clips.ANIMATED} if dataset.clip_frames else set(ENDINGS)
+    files = tuple(entry for entry in entries if entry.suffix.lower() in endings and entry.is_file())
     stems, beside = {file.stem for file in files}, _captions(entries, subset)
     elsewhere = subset.caption_dir is not None or subset.metadata_file is not None
     for entry in sorted(set(entries) - set(files)):
@@ -375,7 +419,7 @@ def _folder(where: tuple[int, Dataset, Subset], found: dict[str, list[str]]) -> 
                 found["ignored_folders"].append(f"{name}: inside a folder of images")
         elif entry not in beside:
             if entry != subset.metadata_file:
-                found["unsupported"].append(name)
+                found["unread_clips" if entry.suffix.lower() in clips.VIDEOS else "unsupported"].append(name)
         elif elsewhere:
             found["other_captions"].append(name)
     texts = {} if subset.metadata_file else beside
@@ -500,10 +544,10 @@ def _report(
 ) -> DatasetReport:
     found["duplicates"] += _duplicates([*out, *held_out])
     counted = Counter((image.dataset, image.subset.image_dir) for image in out)
-    buckets: dict[Size, list[int]] = defaultdict(lambda: [0, 0])
+    buckets: dict[Bucket, list[int]] = defaultdict(lambda: [0, 0])
     for image in out:
-        buckets[image.fit.bucket][0] += 1
-        buckets[image.fit.bucket][1] += image.draws
+        buckets[image.bucket][0] += 1
+        buckets[image.bucket][1] += image.draws
     problems = []
     if not any(not image.is_reg for image in out):
         seen = sum(len(folder.files) for folder in folders)
@@ -532,9 +576,9 @@ def _report(
 
 def grouped(config: DatasetConfig, found: Sequence[TrainingImage]) -> list[tuple[int, list[int]]]:
     """(batch size, indices of images, each as often as it is drawn) of every bucket of every data set, in order."""
-    rows: dict[tuple[int, Size], list[int]] = defaultdict(list)
+    rows: dict[tuple[int, Bucket], list[int]] = defaultdict(list)
     for index, image in enumerate(found):
-        rows[image.dataset, image.fit.bucket] += [index] * image.draws
+        rows[image.dataset, image.bucket] += [index] * image.draws
     return [(config.datasets[key[0]].batch_size, rows[key]) for key in sorted(rows)]
 
 
@@ -551,15 +595,22 @@ def _pixels_sha256(decoded: Decoded) -> str:
 
 
 def _digest(config: DatasetConfig, out: list[TrainingImage], held_out: list[TrainingImage]) -> str:
-    rows: list[tuple] = [("held out", image.sha256) for image in held_out]
+    rows: list[tuple] = [("held out", image.sha256, *_of_clip(image)) for image in held_out]
     for image in out:
         subset, dataset = image.subset, config.datasets[image.dataset]
         mask = hashlib.sha256(image.mask_path.read_bytes()).hexdigest() if image.mask_path else ""
         drawing = (subset.flip_aug, subset.alpha_mask, subset.is_reg, subset.resize_interpolation, asdict(subset.rules))
-        rows.append(
-            (image.sha256, mask, image.caption, image.draws, drawing, asdict(dataset.buckets), dataset.batch_size)
-        )
-        if image.reference:
-            rows[-1] += ("reference", image.reference.sha256)
+        row = image.sha256, mask, image.caption, image.draws, drawing, asdict(dataset.buckets), dataset.batch_size
+        rows.append((*row, *_of_clip(image), *_of_reference(image)))
     lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _of_reference(image: TrainingImage) -> list[str]:
+    """What the digest has of an image with a reference more than of another."""
+    return ["reference", image.reference.sha256] if image.reference else []
+
+
+def _of_clip(image: TrainingImage) -> list[tuple[int, ...]]:
+    """What the digest has of a clip more than of an image."""
+    return [image.frames] if image.frames else []

@@ -27,6 +27,10 @@ def to_toml(config: DatasetConfig, report: DatasetReport) -> str:
     Subsets with conditioning_data_dir want --masked_loss beside it. DatasetError where sd-scripts would stop or would
     miss captions: an image that is broken, a folder with captions of two endings.
     """
+    if any(dataset.clip_frames for dataset in config.datasets):
+        raise DatasetError(
+            "clip_frames: sd-scripts reads no clips: use the embedded engine, or leave it out.", code="dataset.kohya"
+        )
     for kind in STOPS_SD_SCRIPTS:
         if kind in report.findings:
             names = "; ".join(report.findings[kind][:3])
@@ -50,6 +54,7 @@ def record(report: DatasetReport) -> DatasetRecord:
         batches_per_epoch=report.batches,
         tag_frequency=tag_frequency(report),
         dirs={name: {"n_repeats": repeats, "img_count": count} for name, count, repeats, _ in report.folders},
+        clip_frames=tuple(sorted({len(image.frames) for image in report.images} - {0})),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...modular_lora.files.images import ImageError, Mask, decode, decode_mask
+from . import clips
 
 Size = tuple[int, int]  # width height
 INTERPOLATIONS = {
@@ -138,8 +139,12 @@ def sizes(original: Size, fit: Fit, flipped: bool) -> Tensor:
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
-    """An image file as it is trained on, within ``side`` pixels."""
-    image = decode(path.read_bytes()).image
+    """An image file as it is trained on, or a clip's first frame, within ``side`` pixels."""
+    data = path.read_bytes()
+    if path.suffix.lower() in clips.VIDEOS:
+        image = clips.look(data, path.suffix, 1, "head")[0].image
+    else:
+        image = decode(data).image
     image.thumbnail((side, side))
     return image
 

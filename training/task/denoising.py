@@ -31,7 +31,7 @@ CACHE_BYTES = 2**30  # of conditioning
 class Batch:
     """Images of a batch as the network sees them."""
 
-    latents: Tensor  # b c [1] h w
+    latents: Tensor  # b c [f] h w
     mask: Tensor | None  # b 1 [1] h w; None: whole images count
     sizes: Tensor  # b 6
     references: tuple[Tensor | None, ...]  # 1 c ... each
@@ -132,9 +132,15 @@ class Denoising:
 
     def loss(self, step: int, micro: int) -> Tensor:
         """Mean over the batch of w · error; scalar."""
-        draws = self.plan.batch(step, micro)
-        generator = step_generator(self.options.seed, "noise", step, micro)
-        return self.at(draws, timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator), generator)
+        return self._drawn(self.plan.batch(step, micro), step_generator(self.options.seed, "noise", step, micro))
+
+    def largest(self) -> Tensor:
+        """The loss of the micro-batch that takes most memory, with noise of its own."""
+        return self._drawn(self.plan.largest(), step_generator(self.options.seed, "largest", 0))
+
+    def _drawn(self, draws: Sequence[Draw], generator: torch.Generator) -> Tensor:
+        t = timesteps.drawn(self.host_model.schedule, self.options, len(draws), generator)
+        return self.at(draws, t, generator)
 
     def at(self, draws: Sequence[Draw], t: Tensor, generator: torch.Generator) -> Tensor:
         """The same of given images at timesteps t (b), with noise from a CPU generator."""

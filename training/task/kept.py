@@ -68,7 +68,7 @@ def wanted(host_model: HostModel, options: TaskOptions) -> tuple[Kept | None, Ke
 
 
 def pixels_key(pixels: Tensor) -> bytes:
-    """Of an image (h w 3) as it goes to the autoencoder."""
+    """Of an image (h w 3) or clip (t h w 3) as it goes to the autoencoder."""
     return f"{tuple(pixels.shape)}{pixels.dtype}".encode() + pixels.contiguous().numpy().tobytes()
 
 

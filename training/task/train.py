@@ -116,6 +116,7 @@ def train_task(
     """
     config = prepare(options, safety, data)
     weighting.check(options, host_model)
+    dataset_config.check_clips(config, host_model.family, host_model.frames_of)
     found = dataset.scan(config, lambda done, total: watch.stage("reading images", done, total))
     of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
     said = [*presets.said(options, of), *remarks(options, config, found, host_model.too_long)]
@@ -145,6 +146,7 @@ def train_task(
                 options, adapters, ((spec.unet, options.learning_rate), (spec.text, options.text_encoder_lr))
             ),
             loss=loss.loss,
+            largest=loss.largest,
             write=lambda path, step, masters: record.write(path, step, adapters.tensors(masters.of), spans),
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),
@@ -187,6 +189,10 @@ def remarks(
     if references := sum(image.reference is not None for image in found.images):
         line = f"reference images: {references}, beside captions that the text encoders read alone"
         lines.append(line + "; previews are drawn without one" * bool(options.sample_every_n_steps))
+    if any(data.clip_frames for data in config.datasets) and not any(
+        i.frames for i in (*found.images, *found.held_out)
+    ):
+        lines.append("clip_frames has NO effect: no clip of the data set has so many frames")
     if found.held_out:
         lines.append(
             f"validation loss: of {len(found.held_out)} images that are held out, each at {LEVELS} noise levels and "

@@ -52,6 +52,8 @@ def parts(comfy):
         vae = SimpleNamespace(
             patcher=patcher.ModelPatcher(torch.nn.Linear(1, 1), cpu, cpu),
             spacial_compression_encode=lambda: 8,
+            downscale_ratio=8,
+            upscale_ratio=8,
             encode=lambda pixels: F.avg_pool2d(F.pad(pixels.movedim(-1, 1), (0, 0, 0, 0, 0, 1)), 8),
         )
         return toy(FAMILIES[family]), clip, vae

@@ -107,7 +107,8 @@ def test_the_text_of_a_report_has_its_counts_and_names(messy):
     _, report = looked_at(messy)
     text = format_report(report)
     assert "6 images, 18 draws in 18 batches an epoch" in text
-    assert "5 broken images, LEFT OUT: mend or delete them: 3_sks robot/cut.jpg: damaged or truncated (OSError" in text
+    broken = "5 broken images and clips, LEFT OUT: mend or delete them"
+    assert f"{broken}: 3_sks robot/cut.jpg: damaged or truncated (OSError" in text
     assert "3_sks robot/zero.png: empty file (0 bytes)" in text
     assert "STOPS TRAINING" not in text
     assert all(text.count(f"  {len(names)} ") for names in report.findings.values())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
-from modular_lora_guard.training.memory import Growth, Need, foresee, said, size
+from modular_lora_guard.training.loop import Job, fit
+from modular_lora_guard.training.memory import LEAST_STEPS, Growth, Need, foresee, said, size
 from modular_lora_guard.training.options import TaskOptions
 from torch import nn
 
@@ -50,3 +53,26 @@ def test_the_line_says_where_it_is_not_enough() -> None:
     assert "NOT ENOUGH" in line
     assert "gradient_checkpointing" in line
     assert (size(3 * 2**29), size(2**19)) == ("1.50 GiB", "0.5 MiB")
+
+
+def test_the_largest_micro_batch_is_measured_and_the_steps_are_the_same(tmp_path) -> None:
+    """Of images and clips, a batch of the one may take many times what a batch of the other does."""
+
+    def train(name: str, measured: int) -> tuple[list[float], str]:
+        weight = nn.Parameter(torch.ones(4))
+        rows = torch.ones(measured, 4)
+        job = Job(
+            groups=[([weight], 1e-3)],
+            loss=lambda step, micro: (weight * step).square().mean(),
+            largest=lambda: (rows * weight).square().mean(),
+            write=lambda path, step, masters: None,
+            fingerprint={},
+        )
+        options = TaskOptions(output_name=name, output_dir=str(tmp_path), max_train_steps=LEAST_STEPS)
+        watch = SimpleNamespace(check=lambda: None, say=lambda text: None, step=lambda *_: None)
+        return fit(job, options, CPU, watch), job.notes[0]
+
+    small, small_line = train("small", 1)
+    large, large_line = train("large", 2**21)
+    assert small == large
+    assert float(large_line.split("(")[1].split(" MiB")[0]) > 50 > float(small_line.split("(")[1].split(" MiB")[0])
