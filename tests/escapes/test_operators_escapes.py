@@ -6,7 +6,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,6 +73,27 @@ def what_came(ground: Ground, images: list[Path]) -> str:
     return "invalid" if ground.seen.invalid or any(status >= 400 for status, _ in ground.seen.answers) else "nothing"
 
 
+def judged(ground: Ground, one: Attempt) -> dict[str, int]:
+    """What came of an attempt that another guard stands against than the one it was written for: the judge decides.
+
+    What an attempt asks of its refusals holds for this pack's own nodes. Where that is not so, it ends there, which is
+    counted.
+    """
+    ground.write(ground.text(one.policy))
+    ground.begin()
+    ended = {}
+    try:
+        one.act(ground)
+    except AssertionError:
+        ended = {"ended": 1}
+    images = ground.images()  # every one of them is attested
+    assert not ground.seen.unguarded
+    said = {line["reason"] for line in ground.refusals()}
+    for sentence in ground.seen.refused:
+        assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
+    return {what_came(ground, images): 1, **ended}
+
+
 @pytest.mark.sampled(80)
 @pytest.mark.parametrize("one", ATTEMPTS, ids=lambda one: one.name)
 def test_no_unguarded_image_comes_out(ground: Ground, one: Attempt, record_property) -> None:
@@ -114,16 +134,9 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(
         return queue(graph if made is None else made, *args, **kwargs)
 
     monkeypatch.setattr(ground, "queue", queued)
-    ground.write(ground.text(one.policy))
-    ground.begin()
-    one.act(ground)
-    images = ground.images()  # every one of them is attested
-    assert not ground.seen.unguarded
-    said = {line["reason"] for line in ground.refusals()}
-    for sentence in ground.seen.refused:
-        assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    outcomes[any(changed), what_came(ground, images)] += 1
-    record_property("outcomes", {what_came(ground, images): 1})
+    came = judged(ground, one)
+    outcomes[any(changed), next(iter(came))] += 1
+    record_property("outcomes", came)
 
 
 @pytest.mark.sampled(ATTACH_SAMPLE)
@@ -131,10 +144,7 @@ def test_nor_does_one_where_the_drop_in_node_is_the_guard(
 def test_nor_does_one_where_every_model_is_guarded_without_a_node(
     ground: Ground, one: Attempt, monkeypatch, record_property, attached
 ) -> None:
-    """The same graphs without any node of the guard, and those that cannot be had so as they are.
-
-    What an attempt itself asks of its refusals holds for this pack's nodes; here the judge alone decides.
-    """
+    """The same graphs without any node of the guard, and those that cannot be had so as they are."""
     queue, put = ground.queue, ground.put
     changed = []
 
@@ -152,17 +162,9 @@ def test_nor_does_one_where_every_model_is_guarded_without_a_node(
 
     monkeypatch.setattr(ground, "queue", queued)
     monkeypatch.setattr(ground, "put", attaching)
-    ground.write(ground.text(one.policy))
-    ground.begin()
-    with suppress(AssertionError):
-        one.act(ground)
-    images = ground.images()  # every one of them is attested
-    assert not ground.seen.unguarded
-    said = {line["reason"] for line in ground.refusals()}
-    for sentence in ground.seen.refused:
-        assert any(line in sentence.strip() for line in said), f"not in the record: {sentence}"
-    attached[bool(changed), what_came(ground, images)] += 1
-    record_property("outcomes", {what_came(ground, images): 1})
+    came = judged(ground, one)
+    attached[bool(changed), next(iter(came))] += 1
+    record_property("outcomes", came)
 
 
 def test_without_a_node_graphs_were_guarded_sampled_and_refused(attached, extent) -> None:

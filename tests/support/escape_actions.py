@@ -7,7 +7,6 @@ from modular_lora_guard.modular_lora.files.reader import sha256_file
 from support.escape_ground import LEAST, Ground
 from support.escapes import CKPT, GUARD, Graph, attempt, graph, guarded, unguarded
 from support.graphs import node
-from support.operator_graphs import required
 
 SAFETY, COPY = "safety.safetensors", "copied.safetensors"
 DENIED = """[tasks]
@@ -342,7 +341,7 @@ def _(ground):
 @attempt("the text encoder is the checkpoint's own, where the safety LoRA has a half of its own for it")
 def _(ground):
     sha256 = sha256_file(ground.loras / "safety_te.safetensors")
-    ground.write(required(sha256, least=LEAST))
+    ground.require(sha256)
     made = guarded(safety="safety_te.safetensors", task=None, clip=True)
     made["pos"]["inputs"]["clip"] = ["ckpt", 1]
     ground.send(made)

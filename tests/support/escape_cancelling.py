@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from support.escape_bases import LOADERS, SAFETY, before
 from support.escape_ground import LEAST, Ground
 from support.escapes import Graph, attempt, guarded, node
-from support.operator_graphs import required
 
 VALUES, PROMPT, HEADS = "values.safetensors", "gloss, cat", 8
 SAID = {"moments": "as it acted, a net strength of", "outputs": "functional strength is"}  # what refuses them
@@ -96,7 +95,7 @@ def cancels(kind: str, how: str, variant: str, load: Callable[..., None], name: 
     def act(ground: Ground) -> None:
         files(ground)
         sha256 = hash_file(ground.loras / VALUES)
-        ground.write(required(sha256, least=LEAST) + more)
+        ground.require(sha256, more)
         made = guarded(safety=VALUES, task=None, clip=kind == "outputs")
         load(made, *((f"{form.format(kind)}.safetensors", strength) for form, strength in VARIANTS[variant]))
         ground.send(made)

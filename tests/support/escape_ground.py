@@ -66,6 +66,7 @@ class Ground:
         self.loras, self.inputs = comfy.loras, Path(comfy.folder_paths.get_input_directory())
         self.between: Callable[[], None] = lambda: None
         self.seen, self.attested, self.passed, self._mark = Seen(), set(), set(), {}
+        self.required = ""  # SHA-256 of the safety LoRA that the policy asks for
         self.frames: set[str] = set()  # of attested images, SHA-256 of the pixels alone, as films name their frames
         self.status = "guarded"  # what an attempt's images say of themselves, where they name it
         self._undo: list[Callable[[], None]] = []
@@ -219,6 +220,11 @@ class Ground:
         elif not self.policy.exists() or self.policy.read_text(encoding="utf-8") != text:
             self.policy.write_text(text, encoding="utf-8")
 
+    def require(self, sha256: str, more: str = "") -> None:
+        """Put a policy in force that asks for another safety LoRA, which is then the judge's as well."""
+        self.required = sha256
+        self.write(required(sha256, least=LEAST) + more)
+
     def text(self, more: str = "", least: float = LEAST) -> str:
         return required(self.safety, least=least) + more
 
@@ -291,7 +297,7 @@ class Ground:
     # The judge
 
     def begin(self) -> None:
-        self.seen, self._mark, self.status = Seen(), self._files(), "guarded"
+        self.seen, self._mark, self.status, self.required = Seen(), self._files(), "guarded", self.safety
         self._known = {file: len(lines) for file, lines in self._record().items()}
 
     def _files(self) -> dict[Path, int]:
@@ -375,7 +381,7 @@ class Ground:
         strong = (
             record.get("net_strength", {}).get(lora["sha256"], 0) >= LEAST
             for lora in record.get("loras", ())
-            if lora["role"] == "safety" and lora["sha256"] == self.safety
+            if lora["role"] == "safety" and lora["sha256"] == self.required
         )
         return record["status"].startswith("guarded") and any(strong)
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from support.drop_in import SAFETY, guarded, merged, ordinary
 from support.errors import refuses
 from support.graphs import GraphError, bits, decode, node, sampler, save_lora
+from support.variants import OTHER, TASK, VARIANTS, two_loaders
 
 pytestmark = pytest.mark.usefixtures("packs")
-TASK, OTHER = "task.safetensors", "other.safetensors"
 LEVEL = 1 / 255
 BOTH = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
 
@@ -59,9 +59,9 @@ def test_an_ordinary_graph_with_one_node_more(comfy, judged, sha256):
     assert not any("sha256" in one for one in shown), "details are in the file and at the output"
 
 
-@pytest.mark.parametrize("behind", ["ckpt", "lora0", "lora1"])
+@pytest.mark.parametrize("behind", ["lora0", "lora1"])  # behind the checkpoint: among the variants below
 def test_loaders_before_and_after_it_are_counted_alike(judged, behind):
-    (run,) = judged(ordinary((TASK, 0.7), (OTHER, -0.4)), behind)
+    (run,) = judged(two_loaders(), behind)
     assert sorted(tasks(run)) == [(OTHER, -0.4, 0.0, False), (TASK, 0.7, 0.0, False)]
     assert run.status == "guarded"
     assert not run.base_had_merged_loras
@@ -70,13 +70,6 @@ def test_loaders_before_and_after_it_are_counted_alike(judged, behind):
 def test_loaders_of_the_model_alone(judged):
     graph = ordinary((TASK, 0.7), (OTHER, 0.5), kind="LoraLoaderModelOnly")
     assert [one[0] for one in tasks(judged(graph)[0])] == [TASK, OTHER]
-
-
-def test_a_pack_that_loads_several_on_one_node(judged):
-    graph = ordinary()
-    graph["power"] = node("PackPowerLoader", **BOTH, loras=f"{TASK}: 0.7, {OTHER}: 0.5")
-    graph["sample"]["inputs"]["model"] = ["power", 0]
-    assert tasks(judged(graph)[0]) == [(TASK, 0.7, 0.0, False), (OTHER, 0.5, 0.0, False)]
 
 
 def test_a_pack_that_calls_once_a_key_gives_one_lora_with_a_strength_for_each_layer(judged, sha256):
@@ -124,25 +117,9 @@ def test_a_second_safety_lora_comes_through_its_socket(comfy, run_graph):
     assert (ours - merge).abs().max() <= LEVEL
 
 
-def test_a_hires_fix_with_a_second_sampler(judged):
-    graph = ordinary((TASK, 0.7))
-    graph["larger"] = node(
-        "LatentUpscale", samples=["sample", 0], upscale_method="nearest-exact", width=96, height=96, crop="disabled"
-    )
-    graph["second"] = sampler(["lora0", 0], latent_image=["larger", 0], denoise=0.5)
-    graph["decode"]["inputs"]["samples"] = ["second", 0]
-    assert judged(graph)[0].status.startswith("guarded")
-
-
-def test_sampler_custom_advanced(judged):
-    graph = ordinary((TASK, 0.7))
-    conds = {"positive": ["pos", 0], "negative": ["neg", 0]}
-    graph["guider"] = node("CFGGuider", model=["lora0", 0], cfg=2.0, **conds)
-    graph["noise"], graph["euler"] = node("RandomNoise", noise_seed=1), node("KSamplerSelect", sampler_name="euler")
-    graph["sigmas"] = node("BasicScheduler", model=["lora0", 0], scheduler="normal", steps=2, denoise=1.0)
-    links = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["euler", 0], "sigmas": ["sigmas", 0]}
-    graph["sample"] = node("SamplerCustomAdvanced", **links, latent_image=["latent", 0])
-    assert judged(graph)[0].status == "guarded"
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
+def test_the_ordinary_graph_varied(judged, variant):
+    VARIANTS[variant].check(judged(variant()))
 
 
 def idle_first(noise: float) -> dict:
@@ -159,52 +136,6 @@ def test_a_pack_that_first_samples_nothing_at_all(judged):
 
 def test_what_the_guarded_model_had_no_part_in_is_refused_where_an_image_may_be_in_it(run_graph):
     refused(run_graph, guarded(idle_first(1.0)), "run.never-evaluated", "PackIdleFirst")
-
-
-def test_a_controlnet(judged):
-    graph = ordinary((TASK, 0.7))
-    graph["hint"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x3366CC)
-    graph["control"] = node("PackControlNet", model=["ckpt", 0], size=0.02)
-    applied = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0}
-    links = {"positive": ["pos", 0], "negative": ["neg", 0], "control_net": ["control", 0], "image": ["hint", 0]}
-    graph["applied"] = node("ControlNetApplyAdvanced", **links, **applied)
-    graph["sample"]["inputs"] |= {"positive": ["applied", 0], "negative": ["applied", 1]}
-    assert judged(graph)[0].status == "guarded"
-
-
-def outside(graph: dict) -> dict:
-    """The image of a file, in a sense: a colour."""
-    graph["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x884422)
-    return graph
-
-
-def test_img2img(judged):
-    graph = outside(ordinary((TASK, 0.7)))
-    graph["encoded"] = node("VAEEncode", pixels=["picture", 0], vae=["ckpt", 2])
-    graph["sample"]["inputs"] |= {"latent_image": ["encoded", 0], "denoise": 0.8, "steps": 3}
-    assert judged(graph)[0].status.startswith("guarded, ")
-
-
-def test_inpaint(judged):
-    graph = outside(ordinary((TASK, 0.7)))
-    graph["mask"] = node("SolidMask", value=1.0, width=64, height=64)
-    links = {"pixels": ["picture", 0], "vae": ["ckpt", 2], "mask": ["mask", 0]}
-    graph["encoded"] = node("VAEEncodeForInpaint", **links, grow_mask_by=6)
-    graph["sample"]["inputs"] |= {"latent_image": ["encoded", 0]}
-    assert judged(graph)[0].status.startswith("guarded, ")
-
-
-def test_a_tiled_decode(judged):
-    graph = ordinary((TASK, 0.7))
-    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
-    graph["decode"] = node("VAEDecodeTiled", samples=["sample", 0], vae=["ckpt", 2], **tiles)
-    assert judged(graph)[0].vae_sha256
-
-
-def test_a_batch(judged):
-    graph = ordinary((TASK, 0.7))
-    graph["latent"]["inputs"]["batch_size"] = 3
-    assert len(judged(graph)) == 3
 
 
 @pytest.mark.parametrize("tiled", [False, True])

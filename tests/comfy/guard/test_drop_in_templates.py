@@ -58,19 +58,12 @@ REFUSED = {  # templates in which attention is multiplied or evaluations are ski
 }
 FLUX_TEXT = ("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image")
 TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
-EXTRAS = ("post_processing", "sd3", "flux", "mask", "images", "canny", "upscale_model", "hidream", "cond")
-EXTRAS += ("video", "hunyuan", "mochi", "wan", "model_advanced", "video_model", "lt", "camera_trajectory", "rope")
-EXTRAS += ("edit_model", "qwen", "cfg", "chroma_radiance", "ip2p", "controlnet", "differential_diffusion")
-EXTRAS += (
-    "primitive",
-    "string",
-    "compositing",
-    "rebatch",
-    "lotus",
-    "slg",
-    "attention_multiply",
-    "model_patch",
-    "easycache",
+EXTRAS = (  # of comfy_extras, whose nodes the templates hold
+    *("attention_multiply", "camera_trajectory", "canny", "cfg", "chroma_radiance", "compositing", "cond"),
+    *("controlnet", "differential_diffusion", "easycache", "edit_model", "flux", "hidream", "hunyuan"),
+    *("images", "ip2p", "lotus", "lt", "mask", "mochi", "model_advanced", "model_patch", "post_processing"),
+    *("primitive", "qwen", "rebatch", "rope", "sd3", "slg", "string", "upscale_model", "video"),
+    *("video_model", "wan"),
 )
 VAE_LOADER = "VAELoader"
 OWN = "SD15"  # the family of the demo world's model

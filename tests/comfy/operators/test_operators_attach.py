@@ -14,10 +14,10 @@ from support.drop_in import SAFETY, merged
 from support.drop_in import guarded as with_guard
 from support.errors import refuses
 from support.gate_graphs import install_stub
-from support.graphs import GraphError, guarded_graph, node, sampler
+from support.graphs import GraphError, guarded_graph, node
+from support.variants import OTHER, TASK, VARIANTS, two_loaders
 
 pytestmark = pytest.mark.usefixtures("packs")
-TASK, OTHER = "task.safetensors", "other.safetensors"
 LEVEL = 1 / 255
 WORLD = "world.safetensors"
 
@@ -91,57 +91,13 @@ def stopped(operator, run, graph: dict, code: str | tuple[str, ...], where: str,
 # Ordinary graphs, as they are
 
 
-def two_loaders() -> dict:
-    return drop_in.ordinary((TASK, 0.7), (OTHER, -0.4))  # with ComfyUI's own loader
-
-
-def hires_fix() -> dict:
-    graph = ordinary((TASK, 0.7))
-    scale = {"upscale_method": "nearest-exact", "width": 80, "height": 80, "crop": "disabled"}
-    graph["larger"] = node("LatentUpscale", samples=["sample", 0], **scale)
-    graph["second"] = sampler(["lora0", 0], latent_image=["larger", 0], denoise=0.5)
-    graph["decode"]["inputs"]["samples"] = ["second", 0]
-    return graph
-
-
-def custom_sampler() -> dict:
-    graph = ordinary((TASK, 0.7), kind="LoraLoaderModelOnly")
-    graph["guider"] = node("CFGGuider", model=["lora0", 0], cfg=2.0, positive=["pos", 0], negative=["neg", 0])
-    graph["noise"], graph["euler"] = node("RandomNoise", noise_seed=1), node("KSamplerSelect", sampler_name="euler")
-    graph["sigmas"] = node("BasicScheduler", model=["lora0", 0], scheduler="normal", steps=2, denoise=1.0)
-    links = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["euler", 0], "sigmas": ["sigmas", 0]}
-    graph["sample"] = node("SamplerCustomAdvanced", **links, latent_image=["latent", 0])
-    return graph
-
-
-def img2img() -> dict:
-    graph = ordinary((TASK, 0.7))
-    graph["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x884422)
-    graph["encoded"] = node("VAEEncode", pixels=["picture", 0], vae=["ckpt", 2])
-    graph["sample"]["inputs"] |= {"latent_image": ["encoded", 0], "denoise": 0.8, "steps": 3}
-    return graph
-
-
-@pytest.mark.parametrize("make", [two_loaders, hires_fix, custom_sampler, img2img], ids=lambda make: make.__name__)
-def test_an_ordinary_graph_runs_as_it_is(always, judged, make):
-    (run,) = judged(make(), far=make is two_loaders)
-    assert run.status.startswith("guarded")
-    assert {lora.name for lora in run.safety} == {SAFETY}
-    tasks = [(lora.name, lora.strength_model, lora.pending) for lora in run.loras if lora.role == "task"]
-    assert tasks == ([(TASK, 0.7, False), (OTHER, -0.4, False)] if make is two_loaders else [(TASK, 0.7, False)])
-
-
-def test_a_batch_with_a_packs_loader_is_decoded_in_tiles_as_it_is(always, judged):
-    graph = ordinary()
-    both = {"model": ["ckpt", 0], "clip": ["ckpt", 1]}
-    graph["power"] = node("PackPowerLoader", **both, loras=f"{TASK}: 0.7, {OTHER}: 0.5")
-    graph["sample"]["inputs"]["model"] = ["power", 0]
-    graph["latent"]["inputs"]["batch_size"] = 2
-    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
-    graph["decode"] = node("VAEDecodeTiled", samples=["sample", 0], vae=["ckpt", 2], **tiles)
-    runs = judged(graph)
-    assert [run.status for run in runs] == ["guarded"] * 2
-    assert [lora.name for lora in runs[0].loras if lora.role == "task"] == [TASK, OTHER]
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
+def test_an_ordinary_graph_and_its_variants_run_as_they_are(always, judged, variant):
+    stock = variant is two_loaders  # with ComfyUI's own loader; the others are told from the bare graph in test_drop_in
+    graph = variant()
+    if not stock:
+        graph["ckpt"]["class_type"] = "PackCheckpoint"
+    VARIANTS[variant].check(judged(graph, far=stock))
 
 
 def alone() -> dict:
