@@ -1,10 +1,11 @@
-"""Detailers and tiled upscalers of other packs: nodes that sample parts of their images and put them back.
+"""Detailers, tiled upscalers and tiled samplers of other packs: nodes that sample parts and put them together.
 
-Such a node makes its images of what it is given and of guarded runs of its own, so that they are an edit, while two
-things hold: its pack's files are those that were read (docs/compatibility.md says which were run), and nothing came to
-it that may bring an image of its own. That is asked of every value that reaches it: models must be guarded, detectors
-be of files that were read as well, and a hook, a ControlNet for a place in the image, or an object that nobody knows is
-one too many. What is known of the images, latents and masks among the values decides about the rest, as for every edit.
+Such a node makes its images or latents of what it is given and of guarded runs of its own, so that they are an edit,
+while two things hold: its pack's files are those that were read (docs/compatibility.md says which were run), and
+nothing came to it that may bring an image of its own. That is asked of every value that reaches it: models must be
+guarded, detectors be of files that were read as well, and a hook, a ControlNet for a place in the image, a latent's
+mask, or an object that nobody knows is one too many. What is known of the images, latents and masks among the values
+decides about the rest, as for every edit.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ ULTIMATE = (  # Ultimate SD Upscale, with Coyote-A's script at 2322caa
     "3b59c8caf36c008c5ff4eb507c86aa7e36d3fcae1adf7440bcc8a0b5d8ada27c",  # c48d60d
     "116c86f17da89de77f3e519aa6189d2e8f2afdecdf0236c7fad4446e46536dcd",  # 34a3c2c
 )
+TILED = ("d53e8da85e7d8abf122c67a4772605965431b24c3b00e566bfb176585c4e232d",)  # Tiled KSampler 2fd9b05
 FOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("BboxDetectorSEGS", "DetailerForEach", "DetailerForEachPipe"), IMPACT),
     **dict.fromkeys(("FaceDetailer", "FaceDetailerPipe", "MaskToSEGS"), IMPACT),
+    **dict.fromkeys(("BNK_TiledKSampler", "BNK_TiledKSamplerAdvanced"), TILED),
     **dict.fromkeys(("UltimateSDUpscale", "UltimateSDUpscaleCustomSample", "UltimateSDUpscaleNoUpscale"), ULTIMATE),
 }
 # Detectors, which find their places in the image that they are handed; the same of their class. Their weights are not
@@ -70,6 +73,8 @@ def _is_known(value: Any) -> bool:
         return True
     if image_values.is_segment(value):
         return value.control_net_wrapper is None
+    if isinstance(value, Mapping) and "noise_mask" in value:  # its outlines are not among `image_values`
+        return False
     if isinstance(value, list | tuple | Mapping):
         return all(map(_is_known, value.values() if isinstance(value, Mapping) else value))
     kind: type = type(value)

@@ -63,7 +63,7 @@ ESCAPES = Trial(
         "attested": "every picture attested",
         "refused and attested": "some of it refused, every picture attested",
         "nothing": "no picture came out",
-        "ended": "ended where an answer was not that of this pack's own nodes",
+        "ended": "ended early, as what they ask of an answer holds for this pack's own nodes",
     },
 )
 MUTATIONS = Trial(

@@ -1,4 +1,4 @@
-"""Detailers and tiled upscalers of other packs: an edit where their files are known and nothing else came in."""
+"""Detailers and tiled samplers of other packs: an edit where their files are known and nothing else came in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import pytest
 from support.detailers import pack
 from support.edit_graphs import show, sources
-from support.graphs import node
+from support.graphs import decode, node
 
-LISTED = ("Detect", "Detail", "DetailSegments", "Tiles")
+LISTED = ("Detect", "Detail", "DetailSegments", "Tiles", "TiledLatent")
 _seeds = itertools.count()  # images that are alike are known alike
 UNGUARDED = "passed through Detail: not vouched for"
 
@@ -120,6 +120,32 @@ def test_nothing_that_comes_to_it_from_outside_is_laundered(comfy, run_graph, no
         "_controlled": "passed through DetailSegments: not vouched for",
         "_elsewhere": "not guarded",
     }
+
+
+def tiled(run_graph, latent: list, **nodes: dict) -> dict:
+    """What a tiled sampler makes of a latent, decoded by the guarded VAE decoder as "_tiled"."""
+    made = graph(**nodes)
+    links = {"model": ["as_model", 0], "positive": ["pos", 0], "negative": ["neg", 0], "latent": latent}
+    made["tiles"], made["_tiled"] = node("TiledLatent", **links, seed=next(_seeds)), decode(["tiles", 0])
+    show(made, "show.tiled", ["_tiled", 0])
+    return run_graph(made)
+
+
+def test_what_a_tiled_sampler_puts_together_is_an_edit_of_guarded_runs(comfy, run_graph, nodes):
+    made = tiled(run_graph, ["latent", 0])
+    assert said(comfy, made) == {"_tiled": "guarded; edited: TiledLatent"}
+    run = comfy.ledger.known(made["_tiled"][0][0]).run
+    assert (
+        run.evaluations == 2 * comfy.ledger.known(made["decode"][0][0]).run.evaluations > 0
+    )  # two tiles, as many steps
+    assert run.firings == run.layers * run.evaluations
+
+
+def test_a_tiled_sampler_launders_neither_an_outside_latent_nor_a_masks_outlines(comfy, run_graph, nodes):
+    assert said(comfy, tiled(run_graph, ["outside", 1])) == {"_tiled": "not guarded"}
+    drawn = node("ImageToMask", image=["outside", 0], channel="red")
+    masked = node("SetLatentNoiseMask", samples=["latent", 0], mask=["drawn", 0])
+    assert said(comfy, tiled(run_graph, ["masked", 0], drawn=drawn, masked=masked)) == {"_tiled": "not guarded"}
 
 
 def test_another_version_of_the_packs_files_is_not_vouched_for(comfy, run_graph, nodes, monkeypatch):

@@ -75,6 +75,25 @@ class Tiles:
         return (image,)
 
 
+class TiledLatent:
+    """Samples a latent half by half, as Tiled KSampler does; of 72 pixels."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model": ("MODEL",), "latent": ("LATENT",), "seed": ("INT", {}), **CONDS}}
+    )
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "run", "test"
+
+    def run(self, model, latent, seed, positive, negative):
+        import nodes  # ComfyUI's own
+
+        samples = latent["samples"].clone()
+        for part in (slice(0, 5), slice(5, 9)):
+            tile = latent | {"samples": samples[..., part]}
+            (made,) = nodes.common_ksampler(model, seed, 2, 2.0, "euler", "simple", positive, negative, tile)
+            samples[..., part] = made["samples"]
+        return (latent | {"samples": samples},)
+
+
 def pasted(image, region, outline, model, vae, seed, positive, negative):
     """One part of an image sampled anew."""
     import torch
@@ -91,4 +110,4 @@ def pasted(image, region, outline, model, vae, seed, positive, negative):
     return image
 
 
-NODES = {kind.__name__: kind for kind in (GiveDetector, Detect, Detail, DetailSegments, Tiles)}
+NODES = {kind.__name__: kind for kind in (GiveDetector, Detect, Detail, DetailSegments, Tiles, TiledLatent)}
