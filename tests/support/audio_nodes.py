@@ -15,14 +15,17 @@ import numpy as np
 RATE = 16000
 
 
-def load(comfy) -> None:
-    """Register them; where torchaudio is not installed, something of its name stands in while they are imported."""
-    if "SaveAudio" in comfy.nodes.NODE_CLASS_MAPPINGS:
+NODES = {"audio": "SaveAudio", "audio_encoder": "AudioEncoderLoader"}  # modules, and a node of each
+
+
+def load(comfy, name: str = "audio") -> None:
+    """Register a module of them; where torchaudio is missing, something of its name stands in while it is imported."""
+    if NODES[name] in comfy.nodes.NODE_CLASS_MAPPINGS:
         return
     missing = importlib.util.find_spec("torchaudio") is None
     if missing:
         sys.modules["torchaudio"] = ModuleType("torchaudio")
-    path = Path(comfy.nodes.__file__).parent / "comfy_extras" / "nodes_audio.py"
+    path = Path(comfy.nodes.__file__).parent / "comfy_extras" / f"nodes_{name}.py"
     assert asyncio.run(comfy.nodes.load_custom_node(str(path), module_parent="comfy_extras"))
     if missing:
         del sys.modules["torchaudio"]  # others ask whether it is there

@@ -57,7 +57,9 @@ EDITS: dict[str, tuple[dict[str, str], dict, str]] = {
         {"x": 8, "y": 16, "resize_source": False},
         "latent",
     ),
+    "LatentConcat": ({"samples1": "latent", "samples2": "latent"}, {"dim": "x"}, "latent"),
     "LatentCrop": ({"samples": "latent"}, {"width": 64, "height": 64, "x": 8, "y": 0}, "latent"),
+    "LatentCut": ({"samples": "latent"}, {"dim": "y", "index": 1, "amount": 5}, "latent"),
     "LatentUpscale": (
         {"samples": "latent"},
         {"upscale_method": "bislerp", "width": 96, "height": 80, "crop": "disabled"},
@@ -144,7 +146,7 @@ class Laundering:
         for step in range(steps):
             name, kind = f"edit{step}", draw.choice([*EDITS, *SHAKY])
             takes, widgets, gives = EDITS.get(kind) or (SHAKY[kind], {}, "image")
-            if kind in ("ImageBatch", "LatentBatch"):  # row by row: tried in tests of their own
+            if kind in ("ImageBatch", "LatentBatch", "LatentConcat"):  # row by row, or of one size: tried by themselves
                 continue
             if kind in ("LoadBeside", "EditInPlace"):
                 widgets = {"file": draw.randrange(100)}

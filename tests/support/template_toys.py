@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.encoder_toys import ENCODERS, randomise, toy_clip
 from support.families import make, named
 from support.families_image import U_NETS
+from support.families_video import VIDEOS
 from support.graphs import save_lora
 
 FILE = "toy.safetensors"
@@ -29,7 +30,7 @@ FOLDERS = ("vae", "controlnet", "upscale_models", "gligen")
 MODELS = ("UNETLoader",)
 CLIPS = ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader")
 CHECKPOINT, IMAGE_CHECKPOINT, VISION = "CheckpointLoaderSimple", "ImageOnlyCheckpointLoader", "CLIPVisionLoader"
-STYLE = "StyleModelLoader"
+STYLE, HEARING, PATCH = "StyleModelLoader", "AudioEncoderLoader", "ModelPatchLoader"
 VISION_CONFIG = {
     "model_type": "clip_vision_model",
     "hidden_act": "quick_gelu",
@@ -42,7 +43,11 @@ VISION_CONFIG = {
     "num_hidden_layers": 2,
     "projection_dim": 1024,
 }
-OTHERS = {"LotusD": "lotus_safety.safetensors", "SVD_img2vid": "svd_safety.safetensors"}  # family -> a LoRA for it
+OTHERS = {  # family -> a LoRA for it
+    "LotusD": "lotus_safety.safetensors",
+    "SVD_img2vid": "svd_safety.safetensors",
+    "LTXV": "ltxv_safety.safetensors",
+}
 
 
 @contextmanager
@@ -124,14 +129,56 @@ def style() -> Any:
     return StyleModel(network)
 
 
+class Hearing:
+    """An audio encoder that hears noise: in Whisper's layers and width, fifty times a second."""
+
+    def encode_audio(self, waveform: torch.Tensor, sample_rate: int) -> dict:
+        shape = (1, waveform.shape[-1] * 50 // sample_rate, 1280)
+        generator = torch.Generator().manual_seed(0)
+        layers = [torch.randn(shape, generator=generator) for _ in range(33)]
+        return {
+            "encoded_audio": layers[-1],
+            "encoded_audio_all_layers": layers,
+            "audio_samples": waveform.shape[-1],
+        }
+
+
+class ControlPatch(torch.nn.Module):
+    """What a patch of Qwen Image's blocks has beside its layers, which no other model calls."""
+
+    additional_in_dim = 0
+
+    def process_input_latent_image(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent
+
+
+def patch() -> Any:
+    """A model patch, as its loader gives it."""
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
+    return ModelPatcher(ControlPatch(), load_device=cpu, offload_device=cpu)
+
+
 def flux_clip() -> Any:
     """CLIP-L and a T5 of the demo world's text's width, with their own tokenizers."""
     from comfy.text_encoders.flux import FluxTokenizer
 
-    flux = ENCODERS["CLIP-L and T5-XXL (Flux)"]
-    t5 = {**flux.sizes["t5xxl"], "d_model": TEXT, "vocab_size": 32128}
-    clip = toy_clip(replace(flux, sizes={**flux.sizes, "t5xxl": t5}))
-    clip.tokenizer = FluxTokenizer()
+    return _with_t5("CLIP-L and T5-XXL (Flux)", FluxTokenizer())
+
+
+def ltx_clip() -> Any:
+    """LTX Video's T5, of that width too, with its tokenizer."""
+    from comfy.text_encoders.lt import LTXVT5Tokenizer
+
+    return _with_t5("T5-XXL (LTX-Video)", LTXVT5Tokenizer())
+
+
+def _with_t5(name: str, tokenizer: Any) -> Any:
+    encoder = ENCODERS[name]
+    t5 = {**encoder.sizes["t5xxl"], "d_model": TEXT, "vocab_size": 32128}
+    clip = toy_clip(replace(encoder, sizes={**encoder.sizes, "t5xxl": t5}))
+    clip.tokenizer = tokenizer
     return clip
 
 
@@ -151,7 +198,10 @@ def write_film(to: Path, frames: int, side: int) -> None:
 
 def other(comfy, family: str) -> Any:
     """A toy of a family that some templates load beside, or in place of, the model that makes the image; its LoRA."""
-    model = make(next(one for one in U_NETS if one.config == family))
+    one = next(one for one in (*U_NETS, *VIDEOS) if one.config == family)
+    if family == "LTXV":  # as wide as its latents and the demo world's text
+        one = replace(one, unet={**one.unet, "in_channels": 128, "caption_channels": TEXT})
+    model = make(one)
     layers = named(comfy.anatomy.model_info(model), "lora_unet_", sliced=False)
     save_lora(comfy.loras / OTHERS[family], layers, 4, 5, size=0.3)
     return model

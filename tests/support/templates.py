@@ -16,7 +16,7 @@ CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what stands behin
 MUTED, BYPASSED = 2, 4  # modes of a node
 INPUTS = -10  # the id, in a subgraph, of what its inputs come out of
 NOTES = ("Note", "MarkdownNote")
-IMAGE_FILE, FILM_FILE, PIXELS, LARGER = "template.png", "template.mp4", 64, 96
+IMAGE_FILE, FILM_FILE, SOUND_FILE, PIXELS, LARGER = "template.png", "template.mp4", "template.flac", 64, 96
 FILM = {"width": PIXELS, "height": PIXELS, "length": 9, "batch_size": 1}
 LORAS = ("task.safetensors", "other.safetensors")
 
@@ -31,15 +31,20 @@ def find(name: str) -> Path | None:
     return None
 
 
-def graph_of(path: Path, classes: dict) -> dict:
+def graph_of(path: Path, classes: dict, before: str = "n") -> dict:
     """A template as a graph of node ids; AssertionError for a mode of a node that this reading does not know.
 
     Nodes of a subgraph have the ids on the way to them, as the front end sends them. A widget that a subgraph shows has
     the value that it has inside.
+
+    Args:
+        path: The template.
+        classes: Of ComfyUI's nodes.
+        before: What each id begins with. ComfyUI keeps a node's object from one prompt to the next by its id and type.
     """
-    read = _Workflow(json.loads(path.read_text(encoding="utf-8")))
+    read = _Workflow(json.loads(path.read_text(encoding="utf-8")), before)
     return {
-        f"n{place}": node(one["type"], **_inputs(read, place, one, classes))
+        f"{before}{place}": node(one["type"], **_inputs(read, place, one, classes))
         for place, one in read.nodes.items()
         if one["type"] not in ("PrimitiveNode", "Reroute", *read.subgraphs) and one.get("mode", 0) == 0
     }
@@ -51,7 +56,8 @@ class _Workflow:
     A place is the ids of the subgraphs' nodes and of the node itself, with colons between them.
     """
 
-    def __init__(self, said: dict):
+    def __init__(self, said: dict, before: str):
+        self.before = before
         self.subgraphs = {one["id"]: one for one in said.get("definitions", {}).get("subgraphs") or ()}
         self.nodes: dict[str, dict] = {}
         self.links: dict[str, tuple[str, int]] = {}  # place of a link -> the node that it comes from, which output
@@ -91,7 +97,7 @@ class _Workflow:
             return None
         if one["type"] in self.subgraphs:
             return self.source(f"{found}:", self.subgraphs[one["type"]]["outputs"][output]["linkIds"][0])
-        return [f"n{found}", output]
+        return [f"{self.before}{found}", output]
 
 
 def _ends(link: dict) -> tuple[int, int, int]:
@@ -135,9 +141,15 @@ SMALL = {  # by node type: what the toy model asks for, and how large and long a
     **{f"Empty{name}LatentVideo": FILM for name in ("Hunyuan", "Mochi")},
     **{
         f"Wan{name}ToVideo": FILM
-        for name in ("Image", "FirstLastFrame", "Vace", "FunInpaint", "FunControl", "CameraImage", "Track")
+        for name in (
+            *("Image", "FirstLastFrame", "Vace", "FunInpaint", "FunControl", "CameraImage", "Track"),
+            *("HuMoImage", "SoundImage"),
+        )
     },
     "Wan22FunControlToVideo": FILM,
+    "LTXVImgToVideo": FILM,
+    "WanSoundImageToVideoExtend": {"length": FILM["length"]},
+    "LoadAudio": {"audio": SOUND_FILE},
     **dict.fromkeys(("EmptyLTXVLatentVideo", "EmptyHunyuanVideo15Latent", "Wan22ImageToVideoLatent"), FILM),
     "ImageBlur": {"blur_radius": 4, "sigma": 1.0},
     "WanCameraEmbedding": {key: FILM[key] for key in ("width", "height", "length")},

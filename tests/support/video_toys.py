@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
@@ -38,13 +39,30 @@ def _vae():
     from comfy.ldm.wan.vae import WanVAE
     from comfy.sd import VAE
 
+    return VAE(sd=_drawn(WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])))
+
+
+def ltx_vae():
+    """ComfyUI's VAE around LTX Video's with a seventh of its layers; the file's metadata say how it is built."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+    from comfy.sd import VAE
+
+    said = {"dims": 3, "latent_channels": 128, "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform"}
+    said["blocks"] = [["compress_all", 1], ["compress_all", 1], ["compress_all", 1], ["res_x", 1]]
+    small = VideoVAE(config=said)
+    for name, values in small.per_channel_statistics.named_buffers():
+        values.fill_(float(name == "std-of-means"))
+    return VAE(sd=_drawn(small), metadata={"config": json.dumps({"vae": said})})
+
+
+def _drawn(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Random weights that keep the size of what goes through."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        small = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
-        for name, weight in small.named_parameters():
+        for name, weight in network.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(torch.ones_like(drawn) if "gamma" in name else drawn / max(1, weight[0].numel()) ** 0.5)
-    return VAE(sd=small.state_dict())
+    return network.state_dict()
 
 
 def write_loras(comfy) -> None:

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         lay_out(folder / "base", options.packs, world)
+        os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # else a pack finds what it kept of an earlier trial
         log = options.packs / f"server_{label}.log"
         with Server(options.comfyui, options.python, folder / "base", log=log, cpu=True) as server:
             line = folder / "base" / "user" / "__modular_lora" / home.FILE if options.attach else None

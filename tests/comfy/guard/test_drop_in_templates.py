@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import new_executor
 from PIL import Image
-from support import drop_in, template_toys, video_toys
+from support import audio_nodes, drop_in, template_toys, video_toys
 from support.errors import refuses
 from support.graphs import node
 from support.mutations import ancestors
-from support.templates import FILM, FILM_FILE, IMAGE_FILE, LARGER, LORAS, PIXELS, find, graph_of, small
+from support.templates import FILM, FILM_FILE, IMAGE_FILE, LARGER, LORAS, PIXELS, SOUND_FILE, find, graph_of, small
 
 CHECKPOINT = (  # on the demo world's checkpoint, with small files of what else they load
     *("default", "embedding_example", "image2image", "inpaint_example", "inpaint_model_outpainting"),
@@ -38,7 +38,7 @@ SPLIT = (  # the same, with stand-ins for the loaders of the diffusion model and
     *("02_qwen_Image_edit_subgraphed", "image_flux.1_fill_dev_OneReward"),
     *("image_qwen_image_instantx_inpainting_controlnet", "image_qwen_image_instantx_controlnet"),
     *("flux_depth_lora_example", "image_lotus_depth_v1_1", "flux_redux_model_example"),
-    *("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image"),
+    *("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image", "image_qwen_image_controlnet_patch"),
 )
 VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("text_to_video_wan", "video_wan2_2_14B_t2v", "hunyuan_video_text_to_video", "mochi_text_to_video_example"),
@@ -49,21 +49,22 @@ VIDEO = (  # on a toy of Wan 2.1, with stand-ins for all loaders
     *("image_to_video_wan", "wan2.1_flf2v_720_f16", "video_wan_ati", "image_chrono_edit_14B"),
     *("video_wan_vace_14B_t2v", "video_wan_vace_14B_ref2v", "video_wan_vace_14B_v2v", "video_wan_vace_flf2v"),
     *("video_wan_vace_inpainting", "video_wan_vace_outpainting", "ltxv_text_to_video"),
-    "video_hunyuan_video_1.5_720p_t2v",
+    *("video_hunyuan_video_1.5_720p_t2v", "video_humo", "video_wan2_2_14B_s2v"),
 )
+LTX = ("ltxv_image_to_video",)  # on a toy of LTX Video and of its VAE, as the node makes latents of their shape
 REFUSED = {  # templates in which attention is multiplied or evaluations are skipped -> the code
     "wan2.1_fun_inp": "model.refused",
     "wan2.1_fun_control": "model.refused",
     "flux1_dev_uso_reference_image_gen": "model.patched",
 }
 FLUX_TEXT = ("flux_dev_full_text_to_image", "flux_schnell_full_text_to_image")
-TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO)
+TEMPLATES = (*CHECKPOINT, *SPLIT, *VIDEO, *LTX)
 EXTRAS = (  # of comfy_extras, whose nodes the templates hold
     *("attention_multiply", "camera_trajectory", "canny", "cfg", "chroma_radiance", "compositing", "cond"),
     *("controlnet", "differential_diffusion", "easycache", "edit_model", "flux", "hidream", "hunyuan"),
-    *("images", "ip2p", "lotus", "lt", "mask", "mochi", "model_advanced", "model_patch", "post_processing"),
-    *("primitive", "qwen", "rebatch", "rope", "sd3", "slg", "string", "upscale_model", "video"),
-    *("video_model", "wan"),
+    *("images", "ip2p", "latent", "lotus", "lt", "mask", "mochi", "model_advanced", "model_patch"),
+    *("post_processing", "primitive", "qwen", "rebatch", "rope", "sd3", "slg", "string", "upscale_model"),
+    *("video", "video_model", "wan"),
 )
 VAE_LOADER = "VAELoader"
 OWN = "SD15"  # the family of the demo world's model
@@ -78,6 +79,8 @@ def nodes(comfy, loras, loaded) -> Iterator[None]:
     folder = Path(comfy.nodes.__file__).parent / "comfy_extras"
     for name in EXTRAS:
         asyncio.run(comfy.nodes.load_custom_node(str(folder / f"nodes_{name}.py"), module_parent="comfy_extras"))
+    for name in audio_nodes.NODES:
+        audio_nodes.load(comfy, name)
     inputs = Path(comfy.folder_paths.get_input_directory())
     inputs.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 4), np.uint8)
@@ -85,6 +88,7 @@ def nodes(comfy, loras, loaded) -> Iterator[None]:
     pixels[24:72, 24:72, 3] = 0  # the mask
     Image.fromarray(pixels).save(inputs / IMAGE_FILE)
     template_toys.write_film(inputs / FILM_FILE, FILM["length"], PIXELS)
+    audio_nodes.write_sound(inputs / SOUND_FILE)
     with template_toys.files(comfy, loaded[0]):
         yield
     for name in set(comfy.nodes.NODE_CLASS_MAPPINGS) - set(before):
@@ -100,7 +104,7 @@ def video(comfy) -> tuple:
 
 @pytest.fixture(scope="module")
 def beside(comfy) -> tuple:
-    """What some templates load besides: CLIP vision, a style model, toys of Lotus and of Stable Video Diffusion."""
+    """What some templates load besides: CLIP vision, a style model, toys of the families in ``OTHERS``."""
     others = (template_toys.other(comfy, family) for family in template_toys.OTHERS)
     return template_toys.vision(comfy.base), template_toys.style(), *others
 
@@ -116,11 +120,15 @@ def toys(comfy, loaded, beside, request, monkeypatch) -> None:
     """Stand-ins for the loaders that a template has."""
     name, classes = request.node.callspec.params["name"], comfy.nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = request.getfixturevalue("video") if _is_film(name) else loaded
-    vision, style, lotus, film = beside
+    vision, style, lotus, film, ltx = beside
+    if name in LTX:
+        model, clip, vae = ltx, template_toys.ltx_clip(), video_toys.ltx_vae()
     if name in FLUX_TEXT:
         clip = request.getfixturevalue("flux_clip")
     made: dict[str, Callable[[dict], tuple]] = {template_toys.VISION: lambda given: (vision,)}
     made[template_toys.STYLE] = lambda given: (style,)
+    made[template_toys.HEARING] = lambda given: (template_toys.Hearing(),)
+    made[template_toys.PATCH] = lambda given: (template_toys.patch(),)
     made[template_toys.IMAGE_CHECKPOINT] = lambda given: (film, vision, vae)
     for kind in template_toys.MODELS:
         made[kind] = lambda given: (lotus if template_toys.is_lotus(given) else model,)
@@ -139,11 +147,11 @@ def safety_of(name: str, loader: dict) -> str:
         return template_toys.OTHERS["LotusD"]
     if loader["class_type"] == template_toys.IMAGE_CHECKPOINT:
         return template_toys.OTHERS["SVD_img2vid"]
-    return video_toys.SAFETY if _is_film(name) else drop_in.SAFETY
+    return template_toys.OTHERS["LTXV"] if name in LTX else video_toys.SAFETY if _is_film(name) else drop_in.SAFETY
 
 
 def _is_film(name: str) -> bool:
-    return name in VIDEO or name.startswith("wan2.1")
+    return name in (*VIDEO, *LTX) or name.startswith("wan2.1")
 
 
 def sources(graph: dict) -> dict[str, dict[str, list]]:
@@ -208,10 +216,11 @@ def template(comfy, name: str) -> dict:
     """A template's graph, small."""
     path = find(name)
     assert path is not None, "the templates package that ComfyUI asks for has no such template"
-    graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS), (video_toys.TASK,) if _is_film(name) else LORAS)
+    by = "ltx" if name in LTX else "video" if _is_film(name) else "n"
+    graph = small(graph_of(path, comfy.nodes.NODE_CLASS_MAPPINGS, by), (video_toys.TASK,) if _is_film(name) else LORAS)
     for one in graph.values():
         if one["class_type"] in KEPT and _is_film(name):  # ComfyUI keeps what the loader gave of the other file
-            one["inputs"][KEPT[one["class_type"]]] = "video"
+            one["inputs"][KEPT[one["class_type"]]] = by
     return graph
 
 
