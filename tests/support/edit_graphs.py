@@ -136,6 +136,11 @@ class Laundering:
     seed: int
     graph: dict = field(default_factory=sources)
 
+    def __post_init__(self) -> None:
+        """Images of its own: what is known of an edit of the same image stays known from one graph to the next."""
+        for name in ("sample", "sample2"):
+            self.graph[name]["inputs"]["seed"] += 2 * self.seed
+
     def values(self, steps: int = 7) -> Iterator[tuple[str, str, Value]]:
         """(node, kind, value) of every edit in it; the graph is complete once all are drawn."""
         draw = random.Random(self.seed)
@@ -157,10 +162,11 @@ class Laundering:
                 )
                 given["image"] = Value([f"copy{step}", 0], False, False)
             self.graph[name] = node(kind, **widgets, **{key: value.link for key, value in given.items()})
+            runs = any(value.runs for value in given.values())
             made = Value(
-                [name, 0],
-                kind in EDITS and all(value.honest for value in given.values()),
-                any(value.runs for value in given.values()),
+                [name, 0],  # an image of a plain mask is no run's: of these a mask alone is remembered
+                kind in EDITS and all(value.honest for value in given.values()) and (runs or gives == "mask"),
+                runs,
                 frozenset().union(*(value.edits for value in given.values()), {kind}),
             )
             pool[gives].append(made)
