@@ -112,7 +112,7 @@ def _node(original: Callable) -> Callable:
         if noted:
             found = told.note(prompt, unique_id, name, input_data_all)
             input_data_all, kwargs = told.with_entry(found, name, facts, input_data_all, kwargs)
-        inside = edits.Inside([edits.source(row) for rows in given for row in rows]) if samples else None
+        inside = edits.Inside(name, [edits.source(row) for rows in given for row in rows]) if samples else None
         token = running.inside.set(inside)
         try:
             with weightings.watching(name, facts, input_data_all) as texts:

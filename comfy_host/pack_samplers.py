@@ -1,4 +1,4 @@
-"""Detailers, tiled upscalers and tiled samplers of other packs: nodes that sample parts and put them together.
+"""Detailers, upscalers and tiled samplers of other packs: nodes that sample parts, or what they resized themselves.
 
 Such a node makes its images or latents of what it is given and of guarded runs of its own, so that they are an edit,
 while two things hold: its pack's files are those that were read (docs/compatibility.md says which were run), and
@@ -38,6 +38,7 @@ TILED = ("d53e8da85e7d8abf122c67a4772605965431b24c3b00e566bfb176585c4e232d",)  #
 FOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("BboxDetectorSEGS", "DetailerForEach", "DetailerForEachPipe"), IMPACT),
     **dict.fromkeys(("FaceDetailer", "FaceDetailerPipe", "MaskToSEGS"), IMPACT),
+    **dict.fromkeys(("IterativeImageUpscale", "IterativeLatentUpscale"), IMPACT),
     **dict.fromkeys(("BNK_TiledKSampler", "BNK_TiledKSamplerAdvanced"), TILED),
     **dict.fromkeys(("UltimateSDUpscale", "UltimateSDUpscaleCustomSample", "UltimateSDUpscaleNoUpscale"), ULTIMATE),
 }
@@ -47,6 +48,8 @@ DETECTORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("UltraBBoxDetector", "UltraSegmDetector"), SUBPACK),
     **dict.fromkeys(("NO_BBOX_DETECTOR", "NO_SEGM_DETECTOR"), IMPACT),
 }
+# Objects in which another node of the pack hands on what came to it: as if all of that came to the node itself
+HOLDERS: dict[str, tuple[str, ...]] = {"PixelKSampleUpscaler": IMPACT}
 PLAIN = (str, int, float, type(None), torch.Tensor, np.generic, comfy.sd.CLIP, comfy.samplers.Sampler)
 
 
@@ -60,7 +63,11 @@ def vouched(name: str, kind: type, inputs: Mapping[str, list]) -> bool:
     """
     if name not in FOLDERS or folder_sha256(kind) not in FOLDERS[name]:
         return False
-    return all(_is_known(some) for key, some in inputs.items() if key != "upscale_model")  # ComfyUI's own node runs it
+    return _all_known(inputs)
+
+
+def _all_known(values: Mapping[str, Any]) -> bool:
+    return all(_is_known(some) for key, some in values.items() if key != "upscale_model")  # ComfyUI's own node runs it
 
 
 def _is_known(value: Any) -> bool:
@@ -78,6 +85,8 @@ def _is_known(value: Any) -> bool:
     if isinstance(value, list | tuple | Mapping):
         return all(map(_is_known, value.values() if isinstance(value, Mapping) else value))
     kind: type = type(value)
+    if kind.__name__ in HOLDERS and folder_sha256(kind) in HOLDERS[kind.__name__]:
+        return _all_known(vars(value))
     return kind.__name__ in DETECTORS and folder_sha256(kind) in DETECTORS[kind.__name__]
 
 

@@ -218,19 +218,23 @@ class Inside:
     """A node that samples parts of its images and puts them back, and that is vouched for, while it runs.
 
     The latents and masks that it samples are its own work on what it was given, so that they say nothing: a run inside
-    it starts from what the node was given.
+    it starts from what the node was given, edited by the node.
 
     Attributes:
+        node: Its type.
         given: Where everything comes from that the node was given.
         ran: The guarded runs that it has made.
     """
 
+    node: str
     given: Sequence[Source]
     ran: list[Attestation] = field(default_factory=list)
 
     def start(self, record: Attestation) -> Start:
         """What a run inside it starts from; see `start`."""
-        return _start((run for one in self.given for run in ((None,) if one.runs is None else one.runs)), record)
+        runs = [run for one in self.given for run in ((None,) if one.runs is None else one.runs)]
+        begun = _start(runs, record)
+        return begun._replace(edits=tuple(dict.fromkeys((*begun.edits, self.node)))) if runs else begun
 
 
 def together(ran: Iterable[Attestation]) -> list[Attestation]:

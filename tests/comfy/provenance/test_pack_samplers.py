@@ -11,7 +11,7 @@ from support.detailers import pack
 from support.edit_graphs import show, sources
 from support.graphs import decode, node
 
-LISTED = ("Detect", "Detail", "DetailSegments", "Tiles", "TiledLatent")
+LISTED = ("Detect", "Detail", "DetailSegments", "Tiles", "TiledLatent", "Enlarge")
 _seeds = itertools.count()  # images that are alike are known alike
 UNGUARDED = "passed through Detail: not vouched for"
 
@@ -43,6 +43,7 @@ def nodes(comfy, loras, monkeypatch):
     for name in LISTED:
         monkeypatch.setitem(listed.FOLDERS, name, known)
     monkeypatch.setitem(listed.DETECTORS, "Middle", known)
+    monkeypatch.setitem(listed.HOLDERS, "Upscaler", known)
     return listed
 
 
@@ -135,9 +136,8 @@ def test_what_a_tiled_sampler_puts_together_is_an_edit_of_guarded_runs(comfy, ru
     made = tiled(run_graph, ["latent", 0])
     assert said(comfy, made) == {"_tiled": "guarded; edited: TiledLatent"}
     run = comfy.ledger.known(made["_tiled"][0][0]).run
-    assert (
-        run.evaluations == 2 * comfy.ledger.known(made["decode"][0][0]).run.evaluations > 0
-    )  # two tiles, as many steps
+    whole = comfy.ledger.known(made["decode"][0][0]).run  # in as many steps
+    assert run.evaluations == 2 * whole.evaluations > 0
     assert run.firings == run.layers * run.evaluations
 
 
@@ -146,6 +146,27 @@ def test_a_tiled_sampler_launders_neither_an_outside_latent_nor_a_masks_outlines
     drawn = node("ImageToMask", image=["outside", 0], channel="red")
     masked = node("SetLatentNoiseMask", samples=["latent", 0], mask=["drawn", 0])
     assert said(comfy, tiled(run_graph, ["masked", 0], drawn=drawn, masked=masked)) == {"_tiled": "not guarded"}
+
+
+def enlarged(run_graph, **changes) -> dict:
+    """What an upscaler makes of a guarded latent, decoded as "_larger"; changes are of the upscaler's inputs."""
+    made = graph()
+    links = {"model": ["as_model", 0], "vae": ["ckpt", 2], "positive": ["pos", 0], "negative": ["neg", 0]}
+    latent = changes.pop("latent", ["sample", 0])
+    made["upscaler"] = node("GiveUpscaler", **links | changes, seed=next(_seeds))
+    made["larger"] = node("Enlarge", latent=latent, upscaler=["upscaler", 0])
+    made["_larger"] = decode(["larger", 0])
+    show(made, "show.larger", ["_larger", 0])
+    return run_graph(made)
+
+
+def test_what_an_upscaler_makes_of_a_guarded_latent_is_an_edit_by_what_it_was_given(comfy, run_graph, nodes):
+    assert said(comfy, enlarged(run_graph)) == {"_larger": "guarded; edited: Enlarge"}
+    unguarded = enlarged(run_graph, model=["ckpt", 0])
+    assert said(comfy, unguarded) == {"_larger": "passed through Enlarge: not vouched for"}
+    outside = "guarded throughout, started from an outside picture"  # the run's own latent comes out
+    assert said(comfy, enlarged(run_graph, hook=["others", 1])) == {"_larger": outside}
+    assert said(comfy, enlarged(run_graph, latent=["outside", 1])) == {"_larger": f"{outside}; edited: Enlarge"}
 
 
 def test_another_version_of_the_packs_files_is_not_vouched_for(comfy, run_graph, nodes, monkeypatch):

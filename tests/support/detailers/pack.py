@@ -94,6 +94,42 @@ class TiledLatent:
         return (latent | {"samples": samples},)
 
 
+class Upscaler:
+    """What enlarges a latent for another node, as PixelKSampleUpscaler does; of 72 pixels."""
+
+    def __init__(self, **given):
+        self.given, self.hook = given, given.pop("hook", None)
+
+    def enlarged(self, latent):
+        import torch
+
+        import nodes  # ComfyUI's own
+
+        model, vae, seed, positive, negative = (self.given[name] for name in SAMPLES)
+        pixels = vae.decode(latent["samples"]).movedim(-1, 1)
+        pixels = torch.nn.functional.interpolate(pixels, size=(96, 96)).movedim(1, -1)
+        larger = {"samples": vae.encode(pixels if self.hook is None else self.hook(pixels))}
+        return nodes.common_ksampler(model, seed, 2, 2.0, "euler", "simple", positive, negative, larger, denoise=0.5)
+
+
+class GiveUpscaler:
+    INPUT_TYPES = classmethod(lambda cls: {"required": SAMPLES, **HOOK})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("UPSCALER",), "run", "test"
+
+    def run(self, **given):
+        return (Upscaler(**given),)
+
+
+class Enlarge:
+    """As IterativeLatentUpscale."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"latent": ("LATENT",), "upscaler": ("UPSCALER",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "run", "test"
+
+    def run(self, latent, upscaler):
+        return upscaler.enlarged(latent)
+
+
 def pasted(image, region, outline, model, vae, seed, positive, negative):
     """One part of an image sampled anew."""
     import torch
@@ -110,4 +146,5 @@ def pasted(image, region, outline, model, vae, seed, positive, negative):
     return image
 
 
-NODES = {kind.__name__: kind for kind in (GiveDetector, Detect, Detail, DetailSegments, Tiles, TiledLatent)}
+SAMPLING = (Detail, DetailSegments, Tiles, TiledLatent, Enlarge)
+NODES = {kind.__name__: kind for kind in (GiveDetector, GiveUpscaler, Detect, *SAMPLING)}

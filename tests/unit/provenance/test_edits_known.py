@@ -136,7 +136,7 @@ def test_a_gate_in_front_of_an_edited_image_keeps_its_edits():
 
 
 def inside(*given: torch.Tensor) -> edits.Inside:
-    return edits.Inside([edits.source(row) for one in given for row in edits.rows(one, "image")])
+    return edits.Inside("Detail", [edits.source(row) for one in given for row in edits.rows(one, "image")])
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,13 @@ def inside(*given: torch.Tensor) -> edits.Inside:
 def test_a_run_inside_a_node_starts_from_what_the_node_was_given(before, safety, outside):
     assert inside(image(1, run(before, safety))).start(run()).outside is outside
     assert inside(image(1, run()), image(2)).start(run()).outside  # and one from outside
+
+
+def test_a_run_inside_a_node_starts_from_an_edit_of_what_the_node_was_given_if_there_was_any():
+    scaled = image(5)
+    follow(scaled, image(4, run()), node="Scale")
+    assert inside(scaled).start(run()).edits == ("Scale", "Detail")
+    assert inside().start(run()).edits == ()
 
 
 def test_the_runs_that_a_node_made_are_behind_its_image_as_one_with_all_that_they_counted():
