@@ -60,10 +60,13 @@ function draw(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-// Nodes 2.0 of front end 1.32 does not see that the value of a field has changed: what is read must not be out of date.
+// Nodes 2.0 of front end 1.32 keeps a copy of a node's fields from the first value on that changes, such as a seed after a
+// run, and does not see a field that is added later; it makes the copy anew for a node that is new. Nor does it see that
+// the value of a field has changed: what is read must not be out of date.
 function redraw(node, text) {
-  const fields = document.querySelectorAll(`[data-node-id="${CSS.escape(node.id)}"] textarea`);
-  const own = [...fields].filter((one) => one.readOnly || one.disabled).at(-1);
+  const box = document.querySelector(`[data-node-id="${CSS.escape(node.id)}"]`);
+  const own = [...(box?.querySelectorAll("textarea") ?? [])].filter((one) => one.readOnly || one.disabled).at(-1);
+  if (box && !own && !node.flags?.collapsed) node.graph?.onNodeAdded?.(node);
   if (own && own.value !== text) own.value = text;
 }
 
