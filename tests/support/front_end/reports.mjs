@@ -67,7 +67,7 @@ async function look(page, name) {
     const { canvas, graph } = window.app;
     const first = graph.nodes.find((one) => one.type === "ModularLoraGuardModel");
     canvas.ds.scale = 0.7; // near enough for fields to be drawn
-    if (first) canvas.ds.offset = [20 - first.pos[0] + 40, 140 - first.pos[1]];
+    if (first) canvas.ds.offset = [140 - first.pos[0], 140 - first.pos[1]];
     canvas.setDirty(true, true);
   });
   await page.waitForTimeout(1500);
