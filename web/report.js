@@ -18,6 +18,7 @@ const LINE = 16; // pixels
 const LEAST = 3, TALLEST = 12; // lines that are seen without scrolling
 
 const said = new WeakMap(); // node -> {report, run, above}: what it says itself, and of the run behind it
+const renewed = new WeakSet(); // nodes of which Nodes 2.0 was made to look at their fields again
 
 const root = () => app.rootGraph ?? app.graph;
 const isOurs = (node) => Boolean(node?.type?.startsWith(OURS));
@@ -66,8 +67,10 @@ function draw(node) {
 function redraw(node, text) {
   const box = document.querySelector(`[data-node-id="${CSS.escape(node.id)}"]`);
   const own = [...(box?.querySelectorAll("textarea") ?? [])].filter((one) => one.readOnly || one.disabled).at(-1);
-  if (box && !own && !node.flags?.collapsed) node.graph?.onNodeAdded?.(node);
   if (own && own.value !== text) own.value = text;
+  if (!box || own || node.flags?.collapsed || renewed.has(node)) return;
+  renewed.add(node);
+  node.graph?.onNodeAdded?.(node);
 }
 
 // What is kept
