@@ -121,7 +121,8 @@ def outcome(
 
     On the node is what somebody should know who reads no report; hashes, layers and the data set are in the report.
     """
-    line = f"Trained in {len(trained.losses)} steps and saved."
+    steps = len(trained.losses)
+    line = f"Trained in {steps} step{'s' * (steps != 1)} and saved."
     head = (saved_as(path), *lines)
     report = "\n".join((*head, trained.report))
     more = "\n".join((*head, *warnings(trained.report), *trained.remarks))

@@ -164,7 +164,7 @@ def test_values_of_an_options_node_win_over_the_preset_and_are_those_of_the_form
     assert "network_dim 4 for 16" in report
     assert "input colour: " in report
     first, second, *shown = comfy.server.texts["train"].splitlines()
-    assert (first, second) == ("Trained in 1 steps and saved.", f"saved as {lora.path.name} in loras")
+    assert (first, second) == ("Trained in 1 step and saved.", f"saved as {lora.path.name} in loras")
     assert [line.partition(" ")[0] for line in shown] == ["input", "preset"]
     assert all(line in report for line in shown)
     assert lora.sha256 in report

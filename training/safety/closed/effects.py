@@ -145,7 +145,7 @@ def still_does(safety: Sequence[SafetyLora], prompts: Sequence[Sequence[str]], m
     for one, texts, held in zip(safety, prompts, measured.held, strict=True):
         yield (
             f"{one.lora.name} (strength {one.strength:g}): does {100 * held:.1f} % of what it did alone to its own "
-            f"concept ({len(texts)} prompts, first {texts[0]!r})"
+            f"concept ({len(texts)} prompt{'s' * (len(texts) != 1)}, first {texts[0]!r})"
         )
 
 
