@@ -269,7 +269,6 @@ def run_graph(comfy):
 
     def run(graph: dict, executor=None) -> dict:
         comfy.server.messages.clear()
-        comfy.server.texts.clear()
         valid, error, outputs, node_errors = asyncio.run(comfy.execution.validate_prompt("test", graph, None))
         if not valid or node_errors:
             raise GraphError("validation", f"{error} {node_errors}")

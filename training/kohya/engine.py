@@ -113,9 +113,7 @@ def train_task(
         said.append(
             "sd-scripts writes the validation loss into its own output and logs (log_with): it is NOT in the report"
         )
-    remarked = [*said, *dataset.findings(report)]
-    if remarked:
-        watch.say("\n".join(remarked))
+    watch.say("\n".join([*said, dataset.format_contents(report)]))
     if report.problems:
         raise GuardError(report.problems[0], code="kohya.data-set")
     masked = any(s.alpha_mask or s.conditioning_data_dir for d in config.datasets for s in d.subsets)
@@ -127,7 +125,7 @@ def train_task(
         return task_arguments(options, replace(run, prompts=prompts), safety, extra)
 
     done = _train(engine, options, base, family(base.family).script, arguments, watch)
-    return _with(done, [*said, dataset.format_report(report)], remarked)
+    return _with(done, [*said, dataset.format_report(report)], [*said, *dataset.findings(report)])
 
 
 def train_safety(

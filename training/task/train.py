@@ -122,8 +122,7 @@ def train_task(
     said = [*presets.said(options, of), *remarks(options, config, found, host_model.too_long)]
     options = in_steps(options, found)
     remarked = [*said, *dataset.findings(found)]
-    if remarked:
-        watch.say("\n".join(remarked))
+    watch.say("\n".join([*said, dataset.format_contents(found)]))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
