@@ -22,7 +22,7 @@ def test_lines_that_a_person_reads_are_let_through() -> None:
         "safety LoRA b.safetensors 0a1b2c3d4e5f: frozen",
         "sum of \u2016\u0394W\u2016",
         "norm 0.31",
-        "lora_unet_down_blocks_0_attn and lora_unet_mid_block_attn",
+        "lora_unet_down_blocks_0_attn, lora_unet_down_blocks_1_attn, lora_unet_mid_block_attn",
     ],
 )
 def test_hashes_norms_and_lists_of_layers_are_not(line: str) -> None:
