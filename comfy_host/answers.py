@@ -1,4 +1,4 @@
-"""What the nodes answer beside their outputs: the report that is read on the node, and the verdict for programs.
+"""What nodes answer beside their outputs: the report that is read on a node of ours, and the verdict for programs.
 
 ComfyUI sends both in the ``executed`` message of a node and keeps them in ``/history``, which it shows to everybody who
 asks for it: an operator's policy may cut them down (``history.verdict``).
@@ -6,7 +6,7 @@ asks for it: an operator's policy may cut them down (``history.verdict``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..modular_lora.errors import GuardError
@@ -29,9 +29,14 @@ def answer(line: str, more: str = "", verdicts: Sequence[dict] | None = None, **
     told = _told()
     if told != "none":
         said["text"] = ["\n".join(filter(None, (line, more if told == "full" else "")))]
-    if told != "none" and verdicts is not None:
-        said[VERDICT] = [one if told == "full" else brief(one) for one in verdicts]
-    return said
+    return said if verdicts is None else beside(said, verdicts)
+
+
+def beside(shown: Mapping[str, Any], verdicts: Sequence[dict]) -> dict[str, Any]:
+    """What a node shows, with the verdicts as the policy lets them stand."""
+    if (told := _told()) == "none":
+        return dict(shown)
+    return {**shown, VERDICT: [one if told == "full" else brief(one) for one in verdicts]}
 
 
 def _told() -> str:

@@ -127,12 +127,15 @@ def _node(original: Callable) -> Callable:
         outputs, shown_on_page, expands, later = made
         if noted:
             told.note_files(prompt, unique_id, shown_on_page)
+            if not facts.ours:  # ours have answered with theirs
+                shown_on_page = told.with_verdicts(found, facts.core, shown_on_page)
         if later:  # what a coroutine encodes is not watched, and stays as it is known
-            return [_then(one, after) if isinstance(one, asyncio.Task) else one for one in outputs], *made[1:]
+            outputs = [_then(one, after) if isinstance(one, asyncio.Task) else one for one in outputs]
+            return outputs, shown_on_page, expands, later
         if not expands:  # else the nodes that it expands to run by themselves
             after(outputs)
             texts.end(outputs)
-        return made
+        return outputs, shown_on_page, expands, later
 
     vars(get_output_data)["follows"] = True
     return get_output_data

@@ -1,5 +1,7 @@
 """Where it can be read what is known of a prompt's images: on the Guard node, over HTTP, and in the files themselves.
 
+Over HTTP it is told in `/history`, in the answer of the node that saved or showed them, and at a route of ours.
+
 Noted is what comes to every node that writes or shows, before it runs, so that stock nodes and those of other packs are
 covered. What a file says of itself, anybody who has the file can change.
 """
@@ -20,11 +22,13 @@ from server import PromptServer
 from ..modular_lora.guard import activity
 from ..modular_lora.provenance import attested, ledger
 from ..modular_lora.provenance.ledger import Known
+from ..modular_lora.provenance.verdict import verdict
 from ..modular_lora.util import plain_json
 from ..modular_lora.util.cache import Cache
 from ..modular_lora.util.hashing import hash_file
 from ..operators.graph import NodeFacts
 from . import model_folders, running
+from .answers import beside
 from .enforcement import policy as policies
 from .image_values import image_values
 from .node_report import show_above
@@ -35,6 +39,7 @@ ROUTE = "/modular_lora/images/{prompt_id}"
 OURS = frozenset(("ModularLoraSaveImage", "ModularLoraSaveGated"))  # of our nodes those that write
 FILMS = frozenset(("SaveAnimatedPNG", "SaveAnimatedWEBP", "SaveVideo", "SaveWEBM"))  # all frames go into one file
 SAVES = FILMS | {"SaveImage"}  # ComfyUI's own; they get an entry also where the client sent no extra_pnginfo at all
+FILE = ("filename", "subfolder", "type")  # of an entry of `images` as ComfyUI's own nodes give it
 MOST_ENTRIES = 64  # images of one node of which its files say something: every file of a batch holds all entries
 MOST_TOLD = 512  # images of one prompt that are told one by one, and frames of which a film says something
 
@@ -168,6 +173,19 @@ def note_files(prompt: running.Prompt, node: str, shown_on_page: Any) -> None:
     files = [one for part in parts for one in part if isinstance(one, Mapping) and one.get("type") == "output"]
     found = (_written(str(one.get("subfolder", "")), str(one.get("filename", ""))) for one in files)
     wrote.files = tuple(one for one in dict.fromkeys(found) if one is not None)
+
+
+def with_verdicts(found: list[tuple[Known, dict[str, Any]]], core: bool, shown_on_page: Any) -> Any:
+    """What a node that was noted tells the page, with a verdict on each image, where it has a file for each of them.
+
+    A film has one file of many frames: what is known of these is told at the route. That the files are in the images'
+    order is known of ComfyUI's own nodes (``core``) alone.
+    """
+    files = shown_on_page.get("images") if isinstance(shown_on_page, Mapping) else None
+    if not found or not isinstance(files, list | tuple) or len(files) != len(found):
+        return shown_on_page
+    names = [{key: one[key] for key in FILE} if core else None for one in files]
+    return beside(shown_on_page, [verdict(i, known, file=names[i]) for i, (known, _) in enumerate(found)])
 
 
 def _written(subfolder: str, filename: str) -> Written | None:

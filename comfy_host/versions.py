@@ -123,6 +123,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("told.py:register", _READ, "server.PromptServer.routes"),
     *_touches("told.py:with_entry", _RUN, "execution.get_input_data"),
     *_touches("told.py:SAVES", _RUN, "nodes.SaveImage.save_images"),
+    *_touches("told.py:with_verdicts", _RUN, "nodes.SaveImage.save_images", "nodes.PreviewImage"),
     *_touches("told.py:FILMS", _READ, "comfy_extras.nodes_video.SaveVideo", "comfy_extras.nodes_video.SaveWEBM"),
     *_touches("told.py:FILMS", _READ, "comfy_extras.nodes_images.SaveAnimatedPNG"),
     *_touches("told.py:FILMS", _READ, "comfy_extras.nodes_images.SaveAnimatedWEBP"),

@@ -18,7 +18,7 @@ from ..modular_lora.guard.build import SafetyLora
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP, lines_of
+from .training import GROUP, lines_of, saved_as
 
 
 class CalibrateSafetyLora(io.ComfyNode):
@@ -91,4 +91,5 @@ class CalibrateSafetyLora(io.ComfyNode):
         report = f"{activity.format_copy(made, target.name)}\n{activity.format_calibration(found)}"
         line = f"A calibrated copy was written, AUC {found.auc:.3f}."
         handle = dataclasses.replace(safety[0], lora=made)
-        return io.NodeOutput((handle,), f"{line}\n{report}", ui=answer(line, report))
+        shown = answer(line, f"{saved_as(target)}\n{activity.format_bounds(found)}")
+        return io.NodeOutput((handle,), f"{line}\n{report}", ui=shown)

@@ -16,7 +16,7 @@ from ..training.safety.closed.options import CombineOptions
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP, gathered, lines_of, more_input, option_inputs
+from .training import GROUP, gathered, lines_of, more_input, option_inputs, saved_as
 
 NAME = "Combine Safety LoRAs"
 OPTIONS = ("output_name", "preserve", "everything_else", "tokens", "save_precision")
@@ -90,5 +90,6 @@ class CombineSafetyLoras(io.ComfyNode):
         made = combine_safety(text, safety, lists_of(concept_prompts), chosen, engine=trainer_model.ENGINE)
         path = published(made.lora.path, SAFETY_FOLDER)
         line = f"{len(safety)} safety LoRAs were combined into one of {len(made.lora.layers)} layers."
-        report = f"saved as {path.name} in {path.parent.name}\n{made.report}"
-        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), f"{line}\n{report}", ui=answer(line, report))
+        report = f"{line}\n{saved_as(path)}\n{made.report}"
+        more = "\n".join((saved_as(path), *made.remarks))
+        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), report, ui=answer(line, more))

@@ -15,7 +15,7 @@ from ..modular_lora.guard.build import SafetyLora
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket
-from .training import GROUP, lines_of
+from .training import GROUP, lines_of, saved_as
 
 
 class WriteConceptPrompts(io.ComfyNode):
@@ -66,5 +66,6 @@ class WriteConceptPrompts(io.ComfyNode):
         lines = lines_of(prompts)
         made = concept.write_copy(lora.path, target, lines, expected_sha256=lora.sha256)
         report = concept.written(made, target.name)
-        shown = answer(f"A copy with {len(lines)} concept prompt{'s' * (len(lines) != 1)} was written.", report)
+        line = f"A copy with {len(lines)} concept prompt{'s' * (len(lines) != 1)} was written."
+        shown = answer(line, saved_as(target))
         return io.NodeOutput((dataclasses.replace(safety[0], lora=made),), report, ui=shown)

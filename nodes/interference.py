@@ -11,6 +11,7 @@ from ..comfy_host.node_report import CATEGORY
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import GuardLimits, SafetyLora, TaskLora, build_part
 from ..modular_lora.guard.report import format_interference
+from ..modular_lora.guard.summary import warnings
 from .load import handles, stacked
 from .search_words import found_by
 from .sockets import SafetySocket, StackSocket, TaskSocket
@@ -55,12 +56,11 @@ class LoraInterference(io.ComfyNode):
         for line in (line for line in part.lines if line.refusal):
             raise GuardError(line.refusal, code="lora.applies-nowhere")
         table = "\n\n".join(format_interference(lora.name, result) for lora, result in part.interference)
-        said = "\n".join(line for line in table.splitlines() if line.startswith("WARNING"))
         image = images([(lora.name, result) for lora, result in part.interference])
         nets = [result.net_strength for _, result in part.interference]
         beside = f"beside {len(tasks)} task LoRA{'s' * (len(tasks) != 1)}"
         first = (
             f"A net strength of {min(nets):.3f} is left {beside}." if nets else "No layer of this model is compared."
         )
-        shown = answer(first, said, **ui.PreviewImage(image, cls=cls).as_dict())
+        shown = answer(first, "\n".join(warnings(table)), **ui.PreviewImage(image, cls=cls).as_dict())
         return io.NodeOutput(table, image, ui=shown)

@@ -9,10 +9,11 @@ from ..comfy_host.model_folders import SAFETY_FOLDER, model_folder
 from ..comfy_host.training_files import published, work_folder
 from ..modular_lora.files.reader import read_lora
 from ..modular_lora.guard.build import SafetyLora
+from ..modular_lora.guard.summary import warnings
 from ..modular_lora.places import check_writable
 from ..training.safety.closed.options import MakeOptions
 from .sockets import SafetySocket
-from .training import GROUP, gathered, more_input, option_inputs
+from .training import GROUP, gathered, more_input, option_inputs, saved_as
 
 OPTIONS = (
     "output_name", "concept", "synonyms", "guide", "preserve", "everything_else", "method", "tokens", "network_dim",
@@ -62,5 +63,6 @@ class MakeSafetyLora(io.ComfyNode):
         made_lora = make_safety(text_inputs.opened(model, clip), made, engine=trainer_model.ENGINE)
         path = published(made_lora.lora.path, SAFETY_FOLDER)
         line = f"A safety LoRA of {len(made_lora.lora.layers)} layers was made."
-        report = f"saved as {path.name} in {path.parent.name}\n{made_lora.report}"
-        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), f"{line}\n{report}", ui=answer(line, report))
+        report = f"{line}\n{saved_as(path)}\n{made_lora.report}"
+        more = "\n".join((saved_as(path), *warnings(made_lora.report), made_lora.calibrated))
+        return io.NodeOutput((SafetyLora(read_lora(path), 1.0),), report, ui=answer(line, more))

@@ -12,11 +12,12 @@ from ..comfy_host.answers import answer
 from ..comfy_host.model_folders import LORA_FOLDER, model_folder
 from ..modular_lora.errors import GuardError
 from ..modular_lora.guard.build import SafetyLora, TaskLora
+from ..modular_lora.guard.summary import warnings
 from ..training.choices import SavePrecision, Sides
 from .load import handles
 from .search_words import found_by
 from .sockets import SafetySocket, TaskSocket
-from .training import GROUP
+from .training import GROUP, saved_as
 
 
 class ProjectTaskLora(io.ComfyNode):
@@ -76,5 +77,5 @@ class ProjectTaskLora(io.ComfyNode):
         lora = output.write_tensors(path, tensors, output.projected_metadata(task.lora, loras, report))
         text = projection.format_projection(report)
         line = f"Projected: {report.removed:.2%} of the task LoRA's energy was removed."
-        shown = answer(line, f"saved as {path.name}\n{projection.format_projection(report, rows=False)}")
+        shown = answer(line, "\n".join((saved_as(path), *warnings(text))))
         return io.NodeOutput((dataclasses.replace(task, lora=lora),), f"{line}\n{text}", ui=shown)

@@ -16,6 +16,7 @@ from ..comfy_host.node_report import CATEGORY
 from ..comfy_host.progress import NodeWatch
 from ..comfy_host.training_files import data_sets
 from ..modular_lora.errors import GuardError
+from ..modular_lora.guard.summary import warnings
 from ..training import options
 
 if typing.TYPE_CHECKING:
@@ -116,12 +117,22 @@ def outcome(
     watch: NodeWatch,
     lines: Iterable[str] = (),
 ) -> io.NodeOutput:
-    """What both trainings give: the LoRA on its socket, report with further ``lines``, loss curve, previews."""
-    line = f"Trained in {len(trained.losses)} steps and saved."
-    report = "\n".join((f"saved as {path.name} in {path.parent.name}", *lines, trained.report))
+    """What both trainings give: the LoRA on its socket, report with further ``lines``, loss curve, previews.
+
+    On the node is what somebody should know who reads no report; hashes, layers and the data set are in the report.
+    """
+    steps = len(trained.losses)
+    line = f"Trained in {steps} step{'s' * (steps != 1)} and saved."
+    head = (saved_as(path), *lines)
+    report = "\n".join((*head, trained.report))
+    more = "\n".join((*head, *warnings(trained.report), *trained.remarks))
     curve = watch.finish(trained.losses)
-    shown = answer(line, report, **ui.PreviewImage(curve, cls=node).as_dict())
+    shown = answer(line, more, **ui.PreviewImage(curve, cls=node).as_dict())
     return io.NodeOutput((handle,), f"{line}\n{report}", curve, watch.samples(), watch.samples_without(), ui=shown)
+
+
+def saved_as(path: Path) -> str:
+    return f"saved as {path.name} in {path.parent.name}"
 
 
 def data_set_input() -> io.Input:

@@ -67,6 +67,7 @@ from support import small_world  # noqa: E402
 from support.graphs import GraphError, keeping_code, layers_of, save_lora  # noqa: E402
 from support.kohya_place import place  # noqa: E402, F401 - a fixture
 from support.pack_nodes import NODES  # noqa: E402
+from support.plain import assert_plain  # noqa: E402
 
 # The same examples every time, however busy the machine; `--hypothesis-profile default` tries others.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -261,7 +262,10 @@ def matrix(request):
 
 @pytest.fixture
 def run_graph(comfy):
-    """Runs an API-format graph through validation and the executor: {node id: outputs}, or GraphError."""
+    """Runs an API-format graph through validation and the executor: {node id: outputs}, or GraphError.
+
+    What any node of the pack shows on itself, in whatever test, is held to be plain.
+    """
 
     def run(graph: dict, executor=None) -> dict:
         comfy.server.messages.clear()
@@ -273,6 +277,9 @@ def run_graph(comfy):
         failed = next((d for e, d in comfy.server.messages if e == "execution_error"), None)
         if failed:
             raise GraphError("execution", failed["exception_message"], failed["node_type"], executor.code)
+        for node, text in comfy.server.texts.items():
+            if graph.get(node, {}).get("class_type", "").startswith("ModularLora"):
+                assert_plain(text)
         return {n: _outputs(executor, n) for n in graph}
 
     return run

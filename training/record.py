@@ -19,11 +19,19 @@ from .options import SafetyOptions, TaskOptions, fingerprint
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training gave."""
+    """What a training gave.
+
+    Attributes:
+        lora: The file as read back.
+        losses: Of every step.
+        report: All that is said of it.
+        remarks: Those lines of the report, warnings apart, that are read on the node: no hashes, layers or norms.
+    """
 
     lora: LoraFile
     losses: tuple[float, ...]
     report: str
+    remarks: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -85,8 +93,8 @@ class Record:
         metadata = output.metadata(self.options, made)
         self.last = output.write_layers(path, layers, metadata, self.options.save_precision, bases)
 
-    def trained(self, losses: Sequence[float], lines: Sequence[str]) -> Trained:
-        """The result, with its report."""
+    def trained(self, losses: Sequence[float], lines: Sequence[str], remarks: Sequence[str]) -> Trained:
+        """The result; ``lines`` are those of its report below what the file is, ``remarks`` as `Trained` has them."""
         assert self.last is not None, "fit() writes at its end"
         window = losses[-min(50, len(losses)) :]
         head = [
@@ -99,4 +107,5 @@ class Record:
         trained = len(self.spec.unet) + len(self.spec.text)
         if zero := trained - len(self.last.layers):
             head.append(f"{zero} of {trained} layers are zero as saved, and left out of the file")
-        return Trained(self.last, tuple(losses), "\n".join([*head, *self.host_model.notes, *lines]))
+        report = "\n".join([*head, *self.host_model.notes, *lines])
+        return Trained(self.last, tuple(losses), report, tuple(remarks))

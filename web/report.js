@@ -18,6 +18,7 @@ const LINE = 16; // pixels
 const LEAST = 3, TALLEST = 12; // lines that are seen without scrolling
 
 const said = new WeakMap(); // node -> {report, run, above}: what it says itself, and of the run behind it
+const renewed = new WeakSet(); // nodes of which Nodes 2.0 was made to look at their fields again
 
 const root = () => app.rootGraph ?? app.graph;
 const isOurs = (node) => Boolean(node?.type?.startsWith(OURS));
@@ -60,11 +61,16 @@ function draw(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-// Nodes 2.0 of front end 1.32 does not see that the value of a field has changed: what is read must not be out of date.
+// Nodes 2.0 of front end 1.32 keeps a copy of a node's fields from the first value on that changes, such as a seed after a
+// run, and does not see a field that is added later; it makes the copy anew for a node that is new. Nor does it see that
+// the value of a field has changed: what is read must not be out of date.
 function redraw(node, text) {
-  const fields = document.querySelectorAll(`[data-node-id="${CSS.escape(node.id)}"] textarea`);
-  const own = [...fields].filter((one) => one.readOnly || one.disabled).at(-1);
+  const box = document.querySelector(`[data-node-id="${CSS.escape(node.id)}"]`);
+  const own = [...(box?.querySelectorAll("textarea") ?? [])].filter((one) => one.readOnly || one.disabled).at(-1);
   if (own && own.value !== text) own.value = text;
+  if (!box || own || node.flags?.collapsed || renewed.has(node)) return;
+  renewed.add(node);
+  node.graph?.onNodeAdded?.(node);
 }
 
 // What is kept

@@ -255,22 +255,25 @@ def write_copy(lora: LoraFile, target: Path, calibration: Calibration) -> LoraFi
 
 def format_calibration(calibration: Calibration) -> str:
     """What a calibration found, in words and figures."""
-    low, high = calibration.bounds
     lines = [
         f"{name} prompts: {side.prompts}, {side.measured} figures, activity median {side.at(0.5):.3g} "
         f"[{side.at(0.0):.3g} .. {side.at(1.0):.3g}]"
         for name, side in (("concept", calibration.concept), ("preserved", calibration.preserved))
     ]
-    overlap = calibration.preserved.at(KEPT) >= calibration.concept.at(CONCEPT)
-    bounds = f"a prompt is about the concept from {high:.3g} on, and one of those kept up to {low:.3g}"
-    if overlap:
-        bounds = f"the two overlap: a prompt is about the concept from {high:.3g} on, half-way between them"
     lines += [
-        f"AUC {calibration.auc:.3f}; {bounds}",
+        f"AUC {calibration.auc:.3f}; {format_bounds(calibration)}",
         f"measured from noise (latent {' x '.join(map(str, calibration.latent))}), strength {calibration.strength:g}, "
         f"seed {calibration.seed}, base sha256 {calibration.base_sha256[:16]}",
     ]
     return "\n".join(lines)
+
+
+def format_bounds(calibration: Calibration) -> str:
+    """From which activity on a prompt is judged to be of the concept."""
+    low, high = calibration.bounds
+    if calibration.preserved.at(KEPT) >= calibration.concept.at(CONCEPT):
+        return f"the two overlap: a prompt is about the concept from {high:.3g} on, half-way between them"
+    return f"a prompt is about the concept from {high:.3g} on, and one of those kept up to {low:.3g}"
 
 
 def format_copy(lora: LoraFile, name: str) -> str:

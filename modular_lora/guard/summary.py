@@ -61,6 +61,11 @@ _LIMITS = (  # words, and what stands in a status; see provenance.attestation.gu
 )
 
 
+def warnings(report: str) -> list[str]:
+    """The warnings of a report, which are read on the node as well."""
+    return [line for line in report.splitlines() if line.startswith("WARNING")]
+
+
 def per_image(lines: Sequence[str]) -> str:
     """One line for all images of a batch where they are alike, else one for every run of images that are."""
     if len(set(lines)) <= 1:

@@ -40,7 +40,7 @@ def words(place: str) -> str:
 
 
 NAMES = {role: f"{words(role)}.safetensors" for role in ("checkpoint", "safety", "task", "wrong")}
-FOLDER = words("folder")
+FOLDER = "pictures"  # no drop-down offers a name with "<", and newer servers take no other
 
 
 def lay_out(folder: Path, world: DemoWorld) -> None:
@@ -57,6 +57,7 @@ def lay_out(folder: Path, world: DemoWorld) -> None:
     (models / "modular_lora_detectors" / "words.json").write_text(
         json.dumps(labels).replace('"racing-car"', json.dumps(words("label"))), encoding="utf-8"
     )
+    (folder / "input" / words("folder") / "1_token").mkdir(parents=True)
     images = folder / "input" / FOLDER / f"1_{words('token')}"
     images.mkdir(parents=True)
     for i in range(2):

@@ -28,7 +28,7 @@ TEXTS = {  # by node type: the first line
 }
 ABOVE = "1 of 1 images (ModularLoraSaveImage save-0): guarded"
 AGAIN = set(TEXTS) - {"ModularLoraGuardModel", "ModularLoraKSampler"}  # ComfyUI does not look behind what is cached
-LOOKS = [("pinned", False), ("newest", False), ("newest", True)]  # docs/compatibility.md: what 1.32's Nodes 2.0 lacks
+LOOKS = [("pinned", False), ("pinned", True), ("newest", False), ("newest", True)]
 NAMES = [f"{front_end}, {'Nodes 2.0' if nodes2 else 'classic'}" for front_end, nodes2 in LOOKS]
 
 Json = dict[str, Any]

@@ -34,6 +34,8 @@ OUTPUT = {
     "gate",
     "gated",
     "withheld",
+    "stock",
+    "shown",
 }  # nodes that answer with a verdict
 
 Json = dict[str, Any]
@@ -65,6 +67,8 @@ def graph(world: DemoWorld) -> Graph:
     made["strict"] = settings(threshold=1e-9, action="withhold")
     made["withheld"] = node("ModularLoraGate", images=image, gate=["strict", 0])
     made["never"] = node("ModularLoraSaveGated", images=["withheld", 0], filename_prefix="never", **saving)
+    made["stock"] = node("SaveImage", images=image, filename_prefix="stock")
+    made["shown"] = node("PreviewImage", images=["invert", 0])
     made["unseen"] = node("PreviewImage", images=["withheld", 0])
     return made
 
@@ -142,7 +146,7 @@ def test_the_websocket_says_the_same_as_the_history(ran: Json, verdicts: Json) -
 
 
 def test_images_stand_where_and_as_comfyui_puts_them(ran: Json) -> None:
-    for name in ("save-0", "edited", "gated"):
+    for name in ("save-0", "edited", "gated", "stock", "shown"):
         output = ran["history"]["outputs"][name]
         (image,) = output["images"]
         assert set(image) == {"filename", "subfolder", "type"}
@@ -172,6 +176,12 @@ def test_an_image_that_nobody_vouches_for_is_unattested_and_the_nodes_it_passed_
     assert one["why"] == "passed through ImageInvert: not vouched for"
     assert one["passed_through"] == ["ImageInvert"]
     assert one["file"]
+
+
+def test_stock_nodes_that_save_or_show_answer_with_a_verdict_too(verdicts: Json) -> None:
+    assert verdicts["stock"][0] | {"file": None} == verdicts["save-0"][0] | {"file": None}
+    assert verdicts["shown"][0] | {"file": None} == verdicts["edited"][0] | {"file": None}
+    assert verdicts["shown"][0]["file"]["type"] == "temp"
 
 
 def test_a_withheld_image_is_a_result_with_a_reason_and_nothing_of_it_is_written(

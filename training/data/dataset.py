@@ -205,8 +205,13 @@ def _clips(report: DatasetReport) -> str:
     return f" ({count} of them clips)" if count else ""
 
 
-def format_report(report: DatasetReport) -> str:
-    """The report as plain text; at most ten names a line of findings."""
+def findings(report: DatasetReport) -> list[str]:
+    """What was found in the images and captions, a line for each kind with at most ten names."""
+    return [f"{len(names)} {KINDS[kind]}: {named(names)}" for kind, names in report.findings.items()]
+
+
+def format_contents(report: DatasetReport) -> str:
+    """The report as plain text, without the hash."""
     lines = [f"Data set {Path(report.source).name}"]
     lines += [f"  STOPS TRAINING: {problem}" for problem in report.problems]
     training = len(report.images) - report.regularisation
@@ -218,9 +223,12 @@ def format_report(report: DatasetReport) -> str:
         what = f"{count} clips of {frames} frames" if frames > 1 else f"{count} images"
         lines.append(f"  bucket {width}×{height}: {what}, {draws} draws")
     lines.append(f"  {report.distinct_captions} distinct captions")
-    for kind, names in report.findings.items():
-        lines.append(f"  {len(names)} {KINDS[kind]}: {named(names)}")
-    return "\n".join([*lines, f"  sha256 {report.dataset_sha256}"])
+    return "\n".join([*lines, *(f"  {line}" for line in findings(report))])
+
+
+def format_report(report: DatasetReport) -> str:
+    """The whole report as plain text."""
+    return f"{format_contents(report)}\n  sha256 {report.dataset_sha256}"
 
 
 @dataclass(frozen=True)

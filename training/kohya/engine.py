@@ -113,7 +113,7 @@ def train_task(
         said.append(
             "sd-scripts writes the validation loss into its own output and logs (log_with): it is NOT in the report"
         )
-    watch.say("\n".join(said))
+    watch.say("\n".join([*said, dataset.format_contents(report)]))
     if report.problems:
         raise GuardError(report.problems[0], code="kohya.data-set")
     masked = any(s.alpha_mask or s.conditioning_data_dir for d in config.datasets for s in d.subsets)
@@ -125,7 +125,7 @@ def train_task(
         return task_arguments(options, replace(run, prompts=prompts), safety, extra)
 
     done = _train(engine, options, base, family(base.family).script, arguments, watch)
-    return replace(done, report="\n".join([done.report, *said]))
+    return _with(done, [*said, dataset.format_report(report)], [*said, *dataset.findings(report)])
 
 
 def train_safety(
@@ -155,7 +155,15 @@ def train_safety(
         return safety_arguments(options, replace(run, prompts=prompts), extra)
 
     done = _train(engine, options, base, script, arguments, watch, stoppable=False)  # LECO has no states
-    return replace(done, report="\n".join([done.report, *said]))
+    return _with(done, said, said)
+
+
+def _with(done: KohyaResult | Share, said: Sequence[str], remarks: Sequence[str]) -> KohyaResult | Share:
+    """The result with further lines of its report, and those that are read on the node (`Trained.remarks`)."""
+    report = "\n".join([done.report, *said])
+    if isinstance(done, Share):
+        return replace(done, report=report)
+    return replace(done, report=report, remarks=tuple(remarks))
 
 
 def _said(base: Base, options: Options, remarks: Callable[[TooLong], list[str]]) -> list[str]:
@@ -232,7 +240,7 @@ def _train(
     lora, size = _check(output / f"{options.output_name}.safetensors", before)
     losses = tuple(progress.losses)
     report = _report(lora, losses, size, engine, time.time() - started)
-    return KohyaResult(lora, losses, report, tuple(progress.previews), size, engine, argv)
+    return KohyaResult(lora, losses, report, (), tuple(progress.previews), size, engine, argv)
 
 
 def _say_state(output: Path, name: str, started: float) -> None:

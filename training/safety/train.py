@@ -51,6 +51,7 @@ def train_safety(
     unet = erasing(host_model.unet_names, options.target, options.objective)
     if options.objective != "leco" and not tells_text_apart(host_model.unet_names):
         said.append(f"this {host_model.family} tells no cross-attention apart: {options.objective} takes all attention")
+    remarked = list(said)
     spec = Spec(
         unet,
         {},
@@ -95,7 +96,9 @@ def train_safety(
             load_extra=erasure.load_state_dict,
         )
         losses = fit(job, options, host_model.device, watch)
-    return record.trained(losses, [*job.notes, *_lines(erasure.report()), *said])
+    calibrated = [line for line in said if line.startswith(CALIBRATION)]
+    lines = [*job.notes, *_lines(erasure.report()), *said]
+    return record.trained(losses, lines, [*job.notes, *remarked, *calibrated])
 
 
 def prepare(options: SafetyOptions) -> None:

@@ -121,7 +121,8 @@ def train_task(
     of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
     said = [*presets.said(options, of), *remarks(options, config, found, host_model.too_long)]
     options = in_steps(options, found)
-    watch.say("\n".join(said))
+    remarked = [*said, *dataset.findings(found)]
+    watch.say("\n".join([*said, dataset.format_contents(found)]))
     loras = tuple(s.lora for s in safety)
     contaminated = _check_base(host_model, options, loras, base_name)
     steps = options.max_train_steps, options.gradient_accumulation_steps
@@ -155,9 +156,11 @@ def train_task(
             validate_every=options.validate_every_n_steps or epoch_steps(options, found),
         )
         losses = fit(job, options, host_model.device, watch)
+    said += dataset.format_report(found).splitlines()
     said += [one.line for one in (of_images, of_captions) if one]
     said += patterns.lines(options, (spec.unet, spec.text))
-    return record.trained(losses, [*job.notes, *_lines(options, safety, spans, contaminated), *said])
+    lines = [*job.notes, *_lines(options, safety, spans, contaminated), *said]
+    return record.trained(losses, lines, [*job.notes, *remarked])
 
 
 def in_steps(options: TaskOptions, found: dataset.DatasetReport) -> TaskOptions:
@@ -178,7 +181,7 @@ def remarks(
     found: dataset.DatasetReport,
     too_long: texts.TooLong,
 ) -> list[str]:
-    """What is worth knowing before the first step: texts that are cut, options without effect, the data set."""
+    """What is worth knowing before the first step, the data set apart: texts that are cut, options without effect."""
     lines = [*texts.cut_captions(options, found.images, too_long), *texts.cut_previews(options, too_long)]
     stepped = in_steps(options, found)
     lines += [*unused(stepped, found.regularisation), *overridden(options, config)]
@@ -198,7 +201,7 @@ def remarks(
             f"validation loss: of {len(found.held_out)} images that are held out, each at {LEVELS} noise levels and "
             "with the same noise every time"
         )
-    return [*lines, *dataset.format_report(found).splitlines()]
+    return lines
 
 
 def _check_base(host_model: HostModel, options: TaskOptions, safety: Sequence[LoraFile], name: str) -> str:

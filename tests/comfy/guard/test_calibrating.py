@@ -108,6 +108,9 @@ def test_the_node_writes_the_same_calibration_into_a_copy(world, comfy, calibrat
     assert activity.read(file) == calibrated.found
     assert report.startswith("A calibrated copy was written, AUC 1.000.")
     assert file.sha256 in report
+    shown = comfy.server.texts["calibrate"].splitlines()
+    assert shown[:2] == [report.splitlines()[0], "saved as calibrated.safetensors in safety_loras"]
+    assert shown[2].startswith("a prompt is about the concept from ")
     assert all((file.plain[name].up == calibrated.plain.lora.plain[name].up).all() for name in file.plain)
 
 

@@ -292,6 +292,8 @@ def test_the_node_writes_a_copy_that_guard_model_measures(world, comfy, loras, r
     graph["guard"]["inputs"]["safety_lora"] = ["write", 0]
     results = run_graph(graph)
     assert "functional strength of written.safetensors: 1.000" in results["guard"][2]
+    said = "A copy with 2 concept prompts was written.\nsaved as written.safetensors in safety_loras"
+    assert comfy.server.texts["write"] == said
     made = comfy.base / "models" / "safety_loras" / "written.safetensors"
     assert concept.read(comfy.host_files.read_lora(made)) == PROMPTS
     graph["write"]["inputs"]["prompts"] = "another"

@@ -96,6 +96,38 @@ def test_the_route_answers_for_a_clients_own_prompts(comfy, loras):
         assert answer(prompt_id, client)[0] == 404
 
 
+class FancySave:
+    """A saver of another pack: what it tells the page of ``files`` files, in an order of its own."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"images": ("IMAGE",), "files": ("INT", {"default": 2})}})
+    RETURN_TYPES, OUTPUT_NODE, FUNCTION, CATEGORY = (), True, "save", "tests"
+
+    def save(self, images, files):
+        return {"ui": {"images": [{"filename": f"{i}.png", "subfolder": "", "type": "temp"} for i in range(files)]}}
+
+
+def test_a_node_that_saves_answers_with_a_verdict_on_each_image_and_names_its_file_where_that_is_known(
+    comfy, loras, monkeypatch
+):
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "FancySave", FancySave)
+    graph = saved("verdict")
+    graph["fancy"] = node("FancySave", images=["scaled", 0], files=2)
+    graph["film"] = node("FancySave", images=["scaled", 0], files=1)
+    run(comfy, graph, "verdict")
+    outputs = {data["node"]: data["output"] for event, data in comfy.server.messages if event == "executed"}
+    said = {name: outputs[name]["modular_lora"] for name in ("whole", "edited", "stock", "fancy")}
+    assert "modular_lora" not in outputs["film"]
+    assert {name: [(one["attested"], one["status"]) for one in some] for name, some in said.items()} == {
+        "whole": [(True, "guarded")] * 2,
+        "edited": [(True, "guarded; edited: ImageScale")] * 2,
+        "stock": [(False, "unattested")] * 2,
+        "fancy": [(True, "guarded; edited: ImageScale")] * 2,
+    }
+    assert [one["file"] for one in said["whole"]] == outputs["whole"]["images"]
+    assert [one["file"] for one in said["fancy"]] == [None, None]
+    assert [one["filename"] for one in outputs["fancy"]["images"]] == ["0.png", "1.png"], "as the node has them"
+
+
 def test_under_a_policy_a_named_edit_may_leave_and_what_is_not_vouched_for_may_not(enforced, comfy):
     graph = {name: one for name, one in saved("policy").items() if name not in ("stock", "plain", "unguarded")}
     for name in [name for name, one in graph.items() if one["class_type"] in ("TinyUpscaler", "Outside")]:

@@ -75,6 +75,11 @@ def test_each_acts_on_its_own_concept_and_the_guard_takes_the_file_whole(comfy, 
     results = run_graph(graph(comfy, "cars", "cats", **words))
     (handle,), report = results["combine"]
     assert report.startswith("2 safety LoRAs were combined into one of 14 layers.\nsaved as combined.safetensors in")
+    shown = comfy.server.texts["combine"].splitlines()
+    assert shown[:2] == report.splitlines()[:2]
+    assert [line.partition(": ")[0] for line in shown[2:]] == [
+        "cars.safetensors (strength 1)", "cats.safetensors (strength 1.5)", "calibration of safety activity",
+    ]  # fmt: skip
     assert handle.lora.path == files / "combined.safetensors"
     read = importlib.import_module("modular_lora_guard.modular_lora.files.reader").read_lora
     cars, cats = (changes(read(files / f"{name}.safetensors"), text.info) for name in ("cars", "cats"))

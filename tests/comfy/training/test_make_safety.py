@@ -101,6 +101,10 @@ def test_the_node_makes_a_file_that_erases_and_keeps_where_attention_mixes_token
     path = folders / "safety_loras" / "safety.safetensors"
     assert handle.lora.path == path
     assert report.startswith("A safety LoRA of 14 layers was made.\nsaved as safety.safetensors in safety_loras\n")
+    shown = comfy.server.texts["make"].splitlines()
+    assert shown[:2] == report.splitlines()[:2]
+    assert shown[2].startswith("calibration of safety activity: ")
+    assert shown[3:] == []
     moved = movement(comfy, loaded, path, ["cat face", "grinning face", "heart", "", "car", "a bus"])
     assert max(moved[p] for p in ("cat face", "grinning face", "heart", "")) < 1e-4
     assert min(moved[p] for p in ("car", "a bus")) > 0.3

@@ -163,6 +163,11 @@ def test_values_of_an_options_node_win_over_the_preset_and_are_those_of_the_form
     assert "preset style (sd): " in report
     assert "network_dim 4 for 16" in report
     assert "input colour: " in report
+    first, second, *shown = comfy.server.texts["train"].splitlines()
+    assert (first, second) == ("Trained in 1 step and saved.", f"saved as {lora.path.name} in loras")
+    assert [line.partition(" ")[0] for line in shown] == ["input", "preset"]
+    assert all(line in report for line in shown)
+    assert lora.sha256 in report
     assert lora.metadata["ss_learning_rate"] == "0.0001"
 
     former = given | {"flip_aug": False, "max_token_length": 150}
@@ -401,7 +406,9 @@ def test_the_dataset_report_counts_what_is_there(data_set, comfy, run_graph, inp
     assert "5 images, 10 draws in 5 batches an epoch" in report
     assert "again.png" in report
     assert "broken.png" in report
-    assert comfy.server.texts["report"] == report
+    shown, _, hashed = report.rpartition("\n")
+    assert comfy.server.texts["report"] == shown
+    assert len(hashed.removeprefix("  sha256 ")) == 64
     assert sheet.shape == (1, 100, 800, 3)
     red = sheet[0, :, :96, 0] - sheet[0, :, :96, 1] > 0.9
     assert (int(red.any(1).sum()), int(red.any(0).sum())) == (96, 48)  # as it is seen and trained
@@ -421,6 +428,8 @@ def test_a_projected_file_is_clear_of_the_safety_lora_and_served(comfy, run_grap
     assert (task.strength_model, task.strength_clip) == (0.7, 0.7)
     assert task.lora.metadata["modular_lora.safety_sha256"] == safety.lora.sha256
     assert "of its energy removed" in report
+    shown = f"{report.splitlines()[0]}\nsaved as {task.lora.path.name} in loras"
+    assert comfy.server.texts["project"] == shown
     for name, layer in task.lora.layers.items():
         A, S = layer.down.flatten(1).double(), safety.lora.layers[name].down.flatten(1).double()
         assert (A @ S.T).norm() < 1e-3 * A.norm() * S.norm()
@@ -441,6 +450,8 @@ def test_the_kohya_engine_trains_from_the_node_and_needs_a_checkout(comfy, run_g
     assert len(task.lora.layers) > 0
     assert task.lora.metadata["modular_lora.base_sha256"] == comfy.anatomy.model_sha256(run_graph(graph)["ckpt"][0])
     assert "sd-scripts" in report
+    assert task.lora.sha256 in report
+    assert comfy.server.texts["train"].startswith("Trained in ")
     graph["train"]["inputs"]["ckpt_name"] = ""
     with refuses("kohya.no-checkpoint-name"):
         run_graph(graph)

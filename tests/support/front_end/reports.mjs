@@ -33,14 +33,15 @@ async function run(page) {
   await page.waitForTimeout(1500); // a front end clears what it showed of the progress after the last event
 }
 
-// Every report that is read, by the node's type: the text of its field, and whether somebody could write into it.
+// Every report that is read, by the node's type: the text of its field, and whether somebody could write into it. With
+// Nodes 2.0 a node's fields stand inside it, on the classic canvas all stand side by side.
 function read() {
   const app = window.app;
-  const fields = [...document.querySelectorAll("textarea")];
   const reports = app.graph.nodes.flatMap((node) => {
     const widget = node.widgets?.find((one) => one.name === "modular_lora_report");
     if (!widget) return [];
-    const shown = fields.find((one) => one.value && one.value === widget.value);
+    const place = document.querySelector(`[data-node-id="${CSS.escape(node.id)}"]`) ?? document;
+    const shown = [...place.querySelectorAll("textarea")].find((one) => one.value && one.value === widget.value);
     const box = shown?.getBoundingClientRect();
     return [
       {
@@ -66,7 +67,7 @@ async function look(page, name) {
     const { canvas, graph } = window.app;
     const first = graph.nodes.find((one) => one.type === "ModularLoraGuardModel");
     canvas.ds.scale = 0.7; // near enough for fields to be drawn
-    if (first) canvas.ds.offset = [20 - first.pos[0] + 40, 140 - first.pos[1]];
+    if (first) canvas.ds.offset = [140 - first.pos[0], 140 - first.pos[1]];
     canvas.setDirty(true, true);
   });
   await page.waitForTimeout(1500);

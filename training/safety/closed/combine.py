@@ -30,7 +30,7 @@ from ...metadata_keys import COMBINED_KEY
 from ..metadata import safety_metadata
 from . import everything_else
 from .activity import Prompts, calibration, chosen
-from .effects import Measured, Solved, measure, report
+from .effects import Measured, Solved, measure, report, still_does
 from .fusion import confined, reaches
 from .layers import TextInput
 from .make import TextModel
@@ -56,12 +56,14 @@ class Combined:
         measured: what each of the LoRAs still does.
         seconds: of the solves and of writing, without encoding the texts.
         report: all of it in words.
+        remarks: those lines of it that are read on the node: what each LoRA still does, and the calibration.
     """
 
     lora: LoraFile
     measured: Measured
     seconds: float
     report: str
+    remarks: tuple[str, ...]
 
 
 def combine_safety(
@@ -128,7 +130,8 @@ def combine_safety(
     lora = output.write(file, made, metadata, options.save_precision)
     seconds = time.perf_counter() - begun
     measured = measure(model, changes, solved, lora, kept)
-    return Combined(lora, measured, seconds, report(lora, safety, prompts, measured, said.line, seconds))
+    words = report(lora, safety, prompts, measured, said.line, seconds)
+    return Combined(lora, measured, seconds, words, (*still_does(safety, prompts, measured), said.line))
 
 
 def _prompts(safety: Sequence[SafetyLora], concepts: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

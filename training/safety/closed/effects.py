@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +140,15 @@ def _energy(x: Tensor) -> float:
     return float(x.square().sum())
 
 
+def still_does(safety: Sequence[SafetyLora], prompts: Sequence[Sequence[str]], measured: Measured) -> Iterator[str]:
+    """A line for each safety LoRA: how much of what it did alone to its own concept is done now."""
+    for one, texts, held in zip(safety, prompts, measured.held, strict=True):
+        yield (
+            f"{one.lora.name} (strength {one.strength:g}): does {100 * held:.1f} % of what it did alone to its own "
+            f"concept ({len(texts)} prompt{'s' * (len(texts) != 1)}, first {texts[0]!r})"
+        )
+
+
 def report(
     lora: LoraFile,
     safety: Sequence[SafetyLora],
@@ -155,11 +164,8 @@ def report(
         f"{seconds:.2f} s; file SHA-256 {lora.sha256}, which is none of theirs: a policy that names files needs this "
         "one, and a signed file a signature of its own",
     ]
-    for i, (one, texts) in enumerate(zip(safety, prompts, strict=True)):
-        lines.append(
-            f"{one.lora.name} (strength {one.strength:g}): does {100 * measured.held[i]:.1f} % of what it did alone to "
-            f"its own concept ({len(texts)} prompts, first {texts[0]!r})"
-        )
+    for i, held in enumerate(still_does(safety, prompts, measured)):
+        lines.append(held)
         lines += [
             f"  to the concept of {other.lora.name}: moved its answers by {measured.alone[i][j]:.1e} alone, by "
             f"{measured.combined[i][j]:.1e} now"

@@ -87,12 +87,21 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A safety LoRA that was made, and what is to be said of it."""
+    """A safety LoRA that was made, and what is to be said of it.
+
+    Attributes:
+        lora: The file as read back.
+        parts: What each input came to.
+        seconds: Of the solves and of writing, without encoding the texts.
+        report: All that is said of it.
+        calibrated: The line of the report on its calibration.
+    """
 
     lora: LoraFile
     parts: tuple[Part, ...]
-    seconds: float  # of the solves and of writing, without encoding the texts
+    seconds: float
     report: str
+    calibrated: str
 
 
 def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_name: str = "") -> Made:
@@ -144,7 +153,8 @@ def make_safety(model: TextModel, options: MakeOptions, *, engine: str, base_nam
     lora = output.write(file, factors, metadata, options.save_precision)
     seconds = time.perf_counter() - started
     parts = tuple(_measured(model, one, lora, onto, kept) for one in solved)
-    return Made(lora, parts, seconds, report(lora, options, found, parts, said, seconds, base_name or model.family))
+    words = report(lora, options, found, parts, said, seconds, base_name or model.family)
+    return Made(lora, parts, seconds, words, said.line)
 
 
 @dataclass(frozen=True, eq=False)
