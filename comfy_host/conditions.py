@@ -43,10 +43,10 @@ def batches(model, x: Tensor, cond: Cond, downscale: int, reference_name: str = 
         yield rows, {name: one.concat([other[name] for other in others]) for name, one in first.items()}
 
 
-def takes_more(model, x: Tensor, row: Text, downscale: int, reference_name: str) -> bool:
-    """Whether more than an image of x's shape (1 c ...) goes beside the channels: a mask, which no data set has."""
+def wants_mask(model, x: Tensor, row: Text, downscale: int, reference_name: str) -> bool:
+    """Whether a reference beside the channels of x (1 c ...) comes with a mask, which no data set has."""
     beside = _asked(model, x, row, downscale, reference_name).get("c_concat")
-    return beside is not None and beside.cond.shape != x.shape
+    return reference_name != REFERENCES and beside is not None and beside.cond.shape != x.shape
 
 
 def transformer_options(sigmas: Tensor) -> dict:

@@ -181,8 +181,9 @@ class ComfyHostModel:
         without = self.predict(x, t, Cond((row,)))
         try:
             for self._reference_name in conditions.REFERENCE_NAMES:
-                more = conditions.takes_more(self._model, x, shown, self.downscale, self._reference_name)
-                if not more and not torch.equal(without, self.predict(x, t, Cond((shown,)))):
+                if conditions.wants_mask(self._model, x, shown, self.downscale, self._reference_name):
+                    continue
+                if not torch.equal(without, self.predict(x, t, Cond((shown,)))):
                     return self._reference_name
         finally:
             self._reference_name = ""

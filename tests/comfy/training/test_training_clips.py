@@ -105,6 +105,30 @@ def test_comfyui_s_own_vae_gives_a_clip_s_latent_and_says_which_lengths_it_takes
         train("eight", clip_frames=8)
 
 
+def test_a_clip_may_have_a_reference_image(comfy, moving, tmp_path):
+    """Wan Fun Control's, beside the text; a clip of no such image is left out, as an image is."""
+    trainer, task, options = part("comfy_host.trainer_model"), part("training.task.train"), part("training.options")
+    family = next(family for family in EVERY if family.name == "Wan 2.1 Fun control")
+    clip, *_ = sorted(moving.glob("*/*.webp"))
+    (tmp_path / "references").mkdir()
+    with Image.open(clip) as first:
+        first.convert("RGB").save(tmp_path / "references" / f"{clip.stem}.png")
+
+    def train(name: str, references: str):
+        o = options.TaskOptions(
+            output_name=name, output_dir=str(tmp_path), train_data_dir=str(moving), network_dim=2, max_train_steps=2,
+            resolution=SIDE, clip_frames=5, learning_rate=5e-3, save_precision="float", reference_dir=references,
+        )  # fmt: skip
+        with trainer.opened(*toy_parts(family), o) as opened:
+            return task.train_task(opened, o, watch(), engine="test")
+
+    shown = train("shown", str(tmp_path / "references"))
+    assert "reference images: 1" in shown.report
+    assert "1 clips of 5 frames" in shown.report
+    alone = train("alone", "").lora.tensors
+    assert any(not torch.equal(tensor, alone[name]) for name, tensor in shown.lora.tensors.items())
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", [f for f in EVERY if f.config in STILL | {"SD15"}], ids=lambda family: family.name)
 def test_a_model_of_still_images_takes_no_clips(family, comfy, moving, tmp_path):

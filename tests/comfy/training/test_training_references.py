@@ -16,7 +16,7 @@ from support.training_toys import side_of, toy_parts
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-BEHIND = ("Flux dev", "Qwen-Image", "OmniGen2")  # the image's tokens, by ReferenceLatent
+BEHIND = ("Flux dev", "Qwen-Image", "OmniGen2", "Wan 2.1 Fun control")  # the image's tokens, by ReferenceLatent
 BESIDE = ("InstructPix2Pix",)  # the image's channels, by InstructPixToPixConditioning
 
 
