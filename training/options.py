@@ -10,7 +10,7 @@ from ..modular_lora.files.scales import Scale
 from ..modular_lora.options import OptionError, Texts, add_arguments, hints, load, opt, parse
 from ..modular_lora.validation import raises
 from .adapter_options import AdapterOptions
-from .choices import SavePrecision
+from .choices import ClipExtraction, SavePrecision
 
 __all__ = [
     "OptionError", "Options", "SafetyOptions", "TaskOptions", "add_arguments", "fingerprint", "hints", "load", "parse",
@@ -31,7 +31,6 @@ HUBER = ("huber_schedule", "huber_c", "huber_scale")  # what the smooth errors t
 Objective = Literal["esd-x", "esd-u", "sdd", "leco"]
 Action = Literal["erase", "enhance"]
 Density = Literal["own", "uniform", "logit_normal"]
-ClipExtraction = Literal["head", "spread"]
 TaskPreset = Literal["", "style", "character", "object"]  # files of training/presets
 SafetyPreset = Literal["", "safety"]
 PIXELS = 8  # of a side for one of a latent

@@ -21,19 +21,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ...modular_lora.errors import GuardError
 from ...modular_lora.files import texts
 from ...modular_lora.files.images import ENDINGS
 from ...modular_lora.options import tomllib
+from ..choices import ClipExtraction
 from .captions import CaptionRules
 from .images import INTERPOLATIONS, Buckets
 
 CAPTION_ENDINGS = (".txt", ".caption")
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 ALL, UPPER = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET)
-CLIP_EXTRACTIONS = ("head", "spread")  # which frames of a clip are taken, see `clips.look`
+CLIP_EXTRACTIONS = get_args(ClipExtraction)
 REPEATS = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
