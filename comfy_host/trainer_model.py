@@ -78,7 +78,7 @@ class ComfyHostModel:
         self.unet_names: Mapping[str, str] = unet_names(self.infos[0], self.family)
         self.text_names: Mapping[str, str] = text_names(self.infos[1])
         self.downscale = vae.spacial_compression_encode()
-        self._reference_name = ""  # found with the first reference image
+        self._reference_name = ""  # see ask_reference
         ratios = vae.downscale_ratio, vae.upscale_ratio  # of a VAE of video: (frames -> frames, height, width)
         self._times = tuple(ratio[0] for ratio in ratios) if all(isinstance(r, tuple) for r in ratios) else None
         self.notes: tuple[str, ...] = tuple(slow_notes(self.device, dtype))
@@ -112,8 +112,11 @@ class ComfyHostModel:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See HostModel: BaseModel.apply_model with its model_sampling handing on x_t, and giving the raw output."""
+        return self._said(x_t, t, cond, self._reference_name)
+
+    def _said(self, x_t: Tensor, t: Tensor, cond: Cond, reference_name: str) -> Tensor:
         sigmas, order, found = self._sigmas[t], [], []
-        for rows, known in conditions.batches(self._model, x_t, cond, self.downscale, self._reference_name):
+        for rows, known in conditions.batches(self._model, x_t, cond, self.downscale, reference_name):
             x, sigma = (x_t, sigmas) if len(rows) == len(t) else (x_t[rows], sigmas[rows])
             options = conditions.transformer_options(sigma)
             forget(self._model)  # what another adapter made of the same prompt
@@ -169,24 +172,21 @@ class ComfyHostModel:
     @torch.no_grad()
     def encode_reference(self, image: Tensor) -> Tensor:
         """See HostModel; the VAE's own scale is what ComfyUI's conditionings hold."""
-        latent = self._vae.encode(image[None]).float()
-        self._reference_name = self._reference_name or self._asked_for_reference(latent)
-        return latent
+        return self._vae.encode(image[None]).float()
 
-    def _asked_for_reference(self, latent: Tensor) -> str:
-        """The one of REFERENCE_NAMES under which an image changes what the network says. GuardError: neither does."""
+    @torch.no_grad()
+    def ask_reference(self, latent: Tensor) -> None:
+        """See HostModel: the one of REFERENCE_NAMES under which an image changes what the network says."""
         x, t = torch.zeros_like(latent, device=self.device), torch.tensor([len(self._sigmas) // 2], device=self.device)
         row = self.encode([""]).rows[0]
         shown = replace(row, reference=torch.ones_like(x))
         without = self.predict(x, t, Cond((row,)))
-        try:
-            for self._reference_name in conditions.REFERENCE_NAMES:
-                if conditions.wants_mask(self._model, x, shown, self.downscale, self._reference_name):
-                    continue
-                if not torch.equal(without, self.predict(x, t, Cond((shown,)))):
-                    return self._reference_name
-        finally:
-            self._reference_name = ""
+        for name in conditions.REFERENCE_NAMES:
+            if conditions.wants_mask(self._model, x, shown, self.downscale, name):
+                continue
+            if not torch.equal(without, self._said(x, t, Cond((shown,)), name)):
+                self._reference_name = name
+                return
         raise GuardError(
             f"reference_dir: a {self.family} takes no image beside the text, or one with a mask, which a data set does "
             "not have: leave reference_dir out, or train on an edit model.",

@@ -235,9 +235,12 @@ class HostModel(Protocol):
         """Latents (b c [f] h/8 w/8, float32, model scale) of images (b h w 3, float32 0..1) or clips (b t h w 3)."""
 
     def encode_reference(self, image: Tensor) -> Tensor:
-        """Latent (1 c ..., float32, the autoencoder's own scale) of a reference image (h w 3, float32 0..1).
+        """Latent (1 c ..., float32, the autoencoder's own scale) of a reference image (h w 3, float32 0..1)."""
 
-        Raises GuardError where the network takes no such image.
+    def ask_reference(self, latent: Tensor) -> None:
+        """Find out how the network is given a reference image, of which this is a latent, before ``predict`` is.
+
+        Raises GuardError where it takes no such image.
         """
 
     def decode(self, latents: Tensor) -> Tensor:

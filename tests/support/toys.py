@@ -98,6 +98,9 @@ class ToyHostModel:
         small = F.avg_pool2d(images.movedim(-1, 1), self.downscale)  # b 3 h w
         return torch.cat([small, small.mean(1, keepdim=True)], 1) * 2 - 1
 
+    def ask_reference(self, latent: Tensor) -> None:
+        pass
+
     def decode(self, latents: Tensor) -> Tensor:
         return F.interpolate(latents[:, :3], scale_factor=self.downscale).movedim(1, -1).sigmoid()
 

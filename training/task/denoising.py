@@ -63,6 +63,9 @@ class Latents:
                 self._encode((REFERENCE, i, flip), reference, host_model.encode_reference)
             self.sizes[i, flip] = images.sizes(image.size, image.fit, flip)
             watch.stage("caching latents", done, len(wanted))
+        there = self._made if disk is None else self._keys
+        if first := next((key for key in there if key[0] == REFERENCE), None):
+            host_model.ask_reference(self._read(first))
 
     def _encode(self, key: tuple[str, int, bool], pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
         if self.disk is None:

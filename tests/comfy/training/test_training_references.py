@@ -66,6 +66,7 @@ def test_the_network_is_told_what_comfyuis_nodes_tell_it(name, comfy, data, tmp_
     image = torch.rand(side_of(family), side_of(family), 3, generator=generator)
     with part("comfy_host.trainer_model").opened(model, clip, vae, made(family, data, tmp_path)) as opened:
         latent = opened.encode_reference(image)
+        opened.ask_reference(latent)
         x_t = torch.randn(1, *opened.latent_shape(*image.shape[:2]), generator=generator)
         t = torch.tensor([len(opened.schedule) // 3])
         texts = opened.encode(["a cat"])
@@ -96,6 +97,24 @@ def test_a_training_on_pairs_lowers_the_loss_and_depends_on_them(comfy, data, re
     assert any(not torch.equal(tensor, alone.tensors[key]) for key, tensor in pairs.tensors.items())
     assert pairs.metadata["ss_dataset_dirs"] == alone.metadata["ss_dataset_dirs"]
     assert pairs.metadata["modular_lora.dataset_sha256"] != alone.metadata["modular_lora.dataset_sha256"]
+
+
+def test_references_that_were_kept_on_disk_are_shown_to_the_network_as_those_just_made(
+    comfy, data, references, tmp_path, monkeypatch
+):
+    trainer, task = part("comfy_host.trainer_model"), part("training.task.train")
+    monkeypatch.setattr(trainer.ComfyHostModel, "autoencoder_identity", lambda self: "a toy's")
+    family = family_of("Qwen-Image")
+
+    def train(name: str):
+        o = made(family, data, tmp_path, output_name=name, reference_dir=str(references), cache_latents_to_disk=True)
+        with trainer.opened(*toy_parts(family), o) as opened:
+            return task.train_task(opened, o, watch(), engine="test")
+
+    first, again = train("first"), train("again")
+    assert "cache_latents: 0 found on disk, 4 made" in first.report
+    assert "cache_latents: 4 found on disk, 0 made" in again.report
+    assert all(torch.equal(tensor, again.lora.tensors[key]) for key, tensor in first.lora.tensors.items())
 
 
 @pytest.mark.parametrize("name", ["SD1.x", "SD1.x inpainting", "Wan 2.1 T2V", "Wan 2.1 I2V"])
