@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..training.pace import Pace
+from ..training.stopping import unwound
 from .charts import chart
 from .node_report import leave, show_progress
 from .training_files import newest_state
@@ -102,9 +103,13 @@ class NodeWatch:
 
 @contextmanager
 def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
-    """ComfyUI's interrupt button ends what is inside; the node then says where the training can be gone on from."""
+    """ComfyUI's interrupt button ends what is inside; the node then says where the training can be gone on from.
+
+    The end of ComfyUI's process ends it too, and waits for it.
+    """
     try:
-        yield
+        with unwound(comfy.model_management.interrupt_current_processing):
+            yield
     except comfy.model_management.InterruptProcessingException:
         kept = newest_state(name)
         leave(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")

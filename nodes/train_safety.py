@@ -67,5 +67,5 @@ class TrainSafetyLora(io.ComfyNode):
             else:
                 with trainer_model.opened(model, clip, vae, made) as opened:
                     trained = train_safety(opened, made, watch, engine=trainer_model.ENGINE)
-        path = published(trained.lora.path, SAFETY_FOLDER)
+            path = published(trained.lora.path, SAFETY_FOLDER)
         return outcome(cls, trained, path, SafetyLora(read_lora(path), 1.0), watch, wanted.lines)

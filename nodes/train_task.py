@@ -78,5 +78,5 @@ class TrainTaskLora(io.ComfyNode):
             else:
                 with trainer_model.opened(model, clip, vae, made, made.network_train_text_encoder) as opened:
                     trained = train_task(opened, made, watch, safety, engine=trainer_model.ENGINE, data=data)
-        path = published(trained.lora.path, LORA_FOLDER)
+            path = published(trained.lora.path, LORA_FOLDER)
         return outcome(cls, trained, path, TaskLora(read_lora(path), 1.0, 1.0), watch, wanted.lines)

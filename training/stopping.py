@@ -1,7 +1,7 @@
 """Ctrl+C, SIGTERM and the end of the host's process while something trains: what is half done is finished first.
 
 Signals reach Python's main thread alone. Where the training runs in another one (ComfyUI's worker), the interpreter's
-end waits for the step in hand and for what is kept after it.
+end waits for the step in hand and for what is kept after it, and, under `unwound`, until everything is put back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -79,3 +79,31 @@ def stopping() -> Iterator[Stopping]:
             atexit.unregister(made._end)
         for number, handler in heard.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def unwound(ask: Callable[[], None]) -> Iterator[None]:
+    """In a thread beside the main one: the interpreter's end calls ``ask`` and waits until what is inside is over.
+
+    The thread then stays where it is: one that goes on beside an interpreter that is being taken down aborts the whole
+    process when it next comes back to Python from the middle of PyTorch. What asks through `stopping` inside comes
+    first, so that a state is kept before ``ask`` is called. In the main thread nothing is to be waited for.
+    """
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    ending, over = threading.Event(), threading.Event()
+
+    def end() -> None:
+        ending.set()
+        ask()
+        over.wait()
+
+    atexit.register(end)
+    try:
+        yield
+    finally:
+        over.set()
+        atexit.unregister(end)
+        if ending.is_set():
+            threading.Event().wait()  # for good: the process ends

@@ -198,6 +198,50 @@ def test_the_end_of_the_hosts_process_waits_for_the_step_in_another_thread(optio
     assert states(options) == ["lora-step00000005-state"]
 
 
+UNWOUND = """
+import sys, threading, time
+sys.path[:0] = {paths!r}
+import conftest, pathlib, torch
+import test_training_stopping as t
+from modular_lora_guard.training.options import TaskOptions
+from modular_lora_guard.training.stopping import unwound
+begun, asked = threading.Event(), threading.Event()
+
+def trained():
+    if {trains!r}:
+        t.Toy(TaskOptions(**{values!r}), at_4=lambda: (begun.set(), time.sleep(1))).fit()
+    else:  # still getting ready: only what is asked ends it
+        begun.set()
+        assert asked.wait(300)
+
+def run():
+    with unwound(asked.set):
+        try:
+            trained()
+        finally:
+            time.sleep(1)
+            pathlib.Path({mark!r}).write_text("put back")
+    while True:  # beside the interpreter's end this ends in an abort, soon or late
+        torch.ones(100_000).square().sum()
+
+threading.Thread(target=run, daemon=True).start()
+begun.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", [True, False], ids=["in a step", "before the first step"])
+def test_the_end_of_the_hosts_process_waits_until_everything_is_put_back(trains, options, tmp_path):
+    """And the thread does nothing more, which PyTorch would answer with an abort of the process."""
+    mark = tmp_path / "mark"
+    paths = [str(ROOT / name) for name in ("importable", "tests", "tests/server")]
+    script = UNWOUND.format(paths=paths, values=vars(options), mark=str(mark), trains=trains)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
+    assert mark.read_text() == "put back"
+    assert states(options) == (["lora-step00000005-state"] if trains else [])
+
+
 def test_in_another_thread_no_handler_is_touched(options):
     before, found = signal.getsignal(signal.SIGINT), []
     toy = Toy(options, at_3=lambda: found.append(signal.getsignal(signal.SIGINT)))
