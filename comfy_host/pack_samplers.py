@@ -1,11 +1,11 @@
-"""Detailers, upscalers and tiled samplers of other packs: nodes that sample parts, or what they resized themselves.
+"""Detailers, upscalers, tiled and regional samplers of other packs: they sample parts, or what they resized themselves.
 
-Such a node makes its images or latents of what it is given and of guarded runs of its own, so that they are an edit,
-while two things hold: its pack's files are those that were read (docs/compatibility.md says which were run), and
-nothing came to it that may bring an image of its own. That is asked of every value that reaches it: models must be
-guarded, detectors be of files that were read as well, and a hook, a ControlNet for a place in the image, a latent's
-mask, or an object that nobody knows is one too many. What is known of the images, latents and masks among the values
-decides about the rest, as for every edit.
+Such a node makes its images or latents of what it is given and of guarded runs of its own, so that they are an edit; so
+does one that cuts a part out for a sampler or puts it back. It is one while two things hold: its pack's files are those
+that were read (docs/compatibility.md says which were run), and nothing came to it that may bring an image of its own.
+That is asked of every value that reaches it: models must be guarded, detectors be of files that were read as well, and
+a hook, a ControlNet for a place in the image, a latent's mask, or an object that nobody knows is one too many. What is
+known of the images, latents and masks among the values decides about the rest, as for every edit.
 """
 
 from __future__ import annotations
@@ -34,11 +34,17 @@ ULTIMATE = (  # Ultimate SD Upscale, with Coyote-A's script at 2322caa
     "3b59c8caf36c008c5ff4eb507c86aa7e36d3fcae1adf7440bcc8a0b5d8ada27c",  # c48d60d
     "116c86f17da89de77f3e519aa6189d2e8f2afdecdf0236c7fad4446e46536dcd",  # 34a3c2c
 )
+INPAINT = (  # Inpaint Crop and Stitch
+    "22a5d9d42cdb58e2b7bea43e0852b9731afae55b9a38ab2b3c58dd3f424c3046",  # a5fbe06
+    "9f543d608677bb8d6959c493a5ebe0647cc41fc7c3eab67a9004ea17262cba87",  # 3a57816
+)
 TILED = ("d53e8da85e7d8abf122c67a4772605965431b24c3b00e566bfb176585c4e232d",)  # Tiled KSampler 2fd9b05
 FOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("BboxDetectorSEGS", "DetailerForEach", "DetailerForEachPipe"), IMPACT),
     **dict.fromkeys(("FaceDetailer", "FaceDetailerPipe", "MaskToSEGS"), IMPACT),
     **dict.fromkeys(("IterativeImageUpscale", "IterativeLatentUpscale"), IMPACT),
+    **dict.fromkeys(("RegionalSampler", "RegionalSamplerAdvanced"), IMPACT),
+    **dict.fromkeys(("InpaintCropImproved", "InpaintStitchImproved"), INPAINT),
     **dict.fromkeys(("BNK_TiledKSampler", "BNK_TiledKSamplerAdvanced"), TILED),
     **dict.fromkeys(("UltimateSDUpscale", "UltimateSDUpscaleCustomSample", "UltimateSDUpscaleNoUpscale"), ULTIMATE),
 }
@@ -49,7 +55,9 @@ DETECTORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("NO_BBOX_DETECTOR", "NO_SEGM_DETECTOR"), IMPACT),
 }
 # Objects in which another node of the pack hands on what came to it: as if all of that came to the node itself
-HOLDERS: dict[str, tuple[str, ...]] = {"PixelKSampleUpscaler": IMPACT}
+HOLDERS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("KSamplerAdvancedWrapper", "PixelKSampleUpscaler", "REGIONAL_PROMPT"), IMPACT
+)
 PLAIN = (str, int, float, type(None), torch.Tensor, np.generic, comfy.sd.CLIP, comfy.samplers.Sampler)
 
 

@@ -110,15 +110,15 @@ def follow(
     if not any(one.known for one in every) and not (vouched and all(one.runs is not None for one in every)):
         return
     whole = combined(every, node) if vouched else passed(every, node)
+    behind = vouched and bool(ran) and whole.runs is not None  # what its last run gave has the ones before it behind it
     for batch in made:
         each = vouched and not ran and len(sources) == 1 and len(sources[0]) == len(batch)  # image i of image i
         for number, row in enumerate(batch):
-            _remember(row, combined(sources[0][number : number + 1], node) if each else whole)
+            if behind or source(row).runs is None:  # else exactly this came from a guarded run, or an edit of one
+                _remember(row, combined(sources[0][number : number + 1], node) if each else whole)
 
 
 def _remember(row: Row, found: Source) -> None:
-    if source(row).runs is not None:
-        return  # exactly this came from a guarded run, or is known for an edit of one
     if found.runs is None:
         if found.through:
             ledger.passed.put(row.digest, found.through)

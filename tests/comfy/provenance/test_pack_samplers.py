@@ -11,7 +11,7 @@ from support.detailers import pack
 from support.edit_graphs import show, sources
 from support.graphs import decode, node
 
-LISTED = ("Detect", "Detail", "DetailSegments", "Tiles", "TiledLatent", "Enlarge")
+LISTED = ("Detect", *(kind.__name__ for kind in pack.SAMPLING))
 _seeds = itertools.count()  # images that are alike are known alike
 UNGUARDED = "passed through Detail: not vouched for"
 
@@ -43,7 +43,8 @@ def nodes(comfy, loras, monkeypatch):
     for name in LISTED:
         monkeypatch.setitem(listed.FOLDERS, name, known)
     monkeypatch.setitem(listed.DETECTORS, "Middle", known)
-    monkeypatch.setitem(listed.HOLDERS, "Upscaler", known)
+    for name in ("Upscaler", "REGIONAL_PROMPT"):
+        monkeypatch.setitem(listed.HOLDERS, name, known)
     return listed
 
 
@@ -167,6 +168,56 @@ def test_what_an_upscaler_makes_of_a_guarded_latent_is_an_edit_by_what_it_was_gi
     outside = "guarded throughout, started from an outside picture"  # the run's own latent comes out
     assert said(comfy, enlarged(run_graph, hook=["others", 1])) == {"_larger": outside}
     assert said(comfy, enlarged(run_graph, latent=["outside", 1])) == {"_larger": f"{outside}; edited: Enlarge"}
+
+
+def regional(run_graph, **changes) -> dict:
+    """A latent sampled whole and in a region, decoded as "_regional"; changes are of the region's inputs."""
+    made = graph()
+    made["mask"] = node("SolidMask", value=1.0, width=72, height=72)
+    made["drawn"] = node("ImageToMask", image=["outside", 0], channel="red")
+    latent = changes.pop("latent", ["latent", 0])
+    links = {"mask": ["mask", 0], "model": ["as_model", 0], "positive": ["pos", 0], "negative": ["neg", 0]}
+    made["region"] = node("GiveRegion", **links | changes)
+    made["regional"] = node("Regional", latent=latent, regions=["region", 0], seed=next(_seeds))
+    made["_regional"] = decode(["regional", 0])
+    show(made, "show.regional", ["_regional", 0])
+    return run_graph(made)
+
+
+def test_what_a_regional_sampler_makes_has_all_of_its_runs_behind_it(comfy, run_graph, nodes):
+    made = regional(run_graph)
+    assert said(comfy, made) == {"_regional": "guarded; edited: Regional"}
+    run, whole = (comfy.ledger.known(made[name][0][0]).run for name in ("_regional", "decode"))
+    assert run.evaluations == 2 * whole.evaluations > 0  # in as many steps, twice
+    assert run.firings == run.layers * run.evaluations
+
+
+def test_a_regional_sampler_launders_neither_a_regions_outlines_nor_a_latent(comfy, run_graph, nodes):
+    outside = {"_regional": "guarded throughout, started from an outside picture; edited: Regional"}
+    assert said(comfy, regional(run_graph, mask=["drawn", 0])) == outside
+    assert said(comfy, regional(run_graph, latent=["outside", 1])) == outside
+    assert said(comfy, regional(run_graph, model=["ckpt", 0])) == {"_regional": "not guarded"}
+
+
+def inpainted(run_graph, **changes) -> dict:
+    """A part of an image cut out, edited, and put back as "_stitched"; changes are of the links."""
+    made = graph()
+    made["mask"] = node("SolidMask", value=1.0, width=72, height=72)
+    made["drawn"] = node("ImageToMask", image=["outside", 0], channel="red")
+    links = {"image": ["decode", 0], "mask": ["mask", 0], "part": ["turned", 0], "stitcher": ["cut", 0]} | changes
+    made["cut"] = node("Cut", image=links["image"], mask=links["mask"])
+    made["small"] = node("ImageCrop", image=["outside", 0], width=32, height=32, x=0, y=0)
+    made["turned"] = node("ImageFlip", image=["cut", 1], flip_method="x-axis: vertically")
+    made["_stitched"] = node("Stitch", stitcher=links["stitcher"], part=links["part"])
+    show(made, "show.stitched", ["_stitched", 0])
+    return run_graph(made)
+
+
+def test_what_is_cut_out_and_put_back_is_an_edit_by_the_worst_of_it(comfy, run_graph, nodes):
+    edited = "guarded; edited: Cut, ImageFlip, Stitch"
+    assert said(comfy, inpainted(run_graph)) == {"_stitched": edited}
+    for name, link in (("image", ["outside", 0]), ("mask", ["drawn", 0]), ("part", ["small", 0])):
+        assert said(comfy, inpainted(run_graph, **{name: link})) == {"_stitched": "not guarded"}, name
 
 
 def test_another_version_of_the_packs_files_is_not_vouched_for(comfy, run_graph, nodes, monkeypatch):

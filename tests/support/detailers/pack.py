@@ -1,4 +1,4 @@
-"""Nodes that encode a part of an image, sample it, decode it and paste it back under a mask."""
+"""Nodes that sample parts of an image or latent and put them back, as packs that people use have them."""
 
 from __future__ import annotations
 
@@ -130,6 +130,64 @@ class Enlarge:
         return upscaler.enlarged(latent)
 
 
+class REGIONAL_PROMPT:  # Impact Pack's name
+    """A mask of a region, and the sampler for it: a model and its prompts."""
+
+    def __init__(self, mask, **sampler):
+        self.mask, self.sampler = mask[0], sampler
+
+
+class GiveRegion:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"mask": ("MASK",), "model": ("MODEL",), **CONDS}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("REGIONAL_PROMPTS",), "run", "test"
+
+    def run(self, **given):
+        return ([REGIONAL_PROMPT(**given)],)
+
+
+class Regional:
+    """Samples a latent whole, then once more in every region, as RegionalSampler does."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"latent": ("LATENT",), "regions": ("REGIONAL_PROMPTS",), "seed": ("INT", {})}}
+    )
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "run", "test"
+
+    def run(self, latent, regions, seed):
+        import nodes  # ComfyUI's own
+
+        for mask in (None, *(region.mask for region in regions)):
+            part = latent if mask is None else latent | {"noise_mask": mask[None]}
+            model, positive, negative = (regions[0].sampler[name] for name in ("model", "positive", "negative"))
+            (made,) = nodes.common_ksampler(model, seed, 2, 2.0, "euler", "simple", positive, negative, part)
+            latent = {"samples": made["samples"]}
+        return (latent,)
+
+
+class Cut:
+    """A part of an image and what puts it back, as InpaintCropImproved makes them."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"image": ("IMAGE",), "mask": ("MASK",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("STITCHER", "IMAGE", "MASK"), "run", "test"
+
+    def run(self, image, mask):
+        part, outline = image[:, 8:40, 8:40], mask[:, 8:40, 8:40]
+        return {"canvas_image": [image], "left": [8], "blend": [outline], "how": "bicubic"}, part, outline
+
+
+class Stitch:
+    """As InpaintStitchImproved."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"stitcher": ("STITCHER",), "part": ("IMAGE",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    def run(self, stitcher, part):
+        (canvas,), (mask,) = stitcher["canvas_image"], stitcher["blend"]
+        image = canvas.clone()
+        image[:, 8:40, 8:40] += mask[..., None] * (part - image[:, 8:40, 8:40])
+        return (image,)
+
+
 def pasted(image, region, outline, model, vae, seed, positive, negative):
     """One part of an image sampled anew."""
     import torch
@@ -146,5 +204,5 @@ def pasted(image, region, outline, model, vae, seed, positive, negative):
     return image
 
 
-SAMPLING = (Detail, DetailSegments, Tiles, TiledLatent, Enlarge)
-NODES = {kind.__name__: kind for kind in (GiveDetector, GiveUpscaler, Detect, *SAMPLING)}
+SAMPLING = (Detail, DetailSegments, Tiles, TiledLatent, Enlarge, Regional, Cut, Stitch)
+NODES = {kind.__name__: kind for kind in (GiveDetector, GiveRegion, GiveUpscaler, Detect, *SAMPLING)}
