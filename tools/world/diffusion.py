@@ -31,10 +31,12 @@ def timesteps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(predict: Denoiser, noise: Tensor, steps: int = 20) -> Tensor:
-    """Euler sampling of z from unit noise [n, 4, 8, 8]."""
-    grid = timesteps(steps)
-    x = noise * (1 + SIGMAS[grid[0]] ** 2).sqrt()
+def sample(
+    predict: Denoiser, noise: Tensor, steps: int = 20, start: Tensor | None = None, denoise: float = 1.0
+) -> Tensor:
+    """Euler sampling of z from unit noise [n, 4, 8, 8]; from a latent ``start``, by the end of a longer schedule."""
+    grid = timesteps(int(steps / denoise))[-steps:]
+    x = noise * (1 + SIGMAS[grid[0]] ** 2).sqrt() if start is None else start + noise * SIGMAS[grid[0]]
     for i, t in enumerate(grid):
         sigma, following = SIGMAS[t], SIGMAS[grid[i + 1]] if i + 1 < steps else torch.tensor(0.0)
         x_t = x / (1 + sigma**2).sqrt()
