@@ -12,7 +12,12 @@ from ..modular_lora.provenance.edits import Kind
 from .patcher import ENCODED
 
 CONTAINERS = (list, tuple, Mapping)
-REGION = "REGIONAL_PROMPT"  # Impact Pack's class: a sampler and the mask of its region
+# Objects of Impact Pack in which a node hands on what came to it, by the name of their class, and where they keep it
+HELD = {
+    "KSamplerAdvancedWrapper": ("params",),
+    "PixelKSampleUpscaler": ("params",),
+    "REGIONAL_PROMPT": ("mask", "sampler"),
+}
 
 
 def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
@@ -20,8 +25,8 @@ def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
 
     ComfyUI tells them apart by form: a latent lies in a mapping under "samples", an image is b h w c, a mask has fewer
     dimensions. The frames of a video are images. What a text encoder made has a mask's form and is none: prompts are
-    the same in many graphs. Of what a detector of Impact Pack found, its crop is an image, and its outline a mask; the
-    region of a regional prompt is a mask.
+    the same in many graphs. Of what a detector of Impact Pack found, its crop is an image, and its outline a mask. In
+    objects that hold what came to another node, all of it is looked for.
     """
     waiting, seen = [value], {}  # what was seen is kept, as the place of what is gone is given to the next
     while waiting:
@@ -44,8 +49,9 @@ def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
                 waiting.extend(one)
         elif is_video(one):
             waiting.append(one.get_components().images)
-        elif type(one).__name__ == REGION:
-            waiting.append(getattr(one, "mask", None))
+        elif id(one) not in seen:
+            seen[id(one)] = one
+            waiting.extend(getattr(one, name, None) for name in HELD.get(type(one).__name__, ()))
 
 
 def is_conditioning(value: Any) -> bool:

@@ -55,9 +55,7 @@ DETECTORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("NO_BBOX_DETECTOR", "NO_SEGM_DETECTOR"), IMPACT),
 }
 # Objects in which another node of the pack hands on what came to it: as if all of that came to the node itself
-HOLDERS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("KSamplerAdvancedWrapper", "PixelKSampleUpscaler", "REGIONAL_PROMPT"), IMPACT
-)
+HOLDERS: dict[str, tuple[str, ...]] = dict.fromkeys(image_values.HELD, IMPACT)
 PLAIN = (str, int, float, type(None), torch.Tensor, np.generic, comfy.sd.CLIP, comfy.samplers.Sampler)
 
 

@@ -45,6 +45,7 @@ def nodes(comfy, loras, monkeypatch):
     monkeypatch.setitem(listed.DETECTORS, "Middle", known)
     for name in ("Upscaler", "REGIONAL_PROMPT"):
         monkeypatch.setitem(listed.HOLDERS, name, known)
+    monkeypatch.setitem(listed.image_values.HELD, "Upscaler", ("given",))
     return listed
 
 
@@ -124,6 +125,12 @@ def test_nothing_that_comes_to_it_from_outside_is_laundered(comfy, run_graph, no
     }
 
 
+def shown() -> dict:
+    """A conditioning that brings an image from outside."""
+    links = {"positive": ["pos", 0], "negative": ["neg", 0], "vae": ["ckpt", 2], "pixels": ["outside", 0]}
+    return node("InpaintModelConditioning", **links, mask=["outside", 2], noise_mask=False)
+
+
 def tiled(run_graph, latent: list, **nodes: dict) -> dict:
     """What a tiled sampler makes of a latent, decoded by the guarded VAE decoder as "_tiled"."""
     made = graph(**nodes)
@@ -151,7 +158,7 @@ def test_a_tiled_sampler_launders_neither_an_outside_latent_nor_a_masks_outlines
 
 def enlarged(run_graph, **changes) -> dict:
     """What an upscaler makes of a guarded latent, decoded as "_larger"; changes are of the upscaler's inputs."""
-    made = graph()
+    made = graph(shown=shown())
     links = {"model": ["as_model", 0], "vae": ["ckpt", 2], "positive": ["pos", 0], "negative": ["neg", 0]}
     latent = changes.pop("latent", ["sample", 0])
     made["upscaler"] = node("GiveUpscaler", **links | changes, seed=next(_seeds))
@@ -167,6 +174,7 @@ def test_what_an_upscaler_makes_of_a_guarded_latent_is_an_edit_by_what_it_was_gi
     assert said(comfy, unguarded) == {"_larger": "passed through Enlarge: not vouched for"}
     outside = "guarded throughout, started from an outside picture"  # the run's own latent comes out
     assert said(comfy, enlarged(run_graph, hook=["others", 1])) == {"_larger": outside}
+    assert said(comfy, enlarged(run_graph, positive=["shown", 0])) == {"_larger": f"{outside}; edited: Enlarge"}
     assert said(comfy, enlarged(run_graph, latent=["outside", 1])) == {"_larger": f"{outside}; edited: Enlarge"}
 
 
@@ -175,6 +183,7 @@ def regional(run_graph, **changes) -> dict:
     made = graph()
     made["mask"] = node("SolidMask", value=1.0, width=72, height=72)
     made["drawn"] = node("ImageToMask", image=["outside", 0], channel="red")
+    made["shown"] = shown()
     latent = changes.pop("latent", ["latent", 0])
     links = {"mask": ["mask", 0], "model": ["as_model", 0], "positive": ["pos", 0], "negative": ["neg", 0]}
     made["region"] = node("GiveRegion", **links | changes)
@@ -196,6 +205,7 @@ def test_a_regional_sampler_launders_neither_a_regions_outlines_nor_a_latent(com
     outside = {"_regional": "guarded throughout, started from an outside picture; edited: Regional"}
     assert said(comfy, regional(run_graph, mask=["drawn", 0])) == outside
     assert said(comfy, regional(run_graph, latent=["outside", 1])) == outside
+    assert said(comfy, regional(run_graph, positive=["shown", 0])) == outside  # a conditioning that brings an image
     assert said(comfy, regional(run_graph, model=["ckpt", 0])) == {"_regional": "not guarded"}
 
 
