@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which = common.add_mutually_exclusive_group()
     which.add_argument("--bundled", action="store_true", help="ignore COMFYUI_PATH and comfy-cli")
     which.add_argument(
@@ -92,11 +92,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     comfy.add_argument("--port", type=_number(1, 65_535), help="port of the server (a free one)")
     comfy.add_argument("--no-browser", action="store_true", help="only print the address")
     for name, (_, help) in OWN_LINE.items():
-        command = commands.add_parser(name, add_help=False, parents=[common], help=help)
-        command.add_argument("arguments", nargs=argparse.REMAINDER)
+        commands.add_parser(name, add_help=False, help=help)
+    if arguments and arguments[0] in OWN_LINE:
+        options, rest = common.parse_known_args(arguments[1:])  # they may stand behind a command's own words as well
+        options.command = arguments[0]
+        return options, rest
     options, rest = parser.parse_known_args(arguments)
-    if options.command in OWN_LINE:
-        return options, [*rest, *options.arguments]
     rest = [argument for argument in rest if argument != "--"]
     if rest and options.command == "demo":
         parser.error(f"unknown option for demo: {' '.join(rest)}")
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command in OWN_LINE:
-        usage.parser_of(options.command).parse_known_args(rest)  # ends here for help, and for what cannot be meant
+        usage.check(options.command, rest)  # ends here for help, and for what cannot be meant
     if options.command == "check":
         return check.run_check(PYTEST, rest)
     if options.command == "demo":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ ACTIONS: dict[str, Any] = {
     "boolean": argparse.BooleanOptionalAction,
     "store": argparse._StoreAction,
 }
+EPILOG = (
+    "run.py's own: --bundled (ignore COMFYUI_PATH and comfy-cli), --comfyui-git REF (ComfyUI at this tag or commit)"
+)
 BUILT_IN = ("positional arguments", "options")  # argparse's own groups
 
 Json = dict[str, Any]
@@ -83,6 +87,16 @@ def _fill(parser: argparse.ArgumentParser, said: Json) -> None:
             _fill(inner.add_parser(name, **texts), about)
 
 
+def check(command: str, rest: Sequence[str]) -> None:
+    """End the process for a command's help, and for what it cannot mean."""
+    parser = parser_of(command)
+    parsed, unknown = parser.parse_known_args(rest)
+    if unknown and getattr(parsed, "engine", None) != "kohya":  # what sd-scripts takes is known to it alone
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+
 def parser_of(command: str) -> argparse.ArgumentParser:
     """Of a command of run.py that has a command line of its own."""
-    return built(json.loads(FILE.read_text(encoding="utf-8"))[command], f"run.py {command}")
+    made = built(json.loads(FILE.read_text(encoding="utf-8"))[command], f"run.py {command}")
+    made.epilog = EPILOG
+    return made

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from modular_lora_guard import run as run_py
 from modular_lora_guard.audit import cli as audit
 from modular_lora_guard.modular_lora import command
 from modular_lora_guard.modular_lora.errors import GuardError
@@ -88,6 +89,7 @@ def test_the_help_of_every_command_is_the_commands_own_before_anything_is_instal
     assert ("operator", "record", "show") in found
     for names, parser in found.items():
         answer = run(clone, *names, "--help")
+        parser.epilog = usage.EPILOG if len(names) == 1 else None
         assert answer.stdout == parser.format_help(), names
         assert (answer.returncode, answer.stderr) == (0, ""), names
     assert not (clone / ".run").exists()
@@ -109,6 +111,10 @@ def test_what_the_commands_take_is_written_down_as_it_is() -> None:
         (("audit", "run", "--checkpoint", "a", "--engine", "cluster"), "--engine"),
         (("operator",), "command"),
         (("operator", "sign", "file"), "--key"),
+        (("lora", "train-task", "--checkpoint", "a", "--max_train_stepz", "5"), "--max_train_stepz"),
+        (("operator", "verify", "--foo", "a.png"), "--foo"),
+        (("evidence", "--nonsense"), "--nonsense"),
+        (("evidence", "--comfyui-gti", "a"), "--comfyui-gti"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
 )
@@ -140,6 +146,13 @@ def test_what_a_command_takes_is_not_refused_before_it_is_installed(
     ours = usage.parser_of(command).parse_known_args(rest)
     assert ours[1] == theirs[1]
     assert vars(ours[0]).keys() >= vars(theirs[0]).keys() - {"run"}
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_which_comfyui_may_be_said_before_and_behind_a_commands_own_words(place: int) -> None:
+    words = ["train-task", "--checkpoint", "a.safetensors"]
+    options, rest = run_py.parse(["lora", *words[:place], "--comfyui-git", "v0.33.0", *words[place:]])
+    assert (options.command, options.comfyui_git, options.bundled, rest) == ("lora", "v0.33.0", False, words)
 
 
 @pytest.mark.parametrize(
