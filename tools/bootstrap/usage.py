@@ -22,7 +22,7 @@ ACTIONS: dict[str, Any] = {
     "store": argparse._StoreAction,
 }
 EPILOG = (
-    "run.py's own: --bundled (ignore COMFYUI_PATH and comfy-cli), --comfyui-git REF (ComfyUI at this tag or commit)"
+    "run.py's own: --bundled (ignore COMFYUI_PATH and comfy-cli), --comfyui-git REF (ComfyUI at that tag)"
 )
 BUILT_IN = ("positional arguments", "options")  # argparse's own groups
 
