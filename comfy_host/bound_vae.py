@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import comfy.sd
+
 from ..modular_lora.provenance import ledger
 from .bases import VAE
 from .introspection import vae_sha256
@@ -30,8 +32,14 @@ def bound(vae):
     return other
 
 
+def stranger(vae) -> str:
+    """The class of a VAE that is not ComfyUI's own, and may decode to whatever it likes; "" of ComfyUI's."""
+    kind = type(vae).__bases__[1] if isinstance(vae, BoundVaeMixin) else type(vae)
+    return "" if kind is comfy.sd.VAE else kind.__name__
+
+
 def _bound(vae, samples, made):
     """``made`` (b h w c, of a video b t h w c); each image of a latent that a guarded run made is remembered."""
     if made.dim() in (4, 5) and made.shape[-1] in CHANNELS:
-        ledger.attest_images(made.reshape(-1, *made.shape[-3:]), samples, vae_sha256(vae))
+        ledger.attest_images(made.reshape(-1, *made.shape[-3:]), samples, vae_sha256(vae), stranger(vae))
     return made

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from comfy.model_base import BaseModel
@@ -185,7 +186,8 @@ class GuardedRun:
 
         def guarded(*args, **kwargs):
             try:
-                output = sample(*args, **kwargs)
+                with _alone(self.attachment.model):
+                    output = sample(*args, **kwargs)
             except BaseException:
                 self.discard()
                 raise
@@ -193,6 +195,36 @@ class GuardedRun:
             return output
 
         return guarded
+
+
+_sampled: list[object] = []  # the models of the guarded runs that go on now, one within the other
+
+
+@contextmanager
+def _alone(model: object) -> Iterator[None]:
+    """Meanwhile no diffusion model is evaluated but this one, and those of guarded runs around this one.
+
+    A guider may have a second model (0.33.0's Dual Model CFG Guider), whose evaluations nobody counts.
+    """
+    original = BaseModel.apply_model
+
+    @wraps(original)
+    def apply_model(self, *args, **kwargs):
+        if not any(self is one for one in _sampled):
+            raise GuardError(
+                f"This sampler evaluates a second model ({type(self).__name__}) within a guarded run, without the "
+                "guard, so that nothing of it could be called guarded: sample one guarded model.",
+                code="run.another-model",
+            )
+        return original(self, *args, **kwargs)
+
+    _sampled.append(model)
+    BaseModel.apply_model = apply_model
+    try:
+        yield
+    finally:
+        BaseModel.apply_model = original
+        _sampled.pop()
 
 
 def _is_even(output: torch.Tensor) -> bool:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..modular_lora.provenance.edits import Kind
-from .patcher import ENCODED
+from ..modular_lora.provenance.edits import Kind, Row, rows
 
+# What nodes put into a conditioning of pictures that the model fills in, goes on from or gives back changed. What only
+# steers it, as a ControlNet's image does (control_video, pose_video_latent, clip_vision_output), is left out.
+PICTURES = frozenset((
+    "concat_image",
+    "concat_latent_image",
+    "context_latents",
+    "minimax_keyframes",
+    "minimax_refs",
+    "reference_latents",
+    "reference_motion",
+    "stable_cascade_prior",
+    "time_dim_concat",
+    "vace_frames",
+))  # fmt: skip
+ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py)
+    "cross_attn",
+    "pooled_output",
+    "conditioning_llama3",
+    "conditioning_mt5xl",
+    "conditioning_byt5small",
+    "conditioning_lyrics",
+)
 CONTAINERS = (list, tuple, Mapping)
+NUMBERS = (torch.int64, torch.bool)  # of what ComfyUI draws with neither: tokens, places, which tokens count
 # Objects of Impact Pack in which a node hands on what came to it, by the name of their class, and where they keep it
 HELD = {
     "KSamplerAdvancedWrapper": ("params",),
@@ -32,7 +54,7 @@ def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
     while waiting:
         one = waiting.pop()
         if isinstance(one, torch.Tensor):
-            if one.is_floating_point():
+            if one.dtype not in NUMBERS:
                 yield ("image" if one.ndim > 3 else "mask"), one
         elif isinstance(one, CONTAINERS) and id(one) not in seen:
             seen[id(one)] = one
@@ -52,6 +74,15 @@ def image_values(value: Any) -> Iterator[tuple[Kind, torch.Tensor]]:
         elif id(one) not in seen:
             seen[id(one)] = one
             waiting.extend(getattr(one, name, None) for name in HELD.get(type(one).__name__, ()))
+
+
+def pictures(conds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[tuple[Row, ...]]:
+    """The rows of every latent in a guider's conditionings that a model goes on from."""
+    for entry in (entry for kind in conds.values() for entry in kind or ()):
+        for name in PICTURES & entry.keys():
+            for _, tensor in image_values(entry[name]):
+                if tensor.ndim > 3:
+                    yield rows(tensor, "latent")
 
 
 def is_conditioning(value: Any) -> bool:

@@ -23,8 +23,7 @@ import comfy.sd
 import numpy as np
 import torch
 
-from . import image_values
-from .bound_vae import BoundVaeMixin
+from . import bound_vae, image_values
 from .patcher import GuardMixin
 
 # SHA-256 over the Python files in the folder of a node's class and below, as they were read
@@ -81,7 +80,7 @@ def _is_known(value: Any) -> bool:
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         return isinstance(value, GuardMixin)
     if isinstance(value, comfy.sd.VAE):  # another pack's may decode to whatever it likes
-        return (type(value).__bases__[1] if isinstance(value, BoundVaeMixin) else type(value)) is comfy.sd.VAE
+        return not bound_vae.stranger(value)
     if isinstance(value, PLAIN) or image_values.is_conditioning(value):
         return True
     if image_values.is_segment(value):

@@ -41,6 +41,7 @@ from . import guard_cache, pending, running
 from .control_inputs import widen
 from .functional import measured
 from .guarded_run import GuardedRun
+from .image_values import ENCODED, pictures
 from .introspection import clip_info, family, is_current, model_info, model_sha256
 from .measurement import level, measured_eagerly, prompt_of
 from .memory import MemoryMixin, compute_dtype
@@ -50,14 +51,6 @@ from .safety_first import at_their_shares, found_first
 PACK = f"modular-lora-guard {VERSION}"
 KEY = "modular_lora"
 SKIPPING_WRAPPERS = ("easycache", "lazycache")  # wrapper keys of core nodes that skip evaluations
-ENCODED = (  # what encoders put into a conditioning (text_encoders/*.py)
-    "cross_attn",
-    "pooled_output",
-    "conditioning_llama3",
-    "conditioning_mt5xl",
-    "conditioning_byt5small",
-    "conditioning_lyrics",
-)
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 SAMPLER_SAMPLE = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
@@ -196,7 +189,8 @@ class GuardMixin(KeptMixin, MemoryMixin):
     def pre_run(self):
         if self.guard_run is None or not self.guard_run.can_start:
             raise GuardError(
-                "This sampler left out the guard's own check: sample with a node that uses a guider.",
+                "This sampler left out the guard's own check, or samples a second model beside the guarded one: sample "
+                "one guarded model with a node that uses a guider.",
                 code="run.unchecked",
             )
         self.guard_begin(self.guard_run)
@@ -277,6 +271,8 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     )
     inside = running.inside.get()
     start = inside.start(record) if inside else edits.start(streams(latent_image, **kwargs), denoise_mask, record)
+    if edits.pictured(streams(noise, **kwargs), pictures(executor.class_obj.conds), record):
+        start = start._replace(outside=True)
     executor.original = run.around(executor.original)
     output = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback and kept, *args, **kwargs)
     run.result, complete = _attested(patcher.guard_acted(record), state.part, run, hashes, start)

@@ -9,7 +9,7 @@ import torch
 
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import Attestation
-from . import introspection
+from . import bound_vae, introspection
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF  # of the stock samplers
 
@@ -44,4 +44,4 @@ def decode(
 
     node = nodes.VAEDecode() if tiles is None else nodes.VAEDecodeTiled()
     (images,) = node.decode(vae=vae, samples={"samples": latents}, **(tiles or {}))
-    return images, ledger.attest_images(images, latents, introspection.vae_sha256(vae))
+    return images, ledger.attest_images(images, latents, introspection.vae_sha256(vae), bound_vae.stranger(vae))

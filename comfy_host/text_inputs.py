@@ -21,7 +21,7 @@ from ..training.model import Prediction
 from ..training.safety.closed import layers
 from ..training.safety.closed.layers import Ask, TextInput, TextLayers
 from ..training.safety.closed.words import EMPTY, Encoded, span
-from . import introspection, noising, patcher, trainer_model
+from . import image_values, introspection, noising, trainer_model
 from .functional import BROKEN, _bare, _bare_clip
 from .run import forget
 
@@ -165,7 +165,7 @@ def _changed(cond: Conditioning) -> Conditioning:
     changed = []
     for cross, further in cond:
         more = {
-            key: _other(value) if key in patcher.ENCODED and _floating(value) else value
+            key: _other(value) if key in image_values.ENCODED and _floating(value) else value
             for key, value in further.items()
         }
         changed.append([_other(cross), more])

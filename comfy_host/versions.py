@@ -66,7 +66,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("patcher.py:_Denoised", _RUN, "comfy_extras.nodes_custom_sampler.SamplerCustomAdvanced.execute"),
     *_touches("run.py:given_out", _RUN, "comfy.model_base.BaseModel.process_latent_out"),
     *_touches("run.py:given_out", _READ, "comfy.nested_tensor.NestedTensor"),
-    *_touches("patcher.py:ENCODED", _RUN, "comfy.text_encoders"),
+    *_touches("image_values.py:ENCODED", _RUN, "comfy.text_encoders"),
     *_touches("patcher.py:encoded", _RUN, "comfy.conds.CONDList", "nodes.GLIGENTextBoxApply.append"),
     *_touches("patcher.py:common_ksampler", _RUN, "nodes.common_ksampler"),
     *_touches("patcher.py:GuardedClipMixin", _RUN, "comfy.sd.CLIP.clone", "comfy.sd.CLIP.encode_from_tokens"),

@@ -20,6 +20,7 @@ from ..tensor_hashing import tensor_sha256
 from . import ledger
 from .attestation import Attestation
 from .ledger import Runs
+from .noise import is_white
 
 EVEN = 1e-4  # a mask whose values differ by no more is of one value: resizing it rounds
 MOST_RUNS = 32  # behind one image; of an image that was put together of more, nothing is known
@@ -120,7 +121,7 @@ def follow(
 
 def _remember(row: Row, found: Source) -> None:
     if found.runs is None:
-        if found.through:
+        if found.through and not source(row).through:  # else the decode inside a node has said what it passed through
             ledger.passed.put(row.digest, found.through)
     elif row.kind == "mask":
         ledger.masks.put(row.digest, found.runs)
@@ -187,19 +188,33 @@ RESIZED = frozenset(("LatentUpscale", "LatentUpscaleBy"))
 
 
 def start(latents: Iterable[Tensor], mask: Tensor | None, record: Attestation) -> Start:
-    """What a run starts from.
+    """What a run starts from, the noise apart (`pictured`).
 
     Args:
         latents: The latents that it is given, one by one; latents of zeros hold nothing.
-        mask: Where it may change them (... h w), or None: everywhere. What is kept and what is sampled show the mask's
-            own outlines, so that a mask which is not of one value counts as an image from outside. ComfyUI has resized
-            it before, so that its content says nothing of where it comes from.
+        mask: Where it may change them (... h w), or None: everywhere. What is kept, be it nothing, and what is sampled
+            show the mask's own outlines, so that a mask which is not of one value counts as an image from outside.
+            ComfyUI has resized it before, so that its content says nothing of where it comes from.
         record: Of the run that begins; runs with other safety LoRAs count as outside.
     """
     filled = [latent for latent in latents if torch.count_nonzero(latent)]
     begun = _start((run for latent in filled for run in _runs(tensor_sha256(latent)) or (None,)), record)
-    drawn = bool(filled) and mask is not None and bool(mask.max() - mask.min() > EVEN)
+    drawn = mask is not None and bool(mask.max() - mask.min() > EVEN)
     return begun._replace(outside=begun.outside or drawn)
+
+
+def pictured(noise: Iterable[Tensor], images: Iterable[Sequence[Row]], record: Attestation) -> bool:
+    """Whether a picture from outside comes in beside the latents that a run starts from.
+
+    Args:
+        noise: What it takes for noise, one by one; what is not white counts as a picture.
+        images: The images and latents that its conditionings hold (to go on from, or to fill in).
+        record: Of the run that begins; runs with other safety LoRAs count as outside.
+    """
+    if not all(map(is_white, noise)):
+        return True
+    sources = [source(row) for batch in images for row in batch if row.kind != "mask"]
+    return _start((run for one in sources for run in (one.runs if one.runs is not None else (None,))), record).outside
 
 
 def _start(before: Iterable[Attestation | None], record: Attestation) -> Start:

@@ -162,13 +162,15 @@ def _batches(samples: Tensor) -> Sequence[Tensor]:
 # Images
 
 
-def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attestation | str]:
+def attest_images(made: Tensor, samples: Tensor, vae_sha256: str, stranger: str = "") -> list[Attestation | str]:
     """Bind images to the runs of the latents that they were decoded from.
 
     Args:
         made: The images, n h w c; a video's latent gives several, all frames of one latent together.
         samples: The latents, b ...; of nested tensors the first.
         vae_sha256: Of the VAE that decoded them.
+        stranger: The class of a VAE that is not ComfyUI's and may decode to whatever it likes: what it made of a
+            guarded latent has passed through it.
 
     Returns:
         For each image its attestation, or why there is none.
@@ -177,9 +179,11 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attest
     found: list[Attestation | str] = []
     for number, image in enumerate(made):
         digest = digests[number * len(digests) // len(made)]
-        if (run := latents.get(digest)) is None:
-            found.append(_why_not(digest))
-            if through := passed.get(digest):
+        run, through = latents.get(digest), passed.get(digest) or ()
+        if run is None or stranger:
+            through = (*through, stranger) if stranger and (run or through) else through
+            found.append(_through(through) if through else _why_not(digest))
+            if through and images.get(tensor_sha256(image)) is None:
                 passed.put(tensor_sha256(image), through)
             continue
         attestation = run.of(vae_sha256=vae_sha256, image_sha256=tensor_sha256(image))
@@ -188,10 +192,12 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str) -> list[Attest
     return found
 
 
+def _through(names: Sequence[str]) -> str:
+    return f"unattested: the latent passed through {', '.join(names)}, for which nobody vouches"
+
+
 def _why_not(digest: str) -> str:
     """Why what is decoded of a latent has no attestation."""
-    if through := passed.get(digest):
-        return f"unattested: the latent passed through {', '.join(through)}, for which nobody vouches"
     return UNSAMPLED if unsampled.get(digest) else EDITED
 
 

@@ -91,7 +91,10 @@ class TinyUpscaler:
         return {"required": {}}
 
     def run(self):
+        from comfy.model_patcher import ModelPatcher
+
         self.model = torch.nn.Upsample(scale_factor=self.scale, mode="bilinear")
+        self.patcher = ModelPatcher(self.model, torch.device("cpu"), torch.device("cpu"))  # 0.33.0 asks for it
         return (self,)
 
     def to(self, device):

@@ -21,9 +21,7 @@ ACTIONS: dict[str, Any] = {
     "boolean": argparse.BooleanOptionalAction,
     "store": argparse._StoreAction,
 }
-EPILOG = (
-    "run.py's own: --bundled (ignore COMFYUI_PATH and comfy-cli), --comfyui-git REF (ComfyUI at that tag)"
-)
+EPILOG = "run.py's own: --bundled (ignore COMFYUI_PATH and comfy-cli), --comfyui-git REF (ComfyUI at that tag)"
 BUILT_IN = ("positional arguments", "options")  # argparse's own groups
 
 Json = dict[str, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,12 +69,19 @@ def test_an_edited_latent_decoded_in_tiles_is_unattested(run_graph, loras):
     assert "\nunattested" in run_graph(graph)["decode"][1]
 
 
+def vae_with(**parts):
+    """ComfyUI's VAE with these parts alone, and a module."""
+    kind = importlib.import_module("comfy.sd").VAE
+    vae = kind.__new__(kind)
+    vars(vae).update(first_stage_model=torch.nn.Linear(1, 1), **parts)
+    return vae
+
+
 def test_every_frame_of_a_video_decoded_in_tiles_is_attested(comfy, run_graph, loras):
     """With a stand-in for a video VAE, as core asks one."""
     asked = {}
     frames = torch.rand(1, 5, 8, 8, 3, generator=torch.Generator().manual_seed(0))
-    vae = SimpleNamespace(
-        first_stage_model=torch.nn.Linear(1, 1),
+    vae = vae_with(
         temporal_compression_decode=lambda: 4,
         spacial_compression_decode=lambda: 8,
         decode_tiled=lambda latent, **tiles: asked.update(tiles) or frames,
@@ -103,7 +109,7 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     settings = (1, 1, 1.0, "euler", "normal", cond, cond)
     made = comfy.host.common_ksampler(guarded, *settings, {"samples": start})["samples"]
     frames = torch.rand(1, 3, 8, 8, 3, generator=torch.Generator().manual_seed(3))
-    vae = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1), decode=lambda latent: frames)
+    vae = vae_with(decode=lambda latent: frames)
     image = importlib.import_module("modular_lora_guard.comfy_host.stock")
     digest = comfy.ledger.tensor_sha256
     for latent in (made, made.unbind()[0]):

@@ -266,7 +266,7 @@ def test_a_mask_that_holds_an_image_is_a_start_from_outside(run_graph, loras):
     assert started(run_graph, graph, ["even", 0]) == "guarded"
     assert started(run_graph, graph, ["feathered", 0]) == "guarded, outside start"
     graph["empty"] = node("SetLatentNoiseMask", samples=["latent", 0], mask=["outside", 2])
-    assert started(run_graph, graph, ["empty", 0], 1.0) == "guarded"  # nothing is kept of nothing
+    assert started(run_graph, graph, ["empty", 0], 1.0) == "guarded, outside start"  # a stencil is an image
 
 
 def test_an_image_of_two_runs_has_the_worst_status_and_names_both(comfy, run_graph, loras):
