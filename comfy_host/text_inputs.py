@@ -24,6 +24,7 @@ from ..training.safety.closed.words import EMPTY, Encoded, span
 from . import image_values, introspection, noising, trainer_model
 from .functional import BROKEN, _bare, _bare_clip
 from .run import forget
+from .tokens import streams
 
 LEVELS = (0.5, 0.2)  # shares of the schedule in two evaluations
 SIDES = ((16, 8), (32, 16), (64, 32))  # of their latents; larger ones where a model does not take small ones
@@ -77,11 +78,11 @@ class ComfyTextModel:
 
     def too_long(self, prompt: str) -> bool:
         """See TextModel."""
-        return any(len(chunks) > 1 for chunks in self._clip.tokenize(prompt).values())
+        return any(len(chunks) > 1 for chunks in streams(self._clip.tokenize(prompt)).values())
 
     def _tokens(self, prompt: str) -> list[list[object]]:
         """The tokens of every stream, each stream in one piece."""
-        found = self._clip.tokenize(prompt).values()
+        found = streams(self._clip.tokenize(prompt)).values()
         return [[t[0] if isinstance(t[0], int) else id(t[0]) for chunk in chunks for t in chunk] for chunks in found]
 
     def _conditioning(self, prompt: str) -> Conditioning:

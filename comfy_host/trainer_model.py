@@ -43,6 +43,7 @@ from .convolutions import small_as_products
 from .fused import with_gradients
 from .model_folders import BASE_FOLDERS, find_model
 from .run import forget
+from .tokens import literal
 
 TEXT_ENCODERS = {  # family -> what its CLIP's tokenizer calls them (comfy/text_encoders/*.py)
     "SD15": frozenset({"l"}),
@@ -85,7 +86,7 @@ class ComfyHostModel:
         self._sigmas = self._model.model_sampling.sigmas.float().to(self.device)  # T, rising
         self.schedule = noising.schedule_of(self._model.model_sampling)
         self._in_chunks = {
-            name for name, chunks in clip.tokenize("a " * 2 * CHUNK, disable_weights=True).items() if len(chunks) > 1
+            name for name, chunks in clip.tokenize("a " * 2 * CHUNK).items() if len(chunks) > 1
         }  # the streams of tokens that CLIP reads a piece at a time; other encoders take a text whole
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -129,7 +130,7 @@ class ComfyHostModel:
         return Cond(tuple(self._encode(prompt) for prompt in prompts))
 
     def _encode(self, prompt: str) -> Text:
-        tokens, empty = (self._clip.tokenize(words, disable_weights=True) for words in (prompt, ""))
+        tokens, empty = (literal(self._clip, words) for words in (prompt, ""))
         for name in self._in_chunks & tokens.keys():
             tokens[name] = (tokens[name] + empty[name] * self._chunks)[: self._chunks]
         made = self._clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
@@ -150,7 +151,7 @@ class ComfyHostModel:
 
     def too_long(self, prompt: str) -> bool:
         """Whether a prompt is cut off at max_token_length: of several encoders, by all."""
-        tokens = self._clip.tokenize(prompt, disable_weights=True)
+        tokens = literal(self._clip, prompt)
         return all(name in self._in_chunks and len(chunks) > self._chunks for name, chunks in tokens.items())
 
     @torch.no_grad()

@@ -184,6 +184,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("untrainable.py:STILL", _RUN, "comfy.supported_models"),
     *_touches("trainer_model.py:ComfyHostModel", _RUN, "comfy.latent_formats.LatentFormat.latent_channels"),
     *_touches("trainer_model.py:TEXT_ENCODERS", _RUN, "comfy.sd1_clip.SDTokenizer"),
+    *_touches("tokens.py:literal", _RUN, "comfy.sd1_clip.escape_important", "comfy.sd1_clip.unescape_important"),
     *_touches("conditions.py:_sdpa", _RUN, "comfy.ldm.modules.attention.attention_pytorch"),
     *_touches("trainer_model.py:opened", _RUN, "comfy.model_base.BaseModel.manual_cast_dtype"),
     *_touches("trainer_model.py:opened", _RUN, "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"),
