@@ -38,7 +38,7 @@ from ..training.kohya.engine import Base
 from ..training.model import Cond, Text
 from ..training.options import Options, SafetyOptions
 from ..training.stored import MAIN_MEMORY, Storage
-from . import conditions, introspection, noising, patcher, untrainable
+from . import conditions, introspection, noising, patcher, text_encoder_files, untrainable
 from .convolutions import small_as_products
 from .fused import with_gradients
 from .model_folders import BASE_FOLDERS, find_model
@@ -299,27 +299,66 @@ def _clip_skip(clip, skip: int):
     return clip
 
 
-def load_checkpoint(path: Path, vae: Path | None, mixed_precision: str | None, as_stored: bool = False):
-    """(MODEL, CLIP, VAE) of a file, the U-Net in the precision it is trained in, or ComfyUI's own.
+def load_checkpoint(
+    path: Path,
+    vae: Path | None,
+    mixed_precision: str | None,
+    as_stored: bool = False,
+    text_encoders: Sequence[Path] = (),
+    clip_type: str = "",
+    pictures: bool = True,
+):
+    """(MODEL, CLIP, VAE) of a checkpoint, or of a file for each part.
 
-    ``as_stored``: in the file's, whatever the others are.
+    Args:
+        path: A checkpoint, or the diffusion model alone.
+        vae: Its VAE, in place of the checkpoint's.
+        mixed_precision: What the U-Net is trained in; None: ComfyUI's own choice.
+        as_stored: The U-Net in the file's precision, whatever the others are.
+        text_encoders: Files of the text encoders, in place of the checkpoint's; see text_encoder_files.load.
+        clip_type: What these are for.
+        pictures: Whether a VAE is needed; else it is None.
     """
     if not path.is_file():
         raise GuardError(f"{path}: is not a file: name a checkpoint (.safetensors).", code="train.no-checkpoint")
     options = {} if mixed_precision is None else {"dtype": DTYPES[mixed_precision]}
     weights, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
+    checkpoint = comfy.model_detection.model_config_from_unet(weights, prefix, metadata=metadata) is not None
     if as_stored:
-        options["dtype"] = comfy.utils.weight_dtype(weights, comfy.model_detection.unet_prefix_from_state_dict(weights))
-    found = comfy.sd.load_state_dict_guess_config(weights, model_options=options, metadata=metadata)
-    if found is None:
-        raise GuardError(f"{path.name}: is no checkpoint that ComfyUI knows: use a whole checkpoint of a model.")
-    loaded = found[:3]
-    if vae is not None:
-        loaded = (*loaded[:2], comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))))
-    for part, what in zip(loaded, ("U-Net", "text encoder", "VAE"), strict=True):
-        if part is None:
-            raise GuardError(f"{path.name}: has no {what}: use a whole checkpoint.")
-    return loaded
+        options["dtype"] = comfy.utils.weight_dtype(weights, prefix if checkpoint else "")
+    model, clip, own_vae = None, None, None
+    if checkpoint:
+        wanted = {"output_vae": pictures and vae is None, "output_clip": not text_encoders}
+        found = comfy.sd.load_state_dict_guess_config(weights, **wanted, model_options=options, metadata=metadata)
+        model, clip, own_vae = found[:3]
+    else:
+        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=options, metadata=metadata)
+    if model is None:
+        raise GuardError(f"{path.name}: is no model that ComfyUI knows: check the file.", code="train.unknown-model")
+    if text_encoders:
+        clip = text_encoder_files.load(text_encoders, clip_type, model)
+    if clip is None:
+        raise GuardError(
+            f"{path.name}: has no text encoder: name its files with --text_encoder, or use a whole checkpoint (an "
+            "audit takes no other).",
+            code="train.no-text-encoder",
+        )
+    return model, clip, _vae(path, vae, own_vae) if pictures else None
+
+
+def _vae(path: Path, file: Path | None, own):
+    """The VAE of a file of its own, or the checkpoint's ``own``, which is empty where it has none."""
+    if file is not None:
+        weights, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
+        own = comfy.sd.VAE(sd=weights, metadata=metadata)
+    if own is None or own.first_stage_model is None:
+        raise GuardError(
+            f"{(file or path).name}: has no VAE that ComfyUI knows: name its file with --vae, or use a whole "
+            "checkpoint (an audit takes no other).",
+            code="train.no-vae",
+        )
+    return own
 
 
 def preset_group(model) -> str:
@@ -367,9 +406,9 @@ def _part(part: str, kinds: Mapping[str, str], name: str) -> str:
     return str(path)
 
 
-def checkpoint_infos(path: Path) -> tuple[ModelInfo, ModelInfo]:
-    """Key maps and layers of a checkpoint's U-Net and text encoder."""
-    model, clip, _ = load_checkpoint(path, None, "no")
+def checkpoint_infos(path: Path, text_encoders: Sequence[Path], clip_type: str) -> tuple[ModelInfo, ModelInfo]:
+    """Key maps and layers of a model's U-Net and text encoder; see load_checkpoint."""
+    model, clip, _ = load_checkpoint(path, None, "no", False, text_encoders, clip_type, pictures=False)
     return introspection.model_info(model), introspection.clip_info(clip)
 
 

@@ -41,7 +41,8 @@ from .safety.train import train_safety
 from .task.train import configure, train_task
 from .task.train import prepare as prepare_task
 
-OWN = ("command", "config", "checkpoint", "vae", "comfyui", "cpu", "threads", "extra")
+FILES = ("checkpoint", "text_encoder", "clip_type", "vae")  # of the model
+OWN = ("command", "config", *FILES, "comfyui", "cpu", "threads", "extra")
 KOHYA = ("engine", "sd_scripts", "sd_scripts_python", "accelerate_config", "family", "v_prediction", "tokenizer")
 MEMORY = {"fp8_base", "cpu_offload_checkpointing"}  # sd-scripts' options for it that are its own
 SECONDS = 30.0  # without a line, at most, where a step does not take longer
@@ -183,8 +184,24 @@ def _convert_arguments(commands) -> None:
 
 def _model_arguments(command: argparse.ArgumentParser, required: bool) -> None:
     why = "" if required else "; without one, layers are paired by equal names"
-    command.add_argument("--checkpoint", type=Path, required=required, help=f"checkpoint file{why}")
-    command.add_argument("--vae", type=Path, help="VAE file, where the checkpoint's own is not wanted")
+    command.add_argument(
+        "--checkpoint", type=Path, required=required, help=f"checkpoint, or file of the diffusion model alone{why}"
+    )
+    command.add_argument(
+        "--text_encoder",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of the text encoders, where the checkpoint has none or others are wanted",
+    )
+    command.add_argument(
+        "--clip_type",
+        default="",
+        metavar="NAME",
+        help="what these are for, as ComfyUI's CLIP loaders call it: flux, qwen_image, ... (what the files tell)",
+    )
+    command.add_argument("--vae", type=Path, help="VAE file, where the checkpoint has none or another is wanted")
     command.add_argument(
         "--comfyui", type=Path, help="folder of ComfyUI (where the pack is in its custom_nodes: found)"
     )
@@ -221,7 +238,7 @@ def with_options(chosen: dict) -> str:
                 "preset: dataset knows no model, whose resolution it would take: give resolution.", code="option.preset"
             )
         return dataset.format_report(dataset.scan(configure(made)))
-    check_files(chosen["checkpoint"], chosen["vae"])
+    _check_model_files(chosen)
     safety = _safety(made)
     prepare_safety(made) if isinstance(made, SafetyOptions) else prepare_task(made, safety)
     if chosen["engine"] == "kohya":
@@ -230,7 +247,7 @@ def with_options(chosen: dict) -> str:
         torch.set_num_threads(chosen["threads"])
     host = comfy_host(chosen)
     stored = bool(made.fp8_base_unet or made.blocks_to_swap)  # a copy in the training's precision would take the room
-    where = chosen["checkpoint"], chosen["vae"], made.mixed_precision, stored
+    where = chosen["checkpoint"], chosen["vae"], made.mixed_precision, stored, *_text_encoder(chosen)
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     loaded = host.load_checkpoint(*where)
     made = presets.load(cls, chosen["config"], values, host.preset_group(loaded[0]))
@@ -251,7 +268,7 @@ def make_safety(chosen: dict) -> str:
     made = options.load(
         MakeOptions, chosen["config"], {name: value for name, value in chosen.items() if name not in OWN}
     )
-    check_files(chosen["checkpoint"], chosen["vae"])
+    _check_model_files(chosen)
     host, text = _text_model(chosen)
     return closed.make_safety(text, made, engine=host.ENGINE, base_name=chosen["checkpoint"].name).report
 
@@ -260,7 +277,8 @@ def combine_safety(chosen: dict) -> str:
     """Several safety LoRAs as one file."""
     own = (*OWN, "safety", "concept", "strength")
     made = options.load(CombineOptions, chosen["config"], {n: value for n, value in chosen.items() if n not in own})
-    check_files(*chosen["safety"], chosen["checkpoint"], chosen["vae"])
+    check_files(*chosen["safety"])
+    _check_model_files(chosen)
     strengths = chosen["strength"] or [1.0] * len(chosen["safety"])
     if len(strengths) != len(chosen["safety"]) or not all(map(_above_zero, strengths)):
         raise GuardError(
@@ -283,8 +301,29 @@ def _text_model(chosen: dict):
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
     host, texts = comfy_host(chosen), comfy_host(chosen, "text_inputs")
-    model, clip, _ = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], None)
-    return host, texts.opened(model, clip)
+    return host, texts.opened(*_without_vae(host, chosen))
+
+
+def _without_vae(host, chosen: dict) -> tuple:
+    """(MODEL, CLIP) in ComfyUI's own precision."""
+    return host.load_checkpoint(chosen["checkpoint"], None, None, False, *_text_encoder(chosen), pictures=False)[:2]
+
+
+def _text_encoder(chosen: dict) -> tuple[list[Path], str]:
+    return chosen["text_encoder"], chosen["clip_type"]
+
+
+def _check_model_files(chosen: dict) -> None:
+    check_files(chosen["checkpoint"], *chosen["text_encoder"], chosen["vae"])
+    if chosen["text_encoder"] and not chosen["checkpoint"]:
+        raise OptionError(
+            "text_encoder: is that of a diffusion model: give its file as --checkpoint.", code="option.text-encoder"
+        )
+    if chosen["clip_type"] and not chosen["text_encoder"]:
+        raise OptionError(
+            "clip_type: says what the files of --text_encoder are for: give these as well, or neither.",
+            code="option.clip-type",
+        )
 
 
 def check_files(*paths: Path | None) -> None:
@@ -302,20 +341,44 @@ def _safety(made: TaskOptions | SafetyOptions) -> list[SafetyLora]:
 
 def _with_kohya(chosen: dict, made: TaskOptions | SafetyOptions, safety: list[SafetyLora]) -> str:
     engine = find_engine(chosen["sd_scripts"], chosen["sd_scripts_python"], chosen["accelerate_config"])
+    parts, extra = _kohya_files(chosen)
     base = kohya.Base(
-        chosen["checkpoint"], chosen["family"], v_prediction=chosen["v_prediction"], tokenizer=chosen["tokenizer"]
+        chosen["checkpoint"],
+        chosen["family"],
+        v_prediction=chosen["v_prediction"],
+        tokenizer=chosen["tokenizer"],
+        parts=parts,
     )
     if isinstance(made, SafetyOptions):
-        return kohya.train_safety(engine, made, base, TrainingLines(), chosen["extra"]).report
-    return kohya.train_task(engine, made, base, TrainingLines(), safety, chosen["extra"]).report
+        return kohya.train_safety(engine, made, base, TrainingLines(), extra).report
+    return kohya.train_task(engine, made, base, TrainingLines(), safety, extra).report
+
+
+def _kohya_files(chosen: dict) -> tuple[dict[str, str], list[str]]:
+    """The model's files that sd-scripts' options call as ours do: those of its family, and further arguments."""
+    encoders, vae, extra = chosen["text_encoder"], chosen["vae"], list(chosen["extra"])
+    if chosen["clip_type"] or len(encoders) > 1:
+        raise OptionError(
+            f"{'clip_type' if chosen['clip_type'] else 'text_encoder'}: the kohya engine takes one file for each of "
+            "sd-scripts' own options (--clip_l, --t5xxl, ...): give these.",
+            code="option.kohya-files",
+        )
+    parts = {"text_encoder": str(encoders[0])} if encoders else {}
+    if vae is not None and FAMILIES[chosen["family"]].parts:
+        parts["vae"] = str(vae)
+    elif vae is not None:
+        extra += ["--vae", str(vae.absolute())]
+    return parts, extra
 
 
 def project(chosen: dict) -> str:
     """The task LoRA's file projected clear of the safety LoRAs, written to --output."""
     check_writable(chosen["output"].absolute().parent, "--output")
-    check_files(chosen["checkpoint"], chosen["vae"])
+    _check_model_files(chosen)
     task, safety = read_lora(chosen["task"]), [read_lora(path) for path in chosen["safety"]]
-    infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"]) if chosen["checkpoint"] else ()
+    infos = ()
+    if chosen["checkpoint"]:
+        infos = comfy_host(chosen).checkpoint_infos(chosen["checkpoint"], *_text_encoder(chosen))
     dtype = output.DTYPES[chosen["save_precision"]] if chosen["save_precision"] else None
     tensors, report = projection.project_file(task, safety, infos, dtype, chosen["sides"])
     output.write_tensors(chosen["output"], tensors, output.projected_metadata(task, safety, report))
@@ -344,7 +407,8 @@ def concept_prompts(chosen: dict) -> str:
 
 def calibrate_safety(chosen: dict) -> str:
     """A copy of a safety LoRA's file with its activity on a checkpoint, by which a guarded run judges a prompt."""
-    check_files(chosen["safety"], chosen["checkpoint"], chosen["vae"])
+    check_files(chosen["safety"])
+    _check_model_files(chosen)
     check_writable(chosen["output"].absolute().parent, "--output")
     for name, least in (("size", 8), ("noises", 1), ("seed", 0)):
         if chosen[name] < least:
@@ -355,7 +419,7 @@ def calibrate_safety(chosen: dict) -> str:
     )
     safety = SafetyLora(read_lora(chosen["safety"]), chosen["strength"])
     host = comfy_host(chosen)
-    model, clip, _ = host.load_checkpoint(chosen["checkpoint"], chosen["vae"], None)
+    model, clip = _without_vae(host, chosen)
     calibrating = importlib.import_module("..comfy_host.calibrating", __package__)
     latent = calibrating.latent_of(model, chosen["size"])
     sampled = latent, chosen["noises"], chosen["seed"], TrainingLines()

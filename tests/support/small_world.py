@@ -28,12 +28,8 @@ def accept() -> None:
 
     @functools.wraps(whole)
     def shorter(self, *args, model_options: dict = {}, **rest) -> None:  # noqa: B006 - ComfyUI's own default
-        whole(
-            self,
-            *args,
-            model_options={"clip_l_model_config": {"num_hidden_layers": LAYERS}} | model_options,
-            **rest,
-        )
+        sizes = {"num_hidden_layers": LAYERS} | model_options.get("clip_l_model_config", {})
+        whole(self, *args, model_options=model_options | {"clip_l_model_config": sizes}, **rest)
 
     model.__init__ = shorter
     importlib.import_module("comfy.supported_models").SD15.unet_config.pop("model_channels", None)

@@ -15,6 +15,7 @@ from modular_lora_guard.modular_lora.branches.layer_spec import LayerSpec
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard.build import SafetyLora
 from modular_lora_guard.modular_lora.options import tomllib
+from modular_lora_guard.training import cli
 from modular_lora_guard.training.kohya import arguments as kohya_arguments
 from modular_lora_guard.training.kohya import checkout
 from modular_lora_guard.training.kohya import engine as kohya
@@ -317,3 +318,22 @@ def test_a_machine_that_is_not_the_first_looks_for_no_file(place, tmp_path, monk
             kohya.train_task(engine, options, base, Seen())
         return
     assert f"machine {machine}: its share of 2 steps" in kohya.train_task(engine, options, base, Seen()).report
+
+
+def test_files_of_the_model_reach_sd_scripts_under_its_own_names(tmp_path):
+    chosen = {"text_encoder": [], "clip_type": "", "vae": tmp_path / "vae.safetensors", "extra": ["--t5xxl", "t5"]}
+    assert cli._kohya_files(chosen | {"family": "SD15"}) == ({}, ["--t5xxl", "t5", "--vae", str(chosen["vae"])])
+    parts, extra = cli._kohya_files(chosen | {"family": "SD3"})
+    assert (parts, extra) == ({"vae": str(chosen["vae"])}, ["--t5xxl", "t5"])
+    hunyuan = {"family": "HunyuanImage21", "text_encoder": [Path("qwen.safetensors")], "extra": ["--byt5", "b"]}
+    parts, extra = cli._kohya_files(chosen | hunyuan)
+    kohya_arguments.check_parts("HunyuanImage21", kohya_arguments.FAMILIES["HunyuanImage21"], parts, extra)
+    assert parts["text_encoder"] == "qwen.safetensors"
+    flux = chosen | {"family": "Flux", "text_encoder": [Path("l"), Path("t5")]}
+    with refuses("option.kohya-files", "text_encoder", "--clip_l"):
+        cli._kohya_files(flux)
+    with refuses("option.kohya-files", "clip_type"):
+        cli._kohya_files(flux | {"clip_type": "flux"})
+    parts, extra = cli._kohya_files(flux | {"text_encoder": [Path("t5")]})
+    with refuses("option.kohya-files", "text_encoder", "clip_l, t5xxl, ae"):
+        kohya_arguments.check_parts("Flux", kohya_arguments.FAMILIES["Flux"], parts, extra)
