@@ -11,6 +11,7 @@ import torch
 from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.training import cli
 from safetensors.torch import load_file, save_file
+from support.encoder_toys import ENCODERS, toy_clip
 from support.errors import refuses
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
@@ -88,6 +89,40 @@ def test_files_that_do_not_tell_what_they_are_for_need_the_type(host, loaded):
     files._check_told(loaded[0], loaded[1])
     with refuses("train.clip-type", "SD15", "SimpleNamespace", "--clip_type"):
         files._check_told(loaded[0], SimpleNamespace(tokenizer=SimpleNamespace()))
+
+
+SEVERAL = (
+    "CLIP-L and T5-XXL (Flux)",
+    "CLIP-L and CLIP-G (SDXL)",
+    "CLIP-L and Llama 3 8B (Hunyuan Video)",
+    "Qwen2.5-VL and ByT5 (Hunyuan Image, Hunyuan Video 1.5)",
+)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_of_several_encoders_needs_its_file(name, comfy, loaded, monkeypatch):
+    """ComfyUI's CLIP of these encoders takes the files as load_clip hands them on; its own sizes are too large here."""
+    from comfy import sd, sd1_clip
+
+    files = importlib.import_module("modular_lora_guard.comfy_host.text_encoder_files")
+    clip = toy_clip(ENCODERS[name])
+    encoders = [m for m in clip.cond_stage_model.modules() if isinstance(m, sd1_clip.SDClipModel)]
+    tensors = {f"{i}.safetensors": one.transformer.state_dict() for i, one in enumerate(encoders)}
+    if "CLIP-G" in name:  # known by how deep it is
+        deep = "text_model.encoder.layers.30.mlp.fc1.weight"
+        tensors["1.safetensors"] = tensors["1.safetensors"] | {deep: torch.zeros(1)}
+
+    def load_clip(paths, clip_type):
+        for path in paths:
+            clip.load_sd(dict(tensors[path]))
+        return clip
+
+    monkeypatch.setattr(sd, "load_clip", load_clip)
+    assert len(encoders) == 2
+    assert files.load([Path(name) for name in tensors], "flux", loaded[0]) is clip
+    for some in (["0.safetensors"], ["1.safetensors"], ["0.safetensors", "0.safetensors"]):
+        with refuses("train.text-encoder-files", some[0], type(clip.cond_stage_model).__name__):
+            files.load([Path(name) for name in some], "flux", loaded[0])
 
 
 def test_a_type_without_files_and_a_file_that_is_not_there_are_refused(caplog, parts, tmp_path):
