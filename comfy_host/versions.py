@@ -194,6 +194,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("trainer_model.py:load_checkpoint", _OLDER, "comfy.model_detection.unet_prefix_from_state_dict"),
     *_touches("trainer_model.py:_cloned_norm_inputs", _RUN, "comfy.clip_model.CLIPLayer"),
     *_touches("fused.py:with_gradients", _NEWER, "comfy.model_management.in_training"),
+    *_touches("fused.py:with_gradients", _RUN, "comfy.ops.disable_weight_init"),
     *_touches("noising.py:schedule_of", _RUN, "comfy.model_sampling.EPS.calculate_denoised"),
     *_touches("standalone.py:start", _RUN, "comfy.options.enable_args_parsing", "comfy.cli_args.args.cpu"),
     *_touches("pipeline.py:STEADY", _READ, f"{_SAMPLERS}.KSAMPLER_NAMES"),
