@@ -87,3 +87,23 @@ def below(one: Image.Image, other: Image.Image) -> Image.Image:
     both.paste(one)
     both.paste(other, (0, one.height))
     return both
+
+
+COLUMNS, SIDE, LABEL = 4, 236, 24  # images in a row at most; pixels of the largest side of one, and of a label's line
+
+
+def rows_of_images(width: int, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Rows of images, each below its label, as an image of ``width`` pixels; a label says where some are not shown."""
+    most = max(len(images) for _, images in rows)
+    side = min(SIDE, width // min(most, COLUMNS) - 4)
+    sheet = Image.new("RGB", (width, len(rows) * (LABEL + side + 4)), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, (label, images) in enumerate(rows):
+        y = number * (LABEL + side + 4)
+        left_out = f" (the first {COLUMNS} of {len(images)})" if len(images) > COLUMNS else ""
+        pen.text((4, y + 3), label + left_out, fill=INK, font=font)
+        for column, image in enumerate(images[:COLUMNS]):
+            small = image.convert("RGB")
+            small.thumbnail((side, side))
+            sheet.paste(small, (column * (side + 4) + 2, y + LABEL))
+    return sheet

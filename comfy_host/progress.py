@@ -18,14 +18,14 @@ from PIL import Image
 
 from ..training.pace import Pace
 from ..training.stopping import unwound
-from .charts import chart
+from .charts import below, chart, rows_of_images
 from .node_report import leave, show_progress
 from .training_files import newest_state
 
 logger = logging.getLogger("modular_lora")
 WIDTH, HEIGHT = 640, 360
 RAW, SMOOTH, HELD_OUT = "#becde1", "#285aaa", "#c8641e"
-SECONDS = 2.0  # between two images of the curve
+SECONDS = 2.0  # between two pictures
 
 
 class NodeWatch:
@@ -36,7 +36,9 @@ class NodeWatch:
         self.images: list[Path] = []
         self.without: Sequence[Path] = ()
         self._bar, self._pace = comfy.utils.ProgressBar(1), Pace()
+        self._losses: Sequence[float] = ()
         self._validation: list[tuple[int, float]] = []
+        self._previews: Image.Image | None = None  # the newest ones
 
     def check(self) -> None:
         """Raises ComfyUI's InterruptProcessingException."""
@@ -52,11 +54,11 @@ class NodeWatch:
         self.stage("reading images", done, total)
 
     def step(self, step: int, total: int, losses: list[float]) -> None:
-        pace = self._pace(step, total)
+        pace, self._losses = self._pace(step, total), losses
         if self._due() or step == total:
             said = f"step {step} of {total}, loss {smoothed(losses)[-1]:.4f}"
             self._show(", ".join(filter(None, (said, pace))))
-            self._bar.update_absolute(step, total, ("JPEG", loss_curve(losses, self._validation), WIDTH))
+            self._draw(step, total)
         else:
             self._bar.update_absolute(step, total)
 
@@ -66,10 +68,21 @@ class NodeWatch:
 
     def sample(self, step: int, images: list[Path], without: Sequence[Path] = ()) -> None:
         self.images, self.without = images, without or self.without
-        for path in images[:1]:
-            with Image.open(path) as image:
-                self._bar.update_absolute(step, None, ("JPEG", image.convert("RGB"), 512))
+        if images:
+            label = f"step {step}" + ", with the safety LoRA" * bool(self.without)
+            rows = [(label, [_opened(path) for path in images])]
+            if self.without:
+                rows.append(("without the safety LoRA", [_opened(path) for path in self.without]))
+            self._previews = rows_of_images(WIDTH, rows)
+            self._draw(step, None)
         self._shown = time.monotonic()
+
+    def _draw(self, step: int, total: int | None) -> None:
+        """The loss curve, and below it the newest previews, on the node."""
+        picture = loss_curve(self._losses, self._validation)
+        if self._previews is not None:
+            picture = below(picture, self._previews)
+        self._bar.update_absolute(step, total, ("JPEG", picture, max(picture.size)))
 
     def say(self, text: str) -> None:
         """Stays on the node, below how far it is, and is a line of the log."""
@@ -150,7 +163,13 @@ def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] 
 def _batch(images: Sequence[Path]) -> torch.Tensor:
     if not images:
         return torch.zeros(1, 1, 1, 3)
-    return torch.cat([image_tensor(Image.open(path)) for path in images])
+    return torch.cat([image_tensor(_opened(path)) for path in images])
+
+
+def _opened(path: Path) -> Image.Image:
+    """An image, its file closed again."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def image_tensor(image: Image.Image) -> torch.Tensor:

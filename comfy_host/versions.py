@@ -200,6 +200,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("text_encoder_files.py:_check_told", _RUN, "comfy.supported_models_base.ClipTarget"),
     *_touches("trainer_model.py:_cloned_norm_inputs", _RUN, "comfy.clip_model.CLIPLayer"),
     *_touches("fused.py:with_gradients", _NEWER, "comfy.model_management.in_training"),
+    *_touches("fused.py:with_gradients", _RUN, "comfy.ops.disable_weight_init"),
     *_touches("noising.py:schedule_of", _RUN, "comfy.model_sampling.EPS.calculate_denoised"),
     *_touches("standalone.py:start", _RUN, "comfy.options.enable_args_parsing", "comfy.cli_args.args.cpu"),
     *_touches("pipeline.py:STEADY", _READ, f"{_SAMPLERS}.KSAMPLER_NAMES"),

@@ -136,14 +136,19 @@ def _engine_inputs() -> list[io.Input]:
 def _handed(cls: type[Options], given: dict[str, Any]) -> Handed:
     more, engine = more_of(given.pop("more_options", "")), _engine_of(given)
     hints, values = options.hints(cls), {}
-    for name, value in given.items():
-        if value not in (AS_PRESET, UNSET, ""):
+    for name, value in _written(given).items():
+        if value not in (AS_PRESET, UNSET):
             values[name] = _value(hints[name], value)
     return Handed(values | more, **engine)
 
 
 def _engine_of(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in ("engine", "ckpt_name", "kohya_files") if name in given}
+
+
+def _written(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs without those whose text is empty: nothing was given there."""
+    return {name: value for name, value in inputs.items() if not isinstance(value, str) or value.strip()}
 
 
 def _value(hint: Any, value: Any) -> Any:
@@ -165,6 +170,8 @@ def asked(
 ) -> Asked:
     """The options of a training: the preset's, over these the options node's, over these the node's own.
 
+    An input of a text or a list that is empty asks for nothing, whatever is asked for elsewhere.
+
     Inputs that the training nodes had until they showed a preset are options still: programs and saved prompts that
     give them by name get what they ask for, and a line says so of each name that is none.
 
@@ -183,12 +190,13 @@ def asked(
     engine, more = _engine_of(further), more_of(further.pop("more_options", ""))
     strange = sorted(set(further) - set(hints))
     refuse_from_graph("the node", further)
-    former = {name: value for name, value in further.items() if name in hints} | more
+    former = {name: value for name, value in _written(further).items() if name in hints} | more
     if given.get("max_train_steps") == 0:
         del given["max_train_steps"]  # as the preset says
     if given.get("preset") == NONE:
         del given["preset"]
-    values = {name: _value(hints.get(name), value) for name, value in (dict(handed.values) | former | given).items()}
+    asked_for = dict(handed.values) | former | _written(given)
+    values = {name: _value(hints.get(name), value) for name, value in asked_for.items()}
     made = presets.load(cls, None, values | ours, group() if "preset" in values else presets.GROUPS[0])
     lines = tuple(f"input {name}: Train nodes have none of that name, NOTHING was done with it" for name in strange)
     return Asked(made, dataclasses.replace(handed, **engine), lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,21 +15,64 @@ from torch.utils.checkpoint import checkpoint
 from ..modular_lora.errors import GuardError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+WHY = (
+    "this network's blocks write into what they are given or will need again, so running them again would give wrong "
+    "gradients"
+)
+Loss = Callable[..., torch.Tensor]
 
 
 @contextmanager
-def checkpointed(network: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """The forward of every block of ``network`` under torch.utils.checkpoint, non-reentrant, while inside."""
+def checkpointed(
+    network: nn.Module, wanted: bool = True, left_out: Callable[[], None] | None = None
+) -> Iterator[Callable[[Loss], Loss]]:
+    """The forward of every block of ``network`` under torch.utils.checkpoint, non-reentrant, while inside.
+
+    Args:
+        network: Whose blocks are run again.
+        wanted: Without it all stays as it is.
+        left_out: Where the network cannot be run again, the blocks are put back, this is called, and the training goes
+            on without; where it is None, that is the error ``train.recompute``.
+
+    Yields what a training's loss is to be passed through.
+    """
     placed: list[nn.Module] = []
+
+    def put_back() -> None:
+        while placed:
+            del placed.pop().__dict__["forward"]
+
+    def passed(loss: Loss) -> Loss:
+        return loss if left_out is None else _WherePossible(loss, (put_back, left_out))
+
     try:
         for block in blocks_of(network) if wanted else ():
             if "forward" not in block.__dict__:
                 block.__dict__["forward"] = _Recomputed(block.forward)
                 placed.append(block)
-        yield
+        yield passed
     finally:
-        for block in reversed(placed):
-            del block.__dict__["forward"]
+        put_back()
+
+
+class _WherePossible:
+    """A loss that is asked once more, from the same random numbers, after ``instead`` where blocks are refused."""
+
+    def __init__(self, loss: Loss, instead: Sequence[Callable[[], None]]):
+        self.loss, self.instead = loss, instead
+
+    def __call__(self, *args: int) -> torch.Tensor:
+        numbers = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        try:
+            return self.loss(*args)
+        except GuardError as error:
+            if error.code != "train.recompute":
+                raise
+        torch.set_rng_state(numbers[0])
+        torch.cuda.set_rng_state_all(numbers[1])
+        for step in self.instead:
+            step()
+        return self.loss(*args)
 
 
 @contextmanager
@@ -155,8 +198,7 @@ def _try(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _refused() -> GuardError:
     return GuardError(
-        "gradient_checkpointing: this network's blocks write into what they are given or will need again, so running "
-        "them again would give wrong gradients: switch it off; mixed_precision bf16 halves the memory too.",
+        f"gradient_checkpointing: {WHY}: switch it off; mixed_precision bf16 halves the memory too.",
         code="train.recompute",
     )
 

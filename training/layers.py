@@ -14,9 +14,12 @@ from .options import Objective, Target
 _TRANSFORMER = re.compile(r"\.transformer_blocks\.|\.proj_(in|out)$")
 _RESIDUAL = re.compile(r"\.(in_layers|out_layers|emb_layers|skip_connection|op|conv)(\.|$)")
 _BLOCK = re.compile(r"^(language_model\.)?\w*(blocks|layers|refiner)\.")  # of any other; HiDream O1 is a language model
-_ATTENTION = re.compile(r"(^|\.)(attn|attn[12]|\w+_attn|attention|kv_mapper)\.")
+_ATTENTION = re.compile(
+    r"(^|\.)(attn|attn[12]|\w+_attn|(\w+_)?attention|kv_mapper)\."
+    r"|^blocks\.\d+\.(q|k|v|attn_out)$"  # CogVideoX
+)
 _CROSS = re.compile(  # where the text enters
-    r"\.(attn2|cross_attn|kv_mapper)\."  # attention from image to text, and what makes the text's keys and values
+    r"\.(attn2|cross_att(n|ention)|kv_mapper)\."  # from image to text, and what makes the text's keys and values
     r"|\.txt_attn\.|\.context_block\.attn\."  # the text's half of a joint attention: Flux, SD3,
     r"|\.attn\.(add_[qkv]_proj|to_add_out)(\.|$)"  # Qwen-Image,
     r"|\.attn1\.to_(q|k|v|out)_t(\.|$)"  # HiDream,

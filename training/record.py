@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..modular_lora.files.reader import LoraFile
-from . import output
+from . import output, presets
 from .adapters import Layers, Spec
 from .model import HostModel
 from .options import SafetyOptions, TaskOptions, fingerprint
@@ -48,6 +48,21 @@ class Record:
     dataset: output.DatasetRecord | None = None
     started: float = field(default_factory=time.time)
     last: LoraFile | None = None
+    left_out: list[str] = field(default_factory=list)  # a line for each, see `leaving_out`
+
+    def leaving_out(self, name: str, why: str, of: str, say: Callable[[str], None]) -> Callable[[], None] | None:
+        """What puts an option back to its default that the preset of group ``of`` set, and says so; else None."""
+        if not presets.sets(self.options, of, name):
+            return None
+
+        def leave_out() -> None:
+            default = next(f.default for f in fields(self.options) if f.name == name)
+            line = f"{name} {getattr(self.options, name)!r} of preset {self.options.preset} is LEFT OUT: {why}"
+            self.options = replace(self.options, **{name: default})
+            self.left_out.append(line)
+            say(line)
+
+        return leave_out
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -107,5 +122,5 @@ class Record:
         trained = len(self.spec.unet) + len(self.spec.text)
         if zero := trained - len(self.last.layers):
             head.append(f"{zero} of {trained} layers are zero as saved, and left out of the file")
-        report = "\n".join([*head, *self.host_model.notes, *lines])
-        return Trained(self.last, tuple(losses), report, tuple(remarks))
+        report = "\n".join([*head, *self.host_model.notes, *self.left_out, *lines])
+        return Trained(self.last, tuple(losses), report, (*self.left_out, *remarks))

@@ -13,8 +13,19 @@ from PIL import Image, ImageSequence
 from support.encoder_toys import save_text_lora
 from support.errors import refuses
 from support.families import Family
+from support.families_dit import DITS
+from support.families_image import IMAGE
+from support.families_newer_video import NEWER
+from support.families_video import VIDEOS
 from support.training_toys import side_of, toy_parts
 
+REFUSED = {  # families of the guard's table that learn from no captioned image
+    "SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123", "SD_X4Upscaler", "LotusD", "Stable_Cascade_B", "StableAudio",
+    "ACEStep", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "HunyuanVideo15_SR_Distilled",
+    "HunyuanImage21Refiner", "PiD", "LTXAV", "MiniMaxH3", "TripoSplat", "StableAudio3", "ACEStep15",
+}  # fmt: skip
+EVERY = (*IMAGE, *DITS, *VIDEOS, *NEWER)
+TRAINED = [family for family in EVERY if family.config not in REFUSED]
 WRITING = {"PixelDiTT2I"}  # whose blocks write into parts of what they are given: not run again
 STEPS, LEVELS = 8, (0.3, 0.5, 0.7, 0.9)  # of the training; of the fixed batch, as shares of the table
 

@@ -56,7 +56,11 @@ def _clip(family: Family):
         text = next(iter(tokens.values()))[0][0][0]
         generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
         found = {"cond": torch.randn(1, *family.context, generator=generator), "pooled_output": None}
-        return found | {name: drawn(family.cond[name], generator) for name in OF_TEXT if name in family.cond}
+        found |= {name: drawn(family.cond[name], generator) for name in OF_TEXT if name in family.cond}
+        if "text_input_ids" in found:
+            found["text_input_ids"] = found["text_input_ids"].clone()
+            found["text_input_ids"][:, 0] += zlib.crc32(text.encode()) % 100  # another text, other tokens
+        return found
 
     clip.tokenizer, clip.encode_from_tokens = Tokenizer(), encode
     return clip

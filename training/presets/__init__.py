@@ -7,10 +7,13 @@ others, which predict noise or v at about 1024 pixels. What is given beside a pr
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...modular_lora.options import parse
+from ...modular_lora.options import OptionError, parse
 from ..options import Options
 
 GROUPS = ("sd", "sdxl", "flow")
@@ -32,23 +35,50 @@ def values(name: str, of: str) -> dict[str, Any]:
 def load(cls: type[T], config: Path | None, given: dict[str, Any], of: str) -> T:
     """Options of a preset for the group ``of``, overridden by a TOML file, overridden by ``given``; OptionError.
 
-    The file or ``given`` names the preset; without one this is `options.load`.
+    The file or ``given`` names the preset; without one this is `options.load`. Values of the preset that contradict
+    what is given are left out, as few of them as possible; `said` names them.
     """
     known = (parse(config) if config else {}) | given
     if not known.get("preset"):
         return cls(**known)
     name = cls(preset=known["preset"]).preset  # refuses what is none, and one of the other training
-    return cls(**values(name, of) | known)
+    preset = {key: value for key, value in values(name, of).items() if key not in known}
+    for count in range(len(preset)):
+        for left_out in itertools.combinations(preset, count):
+            with suppress(OptionError):
+                return cls(**{key: value for key, value in preset.items() if key not in left_out} | known)
+    return cls(**known)  # whose error is about what is given, whatever the preset
+
+
+def sets(options: Options, of: str, name: str) -> bool:
+    """Whether the value of an option is its preset's."""
+    return bool(options.preset) and values(options.preset, of).get(name) == getattr(options, name)
 
 
 def said(options: Options, of: str) -> list[str]:
-    """A line on the preset of the options: what they have of it, and what was given beside it."""
+    """A line on the preset of the options: what they have of it, what was given beside it, and what is left out."""
     if not options.preset:
         return []
-    own, other = [], []
+    own, other, left_out = [], [], []
     for name, value in values(options.preset, of).items():
         given = getattr(options, name)
-        own += [f"{name} {value!r}"] if given == value else []
-        other += [f"{name} {given!r} for {value!r}"] if given != value else []
+        if given == value:
+            own.append(f"{name} {value!r}")
+        elif why := _contradiction(options, name, value):
+            left_out.append(f"{name} {value!r} ({why})")
+        else:
+            other.append(f"{name} {given!r} for {value!r}")
     line = f"preset {options.preset} ({of}): {', '.join(own) or 'nothing of it'}"
-    return [line + (f"; given beside it: {', '.join(other)}" if other else "")]
+    line += f"; given beside it: {', '.join(other)}" if other else ""
+    return [line + (f"; LEFT OUT, since it contradicts what was given: {', '.join(left_out)}" if left_out else "")]
+
+
+def _contradiction(options: Options, name: str, value: object) -> str:
+    """Why an option that is at its default cannot have this value beside the others, if it cannot."""
+    if getattr(options, name) != next(f.default for f in dataclasses.fields(options) if f.name == name):
+        return ""
+    try:
+        dataclasses.replace(options, **{name: value})
+    except OptionError as error:
+        return str(error).rstrip(".")
+    return ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...modular_lora.errors import GuardError
 from ...modular_lora.files.reader import read_lora
 from ...modular_lora.places import check_writable
 from .. import contamination, patterns, presets
 from ..adapters import Adapters, Spec, adapted
-from ..checkpointing import checkpointed
+from ..checkpointing import WHY, checkpointed
 from ..data import texts
 from ..forms import form_of
 from ..layers import erasing, tells_text_apart
@@ -34,6 +35,12 @@ def train_safety(
 ) -> Trained:
     """Train a safety LoRA and write it to ``output_dir``; raises GuardError or OptionError. Objectives: erasure.py."""
     prepare(options)
+    if not host_model.schedule.noise.any():
+        raise GuardError(
+            f"A {host_model.family} adds no noise to an image, and an erasure begins at noise: make a safety LoRA from "
+            "words for it (Make Safety LoRA).",
+            code="train.no-noise",
+        )
     texts.check_prompts(options, host_model.too_long)
     of = presets.group(host_model.family, host_model.schedule.prediction == "velocity")
     said = [
@@ -66,9 +73,10 @@ def train_safety(
     said += patterns.lines(options, (unet,))
     record = Record(host_model, options, spec, engine, base_name, contaminated=contaminated)
     start = read_lora(options.init) if options.init else None
+    without = record.leaving_out("gradient_checkpointing", WHY, of, watch.say)
     with (
         adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
-        checkpointed(host_model.unet, options.gradient_checkpointing),
+        checkpointed(host_model.unet, options.gradient_checkpointing, without) as passed,
     ):
         if start is not None:
             said.append(start_from(adapters, start))
@@ -86,7 +94,7 @@ def train_safety(
         previews = Previews(host_model, adapters, options, watch.check)
         job = Job(
             groups=patterns.groups(options, adapters, ((unet, options.learning_rate),)),
-            loss=erasure.loss,
+            loss=passed(erasure.loss),
             write=lambda path, step, masters: _write(record, options, erasure, adapters, masters, path, step, said),
             fingerprint=record.fingerprint,
             after_step=lambda masters: erasure.after_step(masters.values),

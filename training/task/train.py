@@ -16,7 +16,7 @@ from ...modular_lora.guard.build import SafetyLora
 from ...modular_lora.places import check_writable
 from .. import contamination, patterns, presets
 from ..adapters import Adapters, Spec, adapted
-from ..checkpointing import checkpointed
+from ..checkpointing import WHY, checkpointed
 from ..data import config as dataset_config
 from ..data import dataset, export, texts
 from ..data.batches import Plan
@@ -135,9 +135,10 @@ def train_task(
     start = _start(host_model, options, loras)
     spec = _spec(host_model, options)
     record = Record(host_model, options, spec, engine, base_name, loras, contaminated, export.record(found))
+    without = record.leaving_out("gradient_checkpointing", WHY, of, watch.say)
     with (
         adapted(host_model.unet, host_model.text_encoder, spec) as adapters,
-        checkpointed(host_model.unet, options.gradient_checkpointing),
+        checkpointed(host_model.unet, options.gradient_checkpointing, without) as passed,
     ):
         if start is not None:
             adapters.load(start)
@@ -146,8 +147,8 @@ def train_task(
             groups=patterns.groups(
                 options, adapters, ((spec.unet, options.learning_rate), (spec.text, options.text_encoder_lr))
             ),
-            loss=loss.loss,
-            largest=loss.largest,
+            loss=passed(loss.loss),
+            largest=passed(loss.largest),
             write=lambda path, step, masters: record.write(path, step, adapters.tensors(masters.of), spans),
             fingerprint=record.fingerprint,
             after_step=lambda masters: _project(adapters, spans, masters.of),

@@ -5,40 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from support.errors import refuses
-from support.families import Family, make
-from support.families_dit import DITS
-from support.families_image import IMAGE
-from support.families_newer_video import NEWER
-from support.families_video import VIDEOS
-from support.family_training import check_family, part, watch
+from support.families import make
+from support.family_training import EVERY, REFUSED, TRAINED, check_family, part, watch
 from support.graphs import bits
 from support.training_toys import SIDE, side_of, toy_parts
 
 pytest.importorskip("peft", reason="PEFT is not installed beside this ComfyUI: training tests need it")
 
-REFUSED = {  # families of the guard's table that learn from no captioned image
-    "SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123", "SD_X4Upscaler", "LotusD", "Stable_Cascade_B", "StableAudio",
-    "ACEStep", "Hunyuan3Dv2", "Hunyuan3Dv2mini", "Hunyuan3Dv2_1", "HunyuanVideo15_SR_Distilled",
-    "HunyuanImage21Refiner", "PiD", "LTXAV", "MiniMaxH3", "TripoSplat", "StableAudio3", "ACEStep15",
-}  # fmt: skip
 ALWAYS = ("SD1.x", "SD3", "Flux dev", "Wan 2.1 T2V")
-EVERY = (*IMAGE, *DITS, *VIDEOS, *NEWER)
-TRAINED = [family for family in EVERY if family.config not in REFUSED]
 FIGURES = "training_families.json"
-
-
-@pytest.fixture
-def known(matrix):
-    """Skips a family that this ComfyUI does not know, which the table says."""
-
-    def check(family: Family) -> None:
-        from comfy import supported_models
-
-        if not hasattr(supported_models, family.config):
-            matrix(FIGURES, family.name, "untested")
-            pytest.skip(f"this ComfyUI has no {family.config}")
-
-    return check
 
 
 @pytest.mark.parametrize("name", ALWAYS)
@@ -160,7 +135,7 @@ def test_the_promises_hold_for_every_form_of_adapter(name, changes, comfy, data,
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", TRAINED, ids=lambda family: family.name)
 def test_every_family_is_trained(family, comfy, known, data, tmp_path, matrix):
-    known(family)
+    known(family, FIGURES, family.name)
     check_family(family, comfy, data, tmp_path)
     matrix(FIGURES, family.name, "works")
 
@@ -168,7 +143,7 @@ def test_every_family_is_trained(family, comfy, known, data, tmp_path, matrix):
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", [f for f in EVERY if f.config in REFUSED], ids=lambda family: family.name)
 def test_what_is_not_trained_is_refused_by_name(family, comfy, known, matrix):
-    known(family)
+    known(family, FIGURES, family.name)
     with refuses("train.family", family.config):
         part("comfy_host.untrainable").check(make(family, filled=False))
     matrix(FIGURES, family.name, "refused")

@@ -176,6 +176,35 @@ def test_values_of_an_options_node_win_over_the_preset_and_are_those_of_the_form
     assert same(load_file(lora.path), load_file(again.path))
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+@pytest.mark.parametrize(
+    ("kind", "more", "found"),
+    [
+        ("Safety", "preserve = ['a cat', 'a house']", {"preserve": ("a cat", "a house")}),
+        ("Safety", "concept = 'a car'\nsynonyms = ['a lorry']", {"concept": ("a car",), "synonyms": ("a lorry",)}),
+        ("Safety", "objective = 'leco'\nneutral = 'a tree'", {"objective": "leco", "neutral": "a tree"}),
+        ("Task", "sample_prompts = ['a dog']\ntraining_comment = 'x'", {"sample_prompts": ("a dog",)}),
+        ("Task", "optimizer_args = ['weight_decay=0.1']", {"optimizer_args": ("weight_decay=0.1",)}),
+    ],
+)
+def test_an_empty_input_of_text_takes_nothing_away(kind, more, found, empty, comfy):
+    """On the training node, among the former inputs, and on the options node, beside more_options of the latter."""
+    node, module = comfy.nodes.NODE_CLASS_MAPPINGS[f"ModularLoraTrain{kind}"], part(comfy, "nodes.training_options")
+    cls = getattr(part(comfy, "training.options"), f"{kind}Options")
+    hints = part(comfy, "training.options").hints(cls)
+    inputs = options_node(comfy, kind)["inputs"]
+    texts = {name: empty for name, value in inputs.items() if value == ""} | {"more_options": more}
+    handed = module._handed(cls, inputs | texts)
+    own = defaults(comfy, f"ModularLoraTrain{kind}") | {"preset": "none"}
+    given = {name: empty if value == "" else value for name, value in own.items() if name in hints}
+    former = {name: empty for name in found if name not in given}
+    given.pop("resume")
+    made = module.asked(node, cls, given | former, handed, lambda: "sd").options
+    assert {name: getattr(made, name) for name in found} == found
+    written = {"sample_prompts": "a pig"}
+    assert module.asked(node, cls, given | written, handed, lambda: "sd").options.sample_prompts == ("a pig",)
+
+
 def test_the_safety_options_node_is_heard_and_base_previews_are_drawn_once(comfy, run_graph):
     given = {"train_size": 64, "train_batch_size": 1, "denoising_steps": 2, "network_dim": 2, "relative_error": "no"}
     given |= {"sample_every_n_steps": 1, "sample_prompts": "twemoji, car", "sample_size": 64, "sample_steps": 2}

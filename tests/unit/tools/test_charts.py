@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from modular_lora_guard.comfy_host import charts
 from modular_lora_guard.tools.bootstrap.paths import ROOT
+from PIL import Image
 
 
 def bar(figure) -> None:
@@ -54,6 +55,15 @@ def test_a_tables_figures_end_at_the_same_place_and_fit(monkeypatch):
     assert long.width == 320
     assert drawn[-2][0].startswith("…")
     assert charts.below(image, charts.table(640, rows[:1])).height > image.height
+
+
+def test_a_label_says_where_not_all_of_a_row_is_shown(monkeypatch):
+    said = []
+    monkeypatch.setattr(charts.ImageDraw.ImageDraw, "text", lambda self, place, text, **_: said.append(text))
+    images = [Image.new("RGB", (8, 8), "red")] * 6
+    sheet = charts.rows_of_images(640, [("step 3", images), ("without", images[:2])])
+    assert said == ["step 3 (the first 4 of 6)", "without"]
+    assert sheet.width == 640
 
 
 @pytest.mark.slow  # another interpreter imports PyTorch

@@ -118,3 +118,26 @@ class Slices(Block):
 def test_what_running_again_would_make_wrong_is_refused(block) -> None:
     with refuses("train.recompute"):
         gradients(Streams(block), True)
+
+
+class Dropping(Slices):
+    def forward(self, img: Tensor, txt: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(nn.functional.dropout(img), txt, gate)
+
+
+def test_a_training_goes_on_without_where_it_need_not_be_refused() -> None:
+    torch.manual_seed(0)
+    network, said = Streams(Dropping), []
+    given = [torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(rows)) for rows in (5, 3, 1)]
+
+    def losses(again: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        with writing_allowed(), checkpointed(network, again, lambda: said.append("left out")) as passed:
+            loss = passed(lambda: network(*given).square().sum())
+            return [loss().detach(), loss().detach()]
+
+    plain = losses(False)
+    assert not torch.equal(*plain), "the second draws other numbers"
+    assert all(map(torch.equal, plain, losses(True)))
+    assert said == ["left out"]
+    assert not any("forward" in vars(module) for module in network.modules())

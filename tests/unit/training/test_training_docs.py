@@ -21,7 +21,8 @@ WANTED = (
     "erased concept rate / base rate",
     "kept concepts accuracy drop (points)",
     "step cpu-s / sd-scripts, fp32",
-    "step cpu-s / sd-scripts, bf16",
+    "step cpu-s / ComfyUI's trainer, fp32",
+    "step cpu-s / bare step, small convolutions as products, fp32",
     "erasure run / on-policy ESD",
 )
 

@@ -189,6 +189,11 @@ def test_layers_of_objectives_in_a_joint_attention_and_in_one_without_a_text_of_
     single = {path: path for path in ("layers.0.attention.qkv", "layers.0.feed_forward.w1", "x_embedder")}
     assert not layers.tells_text_apart(single)
     assert list(layers.erasing(single, "linear", "sdd")) == ["layers.0.attention.qkv"]
+    video = {f"blocks.0.{part}": part for part in ("q", "k", "v", "attn_out", "ff_proj", "norm1.linear")}
+    assert list(layers.erasing(video, "linear", "esd-x").values()) == ["q", "k", "v", "attn_out"]
+    whole = [f"visual_transformer_blocks.0.{part}.to_key" for part in ("self_attention", "cross_attention")]
+    assert list(layers.select(dict(zip(whole, whole, strict=True)), "attention")) == whole
+    assert list(layers.erasing(dict(zip(whole, whole, strict=True)), "linear", "esd-x")) == whole[1:]
     o1 = ["language_model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv"]  # the latter reads reference images
     assert list(layers.select(dict(zip(o1, o1, strict=True)), "linear")) == o1[:1]
 
