@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import shutil
 
@@ -20,14 +21,13 @@ _seeds = itertools.count(40)
 
 def two_models() -> type:
     """A node whose guider evaluates another model for the negative prompt, as 0.33.0's Dual Model CFG Guider does."""
-    import comfy.model_management
-    import comfy.samplers
+    management, samplers = (importlib.import_module(f"comfy.{name}") for name in ("model_management", "samplers"))
 
-    class TwoModels(comfy.samplers.CFGGuider):
+    class TwoModels(samplers.CFGGuider):
         def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  # as ComfyUI has it
             conds = [self.conds["positive"], self.conds["negative"]]
-            cond, _ = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
-            _, other = comfy.samplers.calc_cond_batch(self.other.model, conds, x, timestep, model_options)
+            cond, _ = samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
+            _, other = samplers.calc_cond_batch(self.other.model, conds, x, timestep, model_options)
             return other + self.cfg * (cond - other)
 
     class GiveTwoModels:
@@ -37,7 +37,7 @@ def two_models() -> type:
         def run(self, one, other, positive, negative):
             guider = TwoModels(one)
             guider.other = other
-            comfy.model_management.load_models_gpu([other])
+            management.load_models_gpu([other])
             other.pre_run()
             guider.set_conds(positive, negative)
             guider.set_cfg(0.0)  # nothing of the guarded model is left in what comes out
