@@ -21,6 +21,7 @@ from server import PromptServer
 
 from ..modular_lora.guard import activity
 from ..modular_lora.provenance import attested, ledger
+from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.provenance.verdict import verdict
 from ..modular_lora.util import plain_json
@@ -60,7 +61,6 @@ class Shown:
         pixels_sha256: Of its 8-bit pixels, h w c, as Save Image rounds them.
         pixels_size: Width, height and channels.
         activity: What the safety LoRAs' activity says of its prompt, in words; "" where it is not known.
-        judged: Whether a calibration gave a verdict on it; where none did, the Guard node does not name the figure.
     """
 
     node: str
@@ -71,7 +71,6 @@ class Shown:
     pixels_sha256: str
     pixels_size: tuple[int, ...]
     activity: str = ""
-    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,13 @@ def note(
             said["pixels_sha256"],
             tuple(said["pixels_size"]),
             activity.in_words([known.run]),
-            known.run is not None and any(one.prompt for one in known.run.activity.values()),
         )
         for known, said in found
     ]
     del prompt.shown[MOST_TOLD:]
+    for known, said in found:
+        judged = known.run is not None and any(one.prompt for one in known.run.activity.values())
+        prompt.judged[said["pixels_sha256"]] = known.run if judged else None
     if found:
         prompt.wrote.append(Wrote(node, name, dict(Counter(known.status for known, _ in found))))
     return found
@@ -264,7 +265,7 @@ def end(prompt: running.Prompt) -> None:
     _prompts.put(prompt.id, Ended(prompt.client, tuple(prompt.shown), tuple(prompt.wrote)))
     told = how_much()
     if prompt.shown and told != "none":
-        said = in_words(prompt.shown, prompt.wrote) if told == "full" else in_brief(prompt.wrote)
+        said = in_words(prompt.wrote, list(prompt.judged.values())) if told == "full" else in_brief(prompt.wrote)
         for node in prompt.holding(running.GUARDS):
             show_above(node, said, prompt.client)
 
@@ -281,13 +282,11 @@ def _counts(wrote: list[Wrote]) -> Counter[str]:
     return sum((Counter(one.said) for one in wrote), Counter())
 
 
-def in_words(shown: list[Shown], wrote: list[Wrote]) -> str:
+def in_words(wrote: list[Wrote], judged: list[Attestation | None]) -> str:
     """One line for each status: how many images, and which nodes they came to; then what is known of their prompts."""
     counts = _counts(wrote)
     lines = []
     for status, n in counts.items():
         nodes = dict.fromkeys(f"{one.type} {one.node}" for one in wrote if status in one.said)
         lines.append(f"{n} of {counts.total()} images ({', '.join(nodes)}): {status}")
-    said = {one.pixels_sha256: one.activity for one in shown if one.judged}  # an image may come to several nodes
-    lines += [f"image {number}: {words}" if len(said) > 1 else words for number, words in enumerate(said.values(), 1)]
-    return "\n".join(lines)
+    return "\n".join(filter(None, (*lines, activity.in_words(judged))))

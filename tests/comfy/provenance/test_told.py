@@ -142,6 +142,19 @@ def test_a_policy_cuts_what_is_sent_to_the_guard_node_and_told_at_the_route_as_i
     assert ("activity" in said["images"][0]) == (told == "full")
 
 
+def test_what_is_known_of_the_prompts_of_several_images_stands_once_under_their_statuses(comfy):
+    """Counted are the images themselves, however many nodes each came to."""
+    told, attestation = part(comfy, "comfy_host.told"), part(comfy, "modular_lora.provenance.attestation")
+    kept = attestation.Attestation("guarded", "p", "SD15", "b", False, (), {})
+    kept = kept.of(activity={"s": attestation.Activity(0.05, "kept")})
+    wrote = [told.Wrote("7", "SaveImage", {"guarded": 2, "not guarded": 1}), told.Wrote("8", "Preview", {"guarded": 2})]
+    assert told.in_words(wrote, [kept, None, kept]).splitlines() == [
+        "4 of 5 images (SaveImage 7, Preview 8): guarded",
+        "1 of 5 images (SaveImage 7): not guarded",
+        "the safety LoRA acted weakly on images 1 and 3: their prompts are not about the concept (activity 0.05)",
+    ]
+
+
 @pytest.mark.parametrize(("client", "told"), [("mine", "full"), ("mine", "brief"), ("mine", "none"), (None, "full")])
 def test_how_far_a_training_is_goes_to_the_client_that_queued_it_and_is_cut_alike(client, told, operator, comfy):
     """Its data set's file names and captions are in it."""
