@@ -26,21 +26,26 @@ def answer(line: str, more: str = "", verdicts: Sequence[dict] | None = None, **
         shown: What else the node shows, as ComfyUI's own nodes do: ``images``, ...
     """
     said: dict[str, Any] = dict(shown)
-    told = _told()
-    if told != "none":
-        said["text"] = ["\n".join(filter(None, (line, more if told == "full" else "")))]
+    if text := left(line, more):
+        said["text"] = [text]
     return said if verdicts is None else beside(said, verdicts)
+
+
+def left(line: str, more: str = "") -> str:
+    """What the policy leaves of a report, wherever it is sent: see `answer`; "" where it leaves nothing."""
+    told = how_much()
+    return "" if told == "none" else "\n".join(filter(None, (line, more if told == "full" else "")))
 
 
 def beside(shown: Mapping[str, Any], verdicts: Sequence[dict]) -> dict[str, Any]:
     """What a node shows, with the verdicts as the policy lets them stand."""
-    if (told := _told()) == "none":
+    if (told := how_much()) == "none":
         return dict(shown)
     return {**shown, VERDICT: [one if told == "full" else brief(one) for one in verdicts]}
 
 
-def _told() -> str:
-    """How much the policy lets stand; nothing where it cannot be read."""
+def how_much() -> str:
+    """How much the policy lets stand: "full", "brief" or "none"; nothing where it cannot be read."""
     try:
         policy = policies.current()
     except GuardError:

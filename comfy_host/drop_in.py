@@ -36,7 +36,7 @@ from ..modular_lora.guard.build import (
     text_digest,
 )
 from ..modular_lora.guard.report import format_functional, format_guard, format_memory
-from ..modular_lora.guard.summary import guard_summary, run_summary
+from ..modular_lora.guard.summary import guard_summary, run_line, task_line
 from ..modular_lora.provenance import ledger
 from ..modular_lora.provenance.attestation import SAFETY_FIRST, SUM, Attestation, LoraRecord
 from ..modular_lora.provenance.ledger import Encoder
@@ -155,7 +155,7 @@ class DropInMixin(HookedMixin):
 
     def guard_ended(self, result: Attestation) -> None:
         if self.guard_shared.node_id:
-            show_run(self.guard_shared.node_id, run_summary(result))
+            show_run(self.guard_shared.node_id, run_line(result), task_line(result))
 
     def set_injections(self, *args, **kwargs):
         raise GuardError(

@@ -111,13 +111,23 @@ class Judged:
     verdicts: list[dict]
 
 
-def judge(images: torch.Tensor, gate: Gate) -> Judged:
+def judge(images: torch.Tensor, gate: Gate, chosen: Gate | None = None) -> Judged:
     """Judge images (b h w 3) and act on them; what the gate decided is remembered by content.
 
     An image that the gate changed keeps its run's attestation, and the record says that the gate changed it; what it
-    put in an image's place is not called guarded. RefusedError for a gate that is looser than the operator's policy.
+    put in an image's place is not called guarded.
+
+    Args:
+        images: All of the batch.
+        gate: What is asked and done.
+        chosen: The gate that was set, where another action than its own is taken; the policy judges it, and its
+            settings are what records name.
+
+    Raises:
+        RefusedError: For a gate that is looser than the operator's policy.
     """
-    check(gate)
+    chosen = chosen or gate
+    check(chosen)
     began = time.monotonic()
     outcome = outcome_of(images, gate)
     seconds = time.monotonic() - began
@@ -127,9 +137,10 @@ def judge(images: torch.Tensor, gate: Gate) -> Judged:
     if gate.settings.action == "replace" and any(outcome.changed):
         _check_replacement(out[outcome.changed.index(True)], gate)
     withheld = [flagged and gate.settings.action == "withhold" for flagged in outcome.flags]
-    digests = [_remember(images[i], out[i], gate, outcome, i, withheld[i]) for i in range(len(out))]
+    settings_sha256 = chosen.settings_sha256
+    digests = [_remember(images[i], out[i], gate, settings_sha256, outcome, i, withheld[i]) for i in range(len(out))]
     kept = review.keep(images, outcome.answers)
-    policies.record_gate(gate.settings_sha256, gate.detector, outcome, seconds, kept)
+    policies.record_gate(settings_sha256, gate.detector, outcome, seconds, kept)
     verdicts = [
         verdict(i, ledger.known_of(digest), withheld=held, refusal=_refusal(gate, outcome, i) if held else None)
         for i, (digest, held) in enumerate(zip(digests, withheld, strict=True))
@@ -154,13 +165,21 @@ def _check_replacement(image: torch.Tensor, gate: Gate) -> None:
         )
 
 
-def _remember(before: torch.Tensor, after: torch.Tensor, gate: Gate, outcome: Outcome, i: int, withheld: bool) -> str:
+def _remember(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    gate: Gate,
+    settings_sha256: str,
+    outcome: Outcome,
+    i: int,
+    withheld: bool,
+) -> str:
     """The hash of the image that the gate's decision is remembered under: what goes on, or what was withheld."""
     source, detector, settings = tensor_sha256(before), gate.detector, gate.settings
     flagged, changed = outcome.flags[i], outcome.changed[i] and not withheld
     second = gate.second.detector.name if gate.second else ""
     decided = settings.action, flagged, changed, source, outcome.answers[i], second
-    record = GateRecord(detector.name, detector.sha256, gate.settings_sha256, *decided)
+    record = GateRecord(detector.name, detector.sha256, settings_sha256, *decided)
     return ledger.record_gate(record, after, SUBSTITUTED.get(settings.action, ""), _found(settings, outcome, i))
 
 

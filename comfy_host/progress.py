@@ -88,10 +88,10 @@ class NodeWatch:
         """Stays on the node, below how far it is, and is a line of the log."""
         logger.info(text)
         self._said = "\n".join(filter(None, (text, self._said)))  # the newest first
-        show_progress(self.node, self._said)
+        show_progress(self.node, "", self._said)
 
     def _show(self, progress: str) -> None:
-        show_progress(self.node, "\n".join(filter(None, (progress, self._said))))
+        show_progress(self.node, progress, self._said)
 
     def finish(self, losses: Sequence[float]) -> torch.Tensor:
         """The whole loss curve as IMAGE; it takes the last preview's place on the node, where it would stay."""
@@ -125,7 +125,10 @@ def going_on(node: type[io.ComfyNode], name: str) -> Iterator[None]:
             yield
     except comfy.model_management.InterruptProcessingException:
         kept = newest_state(name)
-        leave(node, f"stopped; {kept.name} is kept: switch resume on to go on from it" if kept else "stopped; no state")
+        if kept:
+            leave(node, "stopped; a state is kept: switch resume on to go on from it", kept.name)
+        else:
+            leave(node, "stopped; no state")
         raise
 
 

@@ -22,7 +22,7 @@ class Drawn:
 
     Attributes:
         images: b h w c.
-        gate: The gate that is to judge them.
+        gate: The gate that is to judge them; not always with the action that was chosen, see `_sparing`.
         tries: How often each was drawn, in words.
         attested: The attestation of the first run.
     """
@@ -45,7 +45,7 @@ def draw_until_clear(job: Job, seed: int, max_tries: int, gate: Gate) -> Drawn:
             (shots[i],) = job.of(i).draw((seed + retry * n + i) & MAX_SEED)
             tries[i] += 1
         pending = _flagged(shots, pending, gate)
-    final = _sparing(gate, all_flagged=len(pending) == n)
+    final = _sparing(gate, some=0 < len(pending) < n)
     return Drawn(torch.cat(shots), final, _tried(tries, pending, spared=final is not gate), attested)
 
 
@@ -121,9 +121,9 @@ def _flagged(shots: list[torch.Tensor], asked: Iterable[int], gate: Gate) -> lis
     return [i for i, of_shot in zip(asked, flags, strict=True) if of_shot.any()]
 
 
-def _sparing(gate: Gate, all_flagged: bool) -> Gate:
-    """The gate, with empty in place of block, which would take all for one; where no image is left, block stays."""
-    if gate.settings.action != "block" or all_flagged:
+def _sparing(gate: Gate, some: bool) -> Gate:
+    """The gate, with empty in place of block where some images are flagged, and not all: it would take all for one."""
+    if gate.settings.action != "block" or not some:
         return gate
     return replace(gate, settings=replace(gate.settings, action="empty"))
 

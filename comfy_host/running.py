@@ -28,6 +28,8 @@ class Prompt:
         began: When it started to run, in seconds since the epoch.
         shown: What is known of the images that came to nodes which write or show them.
         wrote: These nodes, with what they wrote.
+        judged: These images, each once, by the hash of its pixels, with the run behind it where a calibration gave a
+            verdict on its prompt, else None: where there is none the Guard node does not name the figure.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Prompt:
     began: float = field(default_factory=time.time)
     shown: list[Any] = field(default_factory=list)
     wrote: list[Any] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def followed(self) -> bool:

@@ -21,6 +21,7 @@ from server import PromptServer
 
 from ..modular_lora.guard import activity
 from ..modular_lora.provenance import attested, ledger
+from ..modular_lora.provenance.attestation import Attestation
 from ..modular_lora.provenance.ledger import Known
 from ..modular_lora.provenance.verdict import verdict
 from ..modular_lora.util import plain_json
@@ -28,7 +29,7 @@ from ..modular_lora.util.cache import Cache
 from ..modular_lora.util.hashing import hash_file
 from ..operators.graph import NodeFacts
 from . import model_folders, running
-from .answers import beside
+from .answers import beside, how_much
 from .enforcement import policy as policies
 from .image_values import image_values
 from .node_report import show_above
@@ -40,6 +41,7 @@ OURS = frozenset(("ModularLoraSaveImage", "ModularLoraSaveGated"))  # of our nod
 FILMS = frozenset(("SaveAnimatedPNG", "SaveAnimatedWEBP", "SaveVideo", "SaveWEBM"))  # all frames go into one file
 SAVES = FILMS | {"SaveImage"}  # ComfyUI's own; they get an entry also where the client sent no extra_pnginfo at all
 FILE = ("filename", "subfolder", "type")  # of an entry of `images` as ComfyUI's own nodes give it
+BRIEF = ("node", "type", "status", "edits", "pixels_sha256", "pixels_size")  # of `Shown`: nothing of a prompt
 MOST_ENTRIES = 64  # images of one node of which its files say something: every file of a batch holds all entries
 MOST_TOLD = 512  # images of one prompt that are told one by one, and frames of which a film says something
 
@@ -59,7 +61,6 @@ class Shown:
         pixels_sha256: Of its 8-bit pixels, h w c, as Save Image rounds them.
         pixels_size: Width, height and channels.
         activity: What the safety LoRAs' activity says of its prompt, in words; "" where it is not known.
-        judged: Whether a calibration gave a verdict on it; where none did, the Guard node does not name the figure.
     """
 
     node: str
@@ -70,7 +71,6 @@ class Shown:
     pixels_sha256: str
     pixels_size: tuple[int, ...]
     activity: str = ""
-    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,20 @@ def register() -> None:
 
 
 async def answer(request: web.Request) -> web.Response:
-    """What is known of a prompt's images, for the client that queued it and names itself by ``?client_id=``."""
-    prompt = _prompts.get(request.match_info["prompt_id"])
+    """What is known of a prompt's images, for the client that queued it and names itself by ``?client_id=``.
+
+    ComfyUI's ``/history`` shows that id to everybody, so the policy cuts this down as it does the verdicts there.
+    """
+    prompt, told = _prompts.get(request.match_info["prompt_id"]), how_much()
+    if told == "none":
+        return web.json_response({"error": "The operator's policy tells nothing here (history.verdict)."}, status=404)
     if prompt is None or not prompt.client or request.query.get("client_id") != prompt.client:
         said = "No prompt of this id that this client_id queued has ended here, or it held no guard."
         return web.json_response({"error": said}, status=404)
-    told = {"images": list(map(asdict, prompt.shown)), "nodes": list(map(asdict, prompt.wrote))}
-    return web.json_response({"prompt_id": request.match_info["prompt_id"]} | told)
+    left = {"images": list(map(asdict, prompt.shown)), "nodes": list(map(asdict, prompt.wrote))}
+    if told == "brief":
+        left["images"] = [{key: one[key] for key in BRIEF} for one in left["images"]]
+    return web.json_response({"prompt_id": request.match_info["prompt_id"]} | left)
 
 
 def without_own(extra_data: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,11 +161,13 @@ def note(
             said["pixels_sha256"],
             tuple(said["pixels_size"]),
             activity.in_words([known.run]),
-            known.run is not None and any(one.prompt for one in known.run.activity.values()),
         )
         for known, said in found
     ]
     del prompt.shown[MOST_TOLD:]
+    for known, said in found:
+        judged = known.run is not None and any(one.prompt for one in known.run.activity.values())
+        prompt.judged[said["pixels_sha256"]] = known.run if judged else None
     if found:
         prompt.wrote.append(Wrote(node, name, dict(Counter(known.status for known, _ in found))))
     return found
@@ -250,24 +259,34 @@ def _with(extra: Any, entries: dict[str, Any], own: bool) -> Any:
 
 
 def end(prompt: running.Prompt) -> None:
-    """Keep what is known of a prompt's images, and show it on its Guard nodes."""
+    """Keep what is known of a prompt's images, and show it on its Guard nodes, as far as the policy lets it stand."""
     if not prompt.followed:
         return
     _prompts.put(prompt.id, Ended(prompt.client, tuple(prompt.shown), tuple(prompt.wrote)))
-    if prompt.shown:
+    told = how_much()
+    if prompt.shown and told != "none":
+        said = in_words(prompt.wrote, list(prompt.judged.values())) if told == "full" else in_brief(prompt.wrote)
         for node in prompt.holding(running.GUARDS):
-            show_above(node, in_words(prompt.shown, prompt.wrote), prompt.client)
+            show_above(node, said, prompt.client)
 
 
-def in_words(shown: list[Shown], wrote: list[Wrote]) -> str:
+def in_brief(wrote: list[Wrote]) -> str:
+    """How many of the images that came to nodes which write or show are attested, and nothing else."""
+    counts = _counts(wrote)
+    guarded = sum(n for status, n in counts.items() if status.startswith("guarded"))
+    return f"{guarded} of {counts.total()} images attested"
+
+
+def _counts(wrote: list[Wrote]) -> Counter[str]:
+    """How many images have each status."""
+    return sum((Counter(one.said) for one in wrote), Counter())
+
+
+def in_words(wrote: list[Wrote], judged: list[Attestation | None]) -> str:
     """One line for each status: how many images, and which nodes they came to; then what is known of their prompts."""
-    counts: Counter[str] = Counter()
-    for one in wrote:
-        counts.update(one.said)
+    counts = _counts(wrote)
     lines = []
     for status, n in counts.items():
         nodes = dict.fromkeys(f"{one.type} {one.node}" for one in wrote if status in one.said)
         lines.append(f"{n} of {counts.total()} images ({', '.join(nodes)}): {status}")
-    said = {one.pixels_sha256: one.activity for one in shown if one.judged}  # an image may come to several nodes
-    lines += [f"image {number}: {words}" if len(said) > 1 else words for number, words in enumerate(said.values(), 1)]
-    return "\n".join(lines)
+    return "\n".join(filter(None, (*lines, activity.in_words(judged))))

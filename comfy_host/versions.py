@@ -168,7 +168,7 @@ TOUCHES: tuple[Touch, ...] = (
     *_touches("inputs.py:LOADERS", _READ, "nodes.LoadImage", "nodes.LoadImageMask", "nodes.LoadImageOutput"),
     *_touches("inputs.py:_input", _READ, "folder_paths.get_annotated_filepath"),
     *_touches("node_report.py:show_progress", _RUN, "server.PromptServer.send_progress_text"),
-    *_touches("node_report.py:leave", _RUN, "server.PromptServer.send_sync"),
+    *_touches("node_report.py:_send", _RUN, "server.PromptServer.send_sync"),
     *_touches("retries.py:_hints", _READ, "comfy.controlnet.ControlBase.cond_hint_original"),
     *_touches("retries.py:_hints", _READ, "comfy.controlnet.ControlBase.previous_controlnet"),
     *_touches("progress.py:NodeWatch", _RUN, "comfy.utils.ProgressBar.update_absolute"),

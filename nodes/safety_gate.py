@@ -154,7 +154,7 @@ class SampleAndGate(io.ComfyNode):
         gating.check(gate)
         job = Job(patcher, vae, (steps, cfg, sampler_name, scheduler), positive, negative, latent_image, denoise)
         drawn = draw_until_clear(job, seed, max_tries, gate)
-        judged = gating.judge(drawn.images, drawn.gate)
+        judged = gating.judge(drawn.images, drawn.gate, chosen=gate)
         line, details = run_line(drawn.attested), format_attestation(drawn.attested)
         activity = in_words([known(image).run for image in drawn.images])
         return _result(judged, drawn.gate, (drawn.tries, *filter(None, (line, activity))), details)

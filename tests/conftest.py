@@ -169,6 +169,7 @@ class _Server:
 
     def __init__(self):
         self.client_id, self.last_node_id, self.last_prompt_id, self.messages, self.texts = "test", None, None, [], {}
+        self.readers = []  # the clients that the pack's own messages were for; None: every page that is open
 
     def send_sync(self, event, data, sid=None):
         """What web/report.js shows on a node is kept with what else is read there."""
@@ -176,12 +177,14 @@ class _Server:
         if event == "executed" and "text" in (data["output"] or {}):
             self.texts[data["node"]] = "\n\n".join(data["output"]["text"])
         elif event == "modular_lora.report":
+            self.readers.append(sid)
             over = data.get("above") or data.get("run")
             shown = (over, self.texts.get(data["node"])) if over else (data["text"],)
             self.texts[data["node"]] = "\n\n".join(filter(None, shown))
 
     def send_progress_text(self, text, node_id, sid=None):
         """The front end puts the text into the page as HTML; kept is what is read there."""
+        self.readers.append(sid)
         self.texts[node_id] = html.unescape(text)
 
 

@@ -16,6 +16,7 @@ The calibration is metadata of the safety LoRA's file: whoever makes the file ca
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -350,26 +351,61 @@ def of_prompt(run: Attestation | None) -> str:
 
 
 _SAID = {
-    "concept": "acted strongly on {where}: its prompt is about the concept",
-    "kept": "acted weakly on {where}: its prompt is not about the concept",
-    "undecided": "acted on {where} between strongly and weakly: nothing is said of its prompt",
+    "concept": "acted strongly on {where}: {prompts} {are} about the concept",
+    "kept": "acted weakly on {where}: {prompts} {are} not about the concept",
+    "undecided": "acted on {where} between strongly and weakly: nothing is said of {prompts}",
     "": "acted on {where}, without a verdict: {why}",
 }
 
 
 def in_words(runs: Sequence[Attestation | None]) -> str:
-    """What is read on a node of a batch's images, a line for each safety LoRA and image; "" where none is known."""
+    """What is read on a node of a batch's images; "" where nothing is known.
+
+    Args:
+        runs: One for each image, in order; None where no run is known.
+
+    Returns:
+        A line for each safety LoRA and verdict, with the images that it is on and their activity, from the least to the
+        greatest; then, under safety first, a line for those on which the task LoRAs gave way in part, or altogether.
+    """
+    known = {number: run for number, run in enumerate(runs, 1) if run is not None}
+    names = {lora.sha256: lora.name for run in known.values() for lora in run.loras}
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    shares: dict[bool, dict[int, float]] = {}
+    for number, run in known.items():
+        for sha256, one in run.activity.items():
+            found.setdefault((sha256, one.prompt, one.why), {})[number] = one.value
+        if run.task_share is not None and run.task_share < 1:
+            shares.setdefault(run.task_share > 0, {})[number] = run.task_share
+    several = len({sha256 for sha256, _, _ in found}) > 1
     lines = []
-    for number, run in enumerate(runs, 1):
-        activities = run.activity if run is not None else {}
-        names = {lora.sha256: lora.name for lora in run.loras} if run is not None else {}
-        for sha256, one in activities.items():
-            name = f"the safety LoRA {names[sha256]}" if len(activities) > 1 else "the safety LoRA"
-            where = f"image {number}" if len(runs) > 1 else "the image"
-            said = _SAID[one.prompt].format(where=where, why=one.why)
-            lines.append(f"{name} {said} (activity {one.value:.3g})")
-        if run is not None and run.task_share is not None and run.task_share < 1:
-            where = f"image {number}" if len(runs) > 1 else "the image"
-            how = f"act at a share of {run.task_share:g}" if run.task_share else "do not act"
-            lines.append(f"safety first: the task LoRAs {how} on {where}")
+    for (sha256, prompt, why), values in found.items():
+        prompts, are = ("its prompt", "is") if len(values) == 1 else ("their prompts", "are")
+        said = _SAID[prompt].format(where=_where(list(values), len(runs)), prompts=prompts, are=are, why=why)
+        name = f"the safety LoRA {names[sha256]}" if several else "the safety LoRA"
+        lines.append(f"{name} {said} (activity {_span(values.values())})")
+    for act, values in shares.items():
+        how = f"act at a share of {_span(values.values())}" if act else "do not act"
+        lines.append(f"safety first: the task LoRAs {how} on {_where(list(values), len(runs))}")
     return "\n".join(lines)
+
+
+def _where(numbers: Sequence[int], count: int) -> str:
+    """Some images of ``count``, by their numbers in rising order: "all 8 images", "images 1 to 3, 5 and 7"."""
+    if count == 1:
+        return "the image"
+    if len(numbers) == count:
+        return f"all {count} images"
+    parts: list[str] = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        some = [number for _, number in group]
+        parts += [f"{some[0]} to {some[-1]}"] if len(some) > 2 else map(str, some)
+    if len(numbers) == 1:
+        return f"image {parts[0]}"
+    return "images " + " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _span(values: Iterable[float]) -> str:
+    """The least and the greatest, once where they read the same."""
+    values = list(values)
+    return " to ".join(dict.fromkeys(f"{one:.3g}" for one in (min(values), max(values))))

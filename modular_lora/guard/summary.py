@@ -49,10 +49,10 @@ def run_line(a: Attestation) -> str:
     return f"Guarded{limits}: {subject} {ran}. {_tasks(len(tasks))}{how}.{edited}"
 
 
-def run_summary(a: Attestation) -> str:
-    """What Guard shows of one sampling run: its line, and the task LoRAs that acted, with both strengths of each."""
+def task_line(a: Attestation) -> str:
+    """The task LoRAs that acted in one sampling run, with both strengths of each; "" where there was none."""
     tasks = [f"{r.name} at {r.strength_model:g} / {r.strength_clip:g}" for r in a.loras if r.role == "task"]
-    return "\n".join([run_line(a), *["task: " + ", ".join(tasks)] * bool(tasks)])
+    return "task: " + ", ".join(tasks) if tasks else ""
 
 
 _LIMITS = (  # words, and what stands in a status; see provenance.attestation.guarded_status

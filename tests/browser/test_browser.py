@@ -45,6 +45,8 @@ LOOKS = {
     "newest, Nodes 2.0": Look("newest", True, WORKFLOWS, [MAIN]),
 }
 OPENED = [(name, workflow) for name, look in LOOKS.items() for workflow in look.opened]
+# Nodes 2.0 of front end 1.32 moves nodes while it fits its view to them (docs/compatibility.md): not all are seen then.
+FITTED = [(name, workflow) for name, workflow in OPENED if name != "pinned, Nodes 2.0"]
 RUN = [(name, workflow) for name, workflow in OPENED if workflow in LOOKS[name].run]
 
 
@@ -131,6 +133,13 @@ def test_every_node_is_drawn_without_error(opened: Json) -> None:
         assert not node["failed"], node
         assert node["unlinked"] == [], node
         assert node["box"][3] >= node["needs"], f"{node['title']} is too small for its widgets"
+
+
+@pytest.mark.parametrize("opened", FITTED, indirect=True, ids="-".join)
+def test_all_of_a_template_is_in_view_when_it_is_opened(opened: Json) -> None:
+    assert opened["opened"]["nodes"]
+    for node in opened["opened"]["nodes"]:
+        assert node["inView"], node
 
 
 def test_no_node_covers_another(opened: Json) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from modular_lora_guard.tools.demo.client import Client
 from modular_lora_guard.tools.demo.graphs import Graph, node
 from modular_lora_guard.tools.demo.server import Server
 from modular_lora_guard.tools.demo.settings import DemoWorld
-from modular_lora_guard.tools.world import DETECTOR_CONCEPTS, DETECTOR_ONNX
+from modular_lora_guard.tools.world import DETECTOR_CONCEPTS, DETECTOR_ONNX, SIZE
+from PIL import Image, ImageOps
 
 pytestmark = pytest.mark.server
 COMFYUI = os.environ.get("MODULAR_LORA_COMFYUI")
@@ -36,6 +38,8 @@ OUTPUT = {
     "withheld",
     "stock",
     "shown",
+    "three-gated",
+    "three-saved",
 }  # nodes that answer with a verdict
 
 Json = dict[str, Any]
@@ -48,7 +52,10 @@ def settings(**inputs: Any) -> Json:
 
 
 def graph(world: DemoWorld) -> Graph:
-    """A guarded image: saved, saved after an edit, gated and saved, and withheld by a gate that flags everything."""
+    """A guarded image: saved, saved after an edit, gated and saved, and withheld by a gate that flags everything.
+
+    And three of which the one in the middle, which no guarded run made, is left out when they are saved.
+    """
     made = graphs.guarded(world.setting(steps=2, seed=3, prompts=("gloss, cat face",)))
     image = ["decode-0", 0]
     made["invert"] = node("ImageInvert", image=image)
@@ -70,6 +77,17 @@ def graph(world: DemoWorld) -> Graph:
     made["stock"] = node("SaveImage", images=image, filename_prefix="stock")
     made["shown"] = node("PreviewImage", images=["invert", 0])
     made["unseen"] = node("PreviewImage", images=["withheld", 0])
+    made["flipped"] = node("ImageFlip", image=image, flip_method="y-axis: horizontally")
+    made["white"] = node("EmptyImage", width=SIZE, height=SIZE, batch_size=1, color=0xFFFFFF)
+    made["two"] = node("ImageBatch", image1=image, image2=["white", 0])
+    made["three"] = node("ImageBatch", image1=["two", 0], image2=["flipped", 0])
+    made["three-gated"] = node("ModularLoraGate", images=["three", 0], gate=["settings", 0])
+    made["three-saved"] = node(
+        "ModularLoraSaveGated",
+        images=["three-gated", 0],
+        filename_prefix="three",
+        **saving | {"unfit": "skip and say so"},
+    )
     return made
 
 
@@ -115,10 +133,10 @@ def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
-def test_every_node_that_ends_in_images_answers_with_a_verdict_that_fits_the_schema(verdicts: Json) -> None:
+def test_nodes_that_decode_gate_save_or_show_images_answer_with_a_verdict_that_fits_the_schema(verdicts: Json) -> None:
     assert set(verdicts) == OUTPUT
     for name, some in verdicts.items():
-        assert [one["image"] for one in some] == [0], name
+        assert [one["image"] for one in some] == list(range(3 if name.startswith("three") else 1)), name
         for one in some:
             jsonschema.validate(one, SCHEMA)
 
@@ -200,6 +218,38 @@ def test_a_withheld_image_is_a_result_with_a_reason_and_nothing_of_it_is_written
     assert not list((place / "output").glob("never*"))
 
 
+def worker(client: Client, outputs: Json) -> list[tuple[str, bytes]]:
+    """Node and file of each image that a host hands on which reads `images` alone, as RunPod's worker-comfyui does."""
+    found = []
+    for name, output in outputs.items():
+        for image in output.get("images", []):
+            if image["type"] != "temp":
+                reference = {key: image[key] for key in ("filename", "subfolder", "type")}
+                found.append((name, client.image(reference)))
+    return found
+
+
+def test_a_host_that_reads_images_alone_gets_those_that_were_saved_in_order(
+    ran: Json, server: Server, verdicts: Json
+) -> None:
+    found = worker(Client(server.url), ran["history"]["outputs"])
+    assert sorted(name for name, _ in found) == sorted(
+        [
+            *("save-0", "edited", "scaled-save", "gated", "stock"),
+            *["three-saved"] * 2,
+        ]
+    )
+    (plain,), saved = (
+        [Image.open(io.BytesIO(data)).convert("RGB") for node, data in found if node == name]
+        for name in ("save-0", "three-saved")
+    )
+    assert [one.tobytes() for one in saved] == [plain.tobytes(), ImageOps.mirror(plain).tobytes()]
+    files = ran["history"]["outputs"]["three-saved"]["images"]
+    assert [one["file"] for one in verdicts["three-saved"]] == [files[0], None, files[1]]
+    assert [one["withheld"] for one in verdicts["three-saved"]] == [False, True, False]
+    assert verdicts["three-saved"][1]["refusal"]["rule"] == "unfit"
+
+
 def test_the_lines_of_the_documentation_read_it(ran: Json, server: Server, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
@@ -246,3 +296,39 @@ def test_a_policy_cuts_down_what_the_history_tells(
             jsonschema.validate(one, SCHEMA)
     assert ours["withheld"][KEY][0]["refusal"] == {"rule": "gate.withhold", "code": "gate.blocked"}
     assert ours["save-0"]["text"] == ["1 of 1 images attested"]
+
+
+def with_guard(world: DemoWorld, seed: int) -> Graph:
+    """An ordinary graph of one step, with the node Guard."""
+    setting = world.setting(steps=1, seed=seed, prompts=("gloss, cat face",))
+    made = graphs.checkpoint(setting)
+    loaded: Json = {name: ["checkpoint", i] for i, name in enumerate(("model", "clip", "vae"))}
+    made["drop-in"] = node("ModularLoraGuard", **loaded, lora_name=world.safety.name, strength=1.0)
+    made |= graphs.branches(setting, graphs.STOCK, "drop-in", model=["drop-in", 0], clip=["drop-in", 1])
+    return made
+
+
+def test_a_page_hears_of_its_own_runs_on_guard_and_of_none_that_was_queued_without_an_id(
+    server: Server, world: DemoWorld
+) -> None:
+    """The server sends in order: what of the first run were for every page would come before the second run's end."""
+
+    class Page(Client):
+        def __init__(self, url: str) -> None:
+            super().__init__(url)
+            self.reports: list[Json] = []
+
+        def submit(self, prompt: Json, client_id: str | None = None) -> str:
+            before = super().submit(with_guard(world, 11))
+            self.history(before)  # until it has ended
+            return super().submit(prompt, client_id)
+
+        def _handle(self, kind: str, data: Json, prompt_id: str, on_event: Any) -> bool:
+            if kind == "modular_lora.report":
+                self.reports.append(data)
+            return super()._handle(kind, data, prompt_id, on_event)
+
+    page = Page(server.url)
+    page.run(with_guard(world, 12), timeout=300)
+    assert [data["node"] for data in page.reports] == ["drop-in"]
+    assert page.reports[0]["run"].startswith("Guarded: ")

@@ -11,6 +11,7 @@ from PIL import Image
 from support.errors import refuses
 from support.gate_graphs import KEY, Stub, files, install_stub, part, redness, sampled_and_gated, save, sha
 from support.graphs import GraphError, decode, node, sampler
+from support.operator_graphs import required, stopped
 
 
 @pytest.fixture
@@ -72,6 +73,28 @@ def test_what_is_flagged_at_the_last_try_is_acted_on_and_spares_the_others(max_t
     assert [p["flagged"] for p in json.loads(findings)["pictures"]] == [False, True, False]
     assert f"{2 + max_tries} tries for 3 images" in report
     assert ("image 2 still flagged at try 3" in report) == (max_tries == 3)
+
+
+def test_under_a_policy_that_allows_block_alone_the_gate_is_judged_as_it_was_set(comfy, stub, operator, sha256, loras):
+    """What is flagged is left black, may leave, and its record names the settings that the policy accepted."""
+    actions = '[gate]\nrequired = true\nactions = ["block"]\n'
+    operator.write(required(sha256("safety.safetensors")) + actions)
+    graph = sampled_and_gated(1, action="block") | {"disk": save(["gate", 0], filename_prefix="blocked")}
+    del graph["decode"], graph["sample"], graph["save"]
+    whole = operator.run(graph)["gate"]
+    assert (whole[1], "left empty" in whole[4]) == (False, False)
+    stub.score = lambda image: float(sha(image) == sha(whole[0][1].numpy()))
+    graph["settings"]["inputs"]["classes"] = "thing 0.6"
+    images = operator.run(graph)["gate"][0]
+    assert [bool(image.any()) for image in images] == [True, False, True]
+    records = [json.loads(Image.open(file).text[KEY])["gate"] for file in files(comfy, "blocked")]
+    assert [one["action"] for one in records] == ["block"] * 3 + ["empty"] * 3
+    assert [(one["flagged"], one["changed"]) for one in records[3:]] == [(False, False), (True, True), (False, False)]
+    assert len({one["settings_sha256"] for one in records[3:]}) == 1
+    operator.write(required(sha256("safety.safetensors")) + actions.replace("block", "empty"))
+    stub.seen.clear()
+    stopped(operator, graph, "refused.gate.actions", "block", "empty")
+    assert stub.seen == [], "before anything is sampled"
 
 
 def test_a_batch_of_which_nothing_is_left_is_blocked(stub, run_graph, loras):

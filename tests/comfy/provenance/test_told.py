@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 from support.drop_in import guarded, ordinary
 from support.edit_graphs import edit, sources
 from support.errors import refuses
+from support.gate_graphs import part
 from support.graphs import decode, node, sampler
 from support.operator_graphs import stopped
 from support.told import KEY, answer, run
@@ -94,6 +97,81 @@ def test_the_route_answers_for_a_clients_own_prompts(comfy, loras):
     assert {one["pixels_sha256"] for one in images[4:]} == found
     for prompt_id, client in (("route-1", "other"), ("route-1", None), ("route-1", ""), ("unknown", "test")):
         assert answer(prompt_id, client)[0] == 404
+
+
+EVENT = "modular_lora.report"
+OPEN = "[guard]\nrequired = []\n[open]\nunattested = true\n"
+
+
+def reports(comfy) -> dict[str, str]:
+    """What was sent to be shown on the Guard node, by where it stands there."""
+    sent = [data for event, data in comfy.server.messages if event == EVENT]
+    assert {data["node"] for data in sent} <= {"guard"}
+    return {key: text for data in sent for key, text in data.items() if key != "node"}
+
+
+def test_a_run_is_told_to_the_client_that_queued_it_and_to_nobody_where_none_did(comfy, loras):
+    graph = guarded(ordinary(("task.safetensors", 0.5)))
+    comfy.server.readers.clear()
+    run(comfy, graph, "mine")
+    assert set(reports(comfy)) == {"run", "above"}
+    assert comfy.server.readers == ["test"] * 2
+    graph["sample"]["inputs"]["seed"] += 1
+    run(comfy, graph, "nobodys", client_id=None)
+    assert reports(comfy) == {}
+    assert comfy.server.readers == ["test"] * 2
+
+
+@pytest.mark.parametrize("told", ["full", "brief", "none"])
+def test_a_policy_cuts_what_is_sent_to_the_guard_node_and_told_at_the_route_as_it_does_the_history(
+    told, operator, comfy, loras
+):
+    operator.write(f'{OPEN}[history]\nverdict = "{told}"\n')
+    graph = guarded(ordinary(("task.safetensors", 0.5)))
+    graph["sample"]["inputs"]["seed"] = 40 + len(told)
+    run(comfy, graph, told)
+    sent, (status, said) = reports(comfy), answer(told, "test")
+    if told == "none":
+        assert (sent, status, set(said)) == ({}, 404, {"error"})
+        return
+    assert sent["run"].startswith("Guarded: the safety LoRA ran in ")
+    assert ("task.safetensors at 0.5" in sent["run"]) == (told == "full")
+    above = {"full": "1 of 1 images (SaveImage save): guarded", "brief": "1 of 1 images attested"}
+    assert sent["above"] == above[told]
+    assert [one["status"] for one in said["images"]] == ["guarded"]
+    assert ("activity" in said["images"][0]) == (told == "full")
+
+
+def test_what_is_known_of_the_prompts_of_several_images_stands_once_under_their_statuses(comfy):
+    """Counted are the images themselves, however many nodes each came to."""
+    told, attestation = part(comfy, "comfy_host.told"), part(comfy, "modular_lora.provenance.attestation")
+    kept = attestation.Attestation("guarded", "p", "SD15", "b", False, (), {})
+    kept = kept.of(activity={"s": attestation.Activity(0.05, "kept")})
+    wrote = [told.Wrote("7", "SaveImage", {"guarded": 2, "not guarded": 1}), told.Wrote("8", "Preview", {"guarded": 2})]
+    assert told.in_words(wrote, [kept, None, kept]).splitlines() == [
+        "4 of 5 images (SaveImage 7, Preview 8): guarded",
+        "1 of 5 images (SaveImage 7): not guarded",
+        "the safety LoRA acted weakly on images 1 and 3: their prompts are not about the concept (activity 0.05)",
+    ]
+
+
+@pytest.mark.parametrize(("client", "told"), [("mine", "full"), ("mine", "brief"), ("mine", "none"), (None, "full")])
+def test_how_far_a_training_is_goes_to_the_client_that_queued_it_and_is_cut_alike(client, told, operator, comfy):
+    """Its data set's file names and captions are in it."""
+    operator.write(f'{OPEN}[history]\nverdict = "{told}"\n')
+    running, progress = part(comfy, "comfy_host.running"), part(comfy, "comfy_host.progress")
+    watch = progress.NodeWatch(SimpleNamespace(hidden=SimpleNamespace(unique_id="7")))
+    comfy.server.readers.clear()
+    comfy.server.texts.clear()
+    token = running.current.set(running.Prompt("training", client, {}))
+    try:
+        watch.say("cat.png: a cat")
+        watch.stage("reading images", 2, 2)
+    finally:
+        running.current.reset(token)
+    shown = {"full": "reading images: 2 of 2\ncat.png: a cat", "brief": "reading images: 2 of 2"}
+    assert comfy.server.texts.get("7") == (shown.get(told) if client else None)
+    assert set(comfy.server.readers) == ({"mine"} if client and told != "none" else set())
 
 
 class FancySave:

@@ -285,7 +285,7 @@ def test_an_interrupt_leaves_a_state_that_goes_on_exactly_and_nothing_else(comfy
         interrupting(comfy, patched, 2)
         assert train(output_name="parts", **four) == (None, None)
     assert "execution_interrupted" in [event for event, _ in comfy.server.messages]
-    kept = "stopped; parts-step00000002-state is kept: switch resume on to go on from it"
+    kept = "stopped; a state is kept: switch resume on to go on from it\nparts-step00000002-state"
     assert comfy.server.texts["train"] == kept, "also where the front end clears what it showed of the progress"
     assert ("modular_lora.report", {"node": "train", "text": kept}) in comfy.server.messages
     assert names(comfy) == old

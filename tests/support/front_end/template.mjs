@@ -54,6 +54,11 @@ function drawnGraph(dialog) {
     const [x, y] = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]];
     return [x, y, box.width / scale, box.height / scale];
   };
+  // Whether a box in the graph's own units lies whole on the canvas.
+  const inView = ([x, y, width, height]) => {
+    const [left, top] = [(x + offset[0]) * scale, (y + offset[1]) * scale];
+    return left >= 0 && top >= 0 && left + width * scale <= canvas.width && top + height * scale <= canvas.height;
+  };
   const folded = (one) => Boolean(one.flags?.collapsed); // shown by its title alone
   const height = (one) => (folded(one) ? 0 : one.size[1]); // below the title
   const drawnPictures = (id) => [...document.querySelectorAll(`[data-node-id="${id}"] img`)];
@@ -72,8 +77,9 @@ function drawnGraph(dialog) {
     report: one.widgets?.find((widget) => widget.name === "modular_lora_report")?.value || null,
     outputs: (one.outputs ?? []).map((slot) => slot.label ?? slot.localized_name ?? slot.name),
   });
+  const placed = (one) => ({ ...one, inView: inView(one.drawn ?? one.box) });
   return {
-    nodes: app.graph.nodes.map(node),
+    nodes: app.graph.nodes.map(node).map(placed),
     links: app.graph.links.size,
     dialogs: [...document.querySelectorAll(dialog)].map((one) => one.innerText.slice(0, 500)),
   };
@@ -152,8 +158,9 @@ const result = await withFrontEnd(url, async (page) => {
   const seen = {};
   for (const workflow of workflows) {
     const cards = await openFromTemplates(page, workflow);
+    const opened = await page.evaluate(drawnGraph, DIALOG); // in the view that the front end itself has chosen
     await shoot(page, `${workflow}_loaded`);
-    seen[workflow] = { cards, loaded: await page.evaluate(drawnGraph, DIALOG) };
+    seen[workflow] = { cards, opened, loaded: await page.evaluate(drawnGraph, DIALOG) };
     if (!runs.includes(workflow)) continue;
     if (workflow !== workflows[0]) await page.evaluate(shorten, FEW);
     seen[workflow].outcome = await run(page);

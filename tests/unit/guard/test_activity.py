@@ -149,15 +149,58 @@ def test_a_verdict_is_given_only_where_the_calibration_fits_the_run(tmp_path):
     assert activity.most({"s": judged()}) == {"s": Activity(0.2, "concept")}
 
 
-def test_the_words_name_image_and_verdict():
+def spoken(*each: Activity | None, **more) -> str:
+    """What is read of a batch, each image with this activity of one safety LoRA; None: of no guarded run."""
     record = (LoraRecord("safety", "s.safetensors", "s", 1.0, 1.0),)
-    run = Attestation("guarded", "p", "SD15", BASE, False, record, {})
-    runs = [run.of(activity={"s": one}) for one in (Activity(0.05, "kept"), Activity(0.2, "concept"))]
-    first, second = activity.in_words(runs).splitlines()
+    run = Attestation("guarded", "p", "SD15", BASE, False, record, {}, **more)
+    return activity.in_words([one and run.of(activity={"s": one}) for one in each])
+
+
+def test_the_words_name_image_and_verdict():
+    kept, found = Activity(0.05, "kept"), Activity(0.2, "concept")
+    first, second = spoken(kept, found).splitlines()
     assert second == "the safety LoRA acted strongly on image 2: its prompt is about the concept (activity 0.2)"
     assert "image 1: its prompt is not about the concept" in first
-    assert activity.in_words([None, run]) == ""
-    assert "without a verdict: none" in activity.in_words([run.of(activity={"s": Activity(0.1, "", "none")})])
+    assert spoken(None, None) == activity.in_words([]) == ""
+    assert "without a verdict: none" in spoken(Activity(0.1, "", "none"))
+    assert "weakly on the image: its prompt" in spoken(kept)
+
+
+def test_images_that_say_the_same_share_a_line_with_the_range_of_their_activity():
+    kept, found = (lambda value: Activity(value, "kept")), Activity(0.2, "concept")
+    (line,) = spoken(*map(kept, (0.05, 0.02, 0.03))).splitlines()
+    assert line == (
+        "the safety LoRA acted weakly on all 3 images: their prompts are not about the concept (activity 0.02 to 0.05)"
+    )
+    assert spoken(found, found).endswith("on all 2 images: their prompts are about the concept (activity 0.2)")
+    weak, strong = spoken(kept(0.05), found, kept(0.05), kept(0.01)).splitlines()
+    assert "weakly on images 1, 3 and 4: their prompts are not" in weak
+    assert "strongly on image 2: its prompt is" in strong
+    assert " on images 2 to 4 and 6: " in spoken(None, *[kept(0.1)] * 3, None, kept(0.1))
+    assert " on images 1 and 2: " in spoken(kept(0.1), kept(0.1), None)
+    undecided = spoken(Activity(0.11, "undecided"), Activity(0.12, "undecided"))
+    assert undecided.endswith("weakly: nothing is said of their prompts (activity 0.11 to 0.12)")
+    late, other = spoken(*[Activity(0.1, "", "late")] * 8, Activity(0.1, "", "other")).splitlines()
+    assert late == "the safety LoRA acted on images 1 to 8, without a verdict: late (activity 0.1)"
+    assert "image 9, without a verdict: other" in other
+
+
+def test_several_safety_loras_have_a_line_each_and_are_named():
+    record = tuple(LoraRecord("safety", name, name, 1.0, 1.0) for name in ("a", "b"))
+    run = Attestation("guarded", "p", "SD15", BASE, False, record, {})
+    run = run.of(activity={"a": Activity(0.2, "concept"), "b": Activity(0.1, "kept")})
+    first, second = activity.in_words([run, run]).splitlines()
+    assert first.startswith("the safety LoRA a acted strongly on all 2 images: ")
+    assert second.startswith("the safety LoRA b acted weakly on all 2 images: ")
+
+
+def test_where_the_task_loras_gave_way_is_said_once_for_the_images_in_part_and_once_altogether():
+    run = Attestation("guarded", "p", "SD15", BASE, False, (), {})
+    words = activity.in_words([run.of(task_share=share) for share in (0.5, 0.0, 0.25, 1.0, 0.0)])
+    assert words.splitlines() == [
+        "safety first: the task LoRAs act at a share of 0.25 to 0.5 on images 1 and 3",
+        "safety first: the task LoRAs do not act on images 2 and 5",
+    ]
 
 
 def test_what_goes_into_files_tells_nothing_of_the_prompt_unless_it_is_asked_for():

@@ -122,6 +122,10 @@ def test_every_template_has_a_sentence_and_begins_its_note_with_it() -> None:
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_a_template_has_no_view_of_its_own_so_that_it_is_opened_whole(file) -> None:
+    """Front end 1.32 fits the view to the nodes of a workflow without one, 1.49 and 1.58 to those of every template.
+
+    Read in their JavaScript (loadGraphData). tests/browser looks at what is in view then.
+    """
     assert "ds" not in json.loads(file.read_text(encoding="utf-8"))["extra"]
 
 
