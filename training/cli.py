@@ -246,7 +246,8 @@ def with_options(chosen: dict) -> str:
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
     host = comfy_host(chosen)
-    stored = bool(made.fp8_base_unet or made.blocks_to_swap)  # a copy in the training's precision would take the room
+    # a copy in the training's precision would take the room; which that is, a preset says when the model is known
+    stored = bool(made.fp8_base_unet or made.blocks_to_swap or made.preset)
     where = chosen["checkpoint"], chosen["vae"], made.mixed_precision, stored, *_text_encoder(chosen)
     common = {"engine": host.ENGINE, "base_name": chosen["checkpoint"].name}
     loaded = host.load_checkpoint(*where)
