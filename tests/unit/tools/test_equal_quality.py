@@ -377,7 +377,7 @@ def test_every_table_has_a_row_for_what_it_is_of(figures):
 
 def test_the_readmes_table_has_vehicles_kept_concepts_and_style_of_an_arm_in_each_recipe(figures):
     lines = evidence_equal.tables(figures, "lead").splitlines()
-    arms = [recipe["arms"]["sequential"] for recipe in figures["recipes"].values()]
+    arms = [next(iter(recipe["tasks"].values()))["arms"]["sequential"] for recipe in figures["recipes"].values()]
     told = [f"{one['k'] / one['n']:.0%} {one['kept']:.0%} {one['fidelity']:.0%}" for one in arms]
     (row,) = (line for line in lines if line.startswith("| the style LoRA trained on top"))
     assert [cell.replace(" / ", "% ").replace(" %", "%").strip() for cell in row.split("|")[2:-1]] == told
