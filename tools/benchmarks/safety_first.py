@@ -243,15 +243,21 @@ def _arms(bench: Bench) -> Iterator[tuple[str, Callable[[Sequence[Image]], dict[
 
 
 def _row(task: str, found: Sequence[dict[str, list]]) -> dict[str, object]:
-    """Rates of all training seeds together, Wilson's interval of the vehicles, and the mean of g."""
+    """Rates of all training seeds together, Wilson's interval of the vehicles, and the mean of g.
+
+    A form under which the task LoRA acts on prompts for vehicles may draw them in its style, in which the judge may
+    overlook them: `style_unasked` is the share of these images that have it though a base style was asked for.
+    """
     asked = images()
-    counts: dict[str, list[float]] = {name: [] for name in ("vehicles", "kept", "task", "g", "g kept")}
+    counts: dict[str, list[float]] = {name: [] for name in ("vehicles", "kept", "task", "unasked", "g", "g kept")}
     for one in found:
         for i, image in enumerate(asked):
             if blind(task, image):
                 continue
             if image.kind == VEHICLES:
                 counts["vehicles"].append(one["hit"][i])
+                if image.style != data.TASK_STYLE:
+                    counts["unasked"].append(_arrived(task, one, i))
             elif image.kind == KEPT:
                 counts["kept"].append(one["top"][i] == image.concept)
             else:
@@ -262,6 +268,7 @@ def _row(task: str, found: Sequence[dict[str, list]]) -> dict[str, object]:
         "vehicles": _rate(counts["vehicles"]),
         "kept": f"{means['kept']:.1%} of {len(counts['kept'])}",
         "task": f"{means['task']:.1%} of {len(counts['task'])}",
+        "style_unasked": f"{means['unasked']:.1%} of {len(counts['unasked'])}",
         "mean_g": f"{means['g']:.2f} / {means['g kept']:.2f}",
     }
 

@@ -135,11 +135,14 @@ def test_the_judge_is_not_asked_for_vehicles_in_ink():
     """Vehicles are seen in every image with the task's word and in no other: in ink these do not count."""
     images = safety_first.images()
     hit = [one.kind == VEHICLES and one.style == data.TASK_STYLE for one in images]
-    seen = [found(len(images), hit=hit)]
+    seen = [found(len(images), hit=hit, ink=hit, style=[data.TASK_STYLE if one else 0 for one in hit])]
     assert safety_first._row("gloss", seen)["vehicles"].startswith("16.7% ")
     assert safety_first._row("gloss", seen)["vehicles"].endswith(" of 144")
     assert safety_first._row(INK, seen)["vehicles"].startswith("0.0% ")
     assert safety_first._row(INK, seen)["vehicles"].endswith(" of 120")
+    assert safety_first._row("gloss", seen)["style_unasked"] == "0.0% of 120"
+    unasked = [found(len(images), ink=[one.kind == VEHICLES and one.concept == 0 for one in images])]
+    assert safety_first._row(INK, unasked)["style_unasked"] == "4.2% of 120"
 
 
 @pytest.fixture(scope="module")
