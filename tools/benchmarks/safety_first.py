@@ -53,7 +53,7 @@ BATCH = 36
 WEIGHTS = (1.0, 10.0, 100.0)  # λ
 Sampler = Callable[[Sequence[Image], Tensor], tuple[Tensor, Tensor]]  # images, noise -> latents, the mean of g of each
 Share = Callable[[Texts], Tensor]  # g of prompts (n)
-DENOISE = (0.5, 0.8)  # of img2img
+DENOISE = 0.7  # of img2img
 ANIMALS = data.KEPT_IDS[:19]  # what the second safety LoRA takes away: recipes/make_safety_animals.toml
 
 
@@ -217,18 +217,20 @@ def images() -> list[Image]:
 
 
 def of_forms(chosen: argparse.Namespace, opened: work.Bench) -> dict[str, object]:
-    """Every form with every task: rates over all training seeds."""
+    """Every form with every task: rates over all training seeds, and of each of them."""
     rows: dict[str, object] = {}
     for task in chosen.tasks:
         every: dict[str, list[dict[str, list]]] = {}
         for seed in chosen.seeds:
             bench = Bench(chosen, opened, seed, task)
             for name, draw in _arms(bench):
-                every.setdefault(name, []).append(bench.kept_rows(name, lambda draw=draw: draw(images())))
-                logger.info("%s, training seed %d, %s: %s", task, seed, name, _row(task, every[name]))
+                found = bench.kept_rows(name, lambda draw=draw: draw(images()))
+                every.setdefault(name, []).append(found)
+                rows[f"{task}, training seed {seed}: {name}"] = row = _row(task, [found])
+                logger.info("%s, training seed %d, %s: %s", task, seed, name, row)
         more = {name: form.evaluations for name, form in FORMS.items()} | {BUILT: 1}
-        for name, found in every.items():
-            rows[f"{task}: {name}"] = _row(task, found) | {"evaluations_more": more.get(name, 0)}
+        for name, some in every.items():
+            rows[f"{task}: {name}"] = _row(task, some) | {"evaluations_more": more.get(name, 0)}
     return rows
 
 
@@ -378,12 +380,6 @@ def _cases(bench: Bench, second: LoraFile | None) -> Iterator[Case]:
     about = _asked(named, nothing, negative=_prompts(others))
     yield Case("vehicle, its negative prompt a kept concept", about)
     yield Case("kept concept, its negative prompt a vehicle", kept(others, negative=named))
-    started = bench.started(named)
-    for denoise in DENOISE:
-        name = f"img2img from a vehicle, denoise {denoise}, the prompt"
-        yield Case(f"{name} a vehicle", _asked(named, nothing, start=started), denoise)
-        numbers = [i for i, _ in others]
-        yield Case(f"{name} a kept concept", _asked(_prompts(others), numbers, start=started), denoise)
     if second is not None:
         yield Case("two safety LoRAs, a vehicle", _asked(named, nothing), second=second)
         styles = data.BASE_STYLES[:2]
@@ -391,6 +387,10 @@ def _cases(bench: Bench, second: LoraFile | None) -> Iterator[Case]:
         yield Case("two safety LoRAs, an animal", _asked(_prompts(animals), [i for i, _ in animals]), second=second)
         rest = [(i, styles[n % 2]) for n, i in enumerate(i for i in data.KEPT_IDS if i not in ANIMALS)]
         yield Case("two safety LoRAs, a kept concept", kept(rest), second=second)
+    started, numbers = bench.started(named), [i for i, _ in others]
+    name = f"img2img from a vehicle, denoise {DENOISE}, the prompt"
+    yield Case(f"{name} a vehicle", _asked(named, nothing, start=started), DENOISE)
+    yield Case(f"{name} a kept concept", _asked(_prompts(others), numbers, start=started), DENOISE)
 
 
 def _prompts(pairs: Sequence[tuple[int, int]], before: Sequence[str] = ()) -> list[str]:
