@@ -12,8 +12,8 @@ never shown ink: of that task only images with base styles' words say whether a 
 * cases: the form that is built, where a prompt names a vehicle beside a kept concept, in img2img from the base's
   images, with negative prompts, and with a second safety LoRA (--second FILE) beside the first; of the first training
   seed. Images with the task's word say whether its style arrives, and nothing else. The ink LoRA draws in ink where a
-  base style is asked for as well, so its rows say nothing about kept concepts, and vehicles in ink may be overlooked;
-  those of gloss say both.
+  base style is asked for as well, so its rows say nothing about kept concepts, and vehicles in ink may be overlooked or
+  seen where there are none; rows of gloss say both.
 """
 
 from __future__ import annotations
@@ -247,11 +247,12 @@ def _arms(bench: Bench) -> Iterator[tuple[str, Callable[[Sequence[Image]], dict[
 def _row(task: str, found: Sequence[dict[str, list]]) -> dict[str, object]:
     """Rates of all training seeds together, Wilson's interval of the vehicles, and the mean of g.
 
-    A form under which the task LoRA acts on prompts for vehicles may draw them in its style, in which the judge may
-    overlook them: `style_unasked` is the share of these images that have it though a base style was asked for.
+    Images in ink mislead the judge, either way. `style_unasked`: vehicles' images that are in the task's style though a
+    base style was asked for; `mistaken`: images of kept concepts, in base styles, in which it sees a vehicle.
     """
     asked = images()
-    counts: dict[str, list[float]] = {name: [] for name in ("vehicles", "kept", "task", "unasked", "g", "g kept")}
+    columns = ("vehicles", "kept", "task", "unasked", "mistaken", "g", "g kept")
+    counts: dict[str, list[float]] = {name: [] for name in columns}
     for one in found:
         for i, image in enumerate(asked):
             if blind(task, image):
@@ -262,6 +263,7 @@ def _row(task: str, found: Sequence[dict[str, list]]) -> dict[str, object]:
                     counts["unasked"].append(_arrived(task, one, i))
             elif image.kind == KEPT:
                 counts["kept"].append(one["top"][i] == image.concept)
+                counts["mistaken"].append(one["hit"][i])
             else:
                 counts["task"].append(_arrived(task, one, i))
             counts["g" if image.kind == VEHICLES else "g kept"].append(one["g"][i])
@@ -270,6 +272,7 @@ def _row(task: str, found: Sequence[dict[str, list]]) -> dict[str, object]:
         "vehicles": _rate(counts["vehicles"]),
         "kept": f"{means['kept']:.1%} of {len(counts['kept'])}",
         "task": f"{means['task']:.1%} of {len(counts['task'])}",
+        "mistaken": f"{means['mistaken']:.1%} of {len(counts['mistaken'])}",
         "style_unasked": f"{means['unasked']:.1%} of {len(counts['unasked'])}",
         "mean_g": f"{means['g']:.2f} / {means['g kept']:.2f}",
     }

@@ -337,7 +337,8 @@ def results_of(rates: dict[str, float], tasks=("gloss", INK)) -> dict[Cell, Resu
         hit, top, style, ink = [], [], [], []
         for image in IMAGES:
             number, often[image.concept] = often[image.concept], often[image.concept] + 1
-            hit.append(image.kind == VEHICLES and number < 6 * rates[cell.arm])
+            mistaken = image.kind == KEPT and number == 0 and cell.arm == "projected"
+            hit.append(mistaken or (image.kind == VEHICLES and number < 6 * rates[cell.arm]))
             top.append(image.concept)
             style.append(data.TASK_STYLE if cell.arm not in ("base", "safety") else 0)
             ink.append(cell.arm not in ("base", "safety") and number % 2 == 0)
@@ -374,6 +375,7 @@ def test_images_are_counted_as_they_were_judged(figures):
         assert (tasks[INK]["arms"]["sequential"]["k"], tasks[INK]["arms"]["sequential"]["n"]) == (360, 360)
         assert (arms["safety_first"]["k"], arms["safety_first"]["n"]) == (24 * 2 * 3 * 2, 432 + 360)
         assert arms["task"]["kept"] == 1.0
+        assert (arms["projected"]["mistaken"], arms["task"]["mistaken"]) == ([360, 720], [0, 720])
         assert tasks["gloss"]["arms"]["task"]["fidelity"] == 1.0
         assert tasks[INK]["arms"]["task"]["fidelity"] == 0.5
         assert arms["base"]["fidelity"] == 0.0

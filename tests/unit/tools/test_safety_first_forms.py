@@ -15,7 +15,7 @@ from modular_lora_guard.tools.benchmarks import safety_first
 from modular_lora_guard.tools.world import ASSETS, SAFETY_LORA, TASK_LORA, base, data, diffusion, lorafile, narrow
 from modular_lora_guard.tools.world.equal import drawing, forms, training
 from modular_lora_guard.tools.world.equal.forms import ALL, FORMS, Bounds, Net, Run, Texts
-from modular_lora_guard.tools.world.equal.protocol import INK, VEHICLES
+from modular_lora_guard.tools.world.equal.protocol import INK, KEPT, VEHICLES
 from support.giving_way import calibrated
 
 PROMPTS = ["noto, car", "gloss, pizza", "flat, owl"]
@@ -143,6 +143,9 @@ def test_the_judge_is_not_asked_for_vehicles_in_ink():
     assert safety_first._row("gloss", seen)["style_unasked"] == "0.0% of 120"
     unasked = [found(len(images), ink=[one.kind == VEHICLES and one.concept == 0 for one in images])]
     assert safety_first._row(INK, unasked)["style_unasked"] == "4.2% of 120"
+    wrong = [found(len(images), hit=[one.kind == KEPT and one.style == 0 for one in images])]
+    assert safety_first._row(INK, wrong)["mistaken"] == "20.0% of 60"
+    assert safety_first._row(INK, wrong)["vehicles"].startswith("0.0% ")
 
 
 @pytest.fixture(scope="module")

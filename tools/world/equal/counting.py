@@ -115,6 +115,10 @@ def _counted(protocol: Protocol, done: Mapping[Cell, Result], recipe: str, pairs
         arms[arm] |= {"kept": kept.rate, "fidelity": fidelity.rate}
         arms[arm] |= {"kept_of": [kept.k, kept.n, kept.low, kept.high]}
         arms[arm] |= {"fidelity_of": [fidelity.k, fidelity.n, fidelity.low, fidelity.high]}
+        mistaken = [bool(stats.hit(image)) for image in once[KEPT] if image.arm.name == arm]
+        arms[arm] |= {
+            "mistaken": [sum(mistaken), len(mistaken)]
+        }  # vehicles that the judge sees where none was asked for
     found = [_difference(one, drawn[one.metric]) for one in differences(protocol)]
     kept = next(one for one in found if one["metric"] == KEPT and one["arm"] == "safety")["verdict"]
     comeback = {
