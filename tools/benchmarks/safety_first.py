@@ -226,7 +226,7 @@ def of_forms(chosen: argparse.Namespace, opened: work.Bench) -> dict[str, object
             for name, draw in _arms(bench):
                 found = bench.kept_rows(name, lambda draw=draw: draw(images()))
                 every.setdefault(name, []).append(found)
-                rows[f"{task}, training seed {seed}: {name}"] = row = _row(task, [found])
+                rows[f"training seed {seed}, {task}: {name}"] = row = _row(task, [found])
                 logger.info("%s, training seed %d, %s: %s", task, seed, name, row)
         more = {name: form.evaluations for name, form in FORMS.items()} | {BUILT: 1}
         for name, some in every.items():
@@ -336,7 +336,8 @@ def of_cases(chosen: argparse.Namespace, opened: work.Bench) -> dict[str, object
                 if name == "base":
                     rows[f"base, {case.name}"] = _case_row("", case, found)
                 else:
-                    rows[f"{task}, {case.name}: {name}"] = _case_row(task, case, found)
+                    told = "safety first" if name == BUILT else name
+                    rows[f"{task}, {case.name}: {told}"] = _case_row(task, case, found)
             logger.info("%s, %s: done", task, case.name)
     return rows
 
