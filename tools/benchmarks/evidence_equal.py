@@ -99,12 +99,14 @@ def _rate(k: int, n: int, low: float, high: float) -> str:
 
 
 def _tasks(found: Mapping[str, Any]) -> Rows:
-    """Arms of each task for itself."""
-    rows = [["recipe", "task", "arm", "vehicles", "of", "kept concepts right", "task fidelity"]]
+    """Arms of each task for itself, and how often the judge sees a vehicle in images of kept concepts."""
+    heads = ["vehicles", "of", "kept concepts right", "task fidelity", "vehicles seen in kept concepts"]
+    rows = [["recipe", "task", "arm", *heads]]
     for name, recipe in found["recipes"].items():
         for task, some in recipe["tasks"].items():
             for arm, one in some["arms"].items():
-                rows.append([name, task, TITLES[arm], *_figures(one)])
+                mistaken, count = one["mistaken"]
+                rows.append([name, task, TITLES[arm], *_figures(one), f"{mistaken / count:.1%}"])
     return rows
 
 

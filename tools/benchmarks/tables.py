@@ -22,7 +22,7 @@ PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
 COLUMNS = (
     *("name", "combinations", "files_least", "concept_least", "kept_least", "magnitude_most"),
     *("value", "ratio", "interval", "status", "max_error", "test", "commit", "result", "levels", "without"),
-    *("vehicles", "kept", "task", "mean_g", "evaluations_more"),
+    *("vehicles", "kept", "task", "mistaken", "style_unasked", "mean_g", "evaluations_more"),
 )
 BLOCK = re.compile(r"(<!-- figures (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.S)
 

@@ -60,8 +60,9 @@ def pipeline(comfy):
 
 
 def drawn(pipeline, images, files, combine: str) -> np.ndarray:
-    """By ComfyUI, the LoRAs as the guard's branches."""
-    parts = tuple(Part(role, str(lora.path), lora.sha256) for role, lora in zip(("safety", "task"), files, strict=True))
+    """By ComfyUI, the LoRAs as the guard's branches; the last file is the task LoRA."""
+    roles = [*["safety"] * (len(files) - 1), "task"]
+    parts = tuple(Part(role, str(lora.path), lora.sha256) for role, lora in zip(roles, files, strict=True))
     items = [Item(image.prompt, image.seed, image.kind) for image in images]
     return pipeline.draw(Arm("arm", parts, combine=combine), items, Sampling(STEPS, 3.0, "euler", "simple", 64, 64))
 
@@ -85,3 +86,31 @@ def test_images_of_the_narrow_net_are_comfyuis(combine, pipeline, net, images, f
         assert np.abs(ours - their).max() < 1.0, (image, share)  # they are cut to whole numbers
         if share:
             assert np.abs(ours - on_the_narrow_net(net, image, (safety, 1.0))).max() > 4  # the task's share is seen
+
+
+def test_of_two_safety_loras_g_is_that_of_the_figures(pipeline, net, images, files, tmp_path: Path):
+    """The first one's activity gives 8/16 while both act, and alone at least 4/16 more or less; the second one's 1."""
+    model, _ = net
+    first, task, _ = files
+    base, second = first.metadata["modular_lora.base_sha256"], read_lora(ASSETS / "equal" / "null_space.safetensors")
+    image, one, other = images[0], *(lorafile.load(lora.path, model.unet) for lora in (first, second))
+    noise, values = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(work.NOISE)), []
+    for acting in ((one, other), (one,)):
+        lorafile.attach(model.unet, *acting)
+        values.append(float(training.activities(model, *model.text([image.prompt]), noise, one)))
+    lorafile.attach(model.unet)
+    both, alone = values
+    width = min(4 * abs(both - alone), both)
+    high = both + 8.5 / 16 * width
+    told = [
+        calibrated(first, tmp_path / "first.safetensors", high - width, high, base),
+        calibrated(second, tmp_path / "second.safetensors", 100.0, 200.0, base),
+    ]
+    (theirs,) = drawn(pipeline, [image], (*told, task), "safety first")
+    ours = {
+        share: on_the_narrow_net(net, image, *((lora, 1.0) for lora in told), (task, share))
+        for share in (7 / 16, 8 / 16, 9 / 16)
+    }
+    apart = {share: np.abs(one - theirs).max() for share, one in ours.items()}
+    assert apart[8 / 16] < 1.0, apart  # they are cut to whole numbers
+    assert min(apart, key=apart.get) == 8 / 16

@@ -164,6 +164,42 @@ def test_activity_is_that_of_77_tokens(net):
         assert value == pytest.approx(float(z.square().sum() / y0.square().sum()), rel=1e-4)
 
 
+def test_of_several_loras_that_act_together_the_activity_of_one_is_its_own_share(net):
+    """The net with both merged gives every layer's inputs; from these the one LoRA's share and W0·x + b."""
+    model, _ = net
+    one, other = (lorafile.load(ASSETS / name, model.unet) for name in (SAFETY_LORA, TASK_LORA))
+    x, prompts = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4)), ["noto, car", "flat, owl"]
+    context, bias = model.text(prompts)
+    layers, seen, hooks = lorafile.targets(model.unet), {}, []
+    weights = {name: layer.weight.clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        hooks.append(
+            layer.register_forward_hook(lambda _, given, __, name=name: seen.update({name: given[0].double()}))
+        )
+    with torch.no_grad(), drawing.folded(model.unet, (one, 1.0), (other, 1.0)):
+        model.unet(x, torch.full((2,), 999), context, bias)
+    for hook in hooks:
+        hook.remove()
+    ratios = []
+    for name, (down, up, scale) in one.items():
+        share = scale * seen[name] @ (up.double() @ down.double()).T
+        base = F.linear(
+            seen[name], weights[name].double(), None if layers[name].bias is None else layers[name].bias.double()
+        )
+        often = bias.exp() if "attn2.to_k" in name or "attn2.to_v" in name else 1.0
+        sums = [(part.square().sum(-1) * often).sum(1) for part in (share, base)]
+        ratios.append(sums[0] / sums[1])
+    lorafile.attach(model.unet, one, other)
+    found = training.activities(model, context, bias, x, one)
+    lorafile.attach(model.unet, one)
+    alone = training.activities(model, context, bias, x)
+    same = training.activities(model, context, bias, x, one)
+    lorafile.attach(model.unet)
+    assert found.tolist() == pytest.approx(torch.stack(ratios).mean(0).tolist(), rel=1e-4)
+    assert alone.tolist() == same.tolist()
+    assert all(abs(a / b - 1) > 0.01 for a, b in zip(found.tolist(), alone.tolist(), strict=True))
+
+
 def test_the_calibration_of_a_closed_form_is_confirmed_on_the_narrow_net(net):
     """What was worked out from the texts at stock width when the file was made, and what the net measures."""
     model, _ = net
@@ -226,29 +262,33 @@ def test_safety_first_is_safety_alone_at_0_modular_at_1_and_drawn_at_its_g_in_be
 
 
 def test_every_cell_of_a_small_protocol_is_made_once_and_goes_on_from_what_is_there(bench, tmp_path: Path, monkeypatch):
-    """The whole command on the narrow net, with three images an arm, steps of sampling cut to two."""
-    monkeypatch.setattr(work.Bench, "opened", classmethod(lambda cls, *given: bench))
+    """The whole command on the narrow net, anew in a folder, with three images an arm and two steps of sampling."""
+    opened = classmethod(lambda cls, made, loras, work: replace(bench, loras=loras, work=work))
+    monkeypatch.setattr(work.Bench, "opened", opened)
     monkeypatch.setattr(command.Protocol, "read", classmethod(lambda cls, path=None: bench.protocol))
     short = lambda predict, noise, steps: diffusion.sample(predict, noise, 2)  # noqa: E731
     monkeypatch.setattr(drawing, "diffusion", type("Short", (), {"sample": staticmethod(short)}))
     weights = {name: tensor.clone() for name, tensor in bench.host_model.unet.state_dict().items()}
-    places = {"results": tmp_path / "cells.jsonl", "figures": tmp_path / "figures.json"}
-    chosen = command.parser().parse_args([part for name, path in places.items() for part in (f"--{name}", str(path))])
+    shipped = {path: path.stat().st_mtime_ns for path in (results.FILE, command.FIGURES, *work.LORAS.iterdir())}
+    chosen = command.parser().parse_args(["--anew", str(tmp_path)])
     said = command.run(chosen)
     assert said.startswith("8 of 8 cells done")
-    lines = places["results"].read_text(encoding="utf-8").splitlines()
+    there = tmp_path / "evidence_cells.jsonl"
+    lines = there.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["arm"] for line in lines] == [cell.arm for cell in bench.protocol.cells()]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bench.host_model.unet.state_dict().items())
     monkeypatch.setattr(work.Bench, "run", None)  # nothing is left to run
     assert command.run(chosen).startswith("8 of 8 cells done")
-    assert places["results"].read_text(encoding="utf-8").splitlines() == lines
-    found = results.read(places["results"], bench.protocol)
+    assert there.read_text(encoding="utf-8").splitlines() == lines
+    found = results.read(there, bench.protocol)
     sequential, task = (
         found[Cell(arm, recipe, "gloss", 5)].loras for arm, recipe in (("sequential", NULL_SPACE), ("task", ""))
     )
     assert sequential["sequential"] != task["task"]  # the safety LoRA was in its forward
-    stock = read_lora(bench.loras / "gloss_5.safetensors").plain["lora_unet_mid_block_attentions_0_proj_in"]
+    stock = read_lora(tmp_path / "loras" / "gloss_5.safetensors").plain["lora_unet_mid_block_attentions_0_proj_in"]
     assert (stock.down.shape[1], stock.up.shape[0]) == (320, 320)  # what was trained narrow is a stock file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", there.name, "loras", "work"]
+    assert shipped == {path: path.stat().st_mtime_ns for path in (results.FILE, command.FIGURES, *work.LORAS.iterdir())}
 
 
 # What is kept of a cell
@@ -297,7 +337,8 @@ def results_of(rates: dict[str, float], tasks=("gloss", INK)) -> dict[Cell, Resu
         hit, top, style, ink = [], [], [], []
         for image in IMAGES:
             number, often[image.concept] = often[image.concept], often[image.concept] + 1
-            hit.append(image.kind == VEHICLES and number < 6 * rates[cell.arm])
+            mistaken = image.kind == KEPT and number == 0 and cell.arm == "projected"
+            hit.append(mistaken or (image.kind == VEHICLES and number < 6 * rates[cell.arm]))
             top.append(image.concept)
             style.append(data.TASK_STYLE if cell.arm not in ("base", "safety") else 0)
             ink.append(cell.arm not in ("base", "safety") and number % 2 == 0)
@@ -334,6 +375,7 @@ def test_images_are_counted_as_they_were_judged(figures):
         assert (tasks[INK]["arms"]["sequential"]["k"], tasks[INK]["arms"]["sequential"]["n"]) == (360, 360)
         assert (arms["safety_first"]["k"], arms["safety_first"]["n"]) == (24 * 2 * 3 * 2, 432 + 360)
         assert arms["task"]["kept"] == 1.0
+        assert (arms["projected"]["mistaken"], arms["task"]["mistaken"]) == ([360, 720], [0, 720])
         assert tasks["gloss"]["arms"]["task"]["fidelity"] == 1.0
         assert tasks[INK]["arms"]["task"]["fidelity"] == 0.5
         assert arms["base"]["fidelity"] == 0.0

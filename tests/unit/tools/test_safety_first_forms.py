@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from modular_lora_guard.modular_lora.files.reader import read_lora
 from modular_lora_guard.modular_lora.guard import activity
-from modular_lora_guard.tools.world import ASSETS, SAFETY_LORA, TASK_LORA, base, diffusion, lorafile, narrow
+from modular_lora_guard.tools.benchmarks import safety_first
+from modular_lora_guard.tools.world import ASSETS, SAFETY_LORA, TASK_LORA, base, data, diffusion, lorafile, narrow
 from modular_lora_guard.tools.world.equal import drawing, forms, training
 from modular_lora_guard.tools.world.equal.forms import ALL, FORMS, Bounds, Net, Run, Texts
+from modular_lora_guard.tools.world.equal.protocol import INK, KEPT, VEHICLES
+from support.giving_way import calibrated
 
 PROMPTS = ["noto, car", "gloss, pizza", "flat, owl"]
 
@@ -113,3 +120,106 @@ def test_from_a_start_the_last_steps_of_a_longer_schedule_are_sampled(net):
     sigma = diffusion.SIGMAS[499]
     assert torch.allclose(seen[0][0] * (1 + sigma**2).sqrt(), start + 2 * sigma)
     assert torch.allclose(found, start + 2 * sigma)  # nothing was predicted: nothing goes
+
+
+# The figures
+
+
+def found(count: int, **columns) -> dict[str, list]:
+    """What the judge says of images: nothing, but for some columns."""
+    return {"hit": [False] * count, "top": [-1] * count, "style": [0] * count, "ink": [False] * count,
+            "g": [1.0] * count} | columns  # fmt: skip
+
+
+def test_the_judge_is_not_asked_for_vehicles_in_ink():
+    """Vehicles are seen in every image with the task's word and in no other: in ink these do not count."""
+    images = safety_first.images()
+    hit = [one.kind == VEHICLES and one.style == data.TASK_STYLE for one in images]
+    seen = [found(len(images), hit=hit, ink=hit, style=[data.TASK_STYLE if one else 0 for one in hit])]
+    assert safety_first._row("gloss", seen)["vehicles"].startswith("16.7% ")
+    assert safety_first._row("gloss", seen)["vehicles"].endswith(" of 144")
+    assert safety_first._row(INK, seen)["vehicles"].startswith("0.0% ")
+    assert safety_first._row(INK, seen)["vehicles"].endswith(" of 120")
+    assert safety_first._row("gloss", seen)["style_unasked"] == "0.0% of 120"
+    unasked = [found(len(images), ink=[one.kind == VEHICLES and one.concept == 0 for one in images])]
+    assert safety_first._row(INK, unasked)["style_unasked"] == "4.2% of 120"
+    wrong = [found(len(images), hit=[one.kind == KEPT and one.style == 0 for one in images])]
+    assert safety_first._row(INK, wrong)["mistaken"] == "20.0% of 60"
+    assert safety_first._row(INK, wrong)["vehicles"].startswith("0.0% ")
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[safety_first.Case]:
+    bench = SimpleNamespace(started=lambda prompts: [torch.zeros(1, 4, 8, 8)] * len(prompts))
+    return list(safety_first._cases(bench, read_lora(ASSETS / "equal" / "null_space.safetensors")))
+
+
+def test_what_a_cases_images_show_is_asked_of_base_styles_words_and_the_style_of_the_tasks(cases):
+    word = data.STYLES[data.TASK_STYLE]
+    for case in cases:
+        for one in case.images:
+            assert one.prompt.startswith(f"{word}, ") == one.styled
+            assert not one.negative.startswith(f"{word}, ")
+        assert len({one.seed for one in case.images}) == len(case.images)
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_a_cases_rates_are_of_the_images_that_say_something(cases):
+    """A vehicle in every image with the task's word, none elsewhere; every other kept concept right, all in style."""
+    case = next(case for case in cases if "a kept concept in one prompt" in case.name)
+    shown = [one for one in case.images if not one.styled]
+    asked = [one.concept if i % 2 else -1 for i, one in enumerate(case.images)]
+    seen = found(
+        len(case.images),
+        hit=[one.styled for one in case.images],
+        top=asked,
+        style=[data.TASK_STYLE] * len(case.images),
+        g=[0.25 if one.styled else 0.75 for one in case.images],
+    )
+    row = safety_first._case_row("gloss", case, seen)
+    assert row["vehicles"].startswith("0.0% ")
+    assert row["kept"] == f"50.0% of {len(shown)}"
+    assert row["task"] == f"100.0% of {len(case.images) - len(shown)}"
+    assert row["mean_g"] == "0.75"
+    ink = safety_first._case_row(INK, case, seen)
+    assert (ink["kept"], ink["task"]) == ("", f"0.0% of {len(case.images) - len(shown)}")
+    assert safety_first._case_row("", case, seen).keys() == {"vehicles", "kept", "task"}
+
+
+def test_what_was_drawn_with_another_second_safety_lora_is_not_taken_for_it(cases):
+    same, other = (read_lora(ASSETS / name) for name in ("equal/null_space.safetensors", TASK_LORA))
+    case = next(case for case in cases if case.second)
+    again = [safety_first.Case(case.name, case.images, second=one).key for one in (same, other)]
+    assert again[0] == case.key != again[1]
+
+
+def test_the_recorded_command_says_what_was_run_and_no_folder():
+    chosen = argparse.Namespace(seeds=[31, 33], tasks=["ink"], second=Path("some") / "my_animals.safetensors")
+    said = "python -m tools.benchmarks.safety_first --parts"
+    assert safety_first._command("forms", chosen) == f"{said} forms --seeds 31 33 --tasks ink"
+    expected = f"{said} cases --seeds 31 --tasks ink --second my_animals.safetensors"
+    assert safety_first._command("cases", chosen) == expected
+
+
+def test_of_two_safety_loras_the_least_g_counts_each_found_while_both_act(net, tmp_path: Path):
+    """The first has 8/16 by its activity beside the second, 4/16 more or less alone; the second always has 1."""
+    model, texts = net.model, Texts.of(net.model, ["noto, car"])
+    files = [read_lora(ASSETS / name) for name in (SAFETY_LORA, TASK_LORA)]
+    first, second = (lorafile.load(file.path, model.unet) for file in files)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(safety_first.work.NOISE))
+    values = []
+    for acting in ((first, second), (first,)):
+        lorafile.attach(model.unet, *acting)
+        values.append(float(training.activities(model, texts.context[:1], texts.bias[:1], noise, first)))
+    lorafile.attach(model.unet)
+    both, alone = values
+    width = 4 * abs(both - alone)
+    high = both + 8.5 / 16 * width
+    told = [
+        calibrated(files[0], tmp_path / "first.safetensors", high - width, high, "0" * 64),
+        calibrated(files[1], tmp_path / "second.safetensors", 100.0, 200.0, "0" * 64),
+    ]
+    bench = SimpleNamespace(net=net, files=told)
+    assert safety_first.Bench.built(bench, texts, told[1]).tolist() == [8 / 16]
+    assert safety_first.Bench.built(bench, texts).tolist() == [12 / 16 if alone < both else 4 / 16]
+    assert not any(layer.adapters for layer in lorafile.targets(model.unet).values())

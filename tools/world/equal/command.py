@@ -1,6 +1,7 @@
 """The paper's claim at equal quality, on the demo world's narrow net: goes on where it stopped, counts what is there.
 
-python3 run.py evidence-equal [--minutes N]     appends to docs/figures/evidence_cells.jsonl, writes evidence.json
+python3 run.py evidence-equal [--minutes N]      appends to docs/figures/evidence_cells.jsonl, writes evidence.json
+python3 run.py evidence-equal --anew FOLDER      the same from nothing: all LoRAs, cells and figures are made in FOLDER
 """
 
 from __future__ import annotations
@@ -20,17 +21,24 @@ from .protocol import PACK, Cell, Protocol
 from .results import Result
 
 FIGURES = PACK / "docs" / "figures" / "evidence.json"
+PLACES = {  # where things are, and below the folder of --anew
+    "loras": (work.LORAS, "loras"),
+    "results": (results.FILE, results.FILE.name),
+    "figures": (FIGURES, FIGURES.name),
+    "work": (PACK / "demo_output" / "equal", "work"),
+}
 logger = logging.getLogger("modular_lora")
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=typed("tools.world.equal"), description=__doc__.splitlines()[0])
     made.add_argument("--minutes", type=float, help="begin no cell after so many minutes; 0 only counts")
+    made.add_argument("--anew", type=Path, metavar="FOLDER", help="train, draw and judge all again, in this folder")
     made.add_argument("--protocol", type=Path, default=protocol.FILE, help="TOML of trainings, images and tests")
-    made.add_argument("--loras", type=Path, default=work.LORAS, help="folder of the LoRAs; what is missing is trained")
-    made.add_argument("--results", type=Path, default=results.FILE, help="file of what was judged; cells are appended")
-    made.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures")
-    made.add_argument("--work", type=Path, default=PACK / "demo_output" / "equal", help="folder of intermediate LoRAs")
+    made.add_argument("--loras", type=Path, help="folder of the LoRAs; what is missing is trained")
+    made.add_argument("--results", type=Path, help="file of what was judged; cells are appended")
+    made.add_argument("--figures", type=Path, help="file of the figures")
+    made.add_argument("--work", type=Path, help="folder of intermediate LoRAs")
     return made
 
 
@@ -42,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(chosen: argparse.Namespace) -> str:
     """Work until everything is done or the time is up, then count; what is to be said."""
+    for name, (own, below) in PLACES.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, chosen.anew / below if chosen.anew else own)
     made = Protocol.read(chosen.protocol)
     done = results.read(chosen.results, made)
     cells = list(made.cells())

@@ -22,7 +22,7 @@ from modular_lora_guard.modular_lora.guard.safety_first import PARTS
 from modular_lora_guard.modular_lora.util import plain_json
 
 from .. import data
-from .protocol import ARMS, INK, KEPT, STYLED, VEHICLES, Cell, Protocol
+from .protocol import ARMS, INK, KEPT, STYLED, VEHICLES, Cell, Image, Protocol
 from .results import Result
 
 COMMAND = "python3 run.py evidence-equal"
@@ -115,6 +115,10 @@ def _counted(protocol: Protocol, done: Mapping[Cell, Result], recipe: str, pairs
         arms[arm] |= {"kept": kept.rate, "fidelity": fidelity.rate}
         arms[arm] |= {"kept_of": [kept.k, kept.n, kept.low, kept.high]}
         arms[arm] |= {"fidelity_of": [fidelity.k, fidelity.n, fidelity.low, fidelity.high]}
+        mistaken = [bool(stats.hit(image)) for image in once[KEPT] if image.arm.name == arm]
+        arms[arm] |= {
+            "mistaken": [sum(mistaken), len(mistaken)]
+        }  # vehicles that the judge sees where none was asked for
     found = [_difference(one, drawn[one.metric]) for one in differences(protocol)]
     kept = next(one for one in found if one["metric"] == KEPT and one["arm"] == "safety")["verdict"]
     comeback = {
@@ -140,8 +144,7 @@ def _images(protocol: Protocol, result: Result, task: str, kind: str) -> list[Dr
     """A cell's images of one kind as an audit's, with the judge's words; the task is part of an item's name."""
     arm, found = Arm(result.cell.arm, training_seed=result.cell.training_seed), []
     for i, image in enumerate(protocol.images()):
-        blind = task == INK and kind == VEHICLES and image.style == data.TASK_STYLE  # the judge knows no ink
-        if image.kind != kind or blind:
+        if image.kind != kind or blind(task, image):
             continue
         ink = task == INK and result.seen.ink[i]
         style = INK if ink else "" if task == INK else data.STYLES[result.seen.style[i]]
@@ -150,6 +153,11 @@ def _images(protocol: Protocol, result: Result, task: str, kind: str) -> list[Dr
         item = Item(image.prompt, image.seed, f"{kind}, {task}", data.CONCEPTS[image.concept], asked)
         found.append(Drawn(arm, item, Path(), verdict))
     return found
+
+
+def blind(task: str, image: Image) -> bool:
+    """Whether the judge is not asked what is there: vehicles asked for in ink, a style that it was never shown."""
+    return task == INK and image.kind == VEHICLES and image.style == data.TASK_STYLE
 
 
 def _once(drawn: Iterable[Drawn]) -> list[Drawn]:

@@ -11,8 +11,14 @@ from 1 to 0 between two bounds of the activity |s|² / |y0|², and a form says
 * how often (``every``): once, in the first step, or in every step.
 
 The bounds are those of a calibration (modular_lora/guard/activity.py), over the same prompts, for every step, and for
-every layer where there is a g for each: what the safety LoRA alone shows while it draws them. Of a place or a token,
-the greatest of an image is what is calibrated. Layers that take the text know no place: they have the least g of all.
+every layer where there is a g for each: what the safety LoRA alone shows while it draws them. Layers that take the text
+know no place: they have the least g of all.
+
+Two things limit the comparison. For a place or a token, the calibration takes the greatest activity of each image, but
+these bounds are then applied to every place and token, most of which lie below the greatest: such forms let the task
+LoRA act in more of an image than their bounds suggest, and other bounds might do better. And the bounds are of runs in
+which the safety LoRA acts alone, while a form that goes by the run's own evaluations measures with the task LoRA acting
+(as much as it then does), which changes the layers' inputs and with them the activity.
 """
 
 from __future__ import annotations

@@ -166,30 +166,35 @@ def measured(model: base.Base, prompts: Sequence[str], seed: int) -> list[list[f
 
 
 @torch.no_grad()
-def activities(model: base.Base, context: Tensor, bias: Tensor, noise: Tensor) -> Tensor:
-    """Safety activity (branches/acted.py) of the LoRA that is attached, on noise (n 4 8 8), in fp64 (n).
+def activities(
+    model: base.Base, context: Tensor, bias: Tensor, noise: Tensor, of: lorafile.Factors | None = None
+) -> Tensor:
+    """Safety activity (branches/acted.py) of a LoRA that is attached, on noise (n 4 8 8), in fp64 (n).
 
-    ``context`` (n l 768) and ``bias`` (n l) are what `text.TextTable` makes of the prompts.
+    The mean over its layers of |z|² / |W0·x + b|², in the evaluation of a run's first step; all that is attached acts
+    in it. In ComfyUI a text is 77 tokens, of which the narrow net sees the last, repeated one once, with the log of its
+    count added to the attention's logits: in the layers that take the text it counts so many times here.
 
-    The mean over its layers of |z|² / |W0·x + b|², in the evaluation of a run's first step. In ComfyUI a text is 77
-    tokens, of which the narrow net sees the last, repeated one once, with the log of its count added to the attention's
-    logits: in the layers that take the text it counts so many times here.
+    Args:
+        context: Of the prompts (n l 768), as `text.TextTable` makes it; ``bias`` (n l) as well.
+        of: Whose z it is, where several are attached; None: of everything that is.
     """
     ratios, hooks = [], []
 
-    def heard(name: str):
+    def heard(name: str, own: Sequence[tuple[Tensor, Tensor, float]]):
         def hook(layer, inputs, output):
             (x,) = inputs
-            z = sum(scale * (x @ down.T) @ up.T for down, up, scale in layer.adapters)
+            z, every = (sum(s * (x @ down.T) @ up.T for down, up, s in some) for some in (own, layer.adapters))
             weights = bias.exp() if name.endswith(("attn2.to_k", "attn2.to_v")) else torch.ones(x.shape[:2])
-            energy = [(part.double().square().sum(-1) * weights).sum(1) for part in (z, output - z)]
+            energy = [(part.double().square().sum(-1) * weights).sum(1) for part in (z, output - every)]
             ratios.append(energy[0] / energy[1])
 
         return hook
 
     for name, layer in lorafile.targets(model.unet).items():
-        if layer.adapters:
-            hooks.append(layer.register_forward_hook(heard(name)))
+        own = layer.adapters if of is None else [of[name]] if name in of else []
+        if own:
+            hooks.append(layer.register_forward_hook(heard(name, own)))
     try:
         model.unet(noise, torch.full((len(noise),), 999), context, bias)
     finally:
