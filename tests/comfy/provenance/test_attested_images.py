@@ -115,12 +115,12 @@ def test_each_of_several_latents_that_are_sampled_as_one_is_attested(comfy, tmp_
     for latent in (made, made.unbind()[0]):
         images, reports = image.decode(vae, latent)
         assert images.shape == (3, 8, 8, 3)
-        assert all("\nguarded: " in report for report in reports)
+        assert [report.status for report in reports] == ["guarded"] * 3
     assert comfy.ledger.latents.get(digest(made.unbind()[1][0])).status == "guarded"
     comfy.host.common_ksampler(guarded, *settings, {"samples": made}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded"
     edited = type(made)([made.unbind()[0] * 2, made.unbind()[1]])
-    assert image.decode(vae, edited)[1] == [comfy.ledger.EDITED]
+    assert set(image.decode(vae, edited)[1]) == {comfy.ledger.EDITED}
     comfy.host.common_ksampler(guarded, *settings, {"samples": edited}, denoise=0.5)
     assert comfy.host.attestation(guarded).status == "guarded, outside start"
 
