@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Record:
             return None
 
         def leave_out() -> None:
-            default = next(f.default for f in fields(self.options) if f.name == name)
+            default: Any = next(f.default for f in fields(self.options) if f.name == name)
             line = f"{name} {getattr(self.options, name)!r} of preset {self.options.preset} is LEFT OUT: {why}"
             self.options = replace(self.options, **{name: default})
             self.left_out.append(line)

@@ -73,7 +73,7 @@ def said(options: Options, of: str) -> list[str]:
     return [line + (f"; LEFT OUT, since it contradicts what was given: {', '.join(left_out)}" if left_out else "")]
 
 
-def _contradiction(options: Options, name: str, value: object) -> str:
+def _contradiction(options: Options, name: str, value: Any) -> str:
     """Why an option that is at its default cannot have this value beside the others, if it cannot."""
     if getattr(options, name) != next(f.default for f in dataclasses.fields(options) if f.name == name):
         return ""
