@@ -229,4 +229,4 @@ def test_video_models_from_an_image_keep_the_guard(comfy, loaded, tmp_path):
         **shape,
     )
     run = lambda model: sample(model, positive, negative, frames)  # noqa: E731
-    assert_kept(comfy, trio, run, run, PATCHES["VideoLinearCFG"])
+    assert_kept(comfy, trio, run, run, PATCHES["VideoLinearCFG"], status="guarded, outside start")
