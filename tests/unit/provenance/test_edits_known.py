@@ -117,8 +117,20 @@ def test_a_mask_of_one_value_holds_no_image_and_another_does(shape):
     assert not edits.start([latent], torch.full(shape, 0.5), record).outside
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     assert edits.start([latent], drawn, record).outside
-    assert not edits.start([torch.zeros(4, 8, 8)], drawn, record).outside
+    assert edits.start([torch.zeros(4, 8, 8)], drawn, record).outside  # a stencil, of nothing and of what is sampled
     assert not edits.start([latent], torch.full(shape, 0.5) + 1e-6 * drawn, record).outside  # resized: rounded
+
+
+def test_a_picture_beside_the_latents_is_told_unless_a_guarded_run_made_it():
+    record, latent = run(), torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))
+    noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))]
+    assert not edits.pictured(noise, [], record)
+    assert edits.pictured([torch.ones(4, 8, 8).cumsum(-1)], [], record)
+    rows = edits.rows(latent[None], "latent")
+    assert edits.pictured(noise, [rows], record)
+    assert not edits.pictured(noise, [edits.rows(torch.zeros(1, 4, 8, 8), "latent")], record)
+    ledger.latents.put(ledger.tensor_sha256(latent), record)
+    assert not edits.pictured(noise, [rows], record)
 
 
 def test_a_gate_in_front_of_an_edited_image_keeps_its_edits():
