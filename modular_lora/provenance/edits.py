@@ -214,7 +214,12 @@ def pictured(noise: Iterable[Tensor], images: Iterable[Sequence[Row]], record: A
     if not all(map(is_white, noise)):
         return True
     sources = [source(row) for batch in images for row in batch if row.kind != "mask"]
-    return _start((run for one in sources for run in (one.runs if one.runs is not None else (None,))), record).outside
+    return _start(_behind(sources), record).outside
+
+
+def _behind(sources: Iterable[Source]) -> list[Attestation | None]:
+    """The runs behind all of these; None for one of which nobody knows."""
+    return [run for one in sources for run in ((None,) if one.runs is None else one.runs)]
 
 
 def _start(before: Iterable[Attestation | None], record: Attestation) -> Start:
@@ -247,7 +252,7 @@ class Inside:
 
     def start(self, record: Attestation) -> Start:
         """What a run inside it starts from; see `start`."""
-        runs = [run for one in self.given for run in ((None,) if one.runs is None else one.runs)]
+        runs = _behind(self.given)
         begun = _start(runs, record)
         return begun._replace(edits=tuple(dict.fromkeys((*begun.edits, self.node)))) if runs else begun
 

@@ -183,8 +183,8 @@ def attest_images(made: Tensor, samples: Tensor, vae_sha256: str, stranger: str 
         if run is None or stranger:
             through = (*through, stranger) if stranger and (run or through) else through
             found.append(_through(through) if through else _why_not(digest))
-            if through and images.get(tensor_sha256(image)) is None:
-                passed.put(tensor_sha256(image), through)
+            if through and images.get(content := tensor_sha256(image)) is None:
+                passed.put(content, through)
             continue
         attestation = run.of(vae_sha256=vae_sha256, image_sha256=tensor_sha256(image))
         images.put(attestation.image_sha256, attestation)
